@@ -1,0 +1,39 @@
+// The learning rate of a schedule's segment: the only place in C++ where the formula stands.
+// The same as fastfreeze.schedule.cosine_lr, operation for operation.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FASTFREEZE_HOST_DEVICE __host__ __device__
+#else
+#define FASTFREEZE_HOST_DEVICE
+#endif
+
+namespace fastfreeze {
+
+struct Segment {
+  double start;   // first step
+  double length;  // steps from the maximum to the minimum; infinite: constant; 0: frozen
+  double scale;   // factor on the group's initial learning rate
+};
+
+FASTFREEZE_HOST_DEVICE inline double segment_lr(const Segment& segment, double step,
+                                                double initial_lr, double eta_min) {
+  if (segment.length == 0) return 0.0;
+  const double elapsed = (step - segment.start) / segment.length;
+  const double phase = elapsed < 1.0 ? elapsed : 1.0;
+  const double factor = 0.5 * (1.0 + cos(3.141592653589793 * phase));
+  return eta_min + (segment.scale * initial_lr - eta_min) * factor;
+}
+
+// The last of `count` >= 1 segments, sorted by start, that has begun at `step`.
+FASTFREEZE_HOST_DEVICE inline const Segment& segment_at(const Segment* segments, int64_t count,
+                                                        double step) {
+  int64_t i = count - 1;
+  while (i > 0 && segments[i].start > step) --i;
+  return segments[i];
+}
+
+}  // namespace fastfreeze

@@ -1,0 +1,59 @@
+// The SGD update of one element: the only place where the formula stands.
+// Operation for operation torch.optim.SGD's for-loop: each of torch's in-place additions with a
+// factor is one fused multiply-add there too, so fp32 and fp64 results can be equal bit for bit.
+#pragma once
+
+#include "schedule_math.h"
+
+#if defined(__GNUC__) || defined(__clang__)
+#define FASTFREEZE_INLINE inline __attribute__((always_inline))
+#else
+#define FASTFREEZE_INLINE inline
+#endif
+
+namespace fastfreeze {
+
+// What the momentum buffer is at this step. A buffer's first step copies the gradient, undampened.
+enum class Momentum { none, first, running };
+
+// One group's hyperparameters in the precision of the arithmetic.
+template <typename T>
+struct SgdHyper {
+  T lr;
+  T momentum;
+  T gradient_share;  // 1 - dampening
+  T weight_decay;
+  T inv_grad_scale;
+  bool nesterov;
+  bool maximize;
+};
+
+// kFused: the target has a multiply-add instruction. Without one, emulating it in software would
+// cost more than the whole update, and torch does not either.
+template <bool kFused>
+FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE float mul_add(float a, float b, float c) {
+  return kFused ? __builtin_fmaf(a, b, c) : a * b + c;
+}
+
+template <bool kFused>
+FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE double mul_add(double a, double b, double c) {
+  return kFused ? __builtin_fma(a, b, c) : a * b + c;
+}
+
+// Updates `param` and `buffer`; `grad` becomes the unscaled gradient.
+template <Momentum kMomentum, bool kFused, typename T>
+FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE void sgd_update(T& param, T& grad, T& buffer,
+                                                         const SgdHyper<T>& h) {
+  grad *= h.inv_grad_scale;
+  T d = h.maximize ? -grad : grad;
+  if (h.weight_decay != 0) d = mul_add<kFused>(param, h.weight_decay, d);
+  if (kMomentum != Momentum::none) {
+    buffer = kMomentum == Momentum::first
+                 ? d
+                 : mul_add<kFused>(d, h.gradient_share, buffer * h.momentum);
+    d = h.nesterov ? mul_add<kFused>(buffer, h.momentum, d) : buffer;
+  }
+  param = mul_add<kFused>(d, -h.lr, param);
+}
+
+}  // namespace fastfreeze

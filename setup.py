@@ -1,0 +1,188 @@
+"""Builds the C++ and CUDA libraries of fastfreeze against the LibTorch stable ABI.
+
+FASTFREEZE_BUILD_CPP and FASTFREEZE_BUILD_CUDA are "auto" (the default: built when a compiler is
+there), "1" (built, or the installation fails) or "0" (left out). TORCH_CUDA_ARCH_LIST, such as
+"8.0;9.0+PTX", chooses the CUDA architectures. Neither library holds a Python symbol, so one wheel
+serves every Python, and every torch from 2.10 on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CPP_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))
+CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
+
+# What a CUDA toolkit of each major version can build for; the last also as PTX for newer devices.
+CUDA_ARCHITECTURES = {12: "7.5;8.0;8.6;8.9;9.0+PTX", 13: "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"}
+
+
+class BuildError(RuntimeError):
+    """A library that was asked for cannot be built."""
+
+
+def switch(name: str) -> str:
+    """The value of an environment switch: "0", "1" or "auto"."""
+    value = os.environ.get(name, "auto").lower()
+    if value not in ("0", "1", "auto"):
+        raise BuildError(f"{name} must be 0, 1 or auto, got {value!r}")
+    return value
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, or on the PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc")
+
+
+def nvcc_major(nvcc: str) -> int:
+    """Major version of the CUDA toolkit."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.", text)
+    if found is None:
+        raise BuildError(f"{nvcc} --version tells no release: {text!r}")
+    return int(found.group(1))
+
+
+def gencode_flags(nvcc: str) -> list[str]:
+    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, or for all that the toolkit is known for."""
+    known = CUDA_ARCHITECTURES.get(nvcc_major(nvcc), CUDA_ARCHITECTURES[max(CUDA_ARCHITECTURES)])
+    flags = []
+    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or known):
+        match = re.fullmatch(r"(\d+)\.(\d+)(a?)(\+PTX)?", entry)
+        if match is None:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: expected such as '9.0' or '9.0+PTX', got {entry!r}"
+            )
+        number = match.group(1) + match.group(2) + match.group(3)
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match.group(4):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def torch_paths() -> tuple[list[str], str]:
+    """Include directories, and the directory of torch's libraries."""
+    import torch
+
+    base = Path(torch.__file__).parent
+    include = base / "include"
+    return ["csrc", str(include), str(include / "torch/csrc/api/include")], str(base / "lib")
+
+
+class BuildLibraries(build_ext):
+    """Compiles plain shared libraries that fastfreeze loads itself: no Python module among them."""
+
+    def run(self) -> None:
+        self.left_out: list[Extension] = []
+        super().run()
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: what was built, without what was left out."""
+        self.extensions = [e for e in self.extensions if e not in self.left_out]
+        super().copy_extensions_to_source()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+    def build_extension(self, ext: Extension) -> None:
+        cuda = ext.sources[0].endswith(".cu")
+        wanted = switch("FASTFREEZE_BUILD_CUDA" if cuda else "FASTFREEZE_BUILD_CPP")
+        try:
+            (self._build_cuda if cuda else self._build_cpp)(ext)
+        except Exception as error:
+            if wanted == "1" or isinstance(error, BuildError):
+                raise
+            print(f"fastfreeze: {ext.name} was not built and is left out: {error}", file=sys.stderr)
+            self.left_out.append(ext)
+
+    def _build_cpp(self, ext: Extension) -> None:
+        include, lib = torch_paths()
+        windows = self.compiler.compiler_type == "msvc"
+        flags = (
+            ["/std:c++20", "/O2", "/fp:strict"]
+            if windows
+            else ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+        )
+        objects = self.compiler.compile(
+            ext.sources,
+            output_dir=self.build_temp,
+            include_dirs=include,
+            extra_postargs=[*flags, STABLE_ABI],
+            depends=ext.depends,
+        )
+        self.compiler.link_shared_object(
+            objects,
+            self._target(ext),
+            libraries=["torch_cpu", "torch"],
+            library_dirs=[lib],
+            target_lang="c++",
+        )
+
+    def _build_cuda(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise FileNotFoundError("no nvcc in CUDA_HOME or on the PATH")
+        include, lib = torch_paths()
+        command = [
+            nvcc,
+            "-shared",
+            "-std=c++20",
+            "-O3",
+            "--cudart=static",
+            "-DUSE_CUDA",
+            STABLE_ABI,
+        ]
+        command += gencode_flags(nvcc)
+        command += ["-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-I{d}" for d in include)]
+        command += [*ext.sources, f"-L{lib}", "-ltorch_cpu", "-ltorch_cuda", "-ltorch"]
+        self.spawn([*command, "-o", self._target(ext)])
+
+    def _target(self, ext: Extension) -> str:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return str(target)
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel py3-none-<platform>: compiled, but for no one Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+def extensions() -> list[Extension]:
+    """The libraries to try, as the switches say."""
+    found = []
+    if switch("FASTFREEZE_BUILD_CPP") != "0":
+        found.append(Extension("fastfreeze.libfastfreeze_cpu", CPP_SOURCES, depends=HEADERS))
+    cuda = switch("FASTFREEZE_BUILD_CUDA")
+    if cuda == "1" and not CUDA_SOURCES:
+        raise BuildError("FASTFREEZE_BUILD_CUDA=1, but this version has no CUDA sources yet")
+    if CUDA_SOURCES and (cuda == "1" or (cuda == "auto" and find_nvcc())):
+        found.append(Extension("fastfreeze.libfastfreeze_cuda", CUDA_SOURCES, depends=HEADERS))
+    return found
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
+)
