@@ -90,7 +90,10 @@ def sgd(
         else:
             buffers = [None] * len(index)
         plan = PLANS[name]([params[i] for i in index], buffers, first, [0] * len(index), [()], 0.0)
-        plan.step([grads[i] for i in index], row, 0, grad_scale)
+        own_grads = [grads[i] for i in index]
+        aligned = plan.align(own_grads)
+        plan.step(aligned, row, 0, grad_scale)
+        copy_back(aligned, own_grads)
         for i, buffer in zip(index, plan.buffers, strict=True):
             if momentum != 0 and grads[i] is not None:
                 momentum_buffers[i] = buffer
@@ -120,6 +123,13 @@ class SgdPlan(Protocol):
         eta_min: float,
     ) -> None: ...
 
+    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients as ``step`` needs them: themselves, or copies in another layout.
+
+        Raises:
+            ValueError: a gradient that this backend cannot take.
+        """
+
     def step(
         self,
         grads: Sequence[Tensor | None],
@@ -130,7 +140,7 @@ class SgdPlan(Protocol):
         """Update every parameter that has a gradient.
 
         Args:
-            grads: one per parameter, of its shape, dtype and device, or None.
+            grads: one per parameter, of its shape, dtype and device, or None; aligned.
             hypers: float64 [num_groups, len(HYPERS)].
             step: 0-based step at which schedules are evaluated.
             grad_scale: what the gradients are divided by, in place.
@@ -154,7 +164,14 @@ class CpuPlan:
     ) -> None:
         self.params, self.buffers = params, buffers
         table = [
-            (p.data_ptr(), 0 if b is None else b.data_ptr(), p.numel(), g, _SCALAR_TYPES[p.dtype], f)
+            (
+                p.data_ptr(),
+                0 if b is None else b.data_ptr(),
+                p.numel(),
+                g,
+                _SCALAR_TYPES[p.dtype],
+                f,
+            )
             for p, b, f, g in zip(params, buffers, first, groups, strict=True)
         ]
         rows = [(s.start, s.length, s.scale) for group in segments for s in group]
@@ -167,10 +184,8 @@ class CpuPlan:
         )
         weakref.finalize(self, torch.ops.fastfreeze.sgd_plan_free, self._handle)
         self._contiguous = all(map(_is_contiguous, params))
-        self._dtypes = {p.dtype for p in params}
         self._lrs = np.empty(len(segments))
         self._lrs_address = self._lrs.ctypes.data
-        self._written = [*params, *(b for b in buffers if b is not None)]
 
     def step(
         self,
@@ -179,11 +194,10 @@ class CpuPlan:
         step: int,
         grad_scale: float | None,
     ) -> list[float]:
-        aligned = self._aligned(grads)
         try:
-            pointers = array("q", map(_data_ptr, aligned))  # type: ignore[arg-type]
+            pointers = array("q", map(_data_ptr, grads))  # type: ignore[arg-type]
         except TypeError:  # a gradient is None
-            pointers = array("q", [0 if g is None else g.data_ptr() for g in aligned])
+            pointers = array("q", [0 if g is None else g.data_ptr() for g in grads])
         torch.ops.fastfreeze.sgd_step(
             self._handle,
             pointers.buffer_info()[0],
@@ -193,18 +207,20 @@ class CpuPlan:
             grad_scale is not None,
             self._lrs_address,
         )
-        torch.autograd.graph.increment_version(self._written)
-        if grad_scale is not None:
-            _copy_back(aligned, grads)
-        return self._lrs.tolist()
+        torch.autograd.graph.increment_version(self.params)
+        lrs: list[float] = self._lrs.tolist()
+        return lrs
 
-    def _aligned(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The gradients with their parameters' strides: themselves, or copies where they differ."""
+    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients with their parameters' strides."""
         try:
             if self._contiguous and all(map(_is_contiguous, grads)):  # type: ignore[arg-type]
                 return grads
-        except TypeError:  # a gradient is None
+        except (TypeError, RuntimeError):  # a gradient is None, or has no strides
             pass
+        for i, g in enumerate(grads):
+            if g is not None and g.layout != torch.strided:
+                raise ValueError(f"backend='cpu' cannot take the {g.layout} gradient {i}")
         return [
             g if g is None or same_strides(p, g) else torch.empty_like(p).copy_(g)
             for p, g in zip(self.params, grads, strict=True)
@@ -227,6 +243,9 @@ class ReferencePlan:
         self.buffers = [None if f else b for b, f in zip(buffers, first, strict=True)]
         self._members = [[i for i, g in enumerate(groups) if g == k] for k in range(len(segments))]
         self._segments, self._eta_min = segments, eta_min
+
+    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        return grads
 
     def step(
         self,
@@ -257,12 +276,14 @@ class ReferencePlan:
 
     def _lrs(self, hypers: npt.NDArray[np.float64], step: int) -> list[float]:
         initial = hypers[:, HYPERS.index("initial_lr")]
-        lrs = hypers[:, HYPERS.index("lr")].copy()
+        lrs: list[float] = hypers[:, HYPERS.index("lr")].tolist()
         for g, segments in enumerate(self._segments):
             if segments:
                 s = max((s for s in segments if s.start <= step), key=lambda s: s.start)
-                lrs[g] = cosine_lr(step, s.start, s.length, s.scale, initial[g], self._eta_min)
-        return lrs.tolist()
+                lrs[g] = float(
+                    cosine_lr(step, s.start, s.length, s.scale, initial[g], self._eta_min)
+                )
+        return lrs
 
 
 PLANS: dict[Backend, type[Any]] = {"cpu": CpuPlan, "reference": ReferencePlan}
@@ -297,7 +318,8 @@ def cpu_refuses(tensor: Tensor) -> str | None:
     if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return f"it is a {type(tensor).__name__}, whose memory may not be its own"
     if not _is_dense(tensor):
-        return f"its elements overlap or have gaps (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
+        shape, strides = tuple(tensor.shape), tensor.stride()
+        return f"its elements overlap or have gaps (shape {shape}, strides {strides})"
     return None
 
 
@@ -329,7 +351,8 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _copy_back(aligned: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+def copy_back(aligned: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    """Give the gradients what a step has written into their aligned copies."""
     for copy, grad in zip(aligned, grads, strict=True):
         if grad is not None and copy is not None and copy is not grad:
             grad.copy_(copy)

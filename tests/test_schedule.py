@@ -1,0 +1,253 @@
+"""Schedules against the papers' formulae, written out again here by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastfreeze.schedule import (
+    Constant,
+    Cosine,
+    FreezeOut,
+    FreezeOutCycles,
+    Schedule,
+    Segment,
+    SnapshotCycles,
+    freezeout_ratio,
+    from_config,
+)
+
+SCHEDULES = {
+    "constant": Constant(90),
+    "cosine": Cosine(90, eta_min=0.01),
+    "cycles": SnapshotCycles(90, num_cycles=4),
+    "freezeout": FreezeOut(90, t_0=0.5),
+    "sticky": FreezeOutCycles(90, num_cycles=4, t_0=0.5),
+    "last_k": FreezeOutCycles(90, num_cycles=4, t_0=0.5, composition="last_k", k=2),
+    "thaw": FreezeOutCycles(90, num_cycles=4, t_0=0.5, composition="thaw", scale_lr=False),
+}
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+
+
+def test_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; import importlib.util as u; "
+        "spec = u.spec_from_file_location('schedule', sys.argv[1]); m = u.module_from_spec(spec); "
+        "sys.modules['schedule'] = m; spec.loader.exec_module(m); print(m.Cosine(10).lr(0, 0.1))"
+    )
+    path = sys.modules[Schedule.__module__].__file__
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "0.1"
+
+
+# Snapshot Ensembles, eq. 2, t = 1..T: lr0/2 * (cos(pi * mod(t-1, ceil(T/M)) / ceil(T/M)) + 1).
+def paper_snapshot_lr(t, T, M, lr0):
+    L = math.ceil(T / M)
+    return lr0 / 2 * (math.cos(math.pi * ((t - 1) % L) / L) + 1)
+
+
+# FreezeOut: t_i from the scaled, powered linear spacing; zero from t_i on.
+def paper_freezeout_lr(t, T, i, N, t_0, power, scale, lr0):
+    ratio = (t_0 + (1 - t_0) * i / N) ** power
+    if t >= T * ratio:
+        return 0.0
+    return 0.5 * (lr0 / ratio if scale else lr0) * (1 + math.cos(math.pi * t / (T * ratio)))
+
+
+@given(st.integers(1, 400), st.integers(1, 12), st.floats(1e-4, 10))
+def test_cycles_equal_the_papers_closed_form(T, M, lr0):
+    if M > T or math.ceil(T / math.ceil(T / M)) != M:
+        with pytest.raises(ValueError, match="num_cycles"):
+            SnapshotCycles(T, num_cycles=M)
+        return
+    ours = SnapshotCycles(T, num_cycles=M).lr(range(T), lr0)
+    np.testing.assert_allclose(
+        ours, [paper_snapshot_lr(t, T, M, lr0) for t in range(1, T + 1)], rtol=1e-12, atol=1e-16
+    )
+
+
+@given(
+    st.integers(2, 500),
+    st.integers(2, 20),
+    st.floats(0.05, 1),
+    st.sampled_from(["linear", "squared", "cubic"]),
+    st.booleans(),
+)
+def test_freezeout_equals_the_papers_closed_form(T, layers, t_0, how_scale, scale):
+    power = ["linear", "squared", "cubic"].index(how_scale) + 1
+    schedule = FreezeOut(T, t_0=t_0, how_scale=how_scale, scale_lr=scale)
+    for i in {0, layers // 2, layers - 1}:
+        ours = schedule.lr(range(T), 0.1, i, layers)
+        paper = [paper_freezeout_lr(t, T, i, layers - 1, t_0, power, scale, 0.1) for t in range(T)]
+        np.testing.assert_allclose(ours, paper, rtol=1e-9, atol=1e-12)
+
+
+@every_schedule
+@pytest.mark.parametrize("layer", [0, 3, 9])
+def test_range_and_freezing_agree(schedule, layer):
+    lrs = schedule.lr(range(91), 0.1, layer, 10)
+    frozen = [schedule.is_frozen(s, layer, 10) for s in range(90)]
+    assert (lrs >= 0).all()
+    assert (lrs[:90][frozen] == 0).all()
+    assert (lrs[:90][~np.array(frozen)] > 0).all()
+    assert np.mean(frozen) == pytest.approx(schedule.frozen_share(layer, 10))
+    became = [s for s in range(1, 90) if frozen[s] and not frozen[s - 1]]
+    assert became == list(schedule.freeze_steps(layer, 10))
+    assert lrs[0] == 0.1 or lrs[0] == pytest.approx(0.1 / freezeout_ratio(layer, 9, 0.5, "cubic"))
+
+
+@every_schedule
+def test_falls_within_each_cycle(schedule):
+    for layer in (0, 5, 9):
+        lrs = schedule.lr(range(90), 0.1, layer, 10)
+        ends = (0, *schedule.cycle_ends)
+        for begin, end in itertools.pairwise(ends):
+            assert (np.diff(lrs[begin:end]) <= 1e-15).all()
+
+
+@every_schedule
+def test_scalar_and_array_agree(schedule):
+    steps = np.arange(90).reshape(6, 15)
+    lrs = schedule.lr(steps, 0.1, 2, 10)
+    assert lrs.shape == (6, 15)
+    assert lrs.ravel().tolist() == [schedule.lr(int(s), 0.1, 2, 10) for s in range(90)]
+
+
+@every_schedule
+def test_config_round_trip(schedule):
+    assert from_config(schedule.config()) == schedule
+
+
+def test_exact_at_ends_and_restarts():
+    cosine = Cosine(1000, eta_min=0.001)
+    assert cosine.lr(0, 0.3) == 0.3
+    assert cosine.lr(1000, 0.3) == 0.001
+    assert cosine.lr(500, 0.3) == pytest.approx(0.1505, abs=1e-15)
+    cycles = SnapshotCycles(100, num_cycles=5)
+    assert cycles.lr([0, 20, 40, 60, 80], 0.1).tolist() == [0.1] * 5
+    assert 0 < cycles.lr(99, 0.1) < 0.001
+    assert cycles.lr(100, 0.1) == 0
+    assert cycles.cycle_ends == (20, 40, 60, 80, 100)
+
+
+def test_equals_torchs_cosine():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=0.01)
+    ours = Cosine(50, eta_min=0.01)
+    for step in range(50):
+        assert ours.lr(step, 0.1) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_last_cycle_is_cut_short():
+    cycles = SnapshotCycles(10, num_cycles=4)  # cycles of 3, 3, 3 and 1
+    assert cycles.cycle_ends == (3, 6, 9, 10)
+    assert cycles.lr(9, 0.1) == 0.1
+
+
+def test_freezeout_worked_values():
+    # t_0 = 0.8, cubic, 1000 steps, 5 layers: ratios 0.512, 0.614, 0.729, 0.857, 1.
+    schedule = FreezeOut(1000, t_0=0.8)
+    assert [schedule.freeze_steps(i, 5) for i in range(5)] == [(512,), (615,), (729,), (858,), ()]
+    assert schedule.lr(0, 0.1, 0, 5) == 0.1 / 0.8**3
+    assert schedule.lr(256, 0.1, 0, 5) == pytest.approx(0.5 * 0.1 / 0.512)
+    assert schedule.lr(1000, 0.1, 4, 5) == 0
+    unscaled = FreezeOut(1000, t_0=0.8, scale_lr=False)
+    assert unscaled.lr(0, 0.1, 0, 5) == 0.1
+
+
+def test_freeze_step_does_not_wait_for_rounding():
+    assert 1000 * 0.8**2 > 640  # in floating point
+    assert FreezeOut(1000, t_0=0.8, how_scale="squared").freeze_steps(0, 5) == (640,)
+
+
+def test_one_layer_is_the_head():
+    assert FreezeOut(100, t_0=0.5).freeze_steps(0, 1) == ()
+
+
+def test_sticky_freezes_a_growing_prefix():
+    schedule = FreezeOutCycles(1000, num_cycles=5, t_0=0.5)
+    first = [schedule.first_active_layer(c, 9) for c in range(6)]
+    assert first == [0, 0, 2, 4, 6, 8]
+    for cycle in range(5):
+        frozen = [schedule.is_frozen(200 * cycle, i, 9) for i in range(9)]
+        assert frozen == [i < first[cycle] for i in range(9)]
+    # Once frozen, frozen for good; and the whole prefix but the head by the end.
+    for i in range(8):
+        states = [schedule.is_frozen(s, i, 9) for s in range(1000)]
+        assert states == sorted(states)
+        assert states[-1]
+    assert not schedule.is_frozen(999, 8, 9)
+
+
+def test_sticky_stretch_follows_freezeout_within_its_cycle():
+    schedule = FreezeOutCycles(1000, num_cycles=5, t_0=0.5)
+    within = FreezeOut(200, t_0=0.5)
+    ours = schedule.lr(range(400, 600), 0.1, 3, 9)  # layers 2 and 3 freeze in the third cycle
+    np.testing.assert_allclose(ours, within.lr(range(200), 0.1, 1, 7))  # 7 layers trained before
+
+
+def test_thaw_restarts_every_layer():
+    schedule = FreezeOutCycles(400, num_cycles=4, t_0=0.5, composition="thaw")
+    assert schedule.freeze_steps(0, 5) == (13, 113, 213, 313)
+    assert schedule.lr([0, 100, 200, 300], 0.1, 0, 5).tolist() == [0.1 / 0.125] * 4
+
+
+def test_last_k_freezes_in_the_last_cycles_alone():
+    schedule = FreezeOutCycles(400, num_cycles=4, t_0=0.5, composition="last_k", k=1)
+    assert schedule.freeze_steps(0, 5) == (313,)
+    plain = SnapshotCycles(400, num_cycles=4)
+    steps = range(300)
+    assert (schedule.lr(steps, 0.1, 0, 5) == plain.lr(steps, 0.1)).all()
+
+
+def test_segments_describe_constant():
+    assert Constant(7).segments() == (Segment(0, math.inf),)
+    assert Constant(7).lr(range(8), 0.5).tolist() == [0.5] * 8
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Cosine(0), "total_steps must be >= 1, got 0"),
+        (lambda: Cosine(10, eta_min=-1.0), "eta_min must be finite and >= 0, got -1.0"),
+        (lambda: SnapshotCycles(3, num_cycles=4), "num_cycles must be at most total_steps=3"),
+        (lambda: SnapshotCycles(10, num_cycles=6), "use num_cycles=5"),
+        (lambda: FreezeOut(10, t_0=0.0), r"t_0 must be in \(0, 1\], got 0.0"),
+        (lambda: FreezeOut(10, t_0=1.5), r"t_0 must be in \(0, 1\], got 1.5"),
+        (lambda: FreezeOut(10, t_0=math.nan), r"t_0 must be in \(0, 1\], got nan"),
+        (lambda: FreezeOut(10, how_scale="quartic"), "how_scale must be one of"),
+        (lambda: FreezeOutCycles(10, num_cycles=2, composition="melt"), "composition must be"),
+        (lambda: FreezeOutCycles(10, num_cycles=2, composition="last_k"), "needs k"),
+        (lambda: FreezeOutCycles(10, num_cycles=2, composition="last_k", k=3), "k must be in 1..2"),
+        (lambda: FreezeOutCycles(10, num_cycles=2, k=1), "k is for composition='last_k' alone"),
+        (lambda: FreezeOutCycles(10, num_cycles=1), "from the second cycle on"),
+        (lambda: Cosine(10).lr(11, 0.1), "step must be in 0..10"),
+        (lambda: Cosine(10).lr(-1, 0.1), "step must be in 0..10"),
+        (lambda: Cosine(10).lr(0, math.inf), "initial_lr must be finite"),
+        (lambda: Cosine(10, eta_min=0.2).lr(0, 0.1), "eta_min must not exceed"),
+        (lambda: FreezeOut(10).lr(0, 0.1, 3, 3), "layer_index must be in 0..2, got 3"),
+        (lambda: from_config({"name": "Linear"}), "schedule name must be one of"),
+        (lambda: from_config({"name": "Cosine", "steps": 1}), "bad arguments for schedule Cosine"),
+    ],
+)
+def test_bad_values(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_step_count_must_be_an_int():
+    with pytest.raises(TypeError, match=r"total_steps must be an int >= 1, got 10\.5"):
+        Cosine(10.5)
