@@ -1,0 +1,1 @@
+"""Speed against named rivals: ``python -m benchmarks`` compares them, interleaved."""

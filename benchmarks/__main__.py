@@ -1,0 +1,84 @@
+"""python -m benchmarks [CASE ...]: compare, print a Markdown table, write results as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import fastfreeze
+from benchmarks.cases import CASES, Case, copy_bandwidth
+from benchmarks.measure import Times, interleave
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("case", nargs="*", choices=[[], *CASES], help="default: all")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bandwidth = copy_bandwidth()
+    machine = {
+        "cpu": _cpu_name(),
+        "threads": arguments.threads,
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fastfreeze": fastfreeze.__version__,
+    }
+    print(f"{machine}\n\n{HEADER}")
+    results = {}
+    for name in arguments.case or CASES:
+        case = CASES[name]()
+        times = interleave(case.runs, arguments.rounds)
+        print(row(case, times, bandwidth), flush=True)
+        results[name] = {
+            "name": case.name,
+            "bytes": case.bytes_moved,
+            "floor_s": case.bytes_moved / bandwidth,
+            "seconds": {rival: asdict(t) for rival, t in times.items()},
+        }
+    if arguments.out:
+        text = json.dumps({"machine": machine, "results": results}, indent=2)
+        arguments.out.write_text(text + "\n")
+
+
+HEADER = (
+    "| case | fastfreeze, µs (quartiles) | best rival, µs (quartiles) | ratio | floor, µs |\n"
+    "|---|---|---|---|---|"
+)
+
+
+def row(case: Case, times: dict[str, Times], bandwidth: float) -> str:
+    """A line of the table: ours, the fastest rival, how many times it takes as long."""
+    ours, *rivals = times
+    best = min(rivals, key=lambda name: times[name].median)
+    ratio = times[best].median / times[ours].median
+    floor = case.bytes_moved / bandwidth * 1e6
+    return (
+        f"| {case.name} | {_micros(times[ours])} | {best}: {_micros(times[best])} "
+        f"| {ratio:.2f} | {floor:.0f} |"
+    )
+
+
+def _micros(t: Times) -> str:
+    return f"{t.median * 1e6:.0f} ({t.low * 1e6:.0f}-{t.high * 1e6:.0f})"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

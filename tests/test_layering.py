@@ -1,0 +1,55 @@
+"""Each part of the package imports only from the parts before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fastfreeze
+
+PACKAGE = Path(fastfreeze.__file__).parent
+ORDER = [
+    "_version",
+    "errors",
+    "schedule",
+    "freezing",
+    "ops",
+    "optim",
+    "graph",
+    "ensemble",
+    "recipes",
+    "cli",
+    "__main__",
+]
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def part_of(module):
+    return module.split(".")[1]
+
+
+def imported_parts(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        else:
+            continue
+        yield from (part_of(n) for n in names if n.startswith("fastfreeze."))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    assert own in ORDER, f"{own} has no place in the order"
+    later = {p for p in imported_parts(path) if ORDER.index(p) > ORDER.index(own)}
+    assert not later, f"{own} imports from {later}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_readable(path):
+    assert len(path.read_text().splitlines()) <= 600
