@@ -13,6 +13,8 @@ PACKAGE = Path(fastfreeze.__file__).parent
 ORDER = [
     "_version",
     "errors",
+    "text",
+    "execution",
     "schedule",
     "freezing",
     "ops",
@@ -27,7 +29,8 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
 def part_of(module):
-    return module.split(".")[1]
+    part = module.split(".")[1]
+    return "_version" if part == "__version__" else part
 
 
 def imported_parts(path):

@@ -1,0 +1,590 @@
+"""Layers: what freezes together, in the order in which a model runs.
+
+:func:`split` cuts a model into layers, layer 0 nearest the input, and returns a :class:`LayerPlan`:
+parameter groups for an optimizer, and a table of what freezes when and how much compute that saves.
+
+A trace lists the modules and parameters that ran, in order. Every parameter then gets a home, the
+index of its layer, by the rule in :func:`split` or as the user says. The rest follows from the two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.execution import (
+    Event,
+    gradient_bits,
+    graph_events,
+    parameter_names,
+    run_events,
+)
+from fastfreeze.schedule import Constant, Schedule, check_initial_lr
+from fastfreeze.text import format_table, human_count, some
+
+LayerPattern = str | re.Pattern[str]
+LayerItem = LayerPattern | Sequence[LayerPattern]
+Intervals = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Parameters that freeze together.
+
+    Attributes:
+        index: position, from 0 nearest the input to the head.
+        name: name of the layer's first module with a weight, or the item of ``layers=``.
+        modules: qualified names of the modules that belong to the layer entirely, without those
+            inside another one of them. Modules without parameters belong where they run last; they
+            are missing if the model was not traced.
+        parameters: qualified names and parameters; each parameter of a model is in one layer.
+        fixed: names of those that did not require a gradient at the time of the split.
+        held_by: indices of later layers that hold a (shared) parameter which is also used before
+            this layer: its backward runs until they are frozen too.
+        forward_flops: FLOPs of the forward for the example input, None without one. What
+            ``torch.utils.flop_counter`` has no formula for counts as 0.
+        backward_flops: FLOPs of the backward while nothing is frozen by a schedule: for each
+            matrix product or convolution the forward's, once per operand that needs a gradient;
+            what a flash attention computes again is not in it.
+    """
+
+    index: int
+    name: str
+    modules: tuple[str, ...]
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+    fixed: frozenset[str]
+    held_by: tuple[int, ...]
+    forward_flops: int | None
+    backward_flops: int | None
+
+    @property
+    def trainable(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that required a gradient at the time of the split."""
+        return tuple(p for name, p in self.parameters if name not in self.fixed)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerPlan:
+    """A model's layers, and what a schedule makes of them. ``print(plan)`` shows a table.
+
+    Attributes:
+        model: the model that was split.
+        layers: its layers, by index.
+        schedule, lr: as given to :func:`split`, or None.
+    """
+
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    schedule: Schedule | None = None
+    lr: float | None = None
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One parameter group for each layer that trains, in order.
+
+        Returns:
+            Dicts of ``params``, ``layer_index``, ``layer_name`` and ``num_layers``, which counts
+            the layers without a group too. The groups are the same whatever was frozen since the
+            split, so that a checkpoint of the optimizer still fits.
+        """
+        return [
+            {
+                "params": list(layer.trainable),
+                "layer_index": layer.index,
+                "layer_name": layer.name,
+                "num_layers": len(self.layers),
+            }
+            for layer in self.layers
+            if layer.trainable
+        ]
+
+    def backward_share(self, layer_index: int) -> float | None:
+        """The layer's share of the backward FLOPs, in 0..1; None without an example input."""
+        total, flops = self._backward_flops, self.layers[layer_index].backward_flops
+        return None if total is None or flops is None else flops / max(total, 1)
+
+    @property
+    def backward_saving(self) -> float | None:
+        """Share of the whole run's backward FLOPs that the schedule removes, in 0..1.
+
+        A layer's backward is gone at the steps at which it, all layers before it and those in
+        ``held_by`` are frozen. None without a schedule, an example input or a counted FLOP.
+        """
+        saved, total = self._saved_flops(), self._backward_flops
+        return saved / total if saved is not None and total else None
+
+    @property
+    def compute_saving(self) -> float | None:
+        """Share of the whole run's forward and backward FLOPs that the schedule removes, in 0..1.
+
+        The forward of frozen layers still runs. None as for :attr:`backward_saving`.
+        """
+        saved, backward = self._saved_flops(), self._backward_flops
+        if saved is None or not backward:
+            return None
+        return saved / (backward + sum(layer.forward_flops or 0 for layer in self.layers))
+
+    @property
+    def _backward_flops(self) -> int | None:
+        flops = [layer.backward_flops for layer in self.layers]
+        return None if None in flops else sum(f or 0 for f in flops)
+
+    def _saved_flops(self) -> float | None:
+        """FLOPs that the schedule removes from the run, divided by its number of steps."""
+        if self.schedule is None or self._backward_flops is None:
+            return None
+        frozen = [self._frozen_steps(layer) for layer in self.layers]
+        prefix = [(0, self.schedule.total_steps)]
+        saved = 0
+        for layer in self.layers:
+            prefix = _intersection(prefix, frozen[layer.index])
+            gone = prefix
+            for other in layer.held_by:
+                gone = _intersection(gone, frozen[other])
+            saved += (layer.backward_flops or 0) * sum(end - start for start, end in gone)
+        return saved / self.schedule.total_steps
+
+    def _frozen_steps(self, layer: Layer) -> Intervals:
+        """Half-open intervals of steps at which nothing in the layer trains."""
+        assert self.schedule is not None
+        total_steps = self.schedule.total_steps
+        if not layer.trainable:
+            return [(0, total_steps)]
+        segments = self.schedule.segments(layer.index, len(self.layers))
+        ends = [s.start for s in segments[1:]] + [total_steps]
+        return [
+            (s.start, min(end, total_steps))
+            for s, end in zip(segments, ends, strict=True)
+            if s.frozen
+        ]
+
+    def __repr__(self) -> str:
+        return f"<LayerPlan: {type(self.model).__name__} in {len(self.layers)} layers>"
+
+    def __str__(self) -> str:
+        sizes = [sum(p.numel() for _, p in layer.parameters) for layer in self.layers]
+        columns = {
+            "layer": [str(layer.index) for layer in self.layers],
+            "name": [layer.name for layer in self.layers],
+            "modules": [self._members(layer) for layer in self.layers],
+            "parameters": [
+                human_count(sum(p.numel() for _, p in x.parameters)) for x in self.layers
+            ],
+        }
+        if self._backward_flops:
+            shares = [self.backward_share(layer.index) or 0.0 for layer in self.layers]
+            columns["backward"] = [f"{share:.1%}" for share in shares]
+        if self.schedule is not None:
+            columns["freezes at step"] = [self._freeze_text(layer) for layer in self.layers]
+        if self.schedule is not None and self.lr is not None:
+            columns["initial lr"] = [self._lr_text(layer) for layer in self.layers]
+        table = format_table(list(columns), list(zip(*columns.values(), strict=True)))
+        if self.compute_saving is None:
+            return table
+        return (
+            f"{table}\n\npredicted saving: {self.compute_saving:.1%} of the compute, "
+            f"{self.backward_saving:.1%} of the backward"
+        )
+
+    def _members(self, layer: Layer) -> str:
+        """The layer's modules that hold parameters, and its parameters outside of them."""
+        owners = {
+            m: {id(p) for p in self.model.get_submodule(m).parameters()} for m in layer.modules
+        }
+        covered = set().union(*owners.values())
+        names = [m or layer.name for m in layer.modules if owners[m]]
+        return some([*names, *(name for name, p in layer.parameters if id(p) not in covered)])
+
+    def _freeze_text(self, layer: Layer) -> str:
+        assert self.schedule is not None
+        if not layer.trainable:
+            return "0 (fixed)"
+        steps = self.schedule.freeze_steps(layer.index, len(self.layers))
+        return some([str(step) for step in steps]) or "-"
+
+    def _lr_text(self, layer: Layer) -> str:
+        """The learning rates from which the layer anneals, in order, each once."""
+        assert self.schedule is not None
+        assert self.lr is not None
+        if not layer.trainable:
+            return "-"
+        segments = self.schedule.segments(layer.index, len(self.layers))
+        rates = dict.fromkeys(f"{self.lr * s.scale:.4g}" for s in segments if not s.frozen)
+        return some(list(rates))
+
+
+def split(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    layers: Sequence[LayerItem] | None = None,
+    schedule: Schedule | None = None,
+    lr: float | None = None,
+) -> LayerPlan:
+    """Cut a model into layers that freeze together, in the order in which they run.
+
+    The rule, which gives the granularity of FreezeOut's own models (stem; each residual, dense or
+    transition block; each convolution of a VGG; head):
+
+    1. The model is opened from the root down. ``Sequential``, ``ModuleList`` and ``ModuleDict`` are
+       always opened; so are stacks, which hold a series of two or more blocks, and wrappers, which
+       hold over 90% of the model's parameters. A block is a module with submodules and two or more
+       weights. What is not opened is a unit: a block, another composite module, a single module; a
+       parameter that an opened module owns is a unit too.
+    2. Units are ordered by their last use. A parameter with several uses belongs to the last.
+    3. Units without a weight (norms, tokens, position embeddings) join the single module before
+       them; behind a block they join the unit after them. The last layer, the head, never freezes.
+       A weight is a parameter of two or more dimensions, but not a norm's, and not one of shape
+       (1, ...) that is not called ``weight``.
+
+    The order is that of the training mode, auxiliary classifiers included. It comes from one run of
+    the model on ``example_inputs``, with gradients off and single modules (norms, dropout) in eval
+    mode; without them from :func:`torch.fx.symbolic_trace`. Both leave modules, buffers and random
+    number generators as they found them.
+
+    Args:
+        model: the model, on the device of ``example_inputs``; the meta device will do.
+        example_inputs: a tuple of the model's arguments, or the only argument.
+        layers: the layers instead of the rule's, in the order in which they freeze. Each item is a
+            name, a regular expression, or a list of these. A string that is the qualified name of a
+            module or parameter means that one; any other string, and any compiled pattern, is a
+            regular expression that must match such a name in full. A module stands for all
+            parameters inside it.
+        schedule, lr: for the plan's table and predictions; ``lr`` is the learning rate at the start
+            of the first cycle, before any scaling.
+
+    Raises:
+        ValueError: a model without parameters, or whose order cannot be found; ``layers`` that name
+            a parameter twice, miss one that requires a gradient, or match nothing.
+        TypeError: an argument of the wrong type.
+
+    Warns:
+        FastfreezeWarning: parameters that were not used (they go to the head), and parameters whose
+            sharing keeps the backward of earlier layers alive.
+    """
+    _check_arguments(model, schedule, lr)
+    events: list[Event] | None = None
+    if example_inputs is not None:
+        events = run_events(model, example_inputs)
+    elif layers is None:
+        events = graph_events(model)
+    if layers is None:
+        assert events is not None
+        names, homes, messages = _layers_by_rule(model, events)
+    else:
+        names, homes, messages = _layers_by_name(model, layers, traced=events is not None)
+    described, sharing = _describe(model, names, homes, events, example_inputs is not None)
+    for message in messages + sharing:
+        warnings.warn(message, FastfreezeWarning, stacklevel=2)
+    return LayerPlan(model, described, schedule, lr)
+
+
+def _check_arguments(model: nn.Module, schedule: Schedule | None, lr: float | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise TypeError("model must not hold torch.jit modules: split it before scripting it")
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ValueError(f"model has uninitialised parameters ({some(lazy)}): run it once first")
+    if not any(True for _ in model.parameters()):
+        raise ValueError(f"model has no parameters: {type(model).__name__}")
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a fastfreeze Schedule, got {type(schedule).__name__}")
+    if lr is not None:
+        check_initial_lr(schedule or Constant(1), lr)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A piece of which layers are made: a module, or a parameter that an opened module owns."""
+
+    name: str
+    weights: int
+    single: bool  # not a block: a norm right after it belongs to it
+
+
+def _units(model: nn.Module) -> tuple[dict[str, _Unit], dict[str, _Unit]]:
+    """The units by the names of the modules in them, and by the names of their parameters."""
+    by_module: dict[str, _Unit] = {}
+    by_parameter: dict[str, _Unit] = {}
+    names = parameter_names(model)
+    module_names = {id(module): name for name, module in model.named_modules()}
+    total = sum(p.numel() for p in model.parameters())
+
+    def visit(name: str, module: nn.Module) -> None:
+        if _is_opened(module, total, is_root=module is model):
+            for local, p in module.named_parameters(recurse=False):
+                unit = _Unit(names[id(p)], int(_is_weight(module, local, p)), single=True)
+                by_parameter.setdefault(unit.name, unit)
+            for local, child in module.named_children():
+                visit(f"{name}.{local}" if name else local, child)
+        elif any(True for _ in module.parameters()):
+            weights = _num_weights(module)
+            unit = _Unit(name, weights, single=weights < 2 or not _is_composite(module))
+            for inner in module.modules():
+                by_module.setdefault(module_names[id(inner)], unit)
+            for p in module.parameters():
+                by_parameter.setdefault(names[id(p)], unit)
+
+    visit("", model)
+    return by_module, by_parameter
+
+
+def _is_opened(module: nn.Module, total: int, is_root: bool) -> bool:
+    """Whether the rule looks inside a module of a model with ``total`` elements in parameters."""
+    if type(module) is nn.Sequential or isinstance(module, _LISTS) or _is_stack(module):
+        return True
+    if type(module).__module__.startswith("torch.nn.modules.") or is_parametrized(module):
+        return False
+    share = sum(p.numel() for p in module.parameters()) / total
+    return is_root or (_is_composite(module) and share > 0.9)
+
+
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_SERIES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether the module holds a series of two or more blocks."""
+    # A bare nn.Module is what an fx.GraphModule keeps in the place of the model's own modules.
+    series = (m for m in module.modules() if isinstance(m, _SERIES) or type(m) is nn.Module)
+    return any(sum(map(_is_block, m.children())) >= 2 for m in series)
+
+
+def _is_block(module: nn.Module) -> bool:
+    return _is_composite(module) and not isinstance(module, _SERIES) and _num_weights(module) >= 2
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and not is_parametrized(module)
+
+
+def _num_weights(module: nn.Module) -> int:
+    return sum(
+        _is_weight(owner, name, p)
+        for owner in module.modules()
+        for name, p in owner.named_parameters(recurse=False)
+    )
+
+
+def _is_weight(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    if isinstance(owner, nn.LayerNorm | nn.RMSNorm) or parameter.ndim < 2:
+        return False
+    return parameter.shape[0] != 1 or name == "weight"
+
+
+# Names of the layers, the layer of each parameter, and what to warn of.
+_Split = tuple[list[str], dict[str, int], list[str]]
+
+
+def _layers_by_rule(model: nn.Module, events: list[Event]) -> _Split:
+    """Layers by the rules 1 to 3 of :func:`split`."""
+    by_module, by_parameter = _units(model)
+    last_unit: dict[str, _Unit] = {}
+    sequence: list[_Unit] = []
+    for event in events:
+        unit = by_module.get(event.module)
+        if event.parameter is not None:
+            unit = last_unit[event.parameter] = unit or by_parameter[event.parameter]
+        if unit is not None:
+            sequence.append(unit)
+    position = {unit: i for i, (unit, _) in enumerate(itertools.groupby(sequence))}
+    members: dict[_Unit, list[str]] = {}
+    unused = []
+    for name in parameter_names(model).values():
+        unit = last_unit.get(name, by_parameter[name])
+        if unit in position:
+            members.setdefault(unit, []).append(name)
+        else:
+            unused.append(name)
+    if not members:
+        raise ValueError(f"{type(model).__name__} runs without any of its parameters")
+    groups = _merged(sorted(members, key=position.__getitem__))
+    homes = {name: i for i, group in enumerate(groups) for u in group for name in members[u]}
+    homes |= dict.fromkeys(unused, len(groups) - 1)
+    leading = [next((unit for unit in group if unit.weights), group[0]) for group in groups]
+    names = [unit.name or type(model).__name__ for unit in leading]
+    trained = [name for name in unused if model.get_parameter(name).requires_grad]
+    message = f"parameters not used in the forward, put into the head {names[-1]!r}: "
+    return names, homes, [message + some(trained)] if trained else []
+
+
+def _merged(units: list[_Unit]) -> list[list[_Unit]]:
+    """Rule 3: units without a weight join the single unit before them, or the unit after them."""
+    groups: list[list[_Unit]] = []
+    waiting: list[_Unit] = []
+    single = False
+    for unit in units:
+        if unit.weights:
+            groups.append([*waiting, unit])
+            waiting, single = [], unit.single
+        elif single:
+            groups[-1].append(unit)
+        else:
+            waiting.append(unit)
+    if waiting:
+        groups[-1:] = [[*itertools.chain(*groups[-1:]), *waiting]]
+    return groups
+
+
+def _layers_by_name(model: nn.Module, layers: Sequence[LayerItem], traced: bool) -> _Split:
+    """Layers as the user lists them."""
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
+        raise TypeError(f"layers must be a non-empty list of names or patterns, got {layers!r}")
+    taken: dict[str, int] = {}  # under each name of a shared parameter
+    for i, item in enumerate(layers):
+        for name in _matched_parameters(model, item):
+            if taken.setdefault(name, i) != i:
+                raise ValueError(
+                    f"layers: parameter {name!r} matches two items, "
+                    f"{layers[taken[name]]!r} and {item!r}"
+                )
+    names = parameter_names(model)
+    homes = dict.fromkeys(names.values(), -1)
+    split_up = set()
+    for name, i in taken.items():
+        canonical = names[id(model.get_parameter(name))]
+        if homes[canonical] not in (-1, i):
+            split_up.add(canonical)
+        homes[canonical] = max(homes[canonical], i)
+    missed = [name for name, i in homes.items() if i == -1]
+    trained = [name for name in missed if model.get_parameter(name).requires_grad]
+    if trained:
+        raise ValueError(f"layers: no item matches the trainable parameters {some(trained)}")
+    homes |= dict.fromkeys(missed, len(layers) - 1)
+    messages = [f"shared parameters go to the last of their layers: {some(sorted(split_up))}"]
+    labels = [_label(item) for item in layers]
+    return labels, homes, messages if split_up and not traced else []
+
+
+def _matched_parameters(model: nn.Module, item: LayerItem) -> list[str]:
+    """Names of the parameters that an item of ``layers=`` stands for, in the model's order."""
+    patterns = [item] if isinstance(item, str | re.Pattern) else item
+    if not isinstance(patterns, list | tuple) or not patterns:
+        raise TypeError(f"layers: expected a name, a pattern or a list of these, got {item!r}")
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    matched = set()
+    for pattern in patterns:
+        names = _matching_names(pattern, [*modules, *parameters])
+        if not names:
+            text = _label(pattern)
+            known = difflib.get_close_matches(text, modules + parameters) or modules[1:]
+            raise ValueError(f"layers: {text!r} matches no module or parameter; try {some(known)}")
+        inside = {p for p in parameters if p in names or not names.isdisjoint(_ancestors(p))}
+        if not inside:
+            raise ValueError(f"layers: {_label(pattern)!r} matches modules without parameters only")
+        matched |= inside
+    return [p for p in parameters if p in matched]
+
+
+def _matching_names(pattern: LayerPattern, names: list[str]) -> set[str]:
+    if isinstance(pattern, str) and pattern in names:
+        return {pattern}
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"layers: {pattern!r} is no name and no regular expression: {error}"
+        ) from None
+    except TypeError:
+        raise TypeError(f"layers: expected a name or a pattern, got {pattern!r}") from None
+    return {name for name in names if compiled.fullmatch(name)}
+
+
+def _label(item: LayerItem) -> str:
+    """What a layer is called that the user listed: the first pattern of its item."""
+    first = item if isinstance(item, str | re.Pattern) else item[0]
+    return first if isinstance(first, str) else first.pattern
+
+
+def _describe(
+    model: nn.Module,
+    names: list[str],
+    homes: dict[str, int],
+    events: list[Event] | None,
+    counted: bool,
+) -> tuple[tuple[Layer, ...], list[str]]:
+    """The layers with what the trace says about them, and what to warn of."""
+    own = parameter_names(model)
+    homes_in = {
+        name: {homes[own[id(p)]] for p in module.parameters()}
+        for name, module in model.named_modules()
+    }
+    placed = {name: min(found) for name, found in homes_in.items() if len(found) == 1}
+    without_parameters: dict[str, int] = {}
+    forward, backward, upstream = ([0] * len(names) for _ in range(3))
+    current = 0
+    for event in events or ():
+        if event.module in placed:
+            current = placed[event.module]
+        elif event.parameter is not None:
+            current = homes[event.parameter]
+        elif not homes_in[event.module]:
+            without_parameters[event.module] = current
+        forward[current] += event.forward_flops
+        backward[current] += event.backward_flops
+        upstream[current] |= event.upstream
+    placed |= without_parameters
+    modules = [m for m in homes_in if m in placed]
+    outermost = [m for m in modules if placed[m] not in (placed.get(a) for a in _ancestors(m))]
+    held_by, messages = _sharing(names, homes, upstream, gradient_bits(model))
+    described = []
+    for i, name in enumerate(names):
+        parameters = tuple((n, p) for n, p in model.named_parameters() if homes[n] == i)
+        layer = Layer(
+            index=i,
+            name=name,
+            modules=tuple(m for m in outermost if placed[m] == i),
+            parameters=parameters,
+            fixed=frozenset(n for n, p in parameters if not p.requires_grad),
+            held_by=held_by[i],
+            forward_flops=forward[i] if counted else None,
+            backward_flops=backward[i] if counted else None,
+        )
+        described.append(layer)
+    return tuple(described), messages
+
+
+def _sharing(
+    names: list[str], homes: dict[str, int], upstream: list[int], bits: dict[str, int]
+) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Of each layer, the later layers with a parameter upstream of it; and the warnings."""
+    held_by: list[tuple[int, ...]] = []
+    earliest: dict[str, int] = {}
+    for i, mask in enumerate(upstream):
+        later = {name: home for name, home in homes.items() if home > i and mask & bits[name]}
+        held_by.append(tuple(sorted(set(later.values()))))
+        for name in later:
+            earliest.setdefault(name, i)
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, i in earliest.items():
+        groups.setdefault((i, homes[name]), []).append(name)
+    return held_by, [
+        f"layer {home} ({names[home]!r}) holds parameters that are also used before layer {i} "
+        f"({names[i]!r}): {some(shared)}. Until they freeze, the backward runs down to layer {i}"
+        for (i, home), shared in groups.items()
+    ]
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Names of the modules around a module or parameter, up to the root."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _intersection(a: Intervals, b: Intervals) -> Intervals:
+    pairs = ((max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b)
+    return [(start, end) for start, end in pairs if start < end]
