@@ -87,6 +87,8 @@ def torch_paths() -> tuple[list[str], str]:
 class BuildLibraries(build_ext):
     """Compiles plain shared libraries that fastfreeze loads itself: no Python module among them."""
 
+    extensions: list[Extension]
+
     def run(self) -> None:
         self.left_out: list[Extension] = []
         super().run()

@@ -177,9 +177,7 @@ class LayerPlan:
             "layer": [str(layer.index) for layer in self.layers],
             "name": [layer.name for layer in self.layers],
             "modules": [self._members(layer) for layer in self.layers],
-            "parameters": [
-                human_count(sum(p.numel() for _, p in x.parameters)) for x in self.layers
-            ],
+            "parameters": list(map(human_count, sizes)),
         }
         if self._backward_flops:
             shares = [self.backward_share(layer.index) or 0.0 for layer in self.layers]

@@ -1,0 +1,160 @@
+"""What running a model changes besides its output: noticed, undone, or kept from happening."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+from torch.utils._pytree import tree_map
+
+_SCALARS = (bool, int, float, complex, str, bytes)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, dicts and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def requires_grad(value: Any) -> bool:
+    """Whether a tensor in ``value`` requires grad."""
+    return any(tensor.requires_grad for tensor in tensors_in(value))
+
+
+def call_in_eval(call: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``call(*args, **kwargs)`` while ``module`` and all in it are in eval mode.
+
+    The flags change for this call only, so that a module shared with the trainable part, a call
+    of ``train()`` and a thaw need no further care.
+    """
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        return call(*args, **kwargs)
+    finally:
+        for m in training:
+            m.training = True
+
+
+def copied(value: Any) -> Any:
+    """Nested containers with their tensors cloned and detached."""
+    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, value)
+
+
+def in_checkpoint(outermost: CodeType) -> bool:
+    """Whether a call between here and the function of code ``outermost`` is checkpointed."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not outermost:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Watch:
+    """Notices entries of dictionaries that were added, removed or rebound."""
+
+    def __init__(self, live: Sequence[dict[Any, Any]]) -> None:
+        self._live = list(live)
+        self._seen = [dict(d) for d in live]
+
+    def changed(self) -> bool:
+        try:
+            return self._live != self._seen  # identical values are not compared further
+        except (RuntimeError, ValueError):  # two tensors or arrays have no single truth
+            return True
+
+
+class Snapshot:
+    """A model's attributes, buffers and training flags, and the host's random number generators.
+
+    Attributes that are lists or dicts are copied one level deep.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = [(type(m).__name__, vars(m), dict(vars(m))) for m in model.modules()]
+        self._containers = [
+            (f"{owner}.{name}", value, copy.copy(value))
+            for owner, d, _ in self._owners
+            for name, value in d.items()
+            if type(value) in (list, dict)
+        ]
+        self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+
+    def changed(self) -> str:
+        """What has changed, buffers' values aside; empty if nothing has."""
+        if random.getstate() != self._python:
+            return "draws from Python's random"
+        if pickle.dumps(np.random.get_state()) != pickle.dumps(self._numpy):
+            return "draws from numpy.random"
+        for owner, d, seen in self._owners:
+            for name in d.keys() | seen.keys():
+                if name not in d or name not in seen or not _same(d[name], seen[name]):
+                    return f"assigns {owner}.{name}"
+        for name, value, seen in self._containers:
+            if len(value) != len(seen) or any(map(_differ, _items(value), _items(seen))):
+                return f"changes {name}"
+        return ""
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        for _, d, seen in self._owners:
+            d.clear()
+            d.update(seen)
+        for _, value, seen in self._containers:
+            value.clear()
+            value.extend(seen) if isinstance(value, list) else value.update(seen)
+        with torch.no_grad():
+            for buffer, values in self._buffers:
+                if not torch.equal(buffer, values):  # a write would invalidate saved tensors
+                    buffer.copy_(values)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[Snapshot]:
+    """Undo, on leaving, what runs of the model do to it and to random number generators."""
+    snapshot = Snapshot(model)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        try:
+            yield snapshot
+        finally:
+            snapshot.restore()
+            torch.clear_autocast_cache()  # casts made under no_grad have no gradient
+
+
+def _items(value: list[Any] | dict[Any, Any]) -> list[Any]:
+    return list(value.items()) if isinstance(value, dict) else value
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) != len(b) or any(map(_differ, a, b))
+    return not _same(a, b)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, _SCALARS) and a == b)

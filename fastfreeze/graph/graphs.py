@@ -1,0 +1,202 @@
+"""A model's graphs, one for each way of calling it, cut by the present flags."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfreeze.graph._state import Watch, copied, requires_grad
+from fastfreeze.graph.cut import Cut, find_cut, frozen_modules
+from fastfreeze.graph.modules import frozen_in_eval
+from fastfreeze.graph.rewrite import Program, write_program
+from fastfreeze.graph.trace import CallPattern, UntraceableError, hooked, is_leaf, trace
+from fastfreeze.graph.verify import Observation, difference, observe
+
+_MAX_TRACES = 32
+Flags = tuple[bool, ...]
+
+
+class Graphs:
+    """What is known of a model's present structure and flags, and its graphs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._model = model
+        self._structure = Watch([m._modules for m in modules])
+        self._parameters = [m._parameters for m in modules]
+        self._opened = [m for m in modules if m is model or not is_leaf(m)]
+        self._graphs: dict[CallPattern, TrimmedGraph | str] = {}
+        self._latest: CallPattern | None = None
+        self._num_traces = 0
+        self.flags: Flags = ()
+
+    def outdated(self) -> bool:
+        """Whether modules were added, removed or replaced."""
+        return self._structure.changed()
+
+    def read_flags(self) -> Flags:
+        """Whether each parameter requires grad; True where there is none."""
+        return tuple([p is None or p.requires_grad for d in self._parameters for p in d.values()])
+
+    def frozen_modules(self) -> list[nn.Module]:
+        return [module for _, module in frozen_modules(self._model)]
+
+    def graph_for(self, args: Any, kwargs: Any) -> tuple[TrimmedGraph, list[Tensor]]:
+        """The graph, cut and compared with the model, for a call; and the call's tensors.
+
+        Raises:
+            UntraceableError: there is none.
+        """
+        pattern, tensors = CallPattern.of(self._model, args, kwargs)
+        self._latest = pattern
+        graph = self._graph_of(pattern)
+        if not graph.compared:
+            if problem := graph.compare_with_model(args, kwargs):
+                self._graphs[pattern] = f"its graph is not the model: {problem}"
+            graph = self._graph_of(pattern)
+        return graph, tensors
+
+    def latest_graph(self) -> TrimmedGraph:
+        return self._graph_of(self._latest or _plainest_pattern(self._model))
+
+    def refuse(self, graph: TrimmedGraph) -> str:
+        """Go without ``graph`` from now on; why."""
+        name = graph.escaped[0]
+        reason = f"{name} requires grad, though no parameter known to lead there does"
+        self._graphs[graph.pattern] = reason
+        return reason
+
+    def _graph_of(self, pattern: CallPattern) -> TrimmedGraph:
+        if name := hooked(self._opened):
+            raise UntraceableError(f"{name} has hooks, which its graph would not call")
+        known = self._graphs.get(pattern)
+        if known is None or (isinstance(known, TrimmedGraph) and known.outdated()):
+            known = self._graphs[pattern] = self._traced(pattern)
+        if isinstance(known, str):
+            raise UntraceableError(known)
+        known.cut_for(self.flags)
+        return known
+
+    def _traced(self, pattern: CallPattern) -> TrimmedGraph | str:
+        if self._num_traces == _MAX_TRACES:
+            return f"more than {_MAX_TRACES} ways of calling it, or changes of its attributes"
+        self._num_traces += 1
+        try:
+            return TrimmedGraph(self._model, pattern)
+        except UntraceableError as error:
+            return str(error)
+
+
+class TrimmedGraph:
+    """A model's graph for one way of calling it, with the programs for the present cut.
+
+    Attributes:
+        cut: set by :meth:`cut_for`.
+        compared: whether the graph has been found to compute what the model does.
+        escaped: names of values that crossed the cut though they require grad.
+    """
+
+    cut: Cut
+
+    def __init__(self, model: nn.Module, pattern: CallPattern) -> None:
+        self.pattern = pattern
+        self.compared = False
+        self.escaped: list[str] = []
+        self._model = model
+        self._trace = trace(model, pattern)
+        self._flags: Flags | None = None
+        self._hooks = self._watch_hooks()
+
+    def outdated(self) -> bool:
+        return self._trace.stale()
+
+    def cut_for(self, flags: Flags) -> None:
+        """Move the cut to where these ``requires_grad`` flags put it."""
+        if flags == self._flags:
+            return
+        self.cut = find_cut(self._trace, self._model)
+        self._flags = flags
+        self._programs: dict[bool, Program] = {}
+        self._proven = False
+
+    def run(self, tensors: list[Tensor]) -> Any:
+        """The trimmed model's output for the tensors of a call.
+
+        A new cut runs with autograd left on until a backward could have followed: whether anything
+        that requires grad reaches across the cut unseen shows in ``escaped``.
+        """
+        if self._hooks.changed():
+            self._hooks, self._proven = self._watch_hooks(), False
+        attached = requires_grad(tensors)
+        program = self._program(detach=self._proven and not attached)
+        output = self._execute(program, tensors)
+        if not (self._proven or attached) and torch.is_grad_enabled():
+            self._proven = True
+            self.escaped = list(program.escaped)
+        program.escaped.clear()
+        return output
+
+    def compare_with_model(self, args: Any, kwargs: Any, *, backward: bool = False) -> str:
+        """What the graph, not trimmed, computes differently from the model; or empty."""
+        plain = write_program(self._trace, Cut("fx"), detach=False)
+        expected = self._observe(lambda a, k: self._model(*a, **k), args, kwargs, backward)
+        try:
+            found = self._observe(
+                lambda a, k: plain(self._model, self._tensors(a, k)), args, kwargs, backward
+            )
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        self.compared = True
+        return difference(found, expected)
+
+    def compare(self, args: Any, kwargs: Any) -> str:
+        """What the trimmed graph computes differently from the model; or empty."""
+        if problem := self.compare_with_model(args, kwargs, backward=True):
+            return problem
+
+        def observed(program: Program) -> Observation:
+            return self._observe(
+                lambda a, k: self._execute(program, self._tensors(a, k)), args, kwargs, True
+            )
+
+        attached = observed(self._program(detach=False))
+        detached = observed(self._program(detach=True))
+        return difference(detached, attached)
+
+    def _observe(
+        self, run: Callable[[Any, Any], Any], args: Any, kwargs: Any, backward: bool
+    ) -> Observation:
+        return observe(self._model, lambda: run(*copied((args, kwargs))), backward=backward)
+
+    def _tensors(self, args: Any, kwargs: Any) -> list[Tensor]:
+        return CallPattern.of(self._model, args, kwargs)[1]
+
+    def _program(self, *, detach: bool) -> Program:
+        if detach not in self._programs:
+            self._programs[detach] = write_program(self._trace, self.cut, detach=detach)
+        return self._programs[detach]
+
+    def _execute(self, program: Program, tensors: list[Tensor]) -> Any:
+        if not self.cut.modules:
+            return program(self._model, tensors)
+        modules = [self._model.get_submodule(name) for name in self.cut.modules]
+        with frozen_in_eval(modules, TrimmedGraph._execute.__code__):
+            return program(self._model, tensors)
+
+    def _watch_hooks(self) -> Watch:
+        """Hooks of the modules that are nodes; they may do anything."""
+        hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in self._model.modules()]
+        return Watch([d for pair in hooks for d in pair])
+
+
+def _plainest_pattern(model: nn.Module) -> CallPattern:
+    """A call with one tensor for each argument without a default."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    given = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    args = tuple(torch.empty(0) for p in given if p.kind is not p.KEYWORD_ONLY)
+    kwargs = {p.name: torch.empty(0) for p in given if p.kind is p.KEYWORD_ONLY}
+    return CallPattern.of(model, args, kwargs)[0]

@@ -1,0 +1,105 @@
+"""Two ways of running a model, compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfreeze.graph._state import preserved, tensors_in
+
+Tensors = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a run gave, by name; None for a parameter without a gradient.
+
+    Attributes:
+        structure: the output's nested types.
+    """
+
+    structure: Any
+    gradient: Tensors
+    output: Tensors
+    buffer: Tensors
+
+
+def observe(model: nn.Module, run: Callable[[], Any], *, backward: bool = False) -> Observation:
+    """What ``run`` gives; the model and the random number generators are left as they were.
+
+    Args:
+        model: what is run.
+        run: runs it and returns its output.
+        backward: also get the gradients of the parameters that require grad.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad} if backward else {}
+    with preserved(model), torch.set_grad_enabled(backward):
+        output = run()
+        outputs = list(tensors_in(output))
+        gradients = _gradients(outputs, list(trained.values()))
+        return Observation(
+            structure=_structure(output),
+            gradient=dict(zip(trained, gradients, strict=True)),
+            output={str(i): t.detach() for i, t in enumerate(outputs)},
+            buffer={n: b.detach().clone() for n, b in model.named_buffers()},
+        )
+
+
+def difference(found: Observation, expected: Observation) -> str:
+    """The greatest difference, in words; empty if there is none beyond rounding."""
+    if found.structure != expected.structure:
+        return f"output is {found.structure}, not {expected.structure}"
+    worst, text = 1.0, ""
+    for kind in ("gradient", "output", "buffer"):
+        a, b = getattr(found, kind), getattr(expected, kind)
+        floor = 1e-3 * max((_magnitude(t) for t in b.values() if t is not None), default=0.0)
+        for name in sorted(a.keys() | b.keys()):
+            error, tolerance = _error(a.get(name), b.get(name), floor)
+            if error > worst * tolerance:
+                worst = error / tolerance
+                text = f"{kind} {name!r} differs, relative error {error:.1e}"
+    return text
+
+
+def _structure(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value), [_structure(item) for item in value]
+    if isinstance(value, dict):
+        return type(value), {key: _structure(item) for key, item in value.items()}
+    return type(value)
+
+
+def _gradients(outputs: list[Tensor], parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients of a sum of all outputs, with weights that no norm or softmax cancels."""
+    differentiable = [t for t in outputs if t.requires_grad]
+    if not (differentiable and parameters):
+        return [None] * len(parameters)
+    weights = [
+        torch.arange(t.numel(), device=t.device).cos().to(t.dtype).view(t.shape)
+        for t in differentiable
+    ]
+    return torch.autograd.grad(differentiable, parameters, weights, allow_unused=True)
+
+
+def _error(a: Tensor | None, b: Tensor | None, floor: float) -> tuple[float, float]:
+    """Relative error of ``a``, and how much of it rounding may explain."""
+    if a is None or b is None:
+        return (0.0 if a is b else math.inf), 1.0
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return math.inf, 1.0
+    if torch.equal(a, b):
+        return 0.0, 1.0
+    if not b.is_floating_point() or not torch.equal(a.isnan(), b.isnan()):
+        return math.inf, 1.0
+    error = (a.double() - b.double()).nan_to_num().abs().max().item()
+    scale = max(_magnitude(b), floor)
+    return (error / scale if scale else math.inf), math.sqrt(torch.finfo(b.dtype).eps)
+
+
+def _magnitude(tensor: Tensor) -> float:
+    return tensor.double().nan_to_num().abs().max().item() if tensor.numel() else 0.0
