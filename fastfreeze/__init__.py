@@ -1,9 +1,12 @@
 """Train faster by freezing, and get an ensemble for free."""
 
 from fastfreeze._version import __version__
+from fastfreeze.ensemble import Snapshot, SnapshotEnsemble, SnapshotStore
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
 from fastfreeze.freezing import Layer, LayerPlan, split
+from fastfreeze.graph import TrimmedModel, trim
 from fastfreeze.ops._library import backends
+from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import (
     Constant,
@@ -19,15 +22,22 @@ __all__ = [
     "BackendUnavailableError",
     "Constant",
     "Cosine",
+    "EnsembleAverage",
     "FastfreezeWarning",
     "FreezeOut",
     "FreezeOutCycles",
     "Layer",
     "LayerPlan",
     "Schedule",
+    "Snapshot",
     "SnapshotCycles",
+    "SnapshotEnsemble",
     "SnapshotError",
+    "SnapshotStore",
+    "TrimmedModel",
     "__version__",
     "backends",
+    "ensemble_softmax",
     "split",
+    "trim",
 ]

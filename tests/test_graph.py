@@ -353,6 +353,60 @@ def adds_to_view(m, x):
     return m.head(m.b(x).mean((2, 3)))
 
 
+def writes_one_of_two_views(m, x):
+    x = m.a(x)
+    one, other = x.flatten(2), x.transpose(2, 3)
+    one *= m.scale.view(4, 1)
+    return m.head(other.mean((2, 3)))
+
+
+def writes_view_of_view(m, x):
+    view = m.a(x).relu_().flatten(2)
+    view[:, :2] *= m.scale.view(4, 1)[:2]
+    return m.head(view.mean(2))
+
+
+def reads_what_was_written(m, x):
+    """Written through one name, read as the result and through a view of it."""
+    x = m.a(x).relu_()
+    y = m.b(x)
+    z = x.mul_(m.scale.view(4, 1, 1))
+    return m.head((y + z.transpose(2, 3) + x).mean((2, 3)))
+
+
+def writes_result_of_in_place_relu(m, x):
+    x = m.a(x)
+    y = F.relu(x, inplace=True)
+    y.mul_(m.scale.view(4, 1, 1))
+    return m.head(x.mean((2, 3)))
+
+
+def clone(x, training=False):
+    """No clone at all, for all that an operator of that name says."""
+    return x.view_as(x)
+
+
+def writes_beside_a_view(m, x):
+    x = m.a(x)
+    y = clone(x)
+    x.mul_(m.scale.view(4, 1, 1))
+    return m.head(y.mean((2, 3)))
+
+
+def writes_own_values(m, x):
+    """A module that writes in place, unsaid, to what trains: no concern of the cut."""
+    return m.head(m.writes(m.b(m.a(x))).mean((2, 3)))
+
+
+def scaled_input(m, x):
+    return m.head(m.b(m.a(x * 2)).mean((2, 3)))
+
+
+def only_shape_crosses(m, x):
+    y = m.a(x)
+    return m.head(m.b(x[:, [0, 0, 0, 0]]).mean((2, 3))) * y.shape[1]
+
+
 def writes_items(m, x):
     x = m.a(x)
     out = x.new_zeros(x.shape[0], 4)
@@ -434,6 +488,15 @@ class Custom(nn.Module):
         return x * self.weight * torch.rand(()) if self.training and x.mean() < 9 else x
 
 
+class WritesUnseen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return x.mul_(self.weight)
+
+
 MODELS = {
     # name: (model, what is frozen, number of inputs)
     "chain": (lambda: Net(chain), ("a", "b"), 1),
@@ -459,6 +522,14 @@ MODELS = {
     "writes to frozen": (lambda: Net(adds_to_frozen, scale=scale()), ("a",), 1),
     "writes under a view": (lambda: Net(adds_to_base_of_view, scale=scale()), ("a",), 1),
     "writes to a view": (lambda: Net(adds_to_view, scale=scale()), ("a", "b"), 1),
+    "writes one of two views": (lambda: Net(writes_one_of_two_views, scale=scale()), ("a",), 1),
+    "writes view of view": (lambda: Net(writes_view_of_view, scale=scale()), ("a",), 1),
+    "reads what was written": (lambda: Net(reads_what_was_written, scale=scale()), ("a", "b"), 1),
+    "writes relu's result": (lambda: Net(writes_result_of_in_place_relu, scale=scale()), ("a",), 1),
+    "writes beside a view": (lambda: Net(writes_beside_a_view, scale=scale()), ("a",), 1),
+    "writes own": (lambda: Net(writes_own_values, writes=WritesUnseen()), ("a",), 1),
+    "scaled input": (lambda: Net(scaled_input), ("b",), 1),
+    "only a shape crosses": (lambda: Net(only_shape_crosses), ("a",), 1),
     "writes items": (lambda: Net(writes_items, scale=scale()), ("a",), 1),
     "reads after write": (lambda: Net(frozen_reads_after_write, scale=scale()), ("a", "b"), 1),
     "view crosses": (lambda: Net(view_crosses, scale=scale()), ("a",), 1),
@@ -523,6 +594,8 @@ def test_maxvit():
         ("shape of trained", {"a_0", "a_1", "interpolate"}, {"b_0"}, ["getitem", "a_1"]),
         ("frozen middle", set(), {"b_0"}, []),
         ("two outputs", {"a_0", "a_1"}, {"b_0"}, ["a_1"]),
+        ("scaled input", set(), {"mul"}, []),
+        ("only a shape crosses", {"a_0", "a_1"}, {"b_0"}, ["getitem"]),
     ],
 )
 def test_cut(name, frozen, missing, boundary):
@@ -1290,6 +1363,23 @@ def test_gradients_that_come_in_by_a_hook(late):
     found, weight.grad = weight.grad, None
     call_with_modes(model, {"a"}, x).square().sum().backward()
     assert torch.equal(found, weight.grad)
+
+
+def writes_unseen(m, x):
+    x = m.a(x)
+    view = x.flatten(2)
+    m.writes(x)
+    return m.head(view.mean(2))
+
+
+def test_writes_that_are_not_declared():
+    model = freeze(Net(writes_unseen, writes=WritesUnseen()), "a")
+    x = inputs()
+    expected = step(model, lambda v: call_with_modes(model, {"a"}, v), x, steps=2)
+    assert expected["gradient of writes.weight"]
+    trimmed = trim(model)
+    with pytest.warns(FastfreezeWarning, match="writes writes to its input"):
+        assert differing(step(model, trimmed, x, steps=2), expected) == []
 
 
 # --- verify, copies, arguments -----------------------------------------------------------------

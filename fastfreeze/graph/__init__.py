@@ -1,4 +1,9 @@
-"""The rewriter: what is frozen runs without autograd, in eval mode; the cut follows the flags."""
+"""The rewriter: what is frozen runs without autograd and in eval mode, on any model.
+
+A model is traced once (``trace``); the graph is cut by its ``requires_grad`` flags (``cut``) and
+written as a program (``rewrite``) each time they change (``graphs``). Models that cannot be traced
+are trimmed module by module (``modules``). :func:`trim` is the way in.
+"""
 
 from fastfreeze.graph.cut import Cut
 from fastfreeze.graph.trim import TrimmedModel, trim

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
+_MISSING = object()
 _SCALARS = (bool, int, float, complex, str, bytes)
 
 
@@ -82,7 +83,45 @@ class Watch:
     def changed(self) -> bool:
         try:
             return self._live != self._seen  # identical values are not compared further
-        except (RuntimeError, ValueError):  # two tensors or arrays have no single truth
+        except (RuntimeError, TypeError, ValueError):  # two tensors or arrays have no single truth
+            return True
+
+
+class AttributeReads:
+    """The attributes that modules' Python reads while recorded, and their values then.
+
+    A write into an attribute's value is noticed if the value is a list, dict or set.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        every_modules = set(dir(nn.Module())) - {"training", "forward"}
+
+        def record(module: nn.Module, name: str) -> Any:
+            value = object.__getattribute__(module, name)
+            if name not in every_modules:
+                attributes = object.__getattribute__(module, "__dict__")
+                seen = attributes.get(name, _MISSING)
+                seen = copy.copy(seen) if type(seen) in (list, dict, set) else seen
+                self._seen.setdefault((id(attributes), name), (attributes, seen))
+            return value
+
+        nn.Module.__getattribute__ = record  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del nn.Module.__getattribute__
+
+    def changed(self) -> bool:
+        try:
+            return any(
+                attributes.get(name, _MISSING) != seen
+                for (_, name), (attributes, seen) in self._seen.items()
+            )
+        except (RuntimeError, TypeError, ValueError):  # two tensors or arrays have no single truth
             return True
 
 

@@ -36,6 +36,10 @@ _RETURN_INPUT = frozenset(
 _OPERATORS = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
 
 
+Nodes = frozenset[fx.Node]
+Names = dict[fx.Node, Nodes]
+
+
 @dataclass(frozen=True)
 class Cut:
     """What is frozen, and what crosses to the rest.
@@ -48,6 +52,7 @@ class Cut:
         in_eval: those of them that run in eval mode: all that hold a frozen parameter, or come
             before or after one that does.
         boundary: names of the frozen nodes whose values the rest or the output reads.
+        readers: names of the nodes that call a module on something from before the cut, and train.
         modules: names of the modules, called as they are, all of whose parameters are frozen. They
             run in eval mode if no input requires grad. In mode "fx" those inside a module that
             is one node and also trains. The model's own name is "".
@@ -60,6 +65,7 @@ class Cut:
     frozen: tuple[str, ...] = ()
     in_eval: tuple[str, ...] = ()
     boundary: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     num_nodes: int = 0
     frozen_parameters: int = 0
@@ -100,6 +106,13 @@ def find_cut(trace: Trace, model: nn.Module) -> Cut:
         frozen=tuple(node.name for node in frozen),
         in_eval=tuple(node.name for node in frozen if node in in_eval),
         boundary=tuple(node.name for node in frozen if not kept.issuperset(node.users)),
+        readers=tuple(
+            node.name
+            for node in computing
+            if node in tainted
+            and node.op == "call_module"
+            and any(not graph.storages[i] <= tainted for i in node.all_input_nodes)
+        ),
         modules=tuple(inside),
         num_nodes=len(computing),
         frozen_parameters=len(parameters),
@@ -160,9 +173,7 @@ class _Dataflow:
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values ``node`` computes with; none for metadata."""
-        if node in self.metadata:
-            return []
-        return [i for i in node.all_input_nodes if i not in self.metadata]
+        return [] if node in self.metadata else node.all_input_nodes
 
     def parameters(self, node: fx.Node) -> list[Tensor]:
         """The parameters that a node computes with."""
@@ -189,45 +200,60 @@ class _Dataflow:
     def tainted(self) -> set[fx.Node]:
         """All nodes that are not frozen.
 
-        Where storage is written to by a tainted node and then read under another name than it was
-        written under, autograd has to see how the two names are related: the names other than
-        the storage's own are then tainted as well, and the search starts again.
+        A storage that a tainted node writes to must have come across the cut by one name, or
+        autograd could not see how others are related to it. Where it has not, all names but the
+        storage's own are tainted from the start, and the search starts again.
         """
-        retraced: set[fx.Node] = set()
+        owned: set[fx.Node] = set()
         while True:
-            tainted, conflicts = self._spread(retraced)
-            if conflicts <= retraced:
+            tainted, conflicts = self._spread(owned)
+            if not conflicts:
                 return tainted
-            retraced |= conflicts
+            owned |= conflicts
 
-    def _spread(self, retraced: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
-        """Tainted nodes, and storages read under another name than a tainted node wrote under.
+    def _spread(self, owned: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+        """Tainted nodes; and storages that are written to and came across by several names.
 
-        The names of storages in ``retraced``, other than their own, are tainted from the start.
+        Args:
+            owned: storages that are to come across by their own name.
         """
         tainted: set[fx.Node] = set()
-        written: dict[fx.Node, fx.Node] = {}
+        crossings: dict[fx.Node, Names] = {}
+        written: Names = {}
         conflicts: set[fx.Node] = set()
         for node in self._graph.nodes:
             if node in self.metadata:
                 continue
             inputs = self.inputs(node)
-            names = self.storages[node] & retraced
-            reads = [(s, i) for i in inputs for s in self.storages[i] if s in written]
-            for storage, name in reads:
-                if name in tainted or written[storage] is name:
-                    continue
-                if not (storage is name and storage in retraced):
-                    conflicts.add(storage)
-            if (
+            reads = False
+            for name in inputs:
+                for storage in self.storages[name] & written.keys():
+                    reads = True
+                    if len(written[storage] | _crossed_by(name, storage, crossings)) > 1:
+                        conflicts.add(storage)
+            if not (
                 reads
-                or names - {node}
+                or (self.storages[node] & owned) - {node}
                 or not tainted.isdisjoint(inputs)
                 or requires_grad(self.held[node])
             ):
-                tainted.add(node)
-                for name in self._written_by(node):
-                    written.update((storage, name) for storage in self.storages[name])
+                continue
+            tainted.add(node)
+            crossings[node] = {
+                storage: frozenset().union(
+                    *(
+                        _crossed_by(name, storage, crossings)
+                        for name in inputs
+                        if storage in self.storages[name]
+                    )
+                )
+                or frozenset((node,))
+                for storage in self.storages[node]
+            }
+            for name in self._written_by(node):
+                for storage in self.storages[name]:
+                    by = _crossed_by(name, storage, crossings)
+                    written[storage] = written.get(storage, frozenset()) | by
         return tainted, conflicts
 
     def _written_by(self, node: fx.Node) -> list[fx.Node]:
@@ -235,7 +261,7 @@ class _Dataflow:
         inputs = self.inputs(node)
         if node.op == "call_module":
             module = self._model.get_submodule(str(node.target))
-            return inputs if any(getattr(m, "inplace", False) for m in module.modules()) else []
+            return inputs if declares_writes(module) else []
         out = node.kwargs.get("out")
         written = [out] if isinstance(out, fx.Node) else []
         return written + (inputs[:1] if _writes_first(node) else [])
@@ -249,6 +275,7 @@ class _Dataflow:
             node.op in ("call_function", "call_method")
             and not _writes_first(node)
             and "out" not in node.kwargs
+            and _is_torchs(node.target)
             and _gives_fresh(_target_name(node))
         )
 
@@ -259,6 +286,16 @@ class _Dataflow:
         if isinstance(value, nn.Module):
             return [*value.parameters(), *value.buffers()]
         return [value] if isinstance(value, Tensor) else []
+
+
+def _crossed_by(name: fx.Node, storage: fx.Node, crossings: dict[fx.Node, Names]) -> Nodes:
+    """The names by which a storage came across the cut, to be read under ``name``."""
+    return crossings[name][storage] if name in crossings else frozenset((name,))
+
+
+def declares_writes(module: Any) -> bool:
+    """Whether something in a module says that it writes to its input."""
+    return any(getattr(m, "inplace", False) for m in module.modules())
 
 
 def attribute(model: nn.Module, path: str) -> Any:
@@ -276,6 +313,12 @@ def _is_metadata(node: fx.Node, metadata: set[fx.Node]) -> bool:
     module = getattr(node.target, "__module__", "")
     inputs = node.all_input_nodes
     return module in ("_operator", "builtins") and bool(inputs) and metadata.issuperset(inputs)
+
+
+def _is_torchs(target: Any) -> bool:
+    """Whether a function or method is torch's or a Python operator."""
+    module = getattr(target, "__module__", None) or "torch"
+    return module.split(".")[0] in ("torch", "_operator", "builtins")
 
 
 def _target_name(node: fx.Node) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastfreeze.graph._state import Watch, copied, requires_grad
 from fastfreeze.graph.cut import Cut, find_cut, frozen_modules
-from fastfreeze.graph.modules import frozen_in_eval
+from fastfreeze.graph.modules import FrozenModules
 from fastfreeze.graph.rewrite import Program, write_program
 from fastfreeze.graph.trace import CallPattern, UntraceableError, hooked, is_leaf, trace
 from fastfreeze.graph.verify import Observation, difference, observe
@@ -32,6 +33,7 @@ class Graphs:
         self._graphs: dict[CallPattern, TrimmedGraph | str] = {}
         self._latest: CallPattern | None = None
         self._num_traces = 0
+        self._frozen_modules: tuple[Flags, FrozenModules] | None = None
         self.flags: Flags = ()
 
     def outdated(self) -> bool:
@@ -42,8 +44,12 @@ class Graphs:
         """Whether each parameter requires grad; True where there is none."""
         return tuple([p is None or p.requires_grad for d in self._parameters for p in d.values()])
 
-    def frozen_modules(self) -> list[nn.Module]:
-        return [module for _, module in frozen_modules(self._model)]
+    def frozen_modules(self, outermost: CodeType) -> FrozenModules:
+        """All modules whose parameters are all frozen, for a model run by code ``outermost``."""
+        if self._frozen_modules is None or self._frozen_modules[0] != self.flags:
+            modules = [module for _, module in frozen_modules(self._model)]
+            self._frozen_modules = self.flags, FrozenModules(modules, outermost)
+        return self._frozen_modules[1]
 
     def graph_for(self, args: Any, kwargs: Any) -> tuple[TrimmedGraph, list[Tensor]]:
         """The graph, cut and compared with the model, for a call; and the call's tensors.
@@ -65,9 +71,7 @@ class Graphs:
 
     def refuse(self, graph: TrimmedGraph) -> str:
         """Go without ``graph`` from now on; why."""
-        name = graph.escaped[0]
-        reason = f"{name} requires grad, though no parameter known to lead there does"
-        self._graphs[graph.pattern] = reason
+        reason = self._graphs[graph.pattern] = graph.escaped[0]
         return reason
 
     def _graph_of(self, pattern: CallPattern) -> TrimmedGraph:
@@ -97,7 +101,7 @@ class TrimmedGraph:
     Attributes:
         cut: set by :meth:`cut_for`.
         compared: whether the graph has been found to compute what the model does.
-        escaped: names of values that crossed the cut though they require grad.
+        escaped: what the cut turned out not to know of, in words.
     """
 
     cut: Cut
@@ -120,14 +124,16 @@ class TrimmedGraph:
             return
         self.cut = find_cut(self._trace, self._model)
         self._flags = flags
+        modules = [self._model.get_submodule(name) for name in self.cut.modules]
+        self._modules = FrozenModules(modules, TrimmedGraph._execute.__code__)
         self._programs: dict[bool, Program] = {}
         self._proven = False
 
     def run(self, tensors: list[Tensor]) -> Any:
         """The trimmed model's output for the tensors of a call.
 
-        A new cut runs with autograd left on until a backward could have followed: whether anything
-        that requires grad reaches across the cut unseen shows in ``escaped``.
+        A new cut runs with autograd left on until a backward could have followed: what it does not
+        know of shows in ``escaped``, and has done no harm yet.
         """
         if self._hooks.changed():
             self._hooks, self._proven = self._watch_hooks(), False
@@ -183,8 +189,7 @@ class TrimmedGraph:
     def _execute(self, program: Program, tensors: list[Tensor]) -> Any:
         if not self.cut.modules:
             return program(self._model, tensors)
-        modules = [self._model.get_submodule(name) for name in self.cut.modules]
-        with frozen_in_eval(modules, TrimmedGraph._execute.__code__):
+        with self._modules.in_eval():
             return program(self._model, tensors)
 
     def _watch_hooks(self) -> Watch:

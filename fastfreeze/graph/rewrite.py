@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
-from fastfreeze.graph._state import call_in_eval, requires_grad
-from fastfreeze.graph.cut import Cut
+from fastfreeze.graph._state import call_in_eval, requires_grad, tensors_in
+from fastfreeze.graph.cut import Cut, declares_writes
 from fastfreeze.graph.trace import Trace
 
 _EVAL_ARGUMENTS: dict[str, Any] = {
@@ -34,8 +34,8 @@ class Program:
     """A rewritten model.
 
     Attributes:
-        escaped: names of values that crossed the cut though they require grad; only a program that
-            leaves autograd on sees them.
+        escaped: what the cut did not know of, in words: a value that crossed it though it requires
+            grad, a write in place. Only a program that leaves autograd on sees them.
     """
 
     _function: Callable[..., Any]
@@ -57,13 +57,7 @@ def write_program(trace: Trace, cut: Cut, *, detach: bool) -> Program:
     autograd stays on everywhere; the gradients are the same but for those of the inputs.
     """
     escaped: list[str] = []
-
-    def report(value: Any, name: str) -> Any:
-        if requires_grad(value):
-            escaped.append(name)
-        return value
-
-    writer = _Writer(cut, _detached if detach else report, switch=detach)
+    writer = _Writer(cut, None if detach else _Reports(escaped))
     for node in trace.graph.nodes:
         writer.write(node)
     code = writer.graph.python_code("self")
@@ -72,15 +66,36 @@ def write_program(trace: Trace, cut: Cut, *, detach: bool) -> Program:
     return Program(namespace["forward"], escaped)
 
 
-class _Writer:
-    """Copies a graph node by node."""
+class _Reports:
+    """What a program with autograd left on looks at, and the cut was not able to."""
 
-    def __init__(self, cut: Cut, cross: Callable[[Any, str], Any], switch: bool) -> None:
+    def __init__(self, escaped: list[str]) -> None:
+        self._escaped = escaped
+
+    def crossing(self, value: Any, name: str) -> Any:
+        if requires_grad(value):
+            self._escaped.append(
+                f"{name} requires grad, though no parameter known to lead there does"
+            )
+        return value
+
+    def call(self, target: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+        given = [t for t in tensors_in((args, kwargs)) if not t.is_inference()]
+        versions = [t._version for t in given]
+        output = target(*args, **kwargs)
+        if [t._version for t in given] != versions and not declares_writes(target):
+            self._escaped.append(f"{name} writes to its input, though it does not say inplace")
+        return output
+
+
+class _Writer:
+    """Copies a graph node by node; with ``reports``, autograd stays on."""
+
+    def __init__(self, cut: Cut, reports: _Reports | None) -> None:
         self.graph = fx.Graph()
-        self._cross = cross
-        self._switch = switch
+        self._reports = reports
         self._frozen, self._in_eval = frozenset(cut.frozen), frozenset(cut.in_eval)
-        self._boundary = frozenset(cut.boundary)
+        self._boundary, self._readers = frozenset(cut.boundary), frozenset(cut.readers)
         self._copies: dict[fx.Node, fx.Node] = {}
         self._crossed: dict[fx.Node, fx.Node] = {}
         self._to_cross: list[fx.Node] = []
@@ -94,6 +109,10 @@ class _Writer:
             self._leave()
         if node.name in self._in_eval and node.op in ("call_module", "call_function"):
             copy = self._in_eval_mode(node)
+        elif node.name in self._readers and self._reports:
+            module = self.graph.create_node("get_attr", node.target)
+            args, kwargs = self._arguments(node)
+            copy = self.graph.call_function(self._reports.call, (module, node.name, *args), kwargs)
         else:
             copy = self.graph.node_copy(node, self._now)
             copy.type = None
@@ -107,11 +126,16 @@ class _Writer:
             return self._copies[node]
         return self._crossed.get(node, self._copies[node])
 
+    def _arguments(self, node: fx.Node) -> Any:
+        return map_aggregate(
+            (node.args, node.kwargs), lambda a: self._now(a) if isinstance(a, fx.Node) else a
+        )
+
     def _enter(self) -> None:
         if self._inside:
             return
         self._inside = True
-        if self._switch:
+        if not self._reports:
             if self._grad_enabled is None:
                 self._grad_enabled = self.graph.call_function(torch.is_grad_enabled)
             self.graph.call_function(torch.set_grad_enabled, (False,))
@@ -120,17 +144,15 @@ class _Writer:
         if not self._inside:
             return
         self._inside = False
-        if self._switch:
+        if not self._reports:
             self.graph.call_function(torch.set_grad_enabled, (self._grad_enabled,))
+        cross = self._reports.crossing if self._reports else _detached
         for node in self._to_cross:
-            arguments = (self._copies[node], node.name)
-            self._crossed[node] = self.graph.call_function(self._cross, arguments)
+            self._crossed[node] = self.graph.call_function(cross, (self._copies[node], node.name))
         self._to_cross = []
 
     def _in_eval_mode(self, node: fx.Node) -> fx.Node:
-        args, kwargs = map_aggregate(
-            (node.args, node.kwargs), lambda a: self._now(a) if isinstance(a, fx.Node) else a
-        )
+        args, kwargs = self._arguments(node)
         if callable(node.target):
             args, kwargs = eval_arguments(node.target, args, kwargs)
             return self.graph.create_node("call_function", node.target, args, kwargs, node.name)

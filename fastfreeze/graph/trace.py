@@ -27,7 +27,7 @@ from torch.fx.proxy import Attribute, Proxy
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
-from fastfreeze.graph._state import Watch, in_checkpoint, preserved, tensors_in
+from fastfreeze.graph._state import AttributeReads, in_checkpoint, preserved, tensors_in
 
 _CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), Enum),
@@ -96,11 +96,11 @@ class Trace:
     """
 
     graph: fx.Graph
-    _attributes: Watch
+    _reads: AttributeReads
 
     def stale(self) -> bool:
-        """Whether an attribute of a module traced through, such as ``training``, was rebound."""
-        return self._attributes.changed()
+        """Whether an attribute that a forward read, such as ``training``, has another value."""
+        return self._reads.changed()
 
 
 def trace(model: nn.Module, pattern: CallPattern) -> Trace:
@@ -110,9 +110,9 @@ def trace(model: nn.Module, pattern: CallPattern) -> Trace:
         UntraceableError: a graph cannot repeat what the model does.
     """
     with preserved(model) as before, torch.enable_grad(), _custom_functions_refused():
-        tracer = _Tracer(model, pattern)
+        tracer, reads = _Tracer(model, pattern), AttributeReads()
         try:
-            with _Factories(tracer), _kept_whole(model, tracer):
+            with _Factories(tracer), _kept_whole(model, tracer), reads.recorded():
                 graph = tracer.trace(model)
         except UntraceableError:
             raise
@@ -121,17 +121,15 @@ def trace(model: nn.Module, pattern: CallPattern) -> Trace:
             raise UntraceableError(f"{type(error).__name__}: {reason}") from error
         if effect := before.changed():
             raise UntraceableError(f"forward {effect}")
-    return Trace(graph, Watch([vars(module) for module in tracer.opened]))
+    return Trace(graph, reads)
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module below the model is one node, called as it is."""
-    # A childless module's own Python may then do as it likes, such as read its training flag.
-    name = type(module).__module__
-    torch_nn = name.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
-        module, nn.Sequential
-    )
-    return torch_nn or not module._modules
+    if not module._modules:  # its own Python may then do as it likes
+        return True
+    of_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+    return of_torch and not isinstance(module, nn.Sequential)
 
 
 def hooked(modules: Iterable[nn.Module]) -> str:
@@ -201,7 +199,6 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._pattern = pattern
         self._state = _ambient_state()
-        self.opened = {model}
         self._names: dict[int, str] = {}
         for prefix, module in model.named_modules():
             owned = {**vars(module), **module._buffers, **module._parameters}
@@ -226,17 +223,6 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
-
-    def call_module(
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if not is_leaf(m):
-            self.opened.add(m)
-        return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         if not isinstance(attr_val, Tensor):
@@ -268,7 +254,9 @@ class _Tracer(fx.Tracer):
 
         @wraps(function)
         def record(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(a, Proxy) for a in (*args, *kwargs.values())):
+            values = (*args, *kwargs.values())
+            modules = any(isinstance(a, nn.Module) for a in values)
+            if any(isinstance(a, Proxy) for a in values) and not modules:
                 return self.create_proxy("call_function", function, args, kwargs)
             return function(*args, **kwargs)
 
@@ -327,17 +315,13 @@ def _kept_whole(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
     Found are those that a forward finds in its globals or in a module (not torch) that is there,
     and torchvision's.
     """
-    scopes = {
-        id(scope): scope
-        for module in model.modules()
-        if module is model or not is_leaf(module)
-        for scope in _scopes(getattr(type(module).forward, "__globals__", {}))
-    }
-    if "torchvision.ops" in sys.modules:
-        scopes[0] = vars(sys.modules["torchvision.ops"])
+    scopes = [vars(sys.modules["torchvision.ops"])] if "torchvision.ops" in sys.modules else []
+    for module in model.modules():
+        if module is model or not is_leaf(module):
+            scopes += _scopes(getattr(type(module).forward, "__globals__", {}))
     found = [
         (scope, name, value)
-        for scope in scopes.values()
+        for scope in {id(scope): scope for scope in scopes}.values()
         for name, value in scope.items()
         if isinstance(value, FunctionType)
         and "training" in value.__code__.co_varnames[: value.__code__.co_argcount]

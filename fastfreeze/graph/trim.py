@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph._state import copied, preserved, requires_grad
 from fastfreeze.graph.cut import Cut, find_module_cut
 from fastfreeze.graph.graphs import Graphs
-from fastfreeze.graph.modules import EvalForward, frozen_in_eval, replayed
 from fastfreeze.graph.trace import UntraceableError
 from fastfreeze.graph.verify import difference, observe
 
@@ -21,19 +19,20 @@ from fastfreeze.graph.verify import difference, observe
 def trim(model: nn.Module, example_inputs: Any = None) -> TrimmedModel:
     """A module that computes as ``model`` does, and leaves what is frozen alone.
 
-    In training mode, the *frozen prefix* of the model is run under ``no_grad``, with its norms and
-    dropouts in eval mode, and its results are detached. The frozen prefix is everything, in the
-    order of execution, before the first parameter that requires grad: see :class:`TrimmedModel`.
+    In training mode the *frozen prefix* runs under ``no_grad``, with its norms and dropouts in eval
+    mode, and what it hands on is detached: autograd covers the rest only. The frozen prefix is
+    whatever does not depend on a parameter that requires grad. See :class:`TrimmedModel`.
 
     Args:
-        model: is shared, not copied: parameters, buffers, submodules and training mode.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments,
-            to find out now whether the model can be traced. It is run, without a trace of that
-            in it. Default: with the first call in which something is frozen.
+        model: is shared, not copied: its parameters, buffers, submodules and training mode.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+            With them the model is traced at once, or it is announced that it cannot be; without,
+            when it is first called while something is frozen.
 
     Raises:
-        TypeError: ``model`` is no module or already trimmed, or ``example_inputs`` is of another
-            type than those above.
+        TypeError: ``model`` is no module or is trimmed already, or ``example_inputs`` is of
+            another type than those above.
+        ValueError: ``model`` has lazy parameters that are not initialized yet.
 
     Warns:
         FastfreezeWarning: the model cannot be traced with ``example_inputs``.
@@ -68,23 +67,28 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 class TrimmedModel(nn.Module):
     """A model that follows its ``requires_grad`` flags; made by :func:`trim`.
 
-    It holds the model's own submodules, parameters and buffers: their names, and so state dicts,
-    are the model's, and what is done to the one is done to the other.
+    It holds the very parameters, buffers and submodules of ``model``, under the same names: state
+    dicts interchange, and what is done to the one is done to the other. ``model`` itself stays
+    untouched: nothing in it is replaced, and modules' ``training`` flags change only while they are
+    called.
 
-    * In eval mode (of the model), and while no parameter is frozen, the model itself is run.
-    * Otherwise its graph is, with the *cut* where the flags put it. Frozen norms and dropouts are
-      those in the frozen prefix that hold a frozen parameter, or come before or after such: they
-      run in eval mode for as long as they are in it, whatever ``train()`` says. The modules' own
-      ``training`` flags change during their call only.
+    * In eval mode of ``model``, and while nothing is frozen, ``model`` itself runs.
+    * Otherwise its graph runs, cut where the present flags put it (:attr:`cut`). A node of the
+      frozen prefix is in eval mode if it holds a frozen parameter, or comes before or after one
+      that does; a dropout in front of a part that trains is not. Norms keep their statistics
+      bit for bit. A ``train()`` in between changes none of this.
     * If an input requires grad, autograd stays on in the prefix.
-    * A model that cannot be traced is announced with :class:`~fastfreeze.errors.FastfreezeWarning`
-      and trimmed at module level: a module all of whose parameters are frozen runs in eval mode
-      when no input of it requires grad; if an input of the model requires grad, none does.
-      Norms and dropouts without parameters keep their mode unless they are inside such a module.
+    * A model without a graph is announced by a :class:`~fastfreeze.errors.FastfreezeWarning` and
+      trimmed at module level: a module whose parameters are all frozen runs in eval mode, with
+      all that is in it, where none of its inputs requires grad (under ``no_grad`` that is
+      everywhere). Norms and dropouts that have no parameters and are in no such module keep
+      their mode. If an input of the model requires grad, ``model`` itself runs.
 
-    The first call of each kind runs the model twice more, to compare it with its graph; what that
-    does to buffers and random numbers is undone. Python values that a forward reads from anywhere
-    but the call's arguments and its modules' attributes are taken as constant.
+    The first call of each kind runs the model once more, and its graph, to compare them; what that
+    does to buffers and random numbers is undone. A forward's Python runs when the graph is made and
+    not again, except in modules without submodules: it is made again when an attribute that was
+    read has changed, but globals count as constant, and ``if self.training`` stays as it is in a
+    prefix. Functions that take ``training`` as an argument are switched off there.
     """
 
     model: nn.Module
@@ -108,8 +112,7 @@ class TrimmedModel(nn.Module):
             graph, tensors = graphs.graph_for(args, kwargs)
         except UntraceableError as error:
             self._announce(str(error), stacklevel=5)
-            with self._modules_in_eval(args, kwargs):
-                return self.model(*args, **kwargs)
+            return self._run_modules(graphs, args, kwargs)
         if not (graph.cut.frozen or graph.cut.modules):
             return self.model(*args, **kwargs)
         output = graph.run(tensors)
@@ -153,7 +156,7 @@ class TrimmedModel(nn.Module):
                 graph, _ = graphs.graph_for(args, kwargs)
                 problem = graph.compare(args, kwargs)
             except UntraceableError:
-                problem = self._compare_modules(args, kwargs)
+                problem = self._compare_modules(graphs, args, kwargs)
         if problem:
             raise RuntimeError(f"trimmed {type(self.model).__name__}: {problem}")
 
@@ -184,25 +187,21 @@ class TrimmedModel(nn.Module):
         self._graphs.flags = self._graphs.read_flags()
         return self._graphs
 
-    def _modules_in_eval(
-        self, args: Any, kwargs: Any
-    ) -> AbstractContextManager[dict[nn.Module, EvalForward]]:
+    def _run_modules(self, graphs: Graphs, args: Any, kwargs: Any) -> Any:
         if requires_grad((args, kwargs)):
-            return nullcontext({})
-        return frozen_in_eval(self._now().frozen_modules(), TrimmedModel.forward.__code__)
+            return self.model(*args, **kwargs)
+        with graphs.frozen_modules(TrimmedModel._run_modules.__code__).in_eval():
+            return self.model(*args, **kwargs)
 
-    def _compare_modules(self, args: Any, kwargs: Any) -> str:
-        stand_ins: dict[nn.Module, EvalForward] = {}
+    def _compare_modules(self, graphs: Graphs, args: Any, kwargs: Any) -> str:
+        frozen = graphs.frozen_modules(TrimmedModel._run_modules.__code__)
 
         def trimmed() -> Any:
-            new_args, new_kwargs = copied((args, kwargs))
-            with self._modules_in_eval(new_args, new_kwargs) as used:
-                stand_ins.update(used)
-                return self.model(*new_args, **new_kwargs)
+            return self._run_modules(graphs, *copied((args, kwargs)))
 
         def by_hand() -> Any:
             new_args, new_kwargs = copied((args, kwargs))
-            with replayed(stand_ins):
+            with frozen.replayed():
                 return self.model(*new_args, **new_kwargs)
 
         found = observe(self.model, trimmed, backward=True)

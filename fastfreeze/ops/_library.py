@@ -25,6 +25,11 @@ _LIBRARY.define(
     "bool store_grad, int lrs) -> ()"
 )
 _LIBRARY.define("sgd_plan_free(int handle) -> ()")
+_LIBRARY.define("ensemble_softmax(Tensor[] members) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.define(
+    "softmax_add(Tensor(a!) result, Tensor? total, Tensor logits) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""The picture of a run: learning rates, losses and the time of a step, for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastfreeze.recipes.errors import RecipeError, optional_package
+from fastfreeze.recipes.report import METHOD_TITLES
+from fastfreeze.recipes.rundir import Line, RunDir
+from fastfreeze.schedule import FloatArray, from_config
+
+_FREEZE_COLOR = "#c44e52"
+_SNAPSHOT_COLOR = "#2a7f3f"
+_SMOOTHING = 0.05  # of the steps, for losses and times
+
+
+def plot_run(run_dir: RunDir, path: Path) -> None:
+    """Draw a run as a PNG: a column per method, of the run's first seed.
+
+    Rows: the learning rate of each layer; the training loss, with snapshots and freezes marked;
+    the time of a step.
+
+    Raises:
+        RecipeError: no method has finished an epoch yet, or matplotlib is not installed.
+    """
+    optional_package("matplotlib").use("Agg")
+    plt = optional_package("matplotlib.pyplot")
+    histories = _histories(run_dir)
+    if not histories:
+        raise RecipeError(f"{run_dir.path} has nothing to plot yet: no epoch has finished")
+    figure, axes = plt.subplots(
+        3,
+        len(histories),
+        figsize=(1.5 + 3.6 * len(histories), 7.5),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, (method, lines) in zip(axes.T, histories.items(), strict=True):
+        column[0].set_title(METHOD_TITLES[method])
+        _plot_rates(column[0], lines)
+        _plot_losses(column[1], lines)
+        _plot_times(column[2], lines)
+        column[2].set_xlabel("step")
+    usual = max(np.median(_per_step(lines, "step_seconds")) for lines in histories.values())
+    axes[2, 0].set_ylim(0, 3e3 * usual)  # a step that waited for other work would flatten the rest
+    for axis, label in zip(
+        axes[:, 0], ("learning rate", "training loss", "ms per step"), strict=True
+    ):
+        axis.set_ylabel(label)
+    arguments = run_dir.config["arguments"]
+    figure.suptitle(f"{arguments['model']} on {arguments['data']}, seed {arguments['seed']}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _histories(run_dir: RunDir) -> dict[str, list[Line]]:
+    """The lines of each method's first seed, if it has finished an epoch."""
+    histories: dict[str, list[Line]] = {}
+    for line in run_dir.metrics():
+        if line["seed"] == run_dir.config["arguments"]["seed"]:
+            histories.setdefault(line["method"], []).append(line)
+    return {m: lines for m, lines in histories.items() if _events(lines, "epoch")}
+
+
+def _events(lines: list[Line], event: str) -> list[Line]:
+    return [line for line in lines if line["event"] == event]
+
+
+def _per_step(lines: list[Line], key: str) -> FloatArray:
+    return np.concatenate([line[key] for line in _events(lines, "epoch")])
+
+
+def _plot_rates(axis: Any, lines: list[Line]) -> None:
+    """A line per layer, from the input's (dark) to the head's (bright); none where it is frozen."""
+    start = lines[0]
+    schedule = from_config(start["schedule"])
+    layers = start["layers"] if schedule.freezes else ["all layers"]
+    steps = np.arange(schedule.total_steps)
+    colors = optional_package("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    for layer, (name, color) in enumerate(zip(layers, colors, strict=True)):
+        lr = schedule.lr(steps, start["lr"], layer, len(layers))
+        frozen = [schedule.is_frozen(int(step), layer, len(layers)) for step in steps]
+        label = name if layer in (0, len(layers) - 1) else None
+        axis.plot(steps, np.where(frozen, np.nan, lr), color=color, label=label)
+    axis.legend(fontsize="small")
+
+
+def _plot_losses(axis: Any, lines: list[Line]) -> None:
+    losses = _per_step(lines, "step_losses")
+    axis.plot(losses, color="0.8", linewidth=0.5)
+    axis.plot(*_smoothed(losses, np.mean), color="0.15", label="loss, smoothed")
+    for event, color, style in (("snapshot", _SNAPSHOT_COLOR, "-"), ("freeze", _FREEZE_COLOR, ":")):
+        for i, step in enumerate(sorted({line["step"] for line in _events(lines, event)})):
+            label = f"{event}s" if i == 0 else None
+            axis.axvline(step, color=color, linestyle=style, linewidth=1, label=label)
+    axis.set_yscale("log")
+    axis.legend(fontsize="small")
+
+
+def _plot_times(axis: Any, lines: list[Line]) -> None:
+    times = 1e3 * _per_step(lines, "step_seconds")
+    axis.plot(times, color="0.8", linewidth=0.5)
+    axis.plot(*_smoothed(times, np.median), color="0.15", label="median")
+    axis.legend(fontsize="small")
+
+
+def _smoothed(
+    values: FloatArray, reduce: Callable[..., FloatArray]
+) -> tuple[FloatArray, FloatArray]:
+    """Centres and values of a moving window."""
+    width = max(1, int(_SMOOTHING * len(values)))
+    windows = np.lib.stride_tricks.sliding_window_view(values, width)
+    centres = np.arange(len(windows), dtype=np.float64) + (width - 1) / 2
+    return centres, reduce(windows, axis=1)

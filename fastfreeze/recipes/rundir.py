@@ -1,0 +1,159 @@
+"""The directory of a run: what it was asked to do, how it went, and where it can go on.
+
+::
+
+    config.json           versions, arguments
+    metrics.jsonl         one line per epoch and event ("start", "freeze", "thaw", "snapshot")
+    checkpoints/<run>.pt  the newest checkpoint of each method and seed
+    snapshots/<run>/      the members of each snapshot ensemble
+    results.json          one entry per finished method and seed
+
+A checkpoint is written after the lines that lead up to it. What a killed process has written after
+its last checkpoint is dropped by :meth:`RunDir.rewind`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastfreeze.recipes.errors import RecipeError
+
+Line = dict[str, Any]
+
+
+def run_name(method: str, seed: int) -> str:
+    """How files of one method's training with one seed are called."""
+    return f"{method}-seed{seed}"
+
+
+class RunDir:
+    """A run's directory; :meth:`create` makes one, :meth:`open` finds it again."""
+
+    def __init__(self, path: Path, config: Line) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(cls, path: Path, config: Line) -> RunDir:
+        """A new run directory.
+
+        Raises:
+            RecipeError: ``path`` is there already and not empty, or cannot be made.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RecipeError(
+                f"{path} exists: go on with --resume {path}, or name another --run-dir"
+            )
+        try:
+            (path / "checkpoints").mkdir(parents=True)
+            write_atomic(path / "config.json", _json_bytes(config))
+        except OSError as error:
+            raise RecipeError(f"cannot write to --run-dir {path}: {error}") from error
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """The directory of an earlier run.
+
+        Raises:
+            RecipeError: it does not hold a run, or its config.json is damaged.
+        """
+        if not (path / "config.json").exists():
+            raise RecipeError(f"{path} is no run directory: it holds no config.json")
+        return cls(path, _read_json(path / "config.json"))
+
+    def snapshots(self, run: str) -> Path:
+        """Where the snapshots of a run are kept."""
+        return self.path / "snapshots" / run
+
+    def log(self, line: Line) -> None:
+        """Append a line to metrics.jsonl; ``method``, ``seed`` and ``step`` must be in it."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[Line]:
+        """The lines of metrics.jsonl, up to the first that was not written to its end."""
+        path = self.path / "metrics.jsonl"
+        lines: list[Line] = []
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        return lines
+
+    def rewind(self) -> None:
+        """Drop the lines that were written after the checkpoint of their method and seed."""
+        reached: dict[str, int] = {}
+        kept = []
+        for line in self.metrics():
+            run = run_name(line["method"], line["seed"])
+            if run not in reached:
+                checkpoint = self.load_checkpoint(run)
+                reached[run] = -1 if checkpoint is None else checkpoint["step"]
+            if line["step"] <= reached[run]:
+                kept.append(json.dumps(line) + "\n")
+        write_atomic(self.path / "metrics.jsonl", "".join(kept).encode())
+
+    def save_checkpoint(self, run: str, state: Line) -> None:
+        """Replace the checkpoint of a run, all at once."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self._checkpoint(run), buffer.getvalue())
+
+    def load_checkpoint(self, run: str) -> Line | None:
+        """The newest checkpoint of a run, on the CPU; None before its first.
+
+        Raises:
+            RecipeError: the file is damaged.
+        """
+        path = self._checkpoint(run)
+        if not path.exists():
+            return None
+        try:
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise RecipeError(f"cannot read the checkpoint {path}: {error}") from error
+
+    def results(self) -> list[Line]:
+        """One entry per finished method and seed.
+
+        Raises:
+            RecipeError: the file is damaged.
+        """
+        path = self.path / "results.json"
+        return list(_read_json(path)) if path.exists() else []
+
+    def add_result(self, result: Line) -> None:
+        """Add the entry of a method and seed that has finished."""
+        write_atomic(self.path / "results.json", _json_bytes([*self.results(), result]))
+
+    def _checkpoint(self, run: str) -> Path:
+        return self.path / "checkpoints" / f"{run}.pt"
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,155 @@
+"""The four methods, and the loop that they share: what a user would copy.
+
+Each method is a function that sets up an optimizer; :func:`train_epoch` then runs any of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from fastfreeze.freezing import LayerPlan, split
+from fastfreeze.graph import trim
+from fastfreeze.optim import SGD
+from fastfreeze.recipes.data import ImageData
+from fastfreeze.schedule import Schedule
+
+EVALUATION_BATCH = 250
+# Both papers: Nesterov momentum, and weight decay on every parameter.
+_HYPERS: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+
+
+@dataclass
+class Setup:
+    """What a method trains with.
+
+    Attributes:
+        model: the network that is evaluated and saved.
+        network: what a training step calls: the model, or its trimmed form.
+        optimizer: steps and, with a schedule of its own, freezes.
+        schedule: the learning rates as a function of the step.
+        scheduler: torch's, where the optimizer does not know the schedule.
+        plan: the layers, where some freeze.
+    """
+
+    model: nn.Module
+    network: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scheduler: CosineAnnealingLR | None = None
+    plan: LayerPlan | None = None
+
+    @property
+    def frozen_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that are frozen now."""
+        return self.optimizer.frozen_layers if isinstance(self.optimizer, SGD) else ()
+
+    def backward_removed(self) -> float:
+        """Share of the backward FLOPs, in 0..1, that is gone now: schedules freeze a prefix."""
+        if self.plan is None:
+            return 0.0
+        return sum(self.plan.backward_share(layer) or 0.0 for layer in self.frozen_layers)
+
+
+def set_up(method: str, model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
+    """The optimizer, and for methods that freeze the trimmed network, of one method."""
+    if method == "sgd":
+        return plain_sgd(model, schedule, lr)
+    if method == "snapshot":
+        return snapshots(model, schedule, lr)
+    return freezing(model, schedule, lr, example)
+
+
+def plain_sgd(model: nn.Module, schedule: Schedule, lr: float) -> Setup:
+    """What the others are measured against: all that torch has, in its fastest form."""
+    optimizer = torch.optim.SGD(model.parameters(), lr, fused=True, **_HYPERS)
+    scheduler = CosineAnnealingLR(optimizer, schedule.total_steps)
+    return Setup(model, model, optimizer, schedule, scheduler)
+
+
+def snapshots(model: nn.Module, schedule: Schedule, lr: float) -> Setup:
+    """Cyclic learning rates; nothing freezes."""
+    optimizer = SGD(model.parameters(), lr, **_HYPERS, schedule=schedule)
+    return Setup(model, model, optimizer, schedule)
+
+
+def freezing(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
+    """Layers freeze as the schedule says; the backward of the frozen ones is cut off."""
+    plan = split(model, example, schedule=schedule, lr=lr)
+    optimizer = SGD(plan.param_groups(), lr, **_HYPERS, schedule=schedule)
+    return Setup(model, trim(model, example), optimizer, schedule, plan=plan)
+
+
+def train_epoch(
+    setup: Setup,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    after_step: Callable[[], None],
+) -> tuple[list[float], list[float]]:
+    """One pass over the training images.
+
+    Args:
+        setup: a method's model and optimizer.
+        batches: images and labels, on the device.
+        device: where the model is.
+        after_step: called after each step.
+
+    Returns:
+        The loss of each step, and its seconds: reading the batch, training, ``after_step``.
+    """
+    losses = []
+    clock = StepClock(device)
+    setup.model.train()
+    for images, labels in batches:
+        setup.optimizer.zero_grad()
+        loss = F.cross_entropy(setup.network(images), labels)
+        loss.backward()
+        setup.optimizer.step()
+        if setup.scheduler is not None:
+            setup.scheduler.step()
+        losses.append(loss.detach())
+        after_step()
+        clock.tick()
+    return torch.stack(losses).tolist(), clock.seconds()
+
+
+class StepClock:
+    """Times steps without making the GPU wait for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks = [self._now()]
+
+    def tick(self) -> None:
+        """A step is over."""
+        self._marks.append(self._now())
+
+    def seconds(self) -> list[float]:
+        """Seconds between the ticks."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self._marks)]
+        return [b - a for a, b in pairwise(self._marks)]
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: ImageData, device: torch.device) -> Tensor:
+    """The model's output for the test images, ``[N, C]`` on the CPU, in eval mode."""
+    model.eval()
+    batches = data.test_batches(EVALUATION_BATCH, device)
+    return torch.cat([model(images).cpu() for images, _ in batches])

@@ -1,0 +1,475 @@
+"""The methods do what they say, and an interrupted run ends as an uninterrupted one."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastfreeze.ensemble import SnapshotStore
+from fastfreeze.freezing import split
+from fastfreeze.recipes import rundir as rundir_module
+from fastfreeze.recipes import runs
+from fastfreeze.recipes.data import ImageData, MemoryImages
+from fastfreeze.recipes.errors import RecipeError
+from fastfreeze.recipes.memory import PeakMemory
+from fastfreeze.recipes.models import build_model
+from fastfreeze.recipes.report import markdown_table, table_rows
+from fastfreeze.recipes.rundir import RunDir, write_atomic
+from fastfreeze.recipes.runs import METHOD_NAMES, TrainConfig, describe, run_all
+from fastfreeze.recipes.training import StepClock, plain_sgd, predict, set_up, train_epoch
+from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, from_config
+
+CPU = torch.device("cpu")
+TIMINGS = {"seconds", "step_seconds", "seconds_per_epoch", "peak_memory_mb"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small_images(count):
+    """Bright on the left, or on the right: two classes that a few steps can tell apart."""
+    generator = torch.Generator().manual_seed(count)
+    pixels = torch.randint(0, 100, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) % 2
+    pixels[labels == 0, :, :, :4] += 100
+    pixels[labels == 1, :, :, 4:] += 100
+    return MemoryImages(pixels, labels)
+
+
+@pytest.fixture(scope="module")
+def data():
+    half = torch.tensor([0.4])
+    return ImageData(small_images(20), small_images(12), half, half, 2, pad=1, flip=False)
+
+
+CONFIG = TrainConfig(
+    methods=METHOD_NAMES,
+    data="mnist5k",
+    image_size=8,
+    model="resnet8-w4",
+    epochs=4,
+    batch_size=8,
+    lr=0.05,
+    t_0=0.5,
+    how_scale="cubic",
+    cycles=3,
+    composition="sticky",
+    last_k=1,
+    seed=3,
+    seeds=1,
+    device="cpu",
+    threads=1,
+)
+TOTAL_STEPS = 12
+
+
+def train(path, data, config=CONFIG, say=lambda line: None):
+    if (path / "config.json").exists():
+        run = RunDir.open(path)
+    else:
+        run = RunDir.create(path, describe(config))
+    run_all(config, data, run, say, quiet=True)
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    return train(tmp_path_factory.mktemp("runs") / "run", data)
+
+
+def untimed(lines):
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def weights(run, name):
+    return run.load_checkpoint(name)["model"]
+
+
+def assert_same_run(found, expected):
+    assert untimed(found.results()) == untimed(expected.results())
+    assert untimed(found.metrics()) == untimed(expected.metrics())
+    for method in METHOD_NAMES:
+        name = f"{method}-seed3"
+        a, b = found.load_checkpoint(name), expected.load_checkpoint(name)
+        torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
+        assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+        states = a["optimizer"]["state"], b["optimizer"]["state"]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+        hashes = [
+            [(s.step, s.cycle, s.sha256) for s in SnapshotStore(run.snapshots(name))]
+            for run in (found, expected)
+        ]
+        assert hashes[0] == hashes[1]
+
+
+def test_plain_sgd_is_torchs_with_the_cosine(data):
+    torch.manual_seed(0)
+    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    twin = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    twin.load_state_dict(model.state_dict())
+    schedule = Cosine(3)
+    train_epoch(plain_sgd(model, schedule, 0.1), data.train_batches(0, 0, 8, CPU), CPU, int)
+    optimizer = torch.optim.SGD(
+        twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
+    )
+    for step, (images, labels) in enumerate(data.train_batches(0, 0, 8, CPU)):
+        optimizer.param_groups[0]["lr"] = schedule.lr(step, 0.1)
+        optimizer.zero_grad()
+        F.cross_entropy(twin(images), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_layers_stay_as_they_are(data):
+    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    schedule = FreezeOut(TOTAL_STEPS, t_0=0.5)
+    setup = set_up("freezeout", model, schedule, 0.05, data.example(CPU))
+    seen = []
+
+    def after_step():
+        states = [setup.model.stem.state_dict(), setup.model.head.state_dict()]
+        copies = [{k: v.clone() for k, v in state.items()} for state in states]
+        seen.append((setup.frozen_layers, *copies))
+
+    for epoch in range(4):
+        train_epoch(setup, data.train_batches(0, epoch, 8, CPU), CPU, after_step)
+    for step, (frozen, *_) in enumerate(seen[:-1], 1):
+        assert frozen == tuple(i for i in range(5) if schedule.is_frozen(step, i, 5))
+    stems = [stem for frozen, stem, _ in seen if 0 in frozen]
+    assert 2 < len(stems) < TOTAL_STEPS
+    for stem in stems[1:]:  # weights, and the norm's running statistics
+        torch.testing.assert_close(stem, stems[0], rtol=0, atol=0)
+    assert not torch.equal(seen[-1][2]["layers.2.weight"], seen[-2][2]["layers.2.weight"])
+
+
+def test_losses_and_times_are_those_of_each_step(data):
+    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    setup = set_up("snapshot", model, SnapshotCycles(TOTAL_STEPS, num_cycles=2), 0.05, None)
+    first, _ = next(iter(data.train_batches(0, 0, 8, CPU))), None
+    expected = F.cross_entropy(model(first[0]), first[1]).item()
+    losses, seconds = train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert len(losses) == len(seconds) == 3
+    assert min(seconds) > 0
+
+
+def test_step_clock(monkeypatch):
+    times = iter([1.0, 1.5, 3.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    clock = StepClock(CPU)
+    clock.tick()
+    clock.tick()
+    assert clock.seconds() == [0.5, 2.0]
+
+
+def test_methods_learn_and_tell(finished, data):
+    results = {r["method"]: r for r in finished.results()}
+    assert list(results) == list(METHOD_NAMES)
+    for method, result in results.items():
+        lines = [line for line in finished.metrics() if line["method"] == method]
+        epochs = [line for line in lines if line["event"] == "epoch"]
+        assert [line["step"] for line in epochs] == [3, 6, 9, 12]
+        assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+        assert epochs[-1]["train_loss"] == pytest.approx(np.mean(epochs[-1]["step_losses"]), 1e-4)
+        assert result["error"] == epochs[-1]["test_error"] <= 0.25
+        assert result["seconds"] == pytest.approx(
+            sum(s for line in epochs for s in line["step_seconds"]), abs=1e-4
+        )
+        assert result["seconds_per_epoch"] == pytest.approx(result["seconds"] / 4)
+        members = [line["step"] for line in lines if line["event"] == "snapshot"]
+        assert members == ([4, 8, 12] if method in ("snapshot", "both") else [])
+        assert (result["ensemble_error"] is None) == (not members)
+        assert (result["backward_removed"] > 0) == (method in ("freezeout", "both"))
+
+
+@pytest.mark.parametrize(("method", "trained"), [("sgd", 12), ("freezeout", 2), ("both", 5)])
+def test_norms_see_the_batches_until_they_freeze(finished, method, trained):
+    state = weights(finished, f"{method}-seed3")
+    assert state["stem.layers.1.num_batches_tracked"] == trained
+    assert CONFIG.schedule(method, TOTAL_STEPS).freeze_steps(0, 5) in ((trained,), ())
+
+
+@pytest.mark.parametrize("method", ["freezeout", "both"])
+def test_removed_backward_is_what_the_plan_predicts(finished, data, method):
+    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    schedule = CONFIG.schedule(method, TOTAL_STEPS)
+    plan = split(model, data.example(CPU), schedule=schedule)
+    result = next(r for r in finished.results() if r["method"] == method)
+    assert result["backward_removed"] == pytest.approx(plan.backward_saving)
+
+
+@pytest.mark.parametrize("method", ["snapshot", "both"])
+def test_ensemble_is_of_all_snapshots(finished, data, method):
+    name = f"{method}-seed3"
+    store = SnapshotStore(finished.snapshots(name))
+    states = [store.load(snapshot) for snapshot in store]
+    torch.testing.assert_close(states[-1], weights(finished, name), rtol=0, atol=0)
+    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    probabilities = []
+    for state in states:
+        model.load_state_dict(state)
+        probabilities.append(predict(model, data, CPU).softmax(1))
+    mean = torch.stack(probabilities).mean(0)
+    result = next(r for r in finished.results() if r["method"] == method)
+    labels = data.test.labels
+    assert result["ensemble_error"] == (mean.argmax(1) != labels).double().mean().item()
+    assert result["nll"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-4)
+
+
+def test_methods_start_from_the_same_weights_and_images(finished):
+    firsts = [line["step_losses"][0] for line in finished.metrics() if line.get("epoch") == 1]
+    assert firsts == pytest.approx([firsts[0]] * 4, abs=1e-5)
+
+
+def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch):
+    asked = []
+    batches = ImageData.train_batches
+
+    def recorded(self, seed, epoch, *rest):
+        asked.append((seed, epoch))
+        return batches(self, seed, epoch, *rest)
+
+    monkeypatch.setattr(ImageData, "train_batches", recorded)
+    train(tmp_path / "run", data, dataclasses.replace(CONFIG, methods=("sgd",), seeds=2))
+    assert asked == [(seed, epoch) for seed in (3, 4) for epoch in range(4)]
+
+
+def test_metrics_tell_schedules_layers_and_freezes(finished):
+    lines = [line for line in finished.metrics() if line["method"] == "freezeout"]
+    start = lines[0]
+    assert start["event"] == "start"
+    assert start["layers"] == ["stem", "blocks.0", "blocks.1", "blocks.2", "head"]
+    schedule = from_config(start["schedule"])
+    assert schedule == CONFIG.schedule("freezeout", TOTAL_STEPS)
+    freezes = [(line["layers"], line["step"]) for line in lines if line["event"] == "freeze"]
+    assert freezes == [([i], *schedule.freeze_steps(i, 5)) for i in range(4)]
+    for line in lines:
+        if line["event"] == "epoch":
+            expected = [schedule.lr(line["step"], 0.05, i, 5) for i in range(5)]
+            assert line["lr"] == pytest.approx(expected)
+
+
+def test_thawing_layers_are_told(tmp_path, data):
+    config = dataclasses.replace(CONFIG, methods=("both",), composition="thaw", cycles=2)
+    lines = train(tmp_path / "run", data, config).metrics()
+    assert [line["step"] for line in lines if line["event"] == "thaw"] == [6]
+    assert next(line["layers"] for line in lines if line["event"] == "thaw") == [0, 1, 2, 3]
+
+
+class Killed(BaseException):
+    """Nothing may catch this."""
+
+
+@pytest.mark.parametrize("completed", range(0, 62, 4))
+def test_resumes_bit_identical_after_a_crash_between_any_writes(
+    tmp_path, monkeypatch, data, finished, completed
+):
+    left = completed
+
+    def crashing(write):
+        def wrapped(*args, **kwargs):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return write(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "log", crashing(RunDir.log))
+        patch.setattr(SnapshotStore, "save", crashing(SnapshotStore.save))
+        for module in (rundir_module, runs):
+            patch.setattr(module, "write_atomic", crashing(write_atomic))
+        run = RunDir(tmp_path, describe(CONFIG))
+        (tmp_path / "checkpoints").mkdir()
+        with pytest.raises(Killed):
+            run_all(CONFIG, data, run, lambda line: None, quiet=True)
+    run_all(CONFIG, data, run, lambda line: None, quiet=True)
+    assert_same_run(run, finished)
+
+
+def test_finished_methods_are_not_run_again(finished, data, tmp_path):
+    said = []
+    before = finished.results()
+    train(finished.path, data, say=said.append)
+    assert said == []
+    assert finished.results() == before
+
+
+def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
+    config = dataclasses.replace(CONFIG, methods=("sgd",))
+    run = RunDir.create(tmp_path / "run", describe(config))
+    saved = RunDir.save_checkpoint
+
+    def save_and_die(self, name, state):
+        saved(self, name, {**state, "seconds": state["seconds"] + 1000, "peak_mb": 1e6})
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "save_checkpoint", save_and_die)
+        with pytest.raises(Killed):
+            run_all(config, data, run, lambda line: None, quiet=True)
+    [result] = train(run.path, data, config).results()
+    assert 1000 < result["seconds"] < 1100
+    assert result["peak_memory_mb"] == 1e6
+
+
+def test_seeds_differ_and_table_averages(tmp_path, data):
+    config = dataclasses.replace(CONFIG, methods=("sgd", "snapshot"), seeds=2)
+    run = train(tmp_path / "run", data, config)
+    assert [(r["method"], r["seed"]) for r in run.results()] == [
+        ("sgd", 3),
+        ("snapshot", 3),
+        ("sgd", 4),
+        ("snapshot", 4),
+    ]
+    assert run.results()[0]["nll"] != run.results()[2]["nll"]
+    table = (run.path / "table.txt").read_text()
+    assert "±" in table
+    assert "Snapshot" in table
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_divergence_is_an_error(tmp_path, data, method):
+    config = dataclasses.replace(CONFIG, methods=(method,), lr=1e30)
+    with pytest.raises(RecipeError, match=rf"{method}-seed3: .* at step \d+: try a lower --lr"):
+        train(tmp_path / "run", data, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cycles": 13}, "num_cycles must be at most total_steps=12"),
+        ({"cycles": 5}, "num_cycles=5 does not fit total_steps=12"),
+        ({"cycles": 1}, "composition='sticky' freezes from the second cycle on"),
+        ({"composition": "last_k", "last_k": 4}, "k must be in 1..3"),
+        ({"model": "resnet9"}, "depth of resnet"),
+    ],
+)
+def test_values_that_do_not_fit_together(data, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change).check(data)
+
+
+def test_peak_memory_is_of_the_stretch():
+    first = PeakMemory(CPU)
+    if first.mb() is None:
+        pytest.skip("this system does not tell a process's peak")
+    block = torch.ones(60_000_000)  # 240 MB
+    high = first.mb()
+    del block
+    assert PeakMemory(CPU).mb() < high - 200
+
+
+def test_unknown_peak_memory_is_none(monkeypatch):
+    monkeypatch.setattr("fastfreeze.recipes.memory._status_kib", {"VmHWM": 9, "VmRSS": 5}.get)
+    assert PeakMemory(CPU).mb() is None
+
+
+def result_of(method, seed, seconds, error, ensemble_error=None):
+    return {
+        "method": method,
+        "seed": seed,
+        "error": error,
+        "ensemble_error": ensemble_error,
+        "nll": 0.5,
+        "ece": 0.01,
+        "seconds": seconds,
+        "seconds_per_epoch": seconds / 4,
+        "backward_removed": 0.25,
+        "peak_memory_mb": None,
+    }
+
+
+def test_table():
+    headers, rows = table_rows(
+        [
+            result_of("sgd", 0, 10, 0.02),
+            result_of("both", 0, 6, 0.03, 0.01),
+            result_of("sgd", 1, 14, 0.04),
+        ]
+    )
+    assert dict(zip(headers, rows[0], strict=True)) == {
+        "method": "plain SGD",
+        "error %": "3.00 ± 1.41",
+        "ensemble error %": "-",
+        "NLL": "0.5000 ± 0.0000",
+        "ECE": "0.0100 ± 0.0000",
+        "time s": "12.0 ± 2.8",
+        "s/epoch": "3.00 ± 0.71",
+        "backward removed %": "25.0 ± 0.0",
+        "peak memory MB": "-",
+        "vs SGD": "1.00x",
+    }
+    assert rows[1][0] == "FreezeOut + Snapshot"
+    assert rows[1][2] == "1.00"
+    assert rows[1][-1] == "0.50x"
+    assert markdown_table([result_of("snapshot", 0, 10, 0.02)]).splitlines()[2].endswith("| - |")
+
+
+def test_run_directory_is_not_overwritten(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(RecipeError, match="exists: go on with --resume"):
+        RunDir.create(tmp_path, {})
+    RunDir.create(tmp_path / "new", {})
+    with pytest.raises(RecipeError, match="exists"):
+        RunDir.create(tmp_path / "new", {})
+
+
+def test_run_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="cannot write to --run-dir"):
+        RunDir.create(tmp_path / "file" / "run", {})
+
+
+def test_half_a_metrics_line_ends_the_metrics(tmp_path):
+    run = RunDir.create(tmp_path / "run", {})
+    run.log({"method": "sgd", "seed": 0, "step": 0})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"method": "sgd", "se')
+    assert run.metrics() == [{"method": "sgd", "seed": 0, "step": 0}]
+
+
+def test_rewind_keeps_what_checkpoints_cover(tmp_path):
+    run = RunDir.create(tmp_path / "run", {})
+    lines = [
+        {"method": method, "seed": 0, "step": step}
+        for method in ("sgd", "both")
+        for step in (0, 5, 6)
+    ]
+    for line in lines:
+        run.log(line)
+    run.save_checkpoint("sgd-seed0", {"step": 5})
+    run.rewind()
+    assert run.metrics() == lines[:2]
+
+
+def test_damaged_checkpoint(tmp_path):
+    run = RunDir.create(tmp_path / "run", {})
+    run.save_checkpoint("sgd-seed0", {"step": 5})
+    path = run.path / "checkpoints" / "sgd-seed0.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RecipeError, match="cannot read the checkpoint"):
+        run.load_checkpoint("sgd-seed0")
+
+
+def test_write_atomic_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    write_atomic(path, b"old")
+
+    def full(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomic(path, json.dumps("new").encode())
+    assert path.read_bytes() == b"old"
