@@ -23,9 +23,10 @@ try:
 except ModuleNotFoundError:
     sys.exit('fastfreeze: the command line needs click: pip install "fastfreeze[train]"')
 
-from fastfreeze import __version__, backends
+from fastfreeze._version import __version__
 from fastfreeze.errors import SnapshotError
 from fastfreeze.freezing import split
+from fastfreeze.ops._library import backends
 from fastfreeze.recipes.data import DATA_NAMES, ImageData, load_data
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.models import MODEL_NAMES, build_model

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfreeze.ops import _library
 from fastfreeze.ops._library import Backend
-from fastfreeze.ops.softmax_reference import (
+from fastfreeze.ops.reference import (
     ensemble_softmax_reference,
     softmax_add_reference,
     sum_dtype,
