@@ -1,7 +1,8 @@
 """What is measured: each case sets up rivals doing the same work, and checks that they do.
 
-Rivals work on their own copies of the data. The floor is the time that moving the case's bytes
-takes at the bandwidth of a large copy, measured in the same run on the same threads.
+Rivals work on their own copies of the data. The floor, measured in the same run on the same
+threads, is the time that the memory alone takes: for SGD the update of as many elements in one
+flat tensor, for the rest the case's bytes at the bandwidth of a large copy.
 """
 
 from __future__ import annotations
@@ -24,11 +25,19 @@ TOTAL_STEPS = 1_000_000  # so long that no timed step reaches a freeze
 
 @dataclass(frozen=True)
 class Case:
-    """Rivals for one piece of work; the first is ours. ``bytes_moved`` is the least it can move."""
+    """Rivals for one piece of work; the first is ours.
+
+    Attributes:
+        name: for the table.
+        runs: by name; each does the whole work once.
+        bytes_moved: the least that can be read and written.
+        floor: what takes as long as the memory alone; None: a copy of ``bytes_moved``.
+    """
 
     name: str
     runs: dict[str, Run]
     bytes_moved: int
+    floor: Run | None = None
 
 
 def sgd_case(model_name: str, num_groups: int) -> Case:
@@ -54,7 +63,10 @@ def sgd_case(model_name: str, num_groups: int) -> Case:
         f"{num_groups} group" + "s" * (num_groups > 1),
     )
     name = f"SGD step, {model_name} ({tensors} tensors, {numel / 1e6:.1f}M), {groups_text}"
-    return Case(name, runs, bytes_moved=numel * 4 * 5)  # read 3, write 2
+    flat = torch.nn.Parameter(torch.randn(numel))
+    flat.grad = torch.randn(numel)
+    floor = _ours([{"params": [flat]}])
+    return Case(name, runs, bytes_moved=numel * 4 * 5, floor=floor)  # read 3, write 2
 
 
 def softmax_case(M: int, B: int, C: int) -> Case:

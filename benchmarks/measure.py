@@ -1,4 +1,8 @@
-"""Timing of rivals in turn, so that whatever else the machine does meets all of them."""
+"""Timing of rivals in turn, so that whatever else the machine does meets all of them.
+
+A turn is a short burst of calls after one that is not timed: each rival then finds in the caches
+what its own calls left there, not what another's did.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,21 @@ class Times:
     high: float
 
 
-def interleave(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Time each run once a round, in an order that turns by one each round."""
+def interleave(
+    runs: dict[str, Callable[[], object]], rounds: int, burst: int = 3
+) -> dict[str, Times]:
+    """Time a burst of each run once a round, in an order that turns by one each round."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         runs[name]()
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
             runs[name]()
-            seconds[name].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            for _ in range(burst):
+                runs[name]()
+            seconds[name].append((time.perf_counter() - start) / burst)
     return {name: _times(values) for name, values in seconds.items()}
 
 

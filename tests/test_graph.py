@@ -621,7 +621,7 @@ def test_cut_in_words(frozen, text):
 # --- what is switched off ----------------------------------------------------------------------
 
 
-def stochastic(x, function):
+def stochastic(function):
     """Frozen block, ``function`` in the prefix, trained block, dropout that goes on."""
 
     def body(m, x):
@@ -679,7 +679,7 @@ SWITCHED_OFF = {
 @pytest.mark.parametrize("name", SWITCHED_OFF)
 def test_training_is_switched_off_in_the_prefix_alone(name):
     function, expected = SWITCHED_OFF[name]
-    model = Net(stochastic(None, function), attention=nn.MultiheadAttention(4, 2, dropout=0.5))
+    model = Net(stochastic(function), attention=nn.MultiheadAttention(4, 2, dropout=0.5))
     if name == "MultiheadAttention":
         model.b = conv(inputs=64)
     for key, value in zip(("mean", "var"), STATISTICS, strict=True):
@@ -687,7 +687,7 @@ def test_training_is_switched_off_in_the_prefix_alone(name):
     freeze(model, "a", "attention")
     x = torch.randn(2, 3, 8, 8)
     by_hand = copy.deepcopy(model)
-    by_hand.body = stochastic(None, expected)
+    by_hand.body = stochastic(expected)
     by_hand.a.eval()
     trimmed = trim(model)
     assert differing(step(model, trimmed, x, steps=2), step(by_hand, by_hand, x, steps=2)) == []
@@ -812,7 +812,7 @@ def test_everything_frozen_needs_no_backward():
     trimmed = trim(model)
     for _ in range(2):
         assert not any(t.requires_grad for t in tensors(trimmed(inputs())))
-    assert trimmed.cut.boundary == ("a_1", "linear") or "head" in trimmed.cut.boundary
+    assert trimmed.cut.boundary == ("a_1", "head")
     assert trimmed.cut.frozen_parameters == 10
 
 
@@ -1031,6 +1031,7 @@ def test_modes_and_attributes_of_parts_are_followed():
         model.double,
         trimmed.float,
         lambda: vars(model[1]).update(forward=lambda v: v + 1),
+        lambda: vars(model).update(forward=lambda v: model[2](model[0](v)) * 2),
     ]
     for change in changes:
         change()
@@ -1296,7 +1297,8 @@ def test_frozen_layers_inside_a_module_that_is_one_node(traceable):
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     model = nn.Sequential(nn.Linear(4, 8), encoder, nn.Linear(8, 2))
     freeze(model, "0", "1.layers.0", "1.layers.2")
-    handle = None if traceable else model.register_forward_hook(lambda *_: None)
+    if not traceable:
+        model.register_forward_hook(lambda *_: None)
     x = torch.randn(3, 5, 4)
     expected = step(model, lambda v: call_with_modes(model, {"0", "1.layers.0"}, v), x)
     trimmed = trim(model)
@@ -1304,7 +1306,7 @@ def test_frozen_layers_inside_a_module_that_is_one_node(traceable):
         assert differing(step(model, trimmed, x, steps=1), expected) == []
     assert differing(step(model, trimmed, x), expected) == []
     assert "1.layers.0" in trimmed.cut.modules
-    assert trimmed.cut.mode == ("fx" if handle is None else "module")
+    assert trimmed.cut.mode == ("fx" if traceable else "module")
     trimmed.verify(x)
 
 
@@ -1466,7 +1468,6 @@ def test_copies(how, warm):
     assert differing(step(twin, twin, x), step(model, trimmed, x)) == []
     with torch.no_grad():
         twin.model[0][0].weight.zero_()
-    assert twin[0] is twin.model[0] if hasattr(twin, "__getitem__") else True
     assert twin(x).abs().sum() != trimmed(x).abs().sum()
     assert dict(twin.named_parameters())["0.0.weight"] is twin.model[0][0].weight
 

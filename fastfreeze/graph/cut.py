@@ -222,8 +222,6 @@ class _Dataflow:
         written: Names = {}
         conflicts: set[fx.Node] = set()
         for node in self._graph.nodes:
-            if node in self.metadata:
-                continue
             inputs = self.inputs(node)
             reads = False
             for name in inputs:

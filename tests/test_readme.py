@@ -1,0 +1,42 @@
+"""The README's code runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastfreeze
+
+README = Path(__file__).parent.parent / "README.md"
+pytestmark = pytest.mark.skipif(not README.exists(), reason="tests run outside the source tree")
+
+
+def python_blocks():
+    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_snippets_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    images = torch.randn(6, 4)
+    loader = [(images, torch.tensor([0, 1, 2, 0, 1, 2]))] * 10
+    names = {
+        "fastfreeze": fastfreeze,
+        "model": model,
+        "images": images,
+        "loader": loader,
+        "loss_function": nn.CrossEntropyLoss(),
+        "total_steps": len(loader),
+    }
+    blocks = python_blocks()
+    assert len(blocks) == 3
+    for block in blocks[:2]:
+        exec(block, names)
+    assert names["optimizer"].frozen_layers == (0,)
+    exec(blocks[2].replace("last=3", "last=1"), names)
+    assert len(names["store"]) == 1
+    torch.testing.assert_close(names["probabilities"].sum(1), torch.ones(6))
