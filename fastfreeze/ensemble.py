@@ -266,14 +266,14 @@ class SnapshotEnsemble(nn.Module):
             TypeError, ValueError: the model's output is not what
                 :func:`~fastfreeze.ops.softmax.ensemble_softmax` takes.
         """
-        logits = (member(*inputs, **keywords) for member in self.members)
-        first = next(logits)
-        if isinstance(first, Tensor) and first.requires_grad:
-            return ensemble_softmax([first, *logits])
+        first, *others = self.members
+        logits = first(*inputs, **keywords)
+        if isinstance(logits, Tensor) and logits.requires_grad:
+            return ensemble_softmax([logits, *[m(*inputs, **keywords) for m in others]])
         average = EnsembleAverage()
-        average.update(first)
-        for other in logits:
-            average.update(other)
+        average.update(logits)
+        for member in others:
+            average.update(member(*inputs, **keywords))
         return average.mean()
 
     def member_probabilities(self, *inputs: Any, **keywords: Any) -> Iterator[Tensor]:

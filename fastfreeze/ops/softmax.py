@@ -91,7 +91,6 @@ class EnsembleAverage:
         """How many members there were."""
         return self._count
 
-    @torch.no_grad()
     def update(self, logits: Tensor) -> None:
         """Take in a member.
 
@@ -110,7 +109,8 @@ class EnsembleAverage:
                     f"logits must be like the first update's: expected {_described(*expected)}, "
                     f"got {_described(logits.shape, logits.dtype, logits.device)}"
                 )
-        total = self._plus(logits)
+        with torch.no_grad():
+            total = self._plus(logits)
         _check_rows(total, [logits], "logits")
         self._total, self._spare = total, self._total
         self._dtype, self._count = logits.dtype, self._count + 1
