@@ -131,6 +131,18 @@ def test_closure_and_hooks():
     assert model(torch.ones(2, 6)).square().mean() < before
 
 
+def test_a_compiled_training_step_breaks_its_graph_and_goes_on(backend):
+    ours, theirs = net(), net()
+    o = SGD(ours.parameters(), lr=0.1, momentum=0.9, total_steps=10, backend=backend)
+    t = SGD(theirs.parameters(), lr=0.1, momentum=0.9, total_steps=10, backend=backend)
+    compiled = torch.compile(lambda step: train(ours, o, 1, start=step), backend="eager")
+    for step in range(4):
+        compiled(step)
+        train(theirs, t, 1, start=step)
+    assert o.current_step == 4
+    assert_equal_training(ours, theirs)
+
+
 # Live bugs of torch's fused path.
 
 
