@@ -11,7 +11,7 @@ from fastfreeze.errors import BackendUnavailableError
 from fastfreeze.ops import _library
 from fastfreeze.ops.reference import sgd_reference
 from fastfreeze.ops.sgd import CPU_DTYPES, sgd
-from tests.conftest import needs_cpu_kernels
+from tests.conftest import HAS_CPU_KERNELS, needs_cpu_kernels
 
 HYPERS = {
     "plain": {},
@@ -110,7 +110,7 @@ def layouts(base):
     "param_layout", ["contiguous", "channels_last", "transposed", "sliced", "unaligned"]
 )
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "sliced", "unaligned"])
-def test_every_layout_gives_the_same_bits(dtype, param_layout, grad_layout):
+def test_every_layout_gives_the_same_result(dtype, param_layout, grad_layout):
     base, grads = torch.randn(6, 8, 6, 6).to(dtype), torch.randn(3, 6, 8, 6, 6).to(dtype)
     plain = [base.clone()]
     mixed = [layouts(base)[param_layout].copy_(base)]
@@ -119,8 +119,10 @@ def test_every_layout_gives_the_same_bits(dtype, param_layout, grad_layout):
     for g in grads:
         sgd(plain, [g.clone()], buffers, **hyper)
         sgd(mixed, [layouts(base)[grad_layout].copy_(g)], mixed_buffers, **hyper)
-    # A tensor with gaps goes to the reference, which rounds 16-bit values after every operation.
-    tolerance = TOLERANCE[dtype] if param_layout == "sliced" else 0
+    # torch's own operations, and so the reference (where tensors with gaps go), do not give the
+    # same bits for every layout.
+    by_kernel = HAS_CPU_KERNELS and param_layout != "sliced"
+    tolerance = 0 if by_kernel else TOLERANCE[dtype]
     torch.testing.assert_close(mixed[0], plain[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(mixed_buffers[0], buffers[0], rtol=tolerance, atol=tolerance)
 
