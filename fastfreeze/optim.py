@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._library import Backend, require
-from fastfreeze.schedule import Cosine, Schedule, Segment, check_initial_lr
+from fastfreeze.schedule import Cosine, Schedule, Segment, check_initial_lr, segments_lr
 
 _grad_of = attrgetter("grad")
 _params_of = itemgetter("params")
@@ -337,13 +337,10 @@ class SGD(Optimizer):
     def _scheduled_lrs(self, step: int) -> list[float]:
         if self._schedule is None:
             return []
-        indices = [(g.get("layer_index", 0), g["initial_lr"]) for g in self.param_groups]
-        if not self._schedule.freezes:
-            return [self._schedule.lr(step, initial) for _, initial in indices]
-        most = max(i for i, _ in indices) + 1
+        eta_min = self._schedule.eta_min
         return [
-            self._schedule.lr(step, initial, i, group.get("num_layers", most))
-            for group, (i, initial) in zip(self.param_groups, indices, strict=True)
+            float(segments_lr(segments, step, group["initial_lr"], eta_min))
+            for group, segments in zip(self.param_groups, self._segments, strict=True)
         ]
 
     def _check_schedule(self) -> None:

@@ -74,6 +74,20 @@ def cosine_lr(
     return np.where(frozen, 0.0, eta_min + (highest - eta_min) * factor)
 
 
+def segments_lr(
+    segments: Sequence[Segment],
+    step: int | npt.NDArray[np.int64],
+    initial_lr: float,
+    eta_min: float = 0.0,
+) -> FloatArray:
+    """:func:`cosine_lr` of each step on the segment that holds it; float64, of ``step``'s shape."""
+    steps = np.asarray(step)
+    rows = np.array([(s.start, s.length, s.scale) for s in segments])
+    start, length, scale = rows[_segment_index(segments, steps)].T
+    lrs: FloatArray = cosine_lr(steps.T, start, length, scale, initial_lr, eta_min).T
+    return lrs
+
+
 @dataclass(frozen=True)
 class Schedule(ABC):
     """What every schedule can answer. Layers count from 0, the one nearest the input.
@@ -144,9 +158,7 @@ class Schedule(ABC):
         steps = np.asarray(step)
         if steps.size and (steps.min() < 0 or steps.max() > self.total_steps):
             raise ValueError(f"step must be in 0..{self.total_steps} (total_steps), got {step!r}")
-        rows = np.array([(s.start, s.length, s.scale) for s in segments])
-        start, length, scale = rows[_segment_index(segments, steps)].T
-        lrs = cosine_lr(steps.T, start, length, scale, initial_lr, self.eta_min).T
+        lrs = segments_lr(segments, steps, initial_lr, self.eta_min)
         return float(lrs) if np.ndim(step) == 0 else lrs
 
     def is_frozen(self, step: int, layer_index: int = 0, num_layers: int = 1) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastfreeze.ops import _library
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops.reference import sgd_reference
-from fastfreeze.schedule import Segment, cosine_lr
+from fastfreeze.schedule import Segment, segments_lr
 
 # Columns of a plan's hyperparameter table, as csrc/cpu/fused_sgd_kernel.cpp reads them.
 HYPERS = (
@@ -279,10 +279,7 @@ class ReferencePlan:
         lrs: list[float] = hypers[:, HYPERS.index("lr")].tolist()
         for g, segments in enumerate(self._segments):
             if segments:
-                s = max((s for s in segments if s.start <= step), key=lambda s: s.start)
-                lrs[g] = float(
-                    cosine_lr(step, s.start, s.length, s.scale, initial[g], self._eta_min)
-                )
+                lrs[g] = float(segments_lr(segments, step, initial[g], self._eta_min))
         return lrs
 
 
