@@ -6,7 +6,12 @@ from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, Snapsh
 from fastfreeze.freezing import Layer, LayerPlan, split
 from fastfreeze.graph import TrimmedModel, trim
 from fastfreeze.ops._library import backends
-from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
+from fastfreeze.ops.softmax import (
+    EnsembleAverage,
+    EnsembleStatistics,
+    ensemble_softmax,
+    ensemble_statistics,
+)
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import (
     Constant,
@@ -23,6 +28,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "EnsembleAverage",
+    "EnsembleStatistics",
     "FastfreezeWarning",
     "FreezeOut",
     "FreezeOutCycles",
@@ -38,6 +44,7 @@ __all__ = [
     "__version__",
     "backends",
     "ensemble_softmax",
+    "ensemble_statistics",
     "split",
     "trim",
 ]

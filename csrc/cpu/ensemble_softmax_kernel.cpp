@@ -14,8 +14,8 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/isa.h"
+#include "softmax_arguments.h"
 
 namespace fastfreeze {
 namespace {
@@ -27,21 +27,27 @@ constexpr int64_t kGroupElements = 8192;  // 32 KB of fp32
 constexpr int64_t kElementsPerThread =
     16384;  // below this a second thread costs more than it saves
 
-// A member's rows: unit stride within, `stride` elements from one to the next.
-struct Rows {
-  const void* data;
-  int64_t stride;
-};
+enum class Mode { mean, log, statistics, sum, sum_and_entropy };
 
-// out = before + share * the sum over members of their softmax. before and out are contiguous.
+// The weighted mean over members of softmax(z / temperature), its logarithm, or it with statistics;
+// or a sum: out = before + it. All but the members are contiguous. Those that a mode has no use for
+// are null.
 struct SoftmaxJob {
+  Mode mode;
   std::vector<Rows> members;
-  ScalarType dtype;
-  ScalarType out_dtype;  // dtype, or fp32
+  std::vector<double> weights;
+  std::vector<double> log_weights;
+  double inverse_temperature;
+  ScalarType dtype;  // of the members and the mean; the others are fp32, or fp64 with fp64 members
   int64_t classes;
-  double share;
-  const void* before;  // fp32, or fp64 with fp64 members; null for zeros
   void* out;
+  const void* before = nullptr;  // null for zeros
+  void* entropy = nullptr;       // of the mean; or of the member, added to what is there
+  void* max_probability = nullptr;
+  void* mutual_information = nullptr;
+  void* nll = nullptr;
+  int64_t* argmax = nullptr;
+  const int64_t* labels = nullptr;
 };
 
 template <typename T>
@@ -93,65 +99,13 @@ RowsFn rows_for(Isa isa) {
   return baseline::softmax_rows;
 }
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  return std::ranges::equal(a.sizes(), b.sizes());
-}
-
-void check_logits(const Tensor& t, const char* name) {
-  const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) >= 1, name, " must have a class dimension");
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                      dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  name, " must be float16, bfloat16, float32 or float64");
-}
-
-void check_sum(const Tensor& t, const Tensor& logits, const char* name) {
-  const ScalarType dtype =
-      logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(same_shape(t, logits), name, " must have the shape of logits");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", dtype_name(dtype));
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-}
-
-// The distance between rows if the tensor's rows have unit stride and are evenly spaced, else -1.
-int64_t row_stride(const Tensor& t) {
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  const int64_t last = t.dim() - 1;
-  if (sizes[last] > 1 && strides[last] != 1) return -1;
-  int64_t stride = sizes[last];
-  int64_t outer = -1;  // the stride that continues the dimensions seen so far
-  for (int64_t d = last - 1; d >= 0; --d) {
-    if (sizes[d] == 1) continue;
-    if (outer < 0) stride = strides[d];
-    if (outer >= 0 && strides[d] != outer) return -1;
-    outer = strides[d] * sizes[d];
-  }
-  return stride;
-}
-
-// Copies a tensor that has no such rows; `copies` keeps it.
-Rows rows_of(const Tensor& t, std::vector<Tensor>& copies) {
-  const int64_t stride = row_stride(t);
-  if (stride >= 0) return {t.const_data_ptr(), stride};
-  copies.push_back(torch::stable::contiguous(t));
-  return {copies.back().const_data_ptr(), t.size(t.dim() - 1)};
-}
-
-// before: contiguous, or none. out: contiguous, of the members' shape.
-void sum_softmax(const std::vector<Tensor>& members, double share, const Tensor* before,
-                 Tensor& out) {
-  const Tensor& first = members[0];
+void run(SoftmaxJob& job, const std::vector<Tensor>& members) {
   std::vector<Tensor> copies;
-  SoftmaxJob job;
   for (const Tensor& member : members) job.members.push_back(rows_of(member, copies));
-  job.dtype = first.scalar_type();
-  job.out_dtype = out.scalar_type();
-  job.classes = first.size(first.dim() - 1);
-  job.share = share;
-  job.before = before == nullptr ? nullptr : before->const_data_ptr();
-  job.out = out.mutable_data_ptr();
-  const int64_t rows = out.numel() / job.classes;
+  for (const double weight : job.weights) job.log_weights.push_back(std::log(weight));
+  job.dtype = members[0].scalar_type();
+  job.classes = num_classes(members[0]);
+  const int64_t rows = members[0].numel() / job.classes;
   const int64_t work = static_cast<int64_t>(members.size()) * job.classes;
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / work);
   const RowsFn softmax_rows = rows_for(current_isa());
@@ -159,27 +113,58 @@ void sum_softmax(const std::vector<Tensor>& members, double share, const Tensor*
                               [&](int64_t begin, int64_t end) { softmax_rows(job, begin, end); });
 }
 
-// The mean over members of softmax(member), rounded once to their dtype. An empty list does not get
-// here: it has no device to dispatch on.
-Tensor ensemble_softmax(std::vector<Tensor> members) {
-  const Tensor& first = members[0];
-  check_logits(first, "members");
-  for (const Tensor& member : members) {
-    STD_TORCH_CHECK(same_shape(member, first) && member.scalar_type() == first.scalar_type(),
-                    "members must have one shape and one dtype");
-  }
-  Tensor out = torch::stable::new_empty(first, first.sizes());
-  sum_softmax(members, 1.0 / static_cast<double>(members.size()), nullptr, out);
+Tensor ensemble_softmax(std::vector<Tensor> members, std::optional<std::vector<double>> weights,
+                        double temperature, bool log) {
+  check_members(members);
+  Tensor out = torch::stable::new_empty(members[0], members[0].sizes());
+  SoftmaxJob job;
+  job.mode = log ? Mode::log : Mode::mean;
+  job.weights = checked_weights(weights, members.size());
+  job.inverse_temperature = checked_inverse(temperature);
+  job.out = out.mutable_data_ptr();
+  run(job, members);
   return out;
 }
 
-// result = total + softmax(logits), or softmax(logits) without a total. result and total are not
-// the same tensor; both have the shape of logits, are fp32 (fp64 for fp64 logits), and contiguous.
-void softmax_add(Tensor result, std::optional<Tensor> total, Tensor logits) {
+Statistics ensemble_statistics(std::vector<Tensor> members,
+                               std::optional<std::vector<double>> weights, double temperature,
+                               std::optional<Tensor> labels) {
+  check_members(members);
+  if (labels.has_value()) {
+    check_labels(*labels, members[0]);
+    labels = torch::stable::contiguous(*labels);
+  }
+  Statistics out = new_statistics(members[0], labels.has_value());
+  const auto& [probabilities, max_probability, argmax, entropy, mutual_information, nll] = out;
+  SoftmaxJob job;
+  job.mode = Mode::statistics;
+  job.weights = checked_weights(weights, members.size());
+  job.inverse_temperature = checked_inverse(temperature);
+  job.out = probabilities.mutable_data_ptr();
+  job.max_probability = max_probability.mutable_data_ptr();
+  job.argmax = argmax.mutable_data_ptr<int64_t>();
+  job.entropy = entropy.mutable_data_ptr();
+  job.mutual_information = mutual_information.mutable_data_ptr();
+  job.nll = nll.mutable_data_ptr();
+  job.labels = labels.has_value() ? labels->const_data_ptr<int64_t>() : nullptr;
+  run(job, members);
+  return out;
+}
+
+void softmax_add(Tensor result, std::optional<Tensor> entropy, std::optional<Tensor> total,
+                 Tensor logits, double weight, double temperature) {
   check_logits(logits, "logits");
   check_sum(result, logits, "result");
   if (total.has_value()) check_sum(*total, logits, "total");
-  sum_softmax({logits}, 1.0, total.has_value() ? &*total : nullptr, result);
+  if (entropy.has_value()) check_entropy(*entropy, logits);
+  SoftmaxJob job;
+  job.mode = entropy.has_value() ? Mode::sum_and_entropy : Mode::sum;
+  job.weights = {weight};
+  job.inverse_temperature = checked_inverse(temperature);
+  job.out = result.mutable_data_ptr();
+  job.before = total.has_value() ? total->const_data_ptr() : nullptr;
+  job.entropy = entropy.has_value() ? entropy->mutable_data_ptr() : nullptr;
+  run(job, {logits});
 }
 
 }  // namespace
@@ -187,5 +172,6 @@ void softmax_add(Tensor result, std::optional<Tensor> total, Tensor logits) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastfreeze, CPU, m) {
   m.impl("ensemble_softmax", TORCH_BOX(&fastfreeze::ensemble_softmax));
+  m.impl("ensemble_statistics", TORCH_BOX(&fastfreeze::ensemble_statistics));
   m.impl("softmax_add", TORCH_BOX(&fastfreeze::softmax_add));
 }

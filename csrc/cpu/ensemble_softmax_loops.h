@@ -1,279 +1,9 @@
-// Sums of softmax over rows, included once for each instruction set (isa.h). A bad row (NaN, +inf,
-// or -inf alone) comes out NaN throughout: its maximum or its sum of exponentials is.
+// Softmax of rows averaged over members, with statistics, included once for each instruction set
+// (isa.h). A bad row (NaN, +inf, or -inf alone) comes out NaN throughout: its sum of exponentials
+// is NaN, or 0 with nothing to divide.
 
 #include "cpu/convert_loops.h"
-
-#if FASTFREEZE_ISA_LEVEL == 2
-constexpr int kVectorBytes = 64;
-#elif FASTFREEZE_ISA_LEVEL == 1
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-typedef float FloatVec __attribute__((vector_size(kVectorBytes)));
-typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
-typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
-typedef uint64_t DoubleBits __attribute__((vector_size(kVectorBytes)));
-
-// Constants of exp_of. The coefficients are minimax for |r| <= ln(2) / 2; the relative error is
-// below 2^-28 (float) and 2^-57 (double) before rounding.
-template <typename T>
-struct Exp;
-
-template <>
-struct Exp<float> {
-  using Vec = FloatVec;
-  using Bits = FloatBits;
-  static constexpr float kZeroBelow = -104.0f;
-  static constexpr float kLog2E = 1.44269504f;
-  static constexpr float kLn2High = 0.693359375f;  // so short that an integer times it is exact
-  static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr float kRounder = 0x1.8p23f;  // added and taken away again: an integer is left
-  static constexpr int kMantissaBits = 23;
-  static constexpr int kBias = 127;
-  static constexpr int kLift = 64;
-  static constexpr float kUnlift = 0x1p-64f;
-  static constexpr float kCoefficients[] = {0.49999994f, 0.166665196f, 0.041668389f, 0.0083687678f,
-                                            0.00138149306f};
-};
-
-template <>
-struct Exp<double> {
-  using Vec = DoubleVec;
-  using Bits = DoubleBits;
-  static constexpr double kZeroBelow = -746.0;
-  static constexpr double kLog2E = 1.4426950408889634;
-  static constexpr double kLn2High = 0.693145751953125;
-  static constexpr double kLn2Low = 1.42860682030941723212e-6;
-  static constexpr double kRounder = 0x1.8p52;
-  static constexpr int kMantissaBits = 52;
-  static constexpr int kBias = 1023;
-  static constexpr int kLift = 512;
-  static constexpr double kUnlift = 0x1p-512;
-  static constexpr double kCoefficients[] = {
-      0.5000000000000011,     0.16666666666666421,    0.04166666666652934,    0.008333333333487212,
-      0.0013888888943902257,  0.00019841269523408547, 2.4801492781600697e-05, 2.755757065444257e-06,
-      2.7630370686304574e-07, 2.500519985217087e-08};
-};
-
-template <typename T>
-using Vec = typename Exp<T>::Vec;
-
-template <typename T>
-constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
-
-template <typename T>
-constexpr T kLowest = -std::numeric_limits<T>::infinity();
-
-template <typename T>
-[[gnu::always_inline]] inline Vec<T> all(T x) {
-  return Vec<T>{} + x;
-}
-
-template <typename T>
-[[gnu::always_inline]] inline Vec<T> load(const T* src) {
-  Vec<T> v;
-  std::memcpy(&v, src, sizeof(v));
-  return v;
-}
-
-template <typename T>
-[[gnu::always_inline]] inline void store(T* dst, Vec<T> v) {
-  std::memcpy(dst, &v, sizeof(v));
-}
-
-// mul_add: a * b + c. load_first, store_first: the first n lanes, 0 < n < kLanes, from and to
-// memory; load_first sets the others to `rest`.
-#if FASTFREEZE_ISA_LEVEL == 2
-[[gnu::always_inline]] inline FloatVec mul_add(FloatVec a, FloatVec b, FloatVec c) {
-  return _mm512_fmadd_ps(a, b, c);
-}
-[[gnu::always_inline]] inline DoubleVec mul_add(DoubleVec a, DoubleVec b, DoubleVec c) {
-  return _mm512_fmadd_pd(a, b, c);
-}
-[[gnu::always_inline]] inline FloatVec load_first(const float* src, int64_t n, float rest) {
-  return _mm512_mask_loadu_ps(all(rest), static_cast<__mmask16>((1u << n) - 1), src);
-}
-[[gnu::always_inline]] inline DoubleVec load_first(const double* src, int64_t n, double rest) {
-  return _mm512_mask_loadu_pd(all(rest), static_cast<__mmask8>((1u << n) - 1), src);
-}
-[[gnu::always_inline]] inline void store_first(float* dst, FloatVec v, int64_t n) {
-  _mm512_mask_storeu_ps(dst, static_cast<__mmask16>((1u << n) - 1), v);
-}
-[[gnu::always_inline]] inline void store_first(double* dst, DoubleVec v, int64_t n) {
-  _mm512_mask_storeu_pd(dst, static_cast<__mmask8>((1u << n) - 1), v);
-}
-#elif FASTFREEZE_ISA_LEVEL == 1
-[[gnu::always_inline]] inline FloatVec mul_add(FloatVec a, FloatVec b, FloatVec c) {
-  return _mm256_fmadd_ps(a, b, c);
-}
-[[gnu::always_inline]] inline DoubleVec mul_add(DoubleVec a, DoubleVec b, DoubleVec c) {
-  return _mm256_fmadd_pd(a, b, c);
-}
-[[gnu::always_inline]] inline __m256i first_floats(int64_t n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
-                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-[[gnu::always_inline]] inline __m256i first_doubles(int64_t n) {
-  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
-}
-[[gnu::always_inline]] inline FloatVec load_first(const float* src, int64_t n, float rest) {
-  const __m256i mask = first_floats(n);
-  return _mm256_blendv_ps(all(rest), _mm256_maskload_ps(src, mask), _mm256_castsi256_ps(mask));
-}
-[[gnu::always_inline]] inline DoubleVec load_first(const double* src, int64_t n, double rest) {
-  const __m256i mask = first_doubles(n);
-  return _mm256_blendv_pd(all(rest), _mm256_maskload_pd(src, mask), _mm256_castsi256_pd(mask));
-}
-[[gnu::always_inline]] inline void store_first(float* dst, FloatVec v, int64_t n) {
-  _mm256_maskstore_ps(dst, first_floats(n), v);
-}
-[[gnu::always_inline]] inline void store_first(double* dst, DoubleVec v, int64_t n) {
-  _mm256_maskstore_pd(dst, first_doubles(n), v);
-}
-#else
-[[gnu::always_inline]] inline FloatVec mul_add(FloatVec a, FloatVec b, FloatVec c) {
-  return a * b + c;
-}
-[[gnu::always_inline]] inline DoubleVec mul_add(DoubleVec a, DoubleVec b, DoubleVec c) {
-  return a * b + c;
-}
-[[gnu::always_inline]] inline FloatVec load_first(const float* src, int64_t n, float rest) {
-  return FloatVec{src[0], n > 1 ? src[1] : rest, n > 2 ? src[2] : rest, rest};
-}
-[[gnu::always_inline]] inline DoubleVec load_first(const double* src, int64_t, double rest) {
-  return DoubleVec{src[0], rest};
-}
-[[gnu::always_inline]] inline void store_first(float* dst, FloatVec v, int64_t n) {
-  dst[0] = v[0];
-  if (n > 1) dst[1] = v[1];
-  if (n > 2) dst[2] = v[2];
-}
-[[gnu::always_inline]] inline void store_first(double* dst, DoubleVec v, int64_t) { dst[0] = v[0]; }
-#endif
-
-// A NaN in `a` is passed over.
-template <typename V>
-[[gnu::always_inline]] inline V larger(V a, V b) {
-  return a > b ? a : b;
-}
-
-template <typename V>
-[[gnu::always_inline]] inline V added(V a, V b) {
-  return a + b;
-}
-
-template <typename T, int kDistance, std::size_t... kLane>
-[[gnu::always_inline]] inline Vec<T> swapped(Vec<T> v, std::index_sequence<kLane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(v, v, static_cast<int>(kLane ^ kDistance)...);
-#else
-  return __builtin_shuffle(v, typename Exp<T>::Bits{(kLane ^ kDistance)...});
-#endif
-}
-
-// All lanes in one number.
-template <typename T, int kDistance = kLanes<T> / 2, typename Combine>
-[[gnu::always_inline]] inline T reduced(Vec<T> v, const Combine& combine) {
-  v = combine(v, swapped<T, kDistance>(v, std::make_index_sequence<kLanes<T>>()));
-  if constexpr (kDistance == 1) {
-    return v[0];
-  } else {
-    return reduced<T, kDistance / 2>(v, combine);
-  }
-}
-
-// e^x for x <= 0 or NaN: 2^n e^r with r = x - n ln(2), e^r = 1 + r + r^2 (c[0] + c[1] r + ...).
-template <typename T>
-[[gnu::always_inline]] inline Vec<T> exp_of(Vec<T> x) {
-  using E = Exp<T>;
-  using Bits = typename E::Bits;
-  constexpr int kTerms = sizeof(E::kCoefficients) / sizeof(T);
-  const auto vanishes = x < E::kZeroBelow;
-  x = vanishes ? Vec<T>{} : x;
-  const Vec<T> rounder_and_n = mul_add(x, all(E::kLog2E), all(E::kRounder));
-  const Vec<T> n = rounder_and_n - E::kRounder;
-  const Vec<T> r = mul_add(n, all(-E::kLn2Low), mul_add(n, all(-E::kLn2High), x));
-  Vec<T> p = all(E::kCoefficients[kTerms - 1]);
-#pragma GCC unroll 16
-  for (int i = kTerms - 2; i >= 0; --i) p = mul_add(p, r, all(E::kCoefficients[i]));
-  p = mul_add(p, r * r, r) + T(1);
-  // The low bits of rounder_and_n are n. 2^(n + lift) is a normal number even where 2^n is not, so
-  // that only the last product rounds.
-  const Bits power = ((Bits)rounder_and_n + (E::kBias + E::kLift)) << E::kMantissaBits;
-  return vanishes ? Vec<T>{} : p * (Vec<T>)power * E::kUnlift;
-}
-
-// The largest that is not NaN; -inf if there is none.
-template <typename T>
-T largest(const T* z, int64_t n) {
-  constexpr int64_t L = kLanes<T>;
-  Vec<T> a = all(kLowest<T>), b = a, c = a, d = a;
-  int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) {
-    a = larger(load(z + i), a);
-    b = larger(load(z + i + L), b);
-    c = larger(load(z + i + 2 * L), c);
-    d = larger(load(z + i + 3 * L), d);
-  }
-  for (; i + L <= n; i += L) a = larger(load(z + i), a);
-  if (i < n) b = larger(load_first(z + i, n - i, kLowest<T>), b);
-  return reduced<T>(larger(larger(a, b), larger(c, d)), larger<Vec<T>>);
-}
-
-// e = exp(z - top), filled up with zeros to whole vectors; the sum. e may be z. `ahead` is what
-// will be read next: rows are too short for the hardware to foresee it.
-template <typename T, typename In>
-T exp_minus(const T* z, T top, T* e, int64_t n, const In* ahead) {
-  constexpr int64_t L = kLanes<T>;
-  Vec<T> a = {}, b = {};
-  int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L) {
-    __builtin_prefetch(ahead + i);
-    __builtin_prefetch(ahead + i + L);
-    const Vec<T> x = exp_of<T>(load(z + i) - top);
-    const Vec<T> y = exp_of<T>(load(z + i + L) - top);
-    store(e + i, x);
-    store(e + i + L, y);
-    a += x;
-    b += y;
-  }
-  for (; i < n; i += L) {
-    const Vec<T> last = n - i < L ? load_first(z + i, n - i, kLowest<T>) : load(z + i);
-    const Vec<T> x = exp_of<T>(last - top);
-    store(e + i, x);
-    a += x;
-  }
-  return reduced<T>(a + b, added<Vec<T>>);
-}
-
-// out = before + the sum over rows of scale * e, rows being `pitch` apart in e; `before` may be
-// out, or null for zeros.
-template <typename T>
-void combine(const T* before, const T* e, int64_t pitch, const T* scales, int64_t rows, T* out,
-             int64_t n) {
-  constexpr int64_t L = kLanes<T>;
-  int64_t i = 0;
-  const auto sum_from = [&](Vec<T> sum) __attribute__((always_inline)) {
-    for (int64_t k = 0; k < rows; ++k) {
-      sum = mul_add(load(e + k * pitch + i), all(scales[k]), sum);
-    }
-    return sum;
-  };
-  for (; i + L <= n; i += L) {
-    store(out + i, sum_from(before == nullptr ? Vec<T>{} : load(before + i)));
-  }
-  if (i < n) {
-    const Vec<T> first = before == nullptr ? Vec<T>{} : load_first(before + i, n - i, T(0));
-    store_first(out + i, sum_from(first), n - i);
-  }
-}
-
-template <typename T>
-constexpr int64_t padded(int64_t classes) {
-  return (classes + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
+#include "cpu/softmax_row.h"
 
 // The rows of a job in its types.
 template <typename T, typename In, typename Out>
@@ -281,7 +11,9 @@ struct TypedRows {
   const SoftmaxJob& job;
 
   int64_t members() const { return static_cast<int64_t>(job.members.size()); }
-  T share() const { return static_cast<T>(job.share); }
+  T weight(int64_t m) const { return static_cast<T>(job.weights[m]); }
+  T log_weight(int64_t m) const { return static_cast<T>(job.log_weights[m]); }
+  T inverse_temperature() const { return static_cast<T>(job.inverse_temperature); }
   const In* member(int64_t m, int64_t row) const {
     return static_cast<const In*>(job.members[m].data) + row * job.members[m].stride;
   }
@@ -298,6 +30,28 @@ struct TypedRows {
   void finish(const T* sum, int64_t row, int64_t n) const {
     if constexpr (!std::is_same_v<T, Out>) from_float(sum, out(row), n);
   }
+
+  // A member's logit of the row's label; NaN if there is no such class.
+  T label_logit(int64_t m, int64_t row) const {
+    const auto label = static_cast<uint64_t>(job.labels[row]);
+    if (label >= static_cast<uint64_t>(job.classes)) return std::numeric_limits<T>::quiet_NaN();
+    return static_cast<T>(member(m, row)[label]);
+  }
+  void add_entropy(int64_t row, double entropy) const {
+    static_cast<T*>(job.entropy)[row] += static_cast<T>(entropy);
+  }
+  // Entropies are sums of terms that rounding may make slightly negative.
+  void write_statistics(int64_t row, const MeanSummary<T>& mean, double member_entropy) const {
+    const auto at_least_0 = [](double v) { return static_cast<T>(v < 0 ? 0 : v); };
+    const bool bad = std::isnan(mean.entropy);
+    static_cast<T*>(job.entropy)[row] = at_least_0(mean.entropy);
+    static_cast<T*>(job.mutual_information)[row] = at_least_0(mean.entropy - member_entropy);
+    static_cast<T*>(job.max_probability)[row] = bad ? static_cast<T>(mean.entropy) : mean.highest;
+    job.argmax[row] = bad ? 0 : mean.argmax;
+  }
+  void write_nll(int64_t row, T log_probability) const {
+    static_cast<T*>(job.nll)[row] = -log_probability;
+  }
 };
 
 // Elements to calculate with: 16-bit ones become fp32 in `room`, others are used where they are.
@@ -311,146 +65,419 @@ const T* widened(const In* src, T* room, int64_t n) {
   }
 }
 
-// Few classes: up to kLanes rows at once, a row to a lane.
+constexpr bool wants_entropy(Mode mode) {
+  return mode == Mode::sum_and_entropy || mode == Mode::statistics;
+}
+
+// Few classes: up to kLanes rows at once, a row to a lane, class c of them at c * kLanes.
 template <typename T, typename In, typename Out>
+void load_tile(const TypedRows<T, In, Out>& rows, int64_t m, int64_t begin, int64_t count,
+               T* tile) {
+  T room[kNarrow];
+  for (int64_t l = 0; l < count; ++l) {
+    const T* row = widened(rows.member(m, begin + l), room, rows.job.classes);
+    for (int64_t c = 0; c < rows.job.classes; ++c) tile[c * kLanes<T> + l] = row[c];
+  }
+}
+
+template <typename T, typename In, typename Out>
+void store_tile(const TypedRows<T, In, Out>& rows, int64_t begin, int64_t count, const T* tile) {
+  const int64_t C = rows.job.classes;
+  T room[kNarrow * kLanes<T>];
+  T* to = rows.sum(begin, room);
+  for (int64_t l = 0; l < count; ++l) {
+    for (int64_t c = 0; c < C; ++c) to[l * C + c] = tile[c * kLanes<T> + l];
+  }
+  rows.finish(to, begin, count * C);
+}
+
+template <typename T>
+struct TileSums {
+  Vec<T> top, exp, product;
+};
+
+// Logits become x, or e^x if wanted.
+template <bool kExp, bool kProduct, typename T>
+[[gnu::always_inline]] inline TileSums<T> soften_tile(T* tile, int64_t classes,
+                                                      T inverse_temperature) {
+  constexpr int64_t L = kLanes<T>;
+  TileSums<T> sums = {load(tile), {}, {}};
+  for (int64_t c = 1; c < classes; ++c) sums.top = larger(load(tile + c * L), sums.top);
+  for (int64_t c = 0; c < classes; ++c) {
+    const Vec<T> x = (load(tile + c * L) - sums.top) * inverse_temperature;
+    const Vec<T> e = exp_of<T>(x);
+    store(tile + c * L, kExp ? e : x);
+    sums.exp += e;
+    if constexpr (kProduct) sums.product = add_product<T>(e, x, sums.product);
+  }
+  return sums;
+}
+
+// The statistics of a tile of rows while members come in.
+template <typename T, typename In, typename Out>
+struct TileStatistics {
+  const TypedRows<T, In, Out>& rows;
+  int64_t begin, count;
+  Vec<T> member_entropy;
+  LogSum<T> label;
+
+  TileStatistics(const TypedRows<T, In, Out>& rows, int64_t begin, int64_t count)
+      : rows(rows), begin(begin), count(count), member_entropy{} {}
+
+  [[gnu::always_inline]] void add(int64_t m, const TileSums<T>& sums) {
+    const Vec<T> log_sum = log_of<T>(sums.exp);
+    member_entropy += rows.weight(m) * entropy_of(log_sum, sums.exp, sums.product);
+    if (rows.job.labels == nullptr) return;
+    alignas(64) T z[kLanes<T>] = {};
+    for (int64_t l = 0; l < count; ++l) z[l] = rows.label_logit(m, begin + l);
+    label.add(log_probability(load(z), sums.top, rows.inverse_temperature(), log_sum,
+                              rows.log_weight(m)));
+  }
+
+  void write(const T* mean) const {
+    LaneMaximum<T> maximum;
+    Vec<T> entropy = {};
+    for (int64_t c = 0; c < rows.job.classes; ++c) {
+      const Vec<T> p = load(mean + c * kLanes<T>);
+      maximum.take(p, typename Real<T>::Bits{} + static_cast<typename Real<T>::Word>(c));
+      entropy -= times_log<T>(p);
+    }
+    const Vec<T> label_log = label.value();
+    for (int64_t l = 0; l < count; ++l) {
+      const auto argmax = static_cast<int64_t>(maximum.index[l]);
+      rows.write_statistics(begin + l, {entropy[l], maximum.value[l], argmax}, member_entropy[l]);
+      if (rows.job.labels != nullptr) rows.write_nll(begin + l, label_log[l]);
+    }
+  }
+};
+
+template <Mode kMode, typename T, typename In, typename Out>
 void narrow_rows(const TypedRows<T, In, Out>& rows, int64_t begin, int64_t count) {
   constexpr int64_t L = kLanes<T>;
   const int64_t C = rows.job.classes;
-  alignas(64) T room[kNarrow * L], tile[kNarrow * L] = {}, total[kNarrow * L] = {};
-  const auto transpose = [&](const T* row, int64_t l, T* to) {
-    for (int64_t c = 0; c < C; ++c) to[c * L + l] = row[c];
-  };
+  alignas(64) T tile[kNarrow * L] = {}, total[kNarrow * L] = {};
+  TileStatistics<T, In, Out> statistics(rows, begin, count);
   for (int64_t l = 0; l < count && rows.job.before != nullptr; ++l) {
-    transpose(rows.before(begin + l), l, total);
+    for (int64_t c = 0; c < C; ++c) total[c * L + l] = rows.before(begin + l)[c];
   }
   for (int64_t m = 0; m < rows.members(); ++m) {
-    for (int64_t l = 0; l < count; ++l) {
-      transpose(widened(rows.member(m, begin + l), room, C), l, tile);
-    }
-    Vec<T> top = load(tile);
-    for (int64_t c = 1; c < C; ++c) top = larger(load(tile + c * L), top);
-    Vec<T> sum = {};
-    for (int64_t c = 0; c < C; ++c) {
-      const Vec<T> e = exp_of<T>(load(tile + c * L) - top);
-      store(tile + c * L, e);
-      sum += e;
-    }
-    const Vec<T> scale = rows.share() / sum;
+    load_tile(rows, m, begin, count, tile);
+    const auto sums = soften_tile<true, wants_entropy(kMode)>(tile, C, rows.inverse_temperature());
+    const Vec<T> scale = rows.weight(m) / sums.exp;
     for (int64_t c = 0; c < C; ++c) {
       store(total + c * L, mul_add(load(tile + c * L), scale, load(total + c * L)));
     }
+    if constexpr (wants_entropy(kMode)) statistics.add(m, sums);
   }
-  T* sums = rows.sum(begin, room);
-  for (int64_t l = 0; l < count; ++l) {
-    for (int64_t c = 0; c < C; ++c) sums[l * C + c] = total[c * L + l];
+  store_tile(rows, begin, count, total);
+  if constexpr (kMode == Mode::statistics) statistics.write(total);
+  if constexpr (kMode == Mode::sum_and_entropy) {
+    for (int64_t l = 0; l < count; ++l) {
+      rows.add_entropy(begin + l, statistics.member_entropy[l]);
+    }
   }
-  rows.finish(sums, begin, count * C);
+}
+
+template <typename T, typename In, typename Out>
+void narrow_log_rows(const TypedRows<T, In, Out>& rows, int64_t begin, int64_t count) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t C = rows.job.classes;
+  alignas(64) T tile[kNarrow * L] = {};
+  LogSum<T> sums[kNarrow];
+  for (int64_t m = 0; m < rows.members(); ++m) {
+    load_tile(rows, m, begin, count, tile);
+    const auto member = soften_tile<false, false>(tile, C, rows.inverse_temperature());
+    const Vec<T> offset = rows.log_weight(m) - log_of<T>(member.exp);
+    for (int64_t c = 0; c < C; ++c) sums[c].add(load(tile + c * L) + offset);
+  }
+  for (int64_t c = 0; c < C; ++c) store(tile + c * L, sums[c].value());
+  store_tile(rows, begin, count, tile);
+}
+
+// The statistics of a row while members come in; label_logs has room for all members.
+template <typename T>
+struct RowStatistics {
+  double member_entropy = 0;
+  MeanSummary<T> mean = {};
+  T* label_logs = nullptr;
+};
+
+template <typename T, typename In, typename Out>
+void add_member(const TypedRows<T, In, Out>& rows, int64_t row, int64_t m, T top, T log_sum, T sum,
+                T product, RowStatistics<T>& statistics) {
+  statistics.member_entropy += rows.weight(m) * entropy_of(log_sum, sum, product);
+  if (rows.job.labels == nullptr) return;
+  statistics.label_logs[m] = log_probability(
+      rows.label_logit(m, row), top, rows.inverse_temperature(), log_sum, rows.log_weight(m));
+}
+
+// All members of a row are in `sum`.
+template <Mode kMode, typename T, typename In, typename Out>
+void finish_row(const TypedRows<T, In, Out>& rows, int64_t row, const T* sum,
+                const RowStatistics<T>& statistics) {
+  rows.finish(sum, row, rows.job.classes);
+  if constexpr (kMode == Mode::sum_and_entropy) rows.add_entropy(row, statistics.member_entropy);
+  if constexpr (kMode == Mode::statistics) {
+    rows.write_statistics(row, statistics.mean, statistics.member_entropy);
+    if (rows.job.labels == nullptr) return;
+    rows.write_nll(row, log_sum_exp(statistics.label_logs, rows.members()));
+  }
+}
+
+// Memory for one thread.
+template <typename T>
+struct Workspace {
+  AlignedArray<T> e;           // kGroupElements, or a row
+  AlignedArray<T> room;        // a row
+  AlignedArray<T> highest;     // a row, for logarithms
+  AlignedArray<T> tops;        // of a row's blocks
+  AlignedArray<T> label_logs;  // members of kGroup rows
+
+  explicit Workspace(const SoftmaxJob& job)
+      : e(std::max(kGroupElements, padded<T>(job.classes))),
+        room(padded<T>(job.classes)),
+        highest(job.mode == Mode::log ? padded<T>(job.classes) : 0),
+        tops((job.classes + kBlock - 1) / kBlock),
+        label_logs(kGroup * padded<T>(static_cast<int64_t>(job.members.size()))) {}
+};
+
+// Some members of some rows, a row's members one after the other.
+template <typename T>
+struct Group {
+  int64_t row, num_rows, member, num_members;
+  alignas(64) T tops[kGroup], sums[kGroup] = {}, products[kGroup], logs[kGroup], scales[kGroup];
+
+  int64_t count() const { return num_rows * num_members; }
+  int64_t row_of(int64_t i) const { return row + i / num_members; }
+  int64_t member_of(int64_t i) const { return member + i % num_members; }
+};
+
+template <Mode kMode, typename T, typename In, typename Out>
+void soften_group(const TypedRows<T, In, Out>& rows, Group<T>& group, T* e) {
+  const int64_t C = rows.job.classes, pitch = padded<T>(C);
+  for (int64_t i = 0; i < group.count(); ++i) {
+    const In* z = rows.member(group.member_of(i), group.row_of(i));
+    group.tops[i] = largest(widened(z, e + i * pitch, C), C);
+  }
+  for (int64_t i = 0; i < group.count(); ++i) {
+    const int64_t m = group.member_of(i);
+    T* to = e + i * pitch;
+    const T* z = to;
+    if constexpr (std::is_same_v<T, In>) z = rows.member(m, group.row_of(i));
+    const In* ahead = rows.member(m, group.row_of(i) + group.num_rows);
+    const Sums<T> sums = exponentials<wants_entropy(kMode)>(
+        z, group.tops[i], rows.inverse_temperature(), to, C, ahead);
+    group.sums[i] = sums.exp;
+    group.products[i] = sums.product;
+    group.scales[i] = rows.weight(m) / sums.exp;
+  }
+}
+
+template <typename T, typename In, typename Out>
+void add_group(const TypedRows<T, In, Out>& rows, Group<T>& group, RowStatistics<T>* statistics) {
+  for (int64_t i = 0; i < group.count(); i += kLanes<T>) {
+    store(group.logs + i, log_of<T>(load(group.sums + i)));
+  }
+  for (int64_t i = 0; i < group.count(); ++i) {
+    const int64_t row = group.row_of(i);
+    add_member(rows, row, group.member_of(i), group.tops[i], group.logs[i], group.sums[i],
+               group.products[i], statistics[row - group.row]);
+  }
 }
 
 // Rows of up to kBlock classes, some rows and members at a time: what one waits for (reductions, a
-// division) overlaps with the others' work. e holds kGroupElements, or a row; room a row.
-template <typename T, typename In, typename Out>
-void grouped_rows(const TypedRows<T, In, Out>& rows, int64_t begin, int64_t end, T* e, T* room) {
+// division) overlaps with the others' work.
+template <Mode kMode, typename T, typename In, typename Out>
+void grouped_rows(const TypedRows<T, In, Out>& rows, int64_t begin, int64_t end,
+                  Workspace<T>& work) {
   const int64_t C = rows.job.classes, pitch = padded<T>(C), M = rows.members();
   const int64_t fitting = std::clamp<int64_t>(kGroupElements / pitch, 1, kGroup);
   const int64_t some_members = std::min(fitting, M);
-  const int64_t some_rows = std::max<int64_t>(1, fitting / M);
-  T tops[kGroup], scales[kGroup];
-  for (int64_t r = begin; r < end; r += some_rows) {
-    const int64_t num_rows = std::min(some_rows, end - r);
-    for (int64_t m = 0; m < M; m += some_members) {
-      const int64_t num_members = std::min(some_members, M - m);
-      const int64_t count = num_rows * num_members;
-      const auto logits = [&](int64_t i, int64_t rows_on) {
-        return rows.member(m + i % num_members, r + i / num_members + rows_on);
-      };
-      for (int64_t i = 0; i < count; ++i) {
-        tops[i] = largest(widened(logits(i, 0), e + i * pitch, C), C);
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        T* to = e + i * pitch;
-        const T* z = to;
-        if constexpr (std::is_same_v<T, In>) z = logits(i, 0);
-        scales[i] = rows.share() / exp_minus(z, tops[i], to, C, logits(i, num_rows));
-      }
-      for (int64_t i = 0; i < num_rows; ++i) {
-        T* sum = rows.sum(r + i, room);
-        const int64_t first = i * num_members;
-        combine(m == 0 ? rows.before(r + i) : sum, e + first * pitch, pitch, scales + first,
-                num_members, sum, C);
-        if (m + num_members == M) rows.finish(sum, r + i, C);
+  const int64_t some_rows = std::max<int64_t>(1, fitting / M);  // 1 if not all members fit
+  RowStatistics<T> statistics[kGroup];
+  Group<T> group;
+  for (group.row = begin; group.row < end; group.row += some_rows) {
+    group.num_rows = std::min(some_rows, end - group.row);
+    for (int64_t i = 0; i < group.num_rows; ++i) {
+      statistics[i] = {.label_logs = work.label_logs.data() + i * padded<T>(M)};
+    }
+    for (group.member = 0; group.member < M; group.member += some_members) {
+      group.num_members = std::min(some_members, M - group.member);
+      const bool last = group.member + group.num_members == M;
+      soften_group<kMode>(rows, group, work.e.data());
+      if constexpr (wants_entropy(kMode)) add_group(rows, group, statistics);
+      for (int64_t i = 0; i < group.num_rows; ++i) {
+        const int64_t row = group.row + i, first = i * group.num_members;
+        T* sum = rows.sum(row, work.room.data());
+        const T* before = group.member == 0 ? rows.before(row) : sum;
+        MeanSummary<T>* summary = kMode == Mode::statistics && last ? &statistics[i].mean : nullptr;
+        combine(before, work.e.data() + first * pitch, pitch, group.scales + first,
+                group.num_members, sum, C, 0, summary);
+        if (last) finish_row<kMode>(rows, row, sum, statistics[i]);
       }
     }
   }
 }
 
-// out = before + share * softmax(z) for a long row, in blocks: sums of blocks are accurate, and
-// memory is read once, for each block keeps its own maximum until the row's is known.
-template <typename T, typename In>
-void add_long_row(const In* z, int64_t classes, T share, const T* before, T* out, T* e, T* tops) {
-  const auto relative = [](T top, T highest) {  // both may be the same infinity
-    return top == highest ? 1.0 : std::exp(static_cast<double>(top) - highest);
-  };
-  T highest = kLowest<T>;
-  double sum = 0;
+// Sums of e^x for a row whose largest logit is `top`.
+template <typename T>
+struct RowSums {
+  T top = kLowest<T>;
+  double exp = 0, product = 0;
+
+  // x of one maximum relative to another, far below it at the least; both may be one infinity.
+  static double gap(T top, T highest, T inverse_temperature) {
+    if (top == highest) return 0;
+    return std::max(-1e4, (static_cast<double>(top) - highest) * inverse_temperature);
+  }
+  void raise(T highest, T inverse_temperature) {
+    const double x = gap(top, highest, inverse_temperature), factor = std::exp(x);
+    product = factor * (product + x * exp);
+    exp *= factor;
+    top = highest;
+  }
+  void add(RowSums other, T inverse_temperature) {
+    const T highest = larger(other.top, top);
+    raise(highest, inverse_temperature);
+    other.raise(highest, inverse_temperature);
+    exp += other.exp;
+    product += other.product;
+  }
+};
+
+// e = e^x for a long row, in blocks: sums of blocks are accurate, and memory is read once, for each
+// block keeps its own maximum, in `tops`, until the row's is known.
+template <bool kProduct, typename T, typename In>
+RowSums<T> soften_row(const In* z, int64_t classes, T inverse_temperature, T* e, T* tops) {
+  RowSums<T> row;
   for (int64_t at = 0; at < classes; at += kBlock) {
     const int64_t size = std::min(kBlock, classes - at);
     const T* block = widened(z + at, e + at, size);
-    const T top = largest(block, size);
+    const T top = tops[at / kBlock] = largest(block, size);
     const T origin = top == kLowest<T> ? T(0) : top;  // a block may be masked throughout
-    const double block_sum = exp_minus(block, origin, e + at, size, z + at + kBlock);
-    const T before_highest = highest;
-    highest = larger(top, highest);
-    sum = sum * relative(before_highest, highest) + block_sum * relative(top, highest);
-    tops[at / kBlock] = top;
+    const Sums<T> sums =
+        exponentials<kProduct>(block, origin, inverse_temperature, e + at, size, z + at + kBlock);
+    row.add({top, sums.exp, sums.product}, inverse_temperature);
   }
-  for (int64_t at = 0; at < classes; at += kBlock) {
-    const T scale = static_cast<T>(share * relative(tops[at / kBlock], highest) / sum);
-    combine(before == nullptr ? nullptr : before + at, e + at, 0, &scale, 1, out + at,
-            std::min(kBlock, classes - at));
+  return row;
+}
+
+template <Mode kMode, typename T, typename In, typename Out>
+void long_row(const TypedRows<T, In, Out>& rows, int64_t row, Workspace<T>& work) {
+  const int64_t C = rows.job.classes, M = rows.members();
+  const T inverse_temperature = rows.inverse_temperature();
+  RowStatistics<T> statistics = {.label_logs = work.label_logs.data()};
+  T* sum = rows.sum(row, work.room.data());
+  T *e = work.e.data(), *tops = work.tops.data();
+  for (int64_t m = 0; m < M; ++m) {
+    const RowSums<T> sums =
+        soften_row<wants_entropy(kMode)>(rows.member(m, row), C, inverse_temperature, e, tops);
+    if constexpr (wants_entropy(kMode)) {
+      add_member(rows, row, m, sums.top, static_cast<T>(std::log(sums.exp)),
+                 static_cast<T>(sums.exp), static_cast<T>(sums.product), statistics);
+    }
+    const T* before = m == 0 ? rows.before(row) : sum;
+    MeanSummary<T>* summary = kMode == Mode::statistics && m == M - 1 ? &statistics.mean : nullptr;
+    for (int64_t at = 0; at < C; at += kBlock) {
+      const double factor =
+          std::exp(RowSums<T>::gap(tops[at / kBlock], sums.top, inverse_temperature));
+      const T scale = static_cast<T>(rows.weight(m) * factor / sums.exp);
+      combine(before == nullptr ? nullptr : before + at, e + at, 0, &scale, 1, sum + at,
+              std::min(kBlock, C - at), at, summary);
+    }
+  }
+  finish_row<kMode>(rows, row, sum, statistics);
+}
+
+// Adds (z - top) / temperature + offset to the sums of logarithms, which reach to whole vectors.
+template <typename T>
+void add_logs(const T* z, T top, T inverse_temperature, T offset, T* highest, T* sums, int64_t n) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t i = 0; i < n; i += L) {
+    const Vec<T> logits = n - i < L ? load_first(z + i, n - i, top) : load(z + i);
+    LogSum<T> log(load(highest + i), load(sums + i));
+    log.add((logits - top) * inverse_temperature + offset);
+    store(highest + i, log.highest);
+    store(sums + i, log.sum);
   }
 }
 
 template <typename T, typename In, typename Out>
-void softmax_rows_typed(const SoftmaxJob& job, int64_t begin, int64_t end) {
-  const TypedRows<T, In, Out> rows{job};
-  const int64_t C = job.classes;
-  if (C <= kNarrow) {
-    for (int64_t r = begin; r < end; r += kLanes<T>) {
-      narrow_rows(rows, r, std::min(kLanes<T>, end - r));
+void log_row(const TypedRows<T, In, Out>& rows, int64_t row, Workspace<T>& work) {
+  const int64_t C = rows.job.classes;
+  const T inverse_temperature = rows.inverse_temperature();
+  T *highest = work.highest.data(), *room = work.room.data(), *e = work.e.data();
+  std::fill_n(highest, padded<T>(C), kLowest<T>);
+  std::fill_n(room, padded<T>(C), T(0));
+  for (int64_t m = 0; m < rows.members(); ++m) {
+    const In* z = rows.member(m, row);
+    const RowSums<T> sums = soften_row<false>(z, C, inverse_temperature, e, work.tops.data());
+    const T offset = rows.log_weight(m) - static_cast<T>(std::log(sums.exp));
+    for (int64_t at = 0; at < C; at += kBlock) {
+      const int64_t size = std::min(kBlock, C - at);
+      add_logs(widened(z + at, e + at, size), sums.top, inverse_temperature, offset, highest + at,
+               room + at, size);
     }
-    return;
   }
-  AlignedArray<T> e(std::max(kGroupElements, padded<T>(C))), room(C);
-  if (C <= kBlock) return grouped_rows(rows, begin, end, e.data(), room.data());
-  AlignedArray<T> tops((C + kBlock - 1) / kBlock);
-  for (int64_t r = begin; r < end; ++r) {
-    T* sum = rows.sum(r, room.data());
-    for (int64_t m = 0; m < rows.members(); ++m) {
-      add_long_row(rows.member(m, r), C, rows.share(), m == 0 ? rows.before(r) : sum, sum, e.data(),
-                   tops.data());
-    }
-    rows.finish(sum, r, C);
+  for (int64_t c = 0; c < C; c += kLanes<T>) {
+    store(room + c, LogSum<T>(load(highest + c), load(room + c)).value());
+  }
+  if constexpr (std::is_same_v<T, Out>) {
+    std::copy_n(room, C, rows.out(row));
+  } else {
+    rows.finish(room, row, C);
   }
 }
 
-template <typename In>
-void softmax_rows16(const SoftmaxJob& job, int64_t begin, int64_t end) {
-  if (job.out_dtype == ScalarType::Float) {
-    return softmax_rows_typed<float, In, float>(job, begin, end);
+template <Mode kMode, typename T, typename In, typename Out>
+void softmax_rows_typed(const SoftmaxJob& job, int64_t begin, int64_t end) {
+  const TypedRows<T, In, Out> rows{job};
+  if (job.classes <= kNarrow) {
+    for (int64_t r = begin; r < end; r += kLanes<T>) {
+      const int64_t count = std::min(kLanes<T>, end - r);
+      if constexpr (kMode == Mode::log) {
+        narrow_log_rows(rows, r, count);
+      } else {
+        narrow_rows<kMode>(rows, r, count);
+      }
+    }
+    return;
   }
-  return softmax_rows_typed<float, In, In>(job, begin, end);
+  Workspace<T> work(job);
+  if constexpr (kMode == Mode::log) {
+    for (int64_t r = begin; r < end; ++r) log_row(rows, r, work);
+  } else if (job.classes <= kBlock) {
+    grouped_rows<kMode>(rows, begin, end, work);
+  } else {
+    for (int64_t r = begin; r < end; ++r) long_row<kMode>(rows, r, work);
+  }
+}
+
+template <typename T, typename In>
+void softmax_rows_of(const SoftmaxJob& job, int64_t begin, int64_t end) {
+  switch (job.mode) {
+    case Mode::mean:
+      return softmax_rows_typed<Mode::mean, T, In, In>(job, begin, end);
+    case Mode::log:
+      return softmax_rows_typed<Mode::log, T, In, In>(job, begin, end);
+    case Mode::statistics:
+      return softmax_rows_typed<Mode::statistics, T, In, In>(job, begin, end);
+    case Mode::sum:
+      return softmax_rows_typed<Mode::sum, T, In, T>(job, begin, end);
+    case Mode::sum_and_entropy:
+      return softmax_rows_typed<Mode::sum_and_entropy, T, In, T>(job, begin, end);
+  }
 }
 
 inline void softmax_rows(const SoftmaxJob& job, int64_t begin, int64_t end) {
   switch (job.dtype) {
     case ScalarType::Float:
-      return softmax_rows_typed<float, float, float>(job, begin, end);
+      return softmax_rows_of<float, float>(job, begin, end);
     case ScalarType::Double:
-      return softmax_rows_typed<double, double, double>(job, begin, end);
+      return softmax_rows_of<double, double>(job, begin, end);
     case ScalarType::Half:
-      return softmax_rows16<c10::Half>(job, begin, end);
+      return softmax_rows_of<float, c10::Half>(job, begin, end);
     default:
-      return softmax_rows16<c10::BFloat16>(job, begin, end);
+      return softmax_rows_of<float, c10::BFloat16>(job, begin, end);
   }
 }

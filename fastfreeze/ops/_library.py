@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ import torch
 from fastfreeze.errors import BackendUnavailableError
 
 Backend = Literal["cuda", "triton", "cpu", "reference"]
+
+OLDEST_CAPABILITY = (7, 5)  # of CUDA devices that the kernels are compiled for
 
 # One copy of fastfreeze a process: a second one fails here, before its libraries could load and
 # crash. The C++ side only implements; these are the only declarations.
@@ -25,11 +28,34 @@ _LIBRARY.define(
     "bool store_grad, int lrs) -> ()"
 )
 _LIBRARY.define("sgd_plan_free(int handle) -> ()")
-_LIBRARY.define("ensemble_softmax(Tensor[] members) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _LIBRARY.define(
-    "softmax_add(Tensor(a!) result, Tensor? total, Tensor logits) -> ()",
-    tags=torch.Tag.pt2_compliant_tag,
+    "cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor(a!) states, Tensor segments, "
+    "Tensor segment_begin, Tensor tensor_groups, Tensor(b!) started, Tensor(c!) counters, "
+    "float eta_min, bool scheduled, int param_dtype, int buffer_dtype) -> int"
 )
+_LIBRARY.define(
+    "cuda_sgd_step(int handle, int grads, int grad_table, int found_inf, int grad_scale, "
+    "bool track) -> ()"
+)
+_LIBRARY.define("cuda_sgd_seek(int handle, int step) -> ()")
+_LIBRARY.define("cuda_sgd_plan_free(int handle) -> ()")
+for _prefix in ("", "triton_"):  # of C++, and of Triton, which torch.compile need not look into
+    _LIBRARY.define(
+        f"{_prefix}ensemble_softmax(Tensor[] members, float[]? weights, float temperature, "
+        "bool log) -> Tensor",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    _LIBRARY.define(
+        f"{_prefix}ensemble_statistics(Tensor[] members, float[]? weights, float temperature, "
+        "Tensor? labels) -> (Tensor probabilities, Tensor max_probability, Tensor argmax, "
+        "Tensor entropy, Tensor mutual_information, Tensor nll)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    _LIBRARY.define(
+        f"{_prefix}softmax_add(Tensor(a!) result, Tensor(b!)? entropy, Tensor? total, "
+        "Tensor logits, float weight, float temperature) -> ()",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
 
 
 @dataclass(frozen=True)
@@ -54,9 +80,17 @@ def _load(name: str) -> Availability:
     return Availability(True, f"{path.name} is loaded")
 
 
+def _has_gpu() -> bool:
+    # device_count() asks the driver's management library where it can: unlike is_available() it
+    # leaves CUDA uninitialised, so that a process may still fork.
+    return torch.cuda.device_count() > 0
+
+
 def _cuda() -> Availability:
     library = _load("fastfreeze_cuda")
-    if library.available and not torch.cuda.is_available():
+    if library.available and torch.version.cuda is None:
+        return Availability(False, "this torch is built without CUDA")
+    if library.available and not _has_gpu():
         return Availability(False, "torch sees no CUDA device")
     return library
 
@@ -64,7 +98,16 @@ def _cuda() -> Availability:
 def _triton() -> Availability:
     if importlib.util.find_spec("triton") is None:
         return Availability(False, "the package triton is not installed")
-    return Availability(False, "this version of fastfreeze has no Triton kernels yet")
+    if interpreting():
+        return Availability(True, "Triton's interpreter (TRITON_INTERPRET=1), for checking only")
+    if not _has_gpu():
+        return Availability(False, "torch sees no CUDA or ROCm device")
+    return Availability(True, "compiled for the device when first used")
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, which takes tensors of the CPU too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 _BACKENDS: dict[Backend, Availability] = {
@@ -83,6 +126,34 @@ def backends() -> dict[Backend, Availability]:
         ...     print(name, availability)
     """
     return dict(_BACKENDS)
+
+
+def for_device(device: torch.device) -> list[Backend]:
+    """The kernels' backends that can run on a device, fastest first, an interpreter left out."""
+    kinds: list[Backend] = ["cuda", "triton"] if device.type == "cuda" else ["cpu"]
+    return [name for name in kinds if not refuses_device(name, device)]
+
+
+def refuses_device(backend: Backend, device: torch.device) -> str | None:
+    """Why the kernels of ``backend`` cannot take tensors on ``device``; None if they can."""
+    if not _BACKENDS[backend].available:
+        return _BACKENDS[backend].reason
+    kinds = {"cuda": ["cuda"], "triton": ["cuda"], "cpu": ["cpu"]}.get(backend, [device.type])
+    if backend == "triton" and interpreting():
+        kinds = ["cpu"]
+    if device.type not in kinds:
+        return f"it is on {device}"
+    if device.type == "cuda" and torch.version.cuda is not None:
+        capability = _capability(device)
+        if capability < OLDEST_CAPABILITY:
+            return f"{device} has compute capability {capability}, expected {OLDEST_CAPABILITY}"
+    return None
+
+
+# Not for torch.compile to trace: a device stays what it is.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def require(backend: Backend) -> None:

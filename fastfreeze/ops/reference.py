@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ def sgd_reference(
     nesterov: bool = False,
     maximize: bool = False,
     grad_scale: float | None = None,
+    momentum_dtype: torch.dtype | None = None,
 ) -> None:
     """One SGD step in place, operation for operation ``torch.optim.SGD``'s for-loop.
 
@@ -30,6 +32,8 @@ def sgd_reference(
         if gradient is None:
             continue
         grad = gradient if grad_scale is None else gradient.mul_(1.0 / grad_scale)
+        if momentum_dtype is not None:
+            grad = grad.to(torch.promote_types(grad.dtype, momentum_dtype))
         if maximize:
             grad = -grad
         if weight_decay != 0:
@@ -49,15 +53,90 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def ensemble_softmax_reference(members: Sequence[Tensor]) -> Tensor:
-    """Mean over members of the softmax over the last dimension, in the members' dtype."""
-    total = softmax_add_reference(None, members[0])
-    for logits in members[1:]:
-        total = softmax_add_reference(total, logits)
-    return (total / len(members)).to(members[0].dtype)
+def scaled_reference(logits: Tensor, temperature: float) -> Tensor:
+    """``logits / temperature`` less each row's maximum, in the dtype of sums.
+
+    The maximum goes first, so that a small temperature makes no infinity of a large logit.
+    """
+    z = logits.to(sum_dtype(logits.dtype))
+    return (z - z.detach().amax(-1, keepdim=True)) / temperature
 
 
-def softmax_add_reference(total: Tensor | None, logits: Tensor) -> Tensor:
-    """``total + softmax(logits)``, in float32, or float64 for float64 logits; None counts as 0."""
-    probabilities = torch.softmax(logits, dim=-1, dtype=sum_dtype(logits.dtype))
-    return probabilities if total is None else total + probabilities
+def softmax_add_reference(
+    total: Tensor | None, logits: Tensor, weight: float, temperature: float
+) -> Tensor:
+    """``total + weight * softmax(logits / temperature)``; a total of None counts as 0."""
+    p = weight * torch.softmax(scaled_reference(logits, temperature), dim=-1)
+    return p if total is None else total + p
+
+
+def ensemble_softmax_reference(
+    members: Sequence[Tensor], weights: Sequence[float] | None, temperature: float, log: bool
+) -> Tensor:
+    """Weighted mean over members of the softmax, or its logarithm, in the members' dtype."""
+    total: Tensor | None = None
+    logs = []
+    for w, z in zip(weights or equal_weights(len(members)), members, strict=True):
+        if log:
+            p_log = torch.log_softmax(scaled_reference(z, temperature), dim=-1)
+            logs.append(p_log + log_weight(w))
+        else:
+            total = softmax_add_reference(total, z, w, temperature)
+    mean = _log_sum_exp(torch.stack(logs)) if total is None else total
+    return mean.to(members[0].dtype)
+
+
+def _log_sum_exp(logs: Tensor) -> Tensor:
+    """Over the first dimension; where all are -inf the gradient is 0, not NaN."""
+    masked = (logs == -math.inf).all(0)
+    sums = torch.logsumexp(logs.masked_fill(masked, 0.0), dim=0)
+    return sums.masked_fill(masked, -math.inf)
+
+
+def entropy_reference(probabilities: Tensor) -> Tensor:
+    """Entropy in nats over the last dimension; a probability of 0 adds nothing."""
+    terms: Tensor = torch.special.entr(probabilities)
+    return terms.sum(-1).clamp(min=0)
+
+
+@torch.no_grad()
+def ensemble_statistics_reference(
+    members: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    temperature: float,
+    labels: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean probabilities, their maximum and where it is, entropy, mutual information, NLL."""
+    mean, member_entropy = torch.zeros(()), torch.zeros(())
+    label_logs = []
+    for w, z in zip(weights or equal_weights(len(members)), members, strict=True):
+        scaled = scaled_reference(z, temperature)
+        p = torch.softmax(scaled, dim=-1)
+        mean = mean + w * p
+        member_entropy = member_entropy + w * entropy_reference(p)
+        if labels is not None:
+            p_log = torch.log_softmax(scaled, dim=-1)
+            label_logs.append(of_label_reference(p_log, labels) + log_weight(w))
+    max_probability, argmax = mean.max(-1)
+    entropy = entropy_reference(mean)
+    mutual_information = (entropy - member_entropy).clamp(min=0)
+    nll = -torch.logsumexp(torch.stack(label_logs), dim=0) if label_logs else mean.new_empty(0)
+    probabilities = mean.to(members[0].dtype)
+    return probabilities, max_probability, argmax, entropy, mutual_information, nll
+
+
+def of_label_reference(values: Tensor, labels: Tensor) -> Tensor:
+    """Each row's value [..., C] at its label [...]; NaN for a label that is no class."""
+    known = (labels >= 0) & (labels < values.shape[-1])
+    at = torch.where(known, labels, 0)
+    return torch.where(known, values.gather(-1, at[..., None])[..., 0], math.nan)
+
+
+def equal_weights(count: int) -> list[float]:
+    """Weights of a plain mean."""
+    return [1.0 / count] * count
+
+
+def log_weight(weight: float) -> float:
+    """Logarithm of a member's weight; -inf for a member that counts for nothing."""
+    return math.log(weight) if weight > 0 else -math.inf

@@ -5,69 +5,163 @@ Logits are never stacked: the kernels read each member's where they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfreeze.ops import _library
+from fastfreeze.ops import (
+    _library,
+    _softmax_registration,  # noqa: F401
+)
 from fastfreeze.ops._library import Backend
+from fastfreeze.ops._softmax_arguments import (
+    check_logits,
+    check_rows,
+    check_weight,
+    checked_labels,
+    checked_temperature,
+    choose_backend,
+    described,
+    member_list,
+    normalised_weights,
+)
 from fastfreeze.ops.reference import (
     ensemble_softmax_reference,
+    ensemble_statistics_reference,
+    entropy_reference,
+    of_label_reference,
+    scaled_reference,
     softmax_add_reference,
     sum_dtype,
 )
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def ensemble_softmax(
-    members: Tensor | Sequence[Tensor], *, backend: Backend | None = None
+    members: Tensor | Sequence[Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
+    log: bool = False,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Mean over the members of an ensemble of their softmax probabilities.
 
     Probabilities are averaged, not logits, as in Snapshot Ensembles (Huang et al., ICLR 2017).
     They are computed and summed in float32 (float64 for float64 logits) and rounded once.
-    Differentiable, any number of times, and traced by ``torch.compile``.
+    Differentiable with respect to the members, any number of times, and traced by
+    ``torch.compile``.
 
     Args:
         members: logits of M >= 1 members, as one tensor [M, ..., C] or a sequence of M tensors
             [..., C] of one shape, dtype and device: at least one batch dimension, of any size, and
             C >= 1 classes, last. float16, bfloat16, float32 or float64. Rows of unit stride are
             read in place, whatever lies between them. ``-inf`` masks a class.
-        backend: "cpu" or "reference"; None chooses the fastest that can take the members.
+        weights: M finite numbers >= 0, of which the sum is > 0: the members' shares, which are
+            divided by the sum. None: equal shares.
+        temperature: 1e-30..1e30; logits are divided by it.
+        log: return the logarithm of the mean, finite and accurate where the mean underflows.
+        backend: "cuda", "triton", "cpu" or "reference"; None chooses the fastest that can take the
+            members.
 
     Returns:
-        Probabilities [..., C], contiguous, of the members' dtype. The same bits for every number
-        of threads.
+        Probabilities [..., C], or their logarithms, contiguous, of the members' dtype. The CPU's
+        are the same bits for every number of threads.
 
     Raises:
-        TypeError: ``members`` is not made of dense floating-point tensors.
-        ValueError: shapes, dtypes or devices do not go together; a row with NaN or +inf, or with
-            nothing but -inf (not looked for under ``torch.compile``, where such a row comes out
-            NaN); or members that the backend asked for cannot take.
+        TypeError: ``members`` is not made of dense floating-point tensors, or an option is not of
+            its type.
+        ValueError: shapes, dtypes or devices do not go together; an option is outside its range; a
+            row with NaN or +inf, or with nothing but -inf (not looked for on a GPU, where that
+            would wait for it, nor under ``torch.compile``: there such a row comes out NaN); or
+            members that the backend asked for cannot take.
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    logits = _member_list(members)
-    _check_logits("members[0]", logits[0])
-    _check_alike(logits)
-    if _choose_backend(backend, "members", logits[0]) == "cpu":
-        mean: Tensor = torch.ops.fastfreeze.ensemble_softmax.default(logits)
+    logits = member_list(members)
+    shares = normalised_weights(weights, len(logits))
+    temperature = checked_temperature(temperature)
+    chosen = choose_backend(backend, "members[0]", logits)
+    if chosen == "reference":
+        mean = ensemble_softmax_reference(logits, shares, temperature, log)
     else:
-        mean = ensemble_softmax_reference(logits)
-    _check_rows(mean, logits, "members[{}]")
+        mean = _operator(chosen, "ensemble_softmax")(logits, shares, temperature, log)
+    check_rows(mean, logits, "members[{}]")
     return mean
+
+
+@dataclass(frozen=True, eq=False)
+class EnsembleStatistics:
+    """What an ensemble predicts, how surely, and how much its members differ.
+
+    All but ``probabilities`` and ``argmax`` are float32 (float64 for float64 logits).
+
+    Attributes:
+        probabilities: mean of the members' probabilities [..., C], of their dtype.
+        max_probability: [...], the highest of them.
+        argmax: [...], int64: its class, the first if tied.
+        entropy: [...], of the mean, in nats: all that is uncertain.
+        mutual_information: [...], in nats: what of the entropy is disagreement of the members, the
+            rest being the mean of their own entropies. Never negative.
+        nll: [...], negative logarithm of the label's mean probability; None without labels.
+    """
+
+    probabilities: Tensor
+    max_probability: Tensor
+    argmax: Tensor
+    entropy: Tensor
+    mutual_information: Tensor
+    nll: Tensor | None
+
+
+@torch.no_grad()
+def ensemble_statistics(
+    members: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
+    backend: Backend | None = None,
+) -> EnsembleStatistics:
+    """:func:`ensemble_softmax` with statistics of its predictions, in one pass over the members.
+
+    Gradients do not flow through it.
+
+    Args:
+        members, weights, temperature, backend: as in :func:`ensemble_softmax`.
+        labels: integers [...], the classes 0..C-1 of the rows.
+
+    Raises:
+        TypeError, ValueError: as :func:`ensemble_softmax`, and for labels of another shape or
+            outside 0..C-1 (not looked for on a GPU, nor under ``torch.compile``: there the row's
+            NLL is NaN).
+        BackendUnavailableError: the backend asked for cannot run here.
+    """
+    logits = member_list(members)
+    shares = normalised_weights(weights, len(logits))
+    temperature = checked_temperature(temperature)
+    classes = checked_labels(labels, logits[0])
+    chosen = choose_backend(backend, "members[0]", logits)
+    if chosen == "reference":
+        results = ensemble_statistics_reference(logits, shares, temperature, classes)
+    else:
+        operator = _operator(chosen, "ensemble_statistics")
+        results = operator([z.detach() for z in logits], shares, temperature, classes)
+    check_rows(results[0], logits, "members[{}]")
+    return EnsembleStatistics(*results[:-1], None if labels is None else results[-1])
 
 
 class EnsembleAverage:
     """Mean of the softmax probabilities of members that come one at a time.
 
-    Keeps two sums of the shape of the logits, in float32 (float64 for float64 logits), and nothing
-    else of the members. Gradients do not flow through it.
+    Keeps two sums of the shape of the logits, in float32 (float64 for float64 logits), with
+    ``statistics`` a sum of entropies, and nothing else of the members. Gradients do not flow
+    through it.
 
     Args:
+        temperature: as in :func:`ensemble_softmax`.
+        statistics: whether :meth:`statistics` will be asked for.
         backend: as in :func:`ensemble_softmax`.
 
     Example:
@@ -77,12 +171,22 @@ class EnsembleAverage:
         >>> probabilities = average.mean()
     """
 
-    def __init__(self, *, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        statistics: bool = False,
+        backend: Backend | None = None,
+    ) -> None:
         if backend is not None:
             _library.require(backend)
+        self._temperature = checked_temperature(temperature)
         self._backend = backend
+        self._has_statistics = statistics
         self._total: Tensor | None = None
         self._spare: Tensor | None = None  # the next sum's memory: a bad member leaves the total
+        self._entropy: Tensor | None = None  # the weighted sum of the members' entropies
+        self._weight = 0.0
         self._dtype = torch.float32
         self._count = 0
 
@@ -91,166 +195,108 @@ class EnsembleAverage:
         """How many members there were."""
         return self._count
 
-    def update(self, logits: Tensor) -> None:
+    @torch.no_grad()
+    def update(self, logits: Tensor, weight: float = 1.0) -> None:
         """Take in a member.
 
         Args:
             logits: [..., C], as :func:`ensemble_softmax` takes them; of the first member's shape,
                 dtype and device.
+            weight: finite and >= 0; the member's share in the mean, in proportion to the others'.
 
         Raises:
             TypeError, ValueError: as :func:`ensemble_softmax`; the average is left as it was.
         """
-        _check_logits("logits", logits)
+        check_logits("logits", logits)
+        check_weight("weight", weight)
         if self._total is not None:
             expected = (self._total.shape, self._dtype, self._total.device)
             if expected != (logits.shape, logits.dtype, logits.device):
                 raise ValueError(
-                    f"logits must be like the first update's: expected {_described(*expected)}, "
-                    f"got {_described(logits.shape, logits.dtype, logits.device)}"
+                    f"logits must be like the first update's: expected {described(*expected)}, "
+                    f"got {described(logits.shape, logits.dtype, logits.device)}"
                 )
-        with torch.no_grad():
-            total = self._plus(logits)
-        _check_rows(total, [logits], "logits")
-        self._total, self._spare = total, self._total
-        self._dtype, self._count = logits.dtype, self._count + 1
+        total, entropy = self._plus(logits.detach(), float(weight))
+        check_rows(total, [logits], "logits")
+        self._total, self._spare, self._entropy = total, self._total, entropy
+        self._dtype, self._weight = logits.dtype, self._weight + weight
+        self._count += 1
 
-    def _plus(self, logits: Tensor) -> Tensor:
-        if _choose_backend(self._backend, "logits", logits) != "cpu":
-            return softmax_add_reference(self._total, logits)
-        out = self._spare
-        if out is None:
-            out = torch.empty(logits.shape, dtype=sum_dtype(logits.dtype))
-        torch.ops.fastfreeze.softmax_add.default(out, self._total, logits.detach())
-        return out
+    def _plus(self, logits: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
+        """The sums with one more member, beside those kept."""
+        dtype, temperature = sum_dtype(logits.dtype), self._temperature
+        entropy = None
+        if self._has_statistics:
+            entropy = logits.new_zeros(logits.shape[:-1], dtype=dtype)
+            if self._entropy is not None:
+                entropy += self._entropy
+        chosen = choose_backend(self._backend, "logits", [logits])
+        if chosen != "reference":
+            total = self._spare
+            if total is None or not _writable(total):
+                total = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+            add = _operator(chosen, "softmax_add")
+            add(total, entropy, self._total, logits, weight, temperature)
+            return total, entropy
+        if entropy is not None:
+            p = torch.softmax(scaled_reference(logits, temperature), dim=-1)
+            entropy += weight * entropy_reference(p)
+        return softmax_add_reference(self._total, logits, weight, temperature), entropy
 
     def mean(self) -> Tensor:
         """The mean of the members' probabilities: [..., C], of the logits' dtype.
 
         Raises:
-            RuntimeError: there was no member yet.
+            RuntimeError: there was no member yet, or none with a weight > 0.
         """
-        if self._total is None:
-            raise RuntimeError("the mean of no members: update(logits) comes first")
-        return (self._total / self._count).to(self._dtype)
+        return self._mean().to(self._dtype)
 
-
-def _member_list(members: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(members, Tensor):
-        if members.dim() < 3:
-            raise ValueError(
-                f"members as one tensor must have shape [M, ..., C] with a batch dimension, "
-                f"got {tuple(members.shape)}"
+    def _mean(self) -> Tensor:
+        if self._total is None or self._weight == 0:
+            raise RuntimeError(
+                "the mean of no members: update(logits) comes first, with a weight > 0"
             )
-        logits = list(members.unbind(0))
-    elif isinstance(members, (list, tuple)):
-        logits = list(members)
-    else:
-        raise TypeError(
-            f"members must be a tensor, or a list or tuple of tensors, got {type(members).__name__}"
+        return self._total / self._weight
+
+    @torch.no_grad()
+    def statistics(self, labels: Tensor | None = None) -> EnsembleStatistics:
+        """The statistics of the members so far, as of :func:`ensemble_statistics`.
+
+        The members being gone, a label's probability below the smallest normal number counts as
+        that number: ``nll`` is at most 87.3 (708.4 for float64 logits).
+
+        Raises:
+            RuntimeError: as :meth:`mean`, or the average was made without ``statistics=True``.
+            TypeError, ValueError: as :func:`ensemble_statistics`.
+        """
+        if not self._has_statistics:
+            raise RuntimeError("statistics must be asked for: EnsembleAverage(statistics=True)")
+        mean = self._mean()
+        classes = checked_labels(labels, mean)
+        assert self._entropy is not None
+        max_probability, argmax = mean.max(-1)
+        entropy = entropy_reference(mean)
+        nll = None
+        if classes is not None:
+            tiny = torch.finfo(mean.dtype).tiny
+            nll = -of_label_reference(mean, classes).clamp(min=tiny).log()
+        return EnsembleStatistics(
+            probabilities=mean.to(self._dtype),
+            max_probability=max_probability,
+            argmax=argmax,
+            entropy=entropy,
+            mutual_information=(entropy - self._entropy / self._weight).clamp(min=0),
+            nll=nll,
         )
-    if not logits:
-        raise ValueError("members must hold at least one member, got none")
-    return logits
 
 
-def _check_logits(label: str, logits: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{label} must be a tensor, got {type(logits).__name__}")
-    if logits.dtype not in _DTYPES:
-        raise TypeError(
-            f"{label} must be float16, bfloat16, float32 or float64, got {logits.dtype}"
-        )
-    if logits.layout != torch.strided:
-        raise TypeError(f"{label} must be a dense tensor, got layout {logits.layout}")
-    if logits.dim() < 2 or logits.shape[-1] < 1:
-        raise ValueError(
-            f"{label} must have shape [..., C] with a batch dimension and C >= 1, "
-            f"got {tuple(logits.shape)}"
-        )
+def _writable(tensor: Tensor) -> bool:
+    """Whether it may be written to: outside of inference mode, what was made inside may not."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
-def _check_alike(members: list[Tensor]) -> None:
-    first = members[0]
-    shape, dtype, device = first.shape, first.dtype, first.device
-    for m, logits in enumerate(members):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"members[{m}] must be a tensor, got {type(logits).__name__}")
-        if logits.shape != shape or logits.dtype != dtype or logits.device != device:
-            raise ValueError(
-                f"members[{m}] must be like members[0]: expected "
-                f"{_described(shape, dtype, device)}, "
-                f"got {_described(logits.shape, logits.dtype, logits.device)}"
-            )
-
-
-def _described(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
-    return f"shape {tuple(shape)}, {dtype}, {device}"
-
-
-def _choose_backend(backend: Backend | None, label: str, logits: Tensor) -> Backend:
-    """The backend asked for if it can take ``logits``, or else the fastest that can."""
-    if backend is None:
-        plain = type(logits) in (Tensor, torch.nn.Parameter)
-        has_cpu = _library.backends()["cpu"].available
-        return "cpu" if plain and logits.is_cpu and has_cpu else "reference"
-    _library.require(backend)
-    if backend not in ("cpu", "reference"):
-        raise ValueError(f"backend={backend!r} has no ensemble softmax; use 'cpu' or 'reference'")
-    if backend == "cpu" and not logits.is_cpu:
-        raise ValueError(f"backend='cpu' cannot take {label}: on {logits.device}")
-    return backend
-
-
-def _check_rows(result: Tensor, members: list[Tensor], label: str) -> None:
-    """Raise for the first bad row. A bad row comes out NaN throughout, so one column tells.
-
-    ``label`` names a member, its number put in the place of {}.
-    """
-    if torch.compiler.is_compiling() or type(result) is not Tensor or result.is_meta:
-        return
-    if not math.isnan(result.select(-1, 0).sum().item()):
-        return
-    for m, logits in enumerate(members):
-        highest = logits.detach().amax(-1)  # NaN if there is one
-        bad = highest.isfinite().logical_not().nonzero()
-        if len(bad):
-            row = bad[0].tolist()
-            found = highest[tuple(row)].item()
-            what = "-inf throughout" if found == -math.inf else str(found)
-            raise ValueError(
-                f"{label.format(m)}{row} must be finite, or -inf for some classes, got {what}"
-            )
-
-
-def _fake_mean(members: list[Tensor]) -> Tensor:
-    return members[0].new_empty(members[0].shape)
-
-
-def _fake_add(result: Tensor, total: Tensor | None, logits: Tensor) -> None:
-    pass
-
-
-def _save_members(ctx: Any, inputs: tuple[list[Tensor]], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[0])
-
-
-def _mean_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """``p * (g - sum(g * p)) / M`` for each member, its softmax p computed anew."""
-    members = ctx.saved_tensors
-    gradients: list[Tensor | None] = []
-    for logits, needed in zip(members, ctx.needs_input_grad[0], strict=True):
-        if not needed:
-            gradients.append(None)
-            continue
-        p = torch.softmax(logits, dim=-1, dtype=sum_dtype(logits.dtype))
-        g = grad.to(p.dtype) / len(members)
-        gradients.append((p * (g - (g * p).sum(-1, keepdim=True))).to(logits.dtype))
-    return gradients
-
-
-torch.library.register_fake("fastfreeze::ensemble_softmax", _fake_mean)
-torch.library.register_fake("fastfreeze::softmax_add", _fake_add)
-torch.library.register_autograd(
-    "fastfreeze::ensemble_softmax", _mean_backward, setup_context=_save_members
-)
+def _operator(backend: Backend, name: str) -> Any:
+    prefix = "triton_" if backend == "triton" else ""
+    return getattr(torch.ops.fastfreeze, prefix + name).default
