@@ -1,5 +1,6 @@
 // The learning rate of a schedule's segment: the only place in C++ where the formula stands.
-// The same as fastfreeze.schedule.cosine_lr, operation for operation.
+// The same as fastfreeze.schedule.cosine_lr: operation for operation on the host, and but for the
+// last bit of the cosine on a device.
 #pragma once
 
 #include <cmath>
@@ -19,12 +20,21 @@ struct Segment {
   double scale;   // factor on the group's initial learning rate
 };
 
+// cos(pi x), x in 0..1. CUDA's cos would need local memory for the angles that it is not given.
+FASTFREEZE_HOST_DEVICE inline double cos_pi(double x) {
+#ifdef __CUDA_ARCH__
+  return cospi(x);
+#else
+  return cos(3.141592653589793 * x);
+#endif
+}
+
 FASTFREEZE_HOST_DEVICE inline double segment_lr(const Segment& segment, double step,
                                                 double initial_lr, double eta_min) {
   if (segment.length == 0) return 0.0;
   const double elapsed = (step - segment.start) / segment.length;
   const double phase = elapsed < 1.0 ? elapsed : 1.0;
-  const double factor = 0.5 * (1.0 + cos(3.141592653589793 * phase));
+  const double factor = 0.5 * (1.0 + cos_pi(phase));
   return eta_min + (segment.scale * initial_lr - eta_min) * factor;
 }
 

@@ -1,11 +1,18 @@
-"""Shared fixtures."""
+"""Shared fixtures: every backend that can run here, and the device that it runs on."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
-import fastfreeze
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:  # before the first import of triton, which reads it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import fastfreeze  # noqa: E402
+from tests.emulation.sgd import install  # noqa: E402
 
 HAS_CPU_KERNELS = fastfreeze.backends()["cpu"].available
 needs_cpu_kernels = pytest.mark.skipif(
@@ -13,15 +20,70 @@ needs_cpu_kernels = pytest.mark.skipif(
 )
 
 
+def pytest_configure(config):
+    # Not in pyproject.toml: pytest would import fastfreeze before TRITON_INTERPRET is set.
+    config.addinivalue_line("filterwarnings", "error::fastfreeze.FastfreezeWarning")
+
+
+def kernel(backend, device):
+    """A parameter (backend, device), skipped with the reason where it cannot run."""
+    state = fastfreeze.backends()[backend]
+    marks = [pytest.mark.skipif(not state.available, reason=str(state))]
+    return pytest.param((backend, device), marks=marks, id=f"{backend}-{device}")
+
+
+def kernels():
+    """Every backend on every device here; without a GPU, Triton's kernels in its interpreter."""
+    found = [kernel("reference", "cpu"), kernel("cpu", "cpu")]
+    if HAS_GPU:
+        return [*found, *(kernel(name, "cuda") for name in ("reference", "triton", "cuda"))]
+    return [*found, kernel("triton", "cpu")]
+
+
+EMULATED = pytest.param(("cuda", "emulated"), id="cuda-emulated")
+
+
+def device_kernels():
+    """The backends whose tables live on the device; without a GPU, CUDA's kernels emulated."""
+    if HAS_GPU:
+        return [kernel("triton", "cuda"), kernel("cuda", "cuda")]
+    return [kernel("triton", "cpu"), EMULATED]
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", pytest.param("cpu", marks=needs_cpu_kernels)])
-def backend(request):
-    """Every backend that a CPU can run."""
+@pytest.fixture(params=kernels())
+def backend_and_device(request):
     return request.param
+
+
+def sgd_kernels():
+    """As kernels(), with CUDA's emulated where there is no GPU."""
+    return kernels() if HAS_GPU else [*kernels(), EMULATED]
+
+
+def resolved(request):
+    """A parameter of a fixture as (backend, device), with the emulation in its place."""
+    backend, device = request.param
+    if device == "emulated":
+        install(request.getfixturevalue("monkeypatch"))
+        device = "cpu"
+    return backend, device
+
+
+@pytest.fixture
+def backend(backend_and_device):
+    """The name of each backend in turn."""
+    return backend_and_device[0]
+
+
+@pytest.fixture
+def device(backend_and_device):
+    """Where the backend's tensors are."""
+    return torch.device(backend_and_device[1])
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])

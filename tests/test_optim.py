@@ -13,16 +13,29 @@ from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning
 from fastfreeze.ops import _library
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles, SnapshotCycles
-from tests.conftest import needs_cpu_kernels
+from tests.conftest import needs_cpu_kernels, resolved, sgd_kernels
 
 HYPERS = {
     "plain": {"lr": 0.1},
     "momentum": {"lr": 0.1, "momentum": 0.9},
     "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2},
     "dampened": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True},
-    "tensor lr": {"lr": torch.tensor(0.1), "momentum": 0.9},
+    "tensor lr": {"lr": torch.tensor(0.1, device="cpu"), "momentum": 0.9},
 }
 every_hyper = pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
+
+
+@pytest.fixture(params=sgd_kernels())
+def backend_and_device(request):
+    return resolved(request)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_backends_device(request):
+    """Whatever a test makes is where its backend wants it."""
+    device = request.getfixturevalue("device") if "backend" in request.fixturenames else "cpu"
+    with torch.device(device):
+        yield
 
 
 def net(seed=0):
@@ -40,9 +53,10 @@ def layer_groups(model, **extra):
 
 def train(model, optimizer, steps, *, start=0, scheduler=None):
     for step in range(start, start + steps):
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator("cpu").manual_seed(step)
+        batch = torch.randn(8, 6, generator=generator, device="cpu").to(model[0].weight.device)
         optimizer.zero_grad()
-        model(torch.randn(8, 6, generator=generator)).square().mean().backward()
+        model(batch).square().mean().backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -165,7 +179,7 @@ def test_a_gradient_that_comes_later(backend):
 def test_an_overflow_changes_nothing(backend, overflow_at):
     model = net()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, total_steps=10, backend=backend)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(model[0].weight.device.type, init_scale=4.0)
     for step in range(5):
         optimizer.zero_grad()
         scaler.scale(model(torch.randn(4, 6)).square().mean()).backward()
@@ -188,7 +202,7 @@ def test_grad_scaler_equals_unscaled_training(backend):
     ours, theirs = net(), net()
     o = SGD(ours.parameters(), lr=0.1, momentum=0.9, backend=backend)
     t = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, foreach=False)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(ours[0].weight.device.type, init_scale=1024.0)
     for step in range(4):
         x = torch.randn(4, 6)
         for model, optimizer in ((ours, o), (theirs, t)):
@@ -445,6 +459,36 @@ def test_stepping_past_the_end_is_refused():
 
 
 # Checkpoints.
+
+
+def test_wide_momentum_survives_a_checkpoint(backend):
+    def make(model):
+        return SGD(
+            model.parameters(),
+            lr=0.1,
+            momentum=0.9,
+            momentum_dtype=torch.float32,
+            backend=backend,
+        )
+
+    def steps(model, optimizer, first, last):
+        for step in range(first, last):
+            for i, p in enumerate(model.parameters()):
+                torch.manual_seed(100 * step + i)
+                p.grad = torch.randn(p.shape).to(p.dtype)
+            optimizer.step()
+
+    straight, first, resumed = (net().to(torch.bfloat16) for _ in range(3))
+    steps(straight, make(straight), 0, 6)
+    optimizer = make(first)
+    steps(first, optimizer, 0, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    assert {s["momentum_buffer"].dtype for s in state["state"].values()} == {torch.float32}
+    resumed.load_state_dict(first.state_dict())
+    second = make(resumed)
+    second.load_state_dict(state)
+    steps(resumed, second, 3, 6)
+    assert same_bits(weights(resumed), weights(straight))
 
 
 @every_schedule

@@ -11,29 +11,19 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <mutex>
-#include <unordered_map>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/isa.h"
-#include "sgd_math.h"
+#include "handles.h"
+#include "sgd_tables.h"
 
 namespace fastfreeze {
 namespace {
 
-// Columns of the tables that fastfreeze/ops/sgd.py fills.
-enum TensorColumn { kParam, kBuffer, kNumel, kGroup, kDtype, kFirst, kTensorColumns };
-enum HyperColumn {
-  kLr,
-  kMomentum,
-  kDampening,
-  kWeightDecay,
-  kNesterov,
-  kMaximize,
-  kInitialLr,
-  kHyperColumns
-};
+// Columns of the table of tensors that fastfreeze/ops/sgd.py fills.
+enum TensorColumn { kParam, kBuffer, kNumel, kGroup, kDtype, kBufferDtype, kFirst, kTensorColumns };
 
 constexpr int64_t kRunElements = 8192;  // 32 KB of fp32: three such runs fit in an L2 cache
 constexpr int64_t kElementsPerThread =
@@ -51,7 +41,9 @@ struct PlannedTensor {
   int64_t numel;
   int64_t group;
   int64_t item_size;
+  int64_t buffer_item_size;
   ScalarType dtype;
+  bool wide_buffer;  // fp32 momentum of a 16-bit parameter
   Momentum momentum;
 };
 
@@ -60,9 +52,10 @@ struct Plan {
   std::vector<Run> runs;
   std::vector<int64_t> cost;  // elements in the runs before each run, and in all
   std::vector<Segment> segments;
-  std::vector<int64_t> segment_begin;  // per group, and the end; equal neighbours: no schedule
+  std::vector<int64_t> segment_begin;
   double eta_min;
   int64_t num_groups() const { return static_cast<int64_t>(segment_begin.size()) - 1; }
+  SegmentTable table() const { return {segments.data(), segment_begin.data(), eta_min}; }
 };
 
 struct GroupHyper {
@@ -78,6 +71,7 @@ struct Elements {
   void* buffer;
   int64_t size;
   ScalarType dtype;
+  bool wide_buffer;
   Momentum momentum;
 };
 
@@ -115,35 +109,6 @@ UpdateFn update_for(Isa isa) {
   return baseline::update;
 }
 
-class Plans {
- public:
-  int64_t add(std::shared_ptr<Plan> plan) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    plans_[++last_] = std::move(plan);
-    return last_;
-  }
-  std::shared_ptr<Plan> get(int64_t handle) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = plans_.find(handle);
-    STD_TORCH_CHECK(found != plans_.end(), "no SGD plan has the handle ", handle);
-    return found->second;
-  }
-  void remove(int64_t handle) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    plans_.erase(handle);
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<Plan>> plans_;
-  int64_t last_ = 0;
-};
-
-Plans& plans() {
-  static Plans* all = new Plans;  // never destroyed: handles may outlive static destructors
-  return *all;
-}
-
 int64_t item_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
@@ -156,6 +121,12 @@ void add_tensor(Plan& plan, const int64_t* row) {
   t.group = row[kGroup];
   t.dtype = static_cast<ScalarType>(row[kDtype]);
   t.item_size = item_size(t.dtype);
+  const auto buffer_dtype = static_cast<ScalarType>(row[kBufferDtype]);
+  t.buffer_item_size = item_size(buffer_dtype);
+  t.wide_buffer = buffer_dtype != t.dtype;
+  STD_TORCH_CHECK(!t.wide_buffer || (t.item_size == 2 && buffer_dtype == ScalarType::Float),
+                  "a ", dtype_name(t.dtype), " parameter has a ", dtype_name(buffer_dtype),
+                  " momentum buffer");
   STD_TORCH_CHECK(t.group >= 0 && t.group < plan.num_groups(), "a tensor names group ", t.group);
   STD_TORCH_CHECK(t.numel >= 0, "a tensor has ", t.numel, " elements");
   t.momentum = t.buffer == nullptr ? Momentum::none
@@ -170,7 +141,7 @@ void add_tensor(Plan& plan, const int64_t* row) {
   plan.tensors.push_back(t);
 }
 
-// tensors: int64 [n, 6]; segments: float64 [s, 3]; segment_begin: int64 [num_groups + 1, 1].
+// tensors: int64 [n, 7]; segments: float64 [s, 3]; segment_begin: int64 [num_groups + 1, 1].
 int64_t sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, double eta_min) {
   check_table(tensors, "tensors", ScalarType::Long, kTensorColumns);
   check_table(segments, "segments", ScalarType::Double, 3);
@@ -192,29 +163,7 @@ int64_t sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, double e
   plan->cost.push_back(0);
   const auto* row = static_cast<const int64_t*>(tensors.data_ptr());
   for (int64_t i = 0; i < tensors.size(0); ++i) add_tensor(*plan, row + i * kTensorColumns);
-  return plans().add(std::move(plan));
-}
-
-double group_lr(const Plan& plan, int64_t group, const double* row, int64_t step) {
-  const int64_t begin = plan.segment_begin[group];
-  const int64_t count = plan.segment_begin[group + 1] - begin;
-  if (count == 0) return row[kLr];
-  const double at = static_cast<double>(step);
-  return segment_lr(segment_at(&plan.segments[begin], count, at), at, row[kInitialLr],
-                    plan.eta_min);
-}
-
-template <typename T>
-SgdHyper<T> hyper_of(const double* row, double lr, double inv_grad_scale) {
-  SgdHyper<T> h;
-  h.lr = static_cast<T>(lr);
-  h.momentum = static_cast<T>(row[kMomentum]);
-  h.gradient_share = static_cast<T>(1.0 - row[kDampening]);
-  h.weight_decay = static_cast<T>(row[kWeightDecay]);
-  h.inv_grad_scale = static_cast<T>(inv_grad_scale);
-  h.nesterov = row[kNesterov] != 0;
-  h.maximize = row[kMaximize] != 0;
-  return h;
+  return Handles<Plan>::all().add(std::move(plan));
 }
 
 void update_runs(const Plan& plan, const std::vector<GroupHyper>& groups, const int64_t* grads,
@@ -225,8 +174,9 @@ void update_runs(const Plan& plan, const std::vector<GroupHyper>& groups, const 
     char* grad = reinterpret_cast<char*>(grads[run.tensor]);
     if (grad == nullptr) continue;
     const int64_t bytes = run.offset * t.item_size;
-    char* buffer = t.buffer == nullptr ? nullptr : t.buffer + bytes;
-    update({t.param + bytes, grad + bytes, buffer, run.size, t.dtype, t.momentum}, groups[t.group]);
+    char* buffer = t.buffer == nullptr ? nullptr : t.buffer + run.offset * t.buffer_item_size;
+    update({t.param + bytes, grad + bytes, buffer, run.size, t.dtype, t.wide_buffer, t.momentum},
+           groups[t.group]);
   }
 }
 
@@ -240,15 +190,15 @@ int64_t first_run(const Plan& plan, int64_t thread, int64_t threads) {
 // [num_groups, 7]; lrs: address of float64 [num_groups], receives the learning rates of step + 1.
 void sgd_step(int64_t handle, int64_t grads, int64_t hypers, int64_t step, double inv_grad_scale,
               bool store_grad, int64_t lrs) {
-  const std::shared_ptr<Plan> plan = plans().get(handle);
+  const std::shared_ptr<Plan> plan = Handles<Plan>::all().get(handle);
   const auto* grad = reinterpret_cast<const int64_t*>(grads);
   const auto* row = reinterpret_cast<const double*>(hypers);
   std::vector<GroupHyper> groups(plan->num_groups());
   for (int64_t g = 0; g < plan->num_groups(); ++g, row += kHyperColumns) {
-    const double lr = group_lr(*plan, g, row, step);
+    const double lr = group_rate(plan->table(), g, row, step).lr;
     groups[g] = {hyper_of<float>(row, lr, inv_grad_scale),
                  hyper_of<double>(row, lr, inv_grad_scale), store_grad};
-    reinterpret_cast<double*>(lrs)[g] = group_lr(*plan, g, row, step + 1);
+    reinterpret_cast<double*>(lrs)[g] = group_rate(plan->table(), g, row, step + 1).lr;
   }
   const UpdateFn update = update_for(current_isa());
   const int64_t wanted = (plan->cost.back() + kElementsPerThread - 1) / kElementsPerThread;
@@ -269,7 +219,7 @@ void sgd_step(int64_t handle, int64_t grads, int64_t hypers, int64_t step, doubl
   }
 }
 
-void sgd_plan_free(int64_t handle) { plans().remove(handle); }
+void sgd_plan_free(int64_t handle) { Handles<Plan>::all().remove(handle); }
 
 }  // namespace
 }  // namespace fastfreeze

@@ -1,40 +1,34 @@
-"""Fused SGD: the functional form, and the plans that an optimizer steps.
-
-A plan holds what stays the same from step to step. Each backend has one, with the same methods.
-"""
+"""Fused SGD: the functional form, and the choice of a backend for each parameter."""
 
 from __future__ import annotations
 
-import weakref
-from array import array
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastfreeze.ops import _library
+from fastfreeze.ops._device_sgd import CudaPlan, TritonPlan
 from fastfreeze.ops._library import Backend
-from fastfreeze.ops.reference import sgd_reference
-from fastfreeze.schedule import Segment, segments_lr
-
-# Columns of a plan's hyperparameter table, as csrc/cpu/fused_sgd_kernel.cpp reads them.
-HYPERS = (
-    "lr",
-    "momentum",
-    "dampening",
-    "weight_decay",
-    "nesterov",
-    "maximize",
-    "initial_lr",
+from fastfreeze.ops._plans import (
+    HYPERS,
+    KERNEL_DTYPES,
+    CpuPlan,
+    PlanSpec,
+    ReferencePlan,
+    SgdPlan,
+    buffer_dtype,
+    same_strides,
 )
-CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-_SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
-_data_ptr = Tensor.data_ptr
-_is_contiguous = Tensor.is_contiguous
+PLANS: dict[Backend, type[SgdPlan]] = {
+    "cuda": CudaPlan,
+    "triton": TritonPlan,
+    "cpu": CpuPlan,
+    "reference": ReferencePlan,
+}
 
 
 def sgd(
@@ -49,9 +43,12 @@ def sgd(
     nesterov: bool = False,
     maximize: bool = False,
     grad_scale: float | None = None,
+    momentum_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> None:
     """One SGD step in place, with ``torch.optim.SGD``'s arithmetic.
+
+    Traced by ``torch.compile`` as one operator, ``fastfreeze::sgd_``.
 
     Args:
         params: tensors to update, of any shapes, strides and dtypes.
@@ -61,6 +58,8 @@ def sgd(
             it, undampened.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
         grad_scale: what the loss was multiplied by; the gradients are divided by it in place.
+        momentum_dtype: torch.float32 keeps the buffers of float16 and bfloat16 parameters in
+            float32, and rounds nothing but the parameter; None keeps them as their parameters.
         backend: what runs it; None chooses the fastest that can.
 
     Raises:
@@ -68,7 +67,13 @@ def sgd(
             that the backend asked for cannot take.
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    _check_lists(params, grads, momentum_buffers)
+    _check_lists(params, grads, momentum_buffers, momentum_dtype)
+    if torch.compiler.is_compiling():
+        _trace(
+            params, grads, momentum_buffers, momentum_dtype,
+            lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, backend,
+        )  # fmt: skip
+        return
     hyper = {
         "lr": lr,
         "momentum": momentum,
@@ -77,213 +82,102 @@ def sgd(
         "nesterov": nesterov,
         "maximize": maximize,
     }
-    chosen = choose_backends(params, backend)
     row = np.array([[float(hyper.get(name, lr)) for name in HYPERS]])
-    for name in set(chosen):
-        index = [i for i, b in enumerate(chosen) if b == name]
-        buffers = [momentum_buffers[i] for i in index]
-        first = [b is None for b in buffers]
-        if momentum != 0:
-            buffers = [
-                momentum_buffer_like(params[i], b) for i, b in zip(index, buffers, strict=True)
-            ]
-        else:
-            buffers = [None] * len(index)
-        plan = PLANS[name]([params[i] for i in index], buffers, first, [0] * len(index), [()], 0.0)
+    for (name, _), index in plan_members(params, choose_backends(params, backend)).items():
+        dtypes = [buffer_dtype(params[i], momentum_dtype) for i in index]
+        buffers: list[Tensor | None] = [
+            momentum_buffer_like(params[i], momentum_buffers[i], dtype) if momentum != 0 else None
+            for i, dtype in zip(index, dtypes, strict=True)
+        ]
+        plan = PLANS[name](
+            PlanSpec(
+                params=[params[i] for i in index],
+                buffers=buffers,
+                first=[momentum != 0 and momentum_buffers[i] is None for i in index],
+                groups=[0] * len(index),
+                segments=[()],
+                eta_min=0.0,
+                momentum_dtype=momentum_dtype,
+            )
+        )
         own_grads = [grads[i] for i in index]
         aligned = plan.align(own_grads)
-        plan.step(aligned, row, 0, grad_scale)
+        plan.step(aligned, row, 0, grad_scale, None)
         copy_back(aligned, own_grads)
         for i, buffer in zip(index, plan.buffers, strict=True):
             if momentum != 0 and grads[i] is not None:
                 momentum_buffers[i] = buffer
 
 
-class SgdPlan(Protocol):
-    """Tensors that one backend updates together, step after step.
-
-    Args of the constructor:
-        params: the tensors.
-        buffers: their momentum buffers; all None without momentum in the parameter's group.
-        first: whether a buffer is still uninitialised memory.
-        groups: each parameter's group, an index into the hyperparameter table.
-        segments: each group's schedule; empty where the table's lr counts.
-        eta_min: the schedule's lower bound.
-    """
-
-    buffers: list[Tensor | None]
-
-    def __init__(
-        self,
-        params: list[Tensor],
-        buffers: list[Tensor | None],
-        first: list[bool],
-        groups: list[int],
-        segments: Sequence[tuple[Segment, ...]],
-        eta_min: float,
-    ) -> None: ...
-
-    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The gradients as ``step`` needs them: themselves, or copies in another layout.
-
-        Raises:
-            ValueError: a gradient that this backend cannot take.
-        """
-
-    def step(
-        self,
-        grads: Sequence[Tensor | None],
-        hypers: npt.NDArray[np.float64],
-        step: int,
-        grad_scale: float | None,
-    ) -> list[float]:
-        """Update every parameter that has a gradient.
-
-        Args:
-            grads: one per parameter, of its shape, dtype and device, or None; aligned.
-            hypers: float64 [num_groups, len(HYPERS)].
-            step: 0-based step at which schedules are evaluated.
-            grad_scale: what the gradients are divided by, in place.
-
-        Returns:
-            Each group's learning rate at ``step + 1``.
-        """
+@torch.library.custom_op("fastfreeze::sgd_", mutates_args=("params", "grads", "momentum_buffers"))
+def _sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    first: Sequence[bool],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: float | None,
+    backend: str | None,
+) -> None:
+    """:func:`sgd` as an operator: every tensor there, ``first`` naming the empty buffers."""
+    buffers: list[Tensor | None] = [None] * len(params)
+    if momentum != 0:
+        buffers = [None if f else b for b, f in zip(momentum_buffers, first, strict=True)]
+    wide = any(b.dtype != p.dtype for p, b in zip(params, momentum_buffers, strict=False))
+    sgd(
+        params,
+        grads,
+        buffers,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        momentum_dtype=torch.float32 if wide else None,
+        backend=cast("Backend | None", backend),
+    )
+    for own, buffer in zip(momentum_buffers, buffers, strict=momentum != 0):
+        if buffer is not None and buffer is not own:
+            own.copy_(buffer)
 
 
-class CpuPlan:
-    """All tensors in one parallel region of the C++ kernel."""
-
-    def __init__(
-        self,
-        params: list[Tensor],
-        buffers: list[Tensor | None],
-        first: list[bool],
-        groups: list[int],
-        segments: Sequence[tuple[Segment, ...]],
-        eta_min: float,
-    ) -> None:
-        self.params, self.buffers = params, buffers
-        table = [
-            (
-                p.data_ptr(),
-                0 if b is None else b.data_ptr(),
-                p.numel(),
-                g,
-                _SCALAR_TYPES[p.dtype],
-                f,
-            )
-            for p, b, f, g in zip(params, buffers, first, groups, strict=True)
-        ]
-        rows = [(s.start, s.length, s.scale) for group in segments for s in group]
-        begin = np.cumsum([0, *map(len, segments)])
-        self._handle = torch.ops.fastfreeze.sgd_plan(
-            torch.tensor(table, dtype=torch.int64).reshape(-1, 6),
-            torch.tensor(rows, dtype=torch.float64).reshape(-1, 3),
-            torch.from_numpy(begin).reshape(-1, 1),
-            eta_min,
-        )
-        weakref.finalize(self, torch.ops.fastfreeze.sgd_plan_free, self._handle)
-        self._contiguous = all(map(_is_contiguous, params))
-        self._lrs = np.empty(len(segments))
-        self._lrs_address = self._lrs.ctypes.data
-
-    def step(
-        self,
-        grads: Sequence[Tensor | None],
-        hypers: npt.NDArray[np.float64],
-        step: int,
-        grad_scale: float | None,
-    ) -> list[float]:
-        try:
-            pointers = array("q", map(_data_ptr, grads))  # type: ignore[arg-type]
-        except TypeError:  # a gradient is None
-            pointers = array("q", [0 if g is None else g.data_ptr() for g in grads])
-        torch.ops.fastfreeze.sgd_step(
-            self._handle,
-            pointers.buffer_info()[0],
-            hypers.ctypes.data,
-            step,
-            1.0 if grad_scale is None else 1.0 / grad_scale,
-            grad_scale is not None,
-            self._lrs_address,
-        )
-        torch.autograd.graph.increment_version(self.params)
-        lrs: list[float] = self._lrs.tolist()
-        return lrs
-
-    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The gradients with their parameters' strides."""
-        try:
-            if self._contiguous and all(map(_is_contiguous, grads)):  # type: ignore[arg-type]
-                return grads
-        except (TypeError, RuntimeError):  # a gradient is None, or has no strides
-            pass
-        for i, g in enumerate(grads):
-            if g is not None and g.layout != torch.strided:
-                raise ValueError(f"backend='cpu' cannot take the {g.layout} gradient {i}")
-        return [
-            g if g is None or same_strides(p, g) else torch.empty_like(p).copy_(g)
-            for p, g in zip(self.params, grads, strict=True)
-        ]
+_sgd_.register_fake(lambda *_: None)
 
 
-class ReferencePlan:
-    """Tensor by tensor in PyTorch: every device, dtype and layout."""
-
-    def __init__(
-        self,
-        params: list[Tensor],
-        buffers: list[Tensor | None],
-        first: list[bool],
-        groups: list[int],
-        segments: Sequence[tuple[Segment, ...]],
-        eta_min: float,
-    ) -> None:
-        self.params = params
-        self.buffers = [None if f else b for b, f in zip(buffers, first, strict=True)]
-        self._members = [[i for i, g in enumerate(groups) if g == k] for k in range(len(segments))]
-        self._segments, self._eta_min = segments, eta_min
-
-    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        return grads
-
-    def step(
-        self,
-        grads: Sequence[Tensor | None],
-        hypers: npt.NDArray[np.float64],
-        step: int,
-        grad_scale: float | None,
-    ) -> list[float]:
-        lrs = self._lrs(hypers, step)
-        for members, lr, row in zip(self._members, lrs, hypers, strict=True):
-            buffers = [self.buffers[i] for i in members]
-            named = dict(zip(HYPERS, row.tolist(), strict=True))
-            sgd_reference(
-                [self.params[i] for i in members],
-                [grads[i] for i in members],
-                buffers,
-                lr=lr,
-                momentum=named["momentum"],
-                dampening=named["dampening"],
-                weight_decay=named["weight_decay"],
-                nesterov=bool(named["nesterov"]),
-                maximize=bool(named["maximize"]),
-                grad_scale=grad_scale,
-            )
-            for i, buffer in zip(members, buffers, strict=True):
-                self.buffers[i] = buffer
-        return self._lrs(hypers, step + 1)
-
-    def _lrs(self, hypers: npt.NDArray[np.float64], step: int) -> list[float]:
-        initial = hypers[:, HYPERS.index("initial_lr")]
-        lrs: list[float] = hypers[:, HYPERS.index("lr")].tolist()
-        for g, segments in enumerate(self._segments):
-            if segments:
-                lrs[g] = float(segments_lr(segments, step, initial[g], self._eta_min))
-        return lrs
-
-
-PLANS: dict[Backend, type[Any]] = {"cpu": CpuPlan, "reference": ReferencePlan}
+def _trace(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momentum_buffers: list[Tensor | None],
+    momentum_dtype: torch.dtype | None,
+    lr: float,
+    momentum: float,
+    *rest: Any,
+) -> None:
+    """Put the operator into the graph, over the parameters that have gradients."""
+    index = [i for i, g in enumerate(grads) if g is not None]
+    first: list[bool] = []
+    if momentum != 0:
+        first = [momentum_buffers[i] is None for i in index]
+        for i in index:
+            if momentum_buffers[i] is None:
+                dtype = buffer_dtype(params[i], momentum_dtype)
+                momentum_buffers[i] = torch.empty_like(params[i], dtype=dtype)
+    _sgd_(
+        [params[i] for i in index],
+        [grads[i] for i in index],
+        [momentum_buffers[i] for i in index] if momentum != 0 else [],
+        first,
+        lr,
+        momentum,
+        *rest,
+    )
 
 
 def choose_backends(params: Sequence[Tensor], backend: Backend | None) -> list[Backend]:
@@ -293,25 +187,42 @@ def choose_backends(params: Sequence[Tensor], backend: Backend | None) -> list[B
         ValueError, BackendUnavailableError: the one asked for cannot run, or cannot take a tensor.
     """
     if backend is None:
-        has_cpu = _library.backends()["cpu"].available
-        return ["cpu" if has_cpu and not cpu_refuses(p) else "reference" for p in params]
+        return [_fastest(p) for p in params]
     _library.require(backend)
-    if backend == "cpu":
+    if backend != "reference":
         for i, p in enumerate(params):
-            reason = cpu_refuses(p)
+            reason = refuses(backend, p)
             if reason:
-                raise ValueError(f"backend='cpu' cannot take parameter {i}: {reason}")
+                raise ValueError(f"backend={backend!r} cannot take parameter {i}: {reason}")
     return [backend] * len(params)
 
 
-def cpu_refuses(tensor: Tensor) -> str | None:
-    """Why the C++ kernel cannot update ``tensor``; None if it can."""
-    if tensor.device.type != "cpu":
-        return f"it is on {tensor.device}"
+def plan_members(
+    params: Sequence[Tensor], backends: Sequence[Backend]
+) -> dict[tuple[Backend, Hashable], list[int]]:
+    """Indices of the parameters that can share a plan, by backend and the plan's key."""
+    members: dict[tuple[Backend, Hashable], list[int]] = {}
+    for i, (p, backend) in enumerate(zip(params, backends, strict=True)):
+        members.setdefault((backend, PLANS[backend].key(p)), []).append(i)
+    return members
+
+
+def _fastest(param: Tensor) -> Backend:
+    for backend in _library.for_device(param.device):
+        if not refuses(backend, param):
+            return backend
+    return "reference"
+
+
+def refuses(backend: Backend, tensor: Tensor) -> str | None:
+    """Why a kernel cannot update ``tensor``; None if it can."""
+    reason = _library.refuses_device(backend, tensor.device)
+    if reason:
+        return reason
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}"
-    if tensor.dtype not in CPU_DTYPES:
-        return f"its dtype is {tensor.dtype}, expected one of {[str(d) for d in CPU_DTYPES]}"
+    if tensor.dtype not in KERNEL_DTYPES:
+        return f"its dtype is {tensor.dtype}, expected one of {[str(d) for d in KERNEL_DTYPES]}"
     if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return f"it is a {type(tensor).__name__}, whose memory may not be its own"
     if not _is_dense(tensor):
@@ -320,18 +231,13 @@ def cpu_refuses(tensor: Tensor) -> str | None:
     return None
 
 
-def same_strides(a: Tensor, b: Tensor) -> bool:
-    """Whether equal offsets in memory hold equal indices in both (dense) tensors."""
-    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
-
-
-def momentum_buffer_like(param: Tensor, buffer: Tensor | None) -> Tensor:
-    """``buffer`` with ``param``'s dtype and strides, copied if need be; new memory for None."""
+def momentum_buffer_like(param: Tensor, buffer: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``buffer`` with ``dtype`` and ``param``'s strides, copied if need be; or new memory."""
     if buffer is None:
-        return torch.empty_like(param)
-    if buffer.dtype == param.dtype and (buffer.is_sparse or same_strides(param, buffer)):
+        return torch.empty_like(param, dtype=dtype)
+    if buffer.dtype == dtype and (buffer.is_sparse or same_strides(param, buffer)):
         return buffer
-    return torch.empty_like(param).copy_(buffer)
+    return torch.empty_like(param, dtype=dtype).copy_(buffer)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -356,7 +262,10 @@ def copy_back(aligned: Sequence[Tensor | None], grads: Sequence[Tensor | None]) 
 
 
 def _check_lists(
-    params: Sequence[Tensor], grads: Sequence[Tensor | None], buffers: Sequence[Tensor | None]
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    buffers: Sequence[Tensor | None],
+    momentum_dtype: torch.dtype | None,
 ) -> None:
     if not len(params) == len(grads) == len(buffers):
         raise ValueError(
@@ -365,8 +274,9 @@ def _check_lists(
         )
     for name, tensors in (("grads", grads), ("momentum_buffers", buffers)):
         for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
-            if t is not None and (t.shape != p.shape or t.dtype != p.dtype or t.device != p.device):
+            dtype = buffer_dtype(p, momentum_dtype) if tensors is buffers else p.dtype
+            if t is not None and (t.shape != p.shape or t.dtype != dtype or t.device != p.device):
                 raise ValueError(
-                    f"{name}[{i}] must match its parameter ({p.dtype} {tuple(p.shape)} on "
+                    f"{name}[{i}] must match its parameter ({dtype} {tuple(p.shape)} on "
                     f"{p.device}), got {t.dtype} {tuple(t.shape)} on {t.device}"
                 )

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from operator import attrgetter, is_, itemgetter
+from operator import itemgetter
 from typing import Any, overload
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._library import Backend, require
-from fastfreeze.schedule import Cosine, Schedule, Segment, check_initial_lr, segments_lr
+from fastfreeze.ops._plans import buffer_dtype
+from fastfreeze.optim._runtime import Runtime
+from fastfreeze.schedule import Cosine, Schedule, Segment, SegmentTable, check_initial_lr
 
-_grad_of = attrgetter("grad")
-_params_of = itemgetter("params")
-_HYPERS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-_hypers_of = itemgetter(*_HYPERS)
-_scheduled_hypers_of = itemgetter(*_HYPERS, "initial_lr")
 _lr_of = itemgetter("lr")
-_buffer_of = itemgetter("momentum_buffer")
 # Attributes besides torch's that a copy or a pickle keeps; plans are made anew.
 _PICKLED = (
     "_schedule",
     "_backend",
+    "_momentum_dtype",
     "_step",
     "_frozen",
     "_segments",
@@ -37,7 +31,6 @@ _PICKLED = (
     "_shown",
     "_step_supports_amp_scaling",
 )
-_LR = sgd_ops.HYPERS.index("lr")
 
 
 class SGD(Optimizer):
@@ -58,8 +51,18 @@ class SGD(Optimizer):
         differentiable: not supported; True is refused.
         schedule: learning rates and freezing as a function of the step.
         total_steps: steps in the run; alone it means ``schedule=Cosine(total_steps)``.
-        backend: what runs the step: "cpu", "reference", or None for the fastest that can take each
-            parameter. A backend given by name never gives way to another.
+        momentum_dtype: torch.float32 keeps the momentum of float16 and bfloat16 parameters in
+            float32; None, as in torch, in the parameters' dtype.
+        backend: what runs the step: "cuda", "triton", "cpu", "reference", or None for the fastest
+            that can take each parameter. A backend given by name never gives way to another.
+
+    A step on a CUDA device may be captured in a graph (``torch.cuda.graph``), after at least one
+    step outside it with the same gradients present. Each replay then takes the next step: the
+    schedule, a GradScaler's overflow and frozen layers are followed on the device, and
+    ``current_step`` waits for the device. Freezing in a graph leaves the weights as they are, but
+    the captured backward stays as long as it was: capture anew after a freeze, which a thaw makes
+    a must, and do not replay an old graph after other steps. Without a schedule a graph keeps the
+    learning rates it was captured with.
 
     Raises:
         ValueError: a value out of its range, a schedule that freezes without layers, or parameters
@@ -85,9 +88,12 @@ class SGD(Optimizer):
         fused: bool | None = None,
         schedule: Schedule | None = None,
         total_steps: int | None = None,
+        momentum_dtype: torch.dtype | None = None,
         backend: Backend | None = None,
     ) -> None:
         _check_hypers(lr, momentum, weight_decay, nesterov, dampening)
+        if momentum_dtype not in (None, torch.float32):
+            raise ValueError(f"momentum_dtype must be None or torch.float32, got {momentum_dtype}")
         if differentiable:
             raise ValueError(
                 "differentiable=True is not supported: the update is not recorded by autograd; "
@@ -99,6 +105,7 @@ class SGD(Optimizer):
             require(backend)
         self._schedule = _schedule_of(schedule, total_steps)
         self._backend = backend
+        self._momentum_dtype = momentum_dtype
         self._step = 0
         self._frozen: dict[
             int, list[Tensor]
@@ -106,7 +113,8 @@ class SGD(Optimizer):
         self._segments: list[tuple[Segment, ...]] = []  # of each group
         self._events: dict[int, list[tuple[int, bool]]] = {}  # step: groups, frozen from it or not
         self._shown: list[float] = []  # each group's lr, as last set by the schedule
-        self._runtime: _Runtime | None = None
+        self._runtime: Runtime | None = None
+        self._captured: list[Runtime] = []  # graphs read their tables
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -131,11 +139,14 @@ class SGD(Optimizer):
 
     @property
     def current_step(self) -> int:
-        """How many times ``step()`` has been called; set it to go to another point of the schedule.
+        """How many steps were taken; set it to go to another point of the schedule.
+
+        A graph's replays count: once a step is captured, reading it waits for the device.
 
         Raises:
             ValueError: set to a step outside the schedule's ``0..total_steps``.
         """
+        self._follow_replays()
         return self._step
 
     @current_step.setter
@@ -174,16 +185,18 @@ class SGD(Optimizer):
             ValueError: the schedule's ``total_steps`` have been taken, or somebody else has changed
                 a scheduled group's ``lr``. Nothing has been changed then.
         """
+        capturing = self._is_capturing()
+        if not capturing:
+            self._follow_replays()
         self._check_schedule()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None or not found_inf.item():
-            lrs = self._update()
-        else:
-            lrs = self._scheduled_lrs(self._step + 1)
+        if capturing:
+            self._capture()
+            return loss
+        lrs = self._update()
         self._step += 1
         if self._schedule is not None:
             self._advance(lrs)
@@ -201,6 +214,8 @@ class SGD(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, which can load it; the step is in each group, the schedule beside them."""
+        self._follow_replays()
+        self._settle()
         for group in self.param_groups:
             group["step"] = self._step
         try:
@@ -232,6 +247,8 @@ class SGD(Optimizer):
             group.pop("step", None)
             for key, value in before.items():  # torch's states know no layers
                 group.setdefault(key, value)
+        self._restore_wide_momentum(state_dict)
+        self._runtime = None
         if steps != {None} and len(steps) == 1:
             self._step = steps.pop()
         elif self._schedule is not None:
@@ -245,12 +262,15 @@ class SGD(Optimizer):
             self._apply_schedule()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._follow_replays()
+        self._settle()
         state: dict[str, Any] = super().__getstate__()
         return {**state, **{name: getattr(self, name) for name in _PICKLED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._runtime = None
+        self._captured = []
         for group in self.param_groups:
             group.setdefault("nesterov", False)
             group.setdefault("maximize", False)
@@ -259,14 +279,75 @@ class SGD(Optimizer):
             group.setdefault("fused", None)
 
     def _update(self) -> list[float]:
-        grad_scale = getattr(self, "grad_scale", None)
-        scale = None if grad_scale is None else float(grad_scale)
         runtime = self._runtime
         if runtime is None or not (runtime.fits(self) and runtime.collect(self)):
-            runtime = self._runtime = _Runtime(self)
+            self._settle()
+            runtime = self._runtime = Runtime(self)
             if not runtime.collect(self):
                 raise RuntimeError("parameters or gradients change while they are being read")
-        return runtime.step(self, scale)
+        return runtime.step(self)
+
+    def _is_capturing(self) -> bool:
+        runtime = self._runtime
+        if runtime is None:
+            on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
+        else:
+            on_cuda = runtime.on_cuda
+        return on_cuda and torch.cuda.is_current_stream_capturing()
+
+    def _capture(self) -> None:
+        runtime = self._runtime
+        if runtime is None or not (runtime.fits(self) and runtime.collect(self)):
+            raise RuntimeError(
+                "parameter groups, gradients or layers have changed since the last step: take a "
+                "step before capturing one"
+            )
+        runtime.capture(self)
+        if runtime not in self._captured:
+            self._captured.append(runtime)
+
+    def _follow_replays(self) -> None:
+        """Catch up with the steps that replays of a captured one have taken."""
+        runtime = self._runtime
+        if runtime is None or runtime not in self._captured:
+            return
+        before, step = self._step, runtime.position()
+        if step == before:
+            return
+        self._step = step
+        if self._schedule is not None:
+            self._apply_schedule()
+            self._runtime = runtime  # the graph goes on with its tables, freezing by itself
+            self._check_thawed(runtime.left_out, range(before + 1, step))
+
+    def _check_thawed(self, left_out: frozenset[int], steps: range) -> None:
+        """Refuse to go on if a graph that knows nothing of a layer was replayed past its thaw."""
+        for step in steps:
+            thawed = {g for g, freezes in self._events.get(step, ()) if not freezes} & left_out
+            if thawed:
+                layers = sorted(self.param_groups[g].get("layer_index", g) for g in thawed)
+                raise RuntimeError(
+                    f"layers {layers}, which were frozen when the step was captured, have thawed "
+                    f"at step {step}, and the graph has not trained them since: capture anew at "
+                    "every thaw"
+                )
+
+    def _settle(self) -> None:
+        """Give up momentum buffers that an overflow has left without their first step."""
+        if self._runtime is not None and self._runtime.settle():
+            self._runtime = None
+
+    def _restore_wide_momentum(self, state_dict: dict[str, Any]) -> None:
+        """torch has cast the loaded buffers to their parameters' dtype: take them as they were."""
+        if self._momentum_dtype is None:
+            return
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, own, strict=True):
+            buffer = state_dict["state"].get(i, {}).get("momentum_buffer")
+            if buffer is not None:
+                dtype = buffer_dtype(p, self._momentum_dtype)
+                self.state[p]["momentum_buffer"] = buffer.to(p.device, dtype, copy=True)
 
     def _advance(self, lrs: list[float]) -> None:
         """Show the next step's learning rates, and freeze or thaw what is due at it."""
@@ -280,6 +361,7 @@ class SGD(Optimizer):
                 self._thaw(g)
 
     def _freeze(self, g: int) -> None:
+        self._settle()
         params = self.param_groups[g]["params"]
         self._frozen.setdefault(g, [p for p in params if p.requires_grad])
         for p in params:
@@ -289,6 +371,7 @@ class SGD(Optimizer):
         self._runtime = None
 
     def _thaw(self, g: int) -> None:
+        self._settle()
         for p in self._frozen.pop(g, ()):
             p.requires_grad_(True)
         self._runtime = None
@@ -307,10 +390,10 @@ class SGD(Optimizer):
             for segment in group_segments:
                 if segment.start < self._schedule.total_steps:
                     self._events.setdefault(segment.start, []).append((g, segment.frozen))
-            at = [s for s in group_segments if s.start <= self._step][-1]
-            if at.frozen and self._step < self._schedule.total_steps:
+            latest = min(self._step, self._schedule.total_steps - 1)
+            if [s for s in group_segments if s.start <= latest][-1].frozen:
                 self._freeze(g)
-            elif not at.frozen:
+            else:
                 self._thaw(g)
         self._runtime = None
         self._shown = self._scheduled_lrs(self._step)
@@ -337,11 +420,8 @@ class SGD(Optimizer):
     def _scheduled_lrs(self, step: int) -> list[float]:
         if self._schedule is None:
             return []
-        eta_min = self._schedule.eta_min
-        return [
-            float(segments_lr(segments, step, group["initial_lr"], eta_min))
-            for group, segments in zip(self.param_groups, self._segments, strict=True)
-        ]
+        table = SegmentTable(self._segments, self._schedule.eta_min)
+        return table.lrs(step, [group["initial_lr"] for group in self.param_groups])
 
     def _check_schedule(self) -> None:
         if self._schedule is None:
@@ -357,150 +437,6 @@ class SGD(Optimizer):
                 f"{self.param_groups[g]['lr']!r}: change group['initial_lr'] instead, or make the "
                 "optimizer without a schedule"
             )
-
-
-class _Runtime:
-    """One plan per backend in use, and how to tell that they still fit the optimizer."""
-
-    def __init__(self, optimizer: SGD) -> None:
-        groups = optimizer.param_groups
-        self.lists = list(map(_params_of, groups))
-        self.count = sum(map(len, self.lists))
-        self.hypers_of = _hypers_of if optimizer.schedule is None else _scheduled_hypers_of
-        self.hyper_values = list(map(self.hypers_of, groups))
-        self.has_tensors = any(isinstance(v, Tensor) for row in self.hyper_values for v in row)
-        self.hypers = np.array([_hyper_row(g) for g in groups], dtype=np.float64)
-        members = [
-            (p, g)
-            for g, params in enumerate(self.lists)
-            if g not in optimizer._frozen
-            for p in params
-        ]
-        by_backend: dict[Backend, list[tuple[Tensor, int]]] = {}
-        backends = _backends_of([p for p, _ in members], optimizer._backend)
-        for member, backend in zip(members, backends, strict=True):
-            by_backend.setdefault(backend, []).append(member)
-        self.parts = [_Part(b, m, optimizer) for b, m in by_backend.items()]
-
-    def fits(self, optimizer: SGD) -> bool:
-        """Whether the groups are as planned."""
-        groups = optimizer.param_groups
-        lists = list(map(_params_of, groups))
-        return (
-            len(lists) == len(self.lists)
-            and all(map(is_, lists, self.lists))
-            and sum(map(len, lists)) == self.count
-            and not self.has_tensors
-            and list(map(self.hypers_of, groups)) == self.hyper_values
-        )
-
-    def collect(self, optimizer: SGD) -> bool:
-        """Collect the gradients; False if a part is not as planned."""
-        return all(part.collect(optimizer) for part in self.parts)
-
-    def step(self, optimizer: SGD, grad_scale: float | None) -> list[float]:
-        """Update with the gradients collected; the groups' learning rates of the next step."""
-        if optimizer.schedule is None:
-            self.hypers[:, _LR] = [float(lr) for lr in map(_lr_of, optimizer.param_groups)]
-        step = optimizer.current_step
-        lrs = [part.step(self.hypers, step, grad_scale) for part in self.parts]
-        return lrs[0] if lrs else optimizer._scheduled_lrs(step + 1)
-
-
-class _Part:
-    """The parameters that one backend updates, with their plan."""
-
-    def __init__(self, backend: Backend, members: list[tuple[Tensor, int]], optimizer: SGD) -> None:
-        self.params = [p for p, _ in members]
-        self.pointers = _pointers(self.params)
-        self.grads: list[Tensor | None] = []
-        self.state = optimizer.state
-        self.waiting: list[int] = []  # who will need a buffer when a gradient first comes
-        self.first: list[int] = []  # whose buffer the next step fills
-        self.states: list[dict[str, Any]] = []  # of those with a buffer,
-        self.buffers: list[Tensor] = []  # and the buffers
-        buffers = [
-            self._claim_buffer(i, p) if optimizer.param_groups[g]["momentum"] != 0 else None
-            for i, (p, g) in enumerate(members)
-        ]
-        filled_next = set(self.first)
-        self.plan = sgd_ops.PLANS[backend](
-            self.params,
-            buffers,
-            [i in filled_next for i in range(len(members))],
-            [g for _, g in members],
-            optimizer._segments or [()] * len(optimizer.param_groups),
-            0.0 if optimizer.schedule is None else optimizer.schedule.eta_min,
-        )
-
-    def _claim_buffer(self, i: int, param: Tensor) -> Tensor | None:
-        state = self.state.get(param, {})
-        buffer = state.get("momentum_buffer")
-        if buffer is None and param.grad is None:
-            self.waiting.append(i)
-            return None
-        aligned = sgd_ops.momentum_buffer_like(param, buffer)
-        if buffer is None:
-            self.first.append(i)
-        else:
-            state["momentum_buffer"] = aligned
-            self.states.append(state)
-            self.buffers.append(aligned)
-        return aligned
-
-    def collect(self, optimizer: SGD) -> bool:
-        """Collect the gradients; False if storages, buffers or layouts are not as planned."""
-        grads = list(map(_grad_of, self.params))
-        if (
-            _pointers(self.params) != self.pointers
-            or any(grads[i] is not None for i in self.waiting)
-            or optimizer.state is not self.state
-            or len(self.state) < len(self.states)
-            or not all(map(is_, map(_buffer_of, self.states), self.buffers))
-        ):
-            return False
-        try:
-            self.grads = self.plan.align(grads)
-        except ValueError:  # a sparse gradient where there was a dense one
-            return False
-        return True
-
-    def step(
-        self, hypers: npt.NDArray[np.float64], step: int, grad_scale: float | None
-    ) -> list[float]:
-        """Update with the gradients collected; the groups' learning rates of the next step."""
-        lrs: list[float] = self.plan.step(self.grads, hypers, step, grad_scale)
-        if grad_scale is not None:
-            sgd_ops.copy_back(self.grads, list(map(_grad_of, self.params)))
-        self.grads = []
-        for i in self.first:
-            state = self.state[self.params[i]]
-            state["momentum_buffer"] = self.plan.buffers[i]
-            self.states.append(state)
-            self.buffers.append(self.plan.buffers[i])
-        self.first = []
-        return lrs
-
-
-def _backends_of(params: list[Tensor], backend: Backend | None) -> list[Backend]:
-    """The backend of each parameter, sparse gradients being the reference's."""
-    backends = sgd_ops.choose_backends(params, backend)
-    for i, p in enumerate(params):
-        if p.grad is not None and p.grad.layout != torch.strided:
-            if backend not in (None, "reference"):
-                raise ValueError(
-                    f"backend={backend!r} cannot take the {p.grad.layout} gradient of parameter {i}"
-                )
-            backends[i] = "reference"
-    return backends
-
-
-def _pointers(params: list[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, params))
-
-
-def _hyper_row(group: dict[str, Any]) -> list[float]:
-    return [float(group.get(name, 0.0)) for name in sgd_ops.HYPERS]
 
 
 def _schedule_of(schedule: Schedule | None, total_steps: int | None) -> Schedule | None:

@@ -1,0 +1,295 @@
+"""What an SGD plan is, and the plans of the host: the C++ kernel's and the reference's.
+
+A plan holds what stays the same from step to step. Each backend has one, with the same methods.
+"""
+
+from __future__ import annotations
+
+import weakref
+from array import array
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastfreeze.ops.reference import sgd_reference
+from fastfreeze.schedule import Segment, SegmentTable
+
+# Columns of a plan's table of hyperparameters, as csrc/sgd_tables.h reads them.
+HYPERS = (
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "maximize",
+    "initial_lr",
+)
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+
+Hypers = npt.NDArray[np.float64]
+
+_data_ptr = Tensor.data_ptr
+_is_contiguous = Tensor.is_contiguous
+
+
+@dataclass
+class PlanSpec:
+    """What a plan is made for.
+
+    Attributes:
+        params: the tensors to update.
+        buffers: their momentum buffers; None where the group has no momentum, or where a parameter
+            has never had a gradient.
+        first: whether a buffer is still uninitialised memory.
+        groups: each parameter's group, an index into the table of hyperparameters.
+        segments: each group's schedule; empty where the table's lr counts, which is everywhere or
+            nowhere.
+        eta_min: the schedule's lower bound.
+        momentum_dtype: the buffers' dtype; None for the parameters'.
+    """
+
+    params: list[Tensor]
+    buffers: list[Tensor | None]
+    first: list[bool]
+    groups: list[int]
+    segments: Sequence[tuple[Segment, ...]]
+    eta_min: float
+    momentum_dtype: torch.dtype | None
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the schedule sets the learning rates."""
+        return any(self.segments)
+
+
+class SgdPlan(Protocol):
+    """Tensors that one backend updates together, step after step."""
+
+    on_device: ClassVar[bool]  # grad_scale and found_inf are read there, not by the host
+    buffers: list[Tensor | None]
+
+    def __init__(self, spec: PlanSpec) -> None: ...
+
+    @staticmethod
+    def key(param: Tensor) -> Hashable:
+        """Parameters of one plan have equal keys."""
+
+    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients as ``step`` needs them: themselves, or copies in another layout.
+
+        Raises:
+            ValueError: a gradient that this backend cannot take.
+        """
+
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        hypers: Hypers,
+        step: int,
+        grad_scale: Tensor | float | None,
+        found_inf: Tensor | None,
+    ) -> list[float]:
+        """Update every parameter that has a gradient.
+
+        Args:
+            grads: one per parameter, of its shape, dtype and device, or None; aligned.
+            hypers: float64 [num_groups, len(HYPERS)].
+            step: 0-based step at which schedules are evaluated.
+            grad_scale: what the gradients are divided by, in place; a number unless ``on_device``.
+            found_inf: nothing is updated where it is not 0; None unless ``on_device``.
+
+        Returns:
+            Each group's learning rate at ``step + 1``.
+        """
+
+    def unstarted(self) -> set[int]:
+        """Indices of the parameters whose buffer has had no step. May wait for the device."""
+
+
+class PointerPlan:
+    """What the plans of kernels share: gradients brought to their parameters' layout."""
+
+    def __init__(self, spec: PlanSpec) -> None:
+        self.params, self.buffers = spec.params, spec.buffers
+        self._contiguous = all(map(_is_contiguous, spec.params))
+        self._unstarted = {i for i, first in enumerate(spec.first) if first}
+
+    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients with their parameters' strides."""
+        try:
+            if self._contiguous and all(map(_is_contiguous, grads)):  # type: ignore[arg-type]
+                return grads
+        except (TypeError, RuntimeError):  # a gradient is None, or has no strides
+            pass
+        for i, g in enumerate(grads):
+            if g is not None and g.layout != torch.strided:
+                raise ValueError(f"this backend cannot take the {g.layout} gradient {i}")
+        return [
+            g if g is None or same_strides(p, g) else torch.empty_like(p).copy_(g)
+            for p, g in zip(self.params, grads, strict=True)
+        ]
+
+    def _started_now(self, grads: Sequence[Tensor | None]) -> None:
+        if self._unstarted:
+            self._unstarted = {i for i in self._unstarted if grads[i] is None}
+
+
+class CpuPlan(PointerPlan):
+    """All tensors in one parallel region of the C++ kernel."""
+
+    on_device: ClassVar[bool] = False
+
+    def __init__(self, spec: PlanSpec) -> None:
+        super().__init__(spec)
+        table = [
+            (
+                p.data_ptr(),
+                0 if b is None else b.data_ptr(),
+                p.numel(),
+                group,
+                SCALAR_TYPES[p.dtype],
+                SCALAR_TYPES[p.dtype if b is None else b.dtype],
+                first,
+            )
+            for p, b, group, first in zip(
+                spec.params, spec.buffers, spec.groups, spec.first, strict=True
+            )
+        ]
+        segments, begin = segment_table(spec.segments)
+        self._handle = torch.ops.fastfreeze.sgd_plan(
+            torch.tensor(table, dtype=torch.int64).reshape(-1, 7), segments, begin, spec.eta_min
+        )
+        weakref.finalize(self, torch.ops.fastfreeze.sgd_plan_free, self._handle)
+        self._lrs = np.empty(len(spec.segments))
+        self._lrs_address = self._lrs.ctypes.data
+
+    @staticmethod
+    def key(param: Tensor) -> Hashable:
+        return None
+
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        hypers: Hypers,
+        step: int,
+        grad_scale: Tensor | float | None,
+        found_inf: Tensor | None,
+    ) -> list[float]:
+        grad_addresses = addresses(grads)  # alive until the kernel is done
+        torch.ops.fastfreeze.sgd_step(
+            self._handle,
+            grad_addresses.buffer_info()[0],
+            hypers.ctypes.data,
+            step,
+            1.0 if grad_scale is None else 1.0 / grad_scale,
+            grad_scale is not None,
+            self._lrs_address,
+        )
+        torch.autograd.graph.increment_version(self.params)
+        self._started_now(grads)
+        lrs: list[float] = self._lrs.tolist()
+        return lrs
+
+    def unstarted(self) -> set[int]:
+        return self._unstarted
+
+
+class ReferencePlan:
+    """Tensor by tensor in PyTorch: every device, dtype and layout."""
+
+    on_device: ClassVar[bool] = False
+
+    def __init__(self, spec: PlanSpec) -> None:
+        self._spec = spec
+        self.params = spec.params
+        self.buffers = [None if f else b for b, f in zip(spec.buffers, spec.first, strict=True)]
+        self._members = [
+            [i for i, g in enumerate(spec.groups) if g == k] for k in range(len(spec.segments))
+        ]
+        self._rates = SegmentTable(spec.segments, spec.eta_min) if spec.scheduled else None
+
+    @staticmethod
+    def key(param: Tensor) -> Hashable:
+        return None
+
+    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        return grads
+
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        hypers: Hypers,
+        step: int,
+        grad_scale: Tensor | float | None,
+        found_inf: Tensor | None,
+    ) -> list[float]:
+        lrs = lrs_at(self._rates, hypers, step)
+        for members, lr, row in zip(self._members, lrs, hypers, strict=True):
+            buffers = [self.buffers[i] for i in members]
+            named = dict(zip(HYPERS, row.tolist(), strict=True))
+            sgd_reference(
+                [self.params[i] for i in members],
+                [grads[i] for i in members],
+                buffers,
+                lr=lr,
+                momentum=named["momentum"],
+                dampening=named["dampening"],
+                weight_decay=named["weight_decay"],
+                nesterov=bool(named["nesterov"]),
+                maximize=bool(named["maximize"]),
+                grad_scale=None if grad_scale is None else float(grad_scale),
+                momentum_dtype=self._spec.momentum_dtype,
+            )
+            for i, buffer in zip(members, buffers, strict=True):
+                self.buffers[i] = buffer
+        return lrs_at(self._rates, hypers, step + 1)
+
+    def unstarted(self) -> set[int]:
+        return {
+            i
+            for i, (first, buffer) in enumerate(zip(self._spec.first, self.buffers, strict=True))
+            if first and buffer is None
+        }
+
+
+def segment_table(segments: Sequence[tuple[Segment, ...]]) -> tuple[Tensor, Tensor]:
+    """Rows of all groups' segments (start, length, scale), and where each group's begin."""
+    rows = [(s.start, s.length, s.scale) for group in segments for s in group]
+    begin = np.cumsum([0, *map(len, segments)])
+    return (
+        torch.tensor(rows, dtype=torch.float64).reshape(-1, 3),
+        torch.from_numpy(begin).reshape(-1, 1),
+    )
+
+
+def lrs_at(rates: SegmentTable | None, hypers: Hypers, step: int) -> list[float]:
+    """Each group's learning rate: the schedule's, or without one the table's."""
+    if rates is None:
+        lrs: list[float] = hypers[:, HYPERS.index("lr")].tolist()
+        return lrs
+    return rates.lrs(step, hypers[:, HYPERS.index("initial_lr")])
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> array[int]:
+    """Addresses of the tensors, 0 for None."""
+    try:
+        return array("q", map(_data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:  # one is None
+        return array("q", [0 if t is None else t.data_ptr() for t in tensors])
+
+
+def buffer_dtype(param: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a parameter's momentum buffer; float32 is for 16-bit parameters alone."""
+    narrow = param.dtype in (torch.float16, torch.bfloat16)
+    return momentum_dtype if momentum_dtype is not None and narrow else param.dtype
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether equal offsets in memory hold equal indices in both (dense) tensors."""
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())

@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from fastfreeze.optim.sgd import SGD
+
+__all__ = ["SGD"]

@@ -1,0 +1,229 @@
+"""What an optimizer keeps between steps: plans for its parameters, and whether they still fit."""
+
+from __future__ import annotations
+
+from operator import attrgetter, is_, itemgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastfreeze.ops import sgd as sgd_ops
+from fastfreeze.ops._library import Backend
+from fastfreeze.ops._plans import HYPERS, PlanSpec, buffer_dtype
+
+if TYPE_CHECKING:
+    from fastfreeze.optim.sgd import SGD
+
+_grad_of = attrgetter("grad")
+_params_of = itemgetter("params")
+_HYPERS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+_hypers_of = itemgetter(*_HYPERS)
+_scheduled_hypers_of = itemgetter(*_HYPERS, "initial_lr")
+_lr_of = itemgetter("lr")
+_buffer_of = itemgetter("momentum_buffer")
+_LR = HYPERS.index("lr")
+
+
+class Runtime:
+    """Plans for all parameters, and how to tell that they still fit the optimizer."""
+
+    def __init__(self, optimizer: SGD) -> None:
+        groups = optimizer.param_groups
+        self.lists = list(map(_params_of, groups))
+        self.count = sum(map(len, self.lists))
+        self.hypers_of = _hypers_of if optimizer.schedule is None else _scheduled_hypers_of
+        self.hyper_values = list(map(self.hypers_of, groups))
+        self.has_tensors = any(isinstance(v, Tensor) for row in self.hyper_values for v in row)
+        self.hypers = np.array([_hyper_row(g) for g in groups], dtype=np.float64)
+        self.left_out = frozenset(optimizer._frozen)  # groups
+        members = [
+            (p, g) for g, params in enumerate(self.lists) if g not in self.left_out for p in params
+        ]
+        params = [p for p, _ in members]
+        backends = _backends_of(params, optimizer._backend)
+        self.parts = [
+            Part(backend, [members[i] for i in index], optimizer)
+            for (backend, _), index in sgd_ops.plan_members(params, backends).items()
+        ]
+        self.on_cuda = any(p.is_cuda for p in params)
+
+    def fits(self, optimizer: SGD) -> bool:
+        """Whether the groups are as planned."""
+        groups = optimizer.param_groups
+        lists = list(map(_params_of, groups))
+        return (
+            len(lists) == len(self.lists)
+            and all(map(is_, lists, self.lists))
+            and sum(map(len, lists)) == self.count
+            and not self.has_tensors
+            and list(map(self.hypers_of, groups)) == self.hyper_values
+        )
+
+    def collect(self, optimizer: SGD) -> bool:
+        """Collect the gradients; False if a part is not as planned."""
+        return all(part.collect(optimizer) for part in self.parts)
+
+    def step(self, optimizer: SGD) -> list[float]:
+        """Update with the gradients collected; the groups' learning rates of the next step."""
+        self._refresh_lrs(optimizer)
+        grad_scale, found_inf = _scaler_of(optimizer)
+        step = optimizer._step
+        lrs = None
+        host = [part for part in self.parts if not part.plan.on_device]
+        if host:
+            scale = None if grad_scale is None else float(grad_scale)
+            if found_inf is not None and found_inf.item():
+                host = []
+        for part in host:
+            lrs = part.step(self.hypers, step, scale, None)
+        for part in self.parts:
+            if part.plan.on_device:
+                lrs = part.step(self.hypers, step, grad_scale, found_inf)
+        return optimizer._scheduled_lrs(step + 1) if lrs is None else lrs
+
+    def capture(self, optimizer: SGD) -> None:
+        """Record a step in the graph that is being captured."""
+        if not all(part.plan.on_device for part in self.parts):
+            raise RuntimeError("a step can be captured only if all parameters are on the device")
+        self._refresh_lrs(optimizer)
+        grad_scale, found_inf = _scaler_of(optimizer)
+        for part in self.parts:
+            part.plan.capture(part.grads, self.hypers, grad_scale, found_inf)
+            part.restore_grads(grad_scale)
+
+    def position(self) -> int:
+        """How many steps the device has taken."""
+        positions: list[int] = [part.plan.position() for part in self.parts]
+        return max(positions)
+
+    def settle(self) -> bool:
+        """Drop the momentum buffers that have had no step; whether there was one."""
+        return sum(part.settle() for part in self.parts) > 0  # each of them, not up to the first
+
+    def _refresh_lrs(self, optimizer: SGD) -> None:
+        if optimizer.schedule is None:
+            self.hypers[:, _LR] = [float(lr) for lr in map(_lr_of, optimizer.param_groups)]
+
+
+class Part:
+    """The parameters that one backend updates, with their plan."""
+
+    def __init__(self, backend: Backend, members: list[tuple[Tensor, int]], optimizer: SGD) -> None:
+        self.params = [p for p, _ in members]
+        self.pointers = _pointers(self.params)
+        self.momentum_dtype = optimizer._momentum_dtype
+        self.grads: list[Tensor | None] = []
+        self.state = optimizer.state
+        self.waiting: list[int] = []  # who will need a buffer when a gradient first comes
+        self.first: list[int] = []  # whose buffer the next step fills
+        self.states: list[dict[str, Any]] = []  # of those with a buffer,
+        self.buffers: list[Tensor] = []  # and the buffers
+        buffers = [
+            self._claim_buffer(i, p) if optimizer.param_groups[g]["momentum"] != 0 else None
+            for i, (p, g) in enumerate(members)
+        ]
+        filled_next = set(self.first)
+        self.plan: Any = sgd_ops.PLANS[backend](
+            PlanSpec(
+                params=self.params,
+                buffers=buffers,
+                first=[i in filled_next for i in range(len(members))],
+                groups=[g for _, g in members],
+                segments=optimizer._segments or [()] * len(optimizer.param_groups),
+                eta_min=0.0 if optimizer.schedule is None else optimizer.schedule.eta_min,
+                momentum_dtype=self.momentum_dtype,
+            )
+        )
+
+    def _claim_buffer(self, i: int, param: Tensor) -> Tensor | None:
+        state = self.state.get(param, {})
+        buffer = state.get("momentum_buffer")
+        if buffer is None and param.grad is None:
+            self.waiting.append(i)
+            return None
+        dtype = buffer_dtype(param, self.momentum_dtype)
+        aligned = sgd_ops.momentum_buffer_like(param, buffer, dtype)
+        if buffer is None:
+            self.first.append(i)
+        else:
+            state["momentum_buffer"] = aligned
+            self.states.append(state)
+            self.buffers.append(aligned)
+        return aligned
+
+    def collect(self, optimizer: SGD) -> bool:
+        """Collect the gradients; False if storages, buffers or layouts are not as planned."""
+        grads = list(map(_grad_of, self.params))
+        if (
+            _pointers(self.params) != self.pointers
+            or any(grads[i] is not None for i in self.waiting)
+            or optimizer.state is not self.state
+            or len(self.state) < len(self.states)
+            or not all(map(is_, map(_buffer_of, self.states), self.buffers))
+        ):
+            return False
+        try:
+            self.grads = self.plan.align(grads)
+        except ValueError:  # a sparse gradient where there was a dense one
+            return False
+        return True
+
+    def step(
+        self,
+        hypers: npt.NDArray[np.float64],
+        step: int,
+        grad_scale: Tensor | float | None,
+        found_inf: Tensor | None,
+    ) -> list[float]:
+        """Update with the gradients collected; the groups' learning rates of the next step."""
+        lrs: list[float] = self.plan.step(self.grads, hypers, step, grad_scale, found_inf)
+        self.restore_grads(grad_scale)
+        for i in self.first:
+            state = self.state[self.params[i]]
+            state["momentum_buffer"] = self.plan.buffers[i]
+            self.states.append(state)
+            self.buffers.append(self.plan.buffers[i])
+        self.first = []
+        return lrs
+
+    def restore_grads(self, grad_scale: Tensor | float | None) -> None:
+        """Give gradients of another layout what the step has written into their copies."""
+        if grad_scale is not None:
+            sgd_ops.copy_back(self.grads, list(map(_grad_of, self.params)))
+        self.grads = []
+
+    def settle(self) -> bool:
+        """Drop the momentum buffers that have had no step; whether there was one."""
+        known = [self.params[i] for i in self.plan.unstarted() if self.params[i] in self.state]
+        for p in known:
+            del self.state[p]
+        return bool(known)
+
+
+def _scaler_of(optimizer: SGD) -> tuple[Tensor | None, Tensor | None]:
+    """What a GradScaler has left: its scale, and whether it has found an overflow."""
+    return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+
+
+def _backends_of(params: list[Tensor], backend: Backend | None) -> list[Backend]:
+    """The backend of each parameter, sparse gradients being the reference's."""
+    backends = sgd_ops.choose_backends(params, backend)
+    for i, p in enumerate(params):
+        if p.grad is not None and p.grad.layout != torch.strided:
+            if backend not in (None, "reference"):
+                raise ValueError(
+                    f"backend={backend!r} cannot take the {p.grad.layout} gradient of parameter {i}"
+                )
+            backends[i] = "reference"
+    return backends
+
+
+def _pointers(params: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, params))
+
+
+def _hyper_row(group: dict[str, Any]) -> list[float]:
+    return [float(group.get(name, 0.0)) for name in HYPERS]

@@ -1,0 +1,306 @@
+"""CUDA kernels compiled by g++ and run on the CPU: an emulation (cuda_emulation.h), not a GPU run.
+
+A harness, one .cpp file here, becomes a library that ctypes calls and two programs: one under
+AddressSanitizer and UndefinedBehaviorSanitizer, one under ThreadSanitizer. Both read their inputs
+from a file, each into a block of exactly its size, and leave what is in their buffers in another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+SANITIZERS = (None, "address", "thread")
+COMPILER = shutil.which("g++") if sys.platform == "linux" else None
+_FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
+_FLAGS += ["-fvisibility=hidden", "-fno-omit-frame-pointer"]
+_FLAGS += [f"-I{HERE}", f"-I{HERE.parent.parent / 'csrc'}"]
+_RUNTIME = ("scheduler.cpp", "harness_main.cpp")
+_DEFINES = {
+    None: [],
+    "address": ["-DEMULATION_ADDRESS", "-DEMULATION_PROGRAM"],
+    "thread": ["-DEMULATION_THREAD", "-DEMULATION_PROGRAM"],
+}
+_CHECKS = {
+    None: [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+_OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
+_TIMEOUT = 120
+_FRAMES_BETWEEN = re.compile(
+    r"^ +#\d+ .*(std::|emulation::(emulate|SanitizerFiber|Identities)|thread_main|start_fiber)"
+    r"|fully support makecontext"
+)
+_REPORT = 3000  # characters of a sanitizer's report that say what went wrong
+
+
+class EmulationError(AssertionError):
+    """A kernel broke a rule: the emulator's own message, or a sanitizer's report."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """An int64 table of addresses in the other buffers, 0 being none: all, or some columns."""
+
+    table: Tensor
+    columns: tuple[int, ...] | None = None
+
+    def places(self) -> list[int]:
+        """The indices of the elements that are addresses."""
+        assert self.table.dtype == torch.int64
+        assert self.table.is_contiguous()
+        width = self.table.shape[-1]
+        chosen = range(width) if self.columns is None else self.columns
+        flat = self.table.flatten().tolist()
+        return [i for i, address in enumerate(flat) if i % width in chosen and address != 0]
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """What emulation::with_type takes."""
+    return [torch.float32, torch.float64, torch.float16, torch.bfloat16].index(dtype)
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_int64)]
+
+
+class _Scalar(ctypes.Structure):
+    _fields_ = [("is_real", ctypes.c_int64), ("integer", ctypes.c_int64), ("real", ctypes.c_double)]
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        ("buffers", ctypes.POINTER(_Buffer)),
+        ("num_buffers", ctypes.c_int64),
+        ("scalars", ctypes.POINTER(_Scalar)),
+        ("num_scalars", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
+Argument = Tensor | Addresses | None
+
+
+def _extent(argument: Argument) -> _Buffer:
+    """All bytes from a tensor's first element to its last."""
+    if argument is None:
+        return _Buffer(None, 0)
+    tensor = argument.table if isinstance(argument, Addresses) else argument
+    assert tensor.device.type == "cpu"
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    size = 0 if tensor.numel() == 0 else (last + 1) * tensor.element_size()
+    return _Buffer(tensor.data_ptr() or None, size)  # nullptr where there is no element
+
+
+def _check_apart(extents: Sequence[_Buffer]) -> None:
+    found = sorted((e.data, e.bytes, i) for i, e in enumerate(extents) if e.bytes > 0)
+    for (start, size, i), (after, _, j) in itertools.pairwise(found):
+        if start + size > after:
+            raise ValueError(f"buffers {i} and {j} overlap: pass Addresses within one instead")
+
+
+def _find(address: int, extents: Sequence[_Buffer], table: int) -> tuple[int, int]:
+    """The buffer that an address lies in, and how far from its start."""
+    for i, extent in enumerate(extents):
+        if i != table and extent.bytes > 0 and 0 <= address - extent.data < extent.bytes:
+            return i, address - extent.data
+    raise ValueError(f"an address of table {table} lies in none of the buffers")
+
+
+def _scalars(values: Sequence[float]) -> list[_Scalar]:
+    return [_Scalar(1, 0, v) if isinstance(v, float) else _Scalar(0, int(v), 0.0) for v in values]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A built harness."""
+
+    path: Path
+    sanitizer: str | None
+
+    def run(
+        self,
+        function: str,
+        buffers: Sequence[Argument],
+        scalars: Sequence[float] = (),
+        seed: int = 0,
+    ) -> None:
+        """Calls a function of the harness, which writes into the tensors.
+
+        Raises:
+            EmulationError: The emulator or a sanitizer found something; it says what.
+        """
+        extents = [_extent(buffer) for buffer in buffers]
+        _check_apart(extents)
+        relocations = self._relocations(buffers, extents)
+        if self.sanitizer is None:
+            self._call(function, extents, _scalars(scalars), seed)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            case, result = Path(folder, "case"), Path(folder, "result")
+            self._write(case, function, extents, relocations, _scalars(scalars), seed)
+            self._execute(case, result)
+            self._read(result, buffers, extents)
+
+    def _relocations(
+        self, buffers: Sequence[Argument], extents: Sequence[_Buffer]
+    ) -> list[tuple[int, int, int, int]]:
+        return [
+            (i, place, *_find(buffer.table.flatten()[place].item(), extents, i))
+            for i, buffer in enumerate(buffers)
+            if isinstance(buffer, Addresses)
+            for place in buffer.places()
+        ]
+
+    def _call(
+        self, function: str, extents: list[_Buffer], scalars: list[_Scalar], seed: int
+    ) -> None:
+        call = ctypes.CDLL(str(self.path)).emulation_call
+        call.restype = ctypes.c_char_p
+        arguments = _Arguments(
+            (_Buffer * len(extents))(*extents),
+            len(extents),
+            (_Scalar * len(scalars))(*scalars),
+            len(scalars),
+            seed,
+        )
+        error = call(function.encode(), ctypes.byref(arguments))
+        if error is not None:
+            raise EmulationError(error.decode())
+
+    def _write(
+        self,
+        path: Path,
+        function: str,
+        extents: list[_Buffer],
+        relocations: list[tuple[int, int, int, int]],
+        scalars: list[_Scalar],
+        seed: int,
+    ) -> None:
+        name = function.encode()
+        parts = [struct.pack("q", len(name)), name, struct.pack("qq", seed, len(extents))]
+        for extent in extents:
+            parts.append(struct.pack("qq", extent.bytes, (extent.data or 0) % 16))
+            if extent.bytes > 0:
+                parts.append(ctypes.string_at(extent.data, extent.bytes))
+        parts.append(struct.pack("q", len(relocations)))
+        parts += [struct.pack("qqqq", *relocation) for relocation in relocations]
+        parts.append(struct.pack("q", len(scalars)))
+        parts += [bytes(scalar) for scalar in scalars]
+        path.write_bytes(b"".join(parts))
+
+    def _execute(self, case: Path, result: Path) -> None:
+        done = subprocess.run(
+            [*_fixed_addresses(), str(self.path), str(case), str(result)],
+            env={**os.environ, **_OPTIONS, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise EmulationError(f"exit status {done.returncode}\n{_shortened(done.stderr)}")
+
+    def _read(self, path: Path, buffers: Sequence[Argument], extents: Sequence[_Buffer]) -> None:
+        content, done = path.read_bytes(), 0
+        for buffer, extent in zip(buffers, extents, strict=True):
+            if extent.bytes == 0:
+                continue
+            if isinstance(buffer, Tensor):
+                ctypes.memmove(extent.data, content[done : done + extent.bytes], extent.bytes)
+            done += extent.bytes
+
+
+def _shortened(report: str) -> str:
+    """A sanitizer's report without bytes, and frames between the kernel and the scheduler."""
+    said = report.split("\nShadow bytes")[0].splitlines()
+    lines = [line for line in said if not _FRAMES_BETWEEN.search(line)]
+    return "\n".join(lines)[:_REPORT]
+
+
+@functools.cache
+def _fixed_addresses() -> list[str]:
+    """Older ThreadSanitizers cannot start where the kernel scatters addresses widely."""
+    command = ["setarch", "-R"]
+    works = shutil.which("setarch") and subprocess.run([*command, "true"], check=False).returncode
+    return command if works == 0 else []
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="fastfreeze_emulation_")
+
+
+_builders = ThreadPoolExecutor(2)
+
+
+def _compile(arguments: list[str]) -> None:
+    command = [str(COMPILER), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:_REPORT]}")
+
+
+def _compile_object(source: Path, sanitizer: str | None, checks: list[str]) -> Path:
+    path = Path(_folder().name, f"{source.stem}_{sanitizer or 'plain'}.o")
+    _compile([*_FLAGS, *_DEFINES[sanitizer], *checks, "-c", str(source), "-o", str(path)])
+    return path
+
+
+@functools.cache
+def _runtime() -> dict[tuple[str, str | None], Future[Path]]:
+    """What every harness is linked with. It is not what is checked: see scheduler.h."""
+    return {
+        (name, s): _builders.submit(_compile_object, HERE / name, s, [])
+        for s in SANITIZERS
+        for name in _RUNTIME
+    }
+
+
+def _build(source: Path, sanitizer: str | None) -> Program:
+    checks = _CHECKS[sanitizer]
+    kernels = _compile_object(source, sanitizer, checks)
+    scheduler, main = (_runtime()[name, sanitizer].result() for name in _RUNTIME)
+    path = kernels.with_suffix(".so" if sanitizer is None else ".exe")
+    shared = ["-shared"] if sanitizer is None else []
+    # The order of these three is what shared_begin and shared_end rest on.
+    _compile([*checks, *shared, str(scheduler), str(kernels), str(main), "-o", str(path)])
+    return Program(path, sanitizer)
+
+
+@functools.cache
+def _started(source: Path) -> dict[str | None, Future[Program]]:
+    """All three builds of a harness, two at a time, those they wait for first."""
+    _folder()  # before the builders' threads ask for it at once
+    _runtime()
+    return {s: _builders.submit(_build, source, s) for s in SANITIZERS}
+
+
+def build(harness: str, sanitizer: str | None) -> Program:
+    """A harness of this folder, built once per session; skips where there is no compiler."""
+    if COMPILER is None:
+        pytest.skip("emulating CUDA takes Linux and g++")
+    return _started(HERE / harness)[sanitizer].result()

@@ -1,0 +1,147 @@
+// The part of CUDA C++ that csrc/cuda/*.cuh may use, for g++: kernels run on the CPU. (clang takes
+// it too, but does not see that a vector is misaligned.)
+//
+// An emulation, not a GPU run. It checks what a kernel computes, what it touches and what orders
+// its accesses; it says nothing of speed, of registers, or of the last bit of CUDA's own expf.
+// Stricter than a GPU: a block's threads must all come to every __syncthreads, a mask's lanes to
+// every warp operation, at one place in the source; only __syncthreads and __syncwarp order the
+// memory of a block's threads; only __threadfence and then an atomic order that of two blocks.
+// Blocks run one after the other, in any order: a kernel may not wait for another block.
+#pragma once
+
+#include <math.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#include "float16.h"
+#include "scheduler.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#ifdef EMULATION_ADDRESS
+#define __shared__ static  // a red zone around each
+#else
+#define __shared__ static thread_local  // the scheduler finds them, and fills them with NaN
+#endif
+
+using std::isnan;
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+namespace emulation {
+
+#define EMULATION_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+template <typename T>
+T shuffle(unsigned mask, T value, unsigned source, Site site) {
+  static_assert(std::is_arithmetic_v<T> && sizeof(T) >= 4);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = meet(Wait::shuffle, mask, bits, source, site);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The first lane of the group of `width` that this lane is in.
+inline unsigned group(int width, Site site) {
+  if (width < 1 || width > 32 || (width & (width - 1)) != 0) fail("invalid width", site);
+  return lane() & ~static_cast<unsigned>(width - 1);
+}
+
+// Between two synchronisation points nothing else runs: to be atomic it need only look it.
+template <typename T, typename Function>
+T update_atomic(T* address, Site site, const Function& function) {
+  order_atomic(address, site);
+  const T old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  __atomic_store_n(address, function(old), __ATOMIC_RELAXED);
+  return old;
+}
+
+// One launch: `kernel` with `args`, converted to its parameters, in each thread.
+template <typename... Parameters, typename... Args>
+void emulate(int64_t grid_x, int64_t grid_y, int64_t block_x, uint64_t seed,
+             void (*kernel)(Parameters...), const Args&... args) {
+  using Values = std::tuple<Parameters...>;
+  struct Call {
+    void (*kernel)(Parameters...);
+    Values values;
+  } call{kernel, Values(static_cast<Parameters>(args)...)};
+  const auto thread = [](void* context) {
+    const auto& call = *static_cast<const Call*>(context);
+    std::apply(call.kernel, call.values);
+  };
+  run({grid_x, grid_y, block_x, seed, thread, &call});
+}
+
+}  // namespace emulation
+
+inline void __syncthreads(EMULATION_SITE) { emulation::barrier({file, line}); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATION_SITE) {
+  emulation::meet(emulation::Wait::syncwarp, mask, 0, emulation::lane(), {file, line});
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMULATION_SITE) {
+  const unsigned first = emulation::group(width, {file, line});
+  const unsigned offset = static_cast<unsigned>(source) & static_cast<unsigned>(width - 1);
+  return emulation::shuffle(mask, value, first + offset, {file, line});
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32, EMULATION_SITE) {
+  const unsigned first = emulation::group(width, {file, line});
+  const unsigned source = emulation::lane() ^ static_cast<unsigned>(distance);
+  const bool reaches = source < first + static_cast<unsigned>(width);
+  return emulation::shuffle(mask, value, reaches ? source : emulation::lane(), {file, line});
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, EMULATION_SITE) {
+  const unsigned end = emulation::group(width, {file, line}) + static_cast<unsigned>(width);
+  const unsigned here = emulation::lane();
+  const bool reaches = distance < end - here;
+  return emulation::shuffle(mask, value, reaches ? here + distance : here, {file, line});
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_SITE) {
+  const uint64_t vote = predicate != 0;
+  return static_cast<unsigned>(
+      emulation::meet(emulation::Wait::ballot, mask, vote, emulation::lane(), {file, line}));
+}
+
+inline void __threadfence(EMULATION_SITE) { emulation::fence({file, line}); }
+
+inline int atomicAdd(int* address, int value, EMULATION_SITE) {
+  return emulation::update_atomic(address, {file, line}, [&](int old) { return old + value; });
+}
+
+inline unsigned atomicAdd(unsigned* address, unsigned value, EMULATION_SITE) {
+  return emulation::update_atomic(address, {file, line}, [&](unsigned old) { return old + value; });
+}
+
+inline unsigned atomicInc(unsigned* address, unsigned limit, EMULATION_SITE) {
+  return emulation::update_atomic(address, {file, line},
+                                  [&](unsigned old) { return old >= limit ? 0 : old + 1; });
+}
+
+#undef EMULATION_SITE

@@ -1,0 +1,264 @@
+// Small kernels, each right and, with kBroken, wrong in one way: proof that the checkers see it.
+#include "cuda_emulation.h"
+#include "harness.h"
+
+namespace {
+
+constexpr int kThreads = 64;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <bool kBroken>
+__global__ void reads_past_the_end(float* out, const float* x, int n) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < n) out[i] = x[i] + x[kBroken ? i + 1 : i];
+}
+
+template <bool kBroken>
+__global__ void writes_past_the_end(float* out, const float* x, int n) {
+  const int i = static_cast<int>(threadIdx.x);
+  out[i] = 2 * x[i];
+  if (kBroken && i == n - 1) out[i + 1] = 0;
+}
+
+template <bool kBroken>
+__global__ void misses_a_barrier(float* out, const float* x, int) {
+  __shared__ float tile[kThreads];
+  const int i = static_cast<int>(threadIdx.x);
+  tile[i] = x[i];
+  if (!kBroken) __syncthreads();
+  out[i] = tile[kThreads - 1 - i];
+}
+
+template <bool kBroken>
+__global__ void misses_a_barrier_between_vectors(float* out, const float* x, int n) {
+  __shared__ float4 tile[kThreads / 4];
+  const int i = static_cast<int>(threadIdx.x), count = n / 4;
+  if (i < count) tile[i] = reinterpret_cast<const float4*>(x)[i];
+  if (!kBroken) __syncthreads();
+  if (i < count) reinterpret_cast<float4*>(out)[i] = tile[count - 1 - i];
+}
+
+// The barrier between a read and the next write of the same place.
+template <bool kBroken>
+__global__ void misses_the_second_barrier(float* out, const float* x, int n) {
+  __shared__ float tile[kThreads];
+  const int i = static_cast<int>(threadIdx.x);
+  float sum = 0;
+  for (int round = 0; round < 3; ++round) {
+    tile[i] = x[i] * static_cast<float>(round);
+    __syncthreads();
+    sum += tile[(i + 1) % n];
+    if (!kBroken) __syncthreads();
+  }
+  out[i] = sum;
+}
+
+template <bool kBroken>
+__global__ void leaves_before_a_barrier(float* out, const float* x, int n) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (kBroken && i >= n - 3) return;
+  __syncthreads();
+  out[i] = x[i];
+}
+
+template <bool kBroken>
+__global__ void takes_another_barrier(float* out, const float* x, int) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (kBroken && i % 2 == 0) {
+    __syncthreads();
+  } else if (kBroken) {
+    __syncthreads();
+  }
+  __syncthreads();
+  out[i] = x[i];
+}
+
+template <bool kBroken>
+__global__ void misses_a_warp_barrier(float* out, const float* x, int) {
+  __shared__ float tile[kThreads];
+  const int i = static_cast<int>(threadIdx.x);
+  tile[i] = x[i];
+  if (!kBroken) __syncwarp();
+  out[i] = tile[i ^ 1];
+}
+
+// A shuffle exchanges registers; it does not order memory.
+template <bool kBroken>
+__global__ void trusts_a_shuffle(float* out, const float* x, int) {
+  __shared__ float tile[kThreads];
+  const int i = static_cast<int>(threadIdx.x);
+  tile[i] = x[i];
+  const int partner = __shfl_xor_sync(kAllLanes, i, 1);
+  if (!kBroken) __syncwarp();
+  out[i] = tile[partner];
+}
+
+template <bool kBroken>
+__global__ void shuffles_with_the_gone(float* out, const float* x, int) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (kBroken && i % 32 == 5) return;
+  out[i] = __shfl_xor_sync(kAllLanes, x[i], 1);
+}
+
+template <bool kBroken>
+__global__ void shuffles_outside_the_mask(float* out, const float* x, int) {
+  const int i = static_cast<int>(threadIdx.x);
+  out[i] = x[i];
+  if (i % 32 < 16) out[i] = __shfl_xor_sync(0xffffu, x[i], kBroken ? 16 : 8);
+}
+
+template <bool kBroken>
+__global__ void is_not_in_its_mask(float* out, const float* x, int) {
+  const int i = static_cast<int>(threadIdx.x);
+  out[i] = __shfl_sync(kBroken ? 0xffffu : kAllLanes, x[i], 0);
+}
+
+template <bool kBroken>
+__global__ void loads_misaligned(float* out, const float* x, int n) {
+  const int i = 4 * static_cast<int>(threadIdx.x);
+  if (i + 4 >= n) return;
+  const float4 v = *reinterpret_cast<const float4*>(x + i + (kBroken ? 1 : 0));
+  *reinterpret_cast<float4*>(out + i) = v;
+}
+
+template <bool kBroken>
+__global__ void stores_misaligned(float* out, const float* x, int n) {
+  const int i = 4 * static_cast<int>(threadIdx.x);
+  if (i + 4 >= n) return;
+  const float4 v = *reinterpret_cast<const float4*>(x + i);
+  *reinterpret_cast<float4*>(out + i + (kBroken ? 2 : 0)) = v;
+}
+
+template <bool kBroken>
+__global__ void overflows_shared(float* out, const float* x, int n) {
+  __shared__ float tile[kThreads];
+  const int i = static_cast<int>(threadIdx.x);
+  float* place = tile + (kBroken && i == n - 1 ? n : i);
+  *place = x[i];
+  __syncthreads();
+  out[i] = tile[i];
+}
+
+template <bool kBroken>
+__global__ void overflows_a_local(float* out, const float* x, int n) {
+  float local[8] = {};
+  const int i = static_cast<int>(threadIdx.x);
+  float* place = local + (kBroken ? n / 8 : i % 8);
+  asm volatile("" : "+r"(place));  // not for the compiler to see through
+  __syncthreads();
+  *place = x[i];
+  __syncthreads();
+  out[i] = local[i % 8];
+}
+
+template <bool kBroken>
+__global__ void reads_unwritten_shared(float* out, const float* x, int) {
+  __shared__ float tile[kThreads];
+  const int i = static_cast<int>(threadIdx.x);
+  if (!kBroken || i != 7) tile[i] = x[i];
+  __syncthreads();
+  out[i] = tile[(i + 1) % kThreads];
+}
+
+template <bool kBroken>
+__global__ void overflows_an_int(float* out, const float* x, int n) {
+  const int i = static_cast<int>(threadIdx.x);
+  const int large = 2147483647 - kThreads + (kBroken ? n : 0);
+  out[i] = large + i > 0 ? x[i] : 0;
+}
+
+template <bool kBroken>
+__global__ void blocks_count_themselves(float* out, unsigned* finished, float*, const float*) {
+  if (threadIdx.x != 0) return;
+  if (kBroken) {
+    *finished += 1;
+  } else {
+    atomicAdd(finished, 1u);
+  }
+}
+
+// The block that finishes last reads what the others wrote.
+template <bool kFence, bool kAtomic>
+__global__ void last_block_sums(float* out, unsigned* finished, float* parts, const float* x) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    parts[blockIdx.x] = x[blockIdx.x];
+    if (kFence) __threadfence();
+    if (kAtomic) {
+      last = atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;
+    } else {
+      last = (*finished)++ == gridDim.x - 1;
+    }
+  }
+  __syncthreads();
+  if (!last || threadIdx.x != 1) return;
+  float sum = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
+  *out = sum;
+}
+
+// The write that comes between the fence and the atomic is not fenced.
+template <bool kBroken>
+__global__ void fences_too_early(float* out, unsigned* finished, float* parts, const float* x) {
+  if (threadIdx.x != 0) return;
+  if (!kBroken) parts[blockIdx.x] = x[blockIdx.x];
+  __threadfence();
+  if (kBroken) parts[blockIdx.x] = x[blockIdx.x];
+  if (atomicInc(finished, gridDim.x - 1) != gridDim.x - 1) return;
+  float sum = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
+  *out = sum;
+}
+
+using Kernel = void (*)(float*, const float*, int);
+
+// Buffers: out, x. Scalars: broken.
+void launch(const emulation::Arguments& args, Kernel right, Kernel broken) {
+  const auto n = static_cast<int>(args.count<float>(1));
+  emulation::emulate(1, 1, kThreads, args.seed, args.integer(0) != 0 ? broken : right,
+                     args.buffer<float>(0), args.buffer<const float>(1), n);
+}
+
+using GridKernel = void (*)(float*, unsigned*, float*, const float*);
+
+// Buffers: out, finished, parts, x. Scalars: broken.
+void launch_grid(const emulation::Arguments& args, GridKernel right, GridKernel broken) {
+  emulation::emulate(args.count<float>(3), 1, kThreads, args.seed,
+                     args.integer(0) != 0 ? broken : right, args.buffer<float>(0),
+                     args.buffer<unsigned>(1), args.buffer<float>(2), args.buffer<const float>(3));
+}
+
+}  // namespace
+
+#define SEEDED(name) \
+  EMULATED(name) { launch(args, name<false>, name<true>); }
+
+SEEDED(reads_past_the_end)
+SEEDED(writes_past_the_end)
+SEEDED(misses_a_barrier)
+SEEDED(misses_a_barrier_between_vectors)
+SEEDED(misses_the_second_barrier)
+SEEDED(leaves_before_a_barrier)
+SEEDED(takes_another_barrier)
+SEEDED(misses_a_warp_barrier)
+SEEDED(trusts_a_shuffle)
+SEEDED(shuffles_with_the_gone)
+SEEDED(shuffles_outside_the_mask)
+SEEDED(is_not_in_its_mask)
+SEEDED(loads_misaligned)
+SEEDED(stores_misaligned)
+SEEDED(overflows_shared)
+SEEDED(overflows_a_local)
+SEEDED(reads_unwritten_shared)
+SEEDED(overflows_an_int)
+
+EMULATED(blocks_count_themselves) {
+  launch_grid(args, blocks_count_themselves<false>, blocks_count_themselves<true>);
+}
+EMULATED(misses_a_fence) {
+  launch_grid(args, last_block_sums<true, true>, last_block_sums<false, true>);
+}
+EMULATED(misses_an_atomic) {
+  launch_grid(args, last_block_sums<true, true>, last_block_sums<true, false>);
+}
+EMULATED(fences_too_early) { launch_grid(args, fences_too_early<false>, fences_too_early<true>); }
