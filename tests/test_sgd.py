@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fastfreeze.ops._plans import KERNEL_DTYPES
 from fastfreeze.ops.reference import sgd_reference
 from fastfreeze.ops.sgd import sgd
 from tests.conftest import needs_cpu_kernels, resolved, sgd_kernels
+from tests.guard import every_side, guarded
 
 HYPERS = {
     "plain": {},
@@ -174,6 +176,19 @@ GUARDED_SIZES = pytest.mark.parametrize("size", [1, 31, 33, 513, 2048, 8193])
 @GUARDED_SIZES
 def test_writes_nothing_outside_its_tensors(backend, device, dtype, size):
     assert_writes_nothing_outside(backend, device, dtype, size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
+@every_side
+@every_dtype
+@pytest.mark.parametrize("size", [1, 33, 2048, 2051])
+def test_nothing_beside_the_tensors_is_read_or_written(backend, device, dtype, size, side):
+    """A stray access ends the process."""
+    if device.type != "cpu" or backend == "reference":
+        pytest.skip("for kernels that run on the CPU's memory")
+    param, grad, buffer = (guarded(torch.rand(size).to(dtype), side) for _ in range(3))
+    sgd([param], [grad], [buffer], lr=0.1, momentum=0.9, grad_scale=2.0, backend=backend)
+    assert not param.isnan().any()
 
 
 @needs_cpu_kernels

@@ -12,6 +12,7 @@ from fastfreeze.ops import _library, softmax
 from fastfreeze.ops._softmax_arguments import choose_backend
 from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
 from tests.conftest import needs_cpu_kernels
+from tests.guard import guarded
 from tests.softmax_cases import (
     INF,
     NAN,
@@ -20,7 +21,6 @@ from tests.softmax_cases import (
     every_dtype,
     every_option,
     every_shape,
-    guarded,
     log_truth,
     make,
     truth,

@@ -11,6 +11,7 @@ import torch
 
 from fastfreeze.ops.softmax import EnsembleAverage, EnsembleStatistics, ensemble_statistics
 from tests.conftest import needs_cpu_kernels
+from tests.guard import guarded
 from tests.softmax_cases import (
     INF,
     NAN,
@@ -20,7 +21,6 @@ from tests.softmax_cases import (
     every_dtype,
     every_option,
     every_shape,
-    guarded,
     log_truth,
     make,
     shares,

@@ -124,8 +124,8 @@ void add_tensor(Plan& plan, const int64_t* row) {
   const auto buffer_dtype = static_cast<ScalarType>(row[kBufferDtype]);
   t.buffer_item_size = item_size(buffer_dtype);
   t.wide_buffer = buffer_dtype != t.dtype;
-  STD_TORCH_CHECK(!t.wide_buffer || (t.item_size == 2 && buffer_dtype == ScalarType::Float),
-                  "a ", dtype_name(t.dtype), " parameter has a ", dtype_name(buffer_dtype),
+  STD_TORCH_CHECK(!t.wide_buffer || (t.item_size == 2 && buffer_dtype == ScalarType::Float), "a ",
+                  dtype_name(t.dtype), " parameter has a ", dtype_name(buffer_dtype),
                   " momentum buffer");
   STD_TORCH_CHECK(t.group >= 0 && t.group < plan.num_groups(), "a tensor names group ", t.group);
   STD_TORCH_CHECK(t.numel >= 0, "a tensor has ", t.numel, " elements");

@@ -7,6 +7,8 @@
 // every warp operation, at one place in the source; only __syncthreads and __syncwarp order the
 // memory of a block's threads; only __threadfence and then an atomic order that of two blocks.
 // Blocks run one after the other, in any order: a kernel may not wait for another block.
+// ThreadSanitizer remembers the last few accesses to a place: a race with one of many readers can
+// go unseen. Let some blocks read what others do not.
 #pragma once
 
 #include <math.h>
