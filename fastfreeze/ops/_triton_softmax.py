@@ -299,8 +299,8 @@ def _weighted_sum(x, e):
 
 @triton.jit
 def _summarise(total, column, classes):
-    """Maximum, below 0 in a bad row, the first class that has it, and entropy."""
-    best = tl.max(tl.where(total >= 0, total, -1.0), 1)
+    """Maximum, 0 in a bad row, the first class that has it, and entropy."""
+    best = tl.max(tl.where(total > 0, total, 0.0), 1)
     index = tl.min(tl.where(total == best[:, None], column, classes), 1)
     return best, index, -tl.sum(total * tl.log(tl.maximum(total, _SMALLEST)), 1)
 
@@ -341,7 +341,7 @@ def _store_terms(entropy_sums, label_logs, own_entropy, label_log, row, mine):
 def _store_summary(
     summary, labels, best, index, entropy, own_entropy, label_log, row, mine
 ):  # fmt: skip
-    bad = best < 0
+    bad = best == 0
     entropy = tl.where(entropy < 0, 0.0, entropy)
     mutual_information = entropy - own_entropy
     mutual_information = tl.where(mutual_information < 0, 0.0, mutual_information)
@@ -497,7 +497,7 @@ def _split_statistics_kernel(
         i = tl.arange(0, SPLITS)[None, :]
         mask = i < splits
         place = (row * splits)[:, None] + i
-        bests = tl.load(of_splits[0] + place, mask=mask, other=-1)
+        bests = tl.load(of_splits[0] + place, mask=mask, other=0)
         indices = tl.load(of_splits[1] + place, mask=mask, other=0)
         entropies = tl.load(of_splits[2] + place, mask=mask, other=0)
         best = tl.max(bests, 1)
