@@ -156,6 +156,7 @@ def test_the_source_distribution_holds_every_source(tree):
 def test_a_bad_architecture_is_refused(tree):
     (tree / "csrc/cuda").mkdir(exist_ok=True)
     (tree / "csrc/cuda/probe.cu").write_text(PROBE)
-    code, _, output = build(tree, FASTFREEZE_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="hopper")
+    only_cuda = {"FASTFREEZE_BUILD_CPP": "0", "FASTFREEZE_BUILD_CUDA": "1"}
+    code, _, output = build(tree, TORCH_CUDA_ARCH_LIST="hopper", **only_cuda)
     assert code != 0
     assert "TORCH_CUDA_ARCH_LIST: expected such as '9.0' or '9.0+PTX', got 'hopper'" in output

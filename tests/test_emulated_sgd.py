@@ -16,6 +16,7 @@ from fastfreeze.schedule import FreezeOutCycles
 from tests.emulation import EmulationError
 from tests.emulation.sgd import install
 
+pytestmark = pytest.mark.slow
 # One run each, and two: a sanitized launch of more would take long.
 SIZES = [1, 33, 2048, 2049]
 TOLERANCE = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}

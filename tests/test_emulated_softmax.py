@@ -279,6 +279,7 @@ def test_what_underflows_has_a_logarithm(plain, classes):
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", SANITIZERS[1:])
 @pytest.mark.parametrize("mode", [SUM, LOG, STATISTICS])
 @pytest.mark.parametrize(

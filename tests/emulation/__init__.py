@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -255,9 +254,6 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="fastfreeze_emulation_")
 
 
-_builders = ThreadPoolExecutor(2)
-
-
 def _compile(arguments: list[str]) -> None:
     command = [str(COMPILER), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -272,32 +268,21 @@ def _compile_object(source: Path, sanitizer: str | None, checks: list[str]) -> P
 
 
 @functools.cache
-def _runtime() -> dict[tuple[str, str | None], Future[Path]]:
+def _runtime(sanitizer: str | None) -> list[Path]:
     """What every harness is linked with. It is not what is checked: see scheduler.h."""
-    return {
-        (name, s): _builders.submit(_compile_object, HERE / name, s, [])
-        for s in SANITIZERS
-        for name in _RUNTIME
-    }
-
-
-def _build(source: Path, sanitizer: str | None) -> Program:
-    checks = _CHECKS[sanitizer]
-    kernels = _compile_object(source, sanitizer, checks)
-    scheduler, main = (_runtime()[name, sanitizer].result() for name in _RUNTIME)
-    path = kernels.with_suffix(".so" if sanitizer is None else ".exe")
-    shared = ["-shared"] if sanitizer is None else []
-    # The order of these three is what shared_begin and shared_end rest on.
-    _compile([*checks, *shared, str(scheduler), str(kernels), str(main), "-o", str(path)])
-    return Program(path, sanitizer)
+    return [_compile_object(HERE / name, sanitizer, []) for name in _RUNTIME]
 
 
 @functools.cache
-def _started(source: Path) -> dict[str | None, Future[Program]]:
-    """All three builds of a harness, two at a time, those they wait for first."""
-    _folder()  # before the builders' threads ask for it at once
-    _runtime()
-    return {s: _builders.submit(_build, source, s) for s in SANITIZERS}
+def _build(source: Path, sanitizer: str | None) -> Program:
+    checks = _CHECKS[sanitizer]
+    scheduler, main = map(str, _runtime(sanitizer))
+    kernels = _compile_object(source, sanitizer, checks)
+    path = kernels.with_suffix(".so" if sanitizer is None else ".exe")
+    shared = ["-shared"] if sanitizer is None else []
+    # The order of these three is what shared_begin and shared_end rest on.
+    _compile([*checks, *shared, scheduler, str(kernels), main, "-o", str(path)])
+    return Program(path, sanitizer)
 
 
 def build(harness: str, sanitizer: str | None) -> Program:
@@ -306,4 +291,4 @@ def build(harness: str, sanitizer: str | None) -> Program:
         pytest.skip("emulating CUDA takes Linux and g++")
     if not SOURCES.exists():
         pytest.skip("the CUDA sources are not here: tests run outside the source tree")
-    return _started(HERE / harness)[sanitizer].result()
+    return _build(HERE / harness, sanitizer)
