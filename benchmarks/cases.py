@@ -8,14 +8,14 @@ flat tensor, for the rest the case's bytes at the bandwidth of a large copy.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 import fastfreeze
 from benchmarks.measure import interleave
-from fastfreeze.ops.softmax import ensemble_softmax
+from fastfreeze.ops.softmax import EnsembleStatistics, ensemble_softmax, ensemble_statistics
 from fastfreeze.recipes.models import build_model
 
 Run = Callable[[], object]
@@ -86,14 +86,58 @@ def softmax_case(M: int, B: int, C: int) -> Case:
         "eager loop": loop,
         "softmax(stacked).mean(0)": lambda: torch.softmax(stacked, -1).mean(0),
     }
+    _add_compiled(runs, loop)
+    _require_equal({k: [f()] for k, f in runs.items()}, "softmax(stacked).mean(0)")
+    return Case(f"ensemble average, ({M}, {B}, {C})", runs, bytes_moved=(M + 1) * B * C * 4)
+
+
+def statistics_case(M: int, B: int, C: int) -> Case:
+    """That mean with its maximum, class, entropy, mutual information and the labels' NLL."""
+    torch.manual_seed(0)
+    members = [torch.randn(B, C) for _ in range(M)]
+    labels = torch.randint(C, (B,))
+
+    def loop() -> list[torch.Tensor]:
+        return eager_statistics(members, labels)
+
+    runs: dict[str, Run] = {
+        "fastfreeze": lambda: statistics_fields(ensemble_statistics(members, labels)),
+        "eager loop": loop,
+    }
+    _add_compiled(runs, loop)
+    _require_equal({k: f() for k, f in runs.items()}, "eager loop")
+    name = f"ensemble statistics, ({M}, {B}, {C})"
+    return Case(name, runs, bytes_moved=(M + 1) * B * C * 4 + B * (8 + 8 + 4 * 4))
+
+
+def eager_statistics(members: Sequence[torch.Tensor], labels: torch.Tensor) -> list[torch.Tensor]:
+    """What a user would write; in the order of ``statistics_fields``."""
+    mean = torch.zeros_like(members[0])
+    entropies = torch.zeros_like(mean[:, 0])
+    for logits in members:
+        log_p = torch.log_softmax(logits, -1)
+        p = log_p.exp()
+        mean += p / len(members)
+        entropies -= (p * log_p).sum(-1) / len(members)
+    best, index = mean.max(-1)
+    entropy = torch.special.entr(mean).sum(-1)
+    nll = -mean.gather(-1, labels[:, None])[:, 0].log()
+    return [mean, best, index, entropy, (entropy - entropies).clamp(min=0), nll]
+
+
+def statistics_fields(s: EnsembleStatistics) -> list[torch.Tensor]:
+    """All of them, in a list."""
+    assert s.nll is not None
+    return [s.probabilities, s.max_probability, s.argmax, s.entropy, s.mutual_information, s.nll]
+
+
+def _add_compiled(runs: dict[str, Run], loop: Run) -> None:
     try:
         compiled = torch.compile(loop)
         compiled()
         runs["torch.compile of the loop"] = compiled
     except Exception as error:
         print(f"no torch.compile here: {str(error).splitlines()[0]}")
-    _require_equal({k: [f()] for k, f in runs.items()}, "softmax(stacked).mean(0)")
-    return Case(f"ensemble average, ({M}, {B}, {C})", runs, bytes_moved=(M + 1) * B * C * 4)
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -104,6 +148,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "softmax-5-256-10": lambda: softmax_case(5, 256, 10),
     "softmax-5-1024-100": lambda: softmax_case(5, 1024, 100),
     "softmax-6-4096-1000": lambda: softmax_case(6, 4096, 1000),
+    "statistics-5-1024-100": lambda: statistics_case(5, 1024, 100),
+    "statistics-6-4096-1000": lambda: statistics_case(6, 4096, 1000),
+    "statistics-10-64-50257": lambda: statistics_case(10, 64, 50257),
 }
 
 
