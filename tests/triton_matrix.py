@@ -22,7 +22,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
-from fastfreeze.ops import _triton_softmax
+from fastfreeze.ops import _triton_sgd, _triton_softmax
 from fastfreeze.ops._device_sgd import TritonPlan
 from fastfreeze.ops._plans import PlanSpec
 from fastfreeze.schedule import Cosine
@@ -160,6 +160,7 @@ def main() -> None:
     result = {}
     for name in sys.argv[1:]:
         recorder.targets.append(target_of(name))
+        _triton_sgd.warp_size = recorder.targets[-1].warp_size
         result[name] = {}
         for case, launch in {**CASES, **SEEDED}.items():
             recorder.launched.clear()

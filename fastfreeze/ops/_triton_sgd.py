@@ -20,6 +20,8 @@ _DTYPES: dict[torch.dtype, Any] = {
     torch.float64: tl.float64,
 }
 _GROUPS = 128  # learning rates computed at a time
+_THREADS = 256  # 8 elements a thread: with 16, sm_75 spills
+warp_size = 64 if torch.version.hip else 32
 
 # Columns of the tables, as in csrc/sgd_tables.h and SgdRun.
 _LR = tl.constexpr(0)
@@ -66,7 +68,7 @@ def step(
             SCHEDULED=plan.scheduled,
             TRACK=track,
             GROUPS=_GROUPS,
-            num_warps=8,  # 8 elements a thread: with 16, sm_75 spills
+            num_warps=_THREADS // warp_size,
         )
 
 
