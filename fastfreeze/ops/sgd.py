@@ -274,7 +274,7 @@ def _check_lists(
         )
     for name, tensors in (("grads", grads), ("momentum_buffers", buffers)):
         for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
-            dtype = buffer_dtype(p, momentum_dtype) if tensors is buffers else p.dtype
+            dtype = buffer_dtype(p, momentum_dtype) if name == "momentum_buffers" else p.dtype
             if t is not None and (t.shape != p.shape or t.dtype != dtype or t.device != p.device):
                 raise ValueError(
                     f"{name}[{i}] must match its parameter ({dtype} {tuple(p.shape)} on "

@@ -195,7 +195,6 @@ class EnsembleAverage:
         """How many members there were."""
         return self._count
 
-    @torch.no_grad()
     def update(self, logits: Tensor, weight: float = 1.0) -> None:
         """Take in a member.
 
@@ -216,7 +215,8 @@ class EnsembleAverage:
                     f"logits must be like the first update's: expected {described(*expected)}, "
                     f"got {described(logits.shape, logits.dtype, logits.device)}"
                 )
-        total, entropy = self._plus(logits.detach(), float(weight))
+        with torch.no_grad():  # as a decorator torch 2.10 could not compile it
+            total, entropy = self._plus(logits.detach(), float(weight))
         check_rows(total, [logits], "logits")
         self._total, self._spare, self._entropy = total, self._total, entropy
         self._dtype, self._weight = logits.dtype, self._weight + weight
