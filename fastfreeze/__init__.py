@@ -21,6 +21,7 @@ from fastfreeze.schedule import (
     Schedule,
     SnapshotCycles,
 )
+from fastfreeze.views import RepeatableViews
 
 __all__ = [
     "SGD",
@@ -34,6 +35,7 @@ __all__ = [
     "FreezeOutCycles",
     "Layer",
     "LayerPlan",
+    "RepeatableViews",
     "Schedule",
     "Snapshot",
     "SnapshotCycles",

@@ -14,6 +14,7 @@ ORDER = [
     "_version",
     "errors",
     "text",
+    "views",
     "execution",
     "schedule",
     "freezing",
