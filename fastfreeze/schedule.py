@@ -205,9 +205,26 @@ class Schedule(ABC):
         frozen = sum(end - s.start for s, end in zip(segments, ends, strict=True) if s.frozen)
         return frozen / self.total_steps
 
+    def frozen_layers(self, num_layers: int) -> tuple[tuple[int, frozenset[int]], ...]:
+        """What is frozen when: pairs of a first step and the indices of all layers frozen then.
+
+        In order; each lasts until the next one's first step, the last until the run's end.
+        """
+        rows = [self.segments(i, num_layers) for i in range(num_layers)]
+        found: list[tuple[int, frozenset[int]]] = []
+        for step in sorted({s.start for row in rows for s in row if s.start < self.total_steps}):
+            now = [row[int(_segment_index(row, np.asarray(step)))] for row in rows]
+            frozen = frozenset(i for i, segment in enumerate(now) if segment.frozen)
+            if not found or found[-1][1] != frozen:
+                found.append((step, frozen))
+        return tuple(found)
+
     def config(self) -> dict[str, Any]:
         """The schedule as plain data; :func:`from_config` makes it again."""
-        return {"name": type(self).__name__, **asdict(self)}
+        arguments = asdict(self)
+        if arguments.get("stages") is None:  # as in checkpoints from before there were any
+            arguments.pop("stages", None)
+        return {"name": type(self).__name__, **arguments}
 
 
 @dataclass(frozen=True)
@@ -297,6 +314,10 @@ class FreezeOut(Schedule):
         how_scale: "linear", "squared" or "cubic".
         scale_lr: start layer i at ``initial_lr / ratio_i``, so that every layer's learning rate
             integrates to the same sum.
+        stages: freeze at this many steps at most, >= 1; None: each layer at its own. The layers but
+            the head are put into so many runs of neighbours, as equal as can be, and each takes the
+            ``ratio_i`` of the last of its run, for its cosine and ``scale_lr`` as well: no layer
+            freezes before its time, and each still anneals to zero.
 
     Raises:
         ValueError: an argument out of its range.
@@ -305,10 +326,11 @@ class FreezeOut(Schedule):
     t_0: float = 0.8
     how_scale: HowScale = "cubic"
     scale_lr: bool = True
+    stages: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_freezeout(self.t_0, self.how_scale)
+        _check_freezeout(self.t_0, self.how_scale, self.stages)
 
     @property
     def freezes(self) -> bool:
@@ -316,7 +338,9 @@ class FreezeOut(Schedule):
 
     def segments(self, layer_index: int = 0, num_layers: int = 1) -> tuple[Segment, ...]:
         _check_layer(layer_index, num_layers)
-        ratio = freezeout_ratio(layer_index, num_layers - 1, self.t_0, self.how_scale)
+        head = num_layers - 1
+        last = _last_of_stage(layer_index, head, self.stages)
+        ratio = freezeout_ratio(last, head, self.t_0, self.how_scale)
         return _annealed_then_frozen(0, self.total_steps, self.total_steps, ratio, self.scale_lr)
 
 
@@ -340,6 +364,7 @@ class FreezeOutCycles(SnapshotCycles):
         total_steps, eta_min, num_cycles: as in :class:`SnapshotCycles`.
         t_0, how_scale, scale_lr: as in :class:`FreezeOut`; ``scale_lr`` counts in the cycles in
             which a layer freezes.
+        stages: as in :class:`FreezeOut`, of the layers that freeze in a cycle, in each cycle.
         composition: "sticky", "last_k" or "thaw".
         k: for "last_k" alone: how many cycles freeze, 1 to ``num_cycles``.
 
@@ -352,10 +377,11 @@ class FreezeOutCycles(SnapshotCycles):
     scale_lr: bool = True
     composition: Composition = "sticky"
     k: int | None = None
+    stages: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_freezeout(self.t_0, self.how_scale)
+        _check_freezeout(self.t_0, self.how_scale, self.stages)
         if self.composition not in ("sticky", "last_k", "thaw"):
             raise ValueError(
                 f"composition must be 'sticky', 'last_k' or 'thaw', got {self.composition!r}"
@@ -394,10 +420,12 @@ class FreezeOutCycles(SnapshotCycles):
         for c in range(1, self.num_cycles):
             first = self.first_active_layer(c, head + 1)
             end = min((c + 1) * L, self.total_steps)
-            if i >= self.first_active_layer(c + 1, head + 1):
+            behind = self.first_active_layer(c + 1, head + 1)
+            if i >= behind:
                 segments.append(Segment(c * L, L))
                 continue
-            ratio = freezeout_ratio(i - first, head - first, self.t_0, self.how_scale)
+            last = _last_of_stage(i - first, behind - first, self.stages)
+            ratio = freezeout_ratio(last, head - first, self.t_0, self.how_scale)
             segments += _annealed_then_frozen(c * L, L, end, ratio, self.scale_lr)
             if not segments[-1].frozen:  # annealed until the restart: stays frozen from there
                 segments.append(Segment(end, 0))
@@ -407,7 +435,8 @@ class FreezeOutCycles(SnapshotCycles):
     def _thawing(self, i: int, head: int) -> tuple[Segment, ...]:
         L = self.cycle_length
         freezing = self.k if self.k is not None else self.num_cycles
-        ratio = freezeout_ratio(i, head, self.t_0, self.how_scale)
+        last = _last_of_stage(i, head, self.stages)
+        ratio = freezeout_ratio(last, head, self.t_0, self.how_scale)
         segments: list[Segment] = []
         for c in range(self.num_cycles):
             if c < self.num_cycles - freezing:
@@ -465,6 +494,14 @@ def _annealed_then_frozen(
     return segments if frozen_from >= end else (*segments, Segment(frozen_from, 0))
 
 
+def _last_of_stage(i: int, num_freezing: int, stages: int | None) -> int:
+    """The last of the layers that freeze together with ``i``, if ``0..num_freezing-1`` freeze."""
+    if stages is None or i >= num_freezing:
+        return i
+    stage = i * stages // num_freezing
+    return -(-(stage + 1) * num_freezing // stages) - 1
+
+
 def _segment_index(
     segments: Sequence[Segment], steps: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
@@ -501,8 +538,10 @@ def _check_cycles(total_steps: int, num_cycles: int) -> None:
         )
 
 
-def _check_freezeout(t_0: float, how_scale: str) -> None:
+def _check_freezeout(t_0: float, how_scale: str, stages: int | None) -> None:
     if not 0 < t_0 <= 1:
         raise ValueError(f"t_0 must be in (0, 1], got {t_0!r}")
     if how_scale not in _POWERS:
         raise ValueError(f"how_scale must be one of {list(_POWERS)}, got {how_scale!r}")
+    if stages is not None:
+        _check_int("stages", stages, minimum=1)

@@ -880,6 +880,12 @@ def test_table_of_cycles_names_every_freeze_and_rate():
     assert row.split() == ["0", "0", "0", "32", "57", "0.1,", "0.8"]
 
 
+def test_table_shows_stages():
+    plan = split(mlp(), schedule=FreezeOut(100, t_0=0.5, stages=1), lr=0.1)
+    rows = [line.split() for line in str(plan).splitlines()[2:]]
+    assert [row[-2:] for row in rows] == [["43", "0.237"]] * 2 + [["-", "0.1"]]
+
+
 def test_table_leaves_out_what_it_does_not_know():
     plan = split(Attention(), torch.ones(2, 5, 3))
     assert "freezes" not in str(plan)

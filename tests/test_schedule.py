@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -33,6 +34,9 @@ SCHEDULES = {
     "sticky": FreezeOutCycles(90, num_cycles=4, t_0=0.5),
     "last_k": FreezeOutCycles(90, num_cycles=4, t_0=0.5, composition="last_k", k=2),
     "thaw": FreezeOutCycles(90, num_cycles=4, t_0=0.5, composition="thaw", scale_lr=False),
+    "staged": FreezeOut(90, t_0=0.5, stages=9),
+    "staged sticky": FreezeOutCycles(90, num_cycles=4, t_0=0.5, stages=2),
+    "staged thaw": FreezeOutCycles(90, num_cycles=4, t_0=0.5, composition="thaw", stages=3),
 }
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
@@ -103,7 +107,9 @@ def test_range_and_freezing_agree(schedule, layer):
     assert np.mean(frozen) == pytest.approx(schedule.frozen_share(layer, 10))
     became = [s for s in range(1, 90) if frozen[s] and not frozen[s - 1]]
     assert became == list(schedule.freeze_steps(layer, 10))
-    assert lrs[0] == 0.1 or lrs[0] == pytest.approx(0.1 / freezeout_ratio(layer, 9, 0.5, "cubic"))
+    ratios = [freezeout_ratio(i, 9, 0.5, "cubic") for i in range(10)]
+    later = ratios[layer:] if getattr(schedule, "stages", None) else ratios[layer : layer + 1]
+    assert lrs[0] == 0.1 or any(lrs[0] == pytest.approx(0.1 / ratio) for ratio in later)
 
 
 @every_schedule
@@ -213,6 +219,75 @@ def test_last_k_freezes_in_the_last_cycles_alone():
     assert (schedule.lr(steps, 0.1, 0, 5) == plain.lr(steps, 0.1)).all()
 
 
+@given(
+    st.integers(2, 500),
+    st.integers(1, 30),
+    st.integers(1, 35),
+    st.floats(0.05, 0.99),
+    st.sampled_from(["linear", "squared", "cubic"]),
+    st.booleans(),
+)
+def test_a_stage_takes_the_ratio_of_its_last_layer(T, layers, stages, t_0, how_scale, scale):
+    paper = FreezeOut(T, t_0=t_0, how_scale=how_scale, scale_lr=scale)
+    ours = dataclasses.replace(paper, stages=stages)
+    own = [paper.segments(i, layers)[0] for i in range(layers)]
+    grouped = [ours.segments(i, layers)[0] for i in range(layers)]
+    runs = [list(run) for _, run in itertools.groupby(range(layers - 1), lambda i: grouped[i])]
+    assert len(runs) == min(stages, layers - 1)
+    for run in runs:
+        assert {grouped[i] for i in run} == {own[run[-1]]}
+    sizes = [len(run) for run in runs]
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    assert grouped[-1] == own[-1]
+    steps = {s for i in range(layers) for s in ours.freeze_steps(i, layers)}
+    assert len(steps) <= stages
+
+
+def test_stages_worked_values():
+    # As above, but layers 0 and 1 freeze together, and 2 and 3.
+    schedule = FreezeOut(1000, t_0=0.8, stages=2)
+    assert [schedule.freeze_steps(i, 5) for i in range(5)] == [(615,)] * 2 + [(858,)] * 2 + [()]
+    assert schedule.lr(0, 0.1, 0, 5) == schedule.lr(0, 0.1, 1, 5) == pytest.approx(0.1 / 0.85**3)
+    assert 0 < schedule.lr(614, 0.1, 0, 5) < 1e-4
+    unscaled = FreezeOut(1000, t_0=0.8, stages=2, scale_lr=False)
+    assert unscaled.lr(0, 0.1, 0, 5) == 0.1
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_cycles_have_so_many_stages_each(stages):
+    sticky = FreezeOutCycles(1000, num_cycles=3, t_0=0.5, stages=stages)
+    own = FreezeOutCycles(1000, num_cycles=3, t_0=0.5)
+    for cycle in (1, 2):
+        first, behind = (sticky.first_active_layer(c, 11) for c in (cycle, cycle + 1))
+        freezing = [sticky.freeze_steps(i, 11)[0] for i in range(first, behind)]
+        assert len(set(freezing)) == stages
+        assert freezing[-1] == own.freeze_steps(behind - 1, 11)[0]
+    thaw = FreezeOutCycles(1000, num_cycles=2, t_0=0.5, composition="thaw", stages=stages)
+    once = FreezeOut(500, t_0=0.5, stages=stages)
+    for i in range(11):
+        assert thaw.freeze_steps(i, 11) == tuple(
+            step + start for start in (0, 500) for step in once.freeze_steps(i, 11)
+        )
+
+
+@every_schedule
+@pytest.mark.parametrize("layers", [1, 2, 10])
+def test_what_is_frozen_when(schedule, layers):
+    found = dict(schedule.frozen_layers(layers))
+    assert min(found) == 0
+    frozen = None
+    for step in range(90):
+        now = {i for i in range(layers) if schedule.is_frozen(step, i, layers)}
+        assert (step in found) == (now != frozen)
+        frozen = found.get(step, frozen)
+        assert now == frozen
+
+
+def test_without_stages_a_config_is_as_it_was():
+    assert "stages" not in FreezeOut(10).config()
+    assert FreezeOut(10, stages=2).config()["stages"] == 2
+
+
 def test_segments_describe_constant():
     assert Constant(7).segments() == (Segment(0, math.inf),)
     assert Constant(7).lr(range(8), 0.5).tolist() == [0.5] * 8
@@ -229,6 +304,8 @@ def test_segments_describe_constant():
         (lambda: FreezeOut(10, t_0=1.5), r"t_0 must be in \(0, 1\], got 1.5"),
         (lambda: FreezeOut(10, t_0=math.nan), r"t_0 must be in \(0, 1\], got nan"),
         (lambda: FreezeOut(10, how_scale="quartic"), "how_scale must be one of"),
+        (lambda: FreezeOut(10, stages=0), "stages must be >= 1, got 0"),
+        (lambda: FreezeOutCycles(10, num_cycles=2, stages=-1), "stages must be >= 1, got -1"),
         (lambda: FreezeOutCycles(10, num_cycles=2, composition="melt"), "composition must be"),
         (lambda: FreezeOutCycles(10, num_cycles=2, composition="last_k"), "needs k"),
         (lambda: FreezeOutCycles(10, num_cycles=2, composition="last_k", k=3), "k must be in 1..2"),
@@ -251,3 +328,5 @@ def test_bad_values(make, message):
 def test_a_step_count_must_be_an_int():
     with pytest.raises(TypeError, match=r"total_steps must be an int >= 1, got 10\.5"):
         Cosine(10.5)
+    with pytest.raises(TypeError, match=r"stages must be an int >= 1, got 2\.0"):
+        FreezeOut(10, stages=2.0)
