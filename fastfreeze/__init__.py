@@ -5,6 +5,7 @@ from fastfreeze.ensemble import Snapshot, SnapshotEnsemble, SnapshotStore
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
 from fastfreeze.freezing import Layer, LayerPlan, split
 from fastfreeze.graph import TrimmedModel, trim
+from fastfreeze.graph.blockers import BackwardBlocker, backward_blockers
 from fastfreeze.ops._library import backends
 from fastfreeze.ops.softmax import (
     EnsembleAverage,
@@ -13,6 +14,7 @@ from fastfreeze.ops.softmax import (
     ensemble_statistics,
 )
 from fastfreeze.optim import SGD
+from fastfreeze.report import FreezeReport, FreezeRow
 from fastfreeze.schedule import (
     Constant,
     Cosine,
@@ -26,6 +28,7 @@ from fastfreeze.views import RepeatableViews
 __all__ = [
     "SGD",
     "BackendUnavailableError",
+    "BackwardBlocker",
     "Constant",
     "Cosine",
     "EnsembleAverage",
@@ -33,6 +36,8 @@ __all__ = [
     "FastfreezeWarning",
     "FreezeOut",
     "FreezeOutCycles",
+    "FreezeReport",
+    "FreezeRow",
     "Layer",
     "LayerPlan",
     "RepeatableViews",
@@ -45,6 +50,7 @@ __all__ = [
     "TrimmedModel",
     "__version__",
     "backends",
+    "backward_blockers",
     "ensemble_softmax",
     "ensemble_statistics",
     "split",

@@ -1,0 +1,30 @@
+"""Readings of the clock that do not make a GPU wait for the host."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """The time at which work on a device is done: the host's, or events in the GPU's stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def now(self) -> Any:
+        """A reading, after all work that was queued so far."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Seconds between two readings; waits until the device has come to the second."""
+        if not self._cuda:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end) / 1e3)
