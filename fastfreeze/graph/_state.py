@@ -6,8 +6,8 @@ import copy
 import pickle
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -85,6 +85,31 @@ class Watch:
             return self._live != self._seen  # identical values are not compared further
         except (RuntimeError, TypeError, ValueError):  # two tensors or arrays have no single truth
             return True
+
+
+class Held:
+    """Parameters and buffers under the names by which modules hold them.
+
+    Args:
+        modules: whose own, and whose submodules', are meant.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        parts = {m: None for module in modules for m in module.modules()}
+        owners = [d for m in parts for d in (m._parameters, m._buffers)]
+        self._places = [(d, name) for d in owners for name in d]
+
+    def tensors(self) -> list[Tensor]:
+        """What is there now."""
+        found = [d.get(name) for d, name in self._places]
+        return [t for t in found if t is not None]
+
+    def states(self) -> list[tuple[int, int, int]] | None:
+        """What changes when a tensor is written to or replaced; None for tensors without memory."""
+        try:
+            return [(id(t), t.data_ptr(), t._version) for t in self.tensors()]
+        except RuntimeError:  # of torch.func's transforms, or fake
+            return None
 
 
 class AttributeReads:
@@ -170,6 +195,18 @@ class Snapshot:
             for buffer, values in self._buffers:
                 if not torch.equal(buffer, values):  # a write would invalidate saved tensors
                     buffer.copy_(values)
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Autograd on, whatever the mode outside; an activation checkpoint outside sees nothing."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        with suppress(RuntimeError):  # torch.func's transforms allow no such hooks, nor outside
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+            stack.enter_context(hooks)
+        yield
 
 
 @contextmanager

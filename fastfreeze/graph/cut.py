@@ -85,7 +85,7 @@ class Cut:
 
 def find_cut(trace: Trace, model: nn.Module) -> Cut:
     """The cut for the present ``requires_grad`` flags of ``model``."""
-    graph = _Dataflow(trace.graph, model)
+    graph = Dataflow(trace.graph, model)
     tainted = graph.tainted()
     computing = [node for node in trace.graph.nodes if graph.computes(node)]
     frozen = [node for node in computing if node not in tainted]
@@ -141,7 +141,7 @@ def frozen_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.
         yield from frozen_modules(child, f"{name}.{child_name}".lstrip("."))
 
 
-class _Dataflow:
+class Dataflow:
     """What a graph's nodes hold, may alias and may write to.
 
     Attributes:
@@ -170,6 +170,10 @@ class _Dataflow:
 
     def computes(self, node: fx.Node) -> bool:
         return node.op.startswith("call_") and node not in self.metadata
+
+    def module(self, node: fx.Node) -> nn.Module:
+        """The module that a node calls."""
+        return self._model.get_submodule(str(node.target))
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values ``node`` computes with; none for metadata."""
@@ -248,18 +252,17 @@ class _Dataflow:
                 or frozenset((node,))
                 for storage in self.storages[node]
             }
-            for name in self._written_by(node):
+            for name in self.written_by(node):
                 for storage in self.storages[name]:
                     by = _crossed_by(name, storage, crossings)
                     written[storage] = written.get(storage, frozenset()) | by
         return tainted, conflicts
 
-    def _written_by(self, node: fx.Node) -> list[fx.Node]:
+    def written_by(self, node: fx.Node) -> list[fx.Node]:
         """Inputs that a node may write to in place."""
         inputs = self.inputs(node)
         if node.op == "call_module":
-            module = self._model.get_submodule(str(node.target))
-            return inputs if declares_writes(module) else []
+            return inputs if declares_writes(self.module(node)) else []
         out = node.kwargs.get("out")
         written = [out] if isinstance(out, fx.Node) else []
         return written + (inputs[:1] if _writes_first(node) else [])
@@ -267,14 +270,14 @@ class _Dataflow:
     def _is_fresh(self, node: fx.Node) -> bool:
         """Whether a node's output surely shares no memory with its inputs."""
         if node.op == "call_module":
-            module = self._model.get_submodule(str(node.target))
+            module = self.module(node)
             return type(module).__module__.startswith("torch.nn.modules") and bool(self.held[node])
         return (
             node.op in ("call_function", "call_method")
             and not _writes_first(node)
             and "out" not in node.kwargs
             and _is_torchs(node.target)
-            and _gives_fresh(_target_name(node))
+            and _gives_fresh(called_name(node))
         )
 
     def _tensors_of(self, node: fx.Node) -> list[Tensor]:
@@ -319,13 +322,14 @@ def _is_torchs(target: Any) -> bool:
     return module.split(".")[0] in ("torch", "_operator", "builtins")
 
 
-def _target_name(node: fx.Node) -> str:
+def called_name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls."""
     return str(getattr(node.target, "__name__", node.target))
 
 
 def _writes_first(node: fx.Node) -> bool:
     """Whether a function or method writes to its first argument."""
-    name = _target_name(node)
+    name = called_name(node)
     operators = getattr(node.target, "__module__", "") == "_operator"  # and_, or_
     return (
         node.target in IN_PLACE_FUNCTIONS

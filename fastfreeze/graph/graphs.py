@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.graph._state import Watch, copied, requires_grad
+from fastfreeze.graph._state import Watch, copied, preserved, unobserved
 from fastfreeze.graph.cut import Cut, find_cut, frozen_modules
 from fastfreeze.graph.modules import FrozenModules
+from fastfreeze.graph.prefix import Options, Prefix, Values
 from fastfreeze.graph.rewrite import Program, write_program
+from fastfreeze.graph.split import CannotSplitError
 from fastfreeze.graph.trace import CallPattern, UntraceableError, hooked, is_leaf, trace
 from fastfreeze.graph.verify import Observation, difference, observe
 
@@ -24,9 +26,9 @@ Flags = tuple[bool, ...]
 class Graphs:
     """What is known of a model's present structure and flags, and its graphs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, options: Options) -> None:
         modules = list(model.modules())
-        self._model = model
+        self._model, self._options = model, options
         self._structure = Watch([m._modules for m in modules])
         self._parameters = [m._parameters for m in modules]
         self._opened = [m for m in modules if m is model or not is_leaf(m)]
@@ -69,10 +71,9 @@ class Graphs:
     def latest_graph(self) -> TrimmedGraph:
         return self._graph_of(self._latest or _plainest_pattern(self._model))
 
-    def refuse(self, graph: TrimmedGraph) -> str:
-        """Go without ``graph`` from now on; why."""
-        reason = self._graphs[graph.pattern] = graph.escaped[0]
-        return reason
+    def refuse(self, graph: TrimmedGraph, reason: str) -> None:
+        """Go without ``graph`` from now on."""
+        self._graphs[graph.pattern] = reason
 
     def _graph_of(self, pattern: CallPattern) -> TrimmedGraph:
         if name := hooked(self._opened):
@@ -90,7 +91,7 @@ class Graphs:
             return f"more than {_MAX_TRACES} ways of calling it, or changes of its attributes"
         self._num_traces += 1
         try:
-            return TrimmedGraph(self._model, pattern)
+            return TrimmedGraph(self._model, pattern, self._options)
         except UntraceableError as error:
             return str(error)
 
@@ -101,16 +102,22 @@ class TrimmedGraph:
     Attributes:
         cut: set by :meth:`cut_for`.
         compared: whether the graph has been found to compute what the model does.
-        escaped: what the cut turned out not to know of, in words.
+        prefix: what runs first under this cut, once that is proven; None where it has no part that
+            can run on its own.
+        unsplit: why there is no prefix.
+        hooked: whether modules have hooks. These may do anything, in any call, and are called no
+            more often than the model: such a graph runs with autograd on, and is looked at.
     """
 
     cut: Cut
 
-    def __init__(self, model: nn.Module, pattern: CallPattern) -> None:
+    def __init__(self, model: nn.Module, pattern: CallPattern, options: Options) -> None:
         self.pattern = pattern
         self.compared = False
-        self.escaped: list[str] = []
-        self._model = model
+        self.prefix: Prefix | None = None
+        self.unsplit = ""
+        self.hooked = False
+        self._model, self._options = model, options
         self._trace = trace(model, pattern)
         self._flags: Flags | None = None
         self._hooks = self._watch_hooks()
@@ -127,24 +134,52 @@ class TrimmedGraph:
         modules = [self._model.get_submodule(name) for name in self.cut.modules]
         self._modules = FrozenModules(modules, TrimmedGraph._execute.__code__)
         self._programs: dict[bool, Program] = {}
-        self._proven = False
+        self._proven, self.prefix = False, None
 
-    def run(self, tensors: list[Tensor]) -> Any:
-        """The trimmed model's output for the tensors of a call.
+    def prove(self, tensors: list[Tensor]) -> str:
+        """What the cut does not know of, in words; empty if nothing.
 
-        A new cut runs with autograd left on until a backward could have followed: what it does not
-        know of shows in ``escaped``, and has done no harm yet.
+        A new cut is run once with autograd left on, for nothing but this, and then split. What the
+        run does to buffers and random numbers is undone.
         """
         if self._hooks.changed():
             self._hooks, self._proven = self._watch_hooks(), False
-        attached = requires_grad(tensors)
-        program = self._program(detach=self._proven and not attached)
-        output = self._execute(program, tensors)
-        if not (self._proven or attached) and torch.is_grad_enabled():
-            self._proven = True
-            self.escaped = list(program.escaped)
+        if self._proven:
+            return ""
+        self.prefix, self.unsplit = None, ""
+        name = hooked(self._model.modules())
+        self.hooked = bool(name)
+        if self.hooked:
+            self.unsplit = f"{name} has hooks"
+            return ""
+        program = self._program(detach=False)
+        with preserved(self._model), unobserved():
+            self._execute(program, copied(tensors))
+        if program.escaped:
+            return program.escaped[0]
+        self._proven = True
+        try:
+            self.prefix = Prefix(self._trace, self._model, self.cut, program.metas, self._options)
+        except CannotSplitError as error:
+            self.unsplit = str(error)
+        return ""
+
+    def run_attached(self, tensors: list[Tensor]) -> tuple[Any, list[str]]:
+        """The output with autograd on in the prefix, and what the cut does not know of."""
+        program = self._program(detach=False)
         program.escaped.clear()
-        return output
+        return self._execute(program, tensors), program.escaped
+
+    def run(self, tensors: list[Tensor]) -> Any:
+        """The output, once the cut is proven."""
+        if self.prefix is None:
+            return self._execute(self._program(detach=True), tensors)
+        return self.finish(tensors, self.prefix.run(tensors))
+
+    def finish(self, tensors: list[Tensor], values: Values) -> Any:
+        """The output from the tensors of a call and what the prefix made of them."""
+        assert self.prefix is not None
+        return self._execute(self.prefix.suffix, [*tensors, *values])
 
     def compare_with_model(self, args: Any, kwargs: Any, *, backward: bool = False) -> str:
         """What the graph, not trimmed, computes differently from the model; or empty."""

@@ -1,4 +1,4 @@
-"""A trace and a cut, made into a function again.
+"""A trace and a cut, made into functions again: one of the whole graph, or one for each part.
 
 Nodes keep their order: writes in place, random numbers and buffers depend on it. Each run of
 frozen nodes is put between two changes of grad mode, and what leaves it is detached.
@@ -7,10 +7,10 @@ frozen nodes is put between two changes of grad mode, and what leaves it is deta
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from fastfreeze.graph._state import call_in_eval, requires_grad, tensors_in
 from fastfreeze.graph.cut import Cut, declares_writes
+from fastfreeze.graph.split import Split
 from fastfreeze.graph.trace import Trace
 
 _EVAL_ARGUMENTS: dict[str, Any] = {
@@ -34,18 +35,22 @@ class Program:
     """A rewritten model.
 
     Attributes:
+        function: takes the model, then the tensors of a call and the values of an earlier part.
         escaped: what the cut did not know of, in words: a value that crossed it though it requires
             grad, a write in place. Only a program that leaves autograd on sees them.
+        metas: the values of frozen nodes and the call's tensors in the latest run, by name, on the
+            meta device; likewise.
     """
 
-    _function: Callable[..., Any]
-    escaped: list[str]
+    function: Callable[..., Any]
+    escaped: list[str] = field(default_factory=list)
+    metas: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, model: nn.Module, tensors: list[Tensor]) -> Any:
-        """The output of ``model`` for the tensors of a call, in order."""
+    def __call__(self, model: nn.Module, tensors: Iterable[Any]) -> Any:
+        """The function's value; the grad mode is as it was, whatever happens."""
         grad_enabled = torch.is_grad_enabled()
         try:
-            return self._function(model, *tensors)
+            return self.function(model, *tensors)
         finally:
             torch.set_grad_enabled(grad_enabled)
 
@@ -56,21 +61,76 @@ def write_program(trace: Trace, cut: Cut, *, detach: bool) -> Program:
     With ``detach``, frozen nodes run under no_grad and what they hand on is detached. Without,
     autograd stays on everywhere; the gradients are the same but for those of the inputs.
     """
-    escaped: list[str] = []
-    writer = _Writer(cut, None if detach else _Reports(escaped))
+    program = Program(_unwritten)
+    writer = _Writer(cut, None if detach else _Reports(program))
     for node in trace.graph.nodes:
         writer.write(node)
-    code = writer.graph.python_code("self")
+    return replace(program, function=compiled(writer.graph))
+
+
+def write_prefix(
+    trace: Trace, nodes: Sequence[fx.Node], given: Sequence[fx.Node], results: Sequence[fx.Node]
+) -> Program:
+    """``nodes`` in eval mode, as a function to the tuple of the values of ``results``.
+
+    It takes the tensors of a call, then the values of ``given``, and is to be called under no_grad.
+    """
+    graph = fx.Graph()
+    copies = placeholders(graph, trace, given)
+    for node in nodes:
+        copies[node] = eval_copy(graph, node, copies.__getitem__)
+    hand_over(graph, {node: copies[node] for node in results})
+    return Program(compiled(graph))
+
+
+def write_suffix(trace: Trace, cut: Cut, split: Split) -> Program:
+    """The rest, as a function of the call's tensors and the values that cross."""
+    writer = _Writer(cut, None)
+    writer.start(placeholders(writer.graph, trace, split.crossing), split.crossing)
+    for node in split.rest:
+        writer.write(node)
+    return Program(compiled(writer.graph))
+
+
+def placeholders(graph: fx.Graph, trace: Trace, given: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """In ``graph``, places for the call's tensors, for ``given`` values and the model's tensors."""
+    own = [node for node in trace.graph.nodes if node.op == "placeholder"]
+    copies = {node: graph.placeholder(node.name) for node in [*own, *given]}
+    copies |= {
+        node: graph.get_attr(node.target) for node in trace.graph.nodes if node.op == "get_attr"
+    }
+    return copies
+
+
+def hand_over(graph: fx.Graph, results: dict[fx.Node, fx.Node]) -> None:
+    """End ``graph`` with the tuple of the copies of ``results``."""
+    crossed = [graph.call_function(_detached, (copy, n.name)) for n, copy in results.items()]
+    graph.output(tuple(crossed))
+
+
+def compiled(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a Python function, whose first argument holds its attributes."""
+    code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, "<fastfreeze program>", "exec"), namespace)
-    return Program(namespace["forward"], escaped)
+    return cast(Callable[..., Any], namespace["forward"])
+
+
+def _unwritten(*_: Any) -> Any:
+    raise AssertionError("a program that is still being written")
 
 
 class _Reports:
     """What a program with autograd left on looks at, and the cut was not able to."""
 
-    def __init__(self, escaped: list[str]) -> None:
-        self._escaped = escaped
+    def __init__(self, program: Program) -> None:
+        self._escaped, self._metas = program.escaped, program.metas
+
+    def measured(self, value: Any, name: str) -> Any:
+        self._metas[name] = tree_map(
+            lambda v: torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v, value
+        )
+        return value
 
     def crossing(self, value: Any, name: str) -> Any:
         if requires_grad(value):
@@ -102,20 +162,27 @@ class _Writer:
         self._grad_enabled: fx.Node | None = None
         self._inside = False
 
+    def start(self, copies: dict[fx.Node, fx.Node], crossed: Iterable[fx.Node]) -> None:
+        """Begin with what is there already; ``crossed`` of it comes from the prefix."""
+        self._copies |= copies
+        self._crossed |= {node: copies[node] for node in crossed}
+
     def write(self, node: fx.Node) -> None:
         if node.name in self._frozen:
             self._enter()
         elif node.op not in ("placeholder", "get_attr"):
             self._leave()
-        if node.name in self._in_eval and node.op in ("call_module", "call_function"):
-            copy = self._in_eval_mode(node)
+        if node.name in self._in_eval:
+            copy = eval_copy(self.graph, node, self._now)
         elif node.name in self._readers and self._reports:
             module = self.graph.create_node("get_attr", node.target)
-            args, kwargs = self._arguments(node)
+            args, kwargs = mapped_arguments(node, self._now)
             copy = self.graph.call_function(self._reports.call, (module, node.name, *args), kwargs)
         else:
             copy = self.graph.node_copy(node, self._now)
             copy.type = None
+        if (node.name in self._in_eval or node.op == "placeholder") and self._reports:
+            copy = self.graph.call_function(self._reports.measured, (copy, node.name))
         self._copies[node] = copy
         if node.name in self._boundary:
             self._to_cross.append(node)
@@ -125,11 +192,6 @@ class _Writer:
         if self._inside:
             return self._copies[node]
         return self._crossed.get(node, self._copies[node])
-
-    def _arguments(self, node: fx.Node) -> Any:
-        return map_aggregate(
-            (node.args, node.kwargs), lambda a: self._now(a) if isinstance(a, fx.Node) else a
-        )
 
     def _enter(self) -> None:
         if self._inside:
@@ -151,13 +213,26 @@ class _Writer:
             self._crossed[node] = self.graph.call_function(cross, (self._copies[node], node.name))
         self._to_cross = []
 
-    def _in_eval_mode(self, node: fx.Node) -> fx.Node:
-        args, kwargs = self._arguments(node)
-        if callable(node.target):
-            args, kwargs = eval_arguments(node.target, args, kwargs)
-            return self.graph.create_node("call_function", node.target, args, kwargs, node.name)
-        module = self.graph.create_node("get_attr", node.target)
-        return self.graph.call_function(_call_module_in_eval, (module, *args), kwargs)
+
+def eval_copy(graph: fx.Graph, node: fx.Node, now: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """A copy of ``node`` in eval mode, last in ``graph``; ``now`` gives those of its inputs."""
+    if node.op not in ("call_module", "call_function"):
+        copy = graph.node_copy(node, now)
+        copy.type = None
+        return copy
+    args, kwargs = mapped_arguments(node, now)
+    if callable(node.target):
+        args, kwargs = eval_arguments(node.target, args, kwargs)
+        return graph.create_node("call_function", node.target, args, kwargs, node.name)
+    module = graph.create_node("get_attr", node.target)
+    return graph.call_function(_call_module_in_eval, (module, *args), kwargs)
+
+
+def mapped_arguments(node: fx.Node, now: Callable[[fx.Node], fx.Node]) -> Any:
+    """A node's positional and keyword arguments, its inputs replaced by what ``now`` gives."""
+    return map_aggregate(
+        (node.args, node.kwargs), lambda a: now(a) if isinstance(a, fx.Node) else a
+    )
 
 
 def eval_arguments(

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph._state import copied, preserved, requires_grad
+from fastfreeze.graph.ahead import Ahead
+from fastfreeze.graph.call import Call
 from fastfreeze.graph.cut import Cut, find_module_cut
-from fastfreeze.graph.graphs import Graphs
+from fastfreeze.graph.graphs import Graphs, TrimmedGraph
+from fastfreeze.graph.prefix import Options
 from fastfreeze.graph.trace import UntraceableError
 from fastfreeze.graph.verify import difference, observe
 
+_Batch = TypeVar("_Batch")
+_END: Any = object()
 
-def trim(model: nn.Module, example_inputs: Any = None) -> TrimmedModel:
+
+def trim(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    fold: bool = True,
+    dtype: torch.dtype | None = None,
+    max_error: float = 0.01,
+) -> TrimmedModel:
     """A module that computes as ``model`` does, and leaves what is frozen alone.
 
     In training mode the *frozen prefix* runs under ``no_grad``, with its norms and dropouts in eval
@@ -28,11 +44,21 @@ def trim(model: nn.Module, example_inputs: Any = None) -> TrimmedModel:
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
             With them the model is traced at once, or it is announced that it cannot be; without,
             when it is first called while something is frozen.
+        fold: run the prefix in its fastest form: norms folded into convolutions, channels_last. It
+            is compared with the prefix as it is when the cut moves, and used if no value differs by
+            more than the square root of its dtype's epsilon, relative to the tensor's greatest
+            element. Without, the prefix computes bit for bit as in eval mode.
+        dtype: ``torch.bfloat16`` or ``torch.float16``, for the prefix to run in (under autocast,
+            and with folded weights of that dtype); what it hands on is in the model's own dtype.
+        max_error: > 0; of a ``dtype``: by how much values may differ, relative to the tensor's
+            greatest element, in the comparison when the cut moves. Where they differ by more the
+            prefix keeps its own dtype, and that is announced.
 
     Raises:
-        TypeError: ``model`` is no module or is trimmed already, or ``example_inputs`` is of
-            another type than those above.
-        ValueError: ``model`` has lazy parameters that are not initialized yet.
+        TypeError: ``model`` is no module or is trimmed already, or ``example_inputs`` or ``dtype``
+            is of another type than those above.
+        ValueError: ``model`` has lazy parameters that are not initialized yet, or ``max_error`` is
+            not as above.
 
     Warns:
         FastfreezeWarning: the model cannot be traced with ``example_inputs``.
@@ -41,26 +67,31 @@ def trim(model: nn.Module, example_inputs: Any = None) -> TrimmedModel:
         raise TypeError(f"model must be an untrimmed torch.nn.Module, got {type(model).__name__}")
     if any(map(is_lazy, model.parameters())):
         raise ValueError("model must be initialized, but it has lazy parameters: run it once")
-    trimmed = TrimmedModel(model)
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype}")
+    if not max_error > 0:
+        raise ValueError(f"max_error must be > 0, got {max_error}")
+    options = Options(fold, dtype, max_error if dtype else 0.0)
+    trimmed = TrimmedModel(model, options)
     if example_inputs is None:
         return trimmed
     try:
-        trimmed._now().graph_for(*_arguments(example_inputs))
+        trimmed._now().graph_for(*_arguments("example_inputs", example_inputs))
     except UntraceableError as error:
         trimmed._announce(str(error), stacklevel=3)
     return trimmed
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
+def _arguments(name: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    if isinstance(inputs, dict):
+        return (), inputs
     raise TypeError(
-        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
-        f"arguments, got {type(example_inputs).__name__}"
+        f"{name} must be a tensor, a tuple of positional arguments or a dict of keyword "
+        f"arguments, got {type(inputs).__name__}"
     )
 
 
@@ -93,32 +124,55 @@ class TrimmedModel(nn.Module):
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__()
         # The same dictionaries: a registered child would prefix every name.
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             vars(self)[name] = getattr(model, name)
         vars(self)["model"] = model
         self.training = model.training
+        self._options = options
         self._graphs: Graphs | None = None
+        self._ahead: Ahead | None = None
         self._announced: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``self.model(*args, **kwargs)``, with the frozen prefix left alone."""
-        graphs = self._now()
-        if not self.model.training or all(graphs.flags):
-            return self.model(*args, **kwargs)
+        call = self._begin(args, kwargs, stacklevel=5)
+        return call.run() if self._ahead is None else self._ahead.run(call, self._begin)
+
+    def ahead(
+        self, batches: Iterable[_Batch], inputs: Callable[[Any], Any] = itemgetter(0)
+    ) -> Iterator[_Batch]:
+        """``batches`` unchanged, with the next one's frozen prefix run during a backward.
+
+        On a GPU it runs in a stream of its own, beside the backward of the part that trains. On
+        the CPU, which is busy anyway, it runs after the forward, and nothing is gained. What was
+        computed is dropped if the cut moves or a frozen weight changes before it is used.
+
+        Args:
+            batches: are asked for one ahead, and are on the network's device.
+            inputs: what the network is called with for a batch: a tensor, a tuple of positional
+                arguments or a dict of keyword arguments, the very tensors. The batch's first item
+                if not given.
+
+        Example:
+            >>> for images, labels in network.ahead(batches):
+            ...     loss = criterion(network(images), labels)
+        """
+        self._ahead = Ahead()
         try:
-            graph, tensors = graphs.graph_for(args, kwargs)
-        except UntraceableError as error:
-            self._announce(str(error), stacklevel=5)
-            return self._run_modules(graphs, args, kwargs)
-        if not (graph.cut.frozen or graph.cut.modules):
-            return self.model(*args, **kwargs)
-        output = graph.run(tensors)
-        if graph.escaped:
-            self._announce(graphs.refuse(graph), stacklevel=5)
-        return output
+            iterator = iter(batches)
+            batch = next(iterator, _END)
+            while batch is not _END:
+                following = next(iterator, _END)
+                self._ahead.following = (
+                    None if following is _END else _arguments("inputs", inputs(following))
+                )
+                yield batch
+                batch = following
+        finally:
+            self._ahead = None
 
     @property
     def cut(self) -> Cut:
@@ -179,13 +233,44 @@ class TrimmedModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_graphs": None}
+        return {**vars(self), "_graphs": None, "_ahead": None}
 
     def _now(self) -> Graphs:
         if self._graphs is None or self._graphs.outdated():
-            self._graphs = Graphs(self.model)
+            self._graphs = Graphs(self.model, self._options)
         self._graphs.flags = self._graphs.read_flags()
         return self._graphs
+
+    def _begin(self, args: Any, kwargs: Any, stacklevel: int = 4) -> Call:
+        """What a call will do; announcements point ``stacklevel`` frames up."""
+        graphs = self._now()
+        if not self.model.training or all(graphs.flags):
+            reason = "nothing is frozen" if self.model.training else "the model is in eval mode"
+            return Call(lambda: self.model(*args, **kwargs), reason)
+        try:
+            graph, tensors = graphs.graph_for(args, kwargs)
+            if not (graph.cut.frozen or graph.cut.modules):
+                return Call(lambda: self.model(*args, **kwargs), str(graph.cut))
+            if requires_grad(tensors):
+                return Call(lambda: graph.run_attached(tensors)[0], "an input requires grad")
+            if problem := graph.prove(tensors):
+                graphs.refuse(graph, problem)
+                raise UntraceableError(problem)
+        except UntraceableError as error:
+            self._announce(str(error), stacklevel)
+            return Call(lambda: self._run_modules(graphs, args, kwargs), str(error))
+        if graph.hooked:
+            return Call(lambda: self._run_hooked(graphs, graph, tensors, stacklevel), graph.unsplit)
+        return Call(lambda: graph.run(tensors), graph.unsplit, tensors, graph)
+
+    def _run_hooked(
+        self, graphs: Graphs, graph: TrimmedGraph, tensors: list[Tensor], stacklevel: int
+    ) -> Any:
+        output, escaped = graph.run_attached(tensors)
+        if escaped and torch.is_grad_enabled():
+            graphs.refuse(graph, escaped[0])
+            self._announce(escaped[0], stacklevel + 2)
+        return output
 
     def _run_modules(self, graphs: Graphs, args: Any, kwargs: Any) -> Any:
         if requires_grad((args, kwargs)):

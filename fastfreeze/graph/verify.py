@@ -66,6 +66,19 @@ def difference(found: Observation, expected: Observation) -> str:
     return text
 
 
+def excess(found: Any, expected: Any, tolerance: float = 0.0) -> float:
+    """The greatest difference between tensors, relative to each one's greatest element.
+
+    Returns:
+        It as a multiple of ``tolerance``; if that is 0, of what rounding may explain.
+    """
+    if _structure(found) != _structure(expected):
+        return math.inf
+    pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
+    errors = [_error(a, b, 0.0) for a, b in pairs]
+    return max((error / (tolerance or rounding) for error, rounding in errors), default=0.0)
+
+
 def _structure(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value), [_structure(item) for item in value]

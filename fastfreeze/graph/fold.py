@@ -1,0 +1,378 @@
+"""The frozen prefix with its norms folded away, in the layout that convolutions like best.
+
+A frozen norm is a scale and a shift per channel. Behind a convolution that nothing else reads they
+move into its weight and bias; elsewhere they are applied in one pass with the ReLU that follows,
+straight from the parts of a ``cat`` in front. Sums of a convolution and a shortcut, and the ReLU
+behind, are made by the convolution itself. Whether and how a node is folded depends on the graph
+and on an image's shape alone, never on the batch or a measurement: a resumed run computes the same
+bits.
+
+Folded weights are copies. :meth:`Folded.fits` tells whether they are still those of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fastfreeze.graph._state import Held
+from fastfreeze.graph.cut import Dataflow, called_name
+from fastfreeze.graph.rewrite import Program, compiled, eval_copy, hand_over, placeholders
+from fastfreeze.graph.trace import Trace
+from fastfreeze.ops.affine import affine_relu, affine_relu_cat
+from fastfreeze.ops.winograd import pays as winograd_pays
+from fastfreeze.ops.winograd import transform_weight, winograd_conv2d
+
+_WINOGRAD_PADDINGS = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+
+class CannotFoldError(Exception):
+    """Nothing can be folded; the message says why."""
+
+
+class Folded:
+    """A program for a part of the frozen prefix, and what it was made from.
+
+    Attributes:
+        program: as :func:`fastfreeze.graph.rewrite.write_prefix` gives it.
+    """
+
+    def __init__(self, program: Program, held: Held) -> None:
+        self.program = program
+        self._held = held
+        self._states = held.states()
+
+    def fits(self) -> bool:
+        """Whether no weight or statistic has been written to or replaced since."""
+        return self._states is not None and self._held.states() == self._states
+
+
+def fold(
+    trace: Trace,
+    model: nn.Module,
+    nodes: Sequence[fx.Node],
+    given: Sequence[fx.Node],
+    results: Sequence[fx.Node],
+    metas: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> Folded:
+    """``nodes`` in eval mode, folded; the other arguments are those of ``write_prefix``.
+
+    Args:
+        metas: each frozen node's value, by name, on the meta device.
+        dtype: of the convolutions; None for their own.
+
+    Raises:
+        CannotFoldError: there is no convolution, or something writes in place to what others read.
+    """
+    folder = _Folder(trace, model, nodes, given, results, metas, dtype)
+    return Folded(folder.program(), Held(folder.folded))
+
+
+@dataclass(frozen=True)
+class _Cat:
+    """A value to be computed: ``parts`` side by side along the channels."""
+
+    parts: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """A value to be computed: ``x * scale + shift`` per channel, then perhaps ReLU."""
+
+    x: fx.Node | _Cat
+    scale: Tensor
+    shift: Tensor
+    dtype: torch.dtype
+    relu: bool = False
+
+
+@dataclass
+class _Convolution:
+    """A value to be computed: a convolution, perhaps plus ``residual``, then perhaps ReLU.
+
+    ``affine`` is applied to ``x`` first, with a ReLU.
+    """
+
+    module: nn.Conv2d
+    x: fx.Node
+    affine: _Affine | None
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+    residual: fx.Node | None = None
+    relu: bool = False
+
+
+_Value = fx.Node | _Cat | _Affine | _Convolution
+
+
+class _Folder:
+    """Copies nodes in order; what one reader alone reads waits for what that makes of it."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        model: nn.Module,
+        nodes: Sequence[fx.Node],
+        given: Sequence[fx.Node],
+        results: Sequence[fx.Node],
+        metas: Mapping[str, Any],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.folded: list[nn.Module] = []
+        self._dtype = dtype
+        self._flow = Dataflow(trace.graph, model)
+        self._nodes, self._results, self._metas = nodes, results, metas
+        if not any(self._calls_module(node, nn.Conv2d) for node in nodes):
+            raise CannotFoldError("there is no convolution")
+        self._graph = fx.Graph()
+        self._values: dict[fx.Node, _Value] = {}
+        self._values |= placeholders(self._graph, trace, given)
+
+    def program(self) -> Program:
+        for node in self._nodes:
+            self._values[node] = self._value(node)
+        hand_over(self._graph, {node: self._now(node) for node in self._results})
+        return Program(compiled(self._graph))
+
+    def _value(self, node: fx.Node) -> _Value:
+        first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if not all(map(self._is_passed_on, self._flow.written_by(node))):
+            raise CannotFoldError(f"{node.name} writes in place to what others may read")
+        value = self._image(node, first) if self._is_batch_of_images(node) else None
+        if value is not None:
+            return value
+        if (
+            node.op == "call_method" and node.target == "view"
+        ):  # needs the layout that it was written for
+            return eval_copy(self._graph, node, self._contiguous)
+        return eval_copy(self._graph, node, self._now)
+
+    def _image(self, node: fx.Node, first: fx.Node | None) -> _Value | None:
+        """The value of a node that gives images, if it is of a kind that can be folded."""
+        name = "" if node.op == "call_module" else called_name(node)
+        if first is None:
+            return self._cat(node) if name in ("cat", "concat") else None
+        if self._calls_module(node, nn.Conv2d):
+            return self._convolution(cast(nn.Conv2d, self._flow.module(node)), first)
+        if self._calls_module(node, nn.BatchNorm2d):
+            return self._norm(cast(nn.BatchNorm2d, self._flow.module(node)), first)
+        if self._calls_module(node, nn.ReLU) or name in ("relu", "relu_"):
+            return self._relu(first)
+        return self._sum(node) if name in ("add", "__iadd__") and not node.kwargs else None
+
+    def _cat(self, node: fx.Node) -> _Value:
+        tensors, *dims = (*node.args, *node.kwargs.values())
+        if dims not in ([1], [-3]) or not isinstance(tensors, (tuple, list)):
+            return eval_copy(self._graph, node, self._now)
+        parts: list[fx.Node] = []
+        for source in cast(Sequence[fx.Node], tensors):
+            x = self._values[source]
+            parts += x.parts if isinstance(x, _Cat) else [self._now(source)]
+        return _Cat(tuple(parts))
+
+    def _convolution(self, module: nn.Conv2d, source: fx.Node) -> _Convolution:
+        self.folded.append(module)
+        x, affine = self._values[source], None
+        if isinstance(x, _Affine) and x.relu and isinstance(x.x, fx.Node):
+            fits = _may_take_winograd(module) and self._dtype is None and self._read_once(source)
+            affine = x if fits else None
+        return _Convolution(
+            module,
+            cast(fx.Node, affine.x) if affine else self._now(source),
+            affine,
+            module.weight.detach().double(),
+            None if module.bias is None else module.bias.detach().double(),
+            self._dtype or module.weight.dtype,
+        )
+
+    def _norm(self, module: nn.BatchNorm2d, source: fx.Node) -> _Value:
+        self.folded.append(module)
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        scale = (module.running_var.double() + module.eps).rsqrt()
+        shift = -module.running_mean.double() * scale
+        if module.affine:
+            weight, bias = module.weight.detach().double(), module.bias.detach().double()
+            scale, shift = weight * scale, weight * shift + bias
+        x = self._values[source]
+        if isinstance(x, _Convolution) and self._waits(source):
+            x.weight = x.weight * scale[:, None, None, None]
+            x.bias = shift if x.bias is None else x.bias * scale + shift
+            return x
+        parts = x if isinstance(x, _Cat) else self._now(source)
+        return _Affine(parts, scale, shift, module.running_mean.dtype)
+
+    def _relu(self, source: fx.Node) -> _Value:
+        x = self._values[source]
+        if isinstance(x, _Affine):
+            return replace(x, relu=True)
+        if isinstance(x, _Convolution) and self._read_once(source):
+            x.relu = True
+            return x
+        return self._graph.call_function(torch.relu, (self._now(source),))
+
+    def _sum(self, node: fx.Node) -> _Value:
+        a, b = node.args if len(node.all_input_nodes) == 2 else (None, None)
+        for source, other in ((b, a), (a, b)):
+            if isinstance(source, fx.Node) and isinstance(other, fx.Node) and self._waits(source):
+                x = self._values[source]
+                assert isinstance(x, _Convolution)
+                if _alike(self._metas.get(source.name), self._metas.get(other.name)):
+                    x.residual = self._now(other)
+                    return x
+        return eval_copy(self._graph, node, self._now)
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        """The copy of a node whose value is needed."""
+        x = self._values[node]
+        if isinstance(x, _Cat):
+            x = self._graph.call_function(torch.cat, (x.parts, 1))
+        elif isinstance(x, _Affine):
+            parts = x.x.parts if isinstance(x.x, _Cat) else (x.x,)
+            x = self._graph.call_function(_NormRelu(x), parts)
+        elif isinstance(x, _Convolution):
+            given = (x.x,) if x.residual is None else (x.x, x.residual)
+            x = self._graph.call_function(_FoldedConvolution(x), given)
+        self._values[node] = x
+        return x
+
+    def _contiguous(self, node: fx.Node) -> fx.Node:
+        is_tensor = isinstance(self._metas.get(node.name), Tensor)
+        copy = self._now(node)
+        return self._graph.call_method("contiguous", (copy,)) if is_tensor else copy
+
+    def _waits(self, node: fx.Node) -> bool:
+        """Whether more can be added to the convolution that gives a node's value."""
+        x = self._values[node]
+        open_ended = isinstance(x, _Convolution) and x.residual is None and not x.relu
+        return open_ended and self._read_once(node)
+
+    def _read_once(self, node: fx.Node) -> bool:
+        return len(node.users) == 1 and node not in self._results
+
+    def _is_passed_on(self, node: fx.Node) -> bool:
+        """Whether a value has no other reader and no other name, so that writing to it is safe."""
+        if node not in self._nodes or not self._read_once(node):
+            return False
+        storages = self._flow.storages
+        if storages[node] == {node}:
+            return True
+        names = [i for i in self._flow.inputs(node) if storages[i] & storages[node]]
+        return len(names) == 1 and self._is_passed_on(names[0])
+
+    def _calls_module(self, node: fx.Node, kind: type[nn.Module]) -> bool:
+        """Whether a node calls a module of exactly this kind, as its class defines it."""
+        if node.op != "call_module":
+            return False
+        module = self._flow.module(node)
+        if type(module) is not kind or "forward" in vars(module):
+            return False
+        if isinstance(module, nn.BatchNorm2d):
+            return module.running_mean is not None
+        return not isinstance(module, nn.Conv2d) or module.padding_mode == "zeros"
+
+    def _is_batch_of_images(self, node: fx.Node) -> bool:
+        meta = self._metas.get(node.name)
+        return isinstance(meta, Tensor) and meta.ndim == 4 and meta.is_floating_point()
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values are tensors of one shape and dtype."""
+    both = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return both and a.shape == b.shape and a.dtype == b.dtype
+
+
+def _is_cpu_fp32(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+class _Operation:
+    """What a folded node calls; fx wants a name."""
+
+    __name__ = "folded"
+
+
+class _NormRelu(_Operation):
+    """A norm in one pass over what it reads, with the ReLU behind it."""
+
+    def __init__(self, x: _Affine) -> None:
+        self.scale, self.shift = x.scale.to(x.dtype), x.shift.to(x.dtype)
+        self._relu = x.relu
+
+    def __call__(self, *parts: Tensor) -> Tensor:
+        if len(parts) == 1:
+            return affine_relu(parts[0], self.scale, self.shift, relu=self._relu)
+        return affine_relu_cat(parts, self.scale, self.shift, relu=self._relu)
+
+
+class _FoldedConvolution(_Operation):
+    """torch's convolution in the faster layout, or Winograd's for the images where that pays."""
+
+    def __init__(self, x: _Convolution) -> None:
+        self._module, self._relu = x.module, x.relu
+        self._affine = _NormRelu(x.affine) if x.affine else None
+        self._format = _layout_for(x.module.weight.device, x.dtype)
+        self._weight = x.weight.to(x.dtype).contiguous(memory_format=self._format)
+        self._bias = None if x.bias is None else x.bias.to(x.dtype)
+        on_cpu = _is_cpu_fp32(self._weight)
+        self._may_take_winograd = on_cpu and _may_take_winograd(x.module)
+        self._transformed: Tensor | None = None
+        self._fused_relu = on_cpu and x.relu and x.residual is None and _has_fused_relu(x.module)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._may_take_winograd and winograd_pays(*x.shape[1:], self._module.out_channels):
+            return self._winograd(x, residual)
+        if self._affine:
+            x = self._affine(x)
+        x = x.to(self._weight.dtype).contiguous(memory_format=self._format)
+        m, w, b = self._module, self._weight, self._bias
+        if self._fused_relu:
+            fused = torch.ops.mkldnn._convolution_pointwise
+            how = (m.padding, m.stride, m.dilation, m.groups, "relu", [], "")
+            return cast(Tensor, fused(x, w, b, *how))
+        y = F.conv2d(x, w, b, m.stride, m.padding, m.dilation, m.groups)
+        if residual is not None:
+            y.add_(residual)
+        return y.relu_() if self._relu else y
+
+    def _winograd(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self._transformed is None:
+            self._transformed = transform_weight(self._weight)
+        affine = self._affine
+        return winograd_conv2d(
+            *(x, self._transformed, self._bias),
+            padding=cast(tuple[int, int], self._module.padding),
+            relu=self._relu,
+            residual=residual,
+            input_scale=affine.scale if affine else None,
+            input_shift=affine.shift if affine else None,
+        )
+
+
+def _layout_for(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The layout in which convolutions run fastest."""
+    last = device.type == "cpu" or dtype in (torch.float16, torch.bfloat16)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _may_take_winograd(module: nn.Conv2d) -> bool:
+    """Whether a module is a convolution as :func:`winograd_conv2d` makes them."""
+    how: Any = (module.kernel_size, module.stride, module.dilation)
+    plain: bool = how == ((3, 3), (1, 1), (1, 1)) and module.groups == 1
+    return plain and module.padding in _WINOGRAD_PADDINGS and _is_cpu_fp32(module.weight)
+
+
+def _has_fused_relu(module: nn.Conv2d) -> bool:
+    """Whether oneDNN's convolution, which applies ReLU to what it still holds, is to be had."""
+    return (
+        not isinstance(module.padding, str)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )

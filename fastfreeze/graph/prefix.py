@@ -1,0 +1,254 @@
+"""The frozen prefix and the rest of a trimmed graph, as two functions."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.graph._state import Held, preserved
+from fastfreeze.graph.cut import Cut
+from fastfreeze.graph.fold import CannotFoldError, Folded, fold
+from fastfreeze.graph.rewrite import write_prefix, write_suffix
+from fastfreeze.graph.split import CannotSplitError, find_split, find_stretch
+from fastfreeze.graph.trace import Trace
+from fastfreeze.graph.verify import excess
+
+Values = tuple[Any, ...]
+_MAX_FOLDS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the frozen prefix may run; see :func:`fastfreeze.trim`."""
+
+    fold: bool = True
+    dtype: torch.dtype | None = None
+    max_error: float = 0.0
+
+
+class Part:
+    """Frozen nodes in eval mode: as they are, or in a faster form that gives the same.
+
+    Attributes:
+        unfolded: why the nodes run as they are; empty if in the faster form, or not known yet.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        model: nn.Module,
+        nodes: Sequence[fx.Node],
+        given: Sequence[fx.Node],
+        results: Sequence[fx.Node],
+        metas: Mapping[str, Any],
+        options: Options,
+    ) -> None:
+        self.unfolded = "" if options.fold or options.dtype else "asked for by fold=False"
+        self._model, self._options = model, options
+        self._plain = write_prefix(trace, nodes, given, results)
+        self._what = (trace, model, nodes, given, results, metas)
+        self._held = _held_by(model, nodes)
+        self._fast: Folded | None = None
+        self._num_folds = 0
+
+    def __call__(self, values: Sequence[Any]) -> Values:
+        """The results' values, without autograd, for the call's tensors and the values given."""
+        with torch.no_grad():
+            if self._takes_fast(values):
+                assert self._fast is not None
+                return self._run_fast(self._fast, values)
+            return self._run_plain(values)
+
+    def _takes_fast(self, values: Sequence[Any]) -> bool:
+        if self.unfolded or _autocasts(values) or self._held.states() is None:
+            return False
+        if self._fast is None or not self._fast.fits():
+            try:
+                self._fast = self._compared(values)
+            except CannotFoldError as error:
+                self.unfolded, self._fast = str(error), None
+        return not self.unfolded
+
+    def _compared(self, values: Sequence[Any]) -> Folded:
+        """The faster form, if it gives the same; or CannotFoldError."""
+        self._num_folds += 1
+        if self._num_folds > _MAX_FOLDS:
+            raise CannotFoldError("its weights change again and again")
+        with torch.inference_mode(False), torch.no_grad():
+            fast = self._faster()
+        with preserved(self._model):
+            expected = self._run_plain(values)
+        try:
+            with preserved(self._model):
+                found = self._run_fast(fast, values)
+        except Exception as error:
+            raise CannotFoldError(f"{type(error).__name__}: {error}") from error
+        self._judge(excess(found, expected, self._options.max_error))
+        return fast
+
+    def _judge(self, times: float) -> None:
+        """CannotFoldError if values change by too many times what they may."""
+        if times <= 1:
+            return
+        dtype, bound = self._options.dtype, self._options.max_error
+        if dtype is None:
+            raise CannotFoldError(f"folding changes values by {times:.1e} times what rounding may")
+        text = f"{dtype} changes values by {times * bound:.1e}, max_error is {bound:.1e}"
+        warnings.warn(
+            f"the frozen prefix keeps its dtype: {text}", FastfreezeWarning, stacklevel=12
+        )
+        raise CannotFoldError(text)
+
+    def _faster(self) -> Folded:
+        if self._options.fold:
+            try:
+                return fold(*self._what, self._options.dtype)
+            except CannotFoldError:
+                if self._options.dtype is None:
+                    raise
+        return Folded(self._plain, self._held)
+
+    def _run_plain(self, values: Sequence[Any]) -> Values:
+        result: Values = self._plain(self._model, values)
+        return result
+
+    def _run_fast(self, fast: Folded, values: Sequence[Any]) -> Values:
+        dtype = self._options.dtype
+        if dtype is None:
+            result: Values = fast.program(self._model, values)
+            return result
+        *_, results, metas = self._what
+        with torch.autocast(_device_type(values), dtype, cache_enabled=False):
+            result = fast.program(self._model, values)
+        pairs = zip(result, (metas.get(node.name) for node in results), strict=True)
+        return tuple(_like(value, meta) for value, meta in pairs)
+
+
+class Prefix:
+    """What runs first under a cut, for one way of calling the model, and what runs on its values.
+
+    Attributes:
+        split: the nodes, and what crosses.
+        inputs: which of the call's tensors the prefix reads.
+        suffix: the model's output from the call's tensors and the values that cross.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        model: nn.Module,
+        cut: Cut,
+        metas: Mapping[str, Any],
+        options: Options,
+    ) -> None:
+        self.split = split = find_split(trace, model, cut, metas)
+        self._trace, self._model, self._metas = trace, model, dict(metas)
+        self._options = options
+        self._part = Part(trace, model, split.prefix, (), split.crossing, self._metas, options)
+        self._keeps_layout = _minds_layout(model, split.rest)
+        self.suffix = write_suffix(trace, cut, split)
+        self._stretches: dict[Prefix, Part] = {}
+        self._held = _held_by(model, split.prefix)
+        self._key: tuple[Any, str] | None = None
+        places = [node for node in trace.graph.nodes if node.op == "placeholder"]
+        read = {i for node in split.prefix for i in node.all_input_nodes}
+        self.inputs = tuple(i for i, node in enumerate(places) if node in read)
+
+    @property
+    def unfolded(self) -> str:
+        """Why the prefix runs as it is; empty if its norms are folded."""
+        return self._part.unfolded
+
+    @property
+    def states(self) -> list[tuple[int, int, int]] | None:
+        """What changes when a weight or statistic is written to or replaced."""
+        return self._held.states()
+
+    @property
+    def key(self) -> str:
+        """Digest of all that the crossing values depend on besides the inputs."""
+        states = self.states
+        if self._key is None or states is None or self._key[0] != states:
+            lines = [str(self._options), *(n.format_node() or "" for n in self.split.prefix)]
+            digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=16)
+            for tensor in self._held.tensors():
+                digest.update(_bytes_of(tensor))
+            self._key = states, digest.hexdigest()
+        return self._key[1]
+
+    def run(self, tensors: Sequence[Tensor]) -> Values:
+        """The values that cross, for the tensors of a call; without autograd."""
+        return self._handed_over(self._part(tensors))
+
+    def advance(self, earlier: Prefix, tensors: Sequence[Tensor], values: Values) -> Values:
+        """The values that cross, from those that crossed under an earlier cut.
+
+        Raises:
+            LookupError: ``earlier`` is no earlier cut of the same graph.
+        """
+        if earlier not in self._stretches:
+            if earlier._trace is not self._trace:
+                raise LookupError("the cut is that of another graph")
+            try:
+                nodes = find_stretch(self._trace, self._model, earlier.split, self.split)
+            except CannotSplitError as error:
+                raise LookupError(str(error)) from error
+            given, results = earlier.split.crossing, self.split.crossing
+            self._stretches[earlier] = Part(
+                self._trace, self._model, nodes, given, results, self._metas, self._options
+            )
+        return self._handed_over(self._stretches[earlier]([*tensors, *values]))
+
+    def _handed_over(self, values: Values) -> Values:
+        if not self._keeps_layout:
+            return values
+        contiguous: Values = tree_map(
+            lambda v: v.contiguous() if isinstance(v, Tensor) else v, values
+        )
+        return contiguous
+
+
+def _minds_layout(model: nn.Module, nodes: Sequence[fx.Node]) -> bool:
+    """Whether nodes may fail on a channels_last tensor, as ``view`` does."""
+    for node in nodes:
+        if node.op == "call_method" and node.target == "view":
+            return True
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            if not type(module).__module__.startswith("torch.nn.modules"):
+                return True
+    return False
+
+
+def _held_by(model: nn.Module, nodes: Sequence[fx.Node]) -> Held:
+    """What nodes compute with: of a tensor that a node names itself, all that is beside it."""
+    found = [n for node in nodes for n in (node, *node.all_input_nodes)]
+    paths = [str(n.target) for n in found if n.op == "call_module"]
+    paths += [str(n.target).rpartition(".")[0] for n in found if n.op == "get_attr"]
+    return Held(model.get_submodule(path) for path in paths)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy().data) if flat.numel() else b""
+
+
+def _device_type(values: Sequence[Any]) -> str:
+    return next((v.device.type for v in values if isinstance(v, Tensor)), "cpu")
+
+
+def _like(value: Any, meta: Any) -> Any:
+    """``value`` in the dtype that was measured."""
+    return value.to(meta.dtype) if isinstance(value, Tensor) and isinstance(meta, Tensor) else value
+
+
+def _autocasts(values: Sequence[Any]) -> bool:
+    return any(torch.is_autocast_enabled(v.device.type) for v in values if isinstance(v, Tensor))

@@ -1,0 +1,483 @@
+"""The frozen prefix in its fastest form, compared with itself as it is, in double precision."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.graph import fold as folding
+from fastfreeze.graph import prefix as prefixes
+from fastfreeze.graph import trim
+from fastfreeze.recipes.models import build_model
+
+
+class Net(nn.Module):
+    """``body`` on parts under the names given; then a head that trains."""
+
+    def __init__(self, body, channels=4, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.head = nn.Conv2d(channels, 3, 1)
+        self.body = body
+
+    def forward(self, x):
+        return self.head(self.body(self, x))
+
+
+def conv(c=4, k=4, size=3, **options):
+    options.setdefault("padding", "same")
+    if options["padding"] == "same" and isinstance(size, int):
+        options["padding"] = size // 2
+    return nn.Conv2d(c, k, size, **options)
+
+
+def frozen(model):
+    """``model`` with statistics of a trained net, all but its head frozen."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)) and module.track_running_stats:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, -1.5, 1.5)
+            nn.init.normal_(module.bias)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    return model.train()
+
+
+def images(*shape):
+    return torch.randn(*(shape or (3, 4, 9, 8)))
+
+
+def prefix_of(trimmed, x):
+    call = trimmed._begin((x,), {})
+    assert call.reason == ""
+    return call, call.prefix
+
+
+def in_double(model, x):
+    """What the trimmed model computes, by hand, in double precision."""
+    model = copy.deepcopy(model).double()
+    model.eval()
+    return model(x.double())
+
+
+def relative_error(found, expected):
+    return float((found - expected).detach().abs().max() / expected.abs().max())
+
+
+def residual(m, x):
+    return F.relu(m.norm(m.a(x)) + x)
+
+
+def residual_the_other_way(m, x):
+    y = m.b(F.relu(m.a(x)))
+    return torch.relu(x.sin() + m.norm(y))
+
+
+def residual_in_place(m, x):
+    y = x.cos()
+    y += m.norm(m.a(x))
+    return y.relu_()
+
+
+def two_convolutions(m, x):
+    return F.relu(m.norm(m.a(x)) + m.other(m.b(x)))
+
+
+def add_with_alpha(m, x):
+    return torch.add(m.norm(m.a(x)), x, alpha=2)
+
+
+def broadcast_add(m, x):
+    return m.norm(m.a(x)) + m.b(x).mean((2, 3), keepdim=True)
+
+
+def preactivation(m, x):
+    x = F.relu(m.norm(x))
+    return m.a(x) + m.b(x)
+
+
+def preactivation_of_one(m, x):
+    return m.b(F.relu(m.other(m.a(F.relu(m.norm(x))))))
+
+
+def norm_read_twice(m, x):
+    y = m.a(x)
+    return m.norm(y) + y
+
+
+def norm_without_relu(m, x):
+    return m.norm(x).sigmoid() * m.a(x)
+
+
+def convolution_twice(m, x):
+    return m.other(m.a(m.norm(m.a(x))))
+
+
+def dense(m, x):
+    x = torch.cat([x, m.a(F.relu(m.norm(x)))], 1)
+    x = torch.cat((x, m.c(F.relu(m.norm8(x)))), dim=1)
+    return m.d(F.relu(m.norm12(x)))
+
+
+def dense_kept(m, x):
+    x = torch.cat([x, m.a(x)], 1)
+    y = torch.cat([m.c(x), x.narrow(1, 0, 4), m.c(x)], 1)
+    return m.d(m.norm12(y).relu())
+
+
+def cat_along_rows(m, x):
+    return m.norm(torch.cat([m.a(x), m.b(x)], -2)).relu()
+
+
+def relu_in_place(m, x):
+    return m.b(m.relu(m.norm(m.a(x))))
+
+
+def norm_between(m, x):
+    return m.norm(m.norm(m.a(x)))
+
+
+def layout_for_a_view(m, x):
+    y = m.norm(m.a(x))
+    y = y.view(y.shape[0], 4, -1)
+    return y.sort(-1)[0].view(y.shape[0], 4, 9, 8) + m.b(x)
+
+
+def parts(**more):
+    return {
+        "a": conv(),
+        "b": conv(size=1),
+        "c": conv(8),
+        "d": conv(12, 4, 1),
+        "norm": nn.BatchNorm2d(4),
+        "other": nn.BatchNorm2d(4, eps=0.1, affine=False),
+        "norm8": nn.BatchNorm2d(8),
+        "norm12": nn.BatchNorm2d(12),
+        "relu": nn.ReLU(inplace=True),
+    } | more
+
+
+def chain(m, x):
+    return F.relu(m.norm(m.a(x)))
+
+
+# What runs, and how many norms, sums and cats are left over as such.
+BODIES = {
+    "chain": (chain, {}),
+    "residual": (residual, {}),
+    "residual the other way": (residual_the_other_way, {}),
+    "residual in place": (residual_in_place, {}),
+    "two convolutions": (two_convolutions, {}),
+    "add with alpha": (add_with_alpha, {}),
+    "broadcast add": (broadcast_add, {}),
+    "preactivation": (preactivation, {}),
+    "preactivation of one": (preactivation_of_one, {}),
+    "norm read twice": (norm_read_twice, {}),
+    "norm without relu": (norm_without_relu, {}),
+    "convolution twice": (convolution_twice, {}),
+    "dense": (dense, {}),
+    "dense, kept": (dense_kept, {}),
+    "cat along rows": (cat_along_rows, {}),
+    "relu in place": (relu_in_place, {}),
+    "norm between": (norm_between, {}),
+    "layout for a view": (layout_for_a_view, {}),
+    "no bias": (chain, {"a": conv(bias=False)}),
+    "stride, dilation, groups": (chain, {"a": conv(stride=2, dilation=2, groups=2)}),
+    "depthwise": (chain, {"a": conv(groups=4, size=5)}),
+    "padding by name": (chain, {"a": nn.Conv2d(4, 4, 3, padding="same")}),
+    "padding by reflection": (two_convolutions, {"a": conv(padding_mode="reflect")}),
+    "uneven": (residual, {"a": conv(size=(3, 1), padding=(1, 0))}),
+    "no statistics": (residual, {"norm": nn.BatchNorm2d(4, track_running_stats=False)}),
+    "parametrized": (two_convolutions, {"a": parametrizations.weight_norm(conv())}),
+    "a module named relu": (relu_in_place, {"relu": nn.LeakyReLU()}),
+    "a module named cat": (lambda m, x: m.cat(m.norm(m.a(x))), {"cat": nn.Tanh()}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BODIES)
+def test_folded_is_as_close_to_the_truth_as_unfolded(name, dtype):
+    body, own = BODIES[name]
+    model = frozen(Net(body, **copy.deepcopy(parts(**own)))).to(dtype)
+    x = images().to(dtype)
+    trimmed, plain = trim(model), trim(model, fold=False)
+    call, prefix = prefix_of(trimmed, x)
+    found = call.finish(prefix.run(call.tensors))
+    assert prefix.unfolded == ""
+    expected = plain(x)
+    bound = 2e-6 if dtype == torch.float32 else 1e-13
+    if name != "no statistics":
+        assert relative_error(found, in_double(model, x)) < bound
+    assert relative_error(found, expected) < 2 * bound
+    assert torch.equal(trimmed(x), found)
+    assert found.requires_grad
+
+
+def left_over(trimmed, x):
+    """Names of what the folded prefix calls."""
+    call, prefix = prefix_of(trimmed, x)
+    prefix.run(call.tensors)
+    code = prefix._part._fast.program.function.__code__
+    return [*code.co_names, *code.co_varnames]
+
+
+@pytest.mark.parametrize(
+    ("body", "gone"),
+    [
+        (chain, ("norm", "relu")),
+        (residual, ("add",)),
+        (two_convolutions, ("add", "other")),
+        (dense, ("cat", "cat_1", "norm8", "norm12")),
+    ],
+)
+def test_norms_sums_and_cats_are_gone(body, gone):
+    model = frozen(Net(body, **parts()))
+    found = " ".join(left_over(trim(model), images()))
+    assert "folded" in found
+    assert not [name for name in gone if name in found.split()]
+
+
+FAMILIES = ("resnet20", "wrn16-2", "densenet-bc-40", "vgg16")
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_papers_models(name, share):
+    model = build_model(name)
+    frozen(model)
+    parameters = list(model.parameters())
+    for i, parameter in enumerate(parameters):
+        parameter.requires_grad_(i >= share * len(parameters))
+    x = images(4, 3, 32, 32)
+    call, prefix = prefix_of(trim(model), x)
+    values = prefix.run(call.tensors)
+    with torch.no_grad():
+        expected = prefix._part._run_plain(call.tensors)
+    assert prefix.unfolded == ""
+    for value, truth in zip(values, expected, strict=True):
+        assert relative_error(value, truth) < 2e-5
+    assert prefix.split.nbytes == sum(v.numel() * v.element_size() for v in values)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "assign", "in place", "statistics", "data"])
+def test_never_stale(change):
+    model = frozen(Net(residual, **parts()))
+    trimmed = trim(model)
+    x = images()
+    trimmed(x)
+    other = frozen(Net(residual, **parts()))
+    if change == "load_state_dict":
+        model.load_state_dict(other.state_dict())
+    elif change == "assign":
+        model.load_state_dict(other.state_dict(), assign=True)
+        frozen_flags(model)
+    elif change == "in place":
+        with torch.no_grad():
+            model.a.weight.mul_(3)
+    elif change == "statistics":
+        model.norm.running_var.mul_(3)
+    else:
+        model.a.weight.data = other.a.weight.data.clone()
+    assert relative_error(trimmed(x), in_double(model, x)) < 2e-6
+
+
+def frozen_flags(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+
+
+def test_thawed_is_exact_again():
+    model = frozen(Net(residual, **parts()))
+    trimmed = trim(model)
+    x = images()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        trimmed(x)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    reference = copy.deepcopy(model)
+    assert torch.equal(trimmed(x), reference(x))
+
+
+def test_a_first_call_gives_the_bits_of_any_other():
+    """So that a resumed run goes on as it would have gone."""
+    model = frozen(Net(residual, **parts()))
+    x, trimmed = images(), trim(model)
+    outputs = [trimmed(x) for _ in range(3)]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert torch.equal(trim(copy.deepcopy(model))(x), outputs[0])
+
+
+def test_gradients_are_those_of_the_same_values():
+    model = frozen(Net(residual, **parts()))
+    x = images()
+    call, prefix = prefix_of(trim(model), x)
+    values = prefix.run(call.tensors)
+    call.run().square().sum().backward()
+    found = model.head.weight.grad.clone()
+    model.head.weight.grad = None
+    model.head(values[0]).square().sum().backward()
+    assert torch.equal(found, model.head.weight.grad)
+
+
+@pytest.mark.parametrize("where", ["prefix", "suffix"])
+def test_what_minds_the_layout_gets_the_one_it_knows(where):
+    class Strict(Net):
+        def forward(self, x):
+            x = self.norm(self.a(x))
+            if where == "suffix":
+                x = self.b(x)
+            return self.line(x.view(x.shape[0], -1))
+
+    model = frozen(Strict(None, **parts(), line=nn.Linear(4 * 72, 3)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("line" if where == "prefix" else ("b", "line")))
+    x = images()
+    assert relative_error(trim(model)(x), trim(model, fold=False)(x)) < 2e-6
+
+
+def test_what_cannot_be_folded_runs_as_it_is(monkeypatch):
+    model = frozen(Net(residual, **parts()))
+    x = images()
+    expected = trim(model, fold=False)(x)
+    wrong = folding._Folder._norm
+
+    def broken(self, module, source):
+        value = wrong(self, module, source)
+        value.bias = value.bias + 0.01
+        return value
+
+    monkeypatch.setattr(folding._Folder, "_norm", broken)
+    trimmed = trim(model)
+    assert torch.equal(trimmed(x), expected)
+    assert "times what rounding may" in prefix_of(trimmed, x)[1].unfolded
+
+
+def writes_to_what_others_read(m, x):
+    y = m.a(x)
+    z = m.norm(y)
+    y.mul_(2)
+    return y + z
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Net(lambda m, x: m.line(x), line=nn.Linear(8, 8)), "there is no convolution"),
+        (Net(writes_to_what_others_read, **parts()), "writes in place to what others may read"),
+    ],
+)
+def test_reasons(model, reason):
+    x = images()
+    trimmed = trim(frozen(model))
+    assert torch.equal(trimmed(x), trim(model, fold=False)(x))
+    assert reason in prefix_of(trimmed, x)[1].unfolded
+
+
+def test_fold_false():
+    model = frozen(Net(residual, **parts()))
+    call, prefix = prefix_of(trim(model, fold=False), images())
+    model.eval()
+    with torch.no_grad():
+        expected = residual(model, *call.tensors)
+    assert torch.equal(prefix.run(call.tensors)[0], expected)
+    assert prefix.unfolded == "asked for by fold=False"
+
+
+def test_autocast_and_functional_calls_run_it_as_it_is():
+    model = frozen(Net(residual, **parts()))
+    trimmed, plain = trim(model), trim(model, fold=False)
+    x = images()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(trimmed(x), plain(x))
+    state = {name: value + 0.1 for name, value in model.state_dict().items() if "num" not in name}
+    found = torch.func.functional_call(trimmed, state, (x,))
+    assert relative_error(found, torch.func.functional_call(plain, state, (x,))) < 2e-6
+
+    def loss(network):
+        return lambda weights: torch.func.functional_call(network, weights, (x,)).square().sum()
+
+    weights = {"head.weight": model.head.weight.detach()}
+    found, expected = (torch.func.grad(loss(network))(weights) for network in (trimmed, plain))
+    assert relative_error(found["head.weight"], expected["head.weight"]) < 2e-6
+
+
+def test_weights_that_change_in_each_call(monkeypatch):
+    monkeypatch.setattr(prefixes, "_MAX_FOLDS", 3)
+    model = frozen(Net(residual, **parts()))
+    trimmed, x = trim(model), images()
+    for _ in range(5):
+        with torch.no_grad():
+            model.a.weight.add_(0.1)
+        assert relative_error(trimmed(x), in_double(model, x)) < 2e-6
+    assert prefix_of(trimmed, x)[1].unfolded == "its weights change again and again"
+
+
+# --- a smaller dtype ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype(dtype, fold):
+    model = frozen(Net(residual, **parts()))
+    x = images()
+    trimmed = trim(model, dtype=dtype, max_error=0.05, fold=fold)
+    call, prefix = prefix_of(trimmed, x)
+    (value,) = prefix.run(call.tensors)
+    (expected,) = prefix._part._run_plain(call.tensors)
+    assert value.dtype == torch.float32
+    assert prefix.unfolded == ""
+    assert 1e-5 < relative_error(value, expected) < 0.05
+    output = trimmed(x)
+    assert output.dtype == torch.float32
+    output.sum().backward()
+
+
+def test_dtype_beyond_its_bound_is_announced_and_not_used():
+    model = frozen(Net(residual, **parts()))
+    x = images()
+    trimmed = trim(model, dtype=torch.bfloat16, max_error=1e-5)
+    with pytest.warns(FastfreezeWarning, match=r"keeps its dtype: .*max_error is 1\.0e-05") as seen:
+        output = trimmed(x)
+    assert torch.equal(output, trim(model, fold=False)(x))
+    assert len(seen) == 1
+    trimmed(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": torch.float32}, TypeError, "dtype must be torch.bfloat16, torch.float16 or"),
+        ({"dtype": "bf16"}, TypeError, "got bf16"),
+        ({"max_error": 0}, ValueError, "max_error must be > 0, got 0"),
+        ({"max_error": float("nan")}, ValueError, "max_error must be > 0, got nan"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        trim(Net(chain, **parts()), **options)
+
+
+def test_layers_inside_keep_user_changes():
+    """A forward of a module's own, a hook, a subclass: none of them is folded away."""
+
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = frozen(Net(residual, **parts(norm=Doubled(4))))
+    x: Tensor = images()
+    trimmed = trim(model)
+    assert relative_error(trimmed(x), in_double(model, x)) < 2e-6
+    model.a.forward = lambda v: F.conv2d(v, model.a.weight, padding=1)
+    assert relative_error(trim(model)(x), trim(model, fold=False)(x)) < 2e-6
