@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-import fastfreeze
 from benchmarks.cases import CASES, Case, copy_bandwidth
-from benchmarks.measure import Times, interleave
+from benchmarks.measure import Times, interleave, machine
+from benchmarks.results import write_json
 
 
 def main() -> None:
@@ -24,15 +22,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bandwidth = copy_bandwidth()
-    machine = {
-        "cpu": _cpu_name(),
-        "threads": arguments.threads,
-        "copy_gb_per_s": round(bandwidth / 1e9, 1),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "fastfreeze": fastfreeze.__version__,
-    }
-    print(f"{machine}\n\n{HEADER}")
+    facts = {**machine(), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
+    print(f"{facts}\n\n{HEADER}")
     results = {}
     for name in arguments.case or CASES:
         case = CASES[name]()
@@ -47,8 +38,7 @@ def main() -> None:
             "seconds": {rival: asdict(t) for rival, t in times.items()},
         }
     if arguments.out:
-        text = json.dumps({"machine": machine, "results": results}, indent=2)
-        arguments.out.write_text(text + "\n")
+        write_json(arguments.out, {"machine": facts, "results": results})
 
 
 FLOOR = "floor"
@@ -71,15 +61,6 @@ def row(case: Case, times: dict[str, Times], floor: float) -> str:
 
 def _micros(t: Times) -> str:
     return f"{t.median * 1e6:.0f} ({t.low * 1e6:.0f}-{t.high * 1e6:.0f})"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -6,10 +6,16 @@ what its own calls left there, not what another's did.
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import fastfreeze
 
 
 @dataclass(frozen=True)
@@ -43,3 +49,23 @@ def quartiles(values: list[float]) -> Times:
     """The median of two values or more, and the quartiles around it."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Times(median, low, high)
+
+
+def machine() -> dict:
+    """What numbers from this process's CPU were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fastfreeze": fastfreeze.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

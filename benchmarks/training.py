@@ -1,0 +1,331 @@
+"""python -m benchmarks.training [MODEL ...]: whole trainings under FreezeOut against torch's own.
+
+Everything counts as training time: making the network and the optimizer, first calls, tracing,
+cutting anew, filling the cache. Every rival sees the same batches; they run side by side, ten steps
+at a time. Before that a short training of each must end with the weights that torch gets, and in
+the runs themselves the losses must agree, else no time is told. Per model and t_0 the table shows
+
+* total: seconds of the run, the median over rounds and the lowest and highest;
+* saved: of the baseline's and of the best torch's total, the median of each round's ratio;
+* once: seconds of the run that are not steps of usual length (see the next);
+* long run: what is saved if each step takes the median time of those under its cut, which a run
+  with more steps between two freezes approaches;
+* re-cut: what the first two calls under a new cut take longer than usual, in the baseline's steps:
+  the median over the freezes and the highest. Each is the median over rounds.
+
+The limits come from steps of the layers behind each cut alone, see benchmarks.training_limits. The
+run has about as many freezes as the model has layers, whatever its length: a re-cut costs this run
+of some hundred steps far more than one of a hundred thousand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import machine
+from benchmarks.results import write_json
+from benchmarks.training_limits import frozen_layers, measure_cuts
+from benchmarks.training_rivals import (
+    BASELINE,
+    BEST_TORCH,
+    FLAGS,
+    FREEZING,
+    NOT_FREEZING,
+    Make,
+    RunTimes,
+    Task,
+    Training,
+    largest_deviation,
+    take_turns,
+)
+from fastfreeze.schedule import FreezeOut
+
+MODELS = ["densenet-bc-40", "wrn16-2", "vgg16"]
+DEFAULT_RIVALS = [BASELINE, BEST_TORCH, FLAGS, "fastfreeze", "fastfreeze, cache"]
+GATE_STEPS = 12
+GATE_BATCH = 8
+TOLERANCE = 0.05  # of what the truth's weights changed; 0.02 is seen between memory layouts
+LOSS_TOLERANCE = 0.02  # of losses near 2; 0.002 is seen between memory layouts
+LIMIT_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one number per round."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One rival's line of the table; seconds, shares in 0..1, and baseline's steps."""
+
+    total: Spread
+    saved: Spread
+    saved_of_best_torch: Spread | None
+    once: float
+    saved_in_a_long_run: float
+    recuts: list[float]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    command = shlex.join(
+        ["python", "-m", "benchmarks.training", *(sys.argv[1:] if argv is None else argv)]
+    )
+    facts = {"machine": machine(), "command": command, "models": {}}
+    print(f"{facts['machine']}\n", flush=True)
+    for model in arguments.models:
+        entry = facts["models"][model] = _model_entry(model, arguments)
+        print(_text(model, entry), flush=True)
+        if arguments.out:
+            write_json(arguments.out, facts)
+    return int(any(entry["status"] == "refused" for entry in facts["models"].values()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
+    parser.add_argument("--t-0", nargs="+", type=float, default=[0.5, 0.8])
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument(
+        "--rivals",
+        nargs="+",
+        choices=[*NOT_FREEZING, *FREEZING],
+        default=DEFAULT_RIVALS,
+        help=f"besides {BASELINE!r} and {FLAGS!r}, by which the others are judged",
+    )
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file")
+    return parser
+
+
+def _model_entry(model: str, arguments: argparse.Namespace) -> dict:
+    size, rivals = arguments.image_size, list(dict.fromkeys([BASELINE, FLAGS, *arguments.rivals]))
+    for t_0 in arguments.t_0:
+        if wrong := gate(model, rivals, t_0, size):
+            return {"status": "refused", "wrong": wrong}
+    task = Task.random(model, arguments.samples, arguments.batch_size, arguments.epochs, size)
+    rounds = whole_runs(task, rivals, arguments.t_0, arguments.rounds)
+    if wrong := disagreements(rounds):
+        return {"status": "refused", "wrong": wrong}
+    cuts = measure_cuts(task, LIMIT_ROUNDS)
+    step = statistics.median(s for r in rounds for s in r[BASELINE, arguments.t_0[0]].steps)
+    entry = {
+        "status": "measured",
+        "steps": task.total_steps,
+        "baseline_step_s": step,
+        "cuts": asdict(cuts),
+        "t_0": {},
+    }
+    for t_0 in arguments.t_0:
+        frozen = frozen_layers(FreezeOut(task.total_steps, t_0=t_0), len(cuts.suffix))
+        of_t_0 = {name: [r[name, t_0] for r in rounds] for name in rivals}
+        with_forward, without = cuts.limits(frozen)
+        entry["t_0"][str(t_0)] = {
+            "freezes": len(stages(frozen)) - 1,
+            "limit_with_prefix_forward": with_forward,
+            "limit_without": without,
+            "rivals": {name: asdict(s) for name, s in summarize(of_t_0, frozen).items()},
+        }
+    return entry
+
+
+def gate(model: str, rivals: Sequence[str], t_0: float, image_size: int = 32) -> dict[str, str]:
+    """What is wrong with rivals that do not train as torch does, by name.
+
+    Rivals without freezing must get the baseline's weights and statistics, the others those of
+    flags; and a trimmed network, with half of the steps taken, the gradients of its model.
+    """
+    task = Task.random(model, 2 * GATE_BATCH, GATE_BATCH, GATE_STEPS // 2, image_size)
+    wrong: dict[str, str] = {}
+    for truth, makes in ((BASELINE, NOT_FREEZING), (FLAGS, FREEZING)):
+        expected = _trained(makes[truth], task, t_0)
+        for name in [name for name in rivals if name in makes and name != truth]:
+            try:
+                found = _trained(makes[name], task, t_0)
+            except Exception as error:  # of whatever kind: all that are wrong are named
+                wrong[name] = f"{type(error).__name__}: {error}"
+                continue
+            error, tensor = largest_deviation(found, expected, task.build())
+            if error > TOLERANCE:
+                wrong[name] = f"{tensor} is {error:.1e} of its change from that of {truth}"
+    return wrong
+
+
+def _trained(make: Make, task: Task, t_0: float) -> Training:
+    training = make(task, t_0)
+    for step in range(task.total_steps):
+        if step == task.total_steps // 2:
+            training.verify(task.images[:GATE_BATCH])
+        training.step(*task.batch(step))
+    return training
+
+
+Key = tuple[str, float]  # rival and t_0
+
+
+def whole_runs(
+    task: Task, rivals: Sequence[str], t_0s: Sequence[float], rounds: int
+) -> list[dict[Key, RunTimes]]:
+    """Each round's runs. What does not freeze runs once a round, and stands for every t_0."""
+    makes = {(name, t_0s[0]): NOT_FREEZING[name] for name in rivals if name in NOT_FREEZING}
+    makes |= {(name, t_0): FREEZING[name] for name in rivals if name in FREEZING for t_0 in t_0s}
+    ready = {key: partial(make, task, key[1]) for key, make in makes.items()}
+    results = []
+    for i in range(rounds):
+        gc.collect()
+        times = take_turns(ready, task, first=i)
+        shared = {
+            (name, t_0): times[name, t_0s[0]]
+            for name in rivals
+            if name in NOT_FREEZING
+            for t_0 in t_0s
+        }
+        results.append({**times, **shared})
+    return results
+
+
+def disagreements(rounds: Sequence[Mapping[Key, RunTimes]]) -> dict[str, str]:
+    """Whose losses are not those of torch, and by how much, by name."""
+    wrong: dict[str, str] = {}
+    for runs in rounds:
+        for (name, t_0), run in runs.items():
+            truth = runs[BASELINE if name in NOT_FREEZING else FLAGS, t_0]
+            off = (torch.tensor(run.losses) - torch.tensor(truth.losses)).abs().max().item()
+            if not off <= LOSS_TOLERANCE:  # NaN too
+                wrong[f"{name}, t_0={t_0}"] = f"a loss is {off:.1e} from torch's"
+    return wrong
+
+
+def summarize(runs: Mapping[str, list[RunTimes]], frozen: Sequence[int]) -> dict[str, Summary]:
+    """A line for each rival.
+
+    Args:
+        runs: each rival's, one a round.
+        frozen: how many layers are frozen at each step, where layers freeze at all.
+    """
+    baseline = runs[BASELINE]
+    step = statistics.median(s for run in baseline for s in run.steps)
+    whole = statistics.median(sum(usual_seconds(r.steps, [0] * len(r.steps))) for r in baseline)
+    summaries = {}
+    for name, own in runs.items():
+        cuts = frozen if name in FREEZING else [0] * len(frozen)
+        usual = statistics.median(sum(usual_seconds(run.steps, cuts)) for run in own)
+        total = Spread.of([run.total for run in own])
+        recuts = zip(*(recut_seconds(run.steps, cuts) for run in own), strict=True)
+        summaries[name] = Summary(
+            total=total,
+            saved=_saved(own, baseline),
+            saved_of_best_torch=_saved(own, runs[BEST_TORCH]) if BEST_TORCH in runs else None,
+            once=total.median - usual,
+            saved_in_a_long_run=1 - usual / whole,
+            recuts=[statistics.median(seconds) / step for seconds in recuts],
+        )
+    return summaries
+
+
+def _saved(own: Sequence[RunTimes], others: Sequence[RunTimes]) -> Spread:
+    return Spread.of([1 - a.total / b.total for a, b in zip(own, others, strict=True)])
+
+
+def stages(frozen: Sequence[int]) -> list[range]:
+    """Stretches of steps under one cut, in order."""
+    steps = itertools.groupby(range(len(frozen)), key=frozen.__getitem__)
+    found = [list(group) for _, group in steps]
+    return [range(stage[0], stage[-1] + 1) for stage in found]
+
+
+def usual_seconds(seconds: Sequence[float], frozen: Sequence[int]) -> list[float]:
+    """For each step the median time of its cut's steps, without the first two if there are more."""
+    usual: list[float] = []
+    for stage in stages(frozen):
+        timed = seconds[stage.start : stage.stop]
+        usual += [statistics.median(timed[2:] or timed)] * len(timed)
+    return usual
+
+
+def recut_seconds(seconds: Sequence[float], frozen: Sequence[int]) -> list[float]:
+    """What the first two steps after each freeze take longer than the later ones of their cut.
+
+    Cuts that last for fewer than three steps have no usual step and are left out.
+    """
+    usual = usual_seconds(seconds, frozen)
+    return [
+        sum(seconds[i] - usual[i] for i in stage[:2])
+        for stage in stages(frozen)[1:]
+        if len(stage) > 2
+    ]
+
+
+def _text(model: str, entry: dict) -> str:
+    if entry["status"] == "refused":
+        lines = [f"{name}: {reason}" for name, reason in entry["wrong"].items()]
+        return "\n".join([f"{model}: no times, since the rivals do not train alike", *lines, ""])
+    tables = [_table(model, entry["steps"], t_0, e) for t_0, e in entry["t_0"].items()]
+    step = entry["baseline_step_s"]
+    whole = entry["cuts"]["suffix"][0] / step
+    note = (
+        f"Where the limits come from, a whole step took {whole:.2f} of the baseline's {step:.3f} s."
+    )
+    return "\n".join([*tables, note, ""])
+
+
+def _table(model: str, steps: int, t_0: str, entry: dict) -> str:
+    lines = [
+        f"{model}, t_0={t_0}: {steps} steps, {entry['freezes']} freezes. Saved at most "
+        f"{entry['limit_with_prefix_forward']:.1%}, without the prefix's forward "
+        f"{entry['limit_without']:.1%}",
+        "",
+        "| rival | total s (lowest-highest) | saved % | of best torch % | once s | long run % "
+        "| re-cut, steps (highest) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, line in entry["rivals"].items():
+        best, recuts = line["saved_of_best_torch"], line["recuts"]
+        cells = [
+            name,
+            _spread(line["total"], 1),
+            _spread(line["saved"], 100),
+            "-" if best is None else _spread(best, 100),
+            f"{line['once']:.1f}",
+            f"{line['saved_in_a_long_run']:.1%}".rstrip("%"),
+            f"{statistics.median(recuts):.2f} ({max(recuts):.2f})" if recuts else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _spread(spread: dict, factor: float) -> str:
+    median, lowest, highest = (factor * spread[k] for k in ("median", "lowest", "highest"))
+    return f"{median:.1f} ({lowest:.1f}-{highest:.1f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""The rivals of ``python -m benchmarks.training``: ways to train one model on the same batches.
+
+Rivals without freezing anneal by one cosine; the others follow the same :class:`FreezeOut`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import fastfreeze
+from fastfreeze.recipes.models import build_model
+
+LR = 0.001  # rounding then stays rounding, which the gate relies on; no time depends on it
+HYPERS = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all rivals train on.
+
+    Attributes:
+        model: as in :func:`fastfreeze.recipes.models.build_model`.
+        images, labels: float32 ``[N, 3, H, W]`` and int64 ``[N]``.
+        order: sample ids int64 ``[steps, B]``, a row for each batch.
+    """
+
+    model: str
+    images: Tensor
+    labels: Tensor
+    order: Tensor
+
+    @classmethod
+    def random(
+        cls, model: str, samples: int, batch_size: int, epochs: int, image_size: int = 32
+    ) -> Task:
+        """Noise, in another order each epoch; samples that fill no batch are left out."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(samples, 3, image_size, image_size, generator=generator)
+        labels = torch.randint(10, (samples,), generator=generator)
+        used = samples // batch_size * batch_size
+        orders = [torch.randperm(samples, generator=generator)[:used] for _ in range(epochs)]
+        return cls(model, images, labels, torch.cat(orders).view(-1, batch_size))
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.order)
+
+    def build(self) -> nn.Module:
+        """The model, with the same weights each time."""
+        torch.manual_seed(0)
+        return build_model(self.model)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels and ids."""
+        ids = self.order[step]
+        return self.images[ids], self.labels[ids], ids
+
+
+@dataclass
+class Training:
+    """A model in training: what differs between rivals.
+
+    Attributes:
+        model: holds the weights.
+        network: gives the logits of images and their ids.
+        optimizer: steps.
+        after_step: sets learning rates and flags for the next step.
+        layout: memory format of the images.
+        verify: raises where the network is not the model.
+    """
+
+    model: nn.Module
+    network: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    after_step: Callable[[], None] = lambda: None
+    layout: torch.memory_format = torch.contiguous_format
+    verify: Callable[[Tensor], None] = lambda images: None
+
+    def step(self, images: Tensor, labels: Tensor, ids: Tensor) -> float:
+        """Train on a batch; its loss."""
+        images = images.contiguous(memory_format=self.layout)
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.network(images, ids), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.after_step()
+        return loss.item()
+
+
+def plain(task: Task, t_0: float, *, channels_last: bool = False, **options: bool) -> Training:
+    """torch alone; nothing freezes."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = task.build().to(memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), LR, **HYPERS, **options)
+    scheduler = CosineAnnealingLR(optimizer, task.total_steps)
+    return Training(model, lambda images, ids: model(images), optimizer, scheduler.step, layout)
+
+
+def flags(task: Task, t_0: float) -> Training:
+    """FreezeOut as its authors wrote it: requires_grad off, norms in eval mode, torch's SGD."""
+    model, schedule = task.build(), fastfreeze.FreezeOut(task.total_steps, t_0=t_0)
+    layers = fastfreeze.split(model, task.images[:2]).layers
+    groups = [{"params": list(layer.trainable)} for layer in layers]
+    optimizer = torch.optim.SGD(groups, LR, **HYPERS)
+    steps = np.arange(task.total_steps + 1)
+    lrs = [schedule.lr(steps, LR, layer.index, len(layers)) for layer in layers]
+    freezing = [schedule.freeze_steps(layer.index, len(layers)) for layer in layers]
+    taken = -1
+
+    def follow() -> None:
+        nonlocal taken
+        taken += 1
+        for group, layer, lr, frozen in zip(
+            optimizer.param_groups, layers, lrs, freezing, strict=True
+        ):
+            group["lr"] = lr[taken]
+            if taken in frozen:
+                for parameter in layer.trainable:
+                    parameter.requires_grad_(False).grad = None
+                for name in layer.modules:
+                    model.get_submodule(name).eval()
+
+    follow()
+    return Training(model, lambda images, ids: model(images), optimizer, follow)
+
+
+def ours(task: Task, t_0: float, *, cache: bool = False, channels_last: bool = False) -> Training:
+    """fastfreeze's SGD and trimmed network; with ``cache`` its features are kept."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = task.build().to(memory_format=layout)
+    schedule = fastfreeze.FreezeOut(task.total_steps, t_0=t_0)
+    plan = fastfreeze.split(model, task.images[:2], schedule=schedule, lr=LR)
+    optimizer = fastfreeze.SGD(plan.param_groups(), LR, **HYPERS, schedule=schedule)
+    trimmed = fastfreeze.trim(model)
+    if cache:
+        features = fastfreeze.FeatureCache(trimmed)
+        network = lambda images, ids: features(images, samples=ids)  # noqa: E731
+    else:
+        network = lambda images, ids: trimmed(images)  # noqa: E731
+    return Training(model, network, optimizer, layout=layout, verify=trimmed.verify)
+
+
+Make = Callable[[Task, float], Training]
+BASELINE, BEST_TORCH, FLAGS = "torch", "torch, channels_last, fused", "flags"
+NOT_FREEZING: dict[str, Make] = {
+    BASELINE: plain,
+    BEST_TORCH: partial(plain, channels_last=True, fused=True),
+}
+FREEZING: dict[str, Make] = {
+    FLAGS: flags,
+    "fastfreeze": ours,
+    "fastfreeze, cache": partial(ours, cache=True),
+    "fastfreeze, channels_last": partial(ours, channels_last=True),
+    "fastfreeze, channels_last, cache": partial(ours, channels_last=True, cache=True),
+}
+
+
+@dataclass
+class RunTimes:
+    """A rival's whole run: all the time that passed, from the start, but for others' turns.
+
+    Attributes:
+        setup: seconds of making the model, optimizer and network.
+        steps: seconds of each step.
+        losses: of each step.
+    """
+
+    setup: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return self.setup + sum(self.steps)
+
+
+def train(
+    make: Callable[[], Training], task: Task, times: RunTimes, slice_steps: int
+) -> Iterator[None]:
+    """Train from start to end and note the times; pause after each slice of steps."""
+    start = time.perf_counter()
+    training = make()
+    times.setup = time.perf_counter() - start
+    for step in range(task.total_steps):
+        start = time.perf_counter()
+        times.losses.append(training.step(*task.batch(step)))
+        times.steps.append(time.perf_counter() - start)
+        if (step + 1) % slice_steps == 0:
+            yield
+
+
+def take_turns(
+    makes: Mapping[str, Callable[[], Training]], task: Task, first: int, slice_steps: int = 10
+) -> dict[str, RunTimes]:
+    """Whole runs of all rivals side by side, a slice at a time, in an order that rotates.
+
+    Args:
+        makes: the rivals by name.
+        task: what they train on.
+        first: which of them begins.
+        slice_steps: steps in a slice.
+    """
+    names = list(makes)
+    times = {name: RunTimes() for name in names}
+    runs = {name: train(makes[name], task, times[name], slice_steps) for name in names}
+    for turn in range(first, first + task.total_steps // slice_steps + 1):
+        at = turn % len(names)
+        for name in names[at:] + names[:at]:
+            next(runs[name], None)
+    return times
+
+
+def largest_deviation(found: Training, truth: Training, start: nn.Module) -> tuple[float, str]:
+    """How far two trainings that should agree are apart, and in which tensor.
+
+    Of each parameter and buffer: the difference's norm, relative to that of what ``truth`` has
+    changed since ``start``; infinite where it changed nothing and the other did.
+    """
+    a, b, before = (m.state_dict() for m in (found.model, truth.model, start))
+    worst = (0.0, "nothing")
+    for name, expected in b.items():
+        difference = (a[name].double() - expected.double()).norm().item()
+        change = (expected.double() - before[name].double()).norm().item()
+        if difference:
+            error = difference / change if change else math.inf
+            worst = max(worst, (math.inf if math.isnan(error) else error, name))
+    return worst
