@@ -4,7 +4,7 @@ from fastfreeze._version import __version__
 from fastfreeze.ensemble import Snapshot, SnapshotEnsemble, SnapshotStore
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
 from fastfreeze.freezing import Layer, LayerPlan, split
-from fastfreeze.graph import TrimmedModel, trim
+from fastfreeze.graph import CacheStats, FeatureCache, TrimmedModel, trim
 from fastfreeze.graph.blockers import BackwardBlocker, backward_blockers
 from fastfreeze.ops._library import backends
 from fastfreeze.ops.softmax import (
@@ -29,11 +29,13 @@ __all__ = [
     "SGD",
     "BackendUnavailableError",
     "BackwardBlocker",
+    "CacheStats",
     "Constant",
     "Cosine",
     "EnsembleAverage",
     "EnsembleStatistics",
     "FastfreezeWarning",
+    "FeatureCache",
     "FreezeOut",
     "FreezeOutCycles",
     "FreezeReport",

@@ -2,10 +2,12 @@
 
 A model is traced once (``trace``); the graph is cut by its ``requires_grad`` flags (``cut``) and
 written as a program (``rewrite``) each time they change (``graphs``). Models that cannot be traced
-are trimmed module by module (``modules``). :func:`trim` is the way in.
+are trimmed module by module (``modules``). :func:`trim` is the way in. What the frozen prefix gives
+can be kept for each sample (``cache``; ``kept``, ``rows``, ``store``).
 """
 
+from fastfreeze.graph.cache import CacheStats, FeatureCache
 from fastfreeze.graph.cut import Cut
 from fastfreeze.graph.trim import TrimmedModel, trim
 
-__all__ = ["Cut", "TrimmedModel", "trim"]
+__all__ = ["CacheStats", "Cut", "FeatureCache", "TrimmedModel", "trim"]

@@ -1,0 +1,181 @@
+"""Tensors as rows, one for each sample of a batch: taken apart, put together, and hashed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORD = 8  # bytes
+_LOW_BITS = (1 << 33) - 1
+
+
+class CannotKeepError(Exception):
+    """Values cannot be kept row by row; the message says why."""
+
+
+def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """``tensor[rows]`` with the strides of ``tensor``, where its rows lie one after the other."""
+    if not _rows_are_dense(tensor):
+        return tensor.index_select(0, rows)
+    taken = _flat(tensor).index_select(0, rows)
+    return taken.as_strided((len(rows), *tensor.shape[1:]), tensor.stride())
+
+
+def hash_rows(tensor: Tensor) -> Tensor:
+    """A 64-bit hash of the bits of each row, on the tensor's device.
+
+    A sum of the row's 64-bit words, each times an odd number of its own, modulo 2**64: any change
+    within one word is noticed, and any other but with a chance of about 2**-63, if it touches more
+    than words' top bits.
+    """
+    n = len(tensor)
+    rows = tensor.detach().reshape(n, -1).contiguous()
+    width = rows.shape[1] * rows.element_size()
+    if width % _WORD or rows.data_ptr() % _WORD:
+        padded = rows.new_zeros((n, -(-width // _WORD) * _WORD), dtype=torch.uint8)
+        padded[:, :width] = rows.view(torch.uint8) if width else 0
+        rows = padded
+    words = rows.view(torch.int64)
+    return (words * _factors(words.shape[1], words.device)).sum(1)
+
+
+@lru_cache(maxsize=64)
+def _factors(count: int, device: torch.device) -> Tensor:
+    """Odd numbers, the same ever after: they are part of the format of files."""
+    x = torch.arange(1, count + 1) * -0x61C8864680B583EB
+    x = (x ^ (x >> 31 & _LOW_BITS)) * -0x40A7B892E31B1A47
+    return ((x ^ (x >> 31 & _LOW_BITS)) | 1).to(device)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One value: what of its shape and strides does not depend on the batch."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    stored: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tuple of tensors is made of rows: as flat tensors ``[B, numel]``, and back.
+
+    Attributes:
+        narrows: whether a dtype to store in changes values.
+    """
+
+    forms: tuple[_Form, ...]
+
+    @classmethod
+    def of(
+        cls,
+        values: Sequence[Any],
+        batch_size: int,
+        given: Sequence[Tensor],
+        dtype: torch.dtype | None,
+    ) -> Layout:
+        """The layout of what was computed for a batch.
+
+        Args:
+            values: what is to be kept.
+            batch_size: rows that each must have.
+            given: what they were computed from.
+            dtype: to store in what is floating-point and wider; None for as it is.
+
+        Raises:
+            CannotKeepError: not all values are tensors of one row for each sample.
+        """
+        seen = {t.untyped_storage().data_ptr() for t in given}
+        for value in values:
+            if not isinstance(value, Tensor) or value.layout is not torch.strided:
+                raise CannotKeepError(f"a {type(value).__name__} crosses, not a plain tensor")
+            if value.ndim == 0 or len(value) != batch_size or not value.numel():
+                raise CannotKeepError(
+                    f"a value of shape {tuple(value.shape)} crosses, without a row for each of "
+                    f"{batch_size} samples"
+                )
+            if value.untyped_storage().data_ptr() in seen:
+                raise CannotKeepError("values that cross share memory")
+            seen.add(value.untyped_storage().data_ptr())
+        return cls(tuple(_form(value, dtype) for value in values))
+
+    @property
+    def narrows(self) -> bool:
+        return any(form.stored != form.dtype for form in self.forms)
+
+    @property
+    def columns(self) -> tuple[tuple[torch.dtype, int], ...]:
+        """The stored dtype and the elements of a row of each value."""
+        return tuple((form.stored, form.numel) for form in self.forms)
+
+    def flat(self, values: Sequence[Any]) -> list[Tensor]:
+        """The rows of values, in the dtypes that are stored.
+
+        Raises:
+            CannotKeepError: the values have another layout, or a dtype cannot hold them.
+        """
+        if len(values) != len(self.forms):
+            raise CannotKeepError("other values cross than before")
+        return [_flattened(v, form) for v, form in zip(values, self.forms, strict=True)]
+
+    def values(self, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The values of rows, with the strides that they were first seen with."""
+        return tuple(
+            rows.to(form.dtype).as_strided((len(rows), *form.shape), (form.numel, *form.strides))
+            for rows, form in zip(flat, self.forms, strict=True)
+        )
+
+
+def _form(value: Tensor, dtype: torch.dtype | None) -> _Form:
+    row = value[0] if _rows_are_dense(value) else value[0].contiguous()
+    narrower = (
+        dtype is not None and value.is_floating_point() and dtype.itemsize < value.element_size()
+    )
+    stored = dtype if dtype is not None and narrower else value.dtype
+    return _Form(tuple(row.shape), row.stride(), value.dtype, stored)
+
+
+def _flattened(value: Any, form: _Form) -> Tensor:
+    if (
+        not isinstance(value, Tensor)
+        or tuple(value.shape[1:]) != form.shape
+        or value.dtype != form.dtype
+    ):
+        raise CannotKeepError("a value crosses in another shape or dtype than before")
+    strides = (form.numel, *form.strides)
+    if value.stride() != strides:
+        laid_out = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+        value = laid_out.copy_(value)
+    flat = _flat(value)
+    if form.stored == form.dtype:
+        return flat
+    stored = flat.to(form.stored)
+    if not torch.equal(stored.isfinite(), flat.isfinite()):
+        raise CannotKeepError(f"values do not fit into {form.stored}")
+    return stored
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Dense rows as ``[B, numel]``, in the order of memory."""
+    numel = tensor.shape[1:].numel()
+    return tensor.as_strided((len(tensor), numel), (numel, 1))
+
+
+def _rows_are_dense(tensor: Tensor) -> bool:
+    """Whether each row is a piece of memory without gaps, and the next one follows."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return bool(tensor.stride(0) == expected)
