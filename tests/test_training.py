@@ -403,12 +403,12 @@ def test_table():
     )
     assert dict(zip(headers, rows[0], strict=True)) == {
         "method": "plain SGD",
-        "error %": "3.00 ± 1.41",
+        "error %": "3.00 ± 1.00",
         "ensemble error %": "-",
         "NLL": "0.5000 ± 0.0000",
         "ECE": "0.0100 ± 0.0000",
-        "time s": "12.0 ± 2.8",
-        "s/epoch": "3.00 ± 0.71",
+        "time s": "12.0 ± 2.0",
+        "s/epoch": "3.00 ± 0.50",
         "backward removed %": "25.0 ± 0.0",
         "peak memory MB": "-",
         "vs SGD": "1.00x",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ _COLUMNS = (
     ("peak memory MB", "peak_memory_mb", 1, 0),
 )
 NOTE = (
+    "±: standard error of the mean over the seeds.\n"
     "error: of the last weights. ensemble error: of the averaged probabilities of all snapshots; "
     "NLL and ECE are the ensemble's where there is one.\n"
     "time: reading batches, training and saving snapshots; evaluation and checkpoints are not "
@@ -37,7 +39,7 @@ NOTE = (
 
 
 def table_rows(results: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """Headers, and a row per method: the value of one seed, or mean ± deviation over several."""
+    """Headers, and a row per method: one seed's value, or mean ± standard error of several."""
     methods = dict.fromkeys(result["method"] for result in results)
     plain = _values(results, "sgd", "seconds")
     headers = ["method", *(title for title, *_ in _COLUMNS), "vs SGD"]
@@ -73,4 +75,6 @@ def _cell(values: list[float], digits: int) -> str:
     if not values:
         return "-"
     mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}"
