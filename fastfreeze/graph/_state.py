@@ -92,11 +92,14 @@ class Held:
 
     Args:
         modules: whose own, and whose submodules', are meant.
+
+    Attributes:
+        modules: these and their submodules, each once.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        parts = {m: None for module in modules for m in module.modules()}
-        owners = [d for m in parts for d in (m._parameters, m._buffers)]
+        self.modules = list({m: None for module in modules for m in module.modules()})
+        owners = [d for m in self.modules for d in (m._parameters, m._buffers)]
         self._places = [(d, name) for d in owners for name in d]
 
     def tensors(self) -> list[Tensor]:

@@ -33,7 +33,8 @@ _RETURN_INPUT = frozenset(
         *("type_as", "einsum", "broadcast_tensors", "meshgrid"),
     )
 )
-_OPERATORS = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
+# What ATen calls Python's operators, where it has another name.
+ATEN_NAMES = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
 
 
 Nodes = frozenset[fx.Node]
@@ -341,7 +342,7 @@ def _writes_first(node: fx.Node) -> bool:
 @cache
 def _gives_fresh(name: str) -> bool:
     """Whether ATen's operator of this name, where there is one, never returns an alias."""
-    packet = getattr(torch.ops.aten, _OPERATORS.get(name, name), None)
+    packet = getattr(torch.ops.aten, ATEN_NAMES.get(name, name), None)
     if packet is None or name in _RETURN_INPUT:
         return False
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]

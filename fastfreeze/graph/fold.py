@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastfreeze.graph._state import Held
+from fastfreeze.graph._state import Held, Watch
 from fastfreeze.graph.cut import Dataflow, called_name
 from fastfreeze.graph.rewrite import Program, compiled, eval_copy, hand_over, placeholders
 from fastfreeze.graph.trace import Trace
@@ -42,14 +42,16 @@ class Folded:
         program: as :func:`fastfreeze.graph.rewrite.write_prefix` gives it.
     """
 
-    def __init__(self, program: Program, held: Held) -> None:
+    def __init__(self, program: Program, modules: Sequence[nn.Module]) -> None:
         self.program = program
-        self._held = held
-        self._states = held.states()
+        self._held = Held(modules)
+        self._states = self._held.states()
+        self._attributes = Watch([vars(m) for m in modules])
 
     def fits(self) -> bool:
-        """Whether no weight or statistic has been written to or replaced since."""
-        return self._states is not None and self._held.states() == self._states
+        """Whether no weight, statistic or attribute has been written to or replaced since."""
+        same = self._states is not None and self._held.states() == self._states
+        return same and not self._attributes.changed()
 
 
 def fold(
@@ -71,7 +73,7 @@ def fold(
         CannotFoldError: there is no convolution, or something writes in place to what others read.
     """
     folder = _Folder(trace, model, nodes, given, results, metas, dtype)
-    return Folded(folder.program(), Held(folder.folded))
+    return Folded(folder.program(), folder.folded)
 
 
 @dataclass(frozen=True)

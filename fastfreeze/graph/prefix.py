@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph._state import Held, preserved
+from fastfreeze.graph._state import Held, Watch, preserved
 from fastfreeze.graph.cut import Cut
 from fastfreeze.graph.fold import CannotFoldError, Folded, fold
 from fastfreeze.graph.rewrite import write_prefix, write_suffix
@@ -114,7 +114,7 @@ class Part:
             except CannotFoldError:
                 if self._options.dtype is None:
                     raise
-        return Folded(self._plain, self._held)
+        return Folded(self._plain, [])
 
     def _run_plain(self, values: Sequence[Any]) -> Values:
         result: Values = self._plain(self._model, values)
@@ -176,12 +176,19 @@ class Prefix:
     def key(self) -> str:
         """Digest of all that the crossing values depend on besides the inputs."""
         states = self.states
-        if self._key is None or states is None or self._key[0] != states:
+        if (
+            self._key is None
+            or states is None
+            or self._key[0] != states
+            or self._attributes.changed()
+        ):
             lines = [str(self._options), *(n.format_node() or "" for n in self.split.prefix)]
+            lines += [repr(module) for module in self._held.modules]
             digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=16)
             for tensor in self._held.tensors():
                 digest.update(_bytes_of(tensor))
             self._key = states, digest.hexdigest()
+            self._attributes = Watch([vars(module) for module in self._held.modules])
         return self._key[1]
 
     def run(self, tensors: Sequence[Tensor]) -> Values:

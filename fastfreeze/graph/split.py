@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fastfreeze.graph._state import tensors_in
-from fastfreeze.graph.cut import Cut, Dataflow, called_name
+from fastfreeze.graph.cut import ATEN_NAMES, Cut, Dataflow, called_name
 from fastfreeze.graph.trace import Trace
 
 Nodes = frozenset[fx.Node]
@@ -28,17 +29,14 @@ _CHEAP_FILES = frozenset(
         *("normalization", "padding", "pixelshuffle", "pooling", "upsampling"),
     )
 )
-_CHEAP_NAMES = frozenset(
+_CHEAP_NAMES = frozenset(  # besides those that work element by element
     (
-        *("add", "sub", "mul", "div", "truediv", "neg", "clamp", "square", "sqrt", "rsqrt", "pow"),
-        *("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "sigmoid", "tanh"),
-        *("hardtanh", "hardswish", "hardsigmoid", "softmax", "log_softmax", "softplus"),
-        *("dropout", "batch_norm", "layer_norm", "group_norm", "instance_norm", "normalize"),
+        *("softmax", "log_softmax", "normalize", "dropout", "stochastic_depth", "drop_path"),
+        *("batch_norm", "layer_norm", "group_norm", "instance_norm", "channel_shuffle"),
         *("avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "mean", "sum", "amax", "interpolate"),
         *("cat", "concat", "stack", "chunk", "split", "getitem", "narrow", "select", "unbind"),
         *("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze"),
         *("unsqueeze", "expand", "repeat", "movedim", "pad", "roll", "to", "float", "half"),
-        *("stochastic_depth", "drop_path", "channel_shuffle"),
     )
 )
 
@@ -259,7 +257,16 @@ def _may_run_again(node: fx.Node, flow: Dataflow) -> bool:
         return type(module).__module__ in _CHEAP_FILES and not isinstance(
             module, nn.MultiheadAttention
         )
-    return called_name(node) in _CHEAP_NAMES
+    name = called_name(node)
+    return name in _CHEAP_NAMES or _is_pointwise(ATEN_NAMES.get(name, name))
+
+
+@cache
+def _is_pointwise(name: str) -> bool:
+    """Whether ATen's operator of this name, where there is one, works element by element."""
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [] if packet is None else [getattr(packet, o) for o in packet.overloads()]
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
 def _draws_random_numbers(node: fx.Node) -> bool:
