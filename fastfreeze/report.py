@@ -173,10 +173,24 @@ class FreezeReport:
             if i
         )
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """All events so far in a line: a step after the last, relative to one before the first."""
         rows = self.rows
         if not rows:
             return "no layer has been frozen or thawed yet"
+        predicted, limit = (math.prod(r.predicted for r in rows), math.prod(r.limit for r in rows))
+        before, after = rows[0].before, rows[-1].after
+        measured = None if before is None or after is None else after / before
+        return (
+            f"step time by freezing: predicted {_number(predicted)}, limit {_number(limit)}, "
+            f"measured {_number(measured)}"
+        )
+
+    def __str__(self) -> str:
+        rows = self.rows
+        if not rows:
+            return self.summary
         columns = {
             "step": [str(row.step) for row in rows],
             "frozen layers": [_ranges(row.frozen) for row in rows],
@@ -188,18 +202,8 @@ class FreezeReport:
         }
         table = format_table(list(columns), list(zip(*columns.values(), strict=True)))
         sentences = [f"step {row.step}: {blocker}" for row in rows for blocker in row.blockers]
-        return "\n".join(
-            [table, "", self._total(rows), _NOTE.format(source=self.source), *sentences]
-        )
-
-    def _total(self, rows: Sequence[FreezeRow]) -> str:
-        predicted, limit = (math.prod(r.predicted for r in rows), math.prod(r.limit for r in rows))
-        before, after = rows[0].before, rows[-1].after
-        measured = None if before is None or after is None else after / before
-        return (
-            f"all events: predicted {_number(predicted)}, limit {_number(limit)}, "
-            f"measured {_number(measured)}"
-        )
+        note = _NOTE.format(source=self.source)
+        return "\n".join([table, "", self.summary, note, *sentences])
 
     def _may_profile(self) -> bool:
         if self._num_steps - self._first < _FIRST_STEPS or len(self._profiles) == _PROFILED_STEPS:

@@ -129,6 +129,27 @@ def test_a_branch_beside_the_blocker_does_not_count():
     assert blocker == BackwardBlocker("scale", 0.25)  # the left half, of which one gradient runs
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+        self.qkv, self.out, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.softmax = nn.Softmax(-1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x * self.scale).chunk(3, -1)
+        return self.head(self.out(self.softmax(q @ k.transpose(1, 2)) @ v))
+
+
+def test_products_without_a_weight_have_two_gradients():
+    """Queries with keys, and weights with values, behind a module that has no parameters."""
+    model = freeze(Attention(), "qkv", "out")
+    (blocker,) = backward_blockers(model, torch.randn(2, 5, 8))
+    linear, product = 2 * 2 * 5 * 8 * 32, 2 * 2 * 2 * 5 * 5 * 8
+    assert blocker.parameter == "scale"
+    assert blocker.share == pytest.approx((linear + 2 * product) / (2 * linear + 2 * product))
+
+
 class Tied(nn.Module):
     """The head's weight is used at the bottom as well."""
 

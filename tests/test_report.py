@@ -303,7 +303,8 @@ def test_table():
     assert " ".join(lines[0].split()) == " ".join(headers)
     assert [line.split()[1] for line in lines[2:6]] == ["0", "0..1", "0..2", "0..3"]
     total = math.prod(row.predicted for row in report.rows)
-    assert lines[7].startswith(f"all events: predicted {total:.3f}, limit ")
+    assert lines[7] == report.summary
+    assert report.summary.startswith(f"step time by freezing: predicted {total:.3f}, limit ")
     assert max(map(len, lines)) <= 100
 
 

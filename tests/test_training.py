@@ -242,6 +242,15 @@ def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch)
     assert asked == [(seed, epoch) for seed in (3, 4) for epoch in range(4)]
 
 
+def test_what_freezing_saves_is_written_down(finished):
+    found = {path.name for path in finished.path.glob("freezing-*")}
+    assert found == {"freezing-freezeout-seed3.txt", "freezing-both-seed3.txt"}
+    lines = (finished.path / "freezing-freezeout-seed3.txt").read_text().splitlines()
+    steps = [line.split()[0] for line in lines[2:6]]
+    schedule = CONFIG.schedule("freezeout", TOTAL_STEPS)
+    assert steps == [str(schedule.freeze_steps(i, 5)[0]) for i in range(4)]
+
+
 def test_metrics_tell_schedules_layers_and_freezes(finished):
     lines = [line for line in finished.metrics() if line["method"] == "freezeout"]
     start = lines[0]

@@ -139,12 +139,14 @@ def run_all(
         for method in config.methods:
             if any(r["method"] == method and r["seed"] == seed for r in run_dir.results()):
                 continue
-            result = _Run(method, seed, config, data, run_dir).finish(quiet)
+            run = _Run(method, seed, config, data, run_dir)
+            result = run.finish(quiet)
             run_dir.add_result(result)
-            say(
-                f"{run_name(method, seed)}: error {100 * result['error']:.2f}%, "
-                f"{result['seconds']:.1f} s"
-            )
+            say(f"{run.name}: error {100 * result['error']:.2f}%, {result['seconds']:.1f} s")
+            if run.setup.report is not None and run.setup.report.rows:
+                text = f"{run.setup.report}\n"
+                write_atomic(run_dir.path / f"freezing-{run.name}.txt", text.encode())
+                say(f"{run.name}: {run.setup.report.summary}")
     results = run_dir.results()
     write_atomic(run_dir.path / "table.txt", (text_table(results) + "\n").encode())
     write_atomic(run_dir.path / "table.md", (markdown_table(results) + "\n").encode())
@@ -191,6 +193,7 @@ class _Run:
             self.store = SnapshotStore(run_dir.snapshots(self.name))
         self.totals = _Totals()
         self._restore()
+        self.setup.measure(data.example(self.device))
         self._set_frozen(self.setup.frozen_layers)
 
     def finish(self, quiet: bool) -> Line:

@@ -5,8 +5,8 @@ Each method is a function that sets up an optimizer; :func:`train_epoch` then ru
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from fastfreeze.clock import Clock
 from fastfreeze.freezing import LayerPlan, split
 from fastfreeze.graph import trim
 from fastfreeze.optim import SGD
 from fastfreeze.recipes.data import ImageData
+from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Schedule
 
 EVALUATION_BATCH = 250
@@ -38,6 +40,7 @@ class Setup:
         schedule: the learning rates as a function of the step.
         scheduler: torch's, where the optimizer does not know the schedule.
         plan: the layers, where some freeze.
+        report: what freezing saves, once :meth:`measure` was called and some freeze.
     """
 
     model: nn.Module
@@ -46,6 +49,16 @@ class Setup:
     schedule: Schedule
     scheduler: CosineAnnealingLR | None = None
     plan: LayerPlan | None = None
+    report: FreezeReport | None = None
+
+    def measure(self, example: Tensor) -> None:
+        """Measure from here on what freezing saves."""
+        if self.plan is not None:
+            self.report = FreezeReport(self.model, self.optimizer, self.plan, example)
+
+    def step(self) -> AbstractContextManager[None]:
+        """Around each training step."""
+        return nullcontext() if self.report is None else self.report.step()
 
     @property
     def frozen_layers(self) -> tuple[int, ...]:
@@ -109,10 +122,11 @@ def train_epoch(
     clock = StepClock(device)
     setup.model.train()
     for images, labels in batches:
-        setup.optimizer.zero_grad()
-        loss = F.cross_entropy(setup.network(images), labels)
-        loss.backward()
-        setup.optimizer.step()
+        with setup.step():
+            setup.optimizer.zero_grad()
+            loss = F.cross_entropy(setup.network(images), labels)
+            loss.backward()
+            setup.optimizer.step()
         if setup.scheduler is not None:
             setup.scheduler.step()
         losses.append(loss.detach())
@@ -125,26 +139,16 @@ class StepClock:
     """Times steps without making the GPU wait for the host."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks = [self._now()]
+        self._clock = Clock(device)
+        self._marks = [self._clock.now()]
 
     def tick(self) -> None:
         """A step is over."""
-        self._marks.append(self._now())
+        self._marks.append(self._clock.now())
 
     def seconds(self) -> list[float]:
         """Seconds between the ticks."""
-        if self._cuda:
-            torch.cuda.synchronize()
-            return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self._marks)]
-        return [b - a for a, b in pairwise(self._marks)]
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return [self._clock.seconds(start, end) for start, end in pairwise(self._marks)]
 
 
 @torch.no_grad()
