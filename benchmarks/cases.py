@@ -46,9 +46,9 @@ def sgd_case(model_name: str, num_groups: int) -> Case:
     runs: dict[str, Run] = {}
     makers = {
         "fastfreeze": _ours,
-        "torch fused": lambda g: _torch(g, fused=True),
-        "torch foreach": lambda g: _torch(g, foreach=True),
-        "torch for-loop": lambda g: _torch(g, foreach=False),
+        "torch fused": lambda g: torch_step(g, fused=True),
+        "torch foreach": lambda g: torch_step(g, foreach=True),
+        "torch for-loop": lambda g: torch_step(g, foreach=False),
     }
     for name, make in makers.items():
         groups = _groups(model_name, num_groups)
@@ -172,8 +172,11 @@ def _ours(groups: list[dict]) -> Run:
     return fastfreeze.SGD(groups, schedule=schedule, backend="cpu", **SGD_VALUES).step
 
 
-def _torch(groups: list[dict], **implementation: bool) -> Run:
+def torch_step(groups: list[dict], scheduled: bool = True, **implementation: bool) -> Run:
+    """torch's step and, if ``scheduled``, its scheduler's."""
     optimizer = torch.optim.SGD(groups, **SGD_VALUES, **implementation)
+    if not scheduled:
+        return optimizer.step
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TOTAL_STEPS)
 
     def step() -> None:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 import fastfreeze
-from benchmarks.cases import SGD_VALUES, TOTAL_STEPS, eager_statistics, statistics_fields
+from benchmarks.cases import (
+    SGD_VALUES,
+    TOTAL_STEPS,
+    eager_statistics,
+    statistics_fields,
+    torch_step,
+)
 from benchmarks.clock import Run
 from fastfreeze.ops.softmax import ensemble_softmax, ensemble_statistics
 from fastfreeze.recipes.models import build_model
@@ -107,10 +113,10 @@ def sgd_case(
     makers: dict[str, Callable[[list[dict]], Run]] = {
         f"{OURS} {name}": lambda g, name=name: _ours(g, name, momentum_dtype) for name in backends
     }
-    makers["torch fused"] = lambda g: _torch(g, scheduled=not graph, fused=True)
-    makers["torch foreach"] = lambda g: _torch(g, scheduled=not graph, foreach=True)
+    makers["torch fused"] = lambda g: torch_step(g, scheduled=not graph, fused=True)
+    makers["torch foreach"] = lambda g: torch_step(g, scheduled=not graph, foreach=True)
     if not graph:
-        makers["torch fused, constant lr"] = lambda g: _torch(g, scheduled=False, fused=True)
+        makers["torch fused, constant lr"] = lambda g: torch_step(g, scheduled=False, fused=True)
     for name, make in makers.items():
         groups = shapes.groups(device, dtype)
 
@@ -201,19 +207,6 @@ def _ours(groups: list[dict], backend: str, momentum_dtype: torch.dtype | None) 
     ).step
 
 
-def _torch(groups: list[dict], scheduled: bool, **implementation: bool) -> Run:
-    optimizer = torch.optim.SGD(groups, **SGD_VALUES, **implementation)
-    if not scheduled:
-        return optimizer.step
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TOTAL_STEPS)
-
-    def step() -> None:
-        optimizer.step()
-        scheduler.step()
-
-    return step
-
-
 def _captured(run: Run) -> Run:
     """A run as a CUDA graph; making it takes no step."""
     torch.cuda.synchronize()
@@ -232,7 +225,7 @@ def _sgd_truth(shapes: Shapes, device: str, dtype: torch.dtype) -> list[Tensor]:
     groups = shapes.groups(device, dtype)
     for group in groups:
         group["params"] = [_in_fp64(p) for p in group["params"]]
-    step = _torch(groups, scheduled=True, foreach=False)
+    step = torch_step(groups, scheduled=True, foreach=False)
     for _ in range(GATE_STEPS):
         step()
     return [p for g in groups for p in g["params"]]

@@ -78,6 +78,14 @@ inline void check_entropy(const Tensor& t, const Tensor& logits) {
   STD_TORCH_CHECK(same_device(t, logits), "entropy must be on the device of logits");
 }
 
+inline void check_addition(const Tensor& result, const std::optional<Tensor>& entropy,
+                           const std::optional<Tensor>& total, const Tensor& logits) {
+  check_logits(logits, "logits");
+  check_sum(result, logits, "result");
+  if (total.has_value()) check_sum(*total, logits, "total");
+  if (entropy.has_value()) check_entropy(*entropy, logits);
+}
+
 inline void check_labels(const Tensor& labels, const Tensor& logits) {
   STD_TORCH_CHECK(has_shape_of_rows(labels, logits), "labels must have the shape of members' rows");
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels must be int64");

@@ -15,11 +15,11 @@ from fastfreeze.optim import SGD
 from fastfreeze.schedule import FreezeOutCycles
 from tests.emulation import EmulationError
 from tests.emulation.sgd import install
+from tests.test_sgd import TOLERANCE
 
 pytestmark = pytest.mark.slow
 # One run each, and two: a sanitized launch of more would take long.
 SIZES = [1, 33, 2048, 2049]
-TOLERANCE = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CASES = {
     "fp32": (torch.float32, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     "fp32 without momentum": (torch.float32, {}),

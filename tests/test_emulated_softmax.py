@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastfreeze.ops.reference import sum_dtype
 from fastfreeze.ops.softmax import EnsembleStatistics
 from tests.emulation import SANITIZERS, Addresses, build, dtype_code
 from tests.softmax_cases import (
@@ -39,10 +40,6 @@ each_kernel = pytest.mark.parametrize("classes", EACH_KERNEL)
 @pytest.fixture(scope="module")
 def plain():
     return build("softmax_harness.cpp", None)
-
-
-def sum_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def launch(program, mode, members, results, *, weights=None, temperature=1.0, blocks=10**6):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastfreeze.ops.reference import sum_dtype
 from fastfreeze.ops.softmax import EnsembleStatistics
 from tests.conftest import HAS_GPU, kernel
 from tests.guard import every_side, guarded
@@ -59,10 +60,6 @@ def kernels(request, monkeypatch):
 def labels_of(members):
     classes = members[0].shape[-1]
     return torch.randint(0, classes, members[0].shape[:-1], device=DEVICE)
-
-
-def wide(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def statistics(kernels, members, labels=None, weights=None, temperature=1.0):
@@ -109,10 +106,10 @@ def test_adding_a_member(kernels, shape, dtype):
     (logits,) = make(shape, 1, dtype, DEVICE)
     p = (logits.double() / 2).softmax(-1)
     own_entropy = torch.special.entr(p).sum(-1)
-    for total in (None, torch.rand(shape, dtype=wide(dtype), device=DEVICE)):
-        before = torch.rand(shape[:-1], dtype=wide(dtype), device=DEVICE)
+    for total in (None, torch.rand(shape, dtype=sum_dtype(dtype), device=DEVICE)):
+        before = torch.rand(shape[:-1], dtype=sum_dtype(dtype), device=DEVICE)
         for entropy in (None, before.clone()):
-            result = torch.full(shape, NAN, dtype=wide(dtype), device=DEVICE)
+            result = torch.full(shape, NAN, dtype=sum_dtype(dtype), device=DEVICE)
             kernels.softmax_add(result, entropy, total, logits, 0.3, 2.0)
             expected = 0.3 * p + (0 if total is None else total.double())
             torch.testing.assert_close(result.double(), expected, **tolerance)
@@ -260,7 +257,7 @@ def test_nothing_beyond_the_ends_is_read_or_written(kernels, classes, dtype, sid
     def poisoned(shape, dtype):
         return guarded(torch.full(shape, NAN).to(dtype), side)
 
-    sums = wide(dtype)
+    sums = sum_dtype(dtype)
     of_rows = [poisoned((2,), of) for of in (sums, torch.int64, sums, sums, sums)]
     job = kernels._Job(members, 1.0, poisoned((2, classes), dtype), labels=labels)
     job.summary = tuple(of_rows)

@@ -153,10 +153,7 @@ Statistics ensemble_statistics(std::vector<Tensor> members,
 
 void softmax_add(Tensor result, std::optional<Tensor> entropy, std::optional<Tensor> total,
                  Tensor logits, double weight, double temperature) {
-  check_logits(logits, "logits");
-  check_sum(result, logits, "result");
-  if (total.has_value()) check_sum(*total, logits, "total");
-  if (entropy.has_value()) check_entropy(*entropy, logits);
+  check_addition(result, entropy, total, logits);
   SoftmaxJob job;
   job.mode = entropy.has_value() ? Mode::sum_and_entropy : Mode::sum;
   job.weights = {weight};

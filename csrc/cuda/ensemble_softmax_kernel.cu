@@ -144,10 +144,7 @@ Statistics ensemble_statistics(std::vector<Tensor> members,
 
 void softmax_add(Tensor result, std::optional<Tensor> entropy, std::optional<Tensor> total,
                  Tensor logits, double weight, double temperature) {
-  check_logits(logits, "logits");
-  check_sum(result, logits, "result");
-  if (total.has_value()) check_sum(*total, logits, "total");
-  if (entropy.has_value()) check_entropy(*entropy, logits);
+  check_addition(result, entropy, total, logits);
   const SoftmaxMode mode = entropy.has_value() ? SoftmaxMode::statistics : SoftmaxMode::sum;
   const std::vector<Tensor> members = {logits};
   Request request{mode, members, {weight}, checked_inverse(temperature)};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -39,6 +40,16 @@ _LIBRARY.define(
 )
 _LIBRARY.define("cuda_sgd_seek(int handle, int step) -> ()")
 _LIBRARY.define("cuda_sgd_plan_free(int handle) -> ()")
+_LIBRARY.define(
+    "affine_relu_cat(Tensor[] parts, Tensor scale, Tensor shift, bool channels_last, bool relu) "
+    "-> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "winograd_conv2d(Tensor input, Tensor transformed, Tensor? bias, Tensor? residual, "
+    "Tensor? input_scale, Tensor? input_shift, int pad_h, int pad_w, bool relu) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 for _prefix in ("", "triton_"):  # of C++, and of Triton, which torch.compile need not look into
     _LIBRARY.define(
         f"{_prefix}ensemble_softmax(Tensor[] members, float[]? weights, float temperature, "
@@ -148,6 +159,11 @@ def refuses_device(backend: Backend, device: torch.device) -> str | None:
         if capability < OLDEST_CAPABILITY:
             return f"{device} has compute capability {capability}, expected {OLDEST_CAPABILITY}"
     return None
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes ``device`` the one that Triton launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 # Not for torch.compile to trace: a device stays what it is.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastfreeze.ops import _library
 from fastfreeze.ops._library import Backend
+from fastfreeze.ops.reference import sum_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -127,6 +128,17 @@ def checked_labels(labels: Tensor | None, logits: Tensor) -> Tensor | None:
             found = labels[tuple(row)].item()
             raise ValueError(f"labels{row} must be in 0..{classes - 1}, got {found}")
     return labels.long()
+
+
+def new_statistics(
+    first: Tensor, with_nll: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the statistics of logits like ``first``, in ``ensemble_statistics``' order."""
+    rows, dtype = first.shape[:-1], sum_dtype(first.dtype)
+    maximum, entropy, mutual_information = (first.new_empty(rows, dtype=dtype) for _ in range(3))
+    argmax = first.new_empty(rows, dtype=torch.int64)
+    nll = first.new_empty(rows if with_nll else (0,), dtype=dtype)
+    return first.new_empty(first.shape), maximum, argmax, entropy, mutual_information, nll
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfreeze.ops._softmax_arguments import new_statistics
 from fastfreeze.ops.reference import equal_weights, log_weight, scaled_reference, sum_dtype
 
 
@@ -27,12 +28,7 @@ def _fake_statistics(
     temperature: float,
     labels: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    first = members[0]
-    rows, dtype = first.shape[:-1], sum_dtype(first.dtype)
-    entropy, mutual_information, maximum = (first.new_empty(rows, dtype=dtype) for _ in range(3))
-    argmax = first.new_empty(rows, dtype=torch.int64)
-    nll = first.new_empty((0,) if labels is None else rows, dtype=dtype)
-    return first.new_empty(first.shape), maximum, argmax, entropy, mutual_information, nll
+    return new_statistics(members[0], labels is not None)
 
 
 def _fake_add(

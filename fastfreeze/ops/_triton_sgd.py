@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastfreeze.ops._library import current
 
 if TYPE_CHECKING:
     from fastfreeze.ops._device_sgd import TritonPlan
@@ -42,7 +43,7 @@ def step(
     plan: TritonPlan, grad_scale: Tensor | None, found_inf: Tensor | None, track: bool
 ) -> None:
     """Launch a step of the plan, whose ``grad_table`` is up to date."""
-    with _on(plan):
+    with current(plan.device):
         _step_kernel[(max(1, len(plan.runs)),)](
             plan.runs,
             plan.grad_table,
@@ -74,7 +75,7 @@ def step(
 
 def seek(plan: TritonPlan, step: int) -> None:
     """Bring the plan's tables to a step of the schedule."""
-    with _on(plan):
+    with current(plan.device):
         _seek_kernel[(1,)](
             plan.hypers,
             plan.states,
@@ -88,12 +89,6 @@ def seek(plan: TritonPlan, step: int) -> None:
             GROUPS=_GROUPS,
             num_warps=4,
         )
-
-
-def _on(plan: TritonPlan) -> Any:
-    if plan.device.type == "cuda":
-        return torch.cuda.device(plan.device)
-    return contextlib.nullcontext()
 
 
 @triton.jit

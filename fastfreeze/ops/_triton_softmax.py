@@ -7,7 +7,6 @@ are split: sums over each part of each member's row first, then the mean. A bad 
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfreeze.ops._library import current
+from fastfreeze.ops._softmax_arguments import new_statistics
 from fastfreeze.ops.reference import equal_weights, sum_dtype
 
 _Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -52,17 +53,12 @@ def ensemble_statistics(
     members: list[Tensor], weights: list[float] | None, temperature: float, labels: Tensor | None
 ) -> _Statistics:
     """The operator of that name."""
-    first = members[0]
-    rows, dtype = first.shape[:-1], sum_dtype(first.dtype)
-    mean = torch.empty_like(first, memory_format=torch.contiguous_format)
-    best, entropy, mutual_information = (first.new_empty(rows, dtype=dtype) for _ in range(3))
-    argmax = first.new_empty(rows, dtype=torch.int64)
-    nll = first.new_empty((0,) if labels is None else rows, dtype=dtype)
+    mean, *summary = results = new_statistics(members[0], labels is not None)
     job = _Job(members, temperature, mean)
-    job.summary = (best, argmax, entropy, mutual_information, nll)
+    job.summary = tuple(summary)
     job.labels = None if labels is None else labels.contiguous()
     _launch(job, weights)
-    return mean, best, argmax, entropy, mutual_information, nll
+    return results
 
 
 def softmax_add(
@@ -98,7 +94,7 @@ def _launch(job: _Job, weights: list[float] | None) -> None:
     if job.out.numel() == 0:
         return
     shares = equal_weights(len(job.members)) if weights is None else weights
-    with _on(job.out.device):
+    with current(job.out.device):
         size = triton.cdiv(len(shares), triton.cdiv(len(shares), _GROUP))
         *firsts, last = range(0, len(shares), size)
         if firsts:
@@ -110,10 +106,6 @@ def _launch(job: _Job, weights: list[float] | None) -> None:
             _launch_group(part, shares[some])
             job.before = part.out
         _launch_group(replace(job, members=job.members[last:]), shares[last:])
-
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _add_running_sums(job: _Job) -> None:

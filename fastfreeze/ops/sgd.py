@@ -208,17 +208,17 @@ def plan_members(
 
 
 def _fastest(param: Tensor) -> Backend:
-    for backend in _library.for_device(param.device):
-        if not refuses(backend, param):
-            return backend
-    return "reference"
+    usable = _library.for_device(param.device)
+    return usable[0] if usable and not _unsuitable(param) else "reference"
 
 
 def refuses(backend: Backend, tensor: Tensor) -> str | None:
     """Why a kernel cannot update ``tensor``; None if it can."""
-    reason = _library.refuses_device(backend, tensor.device)
-    if reason:
-        return reason
+    return _library.refuses_device(backend, tensor.device) or _unsuitable(tensor)
+
+
+def _unsuitable(tensor: Tensor) -> str | None:
+    """Why no kernel can update ``tensor``, wherever it is."""
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}"
     if tensor.dtype not in KERNEL_DTYPES:
