@@ -1,12 +1,17 @@
-"""Makes Triton's interpreter round to bfloat16 as a GPU does, where its own rounds towards zero."""
+"""Makes Triton's interpreter round as a GPU does.
+
+Its own rounds to bfloat16 towards zero, and the product in a fused multiply-add too.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _truncated = InterpreterBuilder.create_fp_trunc
+_rounded_twice = InterpreterBuilder.create_fma
 
 
 def _rounded(self, src, dst_type):
@@ -16,6 +21,15 @@ def _rounded(self, src, dst_type):
     return TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
 
 
+def _fused(self, x, y, z):
+    if z.dtype.scalar != tl.float32:
+        return _rounded_twice(self, x, y, z)
+    exact = x.data.astype(np.float64) * y.data
+    with np.errstate(over="ignore"):
+        return TensorHandle((exact + z.data).astype(np.float32), tl.float32)
+
+
 def install():
     """For all kernels of this process."""
     InterpreterBuilder.create_fp_trunc = _rounded
+    InterpreterBuilder.create_fma = _fused

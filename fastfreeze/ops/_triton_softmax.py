@@ -229,7 +229,10 @@ def _exp(x):
         e = tl.exp(x)
     else:
         n = tl.maximum(tl.fma(x, _LOG2_E, _UNIT), _UNIT - 126.0)
-        f = tl.fma(x, _LOG2_E_REST, tl.fma(x, _LOG2_E, _UNIT - n))
+        # Named, for Triton's interpreter: there a constant less a tensor is a constexpr, which an
+        # assignment unwraps, but tl.fma from Triton 3.7 on does not.
+        minus_n = _UNIT - n
+        f = tl.fma(x, _LOG2_E_REST, tl.fma(x, _LOG2_E, minus_n))
         e = tl.exp2(f) * (n.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
     return e
 
