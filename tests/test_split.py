@@ -133,7 +133,7 @@ def _tensors(value):
 def smallest_by_search(graph, flow, ahead, read, metas):
     """Bytes of the smallest set of nodes from which all that is read can be made, cheaply."""
     nodes = [node for node in graph.nodes if node in ahead]
-    best = None
+    best, once = None, splitting._run_once(flow, ahead)
     for kept in itertools.chain.from_iterable(
         itertools.combinations(nodes, k) for k in range(len(nodes) + 1)
     ):
@@ -143,7 +143,7 @@ def smallest_by_search(graph, flow, ahead, read, metas):
             if node in kept or node in seen or node not in ahead:
                 continue
             seen.add(node)
-            possible = splitting._may_run_again(node, flow)
+            possible = node not in once
             pending += node.all_input_nodes
         if possible:
             size = sum(metas[n.name].numel() * metas[n.name].element_size() for n in kept)
@@ -232,6 +232,13 @@ def written_before(m, x):
     return m.late(y)
 
 
+def written_under_another_name(m, x):
+    y = m.a(x)
+    z = F.relu(y)
+    z.sub_(1)
+    return m.late(torch.cat([z, y], 1)[:, 2:6])
+
+
 def written_after_a_view(m, x):
     y = m.a(x)
     z = y[:, :2]
@@ -265,6 +272,7 @@ def input_written_behind(m, x):
     "body",
     [
         written_before,
+        written_under_another_name,
         written_after_a_view,
         written_at_the_boundary,
         written_by_what_trains,

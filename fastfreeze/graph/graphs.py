@@ -152,14 +152,15 @@ class TrimmedGraph:
         if self.hooked:
             self.unsplit = f"{name} has hooks"
             return ""
-        program = self._program(detach=False)
         with preserved(self._model), unobserved():
-            self._execute(program, copied(tensors))
-        if program.escaped:
-            return program.escaped[0]
+            _, escaped = self.run_attached(copied(tensors))
+        if escaped:
+            return escaped[0]
         self._proven = True
         try:
-            self.prefix = Prefix(self._trace, self._model, self.cut, program.metas, self._options)
+            self.prefix = Prefix(
+                self._trace, self._model, self.cut, self._program(detach=False).metas, self._options
+            )
         except CannotSplitError as error:
             self.unsplit = str(error)
         return ""
@@ -199,14 +200,14 @@ class TrimmedGraph:
         if problem := self.compare_with_model(args, kwargs, backward=True):
             return problem
 
-        def observed(program: Program) -> Observation:
-            return self._observe(
-                lambda a, k: self._execute(program, self._tensors(a, k)), args, kwargs, True
-            )
+        def observed(run: Callable[[list[Tensor]], Any]) -> Observation:
+            return self._observe(lambda a, k: run(self._tensors(a, k)), args, kwargs, True)
 
-        attached = observed(self._program(detach=False))
-        detached = observed(self._program(detach=True))
-        return difference(detached, attached)
+        attached = observed(lambda tensors: self.run_attached(tensors)[0])
+        detached = observed(lambda tensors: self._execute(self._program(detach=True), tensors))
+        if problem := difference(detached, attached) or self.prove(self._tensors(args, kwargs)):
+            return problem
+        return difference(observed(self.run), attached) if self.prefix else ""
 
     def _observe(
         self, run: Callable[[Any, Any], Any], args: Any, kwargs: Any, backward: bool

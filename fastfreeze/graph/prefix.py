@@ -158,6 +158,7 @@ class Prefix:
         self._stretches: dict[Prefix, Part] = {}
         self._held = _held_by(model, split.prefix)
         self._key: tuple[Any, str] | None = None
+        self._attributes = Watch([])
         places = [node for node in trace.graph.nodes if node.op == "placeholder"]
         read = {i for node in split.prefix for i in node.all_input_nodes}
         self.inputs = tuple(i for i, node in enumerate(places) if node in read)

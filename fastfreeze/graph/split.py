@@ -109,7 +109,7 @@ def find_stretch(
     stretch = _with_writers(
         later.crossing, flow, within, stop=frozenset(earlier.crossing), writers=within - done
     )
-    if not done <= within or not all(_may_run_again(node, flow) for node in stretch & done):
+    if not done <= within or stretch & done & _run_once(flow, within):
         raise CannotSplitError("the cut has not moved forward")
     return tuple(node for node in later.prefix if node in stretch)
 
@@ -204,7 +204,7 @@ def _minimum_cut(
     import networkx as nx
 
     order = {node: i for i, node in enumerate(graph.nodes)}
-    once = frozenset(node for node in ahead if not _may_run_again(node, flow))
+    once = _run_once(flow, ahead)
     region = _upstream(read, stop=once, within=ahead)
     region |= {i for node in region for i in node.all_input_nodes if i in once} | (read & once)
     changed = _changed_later(flow, ahead - (region - once), region, order)
@@ -243,6 +243,16 @@ def _changed_later(
         for user in node.users
         if user not in first
         and any(order[user] < last.get(storage, -1) for storage in flow.storages[node])
+    )
+
+
+def _run_once(flow: Dataflow, ahead: Nodes) -> Nodes:
+    """Those of the nodes that run ahead that must not run again, or would miss a write if so."""
+    written = {s for node in ahead for name in flow.written_by(node) for s in flow.storages[name]}
+    return frozenset(
+        node
+        for node in ahead
+        if not _may_run_again(node, flow) or not written.isdisjoint(flow.storages[node])
     )
 
 

@@ -191,7 +191,7 @@ class TrimmedModel(nn.Module):
 
         Compared are outputs, buffers and the gradients of all parameters that require grad: of the
         graph with the model, and of the trimmed graph with the graph whose frozen norms and
-        dropouts are in eval mode; at module level, of the trimmed model with the model when hooks
+        dropouts are in eval mode, as a whole and in two parts, the first folded; at module level, of the trimmed model with the model when hooks
         put the same modules in eval mode. All runs start from the same random numbers.
         Gradients, buffers, training flags and random number generators are left as they were.
 
