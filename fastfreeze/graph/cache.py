@@ -69,7 +69,7 @@ class FeatureCache:
             by another version, device or number of threads are not used. The files of the least
             recently used cuts are deleted when their space is needed.
         dtype: a floating-point dtype to keep wider values in: ``torch.bfloat16`` halves the bytes
-            of fp32, with a relative error of up to 2**-9 in each value, kept or just computed. What
+            of fp32, with a relative error of up to 2**-8 in each value, kept or just computed. What
             is kept is then not carried on when the cut moves.
         enabled: None: on under each cut where the first few batches show that looking up and
             storing together take less time than the prefix. True: without that. False: off.

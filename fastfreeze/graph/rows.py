@@ -29,12 +29,12 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
 def hash_rows(tensor: Tensor) -> Tensor:
     """A 64-bit hash of the bits of each row, on the tensor's device.
 
-    A sum of the row's 64-bit words, each times an odd number of its own, modulo 2**64: any change
-    within one word is noticed, and any other but with a chance of about 2**-63, if it touches more
-    than words' top bits.
+    A sum of the row's 64-bit words, each times an odd number of its own, modulo 2**64. Any change
+    within one word is noticed. One of several words' upper k bits alone is missed with a chance of
+    about 2**-k.
     """
     n = len(tensor)
-    rows = tensor.detach().reshape(n, -1).contiguous()
+    rows = tensor.detach().reshape(n, tensor.shape[1:].numel()).contiguous()
     width = rows.shape[1] * rows.element_size()
     if width % _WORD or rows.data_ptr() % _WORD:
         padded = rows.new_zeros((n, -(-width // _WORD) * _WORD), dtype=torch.uint8)

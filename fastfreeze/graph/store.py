@@ -216,7 +216,7 @@ class RowStore:
     def get(self, slots: Sequence[int]) -> list[Tensor]:
         """Copies of rows, ``[n, numel]`` of each column."""
         index = torch.tensor(slots, dtype=torch.int64)
-        return [column.rows.index_select(0, index) for column in self._columns]
+        return [column.rows.index_select(0, index).view(column.dtype) for column in self._columns]
 
     def add(self, keys: Sequence[int], digests: Tensor, values: Sequence[Tensor]) -> int:
         """Add rows whose keys are not there yet, as far as there is room.
@@ -293,7 +293,7 @@ class RowStore:
             self._state[hole] = self._state[mover]
 
     def _checksums(self, at: slice | Tensor) -> Tensor:
-        """Of rows as they are in memory; never 0, which marks a slot as empty."""
+        """Of rows as they are now; never 0, which marks a slot as empty."""
         total = hash_rows(self._stamps.rows[at][:, :_CHECKSUM])
         for column in self._columns:
             total = total * 3 + hash_rows(column.rows[at])
@@ -349,10 +349,15 @@ class RowStore:
 
 
 class _Array:
-    """``[capacity, numel]`` of a dtype, in mapped memory or a mapped file; of changing length."""
+    """``[capacity, numel]`` of a dtype, in mapped memory or a mapped file; of changing length.
+
+    Attributes:
+        rows: the array, as bytes where the dtype is bool, whose copies may differ in their bits.
+    """
 
     def __init__(self, dtype: torch.dtype, numel: int, path: Path | None) -> None:
-        self._dtype, self._numel = dtype, numel
+        self.dtype, self._numel = dtype, numel
+        self._held = torch.uint8 if dtype == torch.bool else dtype
         self._width = dtype.itemsize * numel
         if path is None:
             self._fd = os.memfd_create("fastfreeze")
@@ -361,7 +366,7 @@ class _Array:
         self.close = weakref.finalize(self, os.close, self._fd)
         self._map: mmap.mmap | None = None
         self.capacity = os.fstat(self._fd).st_size // self._width
-        self.rows = torch.empty(0, numel, dtype=dtype)
+        self.rows = torch.empty(0, numel, dtype=self._held)
 
     def resize(self, capacity: int) -> None:
         """Have ``capacity`` rows; earlier views of :attr:`rows` are void.
@@ -372,13 +377,13 @@ class _Array:
         size, before = capacity * self._width, os.fstat(self._fd).st_size
         if size > before:  # not only promised: a write to a full disk would kill the process
             os.posix_fallocate(self._fd, before, size - before)
-        self.rows = torch.empty(0, self._numel, dtype=self._dtype)
+        self.rows = torch.empty(0, self._numel, dtype=self._held)
         self._map = None
         os.ftruncate(self._fd, size)
         self.capacity = capacity
         if capacity:
             self._map = mmap.mmap(self._fd, size)
-            self.rows = torch.frombuffer(self._map, dtype=self._dtype).view(capacity, self._numel)
+            self.rows = torch.frombuffer(self._map, dtype=self._held).view(capacity, self._numel)
 
 
 def _prepare(path: Path, columns: Sequence[Column]) -> None:
