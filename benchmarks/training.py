@@ -75,7 +75,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Summary:
-    """One rival's line of the table; seconds, shares in 0..1, and baseline's steps."""
+    """One rival's line of the table; seconds, shares in 0..1, baseline's steps, last notes."""
 
     total: Spread
     saved: Spread
@@ -83,6 +83,7 @@ class Summary:
     once: float
     saved_in_a_long_run: float
     recuts: list[float]
+    notes: dict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,6 +248,7 @@ def summarize(runs: Mapping[str, list[RunTimes]], frozen: Sequence[int]) -> dict
             once=total.median - usual,
             saved_in_a_long_run=1 - usual / whole,
             recuts=[statistics.median(seconds) / step for seconds in recuts],
+            notes=own[-1].notes,
         )
     return summaries
 

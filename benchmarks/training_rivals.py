@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import numpy as np
@@ -77,6 +77,7 @@ class Training:
         after_step: sets learning rates and flags for the next step.
         layout: memory format of the images.
         verify: raises where the network is not the model.
+        notes: what there is to tell at the end.
     """
 
     model: nn.Module
@@ -85,6 +86,7 @@ class Training:
     after_step: Callable[[], None] = lambda: None
     layout: torch.memory_format = torch.contiguous_format
     verify: Callable[[Tensor], None] = lambda images: None
+    notes: Callable[[], dict] = dict
 
     def step(self, images: Tensor, labels: Tensor, ids: Tensor) -> float:
         """Train on a batch; its loss."""
@@ -134,20 +136,29 @@ def flags(task: Task, t_0: float) -> Training:
     return Training(model, lambda images, ids: model(images), optimizer, follow)
 
 
-def ours(task: Task, t_0: float, *, cache: bool = False, channels_last: bool = False) -> Training:
-    """fastfreeze's SGD and trimmed network; with ``cache`` its features are kept."""
+def ours(
+    task: Task,
+    t_0: float,
+    *,
+    cache: bool = False,
+    enabled: bool | None = None,
+    channels_last: bool = False,
+) -> Training:
+    """fastfreeze's SGD and trimmed network; with ``cache`` features are kept, where ``enabled``."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = task.build().to(memory_format=layout)
     schedule = fastfreeze.FreezeOut(task.total_steps, t_0=t_0)
     plan = fastfreeze.split(model, task.images[:2], schedule=schedule, lr=LR)
     optimizer = fastfreeze.SGD(plan.param_groups(), LR, **HYPERS, schedule=schedule)
     trimmed = fastfreeze.trim(model)
+    training = Training(
+        model, lambda images, ids: trimmed(images), optimizer, layout=layout, verify=trimmed.verify
+    )
     if cache:
-        features = fastfreeze.FeatureCache(trimmed)
-        network = lambda images, ids: features(images, samples=ids)  # noqa: E731
-    else:
-        network = lambda images, ids: trimmed(images)  # noqa: E731
-    return Training(model, network, optimizer, layout=layout, verify=trimmed.verify)
+        features = fastfreeze.FeatureCache(trimmed, enabled=enabled)
+        training.network = lambda images, ids: features(images, samples=ids)
+        training.notes = lambda: {**asdict(features.stats()), "reason": features.reason}
+    return training
 
 
 Make = Callable[[Task, float], Training]
@@ -160,6 +171,7 @@ FREEZING: dict[str, Make] = {
     FLAGS: flags,
     "fastfreeze": ours,
     "fastfreeze, cache": partial(ours, cache=True),
+    "fastfreeze, cache on": partial(ours, cache=True, enabled=True),
     "fastfreeze, channels_last": partial(ours, channels_last=True),
     "fastfreeze, channels_last, cache": partial(ours, channels_last=True, cache=True),
 }
@@ -173,11 +185,13 @@ class RunTimes:
         setup: seconds of making the model, optimizer and network.
         steps: seconds of each step.
         losses: of each step.
+        notes: what the rival tells at the end.
     """
 
     setup: float = 0.0
     steps: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    notes: dict = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -197,6 +211,7 @@ def train(
         times.steps.append(time.perf_counter() - start)
         if (step + 1) % slice_steps == 0:
             yield
+    times.notes = training.notes()
 
 
 def take_turns(

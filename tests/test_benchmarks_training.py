@@ -44,7 +44,7 @@ def run(tmp_path, *rivals):
 
 
 def test_a_toy_run(tmp_path, capsys):
-    code, results = run(tmp_path, BEST_TORCH, OURS, "fastfreeze, channels_last")
+    code, results = run(tmp_path, BEST_TORCH, OURS, "fastfreeze, cache")
     assert code == 0, results
     assert results["machine"]["torch"] == torch.__version__
     assert MODEL in results["command"]
@@ -54,13 +54,14 @@ def test_a_toy_run(tmp_path, capsys):
     at = entry["t_0"]["0.5"]
     assert at["freezes"] == 4
     assert at["limit_with_prefix_forward"] < at["limit_without"] < 1
-    assert set(at["rivals"]) == {BASELINE, FLAGS, BEST_TORCH, OURS, "fastfreeze, channels_last"}
+    assert set(at["rivals"]) == {BASELINE, FLAGS, BEST_TORCH, OURS, "fastfreeze, cache"}
     for name, line in at["rivals"].items():
         total = line["total"]
         assert 0 < total["lowest"] <= total["median"] <= total["highest"]
         assert line["saved"]["highest"] < 1
         assert bool(line["recuts"]) == (name in FREEZING)
     assert at["rivals"][BASELINE]["saved"] == {"median": 0, "lowest": 0, "highest": 0}
+    assert at["rivals"]["fastfreeze, cache"]["notes"].keys() >= {"hits", "misses", "reason"}
     text = capsys.readouterr().out
     assert f"{MODEL}, t_0=0.5: 12 steps, 4 freezes. Saved at most" in text
     assert f"| {OURS} |" in text
@@ -169,6 +170,7 @@ def test_rivals_take_turns_on_the_same_batches():
     class Logged:
         def __init__(self, name):
             self.name = name
+            self.notes = dict
 
         def step(self, images, labels, ids):
             log.append((self.name, tuple(ids.tolist())))
