@@ -77,7 +77,7 @@ constexpr T kLowest = -std::numeric_limits<T>::infinity();
 
 template <typename T>
 [[gnu::always_inline]] inline Vec<T> all(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // unlike a sum, no instruction of its own
 }
 
 template <typename T>
