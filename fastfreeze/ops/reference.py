@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -140,3 +141,31 @@ def equal_weights(count: int) -> list[float]:
 def log_weight(weight: float) -> float:
     """Logarithm of a member's weight; -inf for a member that counts for nothing."""
     return math.log(weight) if weight > 0 else -math.inf
+
+
+def affine_relu_cat_reference(
+    parts: Sequence[Tensor], scale: Tensor, shift: Tensor, relu: bool
+) -> Tensor:
+    """``relu(x * scale + shift)`` per channel of the parts side by side, in the parts' dtype."""
+    x = torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
+    y = x.to(sum_dtype(x.dtype)) * scale[:, None, None] + shift[:, None, None]
+    return (y.relu() if relu else y).to(x.dtype)
+
+
+def winograd_conv2d_reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    padding: tuple[int, int],
+    relu: bool = False,
+    residual: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    input_shift: Tensor | None = None,
+) -> Tensor:
+    """The convolution, of the weight [K, C, 3, 3] itself; any dtype."""
+    if input_scale is not None and input_shift is not None:
+        input = affine_relu_cat_reference([input], input_scale, input_shift, relu=True)
+    y = F.conv2d(input, weight, bias, padding=padding)
+    y = y if residual is None else y + residual
+    return y.relu() if relu else y
