@@ -4,7 +4,15 @@ from fastfreeze._version import __version__
 from fastfreeze.ensemble import Snapshot, SnapshotEnsemble, SnapshotStore
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
 from fastfreeze.freezing import Layer, LayerPlan, split
-from fastfreeze.graph import CacheStats, FeatureCache, TrimmedModel, trim
+from fastfreeze.graph import (
+    CacheStats,
+    CompiledStage,
+    CompiledStages,
+    FeatureCache,
+    TrimmedModel,
+    compile_stages,
+    trim,
+)
 from fastfreeze.graph.blockers import BackwardBlocker, backward_blockers
 from fastfreeze.ops._library import backends
 from fastfreeze.ops.softmax import (
@@ -30,6 +38,8 @@ __all__ = [
     "BackendUnavailableError",
     "BackwardBlocker",
     "CacheStats",
+    "CompiledStage",
+    "CompiledStages",
     "Constant",
     "Cosine",
     "EnsembleAverage",
@@ -53,6 +63,7 @@ __all__ = [
     "__version__",
     "backends",
     "backward_blockers",
+    "compile_stages",
     "ensemble_softmax",
     "ensemble_statistics",
     "split",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from types import CodeType
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastfreeze.graph.trace import CallPattern, UntraceableError, hooked, is_lea
 from fastfreeze.graph.verify import Observation, difference, observe
 
 _MAX_TRACES = 32
+_OF_A_CUT = ("cut", "prefix", "unsplit", "hooked", "_modules", "_programs", "_proven")
 Flags = tuple[bool, ...]
 
 
@@ -120,6 +122,7 @@ class TrimmedGraph:
         self._model, self._options = model, options
         self._trace = trace(model, pattern)
         self._flags: Flags | None = None
+        self._compiled: dict[Flags | None, dict[str, Any]] = {}
         self._hooks = self._watch_hooks()
 
     def outdated(self) -> bool:
@@ -129,8 +132,13 @@ class TrimmedGraph:
         """Move the cut to where these ``requires_grad`` flags put it."""
         if flags == self._flags:
             return
-        self.cut = find_cut(self._trace, self._model)
+        if self.prefix is not None:
+            self.prefix.forget()
         self._flags = flags
+        if flags in self._compiled:
+            vars(self).update(self._compiled[flags])
+            return
+        self.cut = find_cut(self._trace, self._model)
         modules = [self._model.get_submodule(name) for name in self.cut.modules]
         self._modules = FrozenModules(modules, TrimmedGraph._execute.__code__)
         self._programs: dict[bool, Program] = {}
@@ -143,7 +151,7 @@ class TrimmedGraph:
         run does to buffers and random numbers is undone.
         """
         if self._hooks.changed():
-            self._hooks, self._proven = self._watch_hooks(), False
+            self._hooks, self._proven, self._compiled = self._watch_hooks(), False, {}
         if self._proven:
             return ""
         self.prefix, self.unsplit = None, ""
@@ -164,6 +172,24 @@ class TrimmedGraph:
         except CannotSplitError as error:
             self.unsplit = str(error)
         return ""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether what trains under the present cut is compiled."""
+        return self._flags in self._compiled
+
+    def compile(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put ``compiled`` of its function in the place of what trains under the present cut.
+
+        It is there again whenever the cut comes back.
+        """
+        program = self.prefix.suffix if self.prefix else self._program(detach=True)
+        program = replace(program, function=compiled(program.function))
+        if self.prefix:
+            self.prefix.suffix = program
+        else:
+            self._programs[True] = program
+        self._compiled[self._flags] = {name: vars(self)[name] for name in _OF_A_CUT}
 
     def run_attached(self, tensors: list[Tensor]) -> tuple[Any, list[str]]:
         """The output with autograd on in the prefix, and what the cut does not know of."""

@@ -67,6 +67,10 @@ class Part:
                 return self._run_fast(self._fast, values)
             return self._run_plain(values)
 
+    def forget(self) -> None:
+        """Give up the faster form; it is made again with the next call."""
+        self._fast = None
+
     def _takes_fast(self, values: Sequence[Any]) -> bool:
         if self.unfolded or _autocasts(values) or self._held.states() is None:
             return False
@@ -195,6 +199,12 @@ class Prefix:
     def run(self, tensors: Sequence[Tensor]) -> Values:
         """The values that cross, for the tensors of a call; without autograd."""
         return self._handed_over(self._part(tensors))
+
+    def forget(self) -> None:
+        """Give up folded weights; they are made again when the prefix runs."""
+        self._part.forget()
+        for part in self._stretches.values():
+            part.forget()
 
     def advance(self, earlier: Prefix, tensors: Sequence[Tensor], values: Values) -> Values:
         """The values that cross, from those that crossed under an earlier cut.

@@ -7,6 +7,7 @@ frozen nodes is put between two changes of grad mode, and what leaves it is deta
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -28,6 +29,8 @@ _EVAL_ARGUMENTS: dict[str, Any] = {
     "use_input_stats": False,
     "dropout_p": 0.0,
 }
+
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def compiled(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a Python function, whose first argument holds its attributes."""
     code = graph.python_code("self")
     namespace = dict(code.globals)
-    exec(compile(code.src, "<fastfreeze program>", "exec"), namespace)
+    name = f"<fastfreeze program {next(_NUMBERS)}>"  # what torch.compile knows code by
+    exec(compile(code.src, name, "exec"), namespace)
     return cast(Callable[..., Any], namespace["forward"])
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 from torch.nn.parameter import is_lazy
 
 from fastfreeze.errors import FastfreezeWarning
@@ -23,6 +24,15 @@ from fastfreeze.graph.verify import difference, observe
 
 _Batch = TypeVar("_Batch")
 _END: Any = object()
+
+_NOT_FROM_OUTSIDE = (
+    "a trimmed model cannot be compiled from outside, where a moved cut would be missed: use "
+    "fastfreeze.compile_stages(network, plan, inputs), and no torch.compile around its call"
+)
+_UNCOMPILED = (
+    "runs uncompiled: compile_stages has compiled no stage with these requires_grad flags, called "
+    "in this way"
+)
 
 
 def trim(
@@ -76,13 +86,13 @@ def trim(
     if example_inputs is None:
         return trimmed
     try:
-        trimmed._now().graph_for(*_arguments("example_inputs", example_inputs))
+        trimmed._now().graph_for(*arguments("example_inputs", example_inputs))
     except UntraceableError as error:
         trimmed._announce(str(error), stacklevel=3)
     return trimmed
 
 
-def _arguments(name: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(name: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, tuple):
@@ -109,6 +119,7 @@ class TrimmedModel(nn.Module):
       that does; a dropout in front of a part that trains is not. Norms keep their statistics
       bit for bit. A ``train()`` in between changes none of this.
     * If an input requires grad, autograd stays on in the prefix.
+    * ``torch.compile`` does not take it; :func:`fastfreeze.compile_stages` compiles what trains.
     * A model without a graph is announced by a :class:`~fastfreeze.errors.FastfreezeWarning` and
       trimmed at module level: a module whose parameters are all frozen runs in eval mode, with
       all that is in it, where none of its inputs requires grad (under ``no_grad`` that is
@@ -134,11 +145,18 @@ class TrimmedModel(nn.Module):
         self._options = options
         self._graphs: Graphs | None = None
         self._ahead: Ahead | None = None
+        self._compiled = False
         self._announced: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """``self.model(*args, **kwargs)``, with the frozen prefix left alone."""
-        call = self._begin(args, kwargs, stacklevel=5)
+        """``self.model(*args, **kwargs)``, with the frozen prefix left alone.
+
+        Raises:
+            TypeError: it is called from what ``torch.compile`` compiles.
+        """
+        if torch.compiler.is_dynamo_compiling() or eval_frame.get_eval_frame_callback() is not None:
+            raise TypeError(_NOT_FROM_OUTSIDE)
+        call = self._begin(args, kwargs, stacklevel=6)
         return call.run() if self._ahead is None else self._ahead.run(call, self._begin)
 
     def ahead(
@@ -167,7 +185,7 @@ class TrimmedModel(nn.Module):
             while batch is not _END:
                 following = next(iterator, _END)
                 self._ahead.following = (
-                    None if following is _END else _arguments("inputs", inputs(following))
+                    None if following is _END else arguments("inputs", inputs(following))
                 )
                 yield batch
                 batch = following
@@ -233,7 +251,7 @@ class TrimmedModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_graphs": None, "_ahead": None}
+        return {**vars(self), "_graphs": None, "_ahead": None, "_compiled": False}
 
     def _now(self) -> Graphs:
         if self._graphs is None or self._graphs.outdated():
@@ -244,12 +262,14 @@ class TrimmedModel(nn.Module):
     def _begin(self, args: Any, kwargs: Any, stacklevel: int = 4) -> Call:
         """What a call will do; announcements point ``stacklevel`` frames up."""
         graphs = self._now()
-        if not self.model.training or all(graphs.flags):
+        if not self.model.training or (all(graphs.flags) and not self._compiled):
             reason = "nothing is frozen" if self.model.training else "the model is in eval mode"
             return Call(lambda: self.model(*args, **kwargs), reason)
         try:
             graph, tensors = graphs.graph_for(args, kwargs)
-            if not (graph.cut.frozen or graph.cut.modules):
+            if self._compiled and not graph.compiled:
+                self._warn(_UNCOMPILED, stacklevel)
+            if not (graph.cut.frozen or graph.cut.modules or graph.compiled):
                 return Call(lambda: self.model(*args, **kwargs), str(graph.cut))
             if requires_grad(tensors):
                 return Call(lambda: graph.run_attached(tensors)[0], "an input requires grad")
@@ -293,11 +313,12 @@ class TrimmedModel(nn.Module):
         return difference(found, observe(self.model, by_hand, backward=True))
 
     def _announce(self, reason: str, stacklevel: int) -> None:
-        if reason in self._announced:
+        self._warn(f"is trimmed at module level, not on its graph: {reason}", stacklevel + 1)
+
+    def _warn(self, text: str, stacklevel: int) -> None:
+        if text in self._announced:
             return
-        self._announced.add(reason)
+        self._announced.add(text)
         warnings.warn(
-            f"{type(self.model).__name__} is trimmed at module level, not on its graph: {reason}",
-            FastfreezeWarning,
-            stacklevel=stacklevel,
+            f"{type(self.model).__name__} {text}", FastfreezeWarning, stacklevel=stacklevel
         )

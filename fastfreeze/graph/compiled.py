@@ -1,0 +1,258 @@
+"""Freezing under torch.compile: one program for each stage of a plan, compiled ahead.
+
+A compiled graph does not follow ``requires_grad`` flags: it is compiled again each time they
+change, until a limit is reached and everything runs uncompiled. Here every stage's program is a
+function with code of its own, compiled when its turn has not come yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfreeze.freezing import LayerPlan
+from fastfreeze.graph._state import preserved
+from fastfreeze.graph.graphs import TrimmedGraph
+from fastfreeze.graph.trace import UntraceableError
+from fastfreeze.graph.trim import TrimmedModel, arguments
+from fastfreeze.graph.verify import observe
+from fastfreeze.text import format_table, some
+
+_MOST_UNASKED = 8
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class CompiledStage:
+    """What a plan trains for a while, compiled.
+
+    Attributes:
+        steps: the steps from which on it runs, one for each time.
+        frozen: indices of the layers that are frozen.
+        seconds: what compiling it took, with the runs for that.
+        saved_bytes: bytes that a forward keeps for its backward, for the first example.
+    """
+
+    steps: tuple[int, ...]
+    frozen: frozenset[int]
+    seconds: float
+    saved_bytes: int
+
+
+_Measured = tuple[CompiledStage, int]  # with the bytes that it would keep uncompiled
+
+
+@dataclass(frozen=True)
+class CompiledStages:
+    """What :func:`compile_stages` has done. ``print`` shows a table."""
+
+    stages: tuple[CompiledStage, ...]
+
+    @property
+    def seconds(self) -> float:
+        """What compiling took; it belongs to the time of the training."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                str(i),
+                some([str(step) for step in stage.steps]),
+                str(len(stage.frozen)),
+                f"{stage.saved_bytes / 2**20:.1f} MiB",
+                f"{stage.seconds:.1f}",
+            )
+            for i, stage in enumerate(self.stages)
+        ]
+        return format_table(["stage", "from step", "frozen layers", "kept", "seconds"], rows)
+
+
+def compile_stages(
+    network: TrimmedModel,
+    plan: LayerPlan,
+    *examples: Any,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> CompiledStages:
+    """Compile what trains in each stage of a plan, forward and backward, before the training.
+
+    ``network`` then runs the compiled program of the stage that its ``requires_grad`` flags tell;
+    the frozen prefix runs in front of it as ever. Nothing is compiled during the training, for
+    inputs like the examples; others are as in any compiled function. Uncompiled run: a network in
+    eval mode, a call without autograd, one with an input that requires grad. A call with flags
+    that belong to no stage, or in another way than the examples', does too, and that is announced.
+
+    Each stage is run on the examples, forward and backward; parameters, buffers, gradients, flags
+    and random number generators are left as they were. Autocast is to be on if it will be then.
+
+    Args:
+        network: of :func:`fastfreeze.trim`.
+        plan: of :func:`fastfreeze.split`, for the same model, with its schedule. Without one, what
+            trains now is compiled.
+        examples: at least one of what the network will be called with: a tensor, a tuple of
+            positional arguments or a dict of keyword arguments; of another shape a second one.
+        dynamic, options: for :func:`torch.compile`: ``backend``, ``mode``, ``options``.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: no examples; a plan for another model; a schedule with more than 8 stages that
+            was not asked for ``stages=``; a model that cannot be compiled as one graph.
+        RuntimeError: a stage's compiled backward does not keep fewer bytes than that of the stage
+            before, though uncompiled it does.
+    """
+    _check(network, plan, examples)
+    calls = [arguments(f"examples[{i}]", example) for i, example in enumerate(examples)]
+    options = {"dynamic": dynamic, **options}
+    network._graphs = None
+    done: list[_Measured] = []
+    try:
+        with _as_found(network):
+            for frozen, steps in _stages(plan).items():
+                for layer in plan.layers:
+                    for parameter in layer.trainable:
+                        parameter.requires_grad_(layer.index not in frozen)
+                done.append(_compile(network, steps, frozen, calls, options))
+                _check_shrunk(done[-2:])
+    except BaseException:
+        network._graphs = None
+        raise
+    network._compiled = True
+    return CompiledStages(tuple(stage for stage, _ in done))
+
+
+def _check(network: TrimmedModel, plan: LayerPlan, examples: Sequence[Any]) -> None:
+    if not isinstance(network, TrimmedModel):
+        raise TypeError(f"network must be a TrimmedModel, got {type(network).__name__}")
+    if not isinstance(plan, LayerPlan):
+        raise TypeError(f"plan must be a LayerPlan, got {type(plan).__name__}")
+    if plan.model is not network.model:
+        raise ValueError("plan must be of the network's model, got that of another one")
+    if not examples:
+        raise ValueError("examples must hold at least one input, got none")
+    found = len(_stages(plan))
+    if found > _MOST_UNASKED and getattr(plan.schedule, "stages", None) is None:
+        raise ValueError(
+            f"schedule must have at most {_MOST_UNASKED} stages to compile, got {found}: give it "
+            "stages=, so that layers freeze together"
+        )
+
+
+def _stages(plan: LayerPlan) -> dict[frozenset[int], tuple[int, ...]]:
+    """The layers frozen in each stage, in the order of the stages, and the stage's first steps."""
+    if plan.schedule is None:
+        return {frozenset(): (0,)}
+    fixed = {layer.index for layer in plan.layers if not layer.trainable}
+    stages: dict[frozenset[int], tuple[int, ...]] = {}
+    for step, frozen in plan.schedule.frozen_layers(len(plan.layers)):
+        stages[frozen | fixed] = (*stages.get(frozen | fixed, ()), step)
+    return stages
+
+
+@contextmanager
+def _as_found(network: TrimmedModel) -> Iterator[None]:
+    """In training mode; flags and mode are put back."""
+    flags = [(p, p.requires_grad) for p in network.model.parameters()]
+    with preserved(network.model):
+        try:
+            network.model.train()
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+def _compile(
+    network: TrimmedModel,
+    steps: tuple[int, ...],
+    frozen: frozenset[int],
+    calls: Sequence[_Arguments],
+    options: dict[str, Any],
+) -> _Measured:
+    """Compile what trains now."""
+    start = time.perf_counter()
+    graph, tensors = _graph_for(network, *calls[0])
+    uncompiled = _saved_bytes(network, graph, tensors)
+    for call in calls:
+        _compile_for(network, call, options)
+    graph, tensors = _graph_for(network, *calls[0])
+    compiled = _saved_bytes(network, graph, tensors)
+    return CompiledStage(steps, frozen, time.perf_counter() - start, compiled), uncompiled
+
+
+def _compile_for(network: TrimmedModel, call: _Arguments, options: dict[str, Any]) -> None:
+    """Compile what trains now, for one example, by running it forward and backward."""
+    graph, tensors = _graph_for(network, *call)
+    if not graph.compiled:
+        graph.compile(lambda function: _Compiled(function, options))
+    try:
+        observe(network.model, lambda: graph.run(tensors), backward=True)
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"network cannot be compiled as one graph: {reason}") from error
+
+
+def _graph_for(
+    network: TrimmedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[TrimmedGraph, list[Tensor]]:
+    """The graph that runs for a call under the present flags, and the call's tensors."""
+    try:
+        graph, tensors = network._now().graph_for(args, kwargs)
+    except UntraceableError as error:
+        raise ValueError(f"network has no graph to compile: {error}") from error
+    problem = graph.prove(tensors)
+    if graph.hooked:
+        problem = graph.unsplit
+    elif graph.cut.modules:
+        problem = f"{graph.cut.modules[0]} is frozen inside a module that trains"
+    if problem:
+        raise ValueError(f"network cannot be compiled: {problem}")
+    return graph, tensors
+
+
+class _Compiled:
+    """A program's function: compiled, but as it was where autograd is off.
+
+    For the latter it would be compiled a second time.
+    """
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        self._plain = function
+        self._compiled = torch.compile(function, fullgraph=True, **options)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._compiled(*args) if torch.is_grad_enabled() else self._plain(*args)
+
+
+def _saved_bytes(network: TrimmedModel, graph: TrimmedGraph, tensors: list[Tensor]) -> int:
+    """Bytes of storage that a forward keeps for its backward."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with preserved(network.model), torch.enable_grad(), hooks:
+        output = graph.run(tensors)
+    del output
+    return sum(kept.values())
+
+
+def _check_shrunk(latest: Sequence[_Measured]) -> None:
+    """Compare a stage with the one before it, of which it freezes more."""
+    if len(latest) < 2 or not latest[0][0].frozen < latest[1][0].frozen:
+        return
+    (before, uncompiled_before), (now, uncompiled) = latest
+    if uncompiled < uncompiled_before and now.saved_bytes >= before.saved_bytes:
+        raise RuntimeError(
+            f"the compiled backward from step {now.steps[0]} on keeps {now.saved_bytes} bytes, not "
+            f"fewer than the {before.saved_bytes} before it froze layers "
+            f"{some([str(i) for i in sorted(now.frozen - before.frozen)])}"
+        )
