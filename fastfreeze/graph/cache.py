@@ -330,9 +330,10 @@ class FeatureCache:
         found = []
         for other in list(self._kept.values()):
             valid = other.prefix.key == other.prefix_key
-            if valid and (other.prefix is kept.prefix or other.form != kept.form):
+            same_inputs = other.prefix.inputs == kept.prefix.inputs
+            if valid and (other.prefix is kept.prefix or (same_inputs and other.form != kept.form)):
                 continue
-            if valid and len(other.rows) and kept.continues(other):
+            if valid and same_inputs and len(other.rows) and kept.continues(other):
                 found.append(other)
             else:
                 self._delete(other)
@@ -373,6 +374,8 @@ class FeatureCache:
         earlier.rows.discard(slots)
         kept.rows.add(keys, digests, flat)
         self._counts.advanced += len(keys)
+        if not len(earlier.rows):
+            self._delete(earlier)
         return rows, [column[: len(rows)] for column in flat]
 
     def _refuse(self, kept: Kept, reason: str) -> None:
@@ -410,7 +413,7 @@ def _keys_of(samples: Tensor) -> list[int]:
 
 
 def _check_inputs(inputs: Sequence[Tensor], n: int) -> None:
-    if not inputs:
+    if not (inputs and n):
         raise CannotKeepError("the frozen prefix reads no input")
     lengths = [len(t) if t.ndim else 0 for t in inputs]
     if n not in lengths:

@@ -161,7 +161,7 @@ class RowStore:
 
     def __init__(self, columns: Sequence[Column], budget: Budget, path: Path | None = None) -> None:
         self.row_bytes = _STAMP_BYTES + sum(d.itemsize * numel for d, numel in columns)
-        self._budget = budget
+        self._budget, self._lasts = budget, path is not None
         if path is not None:
             _prepare(path, columns)
         files = [None if path is None else path / f"{i}.rows" for i in range(len(columns) + 1)]
@@ -246,7 +246,7 @@ class RowStore:
         self._state.extend(bytes(len(chosen)))
         self._stamps.rows[at, _KEY] = torch.tensor([keys[i] for i in chosen])
         self._stamps.rows[at, _DIGEST] = digests[index]
-        self._stamps.rows[at, _CHECKSUM] = self._checksums(at)
+        self._stamps.rows[at, _CHECKSUM] = self._checksums(at) if self._lasts else 1
         self._slots.update((keys[i], start + n) for n, i in enumerate(chosen))
         return len(chosen)
 

@@ -1,0 +1,827 @@
+"""The feature cache: the same bits as without it, whatever happens on the way."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections import OrderedDict
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import fastfreeze
+from fastfreeze import FeatureCache, RepeatableViews, trim
+from fastfreeze.graph import kept, store
+from fastfreeze.graph.prefix import Prefix
+
+on = partial(FeatureCache, enabled=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    monkeypatch.setattr(store, "_CHUNK_BYTES", 4000)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def block(inputs, outputs, stride=1):
+    layers = {
+        "conv": nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+        "norm": nn.BatchNorm2d(outputs),
+        "relu": nn.ReLU(inplace=True),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+class Net(nn.Module):
+    """Three blocks and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = block(3, 8), block(8, 12, 2), block(12, 8)
+        self.dropout, self.head = nn.Dropout(0.2), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.c(self.b(self.a(x)))
+        return self.head(self.dropout(x.mean((2, 3))))
+
+
+def frozen(model, *names):
+    for name in names:
+        model.get_submodule(name).requires_grad_(False)
+    return model
+
+
+def network(*names, seed=0, **options):
+    """A trimmed net in training mode with frozen parts, its statistics not those of a new one."""
+    torch.manual_seed(seed)
+    model = Net()
+    with torch.no_grad():
+        model(torch.randn(50, 3, 8, 8) * 2 + 1)
+    return trim(frozen(model, *names), **options)
+
+
+def images(n=24, seed=0):
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def both(cache, x, samples, *args):
+    """The cache's output, and that of the network alone, with the same random numbers."""
+    cache.network(x, *args)  # the first call compares
+    state = torch.get_rng_state()
+    found = cache(x, *args, samples=samples)
+    torch.set_rng_state(state)
+    return found, cache.network(x, *args)
+
+
+def check(cache, x, samples, *args):
+    found, expected = both(cache, x, samples, *args)
+    assert found.equal(expected)
+
+
+def epochs(cache, x, num_epochs=2, batch=6, seed=0):
+    """Check the batches of shuffled epochs."""
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(num_epochs):
+        for rows in torch.randperm(len(x), generator=g).split(batch):
+            check(cache, x[rows], rows)
+
+
+@pytest.fixture
+def rows_run(monkeypatch):
+    """Numbers of rows that run through prefixes and stretches, as they come."""
+    seen = {"run": [], "advance": []}
+    real_run, real_advance = Prefix.run, Prefix.advance
+
+    def run(self, tensors):
+        seen["run"].append(len(tensors[0]))
+        return real_run(self, tensors)
+
+    def advance(self, earlier, tensors, values):
+        seen["advance"].append(len(values[0]))
+        return real_advance(self, earlier, tensors, values)
+
+    monkeypatch.setattr(Prefix, "run", run)
+    monkeypatch.setattr(Prefix, "advance", advance)
+    return seen
+
+
+# --- whole trainings ---------------------------------------------------------------------------
+
+
+class Augmented(Dataset):
+    """Random crops and flips by all three generators."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        x = self.x[index].roll(random.randrange(3), -1)
+        return x.flip(-1) if torch.rand(()) < 0.5 else x, index % 5
+
+
+class Numbered(Dataset):
+    """A data set whose items come with their index."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index], index
+
+
+def training(dataset, num_epochs, use=None, t_0=0.4, workers=0, how="cubic"):
+    """Losses and the final weights of a FreezeOut training; ``use`` makes a cache of a network."""
+    torch.manual_seed(3)
+    model = Net()
+    loader = DataLoader(
+        dataset, 7, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(1)
+    )
+    schedule = fastfreeze.FreezeOut(num_epochs * len(loader), t_0=t_0, how_scale=how)
+    layers = [["a"], ["b"], ["c"], ["head"]]
+    plan = fastfreeze.split(model, images(2), layers=layers, schedule=schedule, lr=0.1)
+    optimizer = fastfreeze.SGD(plan.param_groups(), lr=0.1, momentum=0.9, schedule=schedule)
+    net = trim(model)
+    cache = use and use(net)
+    losses = []
+    for epoch in range(num_epochs):
+        if isinstance(dataset, RepeatableViews):
+            dataset.set_epoch(epoch)
+        for (x, labels), samples in loader:
+            optimizer.zero_grad()
+            output = cache(x, samples=samples) if cache else net(x)
+            loss = F.cross_entropy(output, labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    if cache:
+        stats = cache.stats()
+        cache.close()
+        return losses, weights, stats
+    return losses, weights, None
+
+
+def assert_equal_trainings(found, expected):
+    assert found[0] == expected[0]
+    assert all(t.equal(expected[1][name]) for name, t in found[1].items())
+
+
+def test_training_with_freezeout():
+    data = Numbered(TensorDataset(images(40), torch.arange(40) % 5))
+    found = training(data, 10, on)
+    assert_equal_trainings(found, training(data, 10))
+    assert found[2].hits > 60
+    assert found[2].advanced > 40
+    assert found[2].rows == 40
+
+
+def test_training_with_views_and_workers():
+    data = RepeatableViews(Augmented(images(20)), num_views=3)
+    found = training(data, 12, on, workers=2)
+    assert_equal_trainings(found, training(data, 12))
+    assert found[2].hits > 50
+    assert found[2].rows == 60
+
+
+@pytest.mark.parametrize("how_to", ["measured", "files", "small budget"])
+def test_training_in_other_ways(how_to, tmp_path):
+    data = Numbered(TensorDataset(images(40), torch.arange(40) % 5))
+    use = {
+        "measured": FeatureCache,
+        "files": partial(on, directory=tmp_path),
+        "small budget": partial(on, max_bytes=30_000),
+    }[how_to]
+    found = training(data, 8, use)
+    assert_equal_trainings(found, training(data, 8))
+    assert found[2].bytes <= (30_000 if how_to == "small budget" else 10**6)
+
+
+def test_the_suffix_sees_the_same_strides(monkeypatch):
+    cache = on(network("a", "b"))
+    x, rows, seen = images(6), torch.arange(6), []
+    real = fastfreeze.graph.call.Call.finish
+    monkeypatch.setattr(
+        fastfreeze.graph.call.Call,
+        "finish",
+        lambda self, values: seen.append([v.stride() for v in values]) or real(self, values),
+    )
+    for _ in range(3):
+        cache(x, samples=rows)
+    assert cache.stats().hits == 12
+    assert seen == [[v.stride() for v in cache.network._begin((x,), {}).prefix.run([x])]] * 3
+
+
+# --- what is computed --------------------------------------------------------------------------
+
+
+def test_what_is_there_is_not_computed(rows_run):
+    cache, x = on(network("a", "b")), images()
+    for i in range(4):
+        cache(x[i * 6 : i * 6 + 6], samples=torch.arange(i * 6, i * 6 + 6))
+    assert rows_run["run"] == [6, 3, 6, 6, 6]  # the first batch is compared in half its size
+    rows_run["run"].clear()
+    for rows in torch.randperm(24).split(6):
+        cache(x[rows], samples=rows)
+    assert rows_run["run"] == [6, 6]  # the first two that are there are compared as well
+    assert not rows_run["advance"]
+    stats = cache.stats()
+    assert (stats.hits, stats.misses, stats.advanced, stats.rows) == (24, 24, 0, 24)
+    assert cache.active
+    assert cache.reason == ""
+
+
+def test_only_what_is_missing_is_computed(rows_run):
+    cache, x = on(network("a", "b")), images(40)
+    cache(x[:8], samples=torch.arange(8))
+    cache(x[8:16], samples=torch.arange(8, 16))
+    rows_run["run"].clear()
+    for i, (missing, runs) in enumerate([(1, [8, 2, 2]), (2, [2]), (3, [4]), (7, [8])]):
+        new = range(16 + 5 * i, 16 + 5 * i + missing)
+        rows = torch.tensor([*range(i, i + 8 - missing), *new])[torch.randperm(8)]
+        rows_run["run"].clear()
+        cache(x[rows], samples=rows)
+        assert rows_run["run"] == runs
+        check(cache, x[rows], rows)
+    assert cache.stats().misses == 16 + 1 + 2 + 3 + 8
+
+
+def test_samples_may_repeat_in_a_batch():
+    cache, x = on(network("a")), images()
+    for rows in ([0, 1, 1, 2, 0], [3, 2, 2, 3, 4], [4, 4, 4, 4, 4], [5, 5, 5, 0, 1]):
+        check(cache, x[rows], torch.tensor(rows))
+    assert cache.stats().rows == 6
+    frozen(cache.network.model, "b")
+    for rows in ([5, 0, 1, 1, 5], [3, 3, 2, 2, 4]):
+        check(cache, x[rows], torch.tensor(rows))
+
+
+def test_views_are_kept_apart():
+    cache, x = on(network("a")), images()
+    for _ in range(2):
+        for view in range(3):
+            rows = torch.tensor([[i, view] for i in range(6)])
+            check(cache, x[6 * view : 6 * view + 6], rows)
+    assert cache.stats().rows == 18
+    check(cache, x[:6], torch.arange(6))  # the first view
+    assert cache.stats().rows == 18
+
+
+class ByBatch(Net):
+    """Values that depend on the number of rows."""
+
+    def forward(self, x):
+        return self.head(self.c(self.b(self.a(x) / (1 + x.shape[0] / 10))).mean((2, 3)))
+
+
+def test_other_numbers_of_rows_count_only_if_they_give_the_same_bits():
+    cache, x = on(trim(frozen(ByBatch(), "a"))), images()
+    for _ in range(2):
+        check(cache, x[:8], torch.arange(8))
+        assert cache.active
+        check(cache, x[4:12], torch.arange(4, 12))
+        assert cache.active
+        check(cache, x[:6], torch.arange(6))
+        assert cache.reason == "a batch of 6 gives other bits than one of 8"
+    check(cache, x[[0, 1, 2, 3, 4, 5, 6, 20]], torch.tensor([0, 1, 2, 3, 4, 5, 6, 20]))
+    cache = on(network("a"))
+    for n in (8, 5, 12, 2):
+        check(cache, x[:n], torch.arange(n))
+        assert cache.active
+
+
+# --- when the cut moves ------------------------------------------------------------------------
+
+
+def test_kept_values_are_carried_on(rows_run):
+    cache, x = on(network("a")), images()
+    epochs(cache, x)
+    frozen(cache.network.model, "b")
+    rows_run["run"].clear()
+    order = torch.randperm(24)
+    for rows in order.split(6):
+        cache(x[rows], samples=rows)
+    assert rows_run == {"run": [6, 3], "advance": [6, 6, 6, 6]}
+    stats = cache.stats()
+    assert (stats.advanced, stats.rows) == (24, 24)
+    assert len(cache._kept) == 1
+    epochs(cache, x)
+    assert cache.stats().misses == 24 + 6
+
+
+def test_carried_on_across_several_cuts(rows_run):
+    cache, x = on(network("a")), images()
+    epochs(cache, x, 1)
+    frozen(cache.network.model, "b")
+    for rows in (range(6), range(4, 10)):
+        check(cache, x[rows], torch.tensor(rows))
+    frozen(cache.network.model, "c")
+    rows_run["run"].clear()
+    epochs(cache, x, 3, batch=5)
+    assert cache.stats().rows == 24
+    assert len(cache._kept) == 1
+    assert len(rows_run["advance"]) < 12
+
+
+def test_carrying_on_makes_up_whole_batches(rows_run):
+    cache, x = on(network("a")), images()
+    for rows in torch.arange(24).split(8):
+        cache(x[rows], samples=rows)
+    frozen(cache.network.model, "b")
+    cache(x[:8], samples=torch.arange(8))
+    rows = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8])
+    check(cache, x[rows], rows)
+    assert rows_run["advance"] == [8, 8]
+    assert cache.stats().advanced == 16
+    check(cache, x[8:16], torch.arange(8, 16))
+    assert len(rows_run["advance"]) == (3 if cache.stats().advanced > 16 else 2)
+
+
+def test_carrying_on_that_gives_other_bits_is_not_used(monkeypatch):
+    real = Prefix.advance
+    monkeypatch.setattr(Prefix, "advance", lambda *a: tuple(v + 1e-6 for v in real(*a)))
+    cache, x = on(network("a")), images()
+    epochs(cache, x, 1)
+    frozen(cache.network.model, "b")
+    epochs(cache, x)
+    stats = cache.stats()
+    assert (stats.advanced, stats.rows, stats.misses) == (0, 24, 48)
+
+
+class Skip(Net):
+    """An input is read, or read again, behind the first block."""
+
+    def __init__(self):
+        super().__init__()
+        self.skip = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x, y=None):
+        x = self.b(self.a(x) + self.skip(x if y is None else y))
+        return {"logits": self.head(self.c(x).mean((2, 3)))}
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_inputs_that_are_read_behind_an_earlier_cut(two):
+    cache = on(trim(frozen(Skip(), "a")))
+    x, y = images(), images(seed=1)
+
+    def check(rows):
+        found, expected = both(cache, x[rows], rows, *([y[rows]] if two else []))
+        assert found["logits"].equal(expected["logits"])
+        assert cache.active
+
+    for rows in torch.arange(24).split(6):
+        check(rows)
+    frozen(cache.network.model, "b", "skip")
+    check(torch.tensor([0, 1, 2, 3, 4, 5]))
+    check(torch.tensor([0, 1, 2, 6, 7, 8]))
+    for rows in torch.randperm(24).split(6):
+        check(rows)
+    assert cache.stats().rows == 24
+    assert cache.stats().advanced == (0 if two else 24)
+    if two:
+        y[3] += 1
+        cache(x[:6], y[:6], samples=torch.arange(6))
+        assert "came with other inputs" in cache.reason
+
+
+def test_thaw_and_freeze():
+    cache, x = on(network("a", "b")), images()
+    epochs(cache, x)
+    model = cache.network.model
+    model.b.requires_grad_(True)
+    epochs(cache, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    check(cache, x[:6], torch.arange(6))
+    cache(x[:6], samples=torch.arange(6)).sum().backward()
+    optimizer.step()
+    frozen(model, "b")
+    epochs(cache, x)
+    model.requires_grad_(True)
+    check(cache, x[:6], torch.arange(6))
+    assert cache.reason == "nothing is frozen"
+    cache(x[:6], samples=torch.arange(6)).sum().backward()
+    optimizer.step()
+    frozen(model, "a", "b")
+    epochs(cache, x)
+    assert cache.active
+    assert cache.stats().rows == 24
+
+
+def load_others(model):
+    model.load_state_dict(network("a", seed=5).state_dict())
+
+
+def replace_weight(model):
+    model.a.conv.weight = nn.Parameter(torch.randn(8, 3, 3, 3), requires_grad=False)
+
+
+def write_statistics(model):
+    model.a.norm.running_mean.add_(1.0)
+
+
+def write_data(model):
+    model.a.conv.weight.data = torch.randn(8, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "change", [load_others, replace_weight, write_statistics, write_data], ids=lambda c: c.__name__
+)
+def test_changed_weights_are_never_missed(change):
+    cache, x = on(network("a")), images()
+    epochs(cache, x)
+    change(cache.network.model)
+    epochs(cache, x)
+    assert cache.active
+    assert cache.stats().misses == 48
+    assert cache.stats().rows == 24
+
+
+def test_weights_that_change_again_and_again():
+    cache, x = on(network("a")), images()
+    for i in range(12):
+        check(cache, x[:6], torch.arange(6))
+        assert cache.active == (i < 9)
+        write_statistics(cache.network.model)
+    assert cache.reason == "what is frozen changes again and again"
+    assert cache.stats().bytes == 0
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_data_that_do_not_repeat():
+    cache, x = on(network("a")), images()
+    epochs(cache, x)
+    x[7] += 1e-3
+    rows = torch.tensor([[5, 0], [6, 0], [7, 0], [8, 0]])
+    check(cache, x[5:9], rows)
+    assert cache.reason == (
+        "sample 7, view 0, came with other inputs than before: the data set is not deterministic "
+        "(see fastfreeze.RepeatableViews)"
+    )
+    assert not cache.active
+    assert cache.stats().bytes == 0
+    epochs(cache, x)
+    assert not cache.active
+
+
+def test_data_that_do_not_repeat_after_the_cut_has_moved():
+    cache, x = on(network("a")), images()
+    epochs(cache, x)
+    frozen(cache.network.model, "b")
+    check(cache, x[:6], torch.arange(6))
+    x[7] += 1e-3
+    check(cache, x[6:12], torch.arange(6, 12))
+    assert "sample 7, view 0" in cache.reason
+
+
+def test_training_on_random_augmentation():
+    data = Numbered(Augmented(images(20)))
+    reasons = []
+
+    class Noted(FeatureCache):
+        def close(self):
+            reasons.append(self.reason)
+            super().close()
+
+    random.seed(0)
+    found = training(data, 6, partial(Noted, enabled=True))
+    random.seed(0)
+    assert_equal_trainings(found, training(data, 6))
+    assert "not deterministic" in reasons[0]
+
+
+def centred(self, x):
+    y = self.a(x)
+    return self.head((y - y.mean(0)).mean((2, 3)))
+
+
+def by_greatest(self, x):
+    y = self.a(x)
+    return self.head((y - y.amax(0)).mean((2, 3)))
+
+
+def without_rows(self, x):
+    return self.head((self.c(x) + self.a(x[:1]).sum(0)).mean((2, 3)))
+
+
+class Mixing(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.a, self.c, self.head = block(3, 8), block(3, 8), nn.Linear(8, 5)
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (centred, "what a sample gives depends on the others in its batch"),
+        (by_greatest, "what a sample gives depends on the others in its batch"),
+        (without_rows, "a value of shape (8, 8, 8) crosses, without a row for each of 4 samples"),
+    ],
+)
+def test_models_that_mix_samples(body, reason, rows_run):
+    cache, x = on(trim(frozen(Mixing(body), "a"))), images(4)
+    check(cache, x, torch.arange(4))
+    assert cache.reason == reason
+    rows_run["run"].clear()
+    cache(x, samples=torch.arange(4))
+    assert cache.reason == reason
+    assert rows_run["run"] == [4]  # nothing is tried again
+    assert cache.stats() == fastfreeze.CacheStats()
+
+
+def test_a_prefix_that_does_not_repeat(monkeypatch):
+    cache, x = on(network("a")), images()
+    epochs(cache, x, 1)
+    real, noise = Prefix.run, itertools.count()
+    monkeypatch.setattr(
+        Prefix, "run", lambda *a: tuple(v + 1e-3 * next(noise) + 1 for v in real(*a))
+    )
+    cache(x[:6], samples=torch.arange(6))
+    assert cache.reason == "the frozen prefix does not always give the same bits"
+    assert cache.stats().rows == 0
+
+
+def in_eval(net, x):
+    net.eval()
+    return x
+
+
+def trains_all(net, x):
+    net.model.requires_grad_(True)
+    return x
+
+
+def wants_gradient(net, x):
+    return x.clone().requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (in_eval, "the model is in eval mode"),
+        (trains_all, "nothing is frozen"),
+        (wants_gradient, "an input requires grad"),
+    ],
+)
+def test_calls_without_a_prefix(change, reason):
+    cache, x = on(network("a")), images(6)
+    check(cache, x, torch.arange(6))
+    assert cache.active
+    x = change(cache.network, x)
+    check(cache, x, torch.arange(6))
+    assert not cache.active
+    assert cache.reason == reason
+
+
+def test_single_samples_and_empty_batches():
+    cache, x = on(network("a")), images()
+    check(cache, x[:1], torch.arange(1))
+    assert "a batch of one sample" in cache.reason
+    check(cache, x[:6], torch.arange(6))
+    assert cache.active
+    check(cache, x[:1], torch.arange(1))
+    check(cache, x[:0], torch.arange(0))
+
+
+def test_switched_off_and_closed(tmp_path):
+    x = images(6)
+    cache = FeatureCache(network("a"), enabled=False)
+    check(cache, x, torch.arange(6))
+    assert cache.reason == "switched off by enabled=False"
+    with on(network("a"), directory=tmp_path) as cache:
+        assert cache.reason == "it has not been called yet"
+        check(cache, x, torch.arange(6))
+        with pytest.raises(RuntimeError, match=r"in use by another cache of this process"):
+            on(network("a"), directory=tmp_path)
+        check(cache, x, torch.arange(6))
+        assert cache.active
+    check(cache, x, torch.arange(6))
+    assert cache.reason == "it is closed"
+    cache.close()
+    on(network("a"), directory=tmp_path).close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"network": Net()}, TypeError, "network must be a TrimmedModel, got Net"),
+        ({"max_bytes": 0}, ValueError, "max_bytes must be > 0, got 0"),
+        ({"max_bytes": 1e9}, TypeError, "max_bytes must be an int > 0, got 1000000000.0"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be a floating-point dtype or None, got"),
+        ({"dtype": "half"}, TypeError, "dtype must be a floating-point dtype or None, got half"),
+        ({"enabled": "yes"}, TypeError, "enabled must be True, False or None, got 'yes'"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        FeatureCache(**{"network": network("a"), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("samples", "error", "message"),
+    [
+        ([0, 1, 2, 3], TypeError, "samples must be an int64 tensor, got list"),
+        (torch.arange(4.0), TypeError, "samples must be an int64 tensor, got torch.float32"),
+        (torch.zeros(4, 3).long(), ValueError, r"samples must be \[B\] or \[B, 2\], got \[4, 3\]"),
+        (torch.arange(5), ValueError, "samples must have a row for each of 4 inputs, got 5"),
+        (torch.arange(-1, 3), ValueError, "got -1, 0"),
+        (torch.tensor([[0, 0], [1, 2**20], [2, 0], [3, 0]]), ValueError, r"got 1, 1048576"),
+        (torch.tensor([0, 1, 2, 2**43]), ValueError, "indices in 0..2"),
+    ],
+)
+def test_bad_samples(samples, error, message):
+    cache, x = on(network("a")), images(4)
+    with pytest.raises(error, match=message):
+        cache(x, samples=samples)
+    check(cache, x, torch.tensor([2**43 - 1, 0, 1, 5]))
+    check(cache, x, torch.tensor([[2**43 - 1, 0], [0, 2**20 - 1], [1, 0], [5, 7]]))
+    assert cache.stats().rows == 6
+
+
+# --- whether it pays ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "pays"), [(lambda i: 2.0**-i, True), (lambda i: 1.5**i, False)])
+def test_a_measurement_decides(step, pays, monkeypatch):
+    ticks = itertools.count()
+    clock = itertools.accumulate(step(i) for i in ticks)
+    monkeypatch.setattr(kept.Kept, "now", lambda self: next(clock))
+    cache, x = FeatureCache(network("a")), images(48)
+    for i, rows in enumerate(torch.arange(48).split(6)):
+        check(cache, x[rows], rows)
+        assert cache.active == (pays or i <= 5)
+    epochs(cache, x)
+    if pays:
+        assert cache.active
+    else:
+        assert cache.reason.startswith("it does not pay: storing and looking up take ")
+        assert cache.stats().bytes == 0
+    frozen(cache.network.model, "b")  # another cut is measured anew
+    check(cache, x[:6], torch.arange(6))
+    assert cache.active
+
+
+def test_real_measurements():
+    cache, x = FeatureCache(network("a", "b")), images(96)
+    epochs(cache, x, 2)
+    assert cache.active or "it does not pay" in cache.reason
+
+
+# --- storage dtype -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_storage(dtype, rows_run):
+    cache, wide, x = on(network("a"), dtype=dtype), on(network("a")), images()
+    cache.network.model.dropout.p = wide.network.model.dropout.p = 0.0
+    first = [cache(x[rows], samples=rows) for rows in torch.arange(24).split(6)]
+    again = [cache(x[rows], samples=rows) for rows in torch.arange(24).split(6)]
+    exact = [wide(x[rows], samples=rows) for rows in torch.arange(24).split(6)]
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    found, expected = torch.cat(first), torch.cat(exact)
+    assert not found.equal(expected)
+    error = (found - expected).double().norm() / expected.double().norm()
+    assert error < 4 * torch.finfo(dtype).eps
+    assert cache.stats().hits == 24
+    stored = cache.stats().bytes / wide.stats().bytes
+    assert 0.4 < stored < 0.6
+    frozen(cache.network.model, "b")
+    for rows in torch.arange(24).split(6):
+        cache(x[rows], samples=rows)
+    assert not rows_run["advance"]
+    assert cache.stats().rows == 24
+
+
+def test_narrow_storage_of_values_that_do_not_fit():
+    net = network("a")
+    net.model.a.norm.weight.data.mul_(1e6)
+    cache, x = on(net, dtype=torch.float16), images(6)
+    check(cache, x, torch.arange(6))
+    assert cache.reason == "values do not fit into torch.float16"
+
+
+def test_autocast_has_entries_of_its_own():
+    cache, x = on(network("a")), images(6)
+    for _ in range(2):
+        check(cache, x, torch.arange(6))
+        with torch.autocast("cpu", torch.bfloat16):
+            check(cache, x, torch.arange(6))
+        assert cache.active
+    assert cache.stats().rows == 12
+
+
+def test_other_image_sizes_have_entries_of_their_own():
+    cache, x = on(network("a")), images(6)
+    for _ in range(3):
+        check(cache, x, torch.arange(6))
+        check(cache, F.pad(x, (1, 1, 2, 2)), torch.arange(6))
+    assert cache.stats().hits == 24
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def fill(tmp_path, names=("a", "b"), seed=0, **options):
+    with on(network(*names, seed=seed), directory=tmp_path, **options) as cache:
+        epochs(cache, images())
+        return cache.stats()
+
+
+def test_restart(tmp_path, rows_run):
+    fill(tmp_path)
+    with on(network("a", "b"), directory=tmp_path) as cache:
+        rows_run["run"].clear()
+        cache(images()[:6], samples=torch.arange(6))
+        for rows in torch.randperm(24).split(6):
+            cache(images()[rows], samples=rows)
+        assert rows_run["run"] == [6, 3, 6, 6]
+        assert cache.stats().hits == 24
+        epochs(cache, images())
+        assert cache.stats().misses == 6
+
+
+def test_restart_with_other_weights(tmp_path):
+    fill(tmp_path)
+    stats = fill(tmp_path, seed=1)
+    assert (stats.misses, stats.rows) == (24, 24)
+    assert fill(tmp_path).misses == 6  # the first are still there
+
+
+def test_restart_with_other_data(tmp_path):
+    fill(tmp_path)
+    with on(network("a", "b"), directory=tmp_path) as cache:
+        x = images(seed=1)
+        epochs(cache, x)
+        assert cache.active
+        assert cache.stats().misses == 24
+        x[3] += 1
+        cache(x[:6], samples=torch.arange(6))
+        assert "sample 3" in cache.reason
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lock"]
+
+
+def test_moving_on_leaves_no_files(tmp_path):
+    with on(network("a"), directory=tmp_path) as cache:
+        epochs(cache, images())
+        frozen(cache.network.model, "b")
+        epochs(cache, images())
+        assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damaged_files(tmp_path, seed):
+    fill(tmp_path)
+    rng = random.Random(seed)
+    for file in sorted(tmp_path.rglob("*")):
+        if file.is_file() and file.name != "lock" and rng.random() < 0.7:
+            data = bytearray(file.read_bytes())
+            for _ in range(3):
+                at = rng.randrange(len(data))
+                data[at : at + 20] = rng.randbytes(min(20, len(data) - at))
+            file.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.5 else data)
+    with on(network("a", "b"), directory=tmp_path) as cache:
+        epochs(cache, images())
+        assert cache.active
+        assert cache.stats().rows == 24
+
+
+def test_killed_in_a_training_and_begun_again(tmp_path):
+    data = Numbered(TensorDataset(images(40), torch.arange(40) % 5))
+    expected = training(data, 8)
+    for seconds in (0.05, 0.15, 0.4):
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.set_num_threads(1)
+                (tmp_path / "begun").touch()
+                training(data, 8, partial(on, directory=tmp_path / "cache"))
+            finally:
+                os._exit(0)
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    found = training(data, 8, partial(on, directory=tmp_path / "cache"))
+    assert_equal_trainings(found, expected)
