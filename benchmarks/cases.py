@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import fastfreeze
 from benchmarks.measure import interleave
+from fastfreeze.ops.affine import affine_relu_cat
 from fastfreeze.ops.softmax import EnsembleStatistics, ensemble_softmax, ensemble_statistics
+from fastfreeze.ops.winograd import transform_weight, winograd_conv2d
 from fastfreeze.recipes.models import build_model
 
 Run = Callable[[], object]
@@ -132,6 +135,50 @@ def statistics_fields(s: EnsembleStatistics) -> list[torch.Tensor]:
     return [s.probabilities, s.max_probability, s.entropy, s.mutual_information, s.nll]
 
 
+@torch.no_grad()
+def convolution_case(C: int, size: int, K: int) -> Case:
+    """A frozen 3x3 convolution with bias and ReLU, 32 channels_last images."""
+    torch.manual_seed(0)
+    last = torch.channels_last
+    x = torch.randn(32, C, size, size).relu().to(memory_format=last)
+    weight = (torch.randn(K, C, 3, 3) / (9 * C) ** 0.5).to(memory_format=last)
+    bias, transformed = torch.randn(K), transform_weight(weight)
+    how = ((1, 1), (1, 1), (1, 1), 1, "relu", [], "")
+    runs: dict[str, Run] = {
+        "fastfreeze": lambda: winograd_conv2d(x, transformed, bias, padding=(1, 1), relu=True),
+        "torch conv2d, relu_": lambda: F.conv2d(x, weight, bias, padding=1).relu_(),
+        "oneDNN, fused": lambda: torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *how),
+    }
+    results = {k: [f()] for k, f in runs.items()}
+    _require_equal(results, "torch conv2d, relu_", atol=2e-5)
+    name = f"3x3 convolution, {C} to {K} channels, 32 images of {size}x{size}"
+    return Case(name, runs, bytes_moved=4 * (9 * C * K + 32 * size * size * (C + K)))
+
+
+@torch.no_grad()
+def norm_case(channels: Sequence[int], size: int) -> Case:
+    """A frozen norm and ReLU of tensors side by side, 32 channels_last images."""
+    torch.manual_seed(0)
+    images = [torch.randn(32, c, size, size) for c in channels]
+    parts = [x.to(memory_format=torch.channels_last) for x in images]
+    C = sum(channels)
+    scale, shift = torch.randn(C), torch.randn(C)
+    statistics = (torch.zeros(C), torch.ones(C))
+
+    def norm() -> torch.Tensor:
+        x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return F.batch_norm(x, *statistics, scale, shift, eps=0.0).relu_()
+
+    runs: dict[str, Run] = {
+        "fastfreeze": lambda: affine_relu_cat(parts, scale, shift),
+        "torch cat, batch_norm, relu_": norm,
+    }
+    _require_equal({k: [f()] for k, f in runs.items()}, "torch cat, batch_norm, relu_")
+    tensors = f"{len(channels)} tensor" + "s" * (len(channels) > 1)
+    name = f"norm and ReLU, {tensors}, {C} channels, 32 images of {size}x{size}"
+    return Case(name, runs, bytes_moved=2 * 4 * 32 * size * size * C)
+
+
 def _add_compiled(runs: dict[str, Run], loop: Run) -> None:
     try:
         compiled = torch.compile(loop)
@@ -152,6 +199,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "statistics-5-1024-100": lambda: statistics_case(5, 1024, 100),
     "statistics-6-4096-1000": lambda: statistics_case(6, 4096, 1000),
     "statistics-10-64-50257": lambda: statistics_case(10, 64, 50257),
+    "convolution-64-64-16": lambda: convolution_case(64, 16, 64),
+    "convolution-256-256-8": lambda: convolution_case(256, 8, 256),
+    "convolution-512-512-4": lambda: convolution_case(512, 4, 512),
+    "convolution-48-12-16": lambda: convolution_case(48, 16, 12),
+    "norm-64-32": lambda: norm_case([64], 32),
+    "norm-7-tensors-16": lambda: norm_case([96] + [12] * 6, 16),
 }
 
 
@@ -186,12 +239,14 @@ def torch_step(groups: list[dict], scheduled: bool = True, **implementation: boo
     return step
 
 
-def _require_equal(results: dict[str, list[torch.Tensor]], truth: str, rtol: float = 1e-5) -> None:
+def _require_equal(
+    results: dict[str, list[torch.Tensor]], truth: str, rtol: float = 1e-5, atol: float = 1e-6
+) -> None:
     """No number without the same result: raise where a rival computes something else."""
     for name, tensors in results.items():
         for ours, expected in zip(tensors, results[truth], strict=True):
             torch.testing.assert_close(
-                ours, expected, rtol=rtol, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+                ours, expected, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
             )
 
 

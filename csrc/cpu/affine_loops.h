@@ -31,18 +31,28 @@ void affine_row(const AffineJob& job, const In* x, int64_t channel, In* y, int64
   }
 }
 
-// Rows of pixels: the channels of all parts side by side.
+// The channels of a pixel, of all parts side by side.
+template <typename In>
+void gather(const AffineJob& job, int64_t row, In* room) {
+  for (const Part& part : job.parts) {
+    const In* x = static_cast<const In*>(part.data) + row * part.stride;
+    std::memcpy(room, x, part.channels * sizeof(In));
+    room += part.channels;
+  }
+}
+
+// Rows of pixels.
 template <bool kRelu, typename T, typename In>
 void affine_pixels(const AffineJob& job, int64_t begin, int64_t end) {
-  In* y = static_cast<In*>(job.out) + begin * job.channels;
+  std::vector<In> room(job.parts.size() > 1 ? job.channels : 0);
   for (int64_t row = begin; row < end; ++row) {
-    int64_t channel = 0;
-    for (const Part& part : job.parts) {
-      const In* x = static_cast<const In*>(part.data) + row * part.stride;
-      affine_row<1, kRelu, T>(job, x, channel, y, part.channels);
-      channel += part.channels;
-      y += part.channels;
+    const In* x = static_cast<const In*>(job.parts[0].data) + row * job.parts[0].stride;
+    if (!room.empty()) {
+      gather(job, row, room.data());
+      x = room.data();
     }
+    In* y = static_cast<In*>(job.out) + row * job.channels;
+    affine_row<1, kRelu, T>(job, x, 0, y, job.channels);
   }
 }
 
