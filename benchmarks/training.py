@@ -13,9 +13,11 @@ the runs themselves the losses must agree, else no time is told. Per model and t
 * re-cut: what the first two calls under a new cut take longer than usual, in the baseline's steps:
   the median over the freezes and the highest. Each is the median over rounds.
 
-The limits come from steps of the layers behind each cut alone, see benchmarks.training_limits. The
-run has about as many freezes as the model has layers, whatever its length: a re-cut costs this run
-of some hundred steps far more than one of a hundred thousand.
+The limit is what would be saved if each step took the time of the layers that train alone: forward,
+backward and update, as measured in the run of flags, the frozen layers' forward left out. It knows
+torch's kernels in the baseline's memory layout: others may beat it. A run has about as many freezes
+as the model has layers, whatever its length: a re-cut costs this one, of some hundred steps, far
+more than one of a hundred thousand.
 """
 
 from __future__ import annotations
@@ -35,7 +37,6 @@ import torch
 
 from benchmarks.measure import machine
 from benchmarks.results import write_json
-from benchmarks.training_limits import frozen_layers, measure_cuts
 from benchmarks.training_rivals import (
     BASELINE,
     BEST_TORCH,
@@ -46,9 +47,11 @@ from benchmarks.training_rivals import (
     RunTimes,
     Task,
     Training,
+    frozen_layers,
     largest_deviation,
     take_turns,
 )
+from fastfreeze.freezing import split
 from fastfreeze.schedule import FreezeOut
 
 MODELS = ["densenet-bc-40", "wrn16-2", "vgg16"]
@@ -57,7 +60,6 @@ GATE_STEPS = 12
 GATE_BATCH = 8
 TOLERANCE = 0.05  # of what the truth's weights changed; 0.02 is seen between memory layouts
 LOSS_TOLERANCE = 0.02  # of losses near 2; 0.002 is seen between memory layouts
-LIMIT_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -136,24 +138,15 @@ def _model_entry(model: str, arguments: argparse.Namespace) -> dict:
     rounds = whole_runs(task, rivals, arguments.t_0, arguments.rounds)
     if wrong := disagreements(rounds):
         return {"status": "refused", "wrong": wrong}
-    cuts = measure_cuts(task, LIMIT_ROUNDS)
-    step = statistics.median(s for r in rounds for s in r[BASELINE, arguments.t_0[0]].steps)
-    entry = {
-        "status": "measured",
-        "steps": task.total_steps,
-        "baseline_step_s": step,
-        "cuts": asdict(cuts),
-        "t_0": {},
-    }
+    num_layers = len(split(task.build(), task.images[:2]).layers)
+    entry = {"status": "measured", "steps": task.total_steps, "t_0": {}}
     for t_0 in arguments.t_0:
-        frozen = frozen_layers(FreezeOut(task.total_steps, t_0=t_0), len(cuts.suffix))
-        of_t_0 = {name: [r[name, t_0] for r in rounds] for name in rivals}
-        with_forward, without = cuts.limits(frozen)
+        frozen = frozen_layers(FreezeOut(task.total_steps, t_0=t_0), num_layers)
+        runs = {name: [r[name, t_0] for r in rounds] for name in rivals}
         entry["t_0"][str(t_0)] = {
             "freezes": len(stages(frozen)) - 1,
-            "limit_with_prefix_forward": with_forward,
-            "limit_without": without,
-            "rivals": {name: asdict(s) for name, s in summarize(of_t_0, frozen).items()},
+            "limit": asdict(limit(runs[FLAGS], runs[BASELINE])),
+            "rivals": {name: asdict(s) for name, s in summarize(runs, frozen).items()},
         }
     return entry
 
@@ -257,6 +250,16 @@ def _saved(own: Sequence[RunTimes], others: Sequence[RunTimes]) -> Spread:
     return Spread.of([1 - a.total / b.total for a, b in zip(own, others, strict=True)])
 
 
+def limit(flags: Sequence[RunTimes], baseline: Sequence[RunTimes]) -> Spread:
+    """Share of the baseline's time that is saved where frozen layers take none."""
+    return Spread.of(
+        [
+            1 - (a.total - a.notes["prefix_seconds"]) / b.total
+            for a, b in zip(flags, baseline, strict=True)
+        ]
+    )
+
+
 def stages(frozen: Sequence[int]) -> list[range]:
     """Stretches of steps under one cut, in order."""
     steps = itertools.groupby(range(len(frozen)), key=frozen.__getitem__)
@@ -290,20 +293,13 @@ def _text(model: str, entry: dict) -> str:
     if entry["status"] == "refused":
         lines = [f"{name}: {reason}" for name, reason in entry["wrong"].items()]
         return "\n".join([f"{model}: no times, since the rivals do not train alike", *lines, ""])
-    tables = [_table(model, entry["steps"], t_0, e) for t_0, e in entry["t_0"].items()]
-    step = entry["baseline_step_s"]
-    whole = entry["cuts"]["suffix"][0] / step
-    note = (
-        f"Where the limits come from, a whole step took {whole:.2f} of the baseline's {step:.3f} s."
-    )
-    return "\n".join([*tables, note, ""])
+    return "\n".join(_table(model, entry["steps"], t_0, e) for t_0, e in entry["t_0"].items())
 
 
 def _table(model: str, steps: int, t_0: str, entry: dict) -> str:
     lines = [
-        f"{model}, t_0={t_0}: {steps} steps, {entry['freezes']} freezes. Saved at most "
-        f"{entry['limit_with_prefix_forward']:.1%}, without the prefix's forward "
-        f"{entry['limit_without']:.1%}",
+        f"{model}, t_0={t_0}: {steps} steps, {entry['freezes']} freezes. Limit: "
+        f"{_spread(entry['limit'], 100)} % saved",
         "",
         "| rival | total s (lowest-highest) | saved % | of best torch % | once s | long run % "
         "| re-cut, steps (highest) |",

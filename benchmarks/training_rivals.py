@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import fastfreeze
 from fastfreeze.recipes.models import build_model
+from fastfreeze.schedule import Schedule
 
 LR = 0.001  # rounding then stays rounding, which the gate relies on; no time depends on it
 HYPERS = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
@@ -108,10 +109,24 @@ def plain(task: Task, t_0: float, *, channels_last: bool = False, **options: boo
     return Training(model, lambda images, ids: model(images), optimizer, scheduler.step, layout)
 
 
+def frozen_layers(schedule: Schedule, num_layers: int) -> list[int]:
+    """How many layers are frozen at each step."""
+    starts = [schedule.freeze_steps(i, num_layers) for i in range(num_layers)]
+    firsts = [min(s) for s in starts if s]
+    return [sum(first <= step for first in firsts) for step in range(schedule.total_steps)]
+
+
 def flags(task: Task, t_0: float) -> Training:
-    """FreezeOut as its authors wrote it: requires_grad off, norms in eval mode, torch's SGD."""
+    """FreezeOut as its authors wrote it: requires_grad off, norms in eval mode, torch's SGD.
+
+    Its notes tell the seconds that the forward of what is frozen takes: without them, the run is
+    the least that torch's kernels take for the layers that train.
+    """
     model, schedule = task.build(), fastfreeze.FreezeOut(task.total_steps, t_0=t_0)
     layers = fastfreeze.split(model, task.images[:2]).layers
+    links = [model.stem, *model.blocks, model.head]
+    num_frozen = frozen_layers(schedule, len(links))
+    prefix_seconds = 0.0
     groups = [{"params": list(layer.trainable)} for layer in layers]
     optimizer = torch.optim.SGD(groups, LR, **HYPERS)
     steps = np.arange(task.total_steps + 1)
@@ -132,8 +147,26 @@ def flags(task: Task, t_0: float) -> Training:
                 for name in layer.modules:
                     model.get_submodule(name).eval()
 
+    def network(images: Tensor, ids: Tensor) -> Tensor:
+        nonlocal prefix_seconds
+        k = num_frozen[taken]
+        start = time.perf_counter()
+        x = run_chain(links[:k], images)
+        prefix_seconds += time.perf_counter() - start
+        return run_chain(links[k:], x)
+
+    def notes() -> dict:
+        return {"prefix_seconds": prefix_seconds}
+
     follow()
-    return Training(model, lambda images, ids: model(images), optimizer, follow)
+    return Training(model, network, optimizer, follow, notes=notes)
+
+
+def run_chain(links: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The links one after the other: what :class:`fastfreeze.recipes.models.Network` does."""
+    for link in links:
+        x = link(x)
+    return x
 
 
 def ours(

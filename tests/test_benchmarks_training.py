@@ -11,7 +11,6 @@ import torch
 
 training = pytest.importorskip("benchmarks.training", reason="tests run outside the source tree")
 from benchmarks import training_rivals as rivals  # noqa: E402
-from benchmarks.training_limits import CutTimes, frozen_layers, measure_cuts  # noqa: E402
 from benchmarks.training_rivals import (  # noqa: E402
     BASELINE,
     BEST_TORCH,
@@ -20,6 +19,7 @@ from benchmarks.training_rivals import (  # noqa: E402
     NOT_FREEZING,
     RunTimes,
     Task,
+    frozen_layers,
     take_turns,
 )
 from fastfreeze.schedule import FreezeOut  # noqa: E402
@@ -50,10 +50,9 @@ def test_a_toy_run(tmp_path, capsys):
     assert MODEL in results["command"]
     entry = results["models"][MODEL]
     assert (entry["status"], entry["steps"]) == ("measured", 12)
-    assert len(entry["cuts"]["suffix"]) == len(entry["cuts"]["prefix"]) == 5
     at = entry["t_0"]["0.5"]
     assert at["freezes"] == 4
-    assert at["limit_with_prefix_forward"] < at["limit_without"] < 1
+    assert at["rivals"][FLAGS]["saved"]["median"] < at["limit"]["median"] < 1
     assert set(at["rivals"]) == {BASELINE, FLAGS, BEST_TORCH, OURS, "fastfreeze, cache"}
     for name, line in at["rivals"].items():
         total = line["total"]
@@ -63,7 +62,7 @@ def test_a_toy_run(tmp_path, capsys):
     assert at["rivals"][BASELINE]["saved"] == {"median": 0, "lowest": 0, "highest": 0}
     assert at["rivals"]["fastfreeze, cache"]["notes"].keys() >= {"hits", "misses", "reason"}
     text = capsys.readouterr().out
-    assert f"{MODEL}, t_0=0.5: 12 steps, 4 freezes. Saved at most" in text
+    assert f"{MODEL}, t_0=0.5: 12 steps, 4 freezes. Limit:" in text
     assert f"| {OURS} |" in text
 
 
@@ -209,19 +208,23 @@ def test_a_summary():
     assert summary.recuts == pytest.approx([(18 + 8 - 10) / 15])
 
 
-def test_limits():
-    frozen = frozen_layers(FreezeOut(8, t_0=0.5, how_scale="linear"), num_layers=3)
-    assert frozen == [0, 0, 0, 0, 1, 1, 2, 2]
-    times = CutTimes(suffix=[10.0, 6.0, 2.0], prefix=[0.0, 1.0, 3.0])
-    assert times.limits(frozen) == pytest.approx((1 - (56 + 8) / 80, 1 - 56 / 80))
+def test_the_limit_leaves_out_what_is_frozen():
+    runs = [RunTimes(1.0, [4.0, 3.0], notes={"prefix_seconds": p}) for p in (2.0, 3.0, 0.0)]
+    baseline = [RunTimes(0.0, [10.0])] * 3
+    assert training.limit(runs, baseline) == training.Spread(0.4, pytest.approx(0.2), 0.5)
 
 
-def test_suffixes_are_timed_on_what_the_prefix_gives():
-    task = Task.random(MODEL, 4, 4, epochs=1, image_size=8)
-    times = measure_cuts(task, rounds=2)
-    assert len(times.suffix) == len(times.prefix) == 5
-    assert all(seconds > 0 for seconds in times.suffix)
-    assert times.prefix[0] < min(times.prefix[1:])
+def test_flags_time_what_is_frozen():
+    task = Task.random(MODEL, 8, 4, epochs=2, image_size=8)
+    schedule = FreezeOut(4, t_0=0.5)
+    assert frozen_layers(schedule, num_layers=5) == [0, 2, 3, 4]
+    found = rivals.flags(task, 0.5)
+    seconds = [found.notes()["prefix_seconds"]]
+    for step in range(4):
+        found.step(*task.batch(step))
+        seconds.append(found.notes()["prefix_seconds"])
+    assert seconds[0] == 0
+    assert seconds == sorted(set(seconds))
 
 
 def test_deviation_is_that_of_the_worst_tensor():
