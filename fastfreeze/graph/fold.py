@@ -263,10 +263,12 @@ class _Folder:
         """Whether a value has no other reader and no other name, so that writing to it is safe."""
         if node not in self._nodes or not self._read_once(node):
             return False
-        storages = self._flow.storages
-        if storages[node] == {node}:
+        flow = self._flow
+        if flow.storages[node] == {node}:
             return True
-        names = [i for i in self._flow.inputs(node) if storages[i] & storages[node]]
+        names = flow.written_by(node) or [
+            i for i in flow.inputs(node) if flow.storages[i] & flow.storages[node]
+        ]
         return len(names) == 1 and self._is_passed_on(names[0])
 
     def _calls_module(self, node: fx.Node, kind: type[nn.Module]) -> bool:
@@ -329,17 +331,18 @@ class _FoldedConvolution(_Operation):
         self._fused_relu = on_cpu and x.relu and x.residual is None and _has_fused_relu(x.module)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._may_take_winograd and winograd_pays(*x.shape[1:], self._module.out_channels):
+        _, c, h, w = x.shape
+        if self._may_take_winograd and winograd_pays(c, h, w, self._module.out_channels):
             return self._winograd(x, residual)
         if self._affine:
             x = self._affine(x)
         x = x.to(self._weight.dtype).contiguous(memory_format=self._format)
-        m, w, b = self._module, self._weight, self._bias
+        m, weight, b = self._module, self._weight, self._bias
         if self._fused_relu:
             fused = torch.ops.mkldnn._convolution_pointwise
-            how = (m.padding, m.stride, m.dilation, m.groups, "relu", [], "")
-            return cast(Tensor, fused(x, w, b, *how))
-        y = F.conv2d(x, w, b, m.stride, m.padding, m.dilation, m.groups)
+            how: Any = (m.padding, m.stride, m.dilation, m.groups, "relu", [], "")
+            return cast(Tensor, fused(x, weight, b, *how))
+        y = F.conv2d(x, weight, b, m.stride, m.padding, m.dilation, m.groups)
         if residual is not None:
             y.add_(residual)
         return y.relu_() if self._relu else y
@@ -366,8 +369,8 @@ def _layout_for(device: torch.device, dtype: torch.dtype) -> torch.memory_format
 
 def _may_take_winograd(module: nn.Conv2d) -> bool:
     """Whether a module is a convolution as :func:`winograd_conv2d` makes them."""
-    how: Any = (module.kernel_size, module.stride, module.dilation)
-    plain: bool = how == ((3, 3), (1, 1), (1, 1)) and module.groups == 1
+    how = (*module.kernel_size, *module.stride, *module.dilation)
+    plain = how == (3, 3, 1, 1, 1, 1) and module.groups == 1
     return plain and module.padding in _WINOGRAD_PADDINGS and _is_cpu_fp32(module.weight)
 
 

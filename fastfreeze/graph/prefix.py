@@ -59,10 +59,10 @@ class Part:
         self._fast: Folded | None = None
         self._num_folds = 0
 
-    def __call__(self, values: Sequence[Any]) -> Values:
+    def __call__(self, values: Sequence[Any], *, fold: bool = True) -> Values:
         """The results' values, without autograd, for the call's tensors and the values given."""
         with torch.no_grad():
-            if self._takes_fast(values):
+            if fold and self._takes_fast(values):
                 assert self._fast is not None
                 return self._run_fast(self._fast, values)
             return self._run_plain(values)
@@ -196,9 +196,9 @@ class Prefix:
             self._attributes = Watch([vars(module) for module in self._held.modules])
         return self._key[1]
 
-    def run(self, tensors: Sequence[Tensor]) -> Values:
+    def run(self, tensors: Sequence[Tensor], *, fold: bool = True) -> Values:
         """The values that cross, for the tensors of a call; without autograd."""
-        return self._handed_over(self._part(tensors))
+        return self._handed_over(self._part(tensors, fold=fold))
 
     def forget(self) -> None:
         """Give up folded weights; they are made again when the prefix runs."""
