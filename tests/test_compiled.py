@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from fastfreeze import (
     SGD,
-    Constant,
     FastfreezeWarning,
+    FeatureCache,
     FreezeOut,
     FreezeOutCycles,
     compile_stages,
@@ -74,13 +74,14 @@ def made(schedule, model=None):
 
 
 def train(network, optimizer, steps, inputs=X):
-    """Losses and, for each step, which parameters had a gradient."""
+    """Losses and, for each step, which of the optimizer's parameters had a gradient."""
     losses, trained = [], []
     for _ in range(steps):
         optimizer.zero_grad()
         loss = F.cross_entropy(network(inputs), LABELS[: len(inputs)])
         loss.backward()
-        trained.append([n for n, p in network.named_parameters() if p.grad is not None])
+        groups = [group["params"] for group in optimizer.param_groups]
+        trained.append([[p.grad is not None for p in group] for group in groups])
         optimizer.step()
         losses.append(loss.item())
     return losses, trained
@@ -273,22 +274,36 @@ def test_models_of_other_shapes_are_compiled_apart():
     assert not [value for value in given if isinstance(value, torch.SymInt)]
 
 
-def test_values_that_cross_can_be_given():
+def test_under_autocast_and_with_a_part_in_eval_mode():
     network, plan, optimizer = made(FreezeOut(12, t_0=0.5, stages=1))
-    compile_stages(network, plan, X, backend="eager")
-    train(network, optimizer, 11)
-    call = network._begin((X,), {})
-    values = call.prefix.run(call.tensors)
-    torch.testing.assert_close(call.finish(values), network(X))
+    network.norm.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        compile_stages(network, plan, X, backend="eager")
+        train(network, optimizer, 12)
     assert graphs() == 2
+    assert not network.norm.training
+    assert not network.norm.num_batches_tracked
+
+
+def test_kept_features_and_batches_ahead():
+    network, plan, optimizer = made(FreezeOut(12, t_0=0.5, stages=2))
+    twin, _, twins_optimizer = made(FreezeOut(12, t_0=0.5, stages=2))
+    compile_stages(network, plan, X, backend="eager")
+    cache = FeatureCache(network, enabled=True)
+    for batch, _ in zip(network.ahead([(X,)] * 20), range(6), strict=False):
+        train(network, optimizer, 1, *batch)
+    train(lambda x: cache(x, samples=torch.arange(5)), optimizer, 6)
+    train(twin, twins_optimizer, 12)
+    assert_same_state(network, twin)
+    assert cache.stats().hits > 0
+    assert graphs() == 3
 
 
 def test_without_a_schedule_what_trains_now_is_compiled():
-    network, plan, _ = made(Constant(5))
+    network, _, _ = made(None)
     network.stem.requires_grad_(False)
-    plan = split(network.model, X)
-    done = compile_stages(network, plan, X, backend="eager")
-    assert [(s.steps, s.frozen) for s in done.stages] == [((0,), frozenset())]
+    done = compile_stages(network, split(network.model, X), X, backend="eager")
+    assert [(s.steps, s.frozen) for s in done.stages] == [((0,), frozenset({0}))]
     network(X).sum().backward()
     assert graphs() == 1
 

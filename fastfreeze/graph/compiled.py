@@ -93,8 +93,8 @@ def compile_stages(
 
     Args:
         network: of :func:`fastfreeze.trim`.
-        plan: of :func:`fastfreeze.split`, for the same model, with its schedule. Without one, what
-            trains now is compiled.
+        plan: of :func:`fastfreeze.split`, for the same model, with its schedule; without one there
+            is a single stage.
         examples: at least one of what the network will be called with: a tensor, a tuple of
             positional arguments or a dict of keyword arguments; of another shape a second one.
         dynamic, options: for :func:`torch.compile`: ``backend``, ``mode``, ``options``.
@@ -145,22 +145,23 @@ def _check(network: TrimmedModel, plan: LayerPlan, examples: Sequence[Any]) -> N
 
 def _stages(plan: LayerPlan) -> dict[frozenset[int], tuple[int, ...]]:
     """The layers frozen in each stage, in the order of the stages, and the stage's first steps."""
-    if plan.schedule is None:
-        return {frozenset(): (0,)}
+    never = ((0, frozenset[int]()),)
+    pairs = never if plan.schedule is None else plan.schedule.frozen_layers(len(plan.layers))
     fixed = {layer.index for layer in plan.layers if not layer.trainable}
     stages: dict[frozenset[int], tuple[int, ...]] = {}
-    for step, frozen in plan.schedule.frozen_layers(len(plan.layers)):
+    for step, frozen in pairs:
         stages[frozen | fixed] = (*stages.get(frozen | fixed, ()), step)
     return stages
 
 
 @contextmanager
 def _as_found(network: TrimmedModel) -> Iterator[None]:
-    """In training mode; flags and mode are put back."""
+    """In training mode; flags and modes are put back."""
     flags = [(p, p.requires_grad) for p in network.model.parameters()]
     with preserved(network.model):
         try:
-            network.model.train()
+            if not network.model.training:
+                network.model.train()
             yield
         finally:
             for parameter, flag in flags:
