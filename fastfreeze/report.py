@@ -86,8 +86,8 @@ class FreezeReport:
 
     Predictions rest on the time that each layer takes in the forward and in the backward. It is
     measured in up to five of the first steps, by hooks that are then removed; if not all parameters
-    train in these, FLOPs take its place (:attr:`source` tells). Where that says that a layer's
-    first products no longer need a gradient of their input, it counts as saved.
+    train in these, FLOPs take its place (:attr:`source` tells). The first layer that still trains
+    has no gradient of its input to compute: by its share of the layer's FLOPs, that is saved too.
 
     A report changes no number of the training. It reads the clock twice in a step, and lets the
     host wait for a GPU only when rows are read.
@@ -119,6 +119,7 @@ class FreezeReport:
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)
         self._profiles: list[StepProfile] = []
+        self._fixed = [layer.index for layer in plan.layers if not layer.trainable]
         self._first = optimizer.current_step if isinstance(optimizer, SGD) else 0
         self._num_steps = self._first
         self._stages = [_Stage(self._first, self._frozen_layers())]
@@ -212,8 +213,7 @@ class FreezeReport:
 
     def _frozen_layers(self) -> tuple[int, ...]:
         if isinstance(self._optimizer, SGD):
-            fixed = [layer.index for layer in self._plan.layers if not layer.trainable]
-            return tuple(sorted({*fixed, *self._optimizer.frozen_layers}))
+            return tuple(sorted({*self._fixed, *self._optimizer.frozen_layers}))
         return tuple(layer.index for layer in self._plan.layers if _mostly_frozen(layer))
 
     def _blockers(self, frozen: tuple[int, ...]) -> tuple[BackwardBlocker, ...]:
