@@ -305,6 +305,30 @@ def test_other_numbers_of_rows_count_only_if_they_give_the_same_bits():
         assert cache.active
 
 
+class Sized(Net):
+    """Sizes of frozen values are read by the part that trains."""
+
+    def forward(self, x):
+        x = self.a(x)
+        n, _, h, _ = x.shape
+        y = self.b(x)
+        rows = self.c(y).mean((2, 3)).view(n, h * 0 + 8)
+        return self.head(rows) * (n + y.shape[2])
+
+
+def test_sizes_that_cross():
+    cache, x = on(trim(frozen(Sized(), "a"))), images()
+    for names in ("a", "b"):
+        frozen(cache.network.model, names)
+        for _ in range(2):
+            for n in (8, 5, 8, 4):
+                rows = torch.randperm(24)[:n]
+                check(cache, x[rows], rows)
+                assert cache.active
+    assert cache.stats().hits > 20
+    assert cache.stats().advanced > 4
+
+
 # --- when the cut moves ------------------------------------------------------------------------
 
 

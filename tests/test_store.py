@@ -118,7 +118,7 @@ def test_layouts_give_values_back(form, dtype):
     for i in range(5):
         (other,) = layout.flat([x[i : i + 1]])
         assert other.equal(rows[i : i + 1])
-    (back,) = layout.values([rows.clone()])
+    (back,) = layout.values([rows.clone()], ())
     assert bits(back).equal(bits(x))
     assert back.stride() == (x.stride() if dense else x.contiguous().stride())
 
@@ -129,12 +129,24 @@ def test_layouts_narrow_what_is_wider():
     assert layout.narrows
     assert not Layout.of([half, whole], 4, [], torch.bfloat16).narrows
     assert [d for d, _ in layout.columns] == [torch.bfloat16, torch.float16, torch.int64]
-    back = layout.values(layout.flat([wide, half, whole]))
+    back = layout.values(layout.flat([wide, half, whole]), ())
     assert back[0].dtype == torch.float32
     assert ((back[0] - wide).abs() <= wide.abs() * 2**-8).all()
     assert back[1].equal(half)
     assert back[2].equal(whole)
-    assert all(a.equal(b) for a, b in zip(layout.values(layout.flat(back)), back, strict=True))
+    assert all(a.equal(b) for a, b in zip(layout.values(layout.flat(back), ()), back, strict=True))
+
+
+def test_constants_keep_their_places():
+    size, y = torch.Size([4, 6]), torch.arange(4)
+    layout = Layout.of([size, x, True, y, (2, 0.5)], 4, [], None)
+    flat = layout.flat([size, x, True, y, (2, 0.5)])
+    assert len(flat) == len(layout.columns) == 2
+    constants = layout.constants([torch.Size([3, 6]), x[:3], False, y[:3], (1, 0.5)])
+    back = layout.values([column[:3] for column in flat], constants)
+    assert (back[0], back[2], back[4]) == ((3, 6), False, (1, 0.5))
+    assert back[1].equal(x[:3])
+    assert back[3].equal(y[:3])
 
 
 def test_what_a_narrow_dtype_cannot_hold_is_refused():
@@ -150,8 +162,9 @@ x = torch.randn(4, 6)
 @pytest.mark.parametrize(
     ("values", "given", "message"),
     [
-        ([x, 3], [], "a int crosses"),
         ([x, (x,)], [], "a tuple crosses"),
+        ([x, [3]], [], "a list crosses"),
+        ([3, (4, True)], [], "nothing but sizes crosses"),
         ([x.to_sparse()], [], "a Tensor crosses, not a plain tensor"),
         ([torch.tensor(1.0)], [], r"shape \(\) crosses, without a row for each of 4"),
         ([x.T], [], r"shape \(6, 4\) crosses"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.kept import Batch, Kept, Rows, assembled, pick, same_bits
 from fastfreeze.graph.prefix import Prefix, Values
-from fastfreeze.graph.rows import CannotKeepError, Layout, hash_rows
+from fastfreeze.graph.rows import CannotKeepError, Layout, hash_rows, row_strides
 from fastfreeze.graph.store import Budget, RowStore, StoreDirectory
 from fastfreeze.graph.trim import TrimmedModel
 
@@ -55,7 +55,8 @@ class FeatureCache:
     rounding): what may differ is compared first, with runs of the prefix beside the cache. That is
     whether a row depends on the number of rows that run with it, once for each cut and number;
     whether carrying on gives what the whole prefix gives, once for each pair of cuts; and the first
-    two batches that are found whole. Where bits differ the cache does without.
+    two batches that are found whole. Where bits differ the cache does without. Writes to a frozen
+    weight through ``.data``, which PyTorch does not count, go unnoticed.
 
     It does without for good when a sample comes with other inputs than before: the data set is then
     not deterministic. With random augmentation, see :class:`~fastfreeze.RepeatableViews`.
@@ -173,7 +174,11 @@ class FeatureCache:
 
     def _values(self, call: Call, prefix: Prefix, keys: list[int]) -> Values:
         _check_inputs(call.inputs, len(keys))
-        batch = Batch(call, prefix, prefix.key, keys, _digests(call.inputs))
+        try:
+            prefix_key = prefix.key
+        except RuntimeError as error:  # torch.func's transforms
+            raise CannotKeepError(f"the frozen weights cannot be read here: {error}") from error
+        batch = Batch(call, prefix, prefix_key, keys, _digests(call.inputs))
         form = self._form(batch)
         name = hashlib.blake2b(f"{batch.prefix_key}\n{form}".encode(), digest_size=16).hexdigest()
         if name in self._refusals:
@@ -192,25 +197,27 @@ class FeatureCache:
             return self._whole(kept, batch, slots)
         parts = []
         for earlier in self._earlier(kept):
+            if not missing:
+                break
             rows, flat = self._carry_on(earlier, kept, batch, missing)
             parts.append((rows, flat))
             missing = sorted(set(missing) - set(rows))
         if missing:
             rows, flat = self._compute(kept, batch, missing)
             if len(rows) == len(keys):
-                return kept.layout.values(flat)
+                return kept.values(flat)
             parts.append((rows, flat))
         if found := [i for i, slot in enumerate(slots) if slot >= 0]:
             parts.append((found, kept.get([slots[i] for i in found])))
             self._counts.hits += len(found)
-        return kept.layout.values(assembled(parts))
+        return kept.values(assembled(parts))
 
     def _form(self, batch: Batch) -> str:
         """What else values depend on, or how they are kept; in words."""
         device = batch.call.inputs[0].device
         return "\n".join(
             (
-                *(f"{t.dtype} {t.shape[1:]} {t.stride()[1:]}" for t in batch.call.inputs),
+                *(f"{t.dtype} {t.shape[1:]} {row_strides(t)}" for t in batch.call.inputs),
                 f"{torch.is_autocast_enabled(device.type)} {torch.get_autocast_dtype(device.type)}",
                 f"{self._dtype} {torch.get_float32_matmul_precision()} {torch.get_num_threads()}",
                 f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {device.type}",
@@ -230,6 +237,7 @@ class FeatureCache:
             flat = layout.flat(values)
             rows = partial(RowStore, layout.columns, self._budget)
             kept = Kept(name, form, batch, layout, self._measures)
+            kept.constants[n] = layout.constants(values)
             if not kept.rows_are_independent(batch, flat):
                 raise CannotKeepError("what a sample gives depends on the others in its batch")
         except CannotKeepError as error:
@@ -245,7 +253,7 @@ class FeatureCache:
             self._carry_on(earlier, kept, batch, range(n), flat)
         kept.rows.add(batch.keys, batch.digests, flat)
         self._counts.misses += n
-        return layout.values(flat)
+        return kept.values(flat)
 
     def _check_stability(self, batch: Batch) -> None:
         """Give up where frozen weights change again and again under one cut."""
@@ -264,7 +272,7 @@ class FeatureCache:
                 self._refuse(kept, "the frozen prefix does not always give the same bits")
                 raise CannotKeepError(self._refusals[kept.name])
         self._counts.hits += len(slots)
-        return kept.layout.values(flat)
+        return kept.values(flat)
 
     def _compute(self, kept: Kept, batch: Batch, missing: list[int]) -> tuple[list[int], Rows]:
         """What is missing, or the whole batch where that is no more work; kept from now on."""
@@ -359,9 +367,10 @@ class FeatureCache:
         rows = [i for i, slot in zip(rows, slots, strict=True) if slot >= 0]
         if not rows:
             return [], []
+        rows = rows[: kept.size]
         keys = [batch.keys[i] for i in rows]
         if not kept.reads_inputs[earlier.name]:
-            keys += earlier.more_keys(set(keys), max(kept.size - len(keys), 0))
+            keys += earlier.more_keys(set(keys), kept.size - len(keys))
         slots = earlier.rows.find(keys)
         digests = earlier.rows.digests(slots)
         flat = kept.carry_on(earlier, batch, rows, slots)

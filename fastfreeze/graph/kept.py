@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfreeze.graph.call import Call
-from fastfreeze.graph.prefix import Prefix
+from fastfreeze.graph.prefix import Prefix, Values
 from fastfreeze.graph.rows import Layout, take_rows
 from fastfreeze.graph.split import CannotSplitError, find_stretch
 from fastfreeze.graph.store import RowStore
@@ -41,6 +42,7 @@ class Kept:
         verified: names of earlier cuts from which carrying on was found to give the same bits.
         unchecked: how many batches that are found whole are still to be computed all the same.
         measures: whether it is still open if this pays.
+        constants: the values that are no tensors, by the number of rows that ran.
         times: seconds of batches in computing, and in storing and looking up.
     """
 
@@ -55,6 +57,7 @@ class Kept:
         self.verified: set[str] = set()
         self.unchecked = _CHECKED_BATCHES
         self.times: list[tuple[float, float]] = []
+        self.constants: dict[int, tuple[Any, ...]] = {}
         self._agreeing = {self.size: True}
         self._device = batch.call.inputs[0].device
 
@@ -62,13 +65,17 @@ class Kept:
         """Kept rows, on the inputs' device."""
         return [column.to(self._device) for column in self.rows.get(slots)]
 
+    def values(self, flat: Rows) -> Values:
+        """The values that cross, for the rows of a whole batch."""
+        return self.layout.values(flat, self.constants[len(flat[0])])
+
     def compute(self, batch: Batch, rows: Sequence[int] = (), size: int = 0) -> Rows:
         """What the prefix gives for some rows of a batch, in a run of ``size``; or for all."""
-        if not size:
-            return self.layout.flat(self.prefix.run(batch.call.tensors))
-        tensors = self._taken(batch, rows, size)
-        flat = self.layout.flat(self.prefix.run(tensors))
-        return [column[: len(rows)] for column in flat]
+        tensors = self._taken(batch, rows, size) if size else batch.call.tensors
+        values = self.prefix.run(tensors)
+        flat = self.layout.flat(values)
+        self.constants[len(flat[0])] = self.layout.constants(values)
+        return [column[: len(rows)] for column in flat] if size else flat
 
     def rows_are_independent(self, batch: Batch, expected: Rows) -> bool:
         """Whether every other row gives the same bits without the rest.
@@ -96,6 +103,8 @@ class Kept:
 
     def continues(self, earlier: Kept) -> bool:
         """Whether this cut's values can be computed from an earlier one's."""
+        if self.size not in earlier.constants:
+            return False
         if earlier.name not in self.reads_inputs:
             if earlier.layout.narrows or earlier.prefix._trace is not self.prefix._trace:
                 return False
@@ -117,10 +126,9 @@ class Kept:
         self, earlier: Kept, batch: Batch, rows: Sequence[int], slots: Sequence[int]
     ) -> Rows:
         """Values of this cut from the rows of an earlier one, the first of them the batch's."""
-        size = max(self.size, len(slots))
-        values = earlier.layout.values(earlier.get([slots[i % len(slots)] for i in range(size)]))
+        values = earlier.values(earlier.get([slots[i % len(slots)] for i in range(self.size)]))
         reads = self.reads_inputs[earlier.name]
-        tensors = self._taken(batch, rows, size) if reads else batch.call.tensors
+        tensors = self._taken(batch, rows, self.size) if reads else batch.call.tensors
         flat = self.layout.flat(self.prefix.advance(earlier.prefix, tensors, values))
         return [column[: len(slots)] for column in flat]
 

@@ -26,6 +26,12 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return taken.as_strided((len(rows), *tensor.shape[1:]), tensor.stride())
 
 
+def row_strides(tensor: Tensor) -> list[int]:
+    """The strides that tell where the elements of a row lie."""
+    pairs = zip(tensor.stride()[1:], tensor.shape[1:], strict=True)
+    return [stride for stride, size in pairs if size > 1]
+
+
 def hash_rows(tensor: Tensor) -> Tensor:
     """A 64-bit hash of the bits of each row, on the tensor's device.
 
@@ -68,13 +74,12 @@ class _Form:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tuple of tensors is made of rows: as flat tensors ``[B, numel]``, and back.
+    """How a tuple of values is made of rows: as flat tensors ``[B, numel]``, and back.
 
-    Attributes:
-        narrows: whether a dtype to store in changes values.
+    Values that are no tensors are *constants*: sizes, and what was computed of sizes.
     """
 
-    forms: tuple[_Form, ...]
+    forms: tuple[_Form | None, ...]  # None for a constant
 
     @classmethod
     def of(
@@ -93,10 +98,11 @@ class Layout:
             dtype: to store in what is floating-point and wider; None for as it is.
 
         Raises:
-            CannotKeepError: not all values are tensors of one row for each sample.
+            CannotKeepError: a value is neither a constant nor a tensor of one row for each sample.
         """
         seen = {t.untyped_storage().data_ptr() for t in given}
-        for value in values:
+        tensors = [value for value in values if not _is_constant(value)]
+        for value in tensors:
             if not isinstance(value, Tensor) or value.layout is not torch.strided:
                 raise CannotKeepError(f"a {type(value).__name__} crosses, not a plain tensor")
             if value.ndim == 0 or len(value) != batch_size or not value.numel():
@@ -107,33 +113,39 @@ class Layout:
             if value.untyped_storage().data_ptr() in seen:
                 raise CannotKeepError("values that cross share memory")
             seen.add(value.untyped_storage().data_ptr())
-        return cls(tuple(_form(value, dtype) for value in values))
+        if not tensors:
+            raise CannotKeepError("nothing but sizes crosses")
+        return cls(tuple(None if _is_constant(v) else _form(v, dtype) for v in values))
 
     @property
     def narrows(self) -> bool:
-        return any(form.stored != form.dtype for form in self.forms)
+        """Whether the dtype to store in changes values."""
+        return any(form.stored != form.dtype for form in self.forms if form)
 
     @property
     def columns(self) -> tuple[tuple[torch.dtype, int], ...]:
         """The stored dtype and the elements of a row of each value."""
-        return tuple((form.stored, form.numel) for form in self.forms)
+        return tuple((form.stored, form.numel) for form in self.forms if form)
 
     def flat(self, values: Sequence[Any]) -> list[Tensor]:
-        """The rows of values, in the dtypes that are stored.
+        """The rows of values that are tensors, in the dtypes that are stored.
 
         Raises:
             CannotKeepError: the values have another layout, or a dtype cannot hold them.
         """
         if len(values) != len(self.forms):
             raise CannotKeepError("other values cross than before")
-        return [_flattened(v, form) for v, form in zip(values, self.forms, strict=True)]
+        pairs = zip(values, self.forms, strict=True)
+        return [_flattened(value, form) for value, form in pairs if form]
 
-    def values(self, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def constants(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Those of the values that are no tensors."""
+        return tuple(v for v, form in zip(values, self.forms, strict=True) if not form)
+
+    def values(self, flat: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Any, ...]:
         """The values of rows, with the strides that they were first seen with."""
-        return tuple(
-            rows.to(form.dtype).as_strided((len(rows), *form.shape), (form.numel, *form.strides))
-            for rows, form in zip(flat, self.forms, strict=True)
-        )
+        rows, rest = iter(flat), iter(constants)
+        return tuple(_unflattened(next(rows), form) if form else next(rest) for form in self.forms)
 
 
 def _form(value: Tensor, dtype: torch.dtype | None) -> _Form:
@@ -143,6 +155,17 @@ def _form(value: Tensor, dtype: torch.dtype | None) -> _Form:
     )
     stored = dtype if dtype is not None and narrower else value.dtype
     return _Form(tuple(row.shape), row.stride(), value.dtype, stored)
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _unflattened(rows: Tensor, form: _Form) -> Tensor:
+    strides = (form.numel, *form.strides)
+    return rows.to(form.dtype).as_strided((len(rows), *form.shape), strides)
 
 
 def _flattened(value: Any, form: _Form) -> Tensor:
