@@ -52,10 +52,11 @@ from benchmarks.training_rivals import (
     take_turns,
 )
 from fastfreeze.freezing import split
+from fastfreeze.recipes.models import build_model
 from fastfreeze.schedule import FreezeOut
 
 MODELS = ["densenet-bc-40", "wrn16-2", "vgg16"]
-DEFAULT_RIVALS = [BASELINE, BEST_TORCH, FLAGS, "fastfreeze", "fastfreeze, cache"]
+DEFAULT_RIVALS = [BASELINE, BEST_TORCH, FLAGS, "fastfreeze", "fastfreeze cache"]
 GATE_STEPS = 12
 GATE_BATCH = 8
 TOLERANCE = 0.05  # of what the truth's weights changed; 0.02 is seen between memory layouts
@@ -89,7 +90,7 @@ class Summary:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
     command = shlex.join(
         ["python", "-m", "benchmarks.training", *(sys.argv[1:] if argv is None else argv)]
@@ -104,20 +105,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(entry["status"] == "refused" for entry in facts["models"].values()))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
-    parser.add_argument("--t-0", nargs="+", type=float, default=[0.5, 0.8])
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("models", nargs="*", type=_model, default=MODELS, metavar="MODEL")
+    parser.add_argument("--t-0", nargs="+", type=_t_0, default=[0.5, 0.8])
+    parser.add_argument("--samples", type=_at_least_1, default=256)
+    parser.add_argument("--epochs", type=_at_least_1, default=25)
+    parser.add_argument("--batch-size", type=_at_least_1, default=32)
+    parser.add_argument(
+        "--rounds",
+        type=_at_least_1,
+        default=1,
+        help="each takes the default's models about 22 minutes",
+    )
+    parser.add_argument("--threads", type=_at_least_1, default=2)
+    parser.add_argument("--image-size", type=_at_least_1, default=32)
     parser.add_argument(
         "--rivals",
         nargs="+",
@@ -126,7 +132,35 @@ def _parser() -> argparse.ArgumentParser:
         help=f"besides {BASELINE!r} and {FLAGS!r}, by which the others are judged",
     )
     parser.add_argument("--out", type=Path, help="also write the results to this JSON file")
-    return parser
+    arguments = parser.parse_args(argv)
+    if arguments.samples < arguments.batch_size:
+        parser.error(
+            f"--samples must be at least --batch-size, got {arguments.samples} and "
+            f"{arguments.batch_size}"
+        )
+    return arguments
+
+
+def _at_least_1(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _model(name: str) -> str:
+    try:
+        with torch.device("meta"):
+            build_model(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def _t_0(text: str) -> float:
+    try:
+        return FreezeOut(1, t_0=float(text)).t_0
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _model_entry(model: str, arguments: argparse.Namespace) -> dict:

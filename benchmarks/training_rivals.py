@@ -195,7 +195,7 @@ def ours(
 
 
 Make = Callable[[Task, float], Training]
-BASELINE, BEST_TORCH, FLAGS = "torch", "torch, channels_last, fused", "flags"
+BASELINE, BEST_TORCH, FLAGS = "torch", "torch channels_last fused", "flags"
 NOT_FREEZING: dict[str, Make] = {
     BASELINE: plain,
     BEST_TORCH: partial(plain, channels_last=True, fused=True),
@@ -203,10 +203,10 @@ NOT_FREEZING: dict[str, Make] = {
 FREEZING: dict[str, Make] = {
     FLAGS: flags,
     "fastfreeze": ours,
-    "fastfreeze, cache": partial(ours, cache=True),
-    "fastfreeze, cache on": partial(ours, cache=True, enabled=True),
-    "fastfreeze, channels_last": partial(ours, channels_last=True),
-    "fastfreeze, channels_last, cache": partial(ours, channels_last=True, cache=True),
+    "fastfreeze cache": partial(ours, cache=True),
+    "fastfreeze cache on": partial(ours, cache=True, enabled=True),
+    "fastfreeze channels_last": partial(ours, channels_last=True),
+    "fastfreeze channels_last cache": partial(ours, channels_last=True, cache=True),
 }
 
 

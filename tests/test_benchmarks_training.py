@@ -44,7 +44,7 @@ def run(tmp_path, *rivals):
 
 
 def test_a_toy_run(tmp_path, capsys):
-    code, results = run(tmp_path, BEST_TORCH, OURS, "fastfreeze, cache")
+    code, results = run(tmp_path, BEST_TORCH, OURS, "fastfreeze cache")
     assert code == 0, results
     assert results["machine"]["torch"] == torch.__version__
     assert MODEL in results["command"]
@@ -53,17 +53,34 @@ def test_a_toy_run(tmp_path, capsys):
     at = entry["t_0"]["0.5"]
     assert at["freezes"] == 4
     assert at["rivals"][FLAGS]["saved"]["median"] < at["limit"]["median"] < 1
-    assert set(at["rivals"]) == {BASELINE, FLAGS, BEST_TORCH, OURS, "fastfreeze, cache"}
+    assert set(at["rivals"]) == {BASELINE, FLAGS, BEST_TORCH, OURS, "fastfreeze cache"}
     for name, line in at["rivals"].items():
         total = line["total"]
         assert 0 < total["lowest"] <= total["median"] <= total["highest"]
         assert line["saved"]["highest"] < 1
         assert bool(line["recuts"]) == (name in FREEZING)
     assert at["rivals"][BASELINE]["saved"] == {"median": 0, "lowest": 0, "highest": 0}
-    assert at["rivals"]["fastfreeze, cache"]["notes"].keys() >= {"hits", "misses", "reason"}
+    assert at["rivals"]["fastfreeze cache"]["notes"].keys() >= {"hits", "misses", "reason"}
     text = capsys.readouterr().out
     assert f"{MODEL}, t_0=0.5: 12 steps, 4 freezes. Limit:" in text
     assert f"| {OURS} |" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["resnet9"], "depth of resnet must be 6 * n + 2"),
+        (["--t-0=1.5"], "got 1.5"),
+        (["--rounds=0"], "must be at least 1, got 0"),
+        (["--samples=8", "--batch-size=9"], "--samples must be at least --batch-size, got 8 and 9"),
+        (["--rivals", "adam"], "adam"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_runs(capsys, options, message):
+    with pytest.raises(SystemExit) as exit_info:
+        training.main(options)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def broken(change):
