@@ -233,7 +233,10 @@ class TrimmedGraph:
         detached = observed(lambda tensors: self._execute(self._program(detach=True), tensors))
         if problem := difference(detached, attached) or self.prove(self._tensors(args, kwargs)):
             return problem
-        return difference(observed(self.run), attached) if self.prefix else ""
+        if (prefix := self.prefix) is None:
+            return ""
+        split = observed(lambda tensors: self.finish(tensors, prefix.run(tensors, fold=False)))
+        return difference(split, attached)
 
     def _observe(
         self, run: Callable[[Any, Any], Any], args: Any, kwargs: Any, backward: bool

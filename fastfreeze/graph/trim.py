@@ -208,9 +208,10 @@ class TrimmedModel(nn.Module):
         """Compare with the untrimmed model, in training mode, on these inputs.
 
         Compared are outputs, buffers and the gradients of all parameters that require grad: of the
-        graph with the model, and of the trimmed graph with the graph whose frozen norms and
-        dropouts are in eval mode, as a whole and in two parts, the first folded; at module level, of the trimmed model with the model when hooks
-        put the same modules in eval mode. All runs start from the same random numbers.
+        graph with the model, and of the trimmed graph, as a whole and in two parts, with the graph
+        whose frozen norms and dropouts are in eval mode; at module level, of the trimmed model with
+        the model when hooks put the same modules in eval mode. All runs start from the same random
+        numbers. Folding is not part of it: it is compared whenever the cut moves.
         Gradients, buffers, training flags and random number generators are left as they were.
 
         Raises:
