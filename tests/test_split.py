@@ -379,3 +379,17 @@ def test_splitting_again_when_the_cut_moves():
         prefixes.append(trimmed._begin((x,), {}).prefix)
     assert [names(p.split.crossing) for p in prefixes] == [["b"], ["b"], ["c"], ["a"]]
     assert prefixes[0] is prefixes[1]
+
+
+def test_in_words():
+    model, x = Net(cat_of_frozen), images()
+    trimmed = trim(model)
+    assert trimmed.prefix == "nothing runs first: not called yet"
+    trimmed(x)
+    first, last = "6 nodes run first, ", "; crossing: mean, 0.00 MiB; 1 run again"
+    assert trimmed.prefix == f"{first}folded{last}"
+    plain = trim(model, fold=False)
+    plain(x)
+    assert plain.prefix == f"{first}as they are (asked for by fold=False){last}"
+    model.requires_grad_(True)
+    assert "nothing runs first" in trimmed.prefix

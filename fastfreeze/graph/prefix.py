@@ -167,6 +167,13 @@ class Prefix:
         read = {i for node in split.prefix for i in node.all_input_nodes}
         self.inputs = tuple(i for i, node in enumerate(places) if node in read)
 
+    def __str__(self) -> str:
+        split, names = self.split, ", ".join(node.name for node in self.split.crossing)
+        text = f"{len(split.prefix)} nodes run first, "
+        text += f"as they are ({self.unfolded})" if self.unfolded else "folded"
+        text += f"; crossing: {names}, {split.nbytes / 2**20:.2f} MiB"
+        return text + (f"; {len(split.recomputed)} run again" if split.recomputed else "")
+
     @property
     def unfolded(self) -> str:
         """Why the prefix runs as it is; empty if its norms are folded."""

@@ -118,7 +118,13 @@ class TrimmedModel(nn.Module):
       frozen prefix is in eval mode if it holds a frozen parameter, or comes before or after one
       that does; a dropout in front of a part that trains is not. Norms keep their statistics
       bit for bit. A ``train()`` in between changes none of this.
-    * If an input requires grad, autograd stays on in the prefix.
+    * What of the prefix depends on the inputs alone runs first, in the form that :func:`trim` was
+      asked for, and hands over the fewest bytes that the rest can be computed from; norms,
+      activations and the like may run again for that (:attr:`prefix`). The weights it was folded
+      from are watched; writes through ``.data`` into their memory, which PyTorch does not count,
+      go unnoticed.
+    * If an input requires grad, or a module has hooks, autograd stays on in the prefix, and it is
+      not run first.
     * ``torch.compile`` does not take it; :func:`fastfreeze.compile_stages` compiles what trains.
     * A model without a graph is announced by a :class:`~fastfreeze.errors.FastfreezeWarning` and
       trimmed at module level: a module whose parameters are all frozen runs in eval mode, with
@@ -126,8 +132,9 @@ class TrimmedModel(nn.Module):
       everywhere). Norms and dropouts that have no parameters and are in no such module keep
       their mode. If an input of the model requires grad, ``model`` itself runs.
 
-    The first call of each kind runs the model once more, and its graph, to compare them; what that
-    does to buffers and random numbers is undone. A forward's Python runs when the graph is made and
+    The first call of each kind runs the model once more, and its graph, to compare them, and the
+    first under each cut the cut graph and its prefix; what that does to buffers and random numbers
+    is undone. A forward's Python runs when the graph is made and
     not again, except in modules without submodules: it is made again when an attribute that was
     read has changed, but globals count as constant, and ``if self.training`` stays as it is in a
     prefix. Functions that take ``training`` as an argument are switched off there.
@@ -203,6 +210,15 @@ class TrimmedModel(nn.Module):
             return graphs.latest_graph().cut
         except UntraceableError as error:
             return find_module_cut(self.model, str(error))
+
+    @property
+    def prefix(self) -> str:
+        """In words: how the frozen prefix ran in the latest call, and what crossed."""
+        try:
+            graph = self._now().latest_graph()
+        except UntraceableError as error:
+            return f"nothing runs first: {error}"
+        return str(graph.prefix or f"nothing runs first: {graph.unsplit or 'not called yet'}")
 
     def verify(self, *args: Any, **kwargs: Any) -> None:
         """Compare with the untrimmed model, in training mode, on these inputs.
