@@ -139,11 +139,14 @@ struct Product {
   int64_t channels;
 };
 
+// Unrolled by order, or the sums would take a way through memory.
 template <int kTiles, int kPanels>
 void multiply_tiles(const Product& p) {
   constexpr int kVecs = kPanels * kPanelVecs;
   FloatVec sums[kTiles][kVecs];
+#pragma GCC unroll 16
   for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) sums[t][j] = FloatVec{};
   }
   const float* v = p.v;
@@ -159,7 +162,9 @@ void multiply_tiles(const Product& p) {
       for (int j = 0; j < kVecs; ++j) sums[t][j] = mul_add(x, w[j], sums[t][j]);
     }
   }
+#pragma GCC unroll 16
   for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) store(p.m + t * p.m_row + j * kLane, sums[t][j]);
   }
 }
