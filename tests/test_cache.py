@@ -683,6 +683,53 @@ def test_bad_samples(samples, error, message):
     assert cache.stats().rows == 6
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inside_other_modes(mode):
+    cache, x = on(network("a")), images(12)
+    for _ in range(2):
+        for context in (mode, torch.enable_grad):
+            for rows in torch.randperm(12).split(4):
+                with context():
+                    check(cache, x[rows], rows)
+                    assert cache.active
+    frozen(cache.network.model, "b")
+    for context in (mode, torch.enable_grad):
+        with context():
+            check(cache, x[:4], torch.arange(4))
+    cache(x[:4], samples=torch.arange(4)).sum().backward()
+    assert cache.network.model.c.conv.weight.grad is not None
+
+
+class Cached(nn.Module):
+    def __init__(self, cache):
+        super().__init__()
+        self.network, self.cache = cache.network, cache
+
+    def forward(self, x):
+        return self.cache(x, samples=torch.arange(len(x)))
+
+
+def test_inside_transforms_of_torch_func():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Tanh(), nn.Linear(4, 2))
+    cache, x = on(trim(frozen(model, "1"))), images(4)
+    names = [n for n, p in cache.network.named_parameters() if p.requires_grad]
+    weights = {f"network.{n}": cache.network.get_parameter(n).detach() for n in names}
+
+    def loss(weights):
+        return torch.func.functional_call(Cached(cache), weights, (x,)).square().sum()
+
+    for _ in range(2):
+        found = torch.func.grad(loss)(weights)
+        assert cache.reason == "in a transform of torch.func"
+        cache(x, samples=torch.arange(4)).square().sum().backward()
+        assert cache.active
+        for name in names:
+            torch.testing.assert_close(
+                found[f"network.{name}"], cache.network.get_parameter(name).grad
+            )
+        cache.network.zero_grad()
+
+
 # --- whether it pays ---------------------------------------------------------------------------
 
 

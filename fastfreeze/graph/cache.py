@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.kept import Batch, Kept, Rows, assembled, pick, same_bits
@@ -173,12 +174,10 @@ class FeatureCache:
         self.close()
 
     def _values(self, call: Call, prefix: Prefix, keys: list[int]) -> Values:
+        if peek_interpreter_stack() is not None:
+            raise CannotKeepError("in a transform of torch.func")
         _check_inputs(call.inputs, len(keys))
-        try:
-            prefix_key = prefix.key
-        except RuntimeError as error:  # torch.func's transforms
-            raise CannotKeepError(f"the frozen weights cannot be read here: {error}") from error
-        batch = Batch(call, prefix, prefix_key, keys, _digests(call.inputs))
+        batch = Batch(call, prefix, prefix.key, keys, _digests(call.inputs))
         form = self._form(batch)
         name = hashlib.blake2b(f"{batch.prefix_key}\n{form}".encode(), digest_size=16).hexdigest()
         if name in self._refusals:
