@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import linecache
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -115,9 +117,13 @@ def compiled(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a Python function, whose first argument holds its attributes."""
     code = graph.python_code("self")
     namespace = dict(code.globals)
-    name = f"<fastfreeze program {next(_NUMBERS)}>"  # what torch.compile knows code by
+    # torch.compile tells functions apart by their files; those without a source share one limit.
+    name = f"<fastfreeze program {next(_NUMBERS)}>"
+    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
     exec(compile(code.src, name, "exec"), namespace)
-    return cast(Callable[..., Any], namespace["forward"])
+    function = cast(Callable[..., Any], namespace["forward"])
+    weakref.finalize(function, linecache.cache.pop, name, None)
+    return function
 
 
 def _unwritten(*_: Any) -> Any:
