@@ -15,7 +15,7 @@ from fastfreeze.graph._state import Watch, copied, preserved, unobserved
 from fastfreeze.graph.cut import Cut, find_cut, frozen_modules
 from fastfreeze.graph.modules import FrozenModules
 from fastfreeze.graph.prefix import Options, Prefix, Values
-from fastfreeze.graph.rewrite import Program, write_program
+from fastfreeze.graph.rewrite import Program, write_measured, write_program, write_proof
 from fastfreeze.graph.split import CannotSplitError
 from fastfreeze.graph.trace import CallPattern, UntraceableError, hooked, is_leaf, trace
 from fastfreeze.graph.verify import Observation, difference, observe
@@ -121,6 +121,7 @@ class TrimmedGraph:
         self.hooked = False
         self._model, self._options = model, options
         self._trace = trace(model, pattern)
+        self._metas: dict[str, Any] = {}
         self._flags: Flags | None = None
         self._compiled: dict[Flags | None, dict[str, Any]] = {}
         self._hooks = self._watch_hooks()
@@ -160,18 +161,23 @@ class TrimmedGraph:
         if self.hooked:
             self.unsplit = f"{name} has hooks"
             return ""
+        prefix = self._split()
+        proof = write_proof(self._trace, self.cut, prefix.comparable if prefix else ())
         with preserved(self._model), unobserved():
-            _, escaped = self.run_attached(copied(tensors))
-        if escaped:
-            return escaped[0]
-        self._proven = True
+            self._execute(proof, copied(tensors))
+        if proof.escaped:
+            return proof.escaped[0]
+        self._proven, self.prefix = True, prefix
+        if prefix is not None:
+            prefix.prepare(tensors, proof.values)
+        return ""
+
+    def _split(self) -> Prefix | None:
         try:
-            self.prefix = Prefix(
-                self._trace, self._model, self.cut, self._program(detach=False).metas, self._options
-            )
+            return Prefix(self._trace, self._model, self.cut, self._metas, self._options)
         except CannotSplitError as error:
             self.unsplit = str(error)
-        return ""
+            return None
 
     @property
     def compiled(self) -> bool:
@@ -210,7 +216,7 @@ class TrimmedGraph:
 
     def compare_with_model(self, args: Any, kwargs: Any, *, backward: bool = False) -> str:
         """What the graph, not trimmed, computes differently from the model; or empty."""
-        plain = write_program(self._trace, Cut("fx"), detach=False)
+        plain = write_measured(self._trace)
         expected = self._observe(lambda a, k: self._model(*a, **k), args, kwargs, backward)
         try:
             found = self._observe(
@@ -218,7 +224,7 @@ class TrimmedGraph:
             )
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        self.compared = True
+        self.compared, self._metas = True, plain.values
         return difference(found, expected)
 
     def compare(self, args: Any, kwargs: Any) -> str:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph._state import Held, Watch, preserved
-from fastfreeze.graph.cut import Cut
+from fastfreeze.graph.cut import Cut, Dataflow
 from fastfreeze.graph.fold import CannotFoldError, Folded, fold
 from fastfreeze.graph.rewrite import write_prefix, write_suffix
 from fastfreeze.graph.split import CannotSplitError, find_split, find_stretch
@@ -62,7 +62,7 @@ class Part:
     def __call__(self, values: Sequence[Any], *, fold: bool = True) -> Values:
         """The results' values, without autograd, for the call's tensors and the values given."""
         with torch.no_grad():
-            if fold and self._takes_fast(values):
+            if fold and self.prepare(values, None):
                 assert self._fast is not None
                 return self._run_fast(self._fast, values)
             return self._run_plain(values)
@@ -71,25 +71,31 @@ class Part:
         """Give up the faster form; it is made again with the next call."""
         self._fast = None
 
-    def _takes_fast(self, values: Sequence[Any]) -> bool:
+    def prepare(self, values: Sequence[Any], expected: Values | None) -> bool:
+        """Whether the faster form is to run; it is made and compared if need be.
+
+        Args:
+            expected: what the nodes give as they are; None to run them for it.
+        """
         if self.unfolded or _autocasts(values) or self._held.states() is None:
             return False
         if self._fast is None or not self._fast.fits():
             try:
-                self._fast = self._compared(values)
+                self._fast = self._compared(values, expected)
             except CannotFoldError as error:
                 self.unfolded, self._fast = str(error), None
         return not self.unfolded
 
-    def _compared(self, values: Sequence[Any]) -> Folded:
+    def _compared(self, values: Sequence[Any], expected: Values | None) -> Folded:
         """The faster form, if it gives the same; or CannotFoldError."""
         self._num_folds += 1
         if self._num_folds > _MAX_FOLDS:
             raise CannotFoldError("its weights change again and again")
         with torch.inference_mode(False), torch.no_grad():
             fast = self._faster()
-        with preserved(self._model):
-            expected = self._run_plain(values)
+        if expected is None:
+            with preserved(self._model):
+                expected = self._run_plain(values)
         try:
             with preserved(self._model):
                 found = self._run_fast(fast, values)
@@ -206,6 +212,23 @@ class Prefix:
     def run(self, tensors: Sequence[Tensor], *, fold: bool = True) -> Values:
         """The values that cross, for the tensors of a call; without autograd."""
         return self._handed_over(self._part(tensors, fold=fold))
+
+    @property
+    def comparable(self) -> tuple[fx.Node, ...]:
+        """The nodes that cross, if nothing writes to them in place in a run of the whole graph."""
+        flow = Dataflow(self._trace.graph, self._model)
+        names = [name for node in self._trace.graph.nodes for name in flow.written_by(node)]
+        written = {storage for name in names for storage in flow.storages[name]}
+        crossing = self.split.crossing
+        safe = all(written.isdisjoint(flow.storages[node]) for node in crossing)
+        return crossing if safe else ()
+
+    def prepare(self, tensors: Sequence[Tensor], seen: Mapping[str, Any]) -> None:
+        """Fold, and compare with what a run of the graph has shown, for the tensors of a call."""
+        names = [node.name for node in self.split.crossing]
+        expected = tuple(seen[name] for name in names) if seen.keys() >= set(names) else None
+        with torch.no_grad():
+            self._part.prepare(tensors, expected)
 
     def forget(self) -> None:
         """Give up folded weights; they are made again when the prefix runs."""

@@ -43,13 +43,12 @@ class Program:
         function: takes the model, then the tensors of a call and the values of an earlier part.
         escaped: what the cut did not know of, in words: a value that crossed it though it requires
             grad, a write in place. Only a program that leaves autograd on sees them.
-        metas: the values of frozen nodes and the call's tensors in the latest run, by name, on the
-            meta device; likewise.
+        values: values of the latest run, by the node's name, that it was to show; likewise.
     """
 
     function: Callable[..., Any]
     escaped: list[str] = field(default_factory=list)
-    metas: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, model: nn.Module, tensors: Iterable[Any]) -> Any:
         """The function's value; the grad mode is as it was, whatever happens."""
@@ -70,6 +69,37 @@ def write_program(trace: Trace, cut: Cut, *, detach: bool) -> Program:
     writer = _Writer(cut, None if detach else _Reports(program))
     for node in trace.graph.nodes:
         writer.write(node)
+    return replace(program, function=compiled(writer.graph))
+
+
+def write_measured(trace: Trace) -> Program:
+    """The traced model as it is; ``values`` are those of all nodes, on the meta device."""
+    program = Program(_unwritten)
+    reports = _Reports(program)
+    writer = _Writer(Cut("fx"), reports)
+    for node in trace.graph.nodes:
+        writer.write(node)
+        if node.op not in ("get_attr", "output"):
+            writer.pass_through(node, reports.measured)
+    return replace(program, function=compiled(writer.graph))
+
+
+def write_proof(trace: Trace, cut: Cut, kept: Iterable[fx.Node]) -> Program:
+    """As much of the traced model, with autograd on, as shows what the cut does not know of.
+
+    Its ``values`` are those of ``kept``.
+    """
+    program = Program(_unwritten)
+    reports = _Reports(program)
+    writer = _Writer(cut, reports)
+    kept, nodes = frozenset(kept), list(trace.graph.nodes)
+    seen = {*cut.frozen, *cut.readers}
+    last = max((i for i, node in enumerate(nodes) if node.name in seen), default=-1)
+    for node in nodes[: last + 1]:
+        writer.write(node)
+        if node in kept:
+            writer.pass_through(node, reports.kept)
+    writer.end()
     return replace(program, function=compiled(writer.graph))
 
 
@@ -134,12 +164,16 @@ class _Reports:
     """What a program with autograd left on looks at, and the cut was not able to."""
 
     def __init__(self, program: Program) -> None:
-        self._escaped, self._metas = program.escaped, program.metas
+        self._escaped, self._values = program.escaped, program.values
 
     def measured(self, value: Any, name: str) -> Any:
-        self._metas[name] = tree_map(
+        self._values[name] = tree_map(
             lambda v: torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v, value
         )
+        return value
+
+    def kept(self, value: Any, name: str) -> Any:
+        self._values[name] = _detached(value, name)
         return value
 
     def crossing(self, value: Any, name: str) -> Any:
@@ -191,11 +225,18 @@ class _Writer:
         else:
             copy = self.graph.node_copy(node, self._now)
             copy.type = None
-        if (node.name in self._in_eval or node.op == "placeholder") and self._reports:
-            copy = self.graph.call_function(self._reports.measured, (copy, node.name))
         self._copies[node] = copy
         if node.name in self._boundary:
             self._to_cross.append(node)
+
+    def pass_through(self, node: fx.Node, report: Callable[[Any, str], Any]) -> None:
+        """Have the value of a node that has been written reported."""
+        self._copies[node] = self.graph.call_function(report, (self._copies[node], node.name))
+
+    def end(self) -> None:
+        """End the graph where it is, with no value."""
+        self._leave()
+        self.graph.output(None)
 
     def _now(self, node: fx.Node) -> fx.Node:
         """The copy of a node that the node being written shall read."""
