@@ -316,8 +316,21 @@ class Sized(Net):
         return self.head(rows) * (n + y.shape[2])
 
 
-def test_sizes_that_cross():
-    cache, x = on(trim(frozen(Sized(), "a"))), images()
+class Halves(Net):
+    """Two halves of a value go different ways, as in ShuffleNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.b, self.c = block(4, 4), block(8, 8)
+
+    def forward(self, x):
+        first, second = self.a(x).chunk(2, 1)
+        return self.head(self.c(torch.cat([first, self.b(second)], 1)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("model", [Sized, Halves])
+def test_other_values_that_cross(model):
+    cache, x = on(trim(frozen(model(), "a"))), images()
     for names in ("a", "b"):
         frozen(cache.network.model, names)
         for _ in range(2):

@@ -90,9 +90,10 @@ def forms(n, dtype=torch.float32):
         "transposed": (x.transpose(1, 3), True),
         "vector": (x[:, 0, 0, 0].clone(), True),
         "single": (some((n, 4, 1, 1), dtype).to(memory_format=torch.channels_last), True),
-        "batch last": (some((3, 4, n), dtype).movedim(2, 0), False),
         "slice": (x[:, :2], False),
-        "expanded": (some((n, 1, 2), dtype).expand(n, 6, 2), False),
+        "column": (x[:, 0, 0, 0], False),
+        "channels": (x.to(memory_format=torch.channels_last)[:, 1:], False),
+        "every other": (x[::2, :, ::2], False) if n > 2 else (x[:, :, ::2], False),
     }
 
 
@@ -100,7 +101,7 @@ def forms(n, dtype=torch.float32):
 @pytest.mark.parametrize("n", [2, 7])
 def test_rows_are_taken_with_their_strides(form, n):
     x, dense = forms(n)[form]
-    rows = torch.tensor([n - 1, 0, 0])
+    rows = torch.tensor([len(x) - 1, 0, 0])
     taken = take_rows(x, rows)
     assert taken.equal(x[rows])
     if dense:
@@ -110,17 +111,20 @@ def test_rows_are_taken_with_their_strides(form, n):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", forms(2))
 def test_layouts_give_values_back(form, dtype):
-    x, dense = forms(5, dtype)[form]
-    layout = Layout.of([x], 5, [], None)
+    x, _ = forms(5, dtype)[form]
+    n = len(x)
+    layout = Layout.of([x], n, [], None)
     (rows,) = layout.flat([x])
-    assert rows.shape == (5, x[0].numel())
+    assert rows.shape == (n, x[0].numel())
     assert layout.columns == ((dtype, x[0].numel()),)
-    for i in range(5):
+    for i in range(n):
         (other,) = layout.flat([x[i : i + 1]])
         assert other.equal(rows[i : i + 1])
     (back,) = layout.values([rows.clone()], ())
     assert bits(back).equal(bits(x))
-    assert back.stride() == (x.stride() if dense else x.contiguous().stride())
+    assert back.stride() == x.stride()
+    (again,) = layout.flat([x.contiguous()])
+    assert bits(again).equal(bits(rows))
 
 
 def test_layouts_narrow_what_is_wider():
@@ -149,6 +153,21 @@ def test_constants_keep_their_places():
     assert back[3].equal(y[:3])
 
 
+def test_parts_of_a_nested_value():
+    x = torch.randn(4, 6, 2, 2)
+    values = [x.chunk(2, 1), {"sizes": [3, x.shape]}, x.sum((2, 3))]
+    layout = Layout.of(values, 4, [], None)
+    flat = layout.flat(values)
+    assert [column.shape for column in flat] == [(4, 12), (4, 12), (4, 6)]
+    back = layout.values(flat, layout.constants(values))
+    assert isinstance(back, tuple)
+    assert back[1] == {"sizes": [3, x.shape]}
+    assert torch.cat(back[0], 1).equal(x)
+    assert back[2].equal(x.sum((2, 3)))
+    with pytest.raises(CannotKeepError, match="share memory"):
+        Layout.of([x[:, :4], x[:, 3:]], 4, [], None)
+
+
 def test_what_a_narrow_dtype_cannot_hold_is_refused():
     layout = Layout.of([torch.ones(2, 2)], 2, [], torch.float16)
     layout.flat([torch.tensor([[1.0, float("inf")], [float("nan"), -65504.0]])])
@@ -162,15 +181,18 @@ x = torch.randn(4, 6)
 @pytest.mark.parametrize(
     ("values", "given", "message"),
     [
-        ([x, (x,)], [], "a tuple crosses"),
-        ([x, [3]], [], "a list crosses"),
+        ([x, {3}], [], "a set crosses"),
         ([3, (4, True)], [], "nothing but sizes crosses"),
+        ([x, x.view(torch.int32)], [], "share memory"),
         ([x.to_sparse()], [], "a Tensor crosses, not a plain tensor"),
         ([torch.tensor(1.0)], [], r"shape \(\) crosses, without a row for each of 4"),
         ([x.T], [], r"shape \(6, 4\) crosses"),
         ([x[:, :0]], [], r"shape \(4, 0\) crosses"),
         ([x, x.relu(), x[:, :2]], [], "share memory"),
         ([x.view(4, 2, 3)], [x], "share memory"),
+        ([torch.randn(6, 4).T], [], "do not lie one after the other"),
+        ([torch.randn(4, 1).expand(4, 3)], [], "do not lie one after the other"),
+        ([torch.randn(3).expand(4, 3)], [], "do not lie one after the other"),
     ],
 )
 def test_layouts_refuse(values, given, message):

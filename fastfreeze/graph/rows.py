@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 _WORD = 8  # bytes
 _LOW_BITS = (1 << 33) - 1
@@ -60,10 +61,14 @@ def _factors(count: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class _Form:
-    """One value: what of its shape and strides does not depend on the batch."""
+    """One value: what of its shape and strides does not depend on the batch.
+
+    Rows that are *dense* are kept in the order of memory, those with gaps in logical order.
+    """
 
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...]  # from row to row, and within a row
+    dense: bool
     dtype: torch.dtype
     stored: torch.dtype
 
@@ -74,12 +79,13 @@ class _Form:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tuple of values is made of rows: as flat tensors ``[B, numel]``, and back.
+    """How a tuple of nested values is made of rows: as flat tensors ``[B, numel]``, and back.
 
-    Values that are no tensors are *constants*: sizes, and what was computed of sizes.
+    Those that are no tensors are *constants*: sizes, and what was computed of sizes.
     """
 
     forms: tuple[_Form | None, ...]  # None for a constant
+    nesting: TreeSpec
 
     @classmethod
     def of(
@@ -100,8 +106,8 @@ class Layout:
         Raises:
             CannotKeepError: a value is neither a constant nor a tensor of one row for each sample.
         """
-        seen = {t.untyped_storage().data_ptr() for t in given}
-        tensors = [value for value in values if not _is_constant(value)]
+        leaves, nesting = tree_flatten(tuple(values))
+        tensors = [leaf for leaf in leaves if not _is_constant(leaf)]
         for value in tensors:
             if not isinstance(value, Tensor) or value.layout is not torch.strided:
                 raise CannotKeepError(f"a {type(value).__name__} crosses, not a plain tensor")
@@ -110,12 +116,12 @@ class Layout:
                     f"a value of shape {tuple(value.shape)} crosses, without a row for each of "
                     f"{batch_size} samples"
                 )
-            if value.untyped_storage().data_ptr() in seen:
+        for i, value in enumerate(tensors):
+            if any(_share_memory(value, other) for other in (*given, *tensors[:i])):
                 raise CannotKeepError("values that cross share memory")
-            seen.add(value.untyped_storage().data_ptr())
         if not tensors:
             raise CannotKeepError("nothing but sizes crosses")
-        return cls(tuple(None if _is_constant(v) else _form(v, dtype) for v in values))
+        return cls(tuple(None if _is_constant(v) else _form(v, dtype) for v in leaves), nesting)
 
     @property
     def narrows(self) -> bool:
@@ -133,39 +139,57 @@ class Layout:
         Raises:
             CannotKeepError: the values have another layout, or a dtype cannot hold them.
         """
-        if len(values) != len(self.forms):
+        leaves, nesting = tree_flatten(tuple(values))
+        if nesting != self.nesting:
             raise CannotKeepError("other values cross than before")
-        pairs = zip(values, self.forms, strict=True)
+        pairs = zip(leaves, self.forms, strict=True)
         return [_flattened(value, form) for value, form in pairs if form]
 
     def constants(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """Those of the values that are no tensors."""
-        return tuple(v for v, form in zip(values, self.forms, strict=True) if not form)
+        pairs = zip(tree_flatten(tuple(values))[0], self.forms, strict=True)
+        return tuple(value for value, form in pairs if not form)
 
     def values(self, flat: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Any, ...]:
         """The values of rows, with the strides that they were first seen with."""
         rows, rest = iter(flat), iter(constants)
-        return tuple(_unflattened(next(rows), form) if form else next(rest) for form in self.forms)
+        leaves = [_unflattened(next(rows), form) if form else next(rest) for form in self.forms]
+        values: tuple[Any, ...] = tree_unflatten(leaves, self.nesting)
+        return values
 
 
 def _form(value: Tensor, dtype: torch.dtype | None) -> _Form:
-    row = value[0] if _rows_are_dense(value) else value[0].contiguous()
+    dense = _rows_are_dense(value)
+    if not (dense or _rows_are_apart(value)):
+        raise CannotKeepError("a value crosses whose rows do not lie one after the other")
     narrower = (
         dtype is not None and value.is_floating_point() and dtype.itemsize < value.element_size()
     )
     stored = dtype if dtype is not None and narrower else value.dtype
-    return _Form(tuple(row.shape), row.stride(), value.dtype, stored)
+    return _Form(tuple(value.shape[1:]), value.stride(), dense, value.dtype, stored)
 
 
 def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return isinstance(value, (bool, int, float, str, type(None)))
+    return isinstance(value, (bool, int, float, str, torch.Size, type(None)))
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have elements in common."""
+    storage = a.untyped_storage()
+    if storage.data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    if a.dtype != b.dtype:
+        return True
+    mine = torch.zeros(storage.nbytes() // a.element_size(), dtype=torch.bool)
+    mine.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(mine.as_strided(b.shape, b.stride(), b.storage_offset()).any())
 
 
 def _unflattened(rows: Tensor, form: _Form) -> Tensor:
-    strides = (form.numel, *form.strides)
-    return rows.to(form.dtype).as_strided((len(rows), *form.shape), strides)
+    shape, rows = (len(rows), *form.shape), rows.to(form.dtype)
+    if form.dense:
+        return rows.as_strided(shape, form.strides)
+    return _laid_out(rows.view(shape), form)
 
 
 def _flattened(value: Any, form: _Form) -> Tensor:
@@ -175,17 +199,22 @@ def _flattened(value: Any, form: _Form) -> Tensor:
         or value.dtype != form.dtype
     ):
         raise CannotKeepError("a value crosses in another shape or dtype than before")
-    strides = (form.numel, *form.strides)
-    if value.stride() != strides:
-        laid_out = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
-        value = laid_out.copy_(value)
-    flat = _flat(value)
+    if not form.dense:
+        flat = value.reshape(len(value), form.numel)
+    else:
+        flat = _flat(value if value.stride() == form.strides else _laid_out(value, form))
     if form.stored == form.dtype:
         return flat
     stored = flat.to(form.stored)
     if not torch.equal(stored.isfinite(), flat.isfinite()):
         raise CannotKeepError(f"values do not fit into {form.stored}")
     return stored
+
+
+def _laid_out(value: Tensor, form: _Form) -> Tensor:
+    """A copy with the strides of the form."""
+    new = torch.empty_strided(value.shape, form.strides, dtype=value.dtype, device=value.device)
+    return new.copy_(value)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -196,9 +225,14 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _rows_are_dense(tensor: Tensor) -> bool:
     """Whether each row is a piece of memory without gaps, and the next one follows."""
-    expected = 1
+    return _rows_are_apart(tensor) and tensor.stride(0) == tensor.shape[1:].numel()
+
+
+def _rows_are_apart(tensor: Tensor) -> bool:
+    """Whether each element has its own place, and each row lies behind the one before."""
+    reach = 1
     for stride, size in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
-        if size > 1 and stride != expected:
+        if size > 1 and stride < reach:
             return False
-        expected *= size
-    return bool(tensor.stride(0) == expected)
+        reach += (size - 1) * stride
+    return bool(tensor.stride(0) >= reach)
