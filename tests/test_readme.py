@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastfreeze
 
@@ -19,7 +20,7 @@ def python_blocks():
     return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_snippets_run_one_after_the_other(tmp_path, monkeypatch):
+def test_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     images = torch.randn(6, 4)
@@ -32,11 +33,24 @@ def test_snippets_run_one_after_the_other(tmp_path, monkeypatch):
         "loss_function": nn.CrossEntropyLoss(),
         "total_steps": len(loader),
     }
-    blocks = python_blocks()
-    assert len(blocks) == 3
-    for block in blocks[:2]:
-        exec(block, names)
+    sgd, freezing, cache, compiling, report, ensemble = python_blocks()
+    exec(sgd, names)
+    exec(freezing, names)
     assert names["optimizer"].frozen_layers == (0,)
-    exec(blocks[2].replace("last=3", "last=1"), names)
+    exec(ensemble.replace("last=3", "last=1"), names)
     assert len(names["store"]) == 1
     torch.testing.assert_close(names["probabilities"].sum(1), torch.ones(6))
+
+    samples = {"dataset": TensorDataset(images, loader[0][1]), "DataLoader": DataLoader}
+    cached = names | samples | {"num_epochs": 2}
+    exec(cache.replace("num_workers=2", "num_workers=0"), cached)
+    assert cached["cache"].stats().misses > 0
+
+    compiled = dict(names)
+    exec(compiling.replace("plan, images)", "plan, images, backend='eager')"), compiled)
+    assert "frozen layers" in capsys.readouterr().out
+
+    model.requires_grad_(True)
+    exec(freezing.split("for images")[0], names)
+    exec(report, names)
+    assert "predicted" in capsys.readouterr().out
