@@ -59,7 +59,9 @@ MODELS = ["densenet-bc-40", "wrn16-2", "vgg16"]
 DEFAULT_RIVALS = [BASELINE, BEST_TORCH, FLAGS, "fastfreeze", "fastfreeze cache"]
 GATE_STEPS = 12
 GATE_BATCH = 8
-TOLERANCE = 0.05  # of what the truth's weights changed; 0.02 is seen between memory layouts
+# Of what the truth changed in a tensor. Between memory layouts 0.3 is seen, in a norm of VGG whose
+# gradient is a sum that cancels; momentum that is forgotten makes 0.5, a missing update 1.
+TOLERANCE = 0.4
 LOSS_TOLERANCE = 0.02  # of losses near 2; 0.002 is seen between memory layouts
 
 
