@@ -105,6 +105,7 @@ Tensor affine_relu_cat(std::vector<Tensor> parts, Tensor scale, Tensor shift, bo
   std::vector<Tensor> copies;
   job.channels = 0;
   for (const Tensor& t : parts) {
+    if (t.size(1) == 0) continue;
     job.parts.push_back(part_of(t, channels_last, copies));
     job.channels += t.size(1);
   }
