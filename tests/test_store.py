@@ -525,10 +525,32 @@ def test_stopped_at_any_write(tmp_path, nth, monkeypatch, small_chunks):
     except KeyboardInterrupt:
         pass
     monkeypatch.undo()
+    assert held(store, range(15)) >= {0, 1, 3, 4, 6, 7, 8, 9}
     again = RowStore(COLUMNS, Budget(PLENTY), tmp_path / NAME)
     found = held(again, range(15))
     assert found >= {0, 1, 3, 4, 6, 7, 8, 9}
     assert len(again) == len(found)
+
+
+@pytest.mark.parametrize("nth", range(1, 13))
+def test_going_on_after_an_interrupt(path, nth, monkeypatch, small_chunks):
+    store = RowStore(COLUMNS, Budget(PLENTY), path)
+    add(store, range(10))
+    values = rows_of(range(10, 15))
+    stop_at(monkeypatch, nth)
+    try:
+        store.discard([2, 5])
+        store.add(range(10, 15), *values)
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.undo()
+    rng = random.Random(nth)
+    for _ in range(20):
+        found = held(store, range(15))
+        store.discard(store.find(rng.sample(sorted(found), len(found) // 2)))
+        add(store, rng.sample(range(15), 8))
+    add(store, range(15))
+    assert held(store, range(15)) == set(range(15))
 
 
 # --- directories -------------------------------------------------------------------------------

@@ -286,11 +286,11 @@ class RowStore:
         self._stamps.rows[target, _CHECKSUM] = 0
         for array in (*self._columns, self._stamps):
             array.rows.index_copy_(0, target, array.rows.index_select(0, source))
-        for key, mover, hole in zip(
-            self._stamps.rows[target, _KEY].tolist(), movers, holes, strict=True
-        ):
-            self._slots[key] = hole
+        keys = self._stamps.rows[target, _KEY].tolist()
+        for key, mover, hole in zip(keys, movers, holes, strict=True):
             self._state[hole] = self._state[mover]
+            if self._slots.get(key) == mover:  # not what an interrupted call has left
+                self._slots[key] = hole
 
     def _checksums(self, at: slice | Tensor) -> Tensor:
         """Of rows as they are now; never 0, which marks a slot as empty."""
