@@ -204,7 +204,7 @@ def test_as_few_bytes_as_a_search_finds(seed):
     metas = values_of(traced.graph, model, x)
     ahead = splitting._may_run_ahead(traced.graph, flow, frozenset(cut.in_eval))
     read = splitting._read_behind(traced.graph, ahead)
-    split = find_split(traced, model, cut, metas)
+    split = find_split(flow, cut, metas)
     assert split.nbytes == smallest_by_search(traced.graph, flow, ahead, read, metas)
     assert split.nbytes == call.prefix.split.nbytes
     values = call.prefix.run(call.tensors)

@@ -146,6 +146,7 @@ class Dataflow:
     """What a graph's nodes hold, may alias and may write to.
 
     Attributes:
+        graph, model: what it is of.
         held: tensors that a node is a reference to or, for a module, owns.
         metadata: nodes that give no tensor but sizes, dtypes and numbers made of these. They carry
             no taint.
@@ -153,8 +154,9 @@ class Dataflow:
     """
 
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
-        self._graph = graph
-        self._model = model
+        self.graph = graph
+        self.model = model
+        self._modules: dict[str, nn.Module] = {}
         self.metadata: set[fx.Node] = set()
         self.held: dict[fx.Node, list[Tensor]] = {}
         self.storages: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -174,7 +176,10 @@ class Dataflow:
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a node calls."""
-        return self._model.get_submodule(str(node.target))
+        name = str(node.target)
+        if name not in self._modules:
+            self._modules[name] = self.model.get_submodule(name)
+        return self._modules[name]
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values ``node`` computes with; none for metadata."""
@@ -226,7 +231,7 @@ class Dataflow:
         crossings: dict[fx.Node, Names] = {}
         written: Names = {}
         conflicts: set[fx.Node] = set()
-        for node in self._graph.nodes:
+        for node in self.graph.nodes:
             inputs = self.inputs(node)
             reads = False
             for name in inputs:
@@ -284,7 +289,7 @@ class Dataflow:
     def _tensors_of(self, node: fx.Node) -> list[Tensor]:
         if node.op not in ("call_module", "get_attr"):
             return []
-        value = attribute(self._model, str(node.target))
+        value = attribute(self.model, str(node.target))
         if isinstance(value, nn.Module):
             return [*value.parameters(), *value.buffers()]
         return [value] if isinstance(value, Tensor) else []

@@ -23,7 +23,6 @@ from torch import Tensor, fx, nn
 from fastfreeze.graph._state import Held, Watch
 from fastfreeze.graph.cut import Dataflow, called_name
 from fastfreeze.graph.rewrite import Program, compiled, eval_copy, hand_over, placeholders
-from fastfreeze.graph.trace import Trace
 from fastfreeze.ops.affine import affine_relu, affine_relu_cat
 from fastfreeze.ops.winograd import pays as winograd_pays
 from fastfreeze.ops.winograd import transform_weight, winograd_conv2d
@@ -55,8 +54,7 @@ class Folded:
 
 
 def fold(
-    trace: Trace,
-    model: nn.Module,
+    flow: Dataflow,
     nodes: Sequence[fx.Node],
     given: Sequence[fx.Node],
     results: Sequence[fx.Node],
@@ -72,7 +70,7 @@ def fold(
     Raises:
         CannotFoldError: there is no convolution, or something writes in place to what others read.
     """
-    folder = _Folder(trace, model, nodes, given, results, metas, dtype)
+    folder = _Folder(flow, nodes, given, results, metas, dtype)
     return Folded(folder.program(), folder.folded)
 
 
@@ -119,8 +117,7 @@ class _Folder:
 
     def __init__(
         self,
-        trace: Trace,
-        model: nn.Module,
+        flow: Dataflow,
         nodes: Sequence[fx.Node],
         given: Sequence[fx.Node],
         results: Sequence[fx.Node],
@@ -129,13 +126,13 @@ class _Folder:
     ) -> None:
         self.folded: list[nn.Module] = []
         self._dtype = dtype
-        self._flow = Dataflow(trace.graph, model)
+        self._flow = flow
         self._nodes, self._results, self._metas = nodes, results, metas
         if not any(self._calls_module(node, nn.Conv2d) for node in nodes):
             raise CannotFoldError("there is no convolution")
         self._graph = fx.Graph()
         self._values: dict[fx.Node, _Value] = {}
-        self._values |= placeholders(self._graph, trace, given)
+        self._values |= placeholders(self._graph, flow.graph, given)
 
     def program(self) -> Program:
         for node in self._nodes:

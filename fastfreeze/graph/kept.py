@@ -106,11 +106,11 @@ class Kept:
         if self.size not in earlier.constants:
             return False
         if earlier.name not in self.reads_inputs:
-            if earlier.layout.narrows or earlier.prefix._trace is not self.prefix._trace:
+            if earlier.layout.narrows or earlier.prefix.flow.graph is not self.prefix.flow.graph:
                 return False
             splits = earlier.prefix.split, self.prefix.split
             try:
-                nodes = find_stretch(self.prefix._trace, self.prefix._model, *splits)
+                nodes = find_stretch(self.prefix.flow, *splits)
             except CannotSplitError:
                 return False
             read = {i for node in nodes for i in node.all_input_nodes}

@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph._state import Held, Watch, preserved
 from fastfreeze.graph.cut import Cut, Dataflow
 from fastfreeze.graph.fold import CannotFoldError, Folded, fold
-from fastfreeze.graph.rewrite import write_prefix, write_suffix
+from fastfreeze.graph.rewrite import Program, write_prefix, write_suffix
 from fastfreeze.graph.split import CannotSplitError, find_split, find_stretch
 from fastfreeze.graph.trace import Trace
 from fastfreeze.graph.verify import excess
@@ -43,8 +44,7 @@ class Part:
 
     def __init__(
         self,
-        trace: Trace,
-        model: nn.Module,
+        flow: Dataflow,
         nodes: Sequence[fx.Node],
         given: Sequence[fx.Node],
         results: Sequence[fx.Node],
@@ -52,12 +52,16 @@ class Part:
         options: Options,
     ) -> None:
         self.unfolded = "" if options.fold or options.dtype else "asked for by fold=False"
-        self._model, self._options = model, options
-        self._plain = write_prefix(trace, nodes, given, results)
-        self._what = (trace, model, nodes, given, results, metas)
-        self._held = _held_by(model, nodes)
+        self._model, self._options = flow.model, options
+        self._what = (flow, nodes, given, results, metas)
+        self._held = _held_by(flow.model, nodes)
         self._fast: Folded | None = None
         self._num_folds = 0
+
+    @cached_property
+    def _plain(self) -> Program:
+        flow, nodes, given, results, _ = self._what
+        return write_prefix(flow.graph, nodes, given, results)
 
     def __call__(self, values: Sequence[Any], *, fold: bool = True) -> Values:
         """The results' values, without autograd, for the call's tensors and the values given."""
@@ -146,6 +150,7 @@ class Prefix:
     """What runs first under a cut, for one way of calling the model, and what runs on its values.
 
     Attributes:
+        flow: of the graph.
         split: the nodes, and what crosses.
         inputs: which of the call's tensors the prefix reads.
         suffix: the model's output from the call's tensors and the values that cross.
@@ -159,12 +164,12 @@ class Prefix:
         metas: Mapping[str, Any],
         options: Options,
     ) -> None:
-        self.split = split = find_split(trace, model, cut, metas)
-        self._trace, self._model, self._metas = trace, model, dict(metas)
-        self._options = options
-        self._part = Part(trace, model, split.prefix, (), split.crossing, self._metas, options)
-        self._keeps_layout = _minds_layout(model, split.rest)
-        self.suffix = write_suffix(trace, cut, split)
+        self.flow = flow = Dataflow(trace.graph, model)
+        self.split = split = find_split(flow, cut, metas)
+        self._metas, self._options = dict(metas), options
+        self._part = Part(flow, split.prefix, (), split.crossing, self._metas, options)
+        self._keeps_layout = _minds_layout(flow, split.rest)
+        self.suffix = write_suffix(trace.graph, cut, split)
         self._stretches: dict[Prefix, Part] = {}
         self._held = _held_by(model, split.prefix)
         self._key: tuple[Any, str] | None = None
@@ -216,8 +221,8 @@ class Prefix:
     @property
     def comparable(self) -> tuple[fx.Node, ...]:
         """The nodes that cross, if nothing writes to them in place in a run of the whole graph."""
-        flow = Dataflow(self._trace.graph, self._model)
-        names = [name for node in self._trace.graph.nodes for name in flow.written_by(node)]
+        flow = self.flow
+        names = [name for node in flow.graph.nodes for name in flow.written_by(node)]
         written = {storage for name in names for storage in flow.storages[name]}
         crossing = self.split.crossing
         safe = all(written.isdisjoint(flow.storages[node]) for node in crossing)
@@ -243,15 +248,15 @@ class Prefix:
             LookupError: ``earlier`` is no earlier cut of the same graph.
         """
         if earlier not in self._stretches:
-            if earlier._trace is not self._trace:
+            if earlier.flow.graph is not self.flow.graph:
                 raise LookupError("the cut is that of another graph")
             try:
-                nodes = find_stretch(self._trace, self._model, earlier.split, self.split)
+                nodes = find_stretch(self.flow, earlier.split, self.split)
             except CannotSplitError as error:
                 raise LookupError(str(error)) from error
             given, results = earlier.split.crossing, self.split.crossing
             self._stretches[earlier] = Part(
-                self._trace, self._model, nodes, given, results, self._metas, self._options
+                self.flow, nodes, given, results, self._metas, self._options
             )
         return self._handed_over(self._stretches[earlier]([*tensors, *values]))
 
@@ -264,16 +269,11 @@ class Prefix:
         return contiguous
 
 
-def _minds_layout(model: nn.Module, nodes: Sequence[fx.Node]) -> bool:
+def _minds_layout(flow: Dataflow, nodes: Sequence[fx.Node]) -> bool:
     """Whether nodes may fail on a channels_last tensor, as ``view`` does."""
-    for node in nodes:
-        if node.op == "call_method" and node.target == "view":
-            return True
-        if node.op == "call_module":
-            module = model.get_submodule(str(node.target))
-            if not type(module).__module__.startswith("torch.nn.modules"):
-                return True
-    return False
+    called = [type(flow.module(n)).__module__ for n in nodes if n.op == "call_module"]
+    views = any(n.op == "call_method" and n.target == "view" for n in nodes)
+    return views or not all(name.startswith("torch.nn.modules") for name in called)
 
 
 def _held_by(model: nn.Module, nodes: Sequence[fx.Node]) -> Held:

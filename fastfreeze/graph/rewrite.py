@@ -104,37 +104,37 @@ def write_proof(trace: Trace, cut: Cut, kept: Iterable[fx.Node]) -> Program:
 
 
 def write_prefix(
-    trace: Trace, nodes: Sequence[fx.Node], given: Sequence[fx.Node], results: Sequence[fx.Node]
+    traced: fx.Graph, nodes: Sequence[fx.Node], given: Sequence[fx.Node], results: Sequence[fx.Node]
 ) -> Program:
     """``nodes`` in eval mode, as a function to the tuple of the values of ``results``.
 
     It takes the tensors of a call, then the values of ``given``, and is to be called under no_grad.
     """
     graph = fx.Graph()
-    copies = placeholders(graph, trace, given)
+    copies = placeholders(graph, traced, given)
     for node in nodes:
         copies[node] = eval_copy(graph, node, copies.__getitem__)
     hand_over(graph, {node: copies[node] for node in results})
     return Program(compiled(graph))
 
 
-def write_suffix(trace: Trace, cut: Cut, split: Split) -> Program:
+def write_suffix(traced: fx.Graph, cut: Cut, split: Split) -> Program:
     """The rest, as a function of the call's tensors and the values that cross."""
     writer = _Writer(cut, None)
-    writer.start(placeholders(writer.graph, trace, split.crossing), split.crossing)
+    writer.start(placeholders(writer.graph, traced, split.crossing), split.crossing)
     for node in split.rest:
         writer.write(node)
     return Program(compiled(writer.graph))
 
 
-def placeholders(graph: fx.Graph, trace: Trace, given: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+def placeholders(
+    graph: fx.Graph, traced: fx.Graph, given: Sequence[fx.Node]
+) -> dict[fx.Node, fx.Node]:
     """In ``graph``, places for the call's tensors, for ``given`` values and the model's tensors."""
-    own = [node for node in trace.graph.nodes if node.op == "placeholder"]
+    own = [node for node in traced.nodes if node.op == "placeholder"]
     copies = {node: graph.placeholder(node.name) for node in [*own, *given]}
-    copies |= {
-        node: graph.get_attr(node.target) for node in trace.graph.nodes if node.op == "get_attr"
-    }
-    return copies
+    held = [node for node in traced.nodes if node.op == "get_attr"]
+    return copies | {node: graph.get_attr(node.target) for node in held}
 
 
 def hand_over(graph: fx.Graph, results: dict[fx.Node, fx.Node]) -> None:

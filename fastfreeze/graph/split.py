@@ -18,7 +18,6 @@ from torch import fx, nn
 
 from fastfreeze.graph._state import tensors_in
 from fastfreeze.graph.cut import ATEN_NAMES, Cut, Dataflow, called_name
-from fastfreeze.graph.trace import Trace
 
 Nodes = frozenset[fx.Node]
 
@@ -64,29 +63,29 @@ class Split:
     nbytes: int
 
 
-def find_split(trace: Trace, model: nn.Module, cut: Cut, metas: Mapping[str, Any]) -> Split:
+def find_split(flow: Dataflow, cut: Cut, metas: Mapping[str, Any]) -> Split:
     """Where to divide a cut graph.
 
     Args:
-        trace, model, cut: the graph, and what of it is frozen.
+        flow, cut: the graph, and what of it is frozen.
         metas: each frozen node's value, by the node's name, on the meta device.
 
     Raises:
         CannotSplitError: nothing frozen can run ahead, or it would compute something else.
     """
-    flow = Dataflow(trace.graph, model)
-    ahead = _may_run_ahead(trace.graph, flow, frozenset(cut.in_eval))
-    _check_writes(trace.graph, flow, ahead, frozenset(cut.frozen))
-    read = _read_behind(trace.graph, ahead)
+    graph = flow.graph
+    ahead = _may_run_ahead(graph, flow, frozenset(cut.in_eval))
+    _check_writes(graph, flow, ahead, frozenset(cut.frozen))
+    read = _read_behind(graph, ahead)
     if not read:
         raise CannotSplitError("nothing that is frozen is read by the rest")
-    crossing = _minimum_cut(trace.graph, flow, ahead, read, metas)
+    crossing = _minimum_cut(graph, flow, ahead, read, metas)
     crossing -= _known_behind(crossing, flow)
     recomputed = _upstream(read - crossing, stop=crossing, within=ahead)
     prefix = _with_writers(crossing, flow, ahead)
     if not any(flow.computes(node) and flow.parameters(node) for node in prefix):
         raise CannotSplitError("the frozen prefix holds no parameters")
-    nodes = [n for n in trace.graph.nodes if n.op not in ("placeholder", "get_attr")]
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr")]
     return Split(
         prefix=tuple(node for node in nodes if node in prefix),
         crossing=tuple(node for node in nodes if node in crossing),
@@ -96,15 +95,12 @@ def find_split(trace: Trace, model: nn.Module, cut: Cut, metas: Mapping[str, Any
     )
 
 
-def find_stretch(
-    trace: Trace, model: nn.Module, earlier: Split, later: Split
-) -> tuple[fx.Node, ...]:
+def find_stretch(flow: Dataflow, earlier: Split, later: Split) -> tuple[fx.Node, ...]:
     """What of ``later.prefix`` to run on the values that cross in ``earlier``, in order.
 
     Raises:
         CannotSplitError: ``earlier`` does not lie before ``later``.
     """
-    flow = Dataflow(trace.graph, model)
     done, within = frozenset(earlier.prefix), frozenset(later.prefix)
     stretch = _with_writers(
         later.crossing, flow, within, stop=frozenset(earlier.crossing), writers=within - done
