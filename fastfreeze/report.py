@@ -28,8 +28,9 @@ _PROFILED_STEPS = 5
 _FIRST_STEPS = 2  # of the run, where all warms up, and after an event, where the cut moves
 _KEPT_STEPS = 100
 _NOTE = """\
-step time after an event, relative to before it. predicted, from {source}: without the
-backward and the update of what is frozen; limit: without its forward as well; measured: medians"""
+step time after an event, relative to before it. predicted, from {source}:
+without the backward and the update of what is frozen; limit: without its forward as well;
+measured: medians"""
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,11 @@ def test_every_cut(name, fold):
     assert sizes[-1] == kept[-1] == 0
 
 
+QUICK = ["googlenet", "mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5"]
+
+
 @pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("name", ["googlenet", "mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("name", QUICK)
 def test_torchvision(name, fold):
     model, x = build(name)
     check_sizes(model, x, evenly(model, 3), fold)
