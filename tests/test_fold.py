@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -459,6 +460,58 @@ def test_dtype_beyond_its_bound_is_announced_and_not_used():
     assert torch.equal(output, trim(model, fold=False)(x))
     assert len(seen) == 1
     trimmed(x)
+
+
+# --- compiled ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Without code generation; counts what is compiled."""
+    count = []
+
+    def backend(graph, example_inputs):
+        count.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return count
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("body", [residual, dense, preactivation])
+def test_compiled(body, fold, compiles):
+    model = frozen(Net(body, **parts()))
+    x = images()
+    trimmed = trim(model, fold=fold, compile_prefix=True)
+    outputs = [trimmed(x) for _ in range(3)]
+    assert len(compiles) == 1
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert relative_error(outputs[0], in_double(model, x)) < 2e-6
+    _, prefix = prefix_of(trimmed, x)
+    assert prefix.unfolded == ""
+    assert prefix.key != prefix_of(trim(model, fold=fold), x)[1].key
+    with torch.no_grad():
+        model.a.weight.mul_(2)
+    assert relative_error(trimmed(x), in_double(model, x)) < 2e-6
+
+
+@pytest.mark.slow
+def test_compiled_to_code():
+    model = frozen(Net(dense, **parts()))
+    x = images(4, 4, 16, 16)
+    assert relative_error(trim(model, compile_prefix=True)(x), in_double(model, x)) < 2e-6
+
+
+def test_what_cannot_be_compiled_raises(compiles):
+    class Breaks(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x.sin()
+
+    model = frozen(Net(lambda m, x: m.breaks(m.norm(m.a(x))), breaks=Breaks(), **parts()))
+    with pytest.raises(RuntimeError, match="the frozen prefix cannot be compiled"):
+        trim(model, compile_prefix=True)(images())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,12 @@ class Options:
     fold: bool = True
     dtype: torch.dtype | None = None
     max_error: float = 0.0
+    compile_prefix: bool = False
+
+    @property
+    def faster(self) -> bool:
+        """Whether anything is to be done to the prefix."""
+        return self.fold or self.dtype is not None or self.compile_prefix
 
 
 class Part:
@@ -51,7 +57,7 @@ class Part:
         metas: Mapping[str, Any],
         options: Options,
     ) -> None:
-        self.unfolded = "" if options.fold or options.dtype else "asked for by fold=False"
+        self.unfolded = "" if options.faster else "asked for by fold=False"
         self._model, self._options = flow.model, options
         self._what = (flow, nodes, given, results, metas)
         self._held = _held_by(flow.model, nodes)
@@ -72,8 +78,9 @@ class Part:
             return self._run_plain(values)
 
     def forget(self) -> None:
-        """Give up the faster form; it is made again with the next call."""
-        self._fast = None
+        """Give up the faster form, unless it is compiled; it is made again with the next call."""
+        if not self._options.compile_prefix:
+            self._fast = None
 
     def prepare(self, values: Sequence[Any], expected: Values | None) -> bool:
         """Whether the faster form is to run; it is made and compared if need be.
@@ -104,7 +111,10 @@ class Part:
             with preserved(self._model):
                 found = self._run_fast(fast, values)
         except Exception as error:
-            raise CannotFoldError(f"{type(error).__name__}: {error}") from error
+            text = f"{type(error).__name__}: {error}"
+            if self._options.compile_prefix:
+                raise RuntimeError(f"the frozen prefix cannot be compiled: {text}") from error
+            raise CannotFoldError(text) from error
         self._judge(excess(found, expected, self._options.max_error))
         return fast
 
@@ -122,11 +132,18 @@ class Part:
         raise CannotFoldError(text)
 
     def _faster(self) -> Folded:
+        fast = self._folded()
+        if self._options.compile_prefix:
+            function = torch.compile(fast.program.function, fullgraph=True)
+            fast.program = replace(fast.program, function=function)
+        return fast
+
+    def _folded(self) -> Folded:
         if self._options.fold:
             try:
                 return fold(*self._what, self._options.dtype)
             except CannotFoldError:
-                if self._options.dtype is None:
+                if self._options.dtype is None and not self._options.compile_prefix:
                     raise
         return Folded(self._plain, [])
 

@@ -42,6 +42,7 @@ def trim(
     fold: bool = True,
     dtype: torch.dtype | None = None,
     max_error: float = 0.01,
+    compile_prefix: bool = False,
 ) -> TrimmedModel:
     """A module that computes as ``model`` does, and leaves what is frozen alone.
 
@@ -63,12 +64,15 @@ def trim(
         max_error: > 0; of a ``dtype``: by how much values may differ, relative to the tensor's
             greatest element, in the comparison when the cut moves. Where they differ by more the
             prefix keeps its own dtype, and that is announced.
+        compile_prefix: also give the prefix to :func:`torch.compile`, whenever the cut moves: for
+            long trainings on a GPU. See :func:`fastfreeze.compile_stages` for what trains.
 
     Raises:
         TypeError: ``model`` is no module or is trimmed already, or ``example_inputs`` or ``dtype``
             is of another type than those above.
         ValueError: ``model`` has lazy parameters that are not initialized yet, or ``max_error`` is
             not as above.
+        RuntimeError: later, in a call: the prefix was to be compiled and cannot be.
 
     Warns:
         FastfreezeWarning: the model cannot be traced with ``example_inputs``.
@@ -81,7 +85,7 @@ def trim(
         raise TypeError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype}")
     if not max_error > 0:
         raise ValueError(f"max_error must be > 0, got {max_error}")
-    options = Options(fold, dtype, max_error if dtype else 0.0)
+    options = Options(fold, dtype, max_error if dtype else 0.0, compile_prefix)
     trimmed = TrimmedModel(model, options)
     if example_inputs is None:
         return trimmed
