@@ -63,6 +63,7 @@ class Part:
         self._held = _held_by(flow.model, nodes)
         self._fast: Folded | None = None
         self._num_folds = 0
+        self._compared_run: tuple[list[Any], Values] | None = None  # what the comparison gave
 
     @cached_property
     def _plain(self) -> Program:
@@ -72,10 +73,13 @@ class Part:
     def __call__(self, values: Sequence[Any], *, fold: bool = True) -> Values:
         """The results' values, without autograd, for the call's tensors and the values given."""
         with torch.no_grad():
-            if fold and self.prepare(values, None):
-                assert self._fast is not None
-                return self._run_fast(self._fast, values)
-            return self._run_plain(values)
+            if not (fold and self.prepare(values, None)):
+                return self._run_plain(values)
+            assert self._fast is not None
+            compared, self._compared_run = self._compared_run, None
+            if compared and all(a is b for a, b in zip(compared[0], values, strict=True)):
+                return compared[1]
+            return self._run_fast(self._fast, values)
 
     def forget(self) -> None:
         """Give up the faster form, unless it is compiled; it is made again with the next call."""
@@ -116,6 +120,7 @@ class Part:
                 raise RuntimeError(f"the frozen prefix cannot be compiled: {text}") from error
             raise CannotFoldError(text) from error
         self._judge(excess(found, expected, self._options.max_error))
+        self._compared_run = list(values), found
         return fast
 
     def _judge(self, times: float) -> None:
