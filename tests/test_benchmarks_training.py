@@ -172,8 +172,8 @@ def test_flags_follow_the_schedule():
 
 @pytest.mark.parametrize("off", [0.05, math.nan])
 def test_losses_that_differ_in_the_timed_run_are_told(off):
-    good, bad = RunTimes(losses=[2.0, 1.9]), RunTimes(losses=[2.0, 1.9 + off])
-    near = RunTimes(losses=[2.0, 1.91])
+    good, bad = RunTimes(losses=[2.0, 1.9, 1.8]), RunTimes(losses=[2.0, 1.9 + off, 1.8 + off])
+    near = RunTimes(losses=[2.0, 1.91, 1.7])  # one that is off is no more than rounding can do
     keys = [(BASELINE, 0.5), (BEST_TORCH, 0.5), (FLAGS, 0.5), (OURS, 0.5)]
     runs = [dict(zip(keys, row, strict=True)) for row in ([good] * 4, [good, bad, good, near])]
     assert list(training.disagreements(runs)) == [f"{BEST_TORCH}, t_0=0.5"]
