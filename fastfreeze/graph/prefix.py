@@ -56,9 +56,10 @@ class Part:
         results: Sequence[fx.Node],
         metas: Mapping[str, Any],
         options: Options,
+        contiguous: bool,
     ) -> None:
         self.unfolded = "" if options.faster else "asked for by fold=False"
-        self._model, self._options = flow.model, options
+        self._model, self._options, self._contiguous = flow.model, options, contiguous
         self._what = (flow, nodes, given, results, metas)
         self._held = _held_by(flow.model, nodes)
         self._fast: Folded | None = None
@@ -157,6 +158,15 @@ class Part:
         return result
 
     def _run_fast(self, fast: Folded, values: Sequence[Any]) -> Values:
+        result = self._run_in_dtype(fast, values)
+        if not self._contiguous:
+            return result
+        contiguous: Values = tree_map(
+            lambda v: v.contiguous() if isinstance(v, Tensor) else v, result
+        )
+        return contiguous
+
+    def _run_in_dtype(self, fast: Folded, values: Sequence[Any]) -> Values:
         dtype = self._options.dtype
         if dtype is None:
             result: Values = fast.program(self._model, values)
@@ -189,8 +199,8 @@ class Prefix:
         self.flow = flow = Dataflow(trace.graph, model)
         self.split = split = find_split(flow, cut, metas)
         self._metas, self._options = dict(metas), options
-        self._part = Part(flow, split.prefix, (), split.crossing, self._metas, options)
-        self._keeps_layout = _minds_layout(flow, split.rest)
+        self._contiguous = not _takes_channels_last(flow, split.rest, metas)
+        self._part = self._part_of(split.prefix, ())
         self.suffix = write_suffix(trace.graph, cut, split)
         self._stretches: dict[Prefix, Part] = {}
         self._held = _held_by(model, split.prefix)
@@ -238,7 +248,7 @@ class Prefix:
 
     def run(self, tensors: Sequence[Tensor], *, fold: bool = True) -> Values:
         """The values that cross, for the tensors of a call; without autograd."""
-        return self._handed_over(self._part(tensors, fold=fold))
+        return self._part(tensors, fold=fold)
 
     @property
     def comparable(self) -> tuple[fx.Node, ...]:
@@ -276,26 +286,37 @@ class Prefix:
                 nodes = find_stretch(self.flow, earlier.split, self.split)
             except CannotSplitError as error:
                 raise LookupError(str(error)) from error
-            given, results = earlier.split.crossing, self.split.crossing
-            self._stretches[earlier] = Part(
-                self.flow, nodes, given, results, self._metas, self._options
-            )
-        return self._handed_over(self._stretches[earlier]([*tensors, *values]))
+            self._stretches[earlier] = self._part_of(nodes, earlier.split.crossing)
+        return self._stretches[earlier]([*tensors, *values])
 
-    def _handed_over(self, values: Values) -> Values:
-        if not self._keeps_layout:
-            return values
-        contiguous: Values = tree_map(
-            lambda v: v.contiguous() if isinstance(v, Tensor) else v, values
-        )
-        return contiguous
+    def _part_of(self, nodes: Sequence[fx.Node], given: Sequence[fx.Node]) -> Part:
+        how = (self._metas, self._options, self._contiguous)
+        return Part(self.flow, nodes, given, self.split.crossing, *how)
 
 
-def _minds_layout(flow: Dataflow, nodes: Sequence[fx.Node]) -> bool:
-    """Whether nodes may fail on a channels_last tensor, as ``view`` does."""
-    called = [type(flow.module(n)).__module__ for n in nodes if n.op == "call_module"]
+def _takes_channels_last(
+    flow: Dataflow, nodes: Sequence[fx.Node], metas: Mapping[str, Any]
+) -> bool:
+    """Whether nodes work on channels_last values, and no slower.
+
+    Convolutions whose weights are in the usual layout reorder them for such values, forward and
+    backward. That pays where the weights are fewer than what is computed with them, for a batch of
+    32: what the batch really holds must not matter, or a resumed run would not give the same bits.
+    """
+    modules = {n: flow.module(n) for n in nodes if n.op == "call_module"}
     views = any(n.op == "call_method" and n.target == "view" for n in nodes)
-    return views or not all(name.startswith("torch.nn.modules") for name in called)
+    kinds = [type(module).__module__ for module in modules.values()]
+    if views or not all(kind.startswith("torch.nn.modules") for kind in kinds):
+        return False
+    weights = values = 0
+    for node, module in modules.items():
+        value = metas.get(node.name)
+        if isinstance(module, nn.Conv2d) and isinstance(value, Tensor) and len(value):
+            if not module.weight.is_contiguous():
+                return True
+            weights += module.weight.numel()
+            values += 32 * value[0].numel()
+    return weights <= values
 
 
 def _held_by(model: nn.Module, nodes: Sequence[fx.Node]) -> Held:
