@@ -276,6 +276,26 @@ def test_the_papers_models(name, share):
     assert prefix.split.nbytes == sum(v.numel() * v.element_size() for v in values)
 
 
+@pytest.mark.parametrize(
+    ("name", "last"), [("densenet-bc-40", True), ("wrn16-2", True), ("vgg16", False)]
+)
+def test_layout_of_what_crosses(name, last):
+    """That which the convolutions behind are faster with, whatever the number of images."""
+    model = frozen(build_model(name))
+    parameters = list(model.parameters())
+    for i, parameter in enumerate(parameters):
+        parameter.requires_grad_(i >= len(parameters) / 2)
+
+    def is_channels_last(n):
+        call, prefix = prefix_of(trim(model), images(n, 3, 32, 32))
+        values = prefix.run(call.tensors)
+        return {v.is_contiguous(memory_format=torch.channels_last) for v in values}
+
+    assert is_channels_last(2) == is_channels_last(3) == {last}
+    model.to(memory_format=torch.channels_last)
+    assert is_channels_last(2) == {True}
+
+
 @pytest.mark.parametrize("change", ["load_state_dict", "assign", "in place", "statistics", "data"])
 def test_never_stale(change):
     model = frozen(Net(residual, **parts()))

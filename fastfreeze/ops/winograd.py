@@ -19,6 +19,7 @@ from fastfreeze.ops import _library
 # And infinity; as kA and kB in csrc/cpu/winograd_kernel.cpp.
 _POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 _PLANES = (len(_POINTS) + 1) ** 2
+_CHUNK = 32  # output channels that are transformed at once
 _PANEL = 16  # output channels that lie together, as kPanel there
 
 
@@ -56,8 +57,11 @@ def transform_weight(weight: Tensor) -> Tensor:
         raise ValueError(f"weight must be on the CPU, got {weight.device}")
     K, C = weight.shape[:2]
     g = _kernel_transform()
-    planes = torch.einsum("xi,kcij,yj->xykc", g, weight.double(), g).float()
-    panels = F.pad(planes.reshape(_PLANES, K, C), (0, 0, 0, -K % _PANEL))
+    panels = weight.new_zeros(_PLANES, K + -K % _PANEL, C)
+    for start in range(0, K, _CHUNK):  # in float64 it would be 8 times the weight at once
+        part = weight[start : start + _CHUNK].double()
+        planes = torch.einsum("xi,kcij,yj->xykc", g, part, g)
+        panels[:, start : start + len(part)] = planes.reshape(_PLANES, len(part), C)
     flat = panels.view(_PLANES, -1, _PANEL, C).transpose(2, 3).reshape(-1)
     return F.pad(flat, (0, -flat.numel() % K)).view(K, -1)
 
