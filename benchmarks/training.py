@@ -2,8 +2,8 @@
 
 Everything counts as training time: making the network and the optimizer, first calls, tracing,
 cutting anew, filling the cache. Every rival sees the same batches; they run side by side, ten steps
-at a time. Before that a short training of each must end with the weights that torch gets, and half
-the losses of the runs themselves must agree, else no time is told. Per model and t_0 the table shows
+at a time. Before that a short training of each must end with the weights that torch gets, and in
+the runs themselves half the losses must agree, else no time is told. The table shows for each t_0
 
 * total: seconds of the run, the median over rounds and the lowest and highest;
 * saved: of the baseline's and of the best torch's total, the median of each round's ratio;
