@@ -111,6 +111,10 @@ class FreezeReport:
     def __init__(
         self, network: nn.Module, optimizer: Optimizer, plan: LayerPlan, example_inputs: Any
     ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be an Optimizer, got {type(optimizer).__name__}")
+        if not isinstance(plan, LayerPlan):
+            raise TypeError(f"plan must be a LayerPlan, got {type(plan).__name__}")
         model = network.model if isinstance(network, TrimmedModel) else network
         if plan.model is not model:
             raise ValueError(

@@ -323,6 +323,46 @@ def frozen_flags(model):
         parameter.requires_grad_(name.startswith("head"))
 
 
+@pytest.mark.parametrize("how", ["data", "swap", "parameter"])
+def test_never_stale_where_memory_is_used_again(how):
+    model = frozen(Net(residual, **parts()))
+    trimmed, x = trim(model), images()
+    trimmed(x)
+    for _ in range(20):
+        for _ in range(2):
+            weight = model.a.weight.detach() * 1.05
+            if how == "data":
+                model.a.weight.data = weight
+            elif how == "swap":
+                new = nn.Parameter(weight, requires_grad=False)
+                torch.utils.swap_tensors(model.a.weight, new)
+                del new
+            else:
+                model.a.weight = nn.Parameter(weight, requires_grad=False)
+            del weight
+        assert relative_error(trimmed(x), trim(model, fold=False)(x)) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_is_not_finite_stays_so(size, bad):
+    """Also by ReLU, unlike oneDNN's; and a first batch that is not finite decides nothing."""
+    model = frozen(Net(chain, channels=16, a=conv(16, 16, size), norm=nn.BatchNorm2d(16)))
+    x = images(3, 16, 9, 8)
+    broken = x.clone()
+    broken[0, :, 2:4] = bad
+    for first in (x, broken):
+        trimmed = trim(model)
+        trimmed(first)
+        rows = trimmed(broken).isfinite().flatten(1).all(1)
+        assert rows.tolist() == [False, True, True]
+        trimmed(x)
+        call, prefix = prefix_of(trimmed, x)
+        prefix.run(call.tensors)
+        assert prefix.unfolded == ""
+        assert relative_error(trimmed(x), in_double(model, x)) < 2e-6
+
+
 def test_thawed_is_exact_again():
     model = frozen(Net(residual, **parts()))
     trimmed = trim(model)

@@ -107,6 +107,15 @@ class Held:
         found = [d.get(name) for d, name in self._places]
         return [t for t in found if t is not None]
 
+    def pinned(self) -> list[Tensor]:
+        """The tensors and their memory: while kept, no others get their ids and addresses.
+
+        Empty for tensors without memory.
+        """
+        if self.states() is None:
+            return []
+        return [alias for t in self.tensors() for alias in (t, t.detach())]
+
     def states(self) -> list[tuple[int, int, int]] | None:
         """What changes when a tensor is written to or replaced; None for tensors without memory."""
         try:

@@ -26,6 +26,7 @@ class _Begun:
     key: Any
     inputs: list[Tensor]
     values: Values
+    pinned: list[Tensor]
     done: torch.cuda.Event | None
 
 
@@ -78,7 +79,7 @@ class Ahead:
             values, done = call.prefix.run(call.tensors), None
         else:
             values, done = self._run_beside(call.prefix, call.tensors, device)
-        return _Begun(call.prefix, _key(call), call.inputs, values, done)
+        return _Begun(call.prefix, _key(call), call.inputs, values, call.prefix.pinned(), done)
 
     def _run_beside(
         self, prefix: Prefix, tensors: list[Tensor], device: torch.device

@@ -104,7 +104,7 @@ class FeatureCache:
             raise ValueError(f"max_bytes must be > 0, got {max_bytes}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype}")
-        if enabled not in (None, True, False):
+        if enabled is not None and not isinstance(enabled, bool):
             raise TypeError(f"enabled must be True, False or None, got {enabled!r}")
         self.network = network
         self._dtype, self._measures = dtype, enabled is None
@@ -256,8 +256,10 @@ class FeatureCache:
 
     def _check_stability(self, batch: Batch) -> None:
         """Give up where frozen weights change again and again under one cut."""
-        changed = self._latest is not None and self._latest[0] is batch.prefix
-        self._num_changes = self._num_changes + 1 if changed else 0
+        prefix, key = self._latest or (None, "")
+        changed = prefix is batch.prefix and key != batch.prefix_key
+        if changed or prefix is not batch.prefix:
+            self._num_changes = self._num_changes + 1 if changed else 0
         self._latest = batch.prefix, batch.prefix_key
         if self._num_changes > _MAX_CHANGES:
             self._give_up("what is frozen changes again and again")

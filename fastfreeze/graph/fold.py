@@ -44,7 +44,7 @@ class Folded:
     def __init__(self, program: Program, modules: Sequence[nn.Module]) -> None:
         self.program = program
         self._held = Held(modules)
-        self._states = self._held.states()
+        self._states, self._pinned = self._held.states(), self._held.pinned()
         self._attributes = Watch([vars(m) for m in modules])
 
     def fits(self) -> bool:
@@ -322,10 +322,8 @@ class _FoldedConvolution(_Operation):
         self._format = _layout_for(x.module.weight.device, x.dtype)
         self._weight = x.weight.to(x.dtype).contiguous(memory_format=self._format)
         self._bias = None if x.bias is None else x.bias.to(x.dtype)
-        on_cpu = _is_cpu_fp32(self._weight)
-        self._may_take_winograd = on_cpu and _may_take_winograd(x.module)
+        self._may_take_winograd = _is_cpu_fp32(self._weight) and _may_take_winograd(x.module)
         self._transformed: Tensor | None = None
-        self._fused_relu = on_cpu and x.relu and x.residual is None and _has_fused_relu(x.module)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         _, c, h, w = x.shape
@@ -333,12 +331,9 @@ class _FoldedConvolution(_Operation):
             return self._winograd(x, residual)
         if self._affine:
             x = self._affine(x)
+        # Not oneDNN's convolution with a ReLU of its own: that makes numbers of NaN.
         x = x.to(self._weight.dtype).contiguous(memory_format=self._format)
         m, weight, b = self._module, self._weight, self._bias
-        if self._fused_relu:
-            fused = torch.ops.mkldnn._convolution_pointwise
-            how: Any = (m.padding, m.stride, m.dilation, m.groups, "relu", [], "")
-            return cast(Tensor, fused(x, weight, b, *how))
         y = F.conv2d(x, weight, b, m.stride, m.padding, m.dilation, m.groups)
         if residual is not None:
             y.add_(residual)
@@ -369,12 +364,3 @@ def _may_take_winograd(module: nn.Conv2d) -> bool:
     how = (*module.kernel_size, *module.stride, *module.dilation)
     plain = how == (3, 3, 1, 1, 1, 1) and module.groups == 1
     return plain and module.padding in _WINOGRAD_PADDINGS and _is_cpu_fp32(module.weight)
-
-
-def _has_fused_relu(module: nn.Conv2d) -> bool:
-    """Whether oneDNN's convolution, which applies ReLU to what it still holds, is to be had."""
-    return (
-        not isinstance(module.padding, str)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    )

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph._state import Held, Watch, preserved
+from fastfreeze.graph._state import Held, Watch, preserved, tensors_in
 from fastfreeze.graph.cut import Cut, Dataflow
 from fastfreeze.graph.fold import CannotFoldError, Folded, fold
 from fastfreeze.graph.rewrite import Program, write_prefix, write_suffix
@@ -96,22 +96,24 @@ class Part:
         if self.unfolded or _autocasts(values) or self._held.states() is None:
             return False
         if self._fast is None or not self._fast.fits():
+            if expected is None:
+                with preserved(self._model):
+                    expected = self._run_plain(values)
+            if not all(map(_is_finite, tensors_in(expected))):
+                return False  # nothing to compare by; the next call may do
             try:
                 self._fast = self._compared(values, expected)
             except CannotFoldError as error:
                 self.unfolded, self._fast = str(error), None
         return not self.unfolded
 
-    def _compared(self, values: Sequence[Any], expected: Values | None) -> Folded:
+    def _compared(self, values: Sequence[Any], expected: Values) -> Folded:
         """The faster form, if it gives the same; or CannotFoldError."""
         self._num_folds += 1
         if self._num_folds > _MAX_FOLDS:
             raise CannotFoldError("its weights change again and again")
         with torch.inference_mode(False), torch.no_grad():
             fast = self._faster()
-        if expected is None:
-            with preserved(self._model):
-                expected = self._run_plain(values)
         try:
             with preserved(self._model):
                 found = self._run_fast(fast, values)
@@ -205,7 +207,7 @@ class Prefix:
         self._stretches: dict[Prefix, Part] = {}
         self._held = _held_by(model, split.prefix)
         self._key: tuple[Any, str] | None = None
-        self._attributes = Watch([])
+        self._attributes, self._pinned = Watch([]), list[Tensor]()
         places = [node for node in trace.graph.nodes if node.op == "placeholder"]
         read = {i for node in split.prefix for i in node.all_input_nodes}
         self.inputs = tuple(i for i, node in enumerate(places) if node in read)
@@ -227,6 +229,10 @@ class Prefix:
         """What changes when a weight or statistic is written to or replaced."""
         return self._held.states()
 
+    def pinned(self) -> list[Tensor]:
+        """What must be kept while :attr:`states` are."""
+        return self._held.pinned()
+
     @property
     def key(self) -> str:
         """Digest of all that the crossing values depend on besides the inputs."""
@@ -242,7 +248,7 @@ class Prefix:
             digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=16)
             for tensor in self._held.tensors():
                 digest.update(_bytes_of(tensor))
-            self._key = states, digest.hexdigest()
+            self._key, self._pinned = (states, digest.hexdigest()), self.pinned()
             self._attributes = Watch([vars(module) for module in self._held.modules])
         return self._key[1]
 
@@ -330,6 +336,10 @@ def _held_by(model: nn.Module, nodes: Sequence[fx.Node]) -> Held:
 def _bytes_of(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return bytes(flat.view(torch.uint8).numpy().data) if flat.numel() else b""
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _device_type(values: Sequence[Any]) -> str:

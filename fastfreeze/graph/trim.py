@@ -180,7 +180,8 @@ class TrimmedModel(nn.Module):
         computed is dropped if the cut moves or a frozen weight changes before it is used.
 
         Args:
-            batches: are asked for one ahead, and are on the network's device.
+            batches: are asked for one ahead, each in memory of its own, and are on the network's
+                device.
             inputs: what the network is called with for a batch: a tensor, a tuple of positional
                 arguments or a dict of keyword arguments, the very tensors. The batch's first item
                 if not given.

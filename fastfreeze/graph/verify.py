@@ -110,6 +110,8 @@ def _error(a: Tensor | None, b: Tensor | None, floor: float) -> tuple[float, flo
     if not b.is_floating_point() or not torch.equal(a.isnan(), b.isnan()):
         return math.inf, 1.0
     error = (a.double() - b.double()).nan_to_num().abs().max().item()
+    if not error:  # but for NaN, of which there are as many
+        return 0.0, 1.0
     scale = max(_magnitude(b), floor)
     return (error / scale if scale else math.inf), math.sqrt(torch.finfo(b.dtype).eps)
 
