@@ -149,7 +149,11 @@ def uninterrupted(images, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("signal_number", "exit_code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
+    ("signal_number", "exit_code"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_interrupted_run_ends_like_an_uninterrupted_one(
     images, tmp_path, uninterrupted, signal_number, exit_code
