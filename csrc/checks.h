@@ -34,4 +34,16 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
+inline void check_floating(const Tensor& t, const char* name) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                      dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  name, " must be float16, bfloat16, float32 or float64");
+}
+
+// The dtype of arithmetic on such a tensor, of sums and of statistics.
+inline ScalarType sum_dtype(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 }  // namespace fastfreeze

@@ -22,11 +22,6 @@ struct Rows {
   int64_t stride;
 };
 
-// The dtype of arithmetic, of sums and of statistics.
-inline ScalarType sum_dtype(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline int64_t num_classes(const Tensor& logits) { return logits.size(logits.dim() - 1); }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
@@ -44,11 +39,8 @@ inline bool has_shape_of_rows(const Tensor& t, const Tensor& logits) {
 }
 
 inline void check_logits(const Tensor& t, const char* name) {
-  const ScalarType dtype = t.scalar_type();
   STD_TORCH_CHECK(t.dim() >= 1 && num_classes(t) >= 1, name, " must have a class dimension");
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                      dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  name, " must be float16, bfloat16, float32 or float64");
+  check_floating(t, name);
 }
 
 // An empty list does not get here: it has no device to dispatch on.

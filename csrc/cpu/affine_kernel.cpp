@@ -38,39 +38,12 @@ struct AffineJob {
   int64_t pixels;    // of an image
 };
 
-namespace baseline {
-#define FASTFREEZE_ISA_LEVEL 0
-#include "cpu/affine_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace baseline
-
-#if FASTFREEZE_X86
-FASTFREEZE_AVX2_BEGIN
-namespace avx2 {
-#define FASTFREEZE_ISA_LEVEL 1
-#include "cpu/affine_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace avx2
-FASTFREEZE_TARGET_END
-
-FASTFREEZE_AVX512_BEGIN
-namespace avx512 {
-#define FASTFREEZE_ISA_LEVEL 2
-#include "cpu/affine_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace avx512
-FASTFREEZE_TARGET_END
-#endif
+#define FASTFREEZE_LOOPS "cpu/affine_loops.h"
+#include "cpu/each_isa.h"
 
 using RowsFn = void (*)(const AffineJob&, int64_t, int64_t);
 
-RowsFn rows_for(Isa isa) {
-#if FASTFREEZE_X86
-  if (isa == Isa::avx512) return avx512::affine_rows;
-  if (isa == Isa::avx2) return avx2::affine_rows;
-#endif
-  return baseline::affine_rows;
-}
+RowsFn rows_for(Isa isa) { return FASTFREEZE_OF_ISA(isa, affine_rows); }
 
 // Copies a part that has no rows of the wanted kind; `copies` keeps it.
 Part part_of(const Tensor& t, bool channels_last, std::vector<Tensor>& copies) {
@@ -86,8 +59,7 @@ Part part_of(const Tensor& t, bool channels_last, std::vector<Tensor>& copies) {
 // An empty list does not get here: it has no device to dispatch on.
 void check_parts(const std::vector<Tensor>& parts) {
   const Tensor& first = parts[0];
-  STD_TORCH_CHECK(is_floating(first.scalar_type()),
-                  "parts must be float16, bfloat16, float32 or float64");
+  check_floating(first, "parts");
   for (const Tensor& t : parts) {
     STD_TORCH_CHECK(t.dim() == 4, "parts must be images [N, C, H, W]");
     STD_TORCH_CHECK(t.size(0) == first.size(0) && t.size(2) == first.size(2) &&
@@ -111,10 +83,8 @@ Tensor affine_relu_cat(std::vector<Tensor> parts, Tensor scale, Tensor shift, bo
   }
   job.pixels = first.size(2) * first.size(3);
   job.dtype = first.scalar_type(), job.channels_last = channels_last, job.relu = relu;
-  const bool wide = job.dtype == ScalarType::Double;
-  const ScalarType of_arithmetic = wide ? ScalarType::Double : ScalarType::Float;
-  job.scale = checked_channels(scale, "scale", job.channels, of_arithmetic);
-  job.shift = checked_channels(shift, "shift", job.channels, of_arithmetic);
+  job.scale = checked_channels(scale, "scale", job.channels, sum_dtype(first));
+  job.shift = checked_channels(shift, "shift", job.channels, sum_dtype(first));
   Tensor out = new_images(first, {first.size(0), job.channels, first.size(2), first.size(3)},
                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (out.numel() == 0) return out;

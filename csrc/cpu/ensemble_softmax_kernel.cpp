@@ -65,39 +65,12 @@ class AlignedArray {
   T* data_;
 };
 
-namespace baseline {
-#define FASTFREEZE_ISA_LEVEL 0
-#include "cpu/ensemble_softmax_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace baseline
-
-#if FASTFREEZE_X86
-FASTFREEZE_AVX2_BEGIN
-namespace avx2 {
-#define FASTFREEZE_ISA_LEVEL 1
-#include "cpu/ensemble_softmax_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace avx2
-FASTFREEZE_TARGET_END
-
-FASTFREEZE_AVX512_BEGIN
-namespace avx512 {
-#define FASTFREEZE_ISA_LEVEL 2
-#include "cpu/ensemble_softmax_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace avx512
-FASTFREEZE_TARGET_END
-#endif
+#define FASTFREEZE_LOOPS "cpu/ensemble_softmax_loops.h"
+#include "cpu/each_isa.h"
 
 using RowsFn = void (*)(const SoftmaxJob&, int64_t, int64_t);
 
-RowsFn rows_for(Isa isa) {
-#if FASTFREEZE_X86
-  if (isa == Isa::avx512) return avx512::softmax_rows;
-  if (isa == Isa::avx2) return avx2::softmax_rows;
-#endif
-  return baseline::softmax_rows;
-}
+RowsFn rows_for(Isa isa) { return FASTFREEZE_OF_ISA(isa, softmax_rows); }
 
 void run(SoftmaxJob& job, const std::vector<Tensor>& members) {
   std::vector<Tensor> copies;

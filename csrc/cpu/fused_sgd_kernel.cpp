@@ -75,39 +75,12 @@ struct Elements {
   Momentum momentum;
 };
 
-namespace baseline {
-#define FASTFREEZE_ISA_LEVEL 0
-#include "cpu/fused_sgd_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace baseline
-
-#if FASTFREEZE_X86
-FASTFREEZE_AVX2_BEGIN
-namespace avx2 {
-#define FASTFREEZE_ISA_LEVEL 1
-#include "cpu/fused_sgd_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace avx2
-FASTFREEZE_TARGET_END
-
-FASTFREEZE_AVX512_BEGIN
-namespace avx512 {
-#define FASTFREEZE_ISA_LEVEL 2
-#include "cpu/fused_sgd_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace avx512
-FASTFREEZE_TARGET_END
-#endif
+#define FASTFREEZE_LOOPS "cpu/fused_sgd_loops.h"
+#include "cpu/each_isa.h"
 
 using UpdateFn = void (*)(const Elements&, const GroupHyper&);
 
-UpdateFn update_for(Isa isa) {
-#if FASTFREEZE_X86
-  if (isa == Isa::avx512) return avx512::update;
-  if (isa == Isa::avx2) return avx2::update;
-#endif
-  return baseline::update;
-}
+UpdateFn update_for(Isa isa) { return FASTFREEZE_OF_ISA(isa, update); }
 
 int64_t item_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;

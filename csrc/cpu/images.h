@@ -33,11 +33,6 @@ inline int64_t pixel_stride(const Tensor& t) {
   return stride;
 }
 
-inline bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16;
-}
-
 // A vector with a number for each channel.
 inline const void* checked_channels(const Tensor& t, const char* name, int64_t channels,
                                     ScalarType dtype) {

@@ -1,7 +1,7 @@
 // Instruction sets of the CPU kernels, chosen when the kernel runs: a wheel built anywhere is fast
-// everywhere. A kernel writes its loops in a header without an include guard, which it includes
-// once for each instruction set between the macros below, in a namespace of that name, with
-// FASTFREEZE_ISA_LEVEL defined as the value of the Isa.
+// everywhere. A kernel writes its loops in a header without an include guard, which each_isa.h
+// includes once for each instruction set between the macros below, in a namespace of that name,
+// with FASTFREEZE_ISA_LEVEL defined as the value of the Isa.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -25,6 +25,15 @@
   _Pragma("GCC push_options") \
   _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512\")")
 #define FASTFREEZE_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+// The function of that name that was compiled for an instruction set.
+#if FASTFREEZE_X86
+#define FASTFREEZE_OF_ISA(isa, function)               \
+  ((isa) == Isa::avx512 ? avx512::function             \
+   : (isa) == Isa::avx2 ? avx2::function : baseline::function)
+#else
+#define FASTFREEZE_OF_ISA(isa, function) baseline::function
 #endif
 // clang-format on
 

@@ -80,39 +80,12 @@ struct TileBlock {
   int64_t m_plane;
 };
 
-namespace baseline {
-#define FASTFREEZE_ISA_LEVEL 0
-#include "cpu/winograd_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace baseline
-
-#if FASTFREEZE_X86
-FASTFREEZE_AVX2_BEGIN
-namespace avx2 {
-#define FASTFREEZE_ISA_LEVEL 1
-#include "cpu/winograd_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace avx2
-FASTFREEZE_TARGET_END
-
-FASTFREEZE_AVX512_BEGIN
-namespace avx512 {
-#define FASTFREEZE_ISA_LEVEL 2
-#include "cpu/winograd_loops.h"
-#undef FASTFREEZE_ISA_LEVEL
-}  // namespace avx512
-FASTFREEZE_TARGET_END
-#endif
+#define FASTFREEZE_LOOPS "cpu/winograd_loops.h"
+#include "cpu/each_isa.h"
 
 using ConvolveFn = void (*)(const WinogradJob&, const TileBlock&);
 
-ConvolveFn convolve_for(Isa isa) {
-#if FASTFREEZE_X86
-  if (isa == Isa::avx512) return avx512::convolve;
-  if (isa == Isa::avx2) return avx2::convolve;
-#endif
-  return baseline::convolve;
-}
+ConvolveFn convolve_for(Isa isa) { return FASTFREEZE_OF_ISA(isa, convolve); }
 
 // An odd number of cache lines: the planes of one tile lie in different sets of a cache.
 int64_t plane_size(int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
