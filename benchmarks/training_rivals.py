@@ -111,9 +111,10 @@ def plain(task: Task, t_0: float, *, channels_last: bool = False, **options: boo
 
 def frozen_layers(schedule: Schedule, num_layers: int) -> list[int]:
     """How many layers are frozen at each step."""
-    starts = [schedule.freeze_steps(i, num_layers) for i in range(num_layers)]
-    firsts = [min(s) for s in starts if s]
-    return [sum(first <= step for first in firsts) for step in range(schedule.total_steps)]
+    events = schedule.frozen_layers(num_layers)
+    ends = [*(step for step, _ in events[1:]), schedule.total_steps]
+    pairs = zip(events, ends, strict=True)
+    return [len(frozen) for (start, frozen), end in pairs for _ in range(start, end)]
 
 
 def flags(task: Task, t_0: float) -> Training:

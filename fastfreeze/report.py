@@ -18,8 +18,7 @@ from fastfreeze.clock import Clock
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import run_events
 from fastfreeze.freezing import Layer, LayerPlan
-from fastfreeze.graph import TrimmedModel
-from fastfreeze.graph.blockers import BackwardBlocker, blockers_below
+from fastfreeze.graph.blockers import BackwardBlocker, blockers_below, checked_model
 from fastfreeze.layer_costs import LayerFlops, StepProfile, measured_costs, profiled
 from fastfreeze.optim import SGD
 from fastfreeze.text import format_table, some
@@ -115,11 +114,7 @@ class FreezeReport:
             raise TypeError(f"optimizer must be an Optimizer, got {type(optimizer).__name__}")
         if not isinstance(plan, LayerPlan):
             raise TypeError(f"plan must be a LayerPlan, got {type(plan).__name__}")
-        model = network.model if isinstance(network, TrimmedModel) else network
-        if plan.model is not model:
-            raise ValueError(
-                f"plan must be of this {type(model).__name__}, but is of another model"
-            )
+        model = checked_model(network, plan)
         self._optimizer, self._plan, self._example = optimizer, plan, example_inputs
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)

@@ -107,21 +107,30 @@ class Held:
         found = [d.get(name) for d, name in self._places]
         return [t for t in found if t is not None]
 
-    def pinned(self) -> list[Tensor]:
-        """The tensors and their memory: while kept, no others get their ids and addresses.
-
-        Empty for tensors without memory.
-        """
-        if self.states() is None:
-            return []
-        return [alias for t in self.tensors() for alias in (t, t.detach())]
-
     def states(self) -> list[tuple[int, int, int]] | None:
         """What changes when a tensor is written to or replaced; None for tensors without memory."""
         try:
             return [(id(t), t.data_ptr(), t._version) for t in self.tensors()]
         except RuntimeError:  # of torch.func's transforms, or fake
             return None
+
+
+class HeldState:
+    """What modules held at a moment, and their attributes.
+
+    The tensors and their memory are kept: no others can get their ids and addresses.
+    """
+
+    def __init__(self, held: Held) -> None:
+        self._held, self._states = held, held.states()
+        tensors = [] if self._states is None else held.tensors()
+        self._pinned = [alias for t in tensors for alias in (t, t.detach())]
+        self._attributes = Watch([vars(module) for module in held.modules])
+
+    def lasts(self) -> bool:
+        """Whether nothing has been written to or replaced since; False if that cannot be told."""
+        same = self._states is not None and self._held.states() == self._states
+        return same and not self._attributes.changed()
 
 
 class AttributeReads:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph._state import tensors_in
+from fastfreeze.graph._state import HeldState, tensors_in
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.prefix import Prefix, Values
 
@@ -23,10 +23,10 @@ class _Begun:
     """A prefix that has been started, and what it was started from."""
 
     prefix: Prefix
-    key: Any
+    state: HeldState
+    circumstances: Any
     inputs: list[Tensor]
     values: Values
-    pinned: list[Tensor]
     done: torch.cuda.Event | None
 
 
@@ -54,7 +54,9 @@ class Ahead:
 
     def _run(self, call: Call) -> Any:
         begun, self._begun = self._begun, None
-        if begun is None or call.prefix is None or begun.key != _key(call):
+        if begun is None or begun.prefix is not call.prefix or not begun.state.lasts():
+            return call.run()
+        if begun.circumstances != _circumstances(call):
             return call.run()
         if any(a is not b for a, b in zip(begun.inputs, call.inputs, strict=True)):
             warnings.warn(
@@ -79,7 +81,8 @@ class Ahead:
             values, done = call.prefix.run(call.tensors), None
         else:
             values, done = self._run_beside(call.prefix, call.tensors, device)
-        return _Begun(call.prefix, _key(call), call.inputs, values, call.prefix.pinned(), done)
+        state, circumstances = call.prefix.state(), _circumstances(call)
+        return _Begun(call.prefix, state, circumstances, call.inputs, values, done)
 
     def _run_beside(
         self, prefix: Prefix, tensors: list[Tensor], device: torch.device
@@ -94,8 +97,7 @@ class Ahead:
             return values, self._stream.record_event()
 
 
-def _key(call: Call) -> Any:
-    """What the values depend on: the cut, the weights and what is in the inputs."""
-    assert call.prefix is not None
-    inputs = [None if t.is_inference() else t._version for t in call.inputs]
-    return id(call.prefix), call.prefix.states, inputs, torch.is_autocast_enabled()
+def _circumstances(call: Call) -> Any:
+    """What the values depend on besides the prefix: what is in the inputs, and autocast."""
+    versions = [None if t.is_inference() else t._version for t in call.inputs]
+    return versions, torch.is_autocast_enabled()

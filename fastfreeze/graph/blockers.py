@@ -61,9 +61,7 @@ def backward_blockers(
     Raises:
         ValueError: the model does not run on ``example_inputs``, or ``plan`` is of another model.
     """
-    model = network.model if isinstance(network, TrimmedModel) else network
-    if plan is not None and plan.model is not model:
-        raise ValueError(f"plan must be of this {type(model).__name__}, but is of another model")
+    model = checked_model(network, plan)
     events = run_events(model, example_inputs)
     if plan is None:
         names = [event.parameter for event in events if event.parameter is not None]
@@ -73,6 +71,14 @@ def backward_blockers(
         groups = [layer.parameters for layer in plan.layers]
     prefix = itertools.chain(*groups[: _best_end(groups)])
     return blockers_below(model, events, {name for name, _ in prefix})
+
+
+def checked_model(network: nn.Module, plan: LayerPlan | None) -> nn.Module:
+    """The model of a network, trimmed or not, which ``plan`` must be of."""
+    model = network.model if isinstance(network, TrimmedModel) else network
+    if plan is not None and plan.model is not model:
+        raise ValueError(f"plan must be of this {type(model).__name__}, but is of another model")
+    return model
 
 
 def blockers_below(

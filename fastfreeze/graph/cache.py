@@ -257,9 +257,10 @@ class FeatureCache:
     def _check_stability(self, batch: Batch) -> None:
         """Give up where frozen weights change again and again under one cut."""
         prefix, key = self._latest or (None, "")
-        changed = prefix is batch.prefix and key != batch.prefix_key
-        if changed or prefix is not batch.prefix:
-            self._num_changes = self._num_changes + 1 if changed else 0
+        if prefix is not batch.prefix:
+            self._num_changes = 0
+        elif key != batch.prefix_key:
+            self._num_changes += 1
         self._latest = batch.prefix, batch.prefix_key
         if self._num_changes > _MAX_CHANGES:
             self._give_up("what is frozen changes again and again")

@@ -273,6 +273,10 @@ class Dataflow:
         written = [out] if isinstance(out, fx.Node) else []
         return written + (inputs[:1] if _writes_first(node) else [])
 
+    def stores_to(self, node: fx.Node) -> Nodes:
+        """Storages that a node may write to."""
+        return frozenset().union(*(self.storages[name] for name in self.written_by(node)))
+
     def _is_fresh(self, node: fx.Node) -> bool:
         """Whether a node's output surely shares no memory with its inputs."""
         if node.op == "call_module":

@@ -12,7 +12,7 @@ Folded weights are copies. :meth:`Folded.fits` tells whether they are still thos
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastfreeze.graph._state import Held, Watch
-from fastfreeze.graph.cut import Dataflow, called_name
-from fastfreeze.graph.rewrite import Program, compiled, eval_copy, hand_over, placeholders
+from fastfreeze.graph._state import Held, HeldState
+from fastfreeze.graph.cut import called_name
+from fastfreeze.graph.rewrite import Piece, Program, compiled, eval_copy, hand_over, placeholders
 from fastfreeze.ops.affine import affine_relu, affine_relu_cat
 from fastfreeze.ops.winograd import pays as winograd_pays
 from fastfreeze.ops.winograd import transform_weight, winograd_conv2d
@@ -38,39 +38,31 @@ class Folded:
     """A program for a part of the frozen prefix, and what it was made from.
 
     Attributes:
-        program: as :func:`fastfreeze.graph.rewrite.write_prefix` gives it.
+        program: as :func:`fastfreeze.graph.rewrite.write_piece` gives it.
+        has_weights: whether it holds weights of its own, and does not read the model's alone.
     """
 
     def __init__(self, program: Program, modules: Sequence[nn.Module]) -> None:
         self.program = program
-        self._held = Held(modules)
-        self._states, self._pinned = self._held.states(), self._held.pinned()
-        self._attributes = Watch([vars(m) for m in modules])
+        self.has_weights = bool(modules)
+        self._made_from = HeldState(Held(modules))
 
     def fits(self) -> bool:
         """Whether no weight, statistic or attribute has been written to or replaced since."""
-        same = self._states is not None and self._held.states() == self._states
-        return same and not self._attributes.changed()
+        return self._made_from.lasts()
 
 
-def fold(
-    flow: Dataflow,
-    nodes: Sequence[fx.Node],
-    given: Sequence[fx.Node],
-    results: Sequence[fx.Node],
-    metas: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-) -> Folded:
-    """``nodes`` in eval mode, folded; the other arguments are those of ``write_prefix``.
+def fold(piece: Piece, dtype: torch.dtype | None = None) -> Folded:
+    """A piece, folded.
 
     Args:
-        metas: each frozen node's value, by name, on the meta device.
+        piece: what is to run.
         dtype: of the convolutions; None for their own.
 
     Raises:
         CannotFoldError: there is no convolution, or something writes in place to what others read.
     """
-    folder = _Folder(flow, nodes, given, results, metas, dtype)
+    folder = _Folder(piece, dtype)
     return Folded(folder.program(), folder.folded)
 
 
@@ -115,24 +107,16 @@ _Value = fx.Node | _Cat | _Affine | _Convolution
 class _Folder:
     """Copies nodes in order; what one reader alone reads waits for what that makes of it."""
 
-    def __init__(
-        self,
-        flow: Dataflow,
-        nodes: Sequence[fx.Node],
-        given: Sequence[fx.Node],
-        results: Sequence[fx.Node],
-        metas: Mapping[str, Any],
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, piece: Piece, dtype: torch.dtype | None) -> None:
         self.folded: list[nn.Module] = []
         self._dtype = dtype
-        self._flow = flow
-        self._nodes, self._results, self._metas = nodes, results, metas
-        if not any(self._calls_module(node, nn.Conv2d) for node in nodes):
+        self._flow, self._metas = piece.flow, piece.metas
+        self._nodes, self._results = piece.nodes, piece.results
+        if not any(self._calls_module(node, nn.Conv2d) for node in piece.nodes):
             raise CannotFoldError("there is no convolution")
         self._graph = fx.Graph()
         self._values: dict[fx.Node, _Value] = {}
-        self._values |= placeholders(self._graph, flow.graph, given)
+        self._values |= placeholders(self._graph, piece.flow.graph, piece.given)
 
     def program(self) -> Program:
         for node in self._nodes:

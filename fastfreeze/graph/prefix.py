@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph._state import Held, Watch, preserved, tensors_in
+from fastfreeze.graph._state import Held, HeldState, preserved, tensors_in
 from fastfreeze.graph.cut import Cut, Dataflow
 from fastfreeze.graph.fold import CannotFoldError, Folded, fold
-from fastfreeze.graph.rewrite import Program, write_prefix, write_suffix
+from fastfreeze.graph.rewrite import Piece, Program, write_piece, write_suffix
 from fastfreeze.graph.split import CannotSplitError, find_split, find_stretch
 from fastfreeze.graph.trace import Trace
 from fastfreeze.graph.verify import excess
@@ -46,30 +46,21 @@ class Part:
 
     Attributes:
         unfolded: why the nodes run as they are; empty if in the faster form, or not known yet.
+        held: what they compute with.
     """
 
-    def __init__(
-        self,
-        flow: Dataflow,
-        nodes: Sequence[fx.Node],
-        given: Sequence[fx.Node],
-        results: Sequence[fx.Node],
-        metas: Mapping[str, Any],
-        options: Options,
-        contiguous: bool,
-    ) -> None:
+    def __init__(self, piece: Piece, options: Options, contiguous: bool) -> None:
         self.unfolded = "" if options.faster else "asked for by fold=False"
-        self._model, self._options, self._contiguous = flow.model, options, contiguous
-        self._what = (flow, nodes, given, results, metas)
-        self._held = _held_by(flow.model, nodes)
+        self.held = _held_by(piece)
+        self._piece, self._model = piece, piece.flow.model
+        self._options, self._contiguous = options, contiguous
         self._fast: Folded | None = None
         self._num_folds = 0
         self._compared_run: tuple[list[Any], Values] | None = None  # what the comparison gave
 
     @cached_property
     def _plain(self) -> Program:
-        flow, nodes, given, results, _ = self._what
-        return write_prefix(flow.graph, nodes, given, results)
+        return write_piece(self._piece)
 
     def __call__(self, values: Sequence[Any], *, fold: bool = True) -> Values:
         """The results' values, without autograd, for the call's tensors and the values given."""
@@ -93,18 +84,21 @@ class Part:
         Args:
             expected: what the nodes give as they are; None to run them for it.
         """
-        if self.unfolded or _autocasts(values) or self._held.states() is None:
+        if self.unfolded or autocasts(values):
             return False
-        if self._fast is None or not self._fast.fits():
-            if expected is None:
-                with preserved(self._model):
-                    expected = self._run_plain(values)
-            if not all(map(_is_finite, tensors_in(expected))):
-                return False  # nothing to compare by; the next call may do
-            try:
-                self._fast = self._compared(values, expected)
-            except CannotFoldError as error:
-                self.unfolded, self._fast = str(error), None
+        if self._fast is not None and self._fast.fits():
+            return self._fast.has_weights or self.held.states() is not None
+        if self.held.states() is None:
+            return False
+        if expected is None:
+            with preserved(self._model):
+                expected = self._run_plain(values)
+        if not all(map(_is_finite, tensors_in(expected))):
+            return False  # nothing to compare by; the next call may do
+        try:
+            self._fast = self._compared(values, expected)
+        except CannotFoldError as error:
+            self.unfolded, self._fast = str(error), None
         return not self.unfolded
 
     def _compared(self, values: Sequence[Any], expected: Values) -> Folded:
@@ -149,7 +143,7 @@ class Part:
     def _folded(self) -> Folded:
         if self._options.fold:
             try:
-                return fold(*self._what, self._options.dtype)
+                return fold(self._piece, self._options.dtype)
             except CannotFoldError:
                 if self._options.dtype is None and not self._options.compile_prefix:
                     raise
@@ -173,11 +167,10 @@ class Part:
         if dtype is None:
             result: Values = fast.program(self._model, values)
             return result
-        *_, results, metas = self._what
         with torch.autocast(_device_type(values), dtype, cache_enabled=False):
             result = fast.program(self._model, values)
-        pairs = zip(result, (metas.get(node.name) for node in results), strict=True)
-        return tuple(_like(value, meta) for value, meta in pairs)
+        pairs = zip(result, self._piece.results, strict=True)
+        return tuple(_like(value, self._piece.metas.get(node.name)) for value, node in pairs)
 
 
 class Prefix:
@@ -205,9 +198,7 @@ class Prefix:
         self._part = self._part_of(split.prefix, ())
         self.suffix = write_suffix(trace.graph, cut, split)
         self._stretches: dict[Prefix, Part] = {}
-        self._held = _held_by(model, split.prefix)
-        self._key: tuple[Any, str] | None = None
-        self._attributes, self._pinned = Watch([]), list[Tensor]()
+        self._key: tuple[HeldState, str] | None = None
         places = [node for node in trace.graph.nodes if node.op == "placeholder"]
         read = {i for node in split.prefix for i in node.all_input_nodes}
         self.inputs = tuple(i for i, node in enumerate(places) if node in read)
@@ -224,32 +215,21 @@ class Prefix:
         """Why the prefix runs as it is; empty if its norms are folded."""
         return self._part.unfolded
 
-    @property
-    def states(self) -> list[tuple[int, int, int]] | None:
-        """What changes when a weight or statistic is written to or replaced."""
-        return self._held.states()
-
-    def pinned(self) -> list[Tensor]:
-        """What must be kept while :attr:`states` are."""
-        return self._held.pinned()
+    def state(self) -> HeldState:
+        """What it computes with, as that is now."""
+        return HeldState(self._part.held)
 
     @property
     def key(self) -> str:
         """Digest of all that the crossing values depend on besides the inputs."""
-        states = self.states
-        if (
-            self._key is None
-            or states is None
-            or self._key[0] != states
-            or self._attributes.changed()
-        ):
+        if self._key is None or not self._key[0].lasts():
+            held = self._part.held
             lines = [str(self._options), *(n.format_node() or "" for n in self.split.prefix)]
-            lines += [repr(module) for module in self._held.modules]
+            lines += [repr(module) for module in held.modules]
             digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=16)
-            for tensor in self._held.tensors():
+            for tensor in held.tensors():
                 digest.update(_bytes_of(tensor))
-            self._key, self._pinned = (states, digest.hexdigest()), self.pinned()
-            self._attributes = Watch([vars(module) for module in self._held.modules])
+            self._key = self.state(), digest.hexdigest()
         return self._key[1]
 
     def run(self, tensors: Sequence[Tensor], *, fold: bool = True) -> Values:
@@ -260,8 +240,7 @@ class Prefix:
     def comparable(self) -> tuple[fx.Node, ...]:
         """The nodes that cross, if nothing writes to them in place in a run of the whole graph."""
         flow = self.flow
-        names = [name for node in flow.graph.nodes for name in flow.written_by(node)]
-        written = {storage for name in names for storage in flow.storages[name]}
+        written = {storage for node in flow.graph.nodes for storage in flow.stores_to(node)}
         crossing = self.split.crossing
         safe = all(written.isdisjoint(flow.storages[node]) for node in crossing)
         return crossing if safe else ()
@@ -296,8 +275,8 @@ class Prefix:
         return self._stretches[earlier]([*tensors, *values])
 
     def _part_of(self, nodes: Sequence[fx.Node], given: Sequence[fx.Node]) -> Part:
-        how = (self._metas, self._options, self._contiguous)
-        return Part(self.flow, nodes, given, self.split.crossing, *how)
+        piece = Piece(self.flow, nodes, given, self.split.crossing, self._metas)
+        return Part(piece, self._options, self._contiguous)
 
 
 def _takes_channels_last(
@@ -325,12 +304,12 @@ def _takes_channels_last(
     return weights <= values
 
 
-def _held_by(model: nn.Module, nodes: Sequence[fx.Node]) -> Held:
+def _held_by(piece: Piece) -> Held:
     """What nodes compute with: of a tensor that a node names itself, all that is beside it."""
-    found = [n for node in nodes for n in (node, *node.all_input_nodes)]
+    found = [n for node in piece.nodes for n in (node, *node.all_input_nodes)]
     paths = [str(n.target) for n in found if n.op == "call_module"]
     paths += [str(n.target).rpartition(".")[0] for n in found if n.op == "get_attr"]
-    return Held(model.get_submodule(path) for path in paths)
+    return Held(piece.flow.model.get_submodule(path) for path in paths)
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
@@ -351,5 +330,6 @@ def _like(value: Any, meta: Any) -> Any:
     return value.to(meta.dtype) if isinstance(value, Tensor) and isinstance(meta, Tensor) else value
 
 
-def _autocasts(values: Sequence[Any]) -> bool:
+def autocasts(values: Sequence[Any]) -> bool:
+    """Whether autocast is on, on a device of a tensor among ``values``."""
     return any(torch.is_autocast_enabled(v.device.type) for v in values if isinstance(v, Tensor))

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import linecache
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
@@ -21,7 +21,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
 from fastfreeze.graph._state import call_in_eval, requires_grad, tensors_in
-from fastfreeze.graph.cut import Cut, declares_writes
+from fastfreeze.graph.cut import Cut, Dataflow, declares_writes
 from fastfreeze.graph.split import Split
 from fastfreeze.graph.trace import Trace
 
@@ -103,18 +103,35 @@ def write_proof(trace: Trace, cut: Cut, kept: Iterable[fx.Node]) -> Program:
     return replace(program, function=compiled(writer.graph))
 
 
-def write_prefix(
-    traced: fx.Graph, nodes: Sequence[fx.Node], given: Sequence[fx.Node], results: Sequence[fx.Node]
-) -> Program:
-    """``nodes`` in eval mode, as a function to the tuple of the values of ``results``.
+@dataclass(frozen=True)
+class Piece:
+    """Frozen nodes that run on their own, in eval mode.
 
-    It takes the tensors of a call, then the values of ``given``, and is to be called under no_grad.
+    Attributes:
+        flow: of the graph.
+        nodes: what runs, in order.
+        given: nodes whose values are there already.
+        results: those of ``nodes`` whose values are wanted.
+        metas: each frozen node's value, by the node's name, on the meta device.
+    """
+
+    flow: Dataflow
+    nodes: Sequence[fx.Node]
+    given: Sequence[fx.Node]
+    results: Sequence[fx.Node]
+    metas: Mapping[str, Any]
+
+
+def write_piece(piece: Piece) -> Program:
+    """A piece as it is, as a function to the tuple of its results.
+
+    It takes the tensors of a call, then the values given, and is to be called under no_grad.
     """
     graph = fx.Graph()
-    copies = placeholders(graph, traced, given)
-    for node in nodes:
+    copies = placeholders(graph, piece.flow.graph, piece.given)
+    for node in piece.nodes:
         copies[node] = eval_copy(graph, node, copies.__getitem__)
-    hand_over(graph, {node: copies[node] for node in results})
+    hand_over(graph, {node: copies[node] for node in piece.results})
     return Program(compiled(graph))
 
 

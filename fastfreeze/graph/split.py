@@ -131,7 +131,7 @@ def _check_writes(graph: fx.Graph, flow: Dataflow, ahead: Nodes, frozen: frozens
     given = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
     read = {s for node in ahead for i in node.all_input_nodes for s in flow.storages[i]}
     for node in graph.nodes:
-        written = {s for name in flow.written_by(node) for s in flow.storages[name]}
+        written = flow.stores_to(node)
         if node in ahead and written & given:
             raise CannotSplitError(f"{node.name} writes to what the model was given")
         if node not in ahead and node.name in frozen and written & read:
@@ -231,7 +231,7 @@ def _changed_later(
     """Nodes of ``region`` with a reader outside ``first`` that must not see a later write in it."""
     last: dict[fx.Node, int] = {}
     for node in first:
-        for storage in (s for name in flow.written_by(node) for s in flow.storages[name]):
+        for storage in flow.stores_to(node):
             last[storage] = max(last.get(storage, -1), order[node])
     return frozenset(
         node
@@ -244,7 +244,7 @@ def _changed_later(
 
 def _run_once(flow: Dataflow, ahead: Nodes) -> Nodes:
     """Those of the nodes that run ahead that must not run again, or would miss a write if so."""
-    written = {s for node in ahead for name in flow.written_by(node) for s in flow.storages[name]}
+    written = {storage for node in ahead for storage in flow.stores_to(node)}
     return frozenset(
         node
         for node in ahead

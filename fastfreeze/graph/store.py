@@ -276,7 +276,7 @@ class RowStore:
         self._capacity = 0
         self._slots.clear()
         self._state.clear()
-        for array in (self._stamps, *self._columns):
+        for array in self._all():
             array.close()
 
     def _move(self, movers: list[int], holes: list[int]) -> None:
