@@ -135,6 +135,22 @@ def test_a_batch_written_to_in_between():
             data[1][0].mul_(2)
 
 
+def test_autocast_that_begins_in_between():
+    model, data = network(), batches(3)
+
+    def outputs(batches, network):
+        found = []
+        for i, (x, _) in enumerate(batches):
+            with torch.autocast("cpu", torch.bfloat16, enabled=i > 0):
+                found.append(network(x))
+        return found
+
+    expected = outputs(data, trim(model))
+    trimmed = trim(model)
+    found = outputs(trimmed.ahead(data), trimmed)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_stopped_in_the_middle():
     model, data = network(), batches(3)
     trimmed = trim(model)

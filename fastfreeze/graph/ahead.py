@@ -13,7 +13,7 @@ from torch import Tensor
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph._state import HeldState, tensors_in
 from fastfreeze.graph.call import Call
-from fastfreeze.graph.prefix import Prefix, Values
+from fastfreeze.graph.prefix import Prefix, Values, autocasts
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -100,4 +100,4 @@ class Ahead:
 def _circumstances(call: Call) -> Any:
     """What the values depend on besides the prefix: what is in the inputs, and autocast."""
     versions = [None if t.is_inference() else t._version for t in call.inputs]
-    return versions, torch.is_autocast_enabled()
+    return versions, autocasts(call.inputs)
