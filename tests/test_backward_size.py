@@ -22,13 +22,7 @@ from fastfreeze import trim
 from fastfreeze.recipes.models import build_model
 from tests.test_graph import AUX, EmptyOnMeta, build, in_execution_order, saved_bytes, tensors
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def backward_nodes(output):

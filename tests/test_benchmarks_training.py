@@ -28,12 +28,7 @@ MODEL = "resnet8-w4"
 OURS = "fastfreeze"
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(tmp_path, *rivals):

@@ -25,12 +25,8 @@ on = partial(FeatureCache, enabled=True)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
+def _small_chunks(monkeypatch, one_thread):
     monkeypatch.setattr(store, "_CHUNK_BYTES", 4000)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def block(inputs, outputs, stride=1):

@@ -55,13 +55,9 @@ X, LABELS = torch.randn(5, 2, 7, 6), torch.tensor([0, 1, 2, 0, 1])
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_no_programs():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _no_programs(one_thread):
     torch._dynamo.reset()
     counters.clear()
-    yield
-    torch.set_num_threads(threads)
 
 
 def made(schedule, model=None):

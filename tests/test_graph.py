@@ -31,12 +31,7 @@ from fastfreeze.graph.verify import excess
 trim = partial(graph.trim, fold=False)  # bits are compared here; folding has its own tests
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the same, by hand -------------------------------------------------------------------------

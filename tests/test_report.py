@@ -17,13 +17,7 @@ from fastfreeze.execution import run_events
 from fastfreeze.layer_costs import LayerCosts, LayerFlops
 from fastfreeze.recipes.models import build_model
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def freeze_layers(plan, frozen):

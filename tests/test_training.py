@@ -26,12 +26,7 @@ CPU = torch.device("cpu")
 TIMINGS = {"seconds", "step_seconds", "seconds_per_epoch", "peak_memory_mb"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_images(count):
