@@ -12,14 +12,19 @@ from collections import Counter
 from pathlib import Path
 
 
-def pytest_runtest_logreport(report) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the controller hears of the test, too
-        return
-    if report.when == "call" or report.outcome != "passed":
+class _Log:
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         line = {"test": report.nodeid, "outcome": _outcome(report), "reason": reason[-2000:]}
         with Path(os.environ["FASTFREEZE_OUTCOMES"]).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def pytest_configure(config) -> None:
+    if not hasattr(config, "workerinput"):  # the controller hears of a worker's tests, too
+        config.pluginmanager.register(_Log())
 
 
 def _outcome(report) -> str:

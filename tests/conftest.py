@@ -21,6 +21,8 @@ needs_cpu_kernels = pytest.mark.skipif(
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # one of several of pytest-xdist: they share the cores
+        torch.set_num_threads(1)
     # Not in pyproject.toml: pytest would import fastfreeze before TRITON_INTERPRET is set.
     config.addinivalue_line("filterwarnings", "error::fastfreeze.FastfreezeWarning")
     if not HAS_GPU and fastfreeze.backends()["triton"].available:

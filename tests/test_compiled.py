@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -424,3 +426,14 @@ def test_bad_arguments():
     with pytest.raises(RuntimeError, match="Invalid backend"):
         compile_stages(network, plan, X, backend="no such")
     network(X)  # without an announcement
+
+
+def test_measuring_keeps_nothing():
+    """ReLU's output is what autograd saves of it: a cycle, if it is saved as it is."""
+    network = trim(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    graph, tensors = compiled._graph_for(network, (torch.randn(4, 2),), {})
+    assert compiled._saved_bytes(network, graph, tensors) > 0
+    weight = weakref.ref(network.model[0].weight)
+    del network, graph, tensors
+    gc.collect()
+    assert weight() is None

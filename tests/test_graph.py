@@ -149,7 +149,7 @@ def saved_bytes(call):
     def pack(tensor):
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that kept its own output itself would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = call()

@@ -225,7 +225,8 @@ def unobserved() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         with suppress(RuntimeError):  # torch.func's transforms allow no such hooks, nor outside
-            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+            # A node that kept its own output itself would never be freed.
+            hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
             stack.enter_context(hooks)
         yield
 

@@ -237,7 +237,7 @@ def _saved_bytes(network: TrimmedModel, graph: TrimmedGraph, tensors: list[Tenso
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # else a node that keeps its own output is never freed
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with preserved(network.model), torch.enable_grad(), hooks:
