@@ -1,27 +1,22 @@
-"""Snapshots on disk, the ensemble they make, and statistics of its predictions.
-
-Source of the method: Snapshot Ensembles (Huang et al., ICLR 2017).
-"""
+"""Snapshots of one model on disk."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
+from fastfreeze.ensemble._checks import check_count
 from fastfreeze.errors import SnapshotError
-from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
 
 _MANIFEST = "manifest.json"
 _FORMAT_VERSION = 1
@@ -104,7 +99,7 @@ class SnapshotStore:
         Raises:
             ValueError: there are fewer, or ``m`` is below 1.
         """
-        return _last("m", m, self._read().snapshots)
+        return last_of("m", m, self._read().snapshots)
 
     def save(
         self,
@@ -128,8 +123,8 @@ class SnapshotStore:
                 number, or a state dict's entry that is not a tensor.
             SnapshotError: the store holds snapshots of a model with other tensors.
         """
-        _check_count("step", step)
-        _check_count("cycle", cycle)
+        check_count("step", step)
+        check_count("cycle", cycle)
         numbers = _checked_metrics(metrics or {})
         tensors = _separate_tensors(_state_dict(model))
         signature = _signature(tensors)
@@ -180,7 +175,7 @@ class SnapshotStore:
         Raises:
             SnapshotError: as :meth:`load`, or the model has other tensors.
         """
-        _load_into(model, self.load(snapshot), str(self.directory / snapshot.file))
+        load_into(model, self.load(snapshot), str(self.directory / snapshot.file))
 
     def _read(self) -> _Manifest:
         path = self.directory / _MANIFEST
@@ -206,173 +201,6 @@ class SnapshotStore:
         for path in [*self._files(_SNAPSHOT_FILE), *self._files(_TEMPORARY)]:
             if path.name not in keep:
                 path.unlink()
-
-
-class SnapshotEnsemble(nn.Module):
-    """Averages the probabilities of snapshots of one model.
-
-    The members are copies of the model, always in eval mode, and without gradients of their own;
-    ``to``, ``state_dict`` and so on work as for any module.
-
-    Args:
-        model: a model of the snapshots' architecture, of whatever weights; it is not changed.
-        snapshots: state dicts, the latest last.
-        last: use only so many, the latest. Early snapshots of short cycles can hurt.
-
-    Raises:
-        TypeError: one of ``snapshots`` is not a state dict.
-        ValueError: no snapshot, or fewer than ``last``.
-        SnapshotError: a snapshot of another architecture.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        snapshots: Iterable[Mapping[str, Tensor]],
-        *,
-        last: int | None = None,
-    ) -> None:
-        super().__init__()
-        chosen = snapshots if last is None else _last("last", last, tuple(snapshots))
-        self.members = nn.ModuleList()
-        for i, state in enumerate(chosen):
-            member = copy.deepcopy(model)
-            _load_into(member, state, f"snapshots[{i}]")
-            self.members.append(member.eval().requires_grad_(False))
-        if not self.members:
-            raise ValueError("snapshots must hold at least one state dict, got none")
-
-    @classmethod
-    def from_store(
-        cls, model: nn.Module, store: SnapshotStore, last: int | None = None
-    ) -> SnapshotEnsemble:
-        """The ensemble of a store's snapshots, or of its ``last`` ones."""
-        chosen = tuple(store) if last is None else store.last(last)
-        return cls(model, (store.load(snapshot) for snapshot in chosen))
-
-    def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
-        """The mean of the members' probabilities.
-
-        Members run one after the other, and only a sum is kept, unless gradients are to flow to
-        the inputs.
-
-        Args:
-            inputs, keywords: the model's; it must return logits [..., C].
-
-        Returns:
-            Probabilities [..., C], of the logits' dtype.
-
-        Raises:
-            TypeError, ValueError: the model's output is not what
-                :func:`~fastfreeze.ops.softmax.ensemble_softmax` takes.
-        """
-        first, *others = self.members
-        logits = first(*inputs, **keywords)
-        if isinstance(logits, Tensor) and logits.requires_grad:
-            return ensemble_softmax([logits, *[m(*inputs, **keywords) for m in others]])
-        average = EnsembleAverage()
-        average.update(logits)
-        for member in others:
-            average.update(member(*inputs, **keywords))
-        return average.mean()
-
-    def member_probabilities(self, *inputs: Any, **keywords: Any) -> Iterator[Tensor]:
-        """The probabilities [..., C] of each member in turn."""
-        for member in self.members:
-            yield torch.softmax(member(*inputs, **keywords), dim=-1)
-
-    def train(self, mode: bool = True) -> SnapshotEnsemble:
-        """Set the flag ``training``; the members stay in eval mode."""
-        super().train(mode)
-        self.members.eval()
-        return self
-
-
-def error_rate(probabilities: Tensor, labels: Tensor) -> float:
-    """Share of rows, in 0..1, whose most probable class (the first, if tied) is not the label.
-
-    Args:
-        probabilities: [B, C], B >= 1, floating point, rows summing to 1.
-        labels: [B], integers in 0..C-1.
-
-    Raises:
-        TypeError, ValueError: they are not; the message names the row.
-    """
-    p, y = _checked_predictions(probabilities, labels)
-    return (p.argmax(-1) != y).double().mean().item()
-
-
-def nll(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean negative natural logarithm of the label's probability, summed in float64.
-
-    A probability below the smallest normal number of its dtype counts as that number, so that the
-    result is finite: a row costs at most 87.3 in float32 and bfloat16, 9.7 in float16, 708.4 in
-    float64.
-
-    Args:
-        probabilities, labels: as in :func:`error_rate`.
-
-    Raises:
-        TypeError, ValueError: as from :func:`error_rate`.
-    """
-    p, y = _checked_predictions(probabilities, labels)
-    of_label = p.gather(-1, y[:, None]).clamp(min=torch.finfo(probabilities.dtype).tiny)
-    return -of_label.log().mean().item()
-
-
-def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., ICML 2017, eq. 3), in 0..1.
-
-    Rows are sorted into equal bins (i / num_bins, (i + 1) / num_bins] by their highest
-    probability; the result is the mean over rows of \\|accuracy - mean confidence\\| of the row's
-    bin.
-
-    Args:
-        probabilities, labels: as in :func:`error_rate`.
-        num_bins: >= 1.
-
-    Raises:
-        TypeError, ValueError: as from :func:`error_rate`, or ``num_bins`` is not a count.
-    """
-    _check_count("num_bins", num_bins, minimum=1)
-    p, y = _checked_predictions(probabilities, labels)
-    confidence, predicted = (t.cpu() for t in p.max(-1))
-    inner_edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)[1:-1]
-    bins = torch.bucketize(confidence, inner_edges)
-    gap = (predicted == y.cpu()).double() - confidence
-    return torch.bincount(bins, weights=gap).abs().sum().item() / len(gap)
-
-
-def _checked_predictions(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Both, without gradients: the probabilities in float64, the labels as int64."""
-    if not isinstance(probabilities, Tensor) or not probabilities.is_floating_point():
-        found = getattr(probabilities, "dtype", type(probabilities).__name__)
-        raise TypeError(f"probabilities must be a floating-point tensor, got {found}")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        found = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"labels must be a tensor of integers, got {found}")
-    if probabilities.dim() != 2 or probabilities.numel() == 0:
-        shape = tuple(probabilities.shape)
-        raise ValueError(f"probabilities must have shape [B, C], B and C >= 1, got {shape}")
-    if labels.shape != probabilities.shape[:1] or labels.device != probabilities.device:
-        raise ValueError(
-            f"labels must have shape [{len(probabilities)}] on {probabilities.device}, "
-            f"got {list(labels.shape)} on {labels.device}"
-        )
-    p, y = probabilities.detach().double(), labels.long()
-    tolerance = 1e-3 if torch.finfo(probabilities.dtype).bits >= 32 else 2e-2
-    lowest, total, classes = p.amin(-1), p.sum(-1), p.shape[1]
-    _check_rows("probabilities", lowest, lowest >= 0, "be >= 0")
-    near_1 = (total - 1).abs() <= tolerance
-    _check_rows("probabilities", total, near_1, f"sum to 1 (+-{tolerance})")
-    _check_rows("labels", y, (y >= 0) & (y < classes), f"be in 0..{classes - 1}")
-    return p, y
-
-
-def _check_rows(name: str, found: Tensor, good: Tensor, expected: str) -> None:
-    if not good.all():
-        b = int(good.logical_not().nonzero()[0])
-        raise ValueError(f"{name}[{b}] must {expected}, got {found[b].item()}")
 
 
 def _state_dict(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -417,7 +245,7 @@ def _described(spec: tuple[tuple[int, ...], str]) -> str:
     return f"{spec[1]} {list(spec[0])}"
 
 
-def _load_into(model: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
+def load_into(model: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
     _check_state(label, state)
     _check_signature(label, _signature(state), _signature(model.state_dict()))
     model.load_state_dict(state)
@@ -446,15 +274,8 @@ def _checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     return numbers
 
 
-def _check_count(name: str, value: int, minimum: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= {minimum}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
-
-
-def _last(name: str, count: int, items: tuple[Any, ...]) -> tuple[Any, ...]:
-    _check_count(name, count, minimum=1)
+def last_of(name: str, count: int, items: tuple[Any, ...]) -> tuple[Any, ...]:
+    check_count(name, count, minimum=1)
     if count > len(items):
         raise ValueError(
             f"{name} must be at most {len(items)}, the snapshots there are, got {count}"
@@ -483,8 +304,8 @@ def _parse_manifest(content: Any) -> _Manifest:
     for entry in content["snapshots"]:
         file = entry.pop("file")
         snapshot = Snapshot(**entry)
-        _check_count("step", snapshot.step)
-        _check_count("cycle", snapshot.cycle)
+        check_count("step", snapshot.step)
+        check_count("cycle", snapshot.cycle)
         _checked_metrics(snapshot.metrics)
         if file != snapshot.file or not _SNAPSHOT_FILE.fullmatch(file):
             raise ValueError(f"file must be the name of a snapshot, got {file!r}")
