@@ -6,30 +6,51 @@ Source of the method: Snapshot Ensembles (Huang et al., ICLR 2017).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastfreeze.ensemble.merge import share, unshare
+from fastfreeze.ensemble.plans import Key, Plan, make_plan
 from fastfreeze.ensemble.snapshots import SnapshotStore, last_of, load_into
+from fastfreeze.ensemble.ways import WAYS, Measured, Stacked, Way, checked_way, measure
+from fastfreeze.graph.trace import UntraceableError
 from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
+
+_MAX_PLANS = 8  # of the latest kinds of calls
+
+_Take = Callable[[Any], None]
 
 
 class SnapshotEnsemble(nn.Module):
     """Averages the probabilities of snapshots of one model.
 
     The members are copies of the model, always in eval mode, and without gradients of their own;
-    ``to``, ``state_dict`` and so on work as for any module.
+    ``to``, ``state_dict`` and so on work as for any module. Members that hold the same bits hold
+    them once: layers frozen before the first snapshot, or between two, take memory and time once.
+    What they compute from the same values runs once too (:attr:`plan` tells how much); a write to
+    a member's tensors is noticed at the next call.
 
     Args:
         model: a model of the snapshots' architecture, of whatever weights; it is not changed.
         snapshots: state dicts, the latest last.
         last: use only so many, the latest. Early snapshots of short cycles can hurt.
+        how: in which way members run, see below.
+        fold: fold norms into convolutions, and so on, as :func:`fastfreeze.trim` does: faster, and
+            equal up to rounding. False: the bits of the members called one by one.
+
+    Attributes:
+        fold: as above; may be set.
+        how: in which way members run. "loop": one after the other, each by itself; "graph": as one
+            graph; "vmap": all in one batched call, for batches of few samples; "compiled": the
+            graph by ``torch.compile``. None: the graph where there is one, else the loop. May be
+            set, and :meth:`choose` sets it.
 
     Raises:
         TypeError: one of ``snapshots`` is not a state dict.
-        ValueError: no snapshot, or fewer than ``last``.
+        ValueError: no snapshot, or fewer than ``last``; ``how`` is none of these.
         SnapshotError: a snapshot of another architecture.
     """
 
@@ -39,30 +60,50 @@ class SnapshotEnsemble(nn.Module):
         snapshots: Iterable[Mapping[str, Tensor]],
         *,
         last: int | None = None,
+        fold: bool = True,
+        how: Way | None = None,
     ) -> None:
         super().__init__()
+        checked_way(how)
         chosen = snapshots if last is None else last_of("last", last, tuple(snapshots))
         self.members = nn.ModuleList()
-        for i, state in enumerate(chosen):
-            member = copy.deepcopy(model)
-            load_into(member, state, f"snapshots[{i}]")
-            self.members.append(member.eval().requires_grad_(False))
-        if not self.members:
-            raise ValueError("snapshots must hold at least one state dict, got none")
+        with torch.inference_mode(False):  # else writes to the tensors would go unnoticed
+            for i, state in enumerate(chosen):
+                member = copy.deepcopy(model)
+                load_into(member, state, f"snapshots[{i}]")
+                self.members.append(member.eval().requires_grad_(False))
+            if not self.members:
+                raise ValueError("snapshots must hold at least one state dict, got none")
+            share(list(self.members))
+        self.fold, self.how = fold, how
+        self._stacked: Stacked | None = None
+        self._plans: dict[Key, Plan] = {}
+        self._text = f"{len(self.members)} members, not called yet"
 
     @classmethod
     def from_store(
-        cls, model: nn.Module, store: SnapshotStore, last: int | None = None
+        cls,
+        model: nn.Module,
+        store: SnapshotStore,
+        last: int | None = None,
+        *,
+        fold: bool = True,
+        how: Way | None = None,
     ) -> SnapshotEnsemble:
         """The ensemble of a store's snapshots, or of its ``last`` ones."""
         chosen = tuple(store) if last is None else store.last(last)
-        return cls(model, (store.load(snapshot) for snapshot in chosen))
+        return cls(model, (store.load(snapshot) for snapshot in chosen), fold=fold, how=how)
+
+    @property
+    def plan(self) -> str:
+        """How the latest call ran, in words: what ran once for all, and what did not and why."""
+        return self._text
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """The mean of the members' probabilities.
 
-        Members run one after the other, and only a sum is kept, unless gradients are to flow to
-        the inputs.
+        Members run one after the other, from where they differ, and only a sum is kept, unless
+        gradients are to flow to the inputs.
 
         Args:
             inputs, keywords: the model's; it must return logits [..., C].
@@ -74,23 +115,145 @@ class SnapshotEnsemble(nn.Module):
             TypeError, ValueError: the model's output is not what
                 :func:`~fastfreeze.ops.softmax.ensemble_softmax` takes.
         """
-        first, *others = self.members
-        logits = first(*inputs, **keywords)
-        if isinstance(logits, Tensor) and logits.requires_grad:
-            return ensemble_softmax([logits, *[m(*inputs, **keywords) for m in others]])
+        if self.how == "compiled" and not torch.compiler.is_compiling():
+            plan, tensors = self._plan(inputs, keywords)
+            return plan.compiled(*tensors)
         average = EnsembleAverage()
-        average.update(logits)
-        for member in others:
-            average.update(member(*inputs, **keywords))
-        return average.mean()
+        logits: list[Tensor] = []
+        # A strict export takes no change of grad mode, which the running average makes.
+        exporting = torch.compiler.is_exporting()
+
+        def take(z: Any) -> None:
+            if exporting or logits or (isinstance(z, Tensor) and z.requires_grad):
+                logits.append(z)
+            else:
+                average.update(z)
+
+        self._run(take, inputs, keywords)
+        return ensemble_softmax(logits) if logits else average.mean()
 
     def member_probabilities(self, *inputs: Any, **keywords: Any) -> Iterator[Tensor]:
         """The probabilities [..., C] of each member in turn."""
-        for member in self.members:
-            yield torch.softmax(member(*inputs, **keywords), dim=-1)
+        found: list[Tensor] = []
+        self._run(lambda z: found.append(torch.softmax(z, dim=-1)), inputs, keywords)
+        yield from found
+
+    def as_module(self, *inputs: Any, **keywords: Any) -> nn.Module:
+        """The ensemble as it is now, as one graph of plain torch operations.
+
+        For ``torch.compile``, ``torch.export``, ONNX and serving: these cannot see which members
+        are equal, and would run all of each. What the members share runs once in it too.
+
+        Args:
+            inputs, keywords: an example of what it will be called with; tensors stand for any of
+                their kind, of other batch sizes too.
+
+        Returns:
+            A module that takes the example's tensors, in order, and returns what the ensemble
+            would, without looking for NaN. It holds the ensemble's tensors, not copies.
+
+        Raises:
+            ValueError: the members cannot be had as one graph; the message says why.
+        """
+        plan, _ = self._plan(inputs, keywords)
+        if plan.module is None:
+            raise ValueError(f"the ensemble cannot be one graph: {plan.text}")
+        return plan.module()
 
     def train(self, mode: bool = True) -> SnapshotEnsemble:
         """Set the flag ``training``; the members stay in eval mode."""
         super().train(mode)
         self.members.eval()
         return self
+
+    @torch.no_grad()
+    def choose(
+        self,
+        *inputs: Any,
+        ways: Sequence[Way] = ("loop", "graph", "vmap"),
+        seconds: float = 1.0,
+        **keywords: Any,
+    ) -> Measured:
+        """Set :attr:`how` to the way that is fastest for calls like this one.
+
+        Each way runs once, which is not counted, then all take turns until the time is up, and at
+        least three times.
+
+        Args:
+            inputs, keywords: an example of what the ensemble will be called with, of its batch
+                size and on its device.
+            ways: what to try. "compiled" is not by default: to compile takes minutes.
+            seconds: > 0, of measuring.
+
+        Raises:
+            ValueError: no way can run, or an argument is none; ``how`` is left as it was.
+        """
+        if not ways or not all(checked_way(way) for way in ways):
+            raise ValueError(f"ways must be some of {', '.join(WAYS)}, got {ways!r}")
+        if not seconds > 0:
+            raise ValueError(f"seconds must be > 0, got {seconds!r}")
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        before = self.how
+
+        def call(way: Way) -> None:
+            self.how = way
+            self.forward(*inputs, **keywords)
+
+        try:
+            measured = measure(call, ways, device, seconds)
+        except BaseException:
+            self.how = before
+            raise
+        self.how = measured.how
+        return measured
+
+    def _run(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Have each member's output taken in turn."""
+        # When compiled a member's values cannot be looked at, which a plan does.
+        how = "loop" if torch.compiler.is_compiling() else checked_way(self.how)
+        if how == "vmap":
+            for output in self._stack()(inputs, keywords):
+                take(output)
+        elif how == "loop" or not self._run_graph(take, inputs, keywords):
+            for member in self.members:
+                take(member(*inputs, **keywords))
+
+    def _run_graph(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+        """Run the members as one graph; False if there is none, and none was asked for."""
+        plan, tensors = self._plan(inputs, keywords)
+        program = plan.choose(tensors)
+        if program is None:
+            if self.how is not None:
+                raise ValueError(f"how={self.how!r} cannot run: {plan.text}")
+            return False
+        program(self, [take, *tensors])
+        return True
+
+    def _plan(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Plan, list[Tensor]]:
+        try:
+            key, tensors = Key.of(self.members[0], inputs, keywords)
+        except UntraceableError as error:
+            plan = Plan(list(self.members), f"{len(self.members)} members, one by one: {error}")
+            self._text = plan.text
+            return plan, []
+        found = self._plans.pop(key, None)
+        if found is None or not found.fits():
+            found = make_plan(self, list(self.members), key, tensors, may_fold=self.fold)
+        self._plans[key] = found  # the latest is last
+        while len(self._plans) > _MAX_PLANS:
+            self._plans.pop(next(iter(self._plans)))
+        self._text = found.text
+        return found, tensors
+
+    def _stack(self) -> Stacked:
+        if self._stacked is None or not self._stacked.fits():
+            self._stacked = Stacked(list(self.members))
+        return self._stacked
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        unshare(list(self.members))
+        self._plans.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}, "_stacked": None}

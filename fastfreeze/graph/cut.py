@@ -35,7 +35,10 @@ _RETURN_INPUT = frozenset(
 )
 # What ATen calls Python's operators, where it has another name.
 ATEN_NAMES = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
-
+_GIVE_ONE_TENSOR = (
+    *(nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd, nn.Linear, nn.Embedding),
+    *(nn.LayerNorm, nn.GroupNorm, nn.ReLU, nn.Dropout),
+)
 
 Nodes = frozenset[fx.Node]
 Names = dict[fx.Node, Nodes]
@@ -166,6 +169,8 @@ class Dataflow:
             self.held[node] = self._tensors_of(node)
             if node.op in ("placeholder", "get_attr") or self._is_fresh(node):
                 self.storages[node] = frozenset((node,))
+            elif self._returns_first(node):
+                self.storages[node] = self.storages[node.args[0]]
             else:
                 self.storages[node] = frozenset().union(
                     *(self.storages[i] for i in self.inputs(node))
@@ -290,6 +295,23 @@ class Dataflow:
             and _gives_fresh(called_name(node))
         )
 
+    def _returns_first(self, node: fx.Node) -> bool:
+        """Whether a node's output is surely its first argument, a tensor that it writes to."""
+        first = node.args[0] if node.args else None
+        if node.op not in ("call_function", "call_method") or not isinstance(first, fx.Node):
+            return False
+        known = node.target in IN_PLACE_FUNCTIONS or _is_torchs(node.target)
+        return known and _writes_first(node) and self._is_one_tensor(first)
+
+    def _is_one_tensor(self, node: fx.Node) -> bool:
+        """Whether a node's output is surely a tensor, not several, nor a number."""
+        if node.op == "call_module":
+            return isinstance(self.module(node), _GIVE_ONE_TENSOR)
+        if self._returns_first(node):
+            return True
+        of_torch = node.op in ("call_function", "call_method") and _is_torchs(node.target)
+        return of_torch and _gives_one_tensor(called_name(node))
+
     def _tensors_of(self, node: fx.Node) -> list[Tensor]:
         if node.op not in ("call_module", "get_attr"):
             return []
@@ -346,6 +368,19 @@ def _writes_first(node: fx.Node) -> bool:
         or (name.endswith("_") and not name.endswith("__") and not operators)
         or node.kwargs.get("inplace") not in (None, False)
     )
+
+
+@cache
+def _gives_one_tensor(name: str) -> bool:
+    """Whether ATen's operator of this name, where there is one, always returns one tensor.
+
+    Python's operators are not known by that: they work on tuples and numbers too.
+    """
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or name in ("add", "mul", *ATEN_NAMES.values()):
+        return False
+    returns = [getattr(packet, overload)._schema.returns for overload in packet.overloads()]
+    return all(len(r) == 1 and str(r[0].type) == "Tensor" for r in returns)
 
 
 @cache

@@ -116,7 +116,7 @@ def _may_run_ahead(graph: fx.Graph, flow: Dataflow, in_eval: frozenset[str]) -> 
     for node in graph.nodes:
         if node.name not in in_eval and node not in flow.metadata:
             continue
-        if _draws_random_numbers(node):
+        if draws_random_numbers(node):
             continue
         if all(i in ahead or i.op in ("placeholder", "get_attr") for i in node.all_input_nodes):
             ahead.add(node)
@@ -275,7 +275,7 @@ def _is_pointwise(name: str) -> bool:
     return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
-def _draws_random_numbers(node: fx.Node) -> bool:
+def draws_random_numbers(node: fx.Node) -> bool:
     """Whether a function or method draws even in eval mode."""
     name = called_name(node)
     packet = None if node.op == "call_module" else getattr(torch.ops.aten, name, None)

@@ -1,0 +1,288 @@
+"""Members' graphs made into one, in which what members have in common runs once.
+
+A node of one member stands for the same node of another if both call equal weights on values for
+which the same holds: members that share a prefix bit for bit form a trie, which branches where
+their weights begin to differ.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from fastfreeze.graph.cut import Dataflow, called_name
+from fastfreeze.graph.fold import CannotFoldError, Folded, fold
+from fastfreeze.graph.rewrite import Piece, Program, compiled
+from fastfreeze.graph.split import draws_random_numbers
+from fastfreeze.graph.trace import Trace
+from fastfreeze.ops.reference import softmax_add_reference
+
+# For each tensor of the model, by name: the first member that holds the same bits, for each member.
+Owners = dict[str, tuple[int, ...]]
+
+
+class CannotMergeError(Exception):
+    """The members have to run one by one; the message says why."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The members as one graph.
+
+    Attributes:
+        graph: its first placeholder is a function that takes each member's output in turn, the
+            others are the tensors of a call. Targets are names below ``members``.
+        origins: for each node, by name, the name of the member's node that it is a copy of.
+        num_nodes: nodes that compute, of all members.
+        num_own: how many of them are left in the graph.
+    """
+
+    graph: fx.Graph
+    origins: dict[str, str]
+    num_nodes: int
+    num_own: int
+
+
+def owners_of(members: Sequence[nn.Module]) -> Owners:
+    """Which members hold the same bits in the same layout, parameters and buffers alike."""
+    held = [dict(_tensors(member)) for member in members]
+    owners = {}
+    for name in held[0]:
+        row = [0]
+        for m in range(1, len(held)):
+            before = [o for o in sorted(set(row)) if same_bits(held[o][name], held[m][name])]
+            row.append(before[0] if before else m)
+        owners[name] = tuple(row)
+    return owners
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, or hold the same bits in the same layout on the same device."""
+    if a is b:
+        return True
+    alike = (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+    if not alike or a.device.type == "meta" or a.layout != torch.strided:
+        return False
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def share(members: Sequence[nn.Module]) -> None:
+    """Let members hold one parameter in common where they hold the same bits."""
+    for name, row in owners_of(members).items():
+        path, _, own = name.rpartition(".")
+        for m, owner in enumerate(row):
+            held = members[m].get_submodule(path)._parameters
+            if own in held:
+                held[own] = members[owner].get_submodule(path)._parameters[own]
+
+
+def unshare(members: Sequence[nn.Module]) -> None:
+    """Give each member parameters of its own; those tied within a member stay tied."""
+    seen: set[int] = set()
+    for member in members:
+        copies: dict[int, nn.Parameter] = {}
+        for module in member.modules():
+            for name, tensor in module._parameters.items():
+                if tensor is not None and id(tensor) in seen:
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = nn.Parameter(tensor.detach().clone(), False)
+                    module._parameters[name] = copies[id(tensor)]
+        seen |= {id(p) for p in member.parameters()}
+
+
+def merge(members: Sequence[nn.Module], trace: Trace, owners: Owners) -> Merged:
+    """The members' graphs as one.
+
+    Args:
+        members: modules that differ in their tensors alone, in eval mode.
+        trace: of the first.
+        owners: of the members.
+
+    Raises:
+        CannotMergeError: the model writes to its inputs or to its own tensors.
+    """
+    flow = Dataflow(trace.graph, members[0])
+    return _write(flow, _leaders(flow, owners, len(members)), len(members))
+
+
+def merged_module(merged: Merged, ensemble: nn.Module) -> fx.GraphModule:
+    """A module of plain torch operations that returns the mean of the members' probabilities.
+
+    It holds the tensors of ``ensemble``, each once.
+    """
+    return fx.GraphModule(ensemble, _with_average(merged, len(ensemble.members)))  # type: ignore
+
+
+def write_merged(merged: Merged) -> Program:
+    """The graph as a function of the module that holds ``members``, and then its placeholders."""
+    return Program(compiled(merged.graph))
+
+
+def fold_merged(merged: Merged, ensemble: nn.Module, metas: Mapping[str, Any]) -> Folded:
+    """As :func:`write_merged`, with norms folded into convolutions and so on.
+
+    Args:
+        ensemble: holds ``members``.
+        metas: values of the first member's nodes, by name, on the meta device.
+
+    Raises:
+        CannotFoldError: there is nothing to fold, or the model draws random numbers.
+    """
+    if any(map(_is_random, merged.graph.nodes)):
+        raise CannotFoldError("the model draws random numbers")
+    known = {copy: metas[name] for copy, name in merged.origins.items() if name in metas}
+    nodes = [n for n in merged.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    return fold(Piece(Dataflow(merged.graph, ensemble), nodes, [], [], known))
+
+
+def _tensors(member: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """By every name, tied ones too; buffers that no state dict holds included."""
+    yield from member.named_parameters(remove_duplicate=False)
+    yield from member.named_buffers(remove_duplicate=False)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+Leaders = dict[fx.Node, tuple[int, ...]]  # for each member, the member whose node stands for its
+
+
+def _leaders(flow: Dataflow, owners: Owners, count: int) -> Leaders:
+    """Who computes each node for whom.
+
+    What one member writes to in place must not be read by another: such a storage, and what is
+    made of it, is then each member's own.
+    """
+    own: set[fx.Node] = set()
+    while True:
+        leaders = _numbered(flow, owners, count, own)
+        conflicts = _conflicts(flow, leaders) - own
+        if not conflicts:
+            return leaders
+        for node in conflicts:
+            if node.op in ("placeholder", "get_attr"):
+                raise CannotMergeError(f"the model writes to {node.target} in place")
+        own |= conflicts
+
+
+def _numbered(flow: Dataflow, owners: Owners, count: int, own: set[fx.Node]) -> Leaders:
+    leaders: Leaders = {}
+    for node in flow.graph.nodes:
+        if node.op == "placeholder":
+            leaders[node] = (0,) * count
+            continue
+        if node in own or _is_random(node):
+            leaders[node] = tuple(range(count))
+            continue
+        held = _owners_of_node(node, owners)
+        first: dict[Any, int] = {}
+        leaders[node] = tuple(
+            first.setdefault(
+                (*(row[m] for row in held), *(leaders[i][m] for i in node.all_input_nodes)), m
+            )
+            for m in range(count)
+        )
+    return leaders
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether each member draws numbers of its own; dropout may be asked to, in eval mode too."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = called_name(node)
+    if name == "scaled_dot_product_attention":
+        at, given = 4, node.kwargs.get("dropout_p", 0.0)
+    elif "dropout" in name:
+        at, given = 2, node.kwargs.get("training", node.kwargs.get("train", True))
+    else:
+        return draws_random_numbers(node)
+    return bool(node.args[at] if len(node.args) > at else given)
+
+
+def _owners_of_node(node: fx.Node, owners: Owners) -> list[tuple[int, ...]]:
+    """Of the tensors that a node reads from the model itself."""
+    target = str(node.target)
+    if node.op == "get_attr":
+        return [owners[target]] if target in owners else []
+    if node.op != "call_module":
+        return []
+    return [row for name, row in owners.items() if name.startswith(f"{target}.")]
+
+
+def _conflicts(flow: Dataflow, leaders: Leaders) -> set[fx.Node]:
+    """Storages, by the node that makes them, that a member could find changed by another's writes.
+
+    What members have in common may be written to by what they have in common too, and be read by
+    each on its own after the last write.
+    """
+    nodes = list(flow.graph.nodes)
+    last_write = {s: at for at, node in enumerate(nodes) for s in flow.stores_to(node)}
+    found = {s for s in last_write if s.op in ("get_attr", "placeholder")}
+    for at, node in enumerate(nodes):
+        for i in node.all_input_nodes:
+            found |= {
+                s
+                for s in flow.storages[i]
+                if at <= last_write.get(s, -1) and leaders[s] != leaders[node]
+            }
+    return found
+
+
+def _write(flow: Dataflow, leaders: Leaders, count: int) -> Merged:
+    """Depth first: a member's own nodes end before the next member's begin."""
+    graph = fx.Graph()
+    take = graph.placeholder("take")
+    copies: dict[tuple[fx.Node, int], fx.Node] = {}
+    origins: dict[str, str] = {}
+    for node in flow.graph.nodes:
+        if node.op == "placeholder":
+            copies[node, 0] = graph.placeholder(node.name)
+    for m in range(count):
+
+        def now(node: fx.Node, m: int = m) -> fx.Node:
+            return copies[node, leaders[node][m]]
+
+        for node in flow.graph.nodes:
+            if node.op == "output":
+                graph.call_function(_taken, (take, map_arg(node.args[0], now)))
+            elif node.op != "placeholder" and leaders[node][m] == m:
+                copy = copies[node, m] = graph.node_copy(node, now)
+                copy.type = None
+                if node.op in ("call_module", "get_attr"):
+                    copy.target = f"members.{m}.{node.target}"
+                origins[copy.name] = node.name
+    graph.output(())
+    computing = [node for node in flow.graph.nodes if flow.computes(node)]
+    own = sum(len(set(leaders[node])) for node in computing)
+    return Merged(graph, origins, count * len(computing), own)
+
+
+def _taken(take: Callable[[Any], None], result: Any) -> None:
+    take(result)
+
+
+def _with_average(merged: Merged, count: int) -> fx.Graph:
+    """The graph with the mean of the members' probabilities for its value."""
+    graph = fx.Graph()
+    _, *others = merged.graph.nodes  # without the function that takes outputs
+    copies: dict[fx.Node, fx.Node] = {}
+    total: fx.Node | None = None
+    for node in others:
+        if node.target is _taken:
+            result = node.args[1]
+            if not isinstance(result, fx.Node):
+                raise CannotMergeError("the model returns more than one tensor")
+            logits = copies[result]
+            total = graph.call_function(softmax_add_reference, (total, logits, 1.0, 1.0))
+        elif node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    mean = graph.call_function(operator.truediv, (total, count))
+    graph.output(graph.call_method("to", (mean, graph.call_function(getattr, (logits, "dtype")))))
+    return graph

@@ -1,0 +1,149 @@
+"""How an ensemble runs for one way of calling it: as one graph, or member by member and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastfreeze.ensemble.merge import (
+    CannotMergeError,
+    fold_merged,
+    merge,
+    merged_module,
+    owners_of,
+    share,
+    write_merged,
+)
+from fastfreeze.graph._state import Held, HeldState, preserved
+from fastfreeze.graph.fold import CannotFoldError, Folded
+from fastfreeze.graph.prefix import autocasts
+from fastfreeze.graph.rewrite import Program, write_measured
+from fastfreeze.graph.trace import CallPattern, Trace, UntraceableError, hooked, trace
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a plan is made for: all about a call but the batch size and the tensors' values."""
+
+    pattern: CallPattern
+    kinds: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls, member: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Key, list[Tensor]]:
+        """The key of a call, and the call's tensors in order.
+
+        Raises:
+            UntraceableError: an argument is of a type that a graph cannot hold.
+        """
+        pattern, tensors = CallPattern.of(member, args, kwargs)
+        return cls(pattern, tuple((t.shape[1:], t.dtype, t.device) for t in tensors)), tensors
+
+
+class Plan:
+    """What runs for one key.
+
+    Attributes:
+        program: takes the ensemble, then a function that is given each member's output in turn,
+            then the call's tensors. None: the members run one by one.
+        folded: the same, folded; None where that cannot be.
+        text: what runs, and why nothing better does.
+        module: makes the graph a module of its own; None where there is no graph.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        text: str,
+        traced: Trace | None = None,
+        program: Program | None = None,
+        folded: Folded | None = None,
+        module: Callable[[], fx.GraphModule] | None = None,
+    ) -> None:
+        self.text, self.program, self.folded, self.module = text, program, folded, module
+        self._traced, held = traced, Held(members)
+        self._modules, self._made_from = held.modules, HeldState(held)
+        self._hooked = hooked(self._modules)
+
+    def fits(self) -> bool:
+        """Whether the members' tensors, attributes and hooks are still those it was made for."""
+        if not self._made_from.lasts() or hooked(self._modules) != self._hooked:
+            return False
+        return self._traced is None or not self._traced.stale()
+
+    def choose(self, tensors: Sequence[Tensor]) -> Program | None:
+        """The fastest program for a call with these tensors."""
+        needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if self.folded is None or needs_gradients or autocasts(tensors):
+            return self.program
+        return self.folded.program
+
+    @cached_property
+    def compiled(self) -> Callable[..., Tensor]:
+        """The graph and the average, compiled.
+
+        Raises:
+            ValueError: there is no graph.
+        """
+        if self.module is None:
+            raise ValueError(self.text)
+        function: Callable[..., Tensor] = torch.compile(self.module())
+        return function
+
+
+def make_plan(
+    ensemble: nn.Module,
+    members: Sequence[nn.Module],
+    key: Key,
+    tensors: Sequence[Tensor],
+    *,
+    may_fold: bool,
+) -> Plan:
+    """A plan for calls of a kind, of which ``tensors`` are those of one; a member runs once."""
+    count = len(members)
+    share(members)
+    try:
+        traced, metas = _traced(members, key, tensors)
+        merged = merge(members, traced, owners_of(members))
+    except (CannotMergeError, UntraceableError) as error:
+        return Plan(members, f"{count} members, one by one: {error}")
+    folded, text = None, "not folded: that was not wanted"
+    if may_fold:
+        try:
+            folded, text = fold_merged(merged, ensemble, metas), "folded"
+        except CannotFoldError as error:
+            text = f"not folded: {error}"
+    runs = f"{merged.num_own} of {merged.num_nodes} nodes run"
+    text = f"{count} members as one graph, {runs}, {text}"
+    module = partial(merged_module, merged, ensemble)
+    return Plan(members, text, traced, write_merged(merged), folded, module)
+
+
+def _traced(
+    members: Sequence[nn.Module], key: Key, tensors: Sequence[Tensor]
+) -> tuple[Trace, dict[str, Any]]:
+    """The first member's trace, and its nodes' values by name, on the meta device."""
+    held = Held(members)
+    if any(m.training for m in held.modules):
+        raise CannotMergeError("a member is in training mode")
+    if name := hooked(held.modules):
+        raise CannotMergeError(f"{name} has hooks")
+    if any(t.is_meta for t in held.tensors()):
+        raise CannotMergeError("on the meta device nothing can be compared")
+    if any(t.is_inference() for t in held.tensors()):
+        raise CannotMergeError("its tensors were made in inference mode, where writes go unnoticed")
+    first = members[0]
+    traced = trace(first, key.pattern)
+    measured = write_measured(traced)
+    versions = [b._version for b in first.buffers()]
+    with preserved(first), torch.no_grad():
+        measured(first, [t.clone() for t in tensors])
+        if [b._version for b in first.buffers()] != versions:
+            raise CannotMergeError("the model writes to its buffers")
+    return traced, measured.values

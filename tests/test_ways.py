@@ -1,0 +1,134 @@
+"""Ways of running an ensemble: each gives the same, and the fastest is chosen by measuring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastfreeze.ensemble import SnapshotEnsemble, ways
+from tests.test_merge import Branching, Many, Net, Noisy, assert_right, chain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _eager_compiler(monkeypatch):
+    """Inductor's minutes are not spent on what is not its test."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("how", [None, *ways.WAYS])
+@pytest.mark.parametrize("batch", [1, 3, 33])
+def test_every_way_gives_the_same(how, batch):
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks.0"), 3), how=how)
+    x = torch.randn(batch, 3, 6, 6)
+    assert_right(ensemble, x)
+    with torch.no_grad():
+        for p in ensemble.members[1].head.parameters():
+            p.add_(torch.randn_like(p))
+    assert_right(ensemble, x)
+    ensemble.load_state_dict(SnapshotEnsemble(Net(), chain(Net, (), 3)).state_dict())
+    assert_right(ensemble, x)
+
+
+@pytest.mark.parametrize("how", ways.WAYS)
+def test_keywords_and_gradients(how):
+    ensemble = SnapshotEnsemble(Many(), chain(Many, ("a",), 3), how=how).double()
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(5, 4, dtype=torch.float64)
+    truth = torch.stack([m(x, y, scale=2.0).softmax(-1) for m in ensemble.members]).mean(0)
+    found = ensemble(x, y, scale=2.0)
+    torch.testing.assert_close(found, truth)
+    expected = torch.autograd.grad(truth[:, 1].sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(found[:, 1].sum(), x)[0], expected)
+
+
+def test_an_explicit_way_never_falls_back():
+    ensemble = SnapshotEnsemble(Branching(), chain(Branching, (), 2))
+    x = torch.randn(4, 3)
+    assert_right(ensemble, x)
+    for how, match in [
+        ("graph", "how='graph' cannot run: 2 members, one by one: .*control flow"),
+        ("compiled", "2 members, one by one: .*control flow"),
+        ("vmap", "data-dependent control flow"),
+    ]:
+        ensemble.how = how
+        with pytest.raises((ValueError, RuntimeError), match=match):
+            ensemble(x)
+    ensemble.how = "loop"
+    assert_right(ensemble, x)
+
+
+def test_members_draw_numbers_of_their_own_under_vmap():
+    ensemble = SnapshotEnsemble(Noisy(), chain(Noisy, ("",), 2), how="vmap")
+    a, b = ensemble.member_probabilities(torch.randn(4, 3))
+    assert not torch.equal(a, b)
+
+
+def test_the_fastest_is_chosen(monkeypatch):
+    now = [0.0]
+    cost = {"loop": 5.0, "graph": 2.0, "vmap": 3.0, "compiled": 1.0}
+
+    class Clock:
+        def __init__(self, device):
+            pass
+
+        def now(self):
+            return now[0]
+
+        def seconds(self, start, end):
+            return end - start
+
+    class Counted(SnapshotEnsemble):
+        def forward(self, *args):
+            now[0] += cost[self.how]
+            return super().forward(*args)
+
+    monkeypatch.setattr(ways, "Clock", Clock)
+    x = torch.randn(2, 3, 6, 6)
+    ensemble = Counted(Net(), chain(Net, ("stem",), 2))
+    measured = ensemble.choose(x, seconds=0.01)
+    assert (measured.how, ensemble.how) == ("graph", "graph")
+    assert measured.seconds == {"loop": 5.0, "graph": 2.0, "vmap": 3.0}
+    assert ensemble.choose(x, ways=ways.WAYS, seconds=0.01).how == "compiled"
+    assert ensemble.choose(x, ways=["vmap", "loop"], seconds=0.01).how == "vmap"
+
+
+def test_what_cannot_run_is_not_chosen():
+    ensemble = SnapshotEnsemble(Branching(), chain(Branching, (), 2))
+    x = torch.randn(4, 3)
+    measured = ensemble.choose(x, seconds=0.01)
+    assert measured.how == ensemble.how == "loop"
+    assert set(measured.unavailable) == {"graph", "vmap"}
+    assert "control flow" in str(measured)
+    ensemble.how = None
+    with pytest.raises(ValueError, match="no way can run"):
+        ensemble.choose(x, ways=["graph"], seconds=0.01)
+    assert ensemble.how is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"ways": ["fast"]}, "how must be None or one of loop, graph, vmap, compiled, got 'fast'"),
+        ({"ways": []}, "ways must be some of"),
+        ({"seconds": 0}, "seconds must be > 0, got 0"),
+        ({"seconds": float("nan")}, "seconds must be > 0, got nan"),
+    ],
+)
+def test_bad_arguments(arguments, match):
+    ensemble = SnapshotEnsemble(Many(), chain(Many, (), 2))
+    with pytest.raises(ValueError, match=match):
+        ensemble.choose(torch.randn(2, 3), torch.randn(2, 4), **arguments)
+    assert ensemble.how is None
+
+
+def test_a_bad_way():
+    with pytest.raises(ValueError, match="how must be None or one of"):
+        SnapshotEnsemble(nn.Linear(2, 2), [nn.Linear(2, 2).state_dict()], how="quick")
+    ensemble = SnapshotEnsemble(nn.Linear(2, 2), [nn.Linear(2, 2).state_dict()])
+    ensemble.how = "quick"
+    with pytest.raises(ValueError, match="how must be None or one of"):
+        ensemble(torch.randn(1, 2))
