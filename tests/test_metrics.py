@@ -8,13 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from fastfreeze.ensemble import (
+from fastfreeze.ensemble.metrics import (
+    adaptive_calibration_error,
+    brier_score,
+    disagreement,
     error_rate,
     expected_calibration_error,
     nll,
 )
 
-STATISTICS = [error_rate, nll, expected_calibration_error]
+STATISTICS = [
+    error_rate,
+    nll,
+    brier_score,
+    expected_calibration_error,
+    adaptive_calibration_error,
+]
 every_statistic = pytest.mark.parametrize("statistic", STATISTICS, ids=lambda f: f.__name__)
 
 
@@ -44,6 +53,27 @@ def test_nll_of_an_impossible_label_is_finite(dtype, most):
     certain = torch.tensor([[0.0, 1.0]], dtype=dtype)
     assert nll(certain, torch.tensor([0])) == pytest.approx(most, abs=0.05)
     assert nll(certain, torch.tensor([1])) == 0
+
+
+def test_brier_score():
+    probabilities = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
+    labels = torch.tensor([0, 1])
+    expected = ((0.25 + 0.25) + (0.04 + 0.49 + 0.25)) / 2
+    assert brier_score(probabilities, labels) == pytest.approx(expected, rel=1e-12)
+    assert brier_score(torch.eye(3), torch.arange(3)) == 0
+    assert brier_score(torch.eye(3), torch.tensor([1, 2, 0])) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33])
+def test_brier_score_of_random_rows(rows):
+    probabilities = torch.randn(rows, 7, dtype=torch.float64).softmax(-1)
+    labels = torch.randint(7, (rows,))
+    expected = sum(
+        (p - (c == y)) ** 2
+        for row, y in zip(probabilities.tolist(), labels.tolist(), strict=True)
+        for c, p in enumerate(row)
+    )
+    assert brier_score(probabilities, labels) == pytest.approx(expected / rows, rel=1e-12)
 
 
 def plain_calibration_error(probabilities, labels, num_bins):
@@ -78,6 +108,94 @@ def test_expected_calibration_error_by_hand():
     found = expected_calibration_error(probabilities, labels, num_bins=10)
     assert found == pytest.approx(expected, rel=1e-6)
     assert expected_calibration_error(torch.eye(3), torch.arange(3)) == 0
+
+
+def plain_adaptive_error(confidences, correct, num_bins):
+    """Run by run, tied rows each as often right as all of them are."""
+    rows = sorted(zip(confidences, correct, strict=True))
+    total = 0.0
+    for i in range(num_bins):
+        start, end = (-(-k * len(rows) // num_bins) for k in (i, i + 1))
+        gap = 0.0
+        for c, _ in rows[start:end]:
+            tied = [right for other, right in rows if other == c]
+            gap += sum(tied) / len(tied) - c
+        total += abs(gap)
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("num_bins", [1, 2, 15, 100])
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("ties", [False, True])
+def test_adaptive_calibration_error(num_bins, rows, ties):
+    probabilities = torch.randn(rows, 5, dtype=torch.float64).mul(2).softmax(-1)
+    if ties:
+        probabilities = probabilities[torch.randint(1 + rows // 8, (rows,))]
+    labels = torch.randint(5, (rows,))
+    confidences, classes = probabilities.max(-1)
+    expected = plain_adaptive_error(confidences.tolist(), (classes == labels).tolist(), num_bins)
+    found = adaptive_calibration_error(probabilities, labels, num_bins)
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-14)
+    shuffled = torch.randperm(rows)
+    assert adaptive_calibration_error(probabilities[shuffled], labels[shuffled], num_bins) == found
+
+
+def test_adaptive_calibration_error_by_hand():
+    confidences = torch.tensor([0.6, 0.9, 0.7, 0.8], dtype=torch.float64)
+    probabilities = torch.stack([confidences, 1 - confidences], dim=1)
+    labels = torch.tensor([0, 0, 1, 0])  # wrong at 0.7 alone
+    found = adaptive_calibration_error(probabilities, labels, num_bins=2)
+    assert found == pytest.approx((abs(1 - 1.3) + abs(2 - 1.7)) / 4)
+    one = adaptive_calibration_error(probabilities, labels, num_bins=1)
+    assert one == pytest.approx(0, abs=1e-15)  # 3 of 4 right at a mean confidence of 0.75
+    same = torch.tensor([[0.75, 0.25]]).expand(6, 2)
+    for num_bins in (1, 2, 3, 6, 9):
+        found = adaptive_calibration_error(same, torch.tensor([0, 1, 0, 1, 1, 0]), num_bins)
+        assert found == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("members", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 31, 32, 33])
+def test_disagreement(members, rows):
+    probabilities = torch.randn(members, rows, 3).softmax(-1)
+    classes = probabilities.argmax(-1).tolist()
+    expected = [
+        [sum(a != b for a, b in zip(one, other, strict=True)) / rows for other in classes]
+        for one in classes
+    ]
+    found = disagreement(probabilities)
+    assert found.dtype == torch.float64
+    assert found.tolist() == expected
+    assert torch.equal(disagreement(list(probabilities)), found)
+
+
+def test_disagreement_by_hand():
+    a = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])  # classes 0, 1, and 0: the first if tied
+    b = torch.tensor([[0.1, 0.9], [0.2, 0.8], [1.0, 0.0]])
+    assert disagreement([a, b]).tolist() == [[0, 1 / 3], [1 / 3, 0]]
+    assert disagreement([a.half(), b.double()]).tolist() == [[0, 1 / 3], [1 / 3, 0]]
+
+
+REFUSED_MEMBERS = {
+    "none": ([], ValueError, "members must hold at least one member, got none"),
+    "no member": (torch.ones(0, 3, 2), ValueError, "members must hold at least one"),
+    "one member": (torch.ones(3, 2) / 2, ValueError, r"shape \[M, B, C\], got \(3, 2\)"),
+    "list of lists": ([[0.5, 0.5]], TypeError, r"members\[0\] must be .*, got list"),
+    "logits": ([torch.eye(2), 2 * torch.eye(2)], ValueError, r"members\[1\]\[0\] must sum to 1"),
+    "other shape": (
+        [torch.eye(2), torch.eye(3)],
+        ValueError,
+        r"members\[1\] must be like the first",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("members", "error", "match"), REFUSED_MEMBERS.values(), ids=REFUSED_MEMBERS
+)
+def test_refused_members(members, error, match):
+    with pytest.raises(error, match=match):
+        disagreement(members)
 
 
 @every_statistic
@@ -122,6 +240,7 @@ def test_refused_predictions(statistic, probabilities, labels, error, match):
 
 
 @pytest.mark.parametrize("num_bins", [0, -1, 1.5], ids=str)
-def test_refused_bins(num_bins):
+@pytest.mark.parametrize("error", [expected_calibration_error, adaptive_calibration_error])
+def test_refused_bins(error, num_bins):
     with pytest.raises((TypeError, ValueError), match="num_bins must be"):
-        expected_calibration_error(GOOD, Y, num_bins)
+        error(GOOD, Y, num_bins)

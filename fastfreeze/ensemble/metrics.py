@@ -1,6 +1,8 @@
-"""How good predicted probabilities are."""
+"""How good predicted probabilities are, and how much members differ."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ def error_rate(probabilities: Tensor, labels: Tensor) -> float:
     Raises:
         TypeError, ValueError: they are not; the message names the row.
     """
-    p, y = _checked_predictions(probabilities, labels)
+    p, y = checked_predictions(probabilities, labels)
     return (p.argmax(-1) != y).double().mean().item()
 
 
@@ -35,9 +37,24 @@ def nll(probabilities: Tensor, labels: Tensor) -> float:
     Raises:
         TypeError, ValueError: as from :func:`error_rate`.
     """
-    p, y = _checked_predictions(probabilities, labels)
-    of_label = p.gather(-1, y[:, None]).clamp(min=torch.finfo(probabilities.dtype).tiny)
-    return -of_label.log().mean().item()
+    p, y = checked_predictions(probabilities, labels)
+    return nll_of_rows(p, y, probabilities.dtype).mean().item()
+
+
+def brier_score(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean over rows of the squared distance to the one-hot label, in 0..2, in float64.
+
+    The sum runs over all classes, as in Brier (Monthly Weather Review, 1950); for two classes that
+    is twice what is often given for the probability of one of them.
+
+    Args:
+        probabilities, labels: as in :func:`error_rate`.
+
+    Raises:
+        TypeError, ValueError: as from :func:`error_rate`.
+    """
+    p, y = checked_predictions(probabilities, labels)
+    return brier_of_rows(p, y).mean().item()
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:
@@ -55,41 +72,164 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: 
         TypeError, ValueError: as from :func:`error_rate`, or ``num_bins`` is not a count.
     """
     check_count("num_bins", num_bins, minimum=1)
-    p, y = _checked_predictions(probabilities, labels)
-    confidence, predicted = (t.cpu() for t in p.max(-1))
+    return ece_of_rows(*confidence_and_correct(probabilities, labels), num_bins)
+
+
+def adaptive_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:
+    """:func:`expected_calibration_error` with bins of equal mass, in 0..1.
+
+    Rows are sorted by their highest probability and cut into ``num_bins`` runs whose lengths
+    differ by at most one (Nguyen & O'Connor, EMNLP 2015); the result is the mean over rows of
+    \\|accuracy - mean confidence\\| of the row's run. The adaptive error of Nixon et al. (CVPR
+    workshops, 2019) is its mean over all classes' probabilities; here the highest alone counts.
+
+    Rows of equal confidence are each as often right as they are on average, so that it does not
+    matter in which order they come, nor which of them a cut sends to which run. With B <= num_bins
+    each row is a run of its own, and the result says little.
+
+    Args:
+        probabilities, labels: as in :func:`error_rate`.
+        num_bins: >= 1.
+
+    Raises:
+        TypeError, ValueError: as from :func:`error_rate`, or ``num_bins`` is not a count.
+    """
+    check_count("num_bins", num_bins, minimum=1)
+    return ace_of_rows(*confidence_and_correct(probabilities, labels), num_bins)
+
+
+def disagreement(members: Tensor | Sequence[Tensor]) -> Tensor:
+    """Share of rows on which the most probable classes of two members differ.
+
+    Args:
+        members: probabilities of M >= 1 members, as one tensor [M, B, C] or a sequence of M
+            tensors [B, C] of one shape and device, each as in :func:`error_rate`.
+
+    Returns:
+        [M, M], float64, in 0..1, on the members' device: symmetric, with a diagonal of zeros.
+
+    Raises:
+        TypeError, ValueError: the members are not such; the message names the member and the row.
+    """
+    if isinstance(members, Tensor) and members.dim() != 3:
+        raise ValueError(f"members must have shape [M, B, C], got {tuple(members.shape)}")
+    if len(members) == 0:
+        raise ValueError("members must hold at least one member, got none")
+    classes = []
+    for m, member in enumerate(members):
+        name = f"members[{m}]"
+        classes.append(checked_probabilities(name, member).argmax(-1))
+        check_like_first(name, member, members[0])
+    return num_differing(torch.stack(classes)).double() / classes[0].numel()
+
+
+def nll_of_rows(p: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B], of probabilities that were computed in ``dtype``; see :func:`nll`."""
+    of_label = p.gather(-1, y[:, None]).squeeze(-1)
+    return -of_label.clamp(min=torch.finfo(dtype).tiny).log()
+
+
+def brier_of_rows(p: Tensor, y: Tensor) -> Tensor:
+    """[B]; see :func:`brier_score`."""
+    one_hot = torch.zeros_like(p).scatter_(-1, y[:, None], 1.0)
+    return (p - one_hot).square().sum(-1)
+
+
+def confidence_and_correct(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest probability of each row, [B] in float64, and whether its class is the label."""
+    p, y = checked_predictions(probabilities, labels)
+    confidence, predicted = p.max(-1)
+    return confidence.cpu(), (predicted == y).cpu()
+
+
+def sums_in_bins(
+    confidence: Tensor, correct: Tensor, num_bins: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, sum of confidence and rows that are right, each [num_bins], of equal bins of 0..1."""
     inner_edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)[1:-1]
     bins = torch.bucketize(confidence, inner_edges)
-    gap = (predicted == y.cpu()).double() - confidence
-    return torch.bincount(bins, weights=gap).abs().sum().item() / len(gap)
+    return (
+        torch.bincount(bins, minlength=num_bins),
+        torch.bincount(bins, confidence, num_bins),
+        torch.bincount(bins, correct.double(), num_bins),
+    )
 
 
-def _checked_predictions(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def ece_of_rows(confidence: Tensor, correct: Tensor, num_bins: int) -> float:
+    """See :func:`expected_calibration_error`."""
+    _, sum_confidence, num_correct = sums_in_bins(confidence, correct, num_bins)
+    return (num_correct - sum_confidence).abs().sum().item() / len(confidence)
+
+
+def ace_of_rows(confidence: Tensor, correct: Tensor, num_bins: int) -> float:
+    """See :func:`adaptive_calibration_error`."""
+    values, tie, counts = confidence.unique(return_inverse=True, return_counts=True)
+    accuracy = torch.bincount(tie, correct.double()) / counts
+    gap = (accuracy - values).repeat_interleave(counts)  # of each row, in the order of confidence
+    bins = torch.arange(len(gap)) * num_bins // len(gap)
+    return torch.bincount(bins, gap).abs().sum().item() / len(gap)
+
+
+def num_differing(classes: Tensor) -> Tensor:
+    """Of predicted classes [M, B], how many differ between two members: [M, M], int64."""
+    return torch.stack([(classes != of_one).sum(-1) for of_one in classes])
+
+
+def check_like_first(name: str, member: Tensor, first: Tensor) -> None:
+    """Raise a ValueError unless a member's shape and device are those of the first."""
+    if member.shape != first.shape or member.device != first.device:
+        raise ValueError(
+            f"{name} must be like the first member, {list(first.shape)} on {first.device}, "
+            f"got {list(member.shape)} on {member.device}"
+        )
+
+
+def checked_predictions(
+    probabilities: Tensor, labels: Tensor, name: str = "probabilities"
+) -> tuple[Tensor, Tensor]:
     """Both, without gradients: the probabilities in float64, the labels as int64."""
-    if not isinstance(probabilities, Tensor) or not probabilities.is_floating_point():
-        found = getattr(probabilities, "dtype", type(probabilities).__name__)
-        raise TypeError(f"probabilities must be a floating-point tensor, got {found}")
+    check_matrix(name, probabilities)
+    y = checked_labels(labels, probabilities)
+    return checked_probabilities(name, probabilities), y
+
+
+def check_matrix(name: str, matrix: Tensor) -> None:
+    """Raise unless it is a floating-point tensor [B, C] that is not empty."""
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        found = getattr(matrix, "dtype", type(matrix).__name__)
+        raise TypeError(f"{name} must be a floating-point tensor, got {found}")
+    if matrix.dim() != 2 or matrix.numel() == 0:
+        raise ValueError(f"{name} must have shape [B, C], B and C >= 1, got {tuple(matrix.shape)}")
+
+
+def checked_labels(labels: Tensor, matrix: Tensor) -> Tensor:
+    """The labels of the rows of a matrix [B, C] as int64."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         found = getattr(labels, "dtype", type(labels).__name__)
         raise TypeError(f"labels must be a tensor of integers, got {found}")
-    if probabilities.dim() != 2 or probabilities.numel() == 0:
-        shape = tuple(probabilities.shape)
-        raise ValueError(f"probabilities must have shape [B, C], B and C >= 1, got {shape}")
-    if labels.shape != probabilities.shape[:1] or labels.device != probabilities.device:
+    if labels.shape != matrix.shape[:1] or labels.device != matrix.device:
         raise ValueError(
-            f"labels must have shape [{len(probabilities)}] on {probabilities.device}, "
+            f"labels must have shape [{len(matrix)}] on {matrix.device}, "
             f"got {list(labels.shape)} on {labels.device}"
         )
-    p, y = probabilities.detach().double(), labels.long()
+    y, classes = labels.long(), matrix.shape[1]
+    check_rows("labels", y, (y >= 0) & (y < classes), f"be in 0..{classes - 1}")
+    return y
+
+
+def checked_probabilities(name: str, probabilities: Tensor) -> Tensor:
+    """They themselves, in float64 and without gradients."""
+    check_matrix(name, probabilities)
+    p = probabilities.detach().double()
     tolerance = 1e-3 if torch.finfo(probabilities.dtype).bits >= 32 else 2e-2
-    lowest, total, classes = p.amin(-1), p.sum(-1), p.shape[1]
-    _check_rows("probabilities", lowest, lowest >= 0, "be >= 0")
-    near_1 = (total - 1).abs() <= tolerance
-    _check_rows("probabilities", total, near_1, f"sum to 1 (+-{tolerance})")
-    _check_rows("labels", y, (y >= 0) & (y < classes), f"be in 0..{classes - 1}")
-    return p, y
+    lowest, total = p.amin(-1), p.sum(-1)
+    check_rows(name, lowest, lowest >= 0, "be >= 0")
+    check_rows(name, total, (total - 1).abs() <= tolerance, f"sum to 1 (+-{tolerance})")
+    return p
 
 
-def _check_rows(name: str, found: Tensor, good: Tensor, expected: str) -> None:
+def check_rows(name: str, found: Tensor, good: Tensor, expected: str) -> None:
+    """Raise a ValueError that names the first row that is not good, and what was found there."""
     if not good.all():
         b = int(good.logical_not().nonzero()[0])
         raise ValueError(f"{name}[{b}] must {expected}, got {found[b].item()}")

@@ -1,0 +1,144 @@
+"""Pictures of an ensemble's calibration and of how much its members differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastfreeze.ensemble._checks import check_count
+from fastfreeze.ensemble.metrics import confidence_and_correct, ece_of_rows, sums_in_bins
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_ACCURACY_COLOR = "#4c72b0"
+_GAP_COLOR = "#c44e52"
+
+
+def reliability_diagram(
+    probabilities: Tensor, labels: Tensor, *, num_bins: int = 15, ax: Axes | None = None
+) -> Axes:
+    """Draw accuracy against confidence (Guo et al., ICML 2017, figure 1).
+
+    A bar for each bin of :func:`~fastfreeze.ensemble.expected_calibration_error` that has rows:
+    their accuracy, and the gap up or down to their mean confidence. It is as wide as the bin where
+    the rows are most, elsewhere in proportion to their number: the area of a gap is the bin's share
+    in the error, which is the title.
+
+    Args:
+        probabilities: [B, C], B >= 1, floating point, rows summing to 1.
+        labels: [B], integers in 0..C-1.
+        num_bins: >= 1.
+        ax: where to draw. None: a new pyplot figure, which is the caller's to show and to close.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError, ValueError: ``probabilities``, ``labels`` or ``num_bins`` are not such.
+        ImportError: matplotlib is not installed.
+    """
+    check_count("num_bins", num_bins, minimum=1)
+    confidence, correct = confidence_and_correct(probabilities, labels)
+    counts, sum_confidence, num_correct = sums_in_bins(confidence, correct, num_bins)
+    ax = _axes(ax)
+    used = counts.nonzero().squeeze(-1)
+    centres = ((used + 0.5) / num_bins).tolist()
+    widths = (counts[used] / counts.max() / num_bins).tolist()
+    accuracy = num_correct[used] / counts[used]
+    gap = sum_confidence[used] / counts[used] - accuracy
+    heights = accuracy.tolist()
+    # Edges of the bars' own colour: a bin of few rows is a line, not invisible.
+    ax.bar(
+        centres, heights, widths, color=_ACCURACY_COLOR, edgecolor=_ACCURACY_COLOR, label="accuracy"
+    )
+    ax.bar(
+        centres,
+        gap.tolist(),
+        widths,
+        bottom=heights,
+        color=_GAP_COLOR,
+        edgecolor=_GAP_COLOR,
+        alpha=0.5,
+        label="gap to the confidence",
+    )
+    ax.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (width: rows)", ylabel="accuracy")
+    ax.set_title(f"ECE {ece_of_rows(confidence, correct, num_bins):.4f}")
+    ax.legend(loc="upper left", fontsize="small")
+    return ax
+
+
+def diversity_plot(
+    disagreement_matrix: Tensor, errors: Sequence[float] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw on how many rows each two members differ, as a heat map with numbers in percent.
+
+    Args:
+        disagreement_matrix: [M, M], floating point, M >= 1, shares in 0..1, as
+            :func:`~fastfreeze.ensemble.disagreement` and
+            :attr:`~fastfreeze.ensemble.EnsembleEvaluation.disagreement` give them.
+        errors: the members' M error rates in 0..1, for their labels.
+        ax: where to draw. None: a new pyplot figure, which is the caller's to show and to close.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError, ValueError: ``disagreement_matrix`` or ``errors`` are not such.
+        ImportError: matplotlib is not installed.
+    """
+    shares = _checked_shares(disagreement_matrix)
+    names = [f"member {m}" for m in range(len(shares))]
+    if errors is not None:
+        if len(errors) != len(shares):
+            raise ValueError(f"errors must be {len(shares)} numbers, got {len(errors)}")
+        if not all(0 <= error <= 1 for error in errors):
+            raise ValueError(f"errors must be in 0..1, got {list(errors)}")
+        names = [
+            f"{name}\nerror {100 * error:.2f}%" for name, error in zip(names, errors, strict=True)
+        ]
+    ax = _axes(ax)
+    most = shares.max().item()
+    ax.imshow(shares.tolist(), cmap="Blues", vmin=0, vmax=most or 1)
+    for i, row in enumerate(shares.tolist()):
+        for j, share in enumerate(row):
+            color = "white" if share > most / 2 else "black"
+            ax.text(j, i, f"{100 * share:.1f}", ha="center", va="center", color=color)
+    ax.set_xticks(range(len(names)), [str(m) for m in range(len(names))])
+    ax.set_yticks(range(len(names)), names)
+    ax.set_title("rows on which two members differ, %")
+    return ax
+
+
+def _checked_shares(matrix: Tensor) -> Tensor:
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        found = getattr(matrix, "dtype", type(matrix).__name__)
+        raise TypeError(f"disagreement_matrix must be a floating-point tensor, got {found}")
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or matrix.numel() == 0:
+        shape = tuple(matrix.shape)
+        raise ValueError(f"disagreement_matrix must have shape [M, M], M >= 1, got {shape}")
+    shares = matrix.detach().cpu().to(torch.float64)
+    outside = ~((shares >= 0) & (shares <= 1))  # NaN too
+    if outside.any():
+        found = shares[outside][0].item()
+        raise ValueError(f"disagreement_matrix must be in 0..1, got {found}")
+    return shares
+
+
+def _axes(ax: Axes | None) -> Axes:
+    """``ax``, or those of a new figure."""
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "matplotlib":
+            raise
+        raise ImportError(
+            'plots need matplotlib, which is not installed: pip install "fastfreeze[train]"'
+        ) from error
+    if ax is None:
+        _, ax = plt.subplots(layout="constrained")
+    return ax

@@ -1,0 +1,251 @@
+"""The fitted temperature is the one of the lowest NLL, whatever the logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastfreeze.ensemble import calibration
+from fastfreeze.ensemble.calibration import TemperatureScaling, fit_temperature
+from fastfreeze.ensemble.metrics import nll
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def searched_temperature(logits, labels):
+    """By ternary search of the NLL over log T."""
+    low, high = math.log(0.01), math.log(100)
+    for _ in range(60):
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        of_a, of_b = (
+            nn.functional.cross_entropy(logits.double() / math.exp(x), labels).item()
+            for x in (a, b)
+        )
+        low, high = (low, b) if of_a <= of_b else (a, high)
+    return math.exp((low + high) / 2)
+
+
+def sampled(rows, classes, temperature, dtype=torch.float64):
+    """Logits, and labels that they predict at a temperature."""
+    logits = torch.randn(rows, classes, dtype=torch.float64).mul(3).to(dtype)
+    chances = logits.double().div(temperature).softmax(-1)
+    return logits, torch.multinomial(chances, 1).squeeze(-1)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("rows", "classes", "temperature"),
+    [(31, 2, 0.3), (31, 2, 4.0), (32, 7, 1.0), (33, 33, 4.0), (500, 10, 0.3)],
+)
+def test_it_is_the_lowest_nll(dtype, rows, classes, temperature):
+    logits, labels = sampled(rows, classes, temperature, dtype)
+    found = fit_temperature(logits, labels)
+    assert found == pytest.approx(searched_temperature(logits, labels), rel=1e-5)
+    assert found == fit_temperature(logits.double(), labels)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
+def test_it_finds_the_temperature_of_the_labels(temperature):
+    logits, labels = sampled(20_000, 5, temperature)
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
+
+
+@pytest.mark.parametrize("gap", [1e-2, 0.5, 2.0, 50.0, 650.0])
+@pytest.mark.parametrize("wrong", [1, 10, 400])
+def test_two_classes_by_hand(gap, wrong):
+    """The probability of the first is the share of rows that it is right in."""
+    logits = torch.tensor([[gap, 0.0]], dtype=torch.float64).expand(1000, 2)
+    labels = (torch.arange(1000) < wrong).long()
+    expected = gap / math.log((1000 - wrong) / wrong)
+    assert fit_temperature(logits, labels) == pytest.approx(min(100, max(0.01, expected)), rel=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.0101, 0.02, 50.0, 99.9])
+def test_close_to_the_bounds(temperature):
+    logits, labels = sampled(200, 5, 1.0)
+    logits = logits * temperature / fit_temperature(logits, labels)
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=1e-8)
+
+
+def test_few_evaluations(monkeypatch):
+    calls = []
+    derivatives = calibration._derivatives
+    monkeypatch.setattr(
+        calibration, "_derivatives", lambda *args: calls.append(0) or derivatives(*args)
+    )
+    for scale in (1e-2, 0.1, 1.0, 10.0, 60.0):
+        logits, labels = sampled(100, 5, 1.0)
+        calls.clear()
+        fit_temperature(scale * logits, labels)
+        assert len(calls) <= 20
+
+
+@pytest.mark.parametrize("block", [1, 15, 5 * 33, 10_000])
+def test_blocks_of_rows_add_up(monkeypatch, block):
+    logits, labels = sampled(100, 5, 1.0)
+    expected = fit_temperature(logits, labels)
+    monkeypatch.setattr(calibration, "_BLOCK", block)
+    assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-9)
+
+
+LABELS = torch.tensor([0, 1, 2])
+SEPARABLE = torch.eye(3, dtype=torch.float64)
+BOUNDED = {
+    "separable": (SEPARABLE, LABELS, 0.01),
+    "separable by far": (1000 * SEPARABLE, LABELS, 0.01),
+    "one row, right": (torch.tensor([[2.0, 1.0]]), torch.tensor([0]), 0.01),
+    "one row, wrong": (torch.tensor([[2.0, 1.0]]), torch.tensor([1]), 100.0),
+    "all wrong": (SEPARABLE, torch.tensor([1, 2, 0]), 100.0),
+    "all wrong, extreme": (1e300 * SEPARABLE, torch.tensor([1, 2, 0]), 100.0),
+    "half wrong": (torch.tensor([[3.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 1]), 100.0),
+    "uniform": (torch.full((3, 4), 7.0), LABELS, 1.0),
+    "uniform where not masked": (torch.tensor([[0.5, 0.5, -math.inf]]), LABELS[:1], 1.0),
+    "one class": (torch.randn(4, 1), torch.zeros(4, dtype=torch.int64), 1.0),
+    "tied for the highest": (torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([1]), 0.01),
+}
+
+
+@pytest.mark.parametrize(("logits", "labels", "expected"), BOUNDED.values(), ids=BOUNDED)
+def test_where_there_is_no_minimum_within(logits, labels, expected):
+    assert fit_temperature(logits, labels) == expected
+
+
+def test_masked_classes_do_not_count():
+    logits, labels = sampled(50, 4, 2.0)
+    masked = torch.cat([logits, torch.full((50, 3), -math.inf)], dim=1)
+    assert fit_temperature(masked, labels) == pytest.approx(
+        fit_temperature(logits, labels), rel=1e-12
+    )
+
+
+def test_only_differences_of_logits_count():
+    logits, labels = sampled(50, 4, 2.0)
+    expected = pytest.approx(fit_temperature(logits, labels), rel=1e-9)
+    assert fit_temperature(logits.log_softmax(-1), labels) == expected
+    assert fit_temperature(logits + 1000 * torch.randn(50, 1).double(), labels) == expected
+
+
+GOOD = torch.zeros(2, 2)
+Y = torch.tensor([0, 1])
+INF = math.inf
+REFUSED = {
+    "integers": (GOOD.long(), Y, TypeError, "logits must be a floating-point .*int64"),
+    "one dimension": (GOOD[0], Y, ValueError, r"logits must have shape \[B, C\].*\(2,\)"),
+    "no rows": (GOOD[:0], Y[:0], ValueError, r"B and C >= 1, got \(0, 2\)"),
+    "nan": (torch.tensor([[0.0, 0.0], [0.0, math.nan]]), Y, ValueError, r"logits\[1\] .*got nan"),
+    "inf": (torch.tensor([[0.0, INF], [0.0, 0.0]]), Y, ValueError, r"logits\[0\] .*got inf"),
+    "all masked": (torch.tensor([[0.0, 0.0], [-INF, -INF]]), Y, ValueError, r"logits\[1\] .*-inf"),
+    "masked label": (
+        torch.tensor([[0.0, 0.0], [0.0, -INF]]),
+        Y,
+        ValueError,
+        r"logits\[1\] must be finite at the label, got -inf",
+    ),
+    "float labels": (GOOD, Y.float(), TypeError, "labels must be .*integers"),
+    "too few labels": (GOOD, Y[:1], ValueError, r"labels must have shape \[2\]"),
+    "label too high": (GOOD, Y + 1, ValueError, r"labels\[1\] must be in 0\.\.1, got 2"),
+}
+
+
+@pytest.mark.parametrize(("logits", "labels", "error", "match"), REFUSED.values(), ids=REFUSED)
+def test_refused(logits, labels, error, match):
+    with pytest.raises(error, match=match):
+        fit_temperature(logits, labels)
+
+
+def test_scaling_lowers_the_nll_of_other_data():
+    logits, labels = sampled(2000, 5, 3.0)
+    probabilities = logits.softmax(-1)
+    scaling = TemperatureScaling().fit(probabilities[:1000], labels[:1000])
+    expected = fit_temperature(logits[:1000], labels[:1000])
+    assert scaling.temperature.item() == pytest.approx(expected, rel=1e-6)
+    scaled, others = scaling(probabilities[1000:]), labels[1000:]
+    assert nll(scaled, others) < nll(probabilities[1000:], others) - 0.1
+    assert torch.equal(scaled.argmax(-1), probabilities[1000:].argmax(-1))
+
+
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+@every_dtype
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 8.0])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (31, 33), (2, 3, 5), (7,)], ids=str)
+def test_forward(dtype, temperature, shape):
+    probabilities = torch.rand(shape, dtype=torch.float64).add(0.01)
+    probabilities = (probabilities / probabilities.sum(-1, keepdim=True)).to(dtype)
+    scaling = TemperatureScaling()
+    scaling.temperature.fill_(temperature)
+    power = probabilities.double() ** (1 / scaling.temperature.double())
+    expected = power / power.sum(-1, keepdim=True)
+    close = {"rtol": TOLERANCE[dtype], "atol": 1e-7, "check_dtype": False}
+    for log, reference in ((False, expected), (True, expected.log())):
+        found = scaling(probabilities, log=log)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, reference, **close)
+
+
+def test_a_probability_of_0_stays_0():
+    scaling = TemperatureScaling()
+    scaling.temperature.fill_(3.0)
+    found = scaling(torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]))
+    torch.testing.assert_close(found, torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]))
+
+
+@every_dtype
+def test_fit_with_a_label_of_probability_0(dtype):
+    """It counts as the smallest normal number; classes that are no label stay impossible."""
+    probabilities = torch.tensor([[0.75, 0.25, 0.0]] * 4, dtype=dtype)
+    labels = torch.tensor([0, 0, 0, 2])
+    tiny = torch.finfo(dtype).tiny
+    logits = torch.tensor([[0.75, 0.25, 0.0]] * 4, dtype=torch.float64)
+    logits[3, 2] = tiny
+    expected = searched_temperature(logits.log(), labels)
+    found = TemperatureScaling().fit(probabilities, labels).temperature.item()
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_pooled_calibrated_members_are_underconfident():
+    """Rahaman & Thiery, NeurIPS 2021: the pool still wants a temperature, below 1."""
+    logits, labels = sampled(3000, 5, 2.0)
+    members = [(logits + 2 * torch.randn_like(logits)).softmax(-1) for _ in range(5)]
+    calibrated = [TemperatureScaling().fit(p, labels)(p) for p in members]
+    again = TemperatureScaling().fit(sum(calibrated) / 5, labels)
+    assert again.temperature < 0.95
+
+
+def test_state_is_saved_and_loaded():
+    scaling = TemperatureScaling().fit(torch.tensor([[0.9, 0.1]] * 4), torch.tensor([0, 1, 0, 0]))
+    assert list(scaling.state_dict()) == ["temperature"]
+    assert not list(scaling.parameters())
+    other = TemperatureScaling()
+    other.load_state_dict(scaling.state_dict())
+    assert other.temperature == scaling.temperature != 1
+    assert str(scaling) == "TemperatureScaling(temperature=2)"  # log 9 / log 3
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels"),
+    [
+        (torch.tensor([[0.5, 0.6]]), torch.tensor([0])),
+        (torch.tensor([[0.5, 0.5]]), torch.tensor([2])),
+        (torch.ones(0, 2), torch.ones(0).long()),
+    ],
+)
+def test_a_fit_that_fails_changes_nothing(probabilities, labels):
+    scaling = TemperatureScaling()
+    scaling.temperature.fill_(1.5)
+    with pytest.raises(ValueError, match=r"probabilities|labels"):
+        scaling.fit(probabilities, labels)
+    assert scaling.temperature == 1.5
+
+
+@pytest.mark.parametrize("bad", [[0.5, 0.5], torch.tensor([1, 0])], ids=["list", "integers"])
+def test_forward_refuses_what_is_no_tensor_of_probabilities(bad):
+    with pytest.raises(TypeError, match="probabilities must be a floating-point tensor, got"):
+        TemperatureScaling()(bad)

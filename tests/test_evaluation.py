@@ -1,0 +1,207 @@
+"""One pass over batches finds what the metrics find on all rows at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastfreeze.ensemble import SnapshotEnsemble
+from fastfreeze.ensemble.evaluation import evaluate
+from fastfreeze.ensemble.metrics import (
+    adaptive_calibration_error,
+    brier_score,
+    disagreement,
+    error_rate,
+    expected_calibration_error,
+    nll,
+)
+
+
+class Given:
+    """An ensemble whose inputs are its members' probabilities, [B, M, C]."""
+
+    def member_probabilities(self, inputs):
+        yield from inputs.unbind(1)
+
+
+def in_batches(probabilities, labels, sizes):
+    return zip(probabilities.split(sizes), labels.split(sizes), strict=True)
+
+
+def exact_probabilities(rows, members, classes):
+    """Multiples of 1/64, which every dtype holds."""
+    chances = torch.randn(rows * members, classes).mul(2).softmax(-1)
+    chosen = torch.multinomial(chances, 64 - classes, replacement=True)
+    counts = nn.functional.one_hot(chosen, classes).sum(1) + 1
+    return counts.double().div(64).unflatten(0, (rows, members))
+
+
+def entropy(p):
+    return -(p * p.log()).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("sizes", [[1], [33], [1, 31, 32, 33]], ids=str)
+def test_as_the_metrics_of_all_rows(dtype, members, sizes):
+    rows = sum(sizes)
+    given = exact_probabilities(rows, members, 4).to(dtype)
+    labels = torch.randint(4, (rows,))
+    found = evaluate(Given(), in_batches(given, labels, sizes), num_bins=7)
+
+    each = [*given.unbind(1), given.double().mean(1)]
+    for scores, p in zip([*found.members, found.ensemble], each, strict=True):
+        close = {"rel": 1e-12, "abs": 1e-14}
+        assert scores.error == pytest.approx(error_rate(p, labels), **close)
+        assert scores.nll == pytest.approx(nll(p, labels), **close)
+        assert scores.brier == pytest.approx(brier_score(p, labels), **close)
+        assert scores.ece == pytest.approx(expected_calibration_error(p, labels, 7), **close)
+        assert scores.ace == pytest.approx(adaptive_calibration_error(p, labels, 7), **close)
+        assert scores.entropy == pytest.approx(entropy(p.double()).mean().item(), **close)
+    p = given.double()
+    information = entropy(p.mean(1)) - entropy(p).mean(1)
+    assert found.mutual_information == pytest.approx(
+        information.clamp(min=0).mean().item(), abs=1e-12
+    )
+    assert torch.equal(found.disagreement, disagreement(given.unbind(1)))
+    assert (found.num_rows, found.num_bins) == (rows, 7)
+
+
+def test_by_hand():
+    """Two members, both sure; they differ on one of two rows, where the ensemble knows nothing."""
+    given = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    found = evaluate(Given(), [(given, torch.tensor([0, 0]))])
+    right, wrong = found.members
+    assert (right.error, right.nll, right.brier, right.ece, right.ace) == (0, 0, 0, 0, 0)
+    assert (wrong.error, wrong.brier, wrong.ece, wrong.ace) == (0.5, 1, 0.5, 0.5)
+    assert wrong.nll == pytest.approx(-math.log(torch.finfo(torch.float32).tiny) / 2)
+    assert found.ensemble.error == 0  # the first if tied
+    assert found.ensemble.nll == pytest.approx(math.log(2) / 2)
+    assert found.ensemble.brier == 0.25
+    assert found.ensemble.ece == 0.25
+    assert found.ensemble.entropy == pytest.approx(math.log(2) / 2)
+    assert found.mutual_information == pytest.approx(math.log(2) / 2)
+    assert found.disagreement.tolist() == [[0, 0.5], [0.5, 0]]
+    assert found.mean_disagreement == 0.5
+    assert (
+        str(found)
+        == """\
+          error %      NLL   Brier     ECE     ACE  entropy
+-----------------------------------------------------------
+member 0     0.00   0.0000  0.0000  0.0000  0.0000   0.0000
+member 1    50.00  43.6683  1.0000  0.5000  0.5000   0.0000
+ensemble     0.00   0.3466  0.2500  0.2500  0.2500   0.3466
+
+2 rows; two members differ on 50.00% of them; mutual information 0.3466 nats"""
+    )
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert content["members"][1]["brier"] == 1
+    assert content["ensemble"]["ece"] == 0.25
+    assert content["disagreement"] == [[0, 0.5], [0.5, 0]]
+    assert (content["num_rows"], content["num_bins"]) == (2, 15)
+
+
+def test_mutual_information_is_never_negative():
+    """Members that agree have none, but for rounding."""
+    for row in torch.randn(100, 1, 4, dtype=torch.float64).softmax(-1):
+        found = evaluate(Given(), [(row.expand(1, 3, 4), torch.tensor([0]))])
+        assert 0 <= found.mutual_information < 1e-14
+
+
+def test_the_floor_of_the_nll_is_that_of_the_members_dtype():
+    given = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]], dtype=torch.float16)
+    found = evaluate(Given(), [(given, torch.tensor([1]))])
+    assert found.ensemble.nll == found.members[0].nll == pytest.approx(9.7, abs=0.05)
+
+
+def test_a_snapshot_ensemble_and_a_loader():
+    model = nn.Linear(5, 3)
+    states = [nn.Linear(5, 3).state_dict() for _ in range(3)]
+    ensemble = SnapshotEnsemble(model, states)
+    inputs, labels = torch.randn(50, 5), torch.randint(3, (50,))
+    found = evaluate(ensemble, DataLoader(TensorDataset(inputs, labels), batch_size=16))
+    whole = ensemble(inputs)
+    assert found.ensemble.nll == pytest.approx(nll(whole, labels), rel=1e-5)
+    assert found.ensemble.error == pytest.approx(error_rate(whole, labels))
+    assert len(found.members) == 3
+
+
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_several_inputs(pair):
+    class OfTwo:
+        def member_probabilities(self, x, y):
+            yield (x + y).softmax(-1)
+
+    x, y, labels = torch.randn(6, 3), torch.randn(6, 3), torch.randint(3, (6,))
+    found = evaluate(OfTwo(), [pair([pair([x, y]), labels])])
+    assert found.ensemble.nll == pytest.approx(nll((x + y).softmax(-1), labels))
+    assert found.mean_disagreement == 0
+
+
+def test_one_pass_that_keeps_no_predictions():
+    seen = []
+
+    class Watched:
+        def member_probabilities(self, inputs):
+            assert not torch.is_grad_enabled()
+            for batch in seen[:-1]:  # the latest may still have a name
+                assert all(reference() is None for reference in batch)
+            members = [inputs.softmax(-1), inputs.flip(-1).softmax(-1)]
+            seen.append([weakref.ref(p) for p in members])
+            return members
+
+    batches = iter([(torch.randn(4, 3), torch.randint(3, (4,))) for _ in range(5)])
+    assert evaluate(Watched(), batches).num_rows == 20
+    assert len(seen) == 5
+
+
+HALF = torch.full((2, 2, 2), 0.5)
+Y = torch.tensor([0, 1])
+REFUSED = {
+    "no batch": ([], ValueError, "batches must give at least one batch, got none"),
+    "no labels": ([HALF], TypeError, r"pairs \(inputs, labels\), got a Tensor"),
+    "a triple": ([(HALF, Y, Y)], TypeError, r"pairs \(inputs, labels\), got a tuple of 3"),
+    "no members": ([(HALF[:, :0], Y)], ValueError, "ensemble must have at least one member"),
+    "fewer members": (
+        [(HALF, Y), (HALF[:, :1], Y)],
+        ValueError,
+        "ensemble must give the same members .* expected 2 .* got 1",
+    ),
+    "logits": (
+        [(HALF * torch.tensor([[1.0], [2.0]]), Y)],
+        ValueError,
+        r"members\[1\]\[0\] must su",
+    ),
+    "label too high": ([(HALF, Y + 1)], ValueError, r"labels\[1\] must be in 0\.\.1, got 2"),
+    "an empty batch": ([(HALF[:0], Y[:0])], ValueError, r"members\[0\] must have shape \[B, C\]"),
+}
+
+
+@pytest.mark.parametrize(("batches", "error", "match"), REFUSED.values(), ids=REFUSED)
+def test_refused(batches, error, match):
+    with pytest.raises(error, match=match):
+        evaluate(Given(), batches)
+
+
+def test_members_of_other_shapes_are_refused():
+    class Uneven:
+        def member_probabilities(self, inputs):
+            return [torch.full((2, 2), 0.5), torch.full((2, 4), 0.25)]
+
+    with pytest.raises(ValueError, match=r"members\[1\] must be like the first member, \[2, 2\]"):
+        evaluate(Uneven(), [(HALF, Y)])
+
+
+def test_bins_are_checked_before_anything_runs():
+    def batches():
+        pytest.fail("a batch was asked for")
+        yield
+
+    with pytest.raises(ValueError, match="num_bins must be >= 1, got 0"):
+        evaluate(Given(), batches(), num_bins=0)
