@@ -10,13 +10,16 @@ import re
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import get_model, list_models
 
 from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.ensemble.merge import owners_of, same_bits
 from fastfreeze.recipes.models import build_model
+from tests.test_graph import AUX, EmptyOnMeta, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -414,3 +417,36 @@ def test_the_papers_networks(name):
     for part in (0, len(names) // 2, len(names)):
         states = chain(make, tuple(names[:part]), 3)
         assert_right(SnapshotEnsemble(make(), states), torch.randn(3, 3, 16, 16), atol=2e-6)
+
+
+def check_torchvision(name):
+    """Three members, of which each has a third of the tensors in common with the one before."""
+    model, x = build(name)
+    names = list(model.state_dict())
+    states = [copy.deepcopy(model.state_dict())]
+    for part in (1, 2):
+        state = copy.deepcopy(states[-1])
+        for entry in names[part * len(names) // 3 :]:
+            if state[entry].is_floating_point() and "running_var" not in entry:
+                state[entry] += 0.01 * torch.randn_like(state[entry])
+        states.append(state)
+    ensemble = SnapshotEnsemble(model, states)
+    assert_right(ensemble, x, atol=1e-5)  # weights that were never trained make large logits
+    assert "one graph" in ensemble.plan
+    shared, whole = map(int, re.findall(r"(\d+) of (\d+) nodes", ensemble.plan)[0])
+    assert shared < whole
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16", "swin_t"])
+def test_torchvision(name):
+    check_torchvision(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models(module=torchvision.models))
+def test_every_torchvision_model(name):
+    with EmptyOnMeta():
+        model = get_model(name, weights=None, **({"init_weights": False} if name in AUX else {}))
+    if sum(p.numel() for p in model.parameters()) >= 60e6:
+        pytest.skip("too large to run here")
+    check_torchvision(name)
