@@ -33,13 +33,15 @@ def test_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         "loss_function": nn.CrossEntropyLoss(),
         "total_steps": len(loader),
     }
-    sgd, freezing, cache, compiling, report, ensemble = python_blocks()
+    sgd, freezing, cache, compiling, report, ensemble, evaluation = python_blocks()
     exec(sgd, names)
     exec(freezing, names)
     assert names["optimizer"].frozen_layers == (0,)
     exec(ensemble.replace("last=3", "last=1"), names)
     assert len(names["store"]) == 1
     torch.testing.assert_close(names["probabilities"].sum(1), torch.ones(6))
+    exec(evaluation, names | {"x_valid": images, "y_valid": loader[0][1]})
+    assert "ensemble" in capsys.readouterr().out
 
     samples = {"dataset": TensorDataset(images, loader[0][1]), "DataLoader": DataLoader}
     cached = names | samples | {"num_epochs": 2}
