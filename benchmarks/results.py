@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from fastfreeze.files import write_atomic
+
 
 def write_json(path: Path, results: dict) -> None:
     """Replace the file in one go, so that whoever is cut off leaves the last whole one."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(results, indent=2) + "\n")
-    part.replace(path)
+    write_atomic(path, (json.dumps(results, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:

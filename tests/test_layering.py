@@ -13,6 +13,7 @@ PACKAGE = Path(fastfreeze.__file__).parent
 ORDER = [
     "_version",
     "errors",
+    "files",
     "text",
     "clock",
     "views",

@@ -2,105 +2,92 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+import threading
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal, overload
 
-import safetensors.torch
+import torch
 from torch import Tensor, nn
 
-from fastfreeze.ensemble._checks import check_count
+from fastfreeze.ensemble._background import Background
+from fastfreeze.ensemble._manifest import (
+    Entry,
+    Manifest,
+    Signature,
+    Snapshot,
+    check_signature,
+    manifest_bytes,
+    parse_manifest,
+    signature_bytes,
+    signature_of,
+    state_hash,
+)
+from fastfreeze.ensemble._packs import content_hash, copy_of, read_pack, write_pack
+from fastfreeze.ensemble._states import (
+    Snapshots,
+    checked_to_save,
+    facts_of,
+    last_of,
+    load_into,
+)
 from fastfreeze.errors import SnapshotError
+from fastfreeze.files import write_atomic
+from fastfreeze.schedule import Schedule
+
+__all__ = ["Snapshot", "SnapshotStore", "last_of", "load_into"]
 
 _MANIFEST = "manifest.json"
-_FORMAT_VERSION = 1
-_SNAPSHOT_FILE = re.compile(r"step-\d{8,}-[0-9a-f]{16}\.safetensors")
-_TEMPORARY = re.compile(r"\.(step-.*\.safetensors|manifest\.json)\.tmp")
-_NAMED_AT_MOST = 3  # tensors of a kind in an error message
-
-# Name of each tensor, in the state dict's order: its shape and its dtype's name.
-_Signature = dict[str, tuple[tuple[int, ...], str]]
+_PACK = re.compile(r"pack-[0-9a-f]{32}\.safetensors")
+_TEMPORARY = re.compile(r"\.(pack-[0-9a-f]{32}\.safetensors|manifest\.json)\.tmp")
+_CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A snapshot in a store: what the manifest says about it.
+class SnapshotStore(Snapshots):
+    """Snapshots of one model in a directory: safetensors files, and a JSON manifest.
 
-    Attributes:
-        step: optimizer steps completed when it was taken.
-        cycle: cycle whose end it marks, from 0.
-        metrics: numbers by name.
-        time: when it was saved, ISO 8601, UTC.
-        sha256: hash of the file's bytes.
-    """
+    Iterating yields each :class:`Snapshot`, by step. A tensor is stored once, however many
+    snapshots hold the same bits under whatever name: a save writes one file ("pack") of those
+    tensors that no earlier one holds, if there are any. Packs are written in full before the
+    manifest names them, and each file is replaced in one instant: whenever a run is killed, what
+    was saved before is still there. Reading checks the hash of each tensor, and unpickles nothing.
 
-    step: int
-    cycle: int
-    metrics: Mapping[str, float] = field(hash=False)
-    time: str
-    sha256: str
-
-    @property
-    def file(self) -> str:
-        """Name of its file in the store's directory."""
-        return f"step-{self.step:08}-{self.sha256[:16]}.safetensors"
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    signature: _Signature
-    snapshots: tuple[Snapshot, ...]  # by step
-
-
-class SnapshotStore:
-    """Snapshots of one model in a directory: a safetensors file each, and a JSON manifest.
-
-    Iterating yields each :class:`Snapshot`, by step. A file is written in full before the manifest
-    names it, and each replaces its predecessor in one instant: whenever a run is killed, what was
-    saved before is still there. Reading checks hashes, and unpickles nothing. One process at a time
-    may write, any number may read.
+    One process at a time may write, with any number of threads; any number may read.
 
     Args:
         directory: made on the first save if it is not there.
 
     Raises:
-        SnapshotError: the manifest is there, but damaged.
+        SnapshotError: the manifest is there, but damaged, or of another version.
 
     Example:
         >>> store = SnapshotStore("run/snapshots")
         >>> for step in range(schedule.total_steps):
         ...     train_step()
         ...     if step + 1 in schedule.cycle_ends:
-        ...         store.save(model, step=step + 1, cycle=schedule.cycle_ends.index(step + 1))
+        ...         cycle = schedule.cycle_ends.index(step + 1)
+        ...         store.save(model, step=step + 1, cycle=cycle, wait=False)
+        >>> store.flush()
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
+        self._lock = threading.RLock()  # held by the one thread that writes
+        self._background = Background()
         self._read()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.directory)!r})"
 
-    def __iter__(self) -> Iterator[Snapshot]:
-        return iter(self._read().snapshots)
+    def __reduce__(self) -> tuple[type[SnapshotStore], tuple[Path]]:
+        self.flush()
+        return type(self), (self.directory,)
 
-    def __len__(self) -> int:
-        return len(self._read().snapshots)
-
-    def last(self, m: int) -> tuple[Snapshot, ...]:
-        """The ``m`` snapshots of the highest steps, by step.
-
-        Raises:
-            ValueError: there are fewer, or ``m`` is below 1.
-        """
-        return last_of("m", m, self._read().snapshots)
-
+    @overload
     def save(
         self,
         model: nn.Module | Mapping[str, Tensor],
@@ -108,229 +95,255 @@ class SnapshotStore:
         step: int,
         cycle: int,
         metrics: Mapping[str, float] | None = None,
-    ) -> Snapshot:
+        schedule: Schedule | None = None,
+        wait: Literal[True] = True,
+    ) -> Snapshot: ...
+    @overload
+    def save(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        *,
+        step: int,
+        cycle: int,
+        metrics: Mapping[str, float] | None = None,
+        schedule: Schedule | None = None,
+        wait: bool,
+    ) -> Snapshot | None: ...
+    def save(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        *,
+        step: int,
+        cycle: int,
+        metrics: Mapping[str, float] | None = None,
+        schedule: Schedule | None = None,
+        wait: bool = True,
+    ) -> Snapshot | None:
         """Save a model's weights and buffers, in the place of an earlier snapshot of that step.
+
+        With ``wait=False`` they are copied at once, those on a CUDA device in the order of its
+        current stream, so that training may go on; a thread hashes and writes the copies, save
+        after save. What goes wrong there is raised, once, by the next call of any method but
+        ``repr``, which then does nothing else. An interpreter that exits waits for all saves.
 
         Args:
             model: the model, or its state dict. Tensors may be on any device, of any strides, and
-                share memory; each is saved by itself.
+                share memory; each is loaded as a tensor of its own.
             step: optimizer steps completed, >= 0.
             cycle: cycle that ends here, from 0.
             metrics: numbers to keep with the snapshot.
+            schedule: whose :meth:`~fastfreeze.Schedule.config` to keep with the snapshot.
+            wait: return when the snapshot is on the disk.
+
+        Returns:
+            The snapshot; None with ``wait=False``, as its hash is not known yet.
 
         Raises:
             TypeError, ValueError: a step or cycle that is not a count, a metric that is not a
-                number, or a state dict's entry that is not a tensor.
-            SnapshotError: the store holds snapshots of a model with other tensors.
+                number, a schedule that is none, or a state dict's entry that is not a tensor, or
+                not one that safetensors can hold.
+            SnapshotError: the store holds snapshots of a model with other tensors, or is damaged.
+            OSError: it cannot be written to; what was saved before is still there.
         """
-        check_count("step", step)
-        check_count("cycle", cycle)
-        numbers = _checked_metrics(metrics or {})
-        tensors = _separate_tensors(_state_dict(model))
-        signature = _signature(tensors)
-        manifest = self._read()
-        if manifest.snapshots:
-            _check_signature(f"the model to be saved in {self}", signature, manifest.signature)
-        data = safetensors.torch.save(tensors)
-        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        snapshot = Snapshot(step, cycle, numbers, time, hashlib.sha256(data).hexdigest())
-        others = [s for s in manifest.snapshots if s.step != step]
-        snapshots = tuple(sorted([*others, snapshot], key=lambda s: s.step))
-        self.directory.mkdir(parents=True, exist_ok=True)
-        _write(self.directory / snapshot.file, data)
-        _write(self.directory / _MANIFEST, _manifest_bytes(_Manifest(signature, snapshots)))
-        self._remove_orphans(keep={s.file for s in snapshots})
-        return snapshot
+        facts = facts_of(step, cycle, metrics, schedule)
+        state = checked_to_save(model)
+        signature = signature_of(state)
+        if wait:
+            self.flush()
+            copies = ((name, copy_of(t, _CPU)) for name, t in state.items())
+            return self._write(copies, signature, facts)
+        self._background.raise_error()
+        self._check_model(signature, self._read())
+        self._background.submit(partial(self._write_later, *_copied(state), signature, facts))
+        return None
+
+    def flush(self) -> None:
+        """Wait for what ``save(wait=False)`` has begun.
+
+        Raises:
+            OSError, SnapshotError: a save failed; as :meth:`save`, and not raised yet.
+        """
+        self._background.flush()
 
     def load(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """The state dict of a snapshot, on the CPU, its entries in the model's order.
+        """The state dict of a snapshot, on the CPU, its entries in the first snapshot's order.
 
         Raises:
-            SnapshotError: the file is missing, or not as it was saved.
+            SnapshotError: the snapshot is not in the store, or a file is missing or not as it was
+                saved.
         """
-        path = self.directory / snapshot.file
-        if not _SNAPSHOT_FILE.fullmatch(path.name):
-            raise SnapshotError(f"{snapshot!r} names no file that a store writes")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise SnapshotError(f"{path} cannot be read: {error}") from error
-        found = hashlib.sha256(data).hexdigest()
-        if found != snapshot.sha256:
-            raise SnapshotError(
-                f"{path} is truncated or altered: its sha256 is {found}, "
-                f"it was saved with {snapshot.sha256}"
-            )
-        try:
-            tensors = safetensors.torch.load(data)
-        except Exception as error:  # its own error, or any that odd metadata provokes
-            raise SnapshotError(f"{path} is not a safetensors file: {error}") from error
-        signature = self._read().signature
-        _check_signature(str(path), _signature(tensors), signature)
-        return {name: tensors[name] for name in signature}
+        self.flush()
+        while True:
+            manifest = self._read()
+            try:
+                return self._load(manifest, snapshot)
+            except SnapshotError:
+                if self._read().packs == manifest.packs:  # else packs were replaced meanwhile
+                    raise
 
-    def load_into(self, model: nn.Module, snapshot: Snapshot) -> None:
-        """Copy a snapshot into a model, which is left as it was if that is not possible.
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the store's files."""
+        self.flush()
+        path = self.directory / _MANIFEST
+        own = path.stat().st_size if path.exists() else 0
+        return own + sum(pack.nbytes for pack in self._read().packs)
 
-        Raises:
-            SnapshotError: as :meth:`load`, or the model has other tensors.
-        """
-        load_into(model, self.load(snapshot), str(self.directory / snapshot.file))
+    @property
+    def bytes_unshared(self) -> int:
+        """Size of the tensors of all snapshots, each counted under each of its names."""
+        self.flush()
+        manifest = self._read()
+        return len(manifest.entries) * signature_bytes(manifest.signature)
 
-    def _read(self) -> _Manifest:
+    def _snapshots(self) -> tuple[Snapshot, ...]:
+        self.flush()
+        return tuple(e.snapshot for e in self._read().entries)
+
+    def _key(self, snapshot: Snapshot) -> Hashable:
+        return snapshot.step, snapshot.sha256
+
+    def _check_model(self, signature: Signature, manifest: Manifest) -> None:
+        if manifest.entries:
+            label = f"the model to be saved in {self}"
+            check_signature(label, signature, manifest.signature)
+
+    def _load(self, manifest: Manifest, snapshot: Snapshot) -> dict[str, Tensor]:
+        entries: dict[Hashable, Entry] = {self._key(e.snapshot): e for e in manifest.entries}
+        hashes = self._own(entries, snapshot).hashes
+        pack_of = manifest.pack_of()
+        wanted: dict[str, dict[str, str]] = {}
+        for name, h in zip(manifest.signature, hashes, strict=True):
+            wanted.setdefault(pack_of[h].file, {}).setdefault(h, name)
+        found: dict[str, Tensor] = {}
+        for file, names in wanted.items():
+            found |= read_pack(self.directory / file, names)
+        state: dict[str, Tensor] = {}
+        given: set[str] = set()
+        for name, h in zip(manifest.signature, hashes, strict=True):
+            state[name] = found[h].clone() if h in given else found[h]
+            given.add(h)
+        check_signature(f"{snapshot!r}", signature_of(state), manifest.signature)
+        return state
+
+    def _write_later(
+        self,
+        copies: Mapping[str, Tensor],
+        ready: Sequence[torch.cuda.Event],
+        signature: Signature,
+        facts: Snapshot,
+    ) -> None:
+        for event in ready:
+            event.synchronize()
+        self._write(copies.items(), signature, facts)
+
+    def _write(
+        self, tensors: Iterable[tuple[str, Tensor]], signature: Signature, facts: Snapshot
+    ) -> Snapshot:
+        """Save tensors that nobody else writes to; of those that are stored, none is held on to."""
+        with self._lock:
+            manifest = self._read()
+            self._check_model(signature, manifest)
+            if manifest.entries:
+                signature = manifest.signature
+            held = {h for p in manifest.packs if self._is_there(p.file, p.nbytes) for h in p.hashes}
+            hashes: dict[str, str] = {}
+            new: dict[str, Tensor] = {}
+            for name, tensor in tensors:
+                hashes[name] = content_hash(tensor)
+                if hashes[name] not in held:
+                    new.setdefault(hashes[name], tensor)
+            row = tuple(hashes[name] for name in signature)
+            entry = Entry(replace(facts, sha256=state_hash(signature, row)), row)
+            others = [e for e in manifest.entries if e.snapshot.step != facts.step]
+            entries = tuple(sorted([*others, entry], key=lambda e: e.snapshot.step))
+            self._begin(manifest)
+            packs = manifest.packs
+            if new:
+                pack = write_pack(self.directory, new)
+                packs = (*(p for p in packs if p.file != pack.file), pack)
+            self._commit(Manifest(signature, packs, entries))
+            return entry.snapshot
+
+    def _discard(self, gone: Sequence[Snapshot]) -> None:
+        """Packs of which only a part is still needed are written anew."""
+        with self._lock:
+            manifest = self._read()
+            keys = {self._key(s) for s in gone}
+            entries = tuple(e for e in manifest.entries if self._key(e.snapshot) not in keys)
+            names = {
+                h: n for e in entries for h, n in zip(e.hashes, manifest.signature, strict=True)
+            }
+            pack_of = manifest.pack_of()
+            self._begin(manifest)
+            packs = []
+            for pack in manifest.packs:
+                used = [h for h in pack.hashes if h in names]
+                left = {h: names[h] for h in used if pack_of[h] is pack}
+                if left and len(used) < len(pack.hashes):
+                    tensors = read_pack(self.directory / pack.file, left)
+                    packs.append(write_pack(self.directory, tensors))
+                else:
+                    packs.append(pack)
+            self._commit(Manifest(manifest.signature, tuple(packs), entries))
+
+    def _begin(self, manifest: Manifest) -> None:
+        """Make room for new packs."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / _MANIFEST
+        if not path.exists():  # packs without a manifest are a store that has lost it
+            write_atomic(path, manifest_bytes(manifest))
+        self._remove_leftovers(manifest)
+
+    def _commit(self, manifest: Manifest) -> None:
+        """Replace the manifest, and remove the packs that no snapshot needs."""
+        pack_of = manifest.pack_of()
+        needed = {pack_of[h].file for e in manifest.entries for h in e.hashes}
+        packs = tuple(p for p in manifest.packs if p.file in needed)
+        manifest = replace(manifest, packs=packs)
+        write_atomic(self.directory / _MANIFEST, manifest_bytes(manifest))
+        self._remove_leftovers(manifest)
+
+    def _remove_leftovers(self, manifest: Manifest) -> None:
+        """Remove what no longer is, or never became, a part of the store."""
+        keep = {pack.file for pack in manifest.packs}
+        for path in [*self._files(_PACK), *self._files(_TEMPORARY)]:
+            if path.name not in keep:
+                path.unlink()
+
+    def _read(self) -> Manifest:
         path = self.directory / _MANIFEST
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            # One file without a manifest is a first save that was killed.
-            if len(self._files(_SNAPSHOT_FILE)) > 1:
+            if not self._files(_PACK):
+                return Manifest({})
+            try:
+                data = path.read_bytes()  # a first save may have begun meanwhile
+            except FileNotFoundError:
                 raise SnapshotError(f"{path} is missing, though there are snapshots") from None
-            return _Manifest({}, ())
         try:
-            return _parse_manifest(json.loads(data))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            return parse_manifest(data)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise SnapshotError(f"{path} is not a manifest of snapshots: {error!r}") from error
+
+    def _is_there(self, file: str, nbytes: int) -> bool:
+        path = self.directory / file
+        return path.exists() and path.stat().st_size == nbytes
 
     def _files(self, pattern: re.Pattern[str]) -> list[Path]:
         if not self.directory.is_dir():
             return []
         return [p for p in self.directory.iterdir() if pattern.fullmatch(p.name)]
 
-    def _remove_orphans(self, keep: set[str]) -> None:
-        """Remove what saves that were killed, or replaced, have left."""
-        for path in [*self._files(_SNAPSHOT_FILE), *self._files(_TEMPORARY)]:
-            if path.name not in keep:
-                path.unlink()
 
-
-def _state_dict(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return model.state_dict() if isinstance(model, nn.Module) else model
-
-
-def _signature(state: Mapping[str, Tensor]) -> _Signature:
-    return {
-        name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in state.items()
+def _copied(
+    state: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], list[torch.cuda.Event]]:
+    """Copies on the CPU, and what to wait for before they are read."""
+    copies = {
+        name: copy_of(t, _CPU, pin_memory=t.is_cuda, wait=not t.is_cuda)
+        for name, t in state.items()
     }
-
-
-def _check_state(label: str, state: Any) -> None:
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{label} must be a state dict, got {type(state).__name__}")
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{label}[{name!r}] must be a tensor, got {type(value).__name__}")
-
-
-def _check_signature(label: str, found: _Signature, expected: _Signature) -> None:
-    """Raise a SnapshotError that names the first differences; the order does not matter."""
-    missing = [repr(name) for name in expected if name not in found]
-    unexpected = [repr(name) for name in found if name not in expected]
-    unlike = [
-        f"{name!r}: {_described(found[name])}, expected {_described(expected[name])}"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "unlike": unlike}
-    differences = [
-        f"{kind}: {', '.join(names[:_NAMED_AT_MOST])}"
-        + (f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else "")
-        for kind, names in kinds.items()
-        if names
-    ]
-    if differences:
-        raise SnapshotError(f"{label} is of another model: " + "; ".join(differences))
-
-
-def _described(spec: tuple[tuple[int, ...], str]) -> str:
-    return f"{spec[1]} {list(spec[0])}"
-
-
-def load_into(model: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
-    _check_state(label, state)
-    _check_signature(label, _signature(state), _signature(model.state_dict()))
-    model.load_state_dict(state)
-
-
-def _separate_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors none of which shares memory with another, as safetensors wants."""
-    _check_state("model", state)
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in state.items():
-        tensor = value.detach().cpu().contiguous()
-        address = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    return tensors
-
-
-def _checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    numbers = {}
-    for name, value in metrics.items():
-        try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}") from error
-    return numbers
-
-
-def last_of(name: str, count: int, items: tuple[Any, ...]) -> tuple[Any, ...]:
-    check_count(name, count, minimum=1)
-    if count > len(items):
-        raise ValueError(
-            f"{name} must be at most {len(items)}, the snapshots there are, got {count}"
-        )
-    return items[-count:]
-
-
-def _manifest_bytes(manifest: _Manifest) -> bytes:
-    tensors = [
-        {"name": name, "shape": list(shape), "dtype": dtype}
-        for name, (shape, dtype) in manifest.signature.items()
-    ]
-    snapshots = [{"file": s.file, **asdict(s)} for s in manifest.snapshots]
-    content = {"format_version": _FORMAT_VERSION, "tensors": tensors, "snapshots": snapshots}
-    return json.dumps(content, indent=1).encode()
-
-
-def _parse_manifest(content: Any) -> _Manifest:
-    """What :func:`_manifest_bytes` wrote; otherwise one of the errors that bad data provokes."""
-    if content["format_version"] != _FORMAT_VERSION:
-        raise ValueError(
-            f"format_version must be {_FORMAT_VERSION}, got {content['format_version']!r}"
-        )
-    signature = {t["name"]: (tuple(t["shape"]), t["dtype"]) for t in content["tensors"]}
-    snapshots = []
-    for entry in content["snapshots"]:
-        file = entry.pop("file")
-        snapshot = Snapshot(**entry)
-        check_count("step", snapshot.step)
-        check_count("cycle", snapshot.cycle)
-        _checked_metrics(snapshot.metrics)
-        if file != snapshot.file or not _SNAPSHOT_FILE.fullmatch(file):
-            raise ValueError(f"file must be the name of a snapshot, got {file!r}")
-        snapshots.append(snapshot)
-    steps = [s.step for s in snapshots]
-    if steps != sorted(set(steps)):
-        raise ValueError(f"steps must rise, got {steps}")
-    return _Manifest(signature, tuple(snapshots))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file such that at any moment either the old one or all of the new one is there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a directory cannot be opened
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    devices = {t.device for t in state.values() if t.is_cuda}
+    return copies, [torch.cuda.current_stream(device).record_event() for device in devices]

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastfreeze.files import write_atomic
 from fastfreeze.recipes.errors import RecipeError
 
 Line = dict[str, Any]
@@ -137,16 +137,6 @@ class RunDir:
 
     def _checkpoint(self, run: str) -> Path:
         return self.path / "checkpoints" / f"{run}.pt"
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _read_json(path: Path) -> Any:

@@ -19,12 +19,13 @@ from fastfreeze.ensemble import (
     expected_calibration_error,
     nll,
 )
+from fastfreeze.files import write_atomic
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError, optional_package
 from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.report import markdown_table, text_table
-from fastfreeze.recipes.rundir import Line, RunDir, run_name, write_atomic
+from fastfreeze.recipes.rundir import Line, RunDir, run_name
 from fastfreeze.recipes.training import predict, set_up, train_epoch
 from fastfreeze.schedule import (
     Composition,
@@ -261,7 +262,7 @@ class _Run:
             self._set_frozen(frozen)
         if self.store is not None and totals.step in setup.schedule.cycle_ends:
             cycle = setup.schedule.cycle_ends.index(totals.step)
-            self.store.save(setup.model, step=totals.step, cycle=cycle)
+            self.store.save(setup.model, step=totals.step, cycle=cycle, schedule=setup.schedule)
             self._log("snapshot", cycle=cycle)
 
     def _set_frozen(self, frozen: tuple[int, ...]) -> None:

@@ -1,0 +1,188 @@
+"""What snapshots on disk and in memory have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fastfreeze.ensemble._checks import check_count
+from fastfreeze.ensemble._manifest import (
+    Snapshot,
+    check_signature,
+    checked_metrics,
+    signature_of,
+)
+from fastfreeze.ensemble._packs import can_be_stored, dtype_name
+from fastfreeze.errors import SnapshotError
+from fastfreeze.files import write_atomic
+from fastfreeze.schedule import Schedule
+
+_Found = TypeVar("_Found")
+
+
+class Snapshots(ABC):
+    """What snapshots on disk and in memory have in common. Iterating yields them, by step."""
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        return iter(self._snapshots())
+
+    def __len__(self) -> int:
+        return len(self._snapshots())
+
+    def last(self, m: int) -> tuple[Snapshot, ...]:
+        """The ``m`` snapshots of the highest steps, by step.
+
+        Raises:
+            ValueError: there are fewer, or ``m`` is below 1.
+        """
+        return last_of("m", m, self._snapshots())
+
+    @abstractmethod
+    def load(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """The state dict of a snapshot, the caller's own."""
+
+    def load_into(self, model: nn.Module, snapshot: Snapshot) -> None:
+        """Copy a snapshot into a model, which is left as it was if that is not possible.
+
+        Raises:
+            SnapshotError: as :meth:`load`, or the model has other tensors.
+        """
+        load_into(model, self.load(snapshot), f"step {snapshot.step} of {self}")
+
+    def export(self, snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
+        """Write the state dict of a snapshot as one safetensors file, which is replaced whole.
+
+        Tied weights are written under each of their names.
+
+        Raises:
+            SnapshotError: as :meth:`load`.
+            OSError: the file cannot be written.
+        """
+        state = {name: t.cpu() for name, t in self.load(snapshot).items()}
+        write_atomic(Path(path), safetensors.torch.save(state, metadata={"format": "pt"}))
+
+    def remove(self, snapshot: Snapshot) -> None:
+        """Remove a snapshot, and give back what it alone takes up.
+
+        Raises:
+            SnapshotError: it is not there, or what it shares with others is damaged.
+        """
+        self._discard([self._own(self._by_key(), snapshot)])
+
+    def prune(
+        self, *, keep_last: int | None = None, keep: Iterable[Snapshot] | None = None
+    ) -> tuple[Snapshot, ...]:
+        """Remove all snapshots but some, and give back what they take up.
+
+        Args:
+            keep_last: how many to keep, >= 1: those of the highest steps, all if there are fewer.
+            keep: those to keep, in place of ``keep_last``.
+
+        Returns:
+            What was removed, by step.
+
+        Raises:
+            TypeError, ValueError: not one of the two is given, or ``keep_last`` is not a count.
+            SnapshotError: one of ``keep`` is not there, or what is to be kept is damaged.
+        """
+        if (keep_last is None) == (keep is None):
+            raise TypeError("prune takes either keep_last or keep")
+        found = self._by_key()
+        if keep_last is not None:
+            check_count("keep_last", keep_last, minimum=1)
+            gone = list(found.values())[:-keep_last]
+        else:
+            kept = [self._own(found, s) for s in keep or ()]
+            gone = [s for s in found.values() if s not in kept]
+        if gone:
+            self._discard(gone)
+        return tuple(gone)
+
+    def _own(self, found: Mapping[Hashable, _Found], snapshot: Snapshot) -> _Found:
+        """What was found for a snapshot."""
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"snapshot must be a Snapshot, got {snapshot!r}")
+        key = self._key(snapshot)
+        if key not in found:
+            raise SnapshotError(f"{snapshot!r} is not in {self}")
+        return found[key]
+
+    def _by_key(self) -> dict[Hashable, Snapshot]:
+        return {self._key(s): s for s in self._snapshots()}
+
+    @abstractmethod
+    def _snapshots(self) -> tuple[Snapshot, ...]:
+        """All, by step."""
+
+    @abstractmethod
+    def _key(self, snapshot: Snapshot) -> Hashable:
+        """What tells a snapshot from others that are, or were, in its place."""
+
+    @abstractmethod
+    def _discard(self, gone: Sequence[Snapshot]) -> None:
+        """Remove these, some of which may be gone already."""
+
+
+def facts_of(
+    step: int, cycle: int, metrics: Mapping[str, float] | None, schedule: Schedule | None
+) -> Snapshot:
+    """A snapshot that has no hash yet."""
+    check_count("step", step)
+    check_count("cycle", cycle)
+    numbers = checked_metrics(metrics or {})
+    if not isinstance(schedule, Schedule | None):
+        raise TypeError(f"schedule must be a fastfreeze.Schedule, got {schedule!r}")
+    config = None
+    if schedule is not None:
+        try:
+            config = json.loads(json.dumps(schedule.config()))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"schedule must be plain data, got {schedule!r}: {error}") from error
+    time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Snapshot(step, cycle, numbers, time, schedule=config)
+
+
+def checked_to_save(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    _check_state("model", state)
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_meta or not can_be_stored(tensor.dtype):
+            kind = "meta" if tensor.is_meta else f"{tensor.layout} {dtype_name(tensor.dtype)}"
+            raise TypeError(
+                f"model[{name!r}] must be a dense tensor of a dtype of safetensors, got {kind}"
+            )
+    return dict(state)
+
+
+def _check_state(label: str, state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{label} must be a state dict, got {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{label} must have strings for names, got {name!r}")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{label}[{name!r}] must be a tensor, got {type(value).__name__}")
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
+    _check_state(label, state)
+    check_signature(label, signature_of(state), signature_of(model.state_dict()))
+    model.load_state_dict(state)
+
+
+def last_of(name: str, count: int, items: tuple[Any, ...]) -> tuple[Any, ...]:
+    check_count(name, count, minimum=1)
+    if count > len(items):
+        raise ValueError(
+            f"{name} must be at most {len(items)}, the snapshots there are, got {count}"
+        )
+    return items[-count:]

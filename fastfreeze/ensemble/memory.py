@@ -1,0 +1,105 @@
+"""Snapshots of one model in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastfreeze.ensemble._manifest import Snapshot, check_signature, signature_of
+from fastfreeze.ensemble._packs import copy_of, same_bits
+from fastfreeze.ensemble._states import Snapshots, checked_to_save, facts_of, load_into
+from fastfreeze.schedule import Schedule
+
+
+class MemorySnapshots(Snapshots):
+    """Snapshots of one model in memory, used as a :class:`SnapshotStore`.
+
+    A tensor that holds the same bits as in the snapshot before takes no memory again.
+
+    Args:
+        device: where to keep them; None: each tensor where it is.
+        pin_memory: keep them in page-locked memory, from which copies to a GPU are faster.
+
+    Raises:
+        ValueError: ``pin_memory`` with a device that is not the CPU, or without a CUDA device.
+    """
+
+    def __init__(
+        self, device: torch.device | str | None = None, *, pin_memory: bool = False
+    ) -> None:
+        # That of a tensor, as "cuda" is one of them.
+        self._device = None if device is None else torch.empty(0, device=device).device
+        self._pin_memory = pin_memory
+        if pin_memory and self._device != torch.device("cpu"):
+            raise ValueError(f"pin_memory needs device='cpu', got {device!r}")
+        if pin_memory and not torch.cuda.is_available():
+            raise ValueError("pin_memory needs a CUDA device, torch sees none")
+        self._lock = threading.Lock()
+        self._states: list[tuple[Snapshot, dict[str, Tensor]]] = []  # by step
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self._states)} snapshots)"
+
+    def save(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        *,
+        step: int,
+        cycle: int,
+        metrics: Mapping[str, float] | None = None,
+        schedule: Schedule | None = None,
+    ) -> Snapshot:
+        """Save a model's weights and buffers, in the place of an earlier snapshot of that step.
+
+        Args and errors are those of :meth:`SnapshotStore.save`. They are copied when it returns,
+        in the order of the current stream.
+        """
+        facts = facts_of(step, cycle, metrics, schedule)
+        state = checked_to_save(model)
+        with self._lock:
+            if self._states:
+                label = f"the model to be saved in {self}"
+                check_signature(label, signature_of(state), signature_of(self._states[0][1]))
+            before = next((held for s, held in reversed(self._states) if s.step <= step), {})
+            kept = {name: self._kept(t, before.get(name)) for name, t in state.items()}
+            others = [pair for pair in self._states if pair[0].step != step]
+            self._states = sorted([*others, (facts, kept)], key=lambda pair: pair[0].step)
+        return facts
+
+    def load(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """Copies of a snapshot's tensors, where they are kept.
+
+        Raises:
+            SnapshotError: the snapshot is not there.
+        """
+        return {name: t.clone() for name, t in self._state(snapshot).items()}
+
+    def load_into(self, model: nn.Module, snapshot: Snapshot) -> None:
+        load_into(model, self._state(snapshot), f"step {snapshot.step} of {self}")
+
+    def _state(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        found: dict[Hashable, dict[str, Tensor]] = {self._key(s): t for s, t in self._states}
+        return self._own(found, snapshot)
+
+    def _kept(self, tensor: Tensor, before: Tensor | None) -> Tensor:
+        """``before`` if it holds the same, else a copy."""
+        device = tensor.device if self._device is None else self._device
+        is_here = tensor.device == device
+        here = tensor if is_here else copy_of(tensor, device, pin_memory=self._pin_memory)
+        if before is not None and same_bits(here, before):
+            return before
+        return copy_of(tensor, device, pin_memory=self._pin_memory) if is_here else here
+
+    def _snapshots(self) -> tuple[Snapshot, ...]:
+        return tuple(snapshot for snapshot, _ in self._states)
+
+    def _key(self, snapshot: Snapshot) -> Hashable:
+        return id(snapshot)
+
+    def _discard(self, gone: Sequence[Snapshot]) -> None:
+        keys = {self._key(s) for s in gone}
+        with self._lock:
+            self._states = [pair for pair in self._states if self._key(pair[0]) not in keys]
