@@ -1,7 +1,7 @@
 """Train faster by freezing, and get an ensemble for free."""
 
 from fastfreeze._version import __version__
-from fastfreeze.ensemble import Snapshot, SnapshotEnsemble, SnapshotStore
+from fastfreeze.ensemble import MemorySnapshots, Snapshot, SnapshotEnsemble, SnapshotStore
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
 from fastfreeze.freezing import Layer, LayerPlan, split
 from fastfreeze.graph import (
@@ -52,6 +52,7 @@ __all__ = [
     "FreezeRow",
     "Layer",
     "LayerPlan",
+    "MemorySnapshots",
     "RepeatableViews",
     "Schedule",
     "Snapshot",

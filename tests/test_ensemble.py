@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastfreeze.ensemble import (
+    MemorySnapshots,
     SnapshotEnsemble,
     SnapshotStore,
 )
@@ -72,6 +73,14 @@ def test_all_members_of_a_store(tmp_path):
     x = torch.randn(5, 4)
     found = SnapshotEnsemble.from_store(small_model(), store)(x)
     assert torch.equal(found, SnapshotEnsemble(small_model(), saved)(x))
+
+
+def test_snapshots_in_memory():
+    models, ensemble = models_and_ensemble()
+    store, x = MemorySnapshots(), torch.randn(5, 4)
+    for i, model in enumerate(models):
+        store.save(model, step=i, cycle=i)
+    assert torch.equal(SnapshotEnsemble.from_store(small_model(), store)(x), ensemble(x))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -2,6 +2,7 @@
 
 from fastfreeze.ensemble.calibration import TemperatureScaling, fit_temperature
 from fastfreeze.ensemble.evaluation import EnsembleEvaluation, PredictionScores, evaluate
+from fastfreeze.ensemble.memory import MemorySnapshots
 from fastfreeze.ensemble.metrics import (
     adaptive_calibration_error,
     brier_score,
@@ -18,6 +19,7 @@ from fastfreeze.ensemble.ways import Measured, Way
 __all__ = [
     "EnsembleEvaluation",
     "Measured",
+    "MemorySnapshots",
     "PredictionScores",
     "Snapshot",
     "SnapshotEnsemble",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfreeze.ensemble.memory import MemorySnapshots
 from fastfreeze.ensemble.merge import share, unshare
 from fastfreeze.ensemble.plans import Key, Plan, make_plan
 from fastfreeze.ensemble.snapshots import SnapshotStore, last_of, load_into
@@ -84,7 +85,7 @@ class SnapshotEnsemble(nn.Module):
     def from_store(
         cls,
         model: nn.Module,
-        store: SnapshotStore,
+        store: SnapshotStore | MemorySnapshots,
         last: int | None = None,
         *,
         fold: bool = True,
