@@ -1,0 +1,348 @@
+"""One model from several snapshots: the average of their weights.
+
+Sources of the methods: Averaging Weights Leads to Wider Optima and Better Generalization (Izmailov
+et al., UAI 2018) and Model soups (Wortsman et al., ICML 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
+
+from fastfreeze.ensemble._checks import check_count
+from fastfreeze.ensemble._manifest import Signature, check_signature, signature_of
+from fastfreeze.ensemble._packs import same_bits
+from fastfreeze.ensemble._states import _check_state
+from fastfreeze.ops._softmax_arguments import normalised_weights
+
+
+@torch.no_grad()
+def average_weights(
+    states: Iterable[Mapping[str, Tensor]], weights: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """The average of snapshots of one model (Izmailov et al., UAI 2018).
+
+    One pass, which keeps no state dict: each tensor is summed in float64 from where it begins to
+    differ, and rounded once. Tensors that hold the same bits in all snapshots, as those of frozen
+    layers, come out with these bits. Of integers and booleans, such as a norm's
+    ``num_batches_tracked``, the last snapshot's are taken.
+
+    The statistics of norms are averaged too, but are not those of the averaged weights: see
+    :func:`reestimate_norms`.
+
+    Args:
+        states: state dicts of the same names, shapes and dtypes; they may come one at a time, and
+            be on several devices.
+        weights: one finite number >= 0 for each, of which the sum is > 0: their shares, which are
+            divided by the sum. A snapshot of weight 0 does not count. None: equal shares.
+
+    Returns:
+        A state dict of tensors of its own, of the snapshots' dtypes, in the order and on the device
+        of the first. Tied tensors are equal under each of their names.
+
+    Raises:
+        TypeError: one of ``states`` is not a state dict, or ``weights`` is not a list or tuple of
+            numbers.
+        ValueError: no state dict, or weights that are not such.
+        SnapshotError: a state dict of another architecture than the first.
+
+    Example:
+        >>> states = [store.load(snapshot) for snapshot in store.last(3)]
+        >>> model.load_state_dict(average_weights(states))
+        >>> reestimate_norms(model, batches, snapshot=states[-1])
+    """
+    num_weights = len(weights) if isinstance(weights, (list, tuple)) else 0
+    shares = normalised_weights(weights, num_weights)
+    averages: dict[str, _Average] = {}
+    signature: Signature | None = None
+    count = 0
+    for i, state in enumerate(states):
+        signature = _checked_signature(f"states[{i}]", state, signature)
+        if not averages:
+            averages = {name: _Average() for name in state}
+        count += 1
+        if shares is not None and count > num_weights:
+            break
+        share = 1.0 if shares is None else shares[i]
+        if share > 0:
+            for name, average in averages.items():
+                average.add(state[name], share)
+    if count == 0:
+        raise ValueError("states must hold at least one state dict, got none")
+    if shares is not None and count != num_weights:
+        found = f"{count} or more" if count > num_weights else count
+        raise ValueError(f"weights must be one for each of {found} states, got {num_weights}")
+    return {name: average.result() for name, average in averages.items()}
+
+
+class _Average:
+    """The weighted mean of tensors that come one at a time."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None  # the latest, if of integers
+        self._sum: Tensor | None = None  # None while all hold the same bits
+        self._weight = 0.0
+
+    def add(self, tensor: Tensor, weight: float) -> None:
+        """Take in a tensor of the first one's shape and dtype."""
+        tensor = tensor.detach()
+        if self._first is None:
+            self._first = tensor.clone()
+        tensor = tensor.to(self._first.device)
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            self._first = tensor.clone()
+        elif self._sum is not None:
+            self._sum.add_(_wide(tensor), alpha=weight)
+        elif not same_bits(self._first, tensor):
+            self._sum = (_wide(self._first) * self._weight).add_(_wide(tensor), alpha=weight)
+            self._first = self._first.new_empty(0)  # its dtype and device are all that is needed
+        self._weight += weight
+
+    def result(self) -> Tensor:
+        assert self._first is not None
+        if self._sum is None:
+            return self._first
+        mean = self._sum / self._weight
+        if self._first.is_complex():
+            mean = torch.view_as_complex(mean)
+        return mean.to(self._first.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64; of complex numbers, pairs of them."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.to(torch.float64)
+
+
+def _checked_signature(label: str, state: Any, expected: Signature | None) -> Signature:
+    """That of the first state dict, which the others must have."""
+    _check_state(label, state)
+    found = signature_of(state)
+    if expected is None:
+        return found
+    check_signature(label, found, expected)
+    return expected
+
+
+@dataclass(frozen=True, eq=False)
+class Soup:
+    """What :func:`greedy_soup` makes.
+
+    Attributes:
+        state: the average of the ingredients.
+        indices: the ingredients' positions, in the order taken.
+        value: what ``evaluate`` gives for the average.
+        values: what it gives for each state by itself.
+    """
+
+    state: dict[str, Tensor]
+    indices: tuple[int, ...]
+    value: float
+    values: tuple[float, ...]
+
+
+def greedy_soup(
+    states: Sequence[Mapping[str, Tensor]], evaluate: Callable[[dict[str, Tensor]], float]
+) -> Soup:
+    """The greedy soup of snapshots of one model (Wortsman et al., ICML 2022, recipe 1).
+
+    The states are tried from the best to the worst, the first of equal ones first. Each is kept if
+    the average with it is not worse than without, so that the soup is never worse than the best.
+
+    Args:
+        states: as for :func:`average_weights`, but in a sequence: they are read several times.
+        evaluate: gives a number for a state dict, on data that it was not trained on: the lower,
+            the better. It is called 2 M - 1 times for M states. It may load the state into a model
+            and call :func:`reestimate_norms`, which then has to be done for the soup as well: its
+            statistics are averages.
+
+    Raises:
+        TypeError: one of ``states`` is not a state dict, or ``evaluate`` returns no number.
+        ValueError: no state dict, or ``evaluate`` returns NaN.
+        SnapshotError: a state dict of another architecture than the first.
+    """
+    signature: Signature | None = None
+    for i in range(len(states)):
+        signature = _checked_signature(f"states[{i}]", states[i], signature)
+    if signature is None:
+        raise ValueError("states must hold at least one state dict, got none")
+
+    def average(indices: Iterable[int]) -> dict[str, Tensor]:
+        return average_weights(states[i] for i in sorted(indices))
+
+    values = [_number(evaluate(average([i])), [i]) for i in range(len(states))]
+    best, *others = sorted(range(len(states)), key=values.__getitem__)
+    kept, lowest = [best], values[best]
+    for i in others:
+        value = _number(evaluate(average([*kept, i])), [*kept, i])
+        if value <= lowest:
+            kept, lowest = [*kept, i], value
+    return Soup(average(kept), tuple(kept), lowest, tuple(values))
+
+
+def _number(value: Any, indices: list[int]) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"evaluate must return a number, got {value!r}") from error
+    if math.isnan(number):
+        raise ValueError(f"evaluate must return a number, got nan for the average of {indices}")
+    return number
+
+
+@torch.no_grad()
+def reestimate_norms(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    snapshot: Mapping[str, Tensor] | None = None,
+    num_batches: int | None = None,
+) -> tuple[str, ...]:
+    """Give the norms of a model the running statistics that its weights make (Izmailov et al.).
+
+    Averaged weights need that: the snapshots' statistics are of other activations. As
+    ``torch.optim.swa_utils.update_bn`` it takes the plain mean of the batches' statistics, each
+    batch with equal weight, but
+
+    - in float64, and for instance norms with ``track_running_stats`` too;
+    - with all other modules in eval mode: without dropout, as the model will be used. Dropout
+      before a norm would raise the variance that it sees (Li et al., CVPR 2019);
+    - norms that no batch reaches keep their statistics;
+    - with ``snapshot``, norms that were frozen in all snapshots keep theirs bit for bit, and run in
+      eval mode. ``requires_grad`` does not count: at the end of a FreezeOut run most layers are
+      frozen, and yet their weights differ between snapshots.
+
+    Args:
+        model: holds the average; not what :func:`fastfreeze.trim` makes of it. What is compiled in
+            it runs uncompiled.
+        batches: tensors, or tuples or lists of which the first item is the model's input, as a
+            ``DataLoader`` gives, on the model's device. A tuple or list of inputs is passed as
+            several arguments. Take training data, in batches as large as in training.
+        snapshot: state dict of one of the averaged snapshots. A norm whose statistics are the same
+            bits there and in the model was frozen in all of them. None: no norm was.
+        num_batches: read at most so many, >= 1. None: all.
+
+    Returns:
+        Names of the norms that have new statistics, in the order of ``model.named_modules()``.
+        Without a norm to re-estimate no batch is read.
+
+    Raises:
+        TypeError, ValueError: a norm is lazy and has not run yet, or the model itself sets it to
+            eval mode, as a trimmed model does with frozen ones; no batch, or an argument is not
+            such.
+        SnapshotError: ``snapshot`` is of another architecture.
+
+        Whatever is raised, also by the model or by ``batches``, the statistics are left as they
+        were. Modes and momenta are always restored.
+    """
+    if num_batches is not None:
+        check_count("num_batches", num_batches, minimum=1)
+    norms = _norms_to_reestimate(model, snapshot)
+    if not norms:
+        return ()
+    training = [(module, module.training) for module in model.modules()]
+    estimates = [_Estimate(name, norm) for name, norm in norms.items()]
+    try:
+        for module, _ in training:
+            module.training = False
+        for estimate in estimates:
+            estimate.begin()
+        with torch.compiler.set_stance("force_eager"):  # else compiled anew for the hooks
+            _run(model, islice(batches, num_batches))
+        return tuple(estimate.name for estimate in estimates if estimate.accept())
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for estimate in estimates:
+            estimate.end()
+
+
+def _norms_to_reestimate(
+    model: nn.Module, snapshot: Mapping[str, Tensor] | None
+) -> dict[str, _NormBase]:
+    norms = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.running_mean is not None:
+            if is_lazy(module.running_mean):
+                raise ValueError(f"{name!r} is a lazy norm: the model must run once before")
+            norms[name] = module
+    if snapshot is None:
+        return norms
+    _checked_signature("snapshot", snapshot, signature_of(model.state_dict()))
+
+    def was_frozen(name: str, norm: _NormBase) -> bool:
+        prefix = f"{name}." if name else ""
+        return all(
+            same_bits(held, snapshot[prefix + own].to(held.device))
+            for own, held in norm.named_buffers(recurse=False)
+            if own.startswith("running_")
+        )
+
+    return {name: norm for name, norm in norms.items() if not was_frozen(name, norm)}
+
+
+def _run(model: nn.Module, batches: Iterable[Any]) -> None:
+    count = 0
+    for batch in batches:
+        if isinstance(batch, (tuple, list)) and len(batch) == 0:
+            raise ValueError(f"batches[{count}] must hold the model's input, got {batch!r}")
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+        count += 1
+    if count == 0:
+        raise ValueError("batches must give at least one batch, got none")
+
+
+class _Estimate:
+    """The mean of a norm's statistics over its calls."""
+
+    def __init__(self, name: str, norm: _NormBase) -> None:
+        self.name, self._norm, self._momentum = name, norm, norm.momentum
+        self._statistics = [b for b in (norm.running_mean, norm.running_var) if b is not None]
+        self._totals = [torch.zeros_like(b, dtype=torch.float64) for b in self._statistics]
+        self._count = 0
+        self._hook: RemovableHandle | None = None
+        self._before = [(b, b.clone()) for b in norm.buffers(recurse=False)]
+
+    def begin(self) -> None:
+        """Have each call leave its own statistics in the norm."""
+        self._hook = self._norm.register_forward_hook(self._add)
+        self._norm.training = True
+        self._norm.momentum = 1.0
+        self._norm.reset_running_stats()  # NaN would stay, whatever the momentum
+
+    def accept(self) -> bool:
+        """Give the norm the mean; False if it was not called."""
+        if self._count == 0:
+            return False
+        self._before = []
+        for held, total in zip(self._statistics, self._totals, strict=True):
+            held.copy_(total / self._count)
+        return True
+
+    def end(self) -> None:
+        """Leave the norm as it was, but for what was accepted."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._norm.momentum = self._momentum
+        for held, values in self._before:
+            held.copy_(values)
+
+    def _add(self, *_: Any) -> None:
+        if not self._norm.training:
+            raise ValueError(
+                f"model must not call {self.name!r} in eval mode, as a trimmed one does"
+            )
+        for held, total in zip(self._statistics, self._totals, strict=True):
+            total.add_(held)
+        self._count += 1

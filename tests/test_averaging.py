@@ -1,0 +1,571 @@
+"""Averages are those of float64, frozen layers keep their bits, norms get what they see."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+import fastfreeze
+from fastfreeze.ensemble.averaging import average_weights, greedy_soup, reestimate_norms
+from fastfreeze.ensemble.snapshots import SnapshotStore
+from fastfreeze.errors import SnapshotError
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+COMPLEX = [torch.complex64, torch.complex128]
+
+
+def plain_average(tensors, weights=None):
+    """In double precision, by numpy, rounded once."""
+    weights = [1.0] * len(tensors) if weights is None else weights
+    is_complex = tensors[0].is_complex()
+    real = [torch.view_as_real(t) if is_complex else t for t in tensors]
+    total = sum(w * t.double().numpy() for w, t in zip(weights, real, strict=True))
+    mean = torch.from_numpy(np.asarray(total / sum(weights)))
+    return (torch.complex(mean[..., 0], mean[..., 1]) if is_complex else mean).to(tensors[0].dtype)
+
+
+def same(a, b):
+    """Whether bits, NaN and signed zeros included, and dtypes are the same."""
+    a, b = (t.detach().contiguous().reshape(-1) for t in (a, b))
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def network(seed=0):
+    """Norms, dropout in between, and a convolution that no norm follows."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(4, 5, 3),
+        nn.BatchNorm2d(5, momentum=0.3, affine=False),
+        nn.Flatten(),
+        nn.LazyLinear(6),
+        nn.BatchNorm1d(6),
+    )
+
+
+def trained(seed, model=None):
+    """A network whose norms have seen something."""
+    model = network(seed) if model is None else model
+    model.train()
+    with torch.no_grad():
+        for batch in images(3, seed):
+            model(batch)
+    return model
+
+
+def images(count, seed=9, size=8):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 3, 7, 7, generator=generator) * 2 + 1 for _ in range(count)]
+
+
+def statistics(norm):
+    return [b.clone() for b in norm.buffers(recurse=False)]
+
+
+class TestAverageWeights:
+    @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX], ids=str)
+    @pytest.mark.parametrize("shape", [(), (0,), (1,), (31,), (4, 33), (3, 2, 3, 3)], ids=str)
+    @pytest.mark.parametrize("M", [1, 2, 5])
+    def test_it_is_the_average_in_double_precision(self, dtype, shape, M):
+        tensors = [torch.randn(shape, dtype=dtype) * 3 for _ in range(M)]
+        weights = [0.25 + m for m in range(M)]
+        for given in (None, weights):
+            found = average_weights([{"w": t} for t in tensors], given)["w"]
+            assert found.dtype == dtype
+            # Shares are rounded, which can tip a tie.
+            exact = given is None and dtype not in (torch.float64, torch.complex128)
+            tolerance = 0 if exact else 4 * torch.finfo(dtype).eps
+            expected = plain_average(tensors, given)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+    def test_by_hand(self):
+        states = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, -2.0])}]
+        assert average_weights(states)["w"].tolist() == [2.0, 0.0]
+        assert average_weights(states, [3, 1])["w"].tolist() == [1.5, 1.0]
+        assert average_weights(states, [0.0, 2.0])["w"].tolist() == [3.0, -2.0]
+
+    def test_small_differences_are_not_lost(self):
+        """Each is half a unit of float16 short of the next number, and overflows it in sum."""
+        tensors = [torch.full((3,), v, dtype=torch.float16) for v in (60000.0, 60032.0, 60064.0)]
+        found = average_weights([{"w": t} for t in tensors])["w"]
+        assert found.tolist() == [60032.0] * 3
+
+    @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX], ids=str)
+    @pytest.mark.parametrize("weights", [None, [0.1, 0.2, 0.3, 0.1, 0.7, 0.3, 0.9]])
+    def test_equal_ones_keep_their_bits(self, dtype, weights):
+        same_in_all = torch.randn(1000, dtype=dtype)
+        same_in_all[:4] = torch.tensor([torch.nan, torch.inf, -0.0, torch.finfo(dtype).max])
+        states = [{"frozen": same_in_all.clone(), "w": torch.randn(3)} for _ in range(7)]
+        assert same(average_weights(states, weights)["frozen"], same_in_all)
+
+    def test_they_differ_from_any_snapshot_on(self):
+        """Also where the first few are equal."""
+        for first in range(1, 5):
+            tensors = [torch.ones(3)] * first + [torch.randn(3) for _ in range(5 - first)]
+            found = average_weights({"w": t} for t in tensors)["w"]
+            torch.testing.assert_close(found, plain_average(tensors), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool], ids=str)
+    def test_integers_are_the_last_ones(self, dtype):
+        states = [{"n": torch.tensor([m, 0, 1]).to(dtype)} for m in (5, 9, 7)]
+        assert same(average_weights(states)["n"], states[-1]["n"])
+        assert same(average_weights(states, [1, 1, 0])["n"], states[1]["n"])
+
+    def test_a_snapshot_of_weight_0_does_not_count(self):
+        states = [{"w": torch.tensor([v])} for v in (torch.nan, 1.0, 2.0, torch.inf)]
+        assert average_weights(states, [0, 1, 1, 0])["w"].item() == 1.5
+        assert same(average_weights(states, (0, 0, 1, 0))["w"], states[2]["w"])
+
+    def test_great_weights_do_not_overflow(self):
+        states = [{"w": torch.tensor([v], dtype=torch.float64)} for v in (1e30, 3e30)]
+        assert average_weights(states, [1e300, 1e300])["w"].item() == pytest.approx(2e30)
+
+    def test_states_come_one_at_a_time_and_may_be_of_one_memory(self):
+        """As model.state_dict() does, while training goes on."""
+        model = nn.Linear(3, 2)
+        kept = []
+
+        def states():
+            for _ in range(4):
+                nn.init.normal_(model.weight)
+                kept.append(copy.deepcopy(model.state_dict()))
+                yield model.state_dict()
+
+        found = average_weights(states())
+        assert same(found["weight"], plain_average([s["weight"] for s in kept]))
+        assert same(found["bias"], model.bias.detach())
+        assert found["bias"].data_ptr() != model.bias.data_ptr()
+        assert not any(t.requires_grad for t in found.values())
+
+    def test_the_snapshots_are_left_alone(self):
+        states = [{"w": torch.randn(3), "n": torch.tensor(m)} for m in range(3)]
+        before = copy.deepcopy(states)
+        found = average_weights(states)
+        found["n"] += 7
+        found["w"] += 7
+        for state, old in zip(states, before, strict=True):
+            assert all(same(state[name], old[name]) for name in old)
+
+    def test_tied_tensors_and_odd_strides(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        model[1].weight = model[0].weight
+        states = []
+        for _ in range(3):
+            nn.init.normal_(model[0].weight)
+            states.append(copy.deepcopy(model.state_dict()))
+        found = average_weights(states)
+        assert same(found["0.weight"], found["1.weight"])
+        model.load_state_dict(found)
+        assert model[0].weight is model[1].weight
+        turned = average_weights([{"w": s["0.weight"].t()} for s in states])["w"]
+        assert torch.equal(turned, found["0.weight"].t())
+
+    def test_snapshots_of_a_freezeout_run(self, tmp_path):
+        """What was frozen in all of the snapshots, norms included, stays as it was."""
+        store, model = SnapshotStore(tmp_path), trained(0)
+        model[0].requires_grad_(False)
+        model[1].requires_grad_(False).eval()
+        for step in range(3):
+            with torch.no_grad():
+                model[4].weight.normal_()
+                model[5].running_mean.normal_()
+            store.save(model, step=step, cycle=step)
+        states = [store.load(s) for s in store]
+        found = average_weights(store.load(s) for s in store)
+        assert list(found) == list(states[0])
+        for name, tensor in found.items():
+            if name.startswith(("0.", "1.")):
+                assert same(tensor, states[0][name])
+        for name in ("4.weight", "5.running_mean"):
+            assert same(found[name], plain_average([s[name] for s in states]))
+        model.load_state_dict(found)
+
+    def test_order_of_names_is_the_first_ones(self):
+        states = [
+            {"a": torch.ones(1), "b": torch.zeros(1)},
+            {"b": torch.ones(1), "a": torch.ones(1)},
+        ]
+        found = average_weights(states)
+        assert list(found) == ["a", "b"]
+        assert found["b"].item() == 0.5
+
+    def test_other_architectures(self):
+        state = {"a": torch.ones(2), "b": torch.ones(3)}
+        for other, message in [
+            ({"a": torch.ones(2)}, r"states\[1\] is of another model: missing: 'b'"),
+            ({**state, "c": torch.ones(1)}, "unexpected: 'c'"),
+            ({**state, "a": torch.ones(4)}, r"unlike: 'a': float32 \[4\], expected float32 \[2\]"),
+            ({**state, "a": torch.ones(2).half()}, "unlike: 'a': float16"),
+        ]:
+            with pytest.raises(SnapshotError, match=message):
+                average_weights([state, other])
+            with pytest.raises(SnapshotError, match=message):
+                average_weights([state, other], [1, 0])
+            with pytest.raises(SnapshotError, match=message):
+                greedy_soup([state, other], lambda _: 0.0)
+
+    def test_no_state_dicts(self):
+        for call in (average_weights, lambda states: greedy_soup(states, lambda _: 0.0)):
+            with pytest.raises(ValueError, match="states must hold at least one state dict, got n"):
+                call([])
+            with pytest.raises(TypeError, match=r"states\[0\] must be a state dict, got Tensor"):
+                call([torch.ones(1)])
+            with pytest.raises(TypeError, match=r"states\[1\]\['w'\] must be a tensor, got float"):
+                call([{"w": torch.ones(1)}, {"w": 1.0}])
+
+    @pytest.mark.parametrize(
+        ("weights", "error", "message"),
+        [
+            ([1.0], ValueError, r"weights must be one for each of 2 or more states, got 1"),
+            ([1.0] * 3, ValueError, r"weights must be one for each of 2 states, got 3"),
+            ([], ValueError, r"weights must have a finite sum > 0"),
+            ([0.0, 0.0], ValueError, r"weights must have a finite sum > 0"),
+            ([1.0, -1.0], ValueError, r"weights\[1\] must be finite and >= 0, got -1"),
+            ([1.0, torch.nan], ValueError, r"weights\[1\] must be finite and >= 0, got nan"),
+            ([1.0, "1"], TypeError, r"weights\[1\] must be a number, got '1'"),
+            (2.0, TypeError, "weights must be a list or tuple, got float"),
+        ],
+        ids=repr,
+    )
+    def test_bad_weights(self, weights, error, message):
+        states = [{"w": torch.ones(1)}, {"w": torch.zeros(1)}]
+        with pytest.raises(error, match=message):
+            average_weights(states, weights)
+
+
+class TestGreedySoup:
+    @staticmethod
+    def away_from(target):
+        def evaluate(state):
+            return (state["w"] - torch.tensor(target)).abs().sum().item()
+
+        return evaluate
+
+    def test_by_hand(self):
+        """3 is nearest to 4; with 6 it is nearer, with 8 no more, with 1 as well no more."""
+        states = [{"w": torch.tensor([v])} for v in (8.0, 3.0, 6.0, 1.0)]
+        soup = greedy_soup(states, self.away_from([4.0]))
+        assert soup.values == (4.0, 1.0, 2.0, 3.0)
+        assert soup.indices == (1, 2)
+        assert soup.value == 0.5
+        assert soup.state["w"].item() == 4.5
+
+    def test_what_does_not_make_it_worse_is_kept(self):
+        states = [{"w": torch.tensor([v])} for v in (1.0, 3.0)]
+        soup = greedy_soup(states, lambda _: 2.0)
+        assert soup.indices == (0, 1)
+        assert soup.state["w"].item() == 2
+
+    def test_the_first_of_equal_ones_comes_first(self):
+        states = [{"w": torch.tensor([v])} for v in (5.0, 1.0, 3.0)]
+        assert greedy_soup(states, self.away_from([3.0])).indices == (2,)
+        assert greedy_soup(states[:2], self.away_from([3.0])).indices == (0, 1)
+        assert greedy_soup(states[1::-1], self.away_from([3.0])).indices == (0, 1)
+
+    def test_random_states(self):
+        for _ in range(10):
+            states = [{"w": torch.randn(31), "n": torch.tensor(m)} for m in range(6)]
+            calls, evaluate = [], self.away_from([0.0] * 31)
+
+            def counted(state, calls=calls, evaluate=evaluate):
+                calls.append(state)
+                return evaluate(state)
+
+            soup = greedy_soup(states, counted)
+            assert len(calls) == 2 * len(states) - 1
+            assert soup.value <= min(soup.values)
+            assert soup.values == tuple(evaluate(s) for s in states)
+            order = sorted(range(6), key=lambda m: soup.values[m])
+            kept = order[:1]
+            for m in order[1:]:  # the recipe once more, by numpy
+                value = evaluate({"w": plain_average([states[i]["w"] for i in [*kept, m]])})
+                if value <= evaluate({"w": plain_average([states[i]["w"] for i in kept])}):
+                    kept.append(m)
+            assert soup.indices == tuple(kept)
+            assert same(soup.state["w"], plain_average([states[m]["w"] for m in kept]))
+            assert soup.state["n"].item() == max(kept)
+            assert soup.value == evaluate(soup.state)
+
+    def test_evaluate_may_write_to_its_state(self):
+        states = [{"w": torch.full((2,), v)} for v in (1.0, 3.0)]
+
+        def evaluate(state):
+            state["w"] *= 0
+            return 0.0
+
+        assert greedy_soup(states, evaluate).state["w"].tolist() == [2.0, 2.0]
+        assert states[0]["w"].tolist() == [1.0, 1.0]
+
+    def test_a_single_state(self):
+        soup = greedy_soup([{"w": torch.tensor([7.0])}], lambda _: float("inf"))
+        assert soup.indices == (0,)
+        assert soup.state["w"].item() == 7
+
+    @pytest.mark.parametrize("value", ["low", None, torch.ones(2)], ids=repr)
+    def test_evaluate_must_return_a_number(self, value):
+        with pytest.raises(TypeError, match="evaluate must return a number, got "):
+            greedy_soup([{"w": torch.ones(1)}], lambda _: value)
+
+    def test_nan(self):
+        with pytest.raises(ValueError, match=r"got nan for the average of \[0\]"):
+            greedy_soup([{"w": torch.ones(1)}], lambda _: torch.nan)
+
+
+class TestReestimateNorms:
+    def test_as_update_bn_without_dropout(self):
+        model, expected, batches = trained(0), trained(0), images(5)
+        expected[3] = nn.Identity()
+        update_bn(batches, expected)
+        found = reestimate_norms(model, batches)
+        assert found == ("1", "5", "8")
+        for name in found:
+            for a, b in zip(
+                statistics(model.get_submodule(name)),
+                statistics(expected.get_submodule(name)),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            assert model.get_submodule(name).num_batches_tracked.item() == 5
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("count", [1, 31, 300])
+    def test_the_mean_of_the_batches(self, dtype, count):
+        """Of a batch: its mean, and its variance with n - 1 in the denominator."""
+        norm = nn.BatchNorm1d(3, dtype=dtype)
+        norm.running_mean.fill_(torch.nan)
+        norm.running_var.fill_(torch.inf)
+        batches = [(torch.randn(5 + i, 3) * (1 + i % 7) + i % 5).to(dtype) for i in range(count)]
+        assert reestimate_norms(norm, batches) == ("",)
+        each = np.stack([[b.double().mean(0), b.double().var(0)] for b in batches])
+        mean, variance = torch.from_numpy(each.mean(0))
+        tolerance = 2 * torch.finfo(dtype).eps
+        for found, expected in ((norm.running_mean, mean), (norm.running_var, variance)):
+            torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+    def test_instance_norms(self):
+        """torch leaves their statistics as they are where momentum is None."""
+        norm = nn.InstanceNorm1d(3, track_running_stats=True)
+        batches = [torch.randn(4, 3, 11) * 2 + i for i in range(3)]
+        assert reestimate_norms(norm, batches) == ("",)
+        each = torch.cat(batches).double()  # of each instance; all batches are of one size
+        expected = each.mean((0, 2)), each.var(2).mean(0)
+        for found, value in zip((norm.running_mean, norm.running_var), expected, strict=True):
+            torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
+
+    def test_norms_without_statistics_are_left_alone(self):
+        model = nn.Sequential(
+            nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3), nn.InstanceNorm1d(3)
+        )
+        assert reestimate_norms(model, iter(lambda: 1 / 0, None)) == ()
+
+    def test_sync_batch_norm(self):
+        model = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4))
+        plain = nn.Sequential(model[0], nn.BatchNorm1d(4))
+        batches = [torch.randn(5, 3) for _ in range(3)]
+        assert reestimate_norms(model, batches) == reestimate_norms(plain, batches) == ("1",)
+        assert torch.equal(model[1].running_var, plain[1].running_var)
+
+    def test_a_norm_that_runs_twice(self):
+        """Both calls count, as in update_bn."""
+        norm = nn.BatchNorm1d(3)
+        model = nn.Sequential(norm, nn.Linear(3, 3), norm)
+        expected = copy.deepcopy(model)
+        batches = [torch.randn(6, 3) + 2 for _ in range(3)]
+        update_bn(batches, expected)
+        assert reestimate_norms(model, batches) == ("0",)
+        torch.testing.assert_close(norm.running_mean, expected[0].running_mean)
+        torch.testing.assert_close(norm.running_var, expected[0].running_var)
+        assert norm.num_batches_tracked.item() == 6
+
+    def test_a_norm_that_no_batch_reaches_keeps_its_statistics(self):
+        class WithSpare(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.used, self.spare = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+            def forward(self, x):
+                return self.used(x)
+
+        model = WithSpare()
+        nn.init.normal_(model.spare.running_mean)
+        model.spare.num_batches_tracked += 4
+        before = statistics(model.spare)
+        assert reestimate_norms(model, [torch.randn(4, 3)]) == ("used",)
+        assert all(map(same, statistics(model.spare), before))
+
+    def test_what_was_frozen_keeps_its_bits_and_runs_in_eval_mode(self):
+        model = trained(0)
+        states = []
+        for _ in range(3):  # the first two modules, and the norm in them, are frozen
+            for batch in images(2):
+                model[2:](nn.Sequential(*model[:2]).eval()(batch))
+            model.train()
+            states.append(copy.deepcopy(model.state_dict()))
+            nn.init.normal_(model[4].weight)
+        model.load_state_dict(average_weights(states))
+        model.requires_grad_(False)  # as at the end of a FreezeOut run
+        before, expected = statistics(model[1]), copy.deepcopy(model)
+        batches = images(4)
+        assert reestimate_norms(model, batches, snapshot=states[0]) == ("5", "8")
+        assert all(map(same, statistics(model[1]), before))
+        with torch.no_grad():
+            reached = [expected[:5].eval()(b) for b in batches]
+        mean = torch.stack([x.mean((0, 2, 3)) for x in reached]).mean(0)
+        torch.testing.assert_close(model[5].running_mean, mean, rtol=1e-5, atol=1e-5)
+
+    def test_snapshots_that_are_one(self):
+        model = trained(0)
+        assert reestimate_norms(model, iter(lambda: 1 / 0, None), snapshot=model.state_dict()) == ()
+
+    def test_a_snapshot_of_another_model(self):
+        model = trained(0)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(SnapshotError, match="snapshot is of another model"):
+            reestimate_norms(model, images(1), snapshot=nn.Linear(2, 2).state_dict())
+        with pytest.raises(TypeError, match="snapshot must be a state dict, got int"):
+            reestimate_norms(model, images(1), snapshot=3)
+        assert all(same(t, before[name]) for name, t in model.state_dict().items())
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_modes_momenta_and_the_rest_are_restored(self, training):
+        model = trained(0).train(training)
+        model[3].train(not training)
+        model[5].momentum = None
+        modes = [m.training for m in model.modules()]
+        weights = {name: p.clone() for name, p in model.named_parameters()}
+        reestimate_norms(model, images(2))
+        assert [m.training for m in model.modules()] == modes
+        assert [model[i].momentum for i in (1, 5, 8)] == [0.1, None, 0.1]
+        assert all(same(p, weights[name]) for name, p in model.named_parameters())
+        assert not any(m._forward_hooks for m in model.modules())
+        assert torch.is_grad_enabled()
+        assert all(p.grad is None for p in model.parameters())
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    @pytest.mark.parametrize("where", ["batches", "model"])
+    def test_what_raises_leaves_all_as_it_was(self, error, where):
+        model = trained(0)
+        before = copy.deepcopy(model.state_dict())
+
+        def fail(*_):
+            raise error("no more")
+
+        def batches():
+            yield from images(2)
+            if where == "model":
+                model[6].register_forward_hook(fail)
+                yield images(1)[0]
+            fail()
+
+        with pytest.raises(error, match="no more"):
+            reestimate_norms(model, batches())
+        assert all(same(t, before[name]) for name, t in model.state_dict().items())
+        assert all(m.training for m in model.modules())
+        assert [model[i].momentum for i in (1, 5, 8)] == [0.1, 0.3, 0.1]
+        assert not any(model[i]._forward_hooks for i in (1, 5, 8))
+
+    def test_bad_batches(self):
+        model = trained(0)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match="batches must give at least one batch, got none"):
+            reestimate_norms(model, [])
+        with pytest.raises(ValueError, match=r"batches\[1\] must hold the model's input, got \(\)"):
+            reestimate_norms(model, [*images(1), ()])
+        for count, error in ((0, ValueError), (1.0, TypeError)):
+            with pytest.raises(error, match=f"num_batches must be .* got {count}"):
+                reestimate_norms(model, images(1), num_batches=count)
+        assert all(same(t, before[name]) for name, t in model.state_dict().items())
+
+    def test_lazy_norms_are_refused(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d())
+        with pytest.raises(ValueError, match="'1' is a lazy norm: the model must run once before"):
+            reestimate_norms(model, [torch.randn(4, 3)])
+        assert model.training
+        model(torch.randn(4, 3))
+        assert reestimate_norms(model, [torch.randn(4, 3)]) == ("1",)
+
+    def test_kinds_of_batches(self):
+        class TwoInputs(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm1d(3)
+
+            def forward(self, a, b=0):
+                return self.norm(a + b)
+
+        model, x, y = TwoInputs(), torch.randn(4, 3), torch.randn(4, 3) + 5
+        labels = torch.arange(4)
+        for batch, expected in [
+            (x, x),
+            ((x,), x),
+            ([x, labels], x),
+            ((x, labels, labels), x),
+            (((x, y), labels), x + y),
+            ([[x, y], labels], x + y),
+        ]:
+            reestimate_norms(model, [batch])
+            torch.testing.assert_close(model.norm.running_mean, expected.mean(0))
+
+    def test_num_batches(self):
+        left = iter(images(4))
+        model, expected = trained(0), trained(0)
+        reestimate_norms(model, left, num_batches=3)
+        reestimate_norms(expected, images(4)[:3])
+        assert same(model[1].running_mean, expected[1].running_mean)
+        assert len(list(left)) == 1
+
+    def test_a_trimmed_model(self):
+        """It runs frozen norms in eval mode: with statistics that are not there yet."""
+        model, expected, batches = trained(0), trained(0), images(3)
+        model[:3].requires_grad_(False)
+        trimmed = fastfreeze.trim(model, batches[0])
+        trimmed(batches[0])
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(
+            ValueError, match=r"must not call '\S*1' in eval mode, as a trimmed one"
+        ):
+            reestimate_norms(trimmed, batches)
+        assert all(same(t, before[name]) for name, t in model.state_dict().items())
+        reestimate_norms(model, batches)
+        reestimate_norms(expected, batches)
+        assert torch.equal(model[1].running_var, expected[1].running_var)
+
+    def test_a_compiled_model(self):
+        model, expected, batches = trained(0), trained(0), images(3)
+        compilations = []
+
+        def backend(graph, _):
+            compilations.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(model, backend=backend)
+        compiled(batches[0])
+        model.load_state_dict(expected.state_dict())
+        for _ in range(2):
+            assert len(reestimate_norms(compiled, batches)) == 3
+        assert len(compilations) == 1
+        reestimate_norms(expected, batches)
+        for i in (1, 5, 8):
+            assert all(map(same, statistics(model[i]), statistics(expected[i])))
+
+    def test_an_average_of_snapshots_is_right_after_it_alone(self):
+        """The variance of averaged weights' activations is not the average variance."""
+        a, b = trained(1), trained(2)
+        model = network(3)
+        model(images(1)[0])
+        model.load_state_dict(average_weights([a.state_dict(), b.state_dict()]))
+        batch = images(1, size=500)[0]
+        before = model[1].running_var.clone()
+        assert reestimate_norms(model, [batch], snapshot=a.state_dict()) == ("1", "5", "8")
+        with torch.no_grad():
+            variance = model[0](batch).var((0, 2, 3))
+        torch.testing.assert_close(model[1].running_var, variance, rtol=1e-4, atol=1e-4)
+        assert (before / variance).max() > 1.2
