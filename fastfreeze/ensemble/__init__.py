@@ -1,5 +1,6 @@
 """Snapshots on disk, the ensemble they make, and statistics of its predictions."""
 
+from fastfreeze.ensemble.averaging import Soup, average_weights, greedy_soup, reestimate_norms
 from fastfreeze.ensemble.calibration import TemperatureScaling, fit_temperature
 from fastfreeze.ensemble.evaluation import EnsembleEvaluation, PredictionScores, evaluate
 from fastfreeze.ensemble.memory import MemorySnapshots
@@ -13,6 +14,7 @@ from fastfreeze.ensemble.metrics import (
 )
 from fastfreeze.ensemble.plots import diversity_plot, reliability_diagram
 from fastfreeze.ensemble.predict import SnapshotEnsemble
+from fastfreeze.ensemble.selection import Selection, last_k_curve, select_members
 from fastfreeze.ensemble.snapshots import Snapshot, SnapshotStore
 from fastfreeze.ensemble.ways import Measured, Way
 
@@ -21,12 +23,15 @@ __all__ = [
     "Measured",
     "MemorySnapshots",
     "PredictionScores",
+    "Selection",
     "Snapshot",
     "SnapshotEnsemble",
     "SnapshotStore",
+    "Soup",
     "TemperatureScaling",
     "Way",
     "adaptive_calibration_error",
+    "average_weights",
     "brier_score",
     "disagreement",
     "diversity_plot",
@@ -34,6 +39,10 @@ __all__ = [
     "evaluate",
     "expected_calibration_error",
     "fit_temperature",
+    "greedy_soup",
+    "last_k_curve",
     "nll",
+    "reestimate_norms",
     "reliability_diagram",
+    "select_members",
 ]

@@ -153,7 +153,7 @@ def facts_of(
 
 def checked_to_save(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    _check_state("model", state)
+    check_state("model", state)
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_meta or not can_be_stored(tensor.dtype):
             kind = "meta" if tensor.is_meta else f"{tensor.layout} {dtype_name(tensor.dtype)}"
@@ -163,7 +163,7 @@ def checked_to_save(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor
     return dict(state)
 
 
-def _check_state(label: str, state: Any) -> None:
+def check_state(label: str, state: Any) -> None:
     if not isinstance(state, Mapping):
         raise TypeError(f"{label} must be a state dict, got {type(state).__name__}")
     for name, value in state.items():
@@ -174,7 +174,7 @@ def _check_state(label: str, state: Any) -> None:
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
-    _check_state(label, state)
+    check_state(label, state)
     check_signature(label, signature_of(state), signature_of(model.state_dict()))
     model.load_state_dict(state)
 

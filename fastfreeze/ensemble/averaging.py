@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from fastfreeze.ensemble._checks import check_count
 from fastfreeze.ensemble._manifest import Signature, check_signature, signature_of
 from fastfreeze.ensemble._packs import same_bits
-from fastfreeze.ensemble._states import _check_state
+from fastfreeze.ensemble._states import check_state
 from fastfreeze.ops._softmax_arguments import normalised_weights
 
 
@@ -126,7 +126,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _checked_signature(label: str, state: Any, expected: Signature | None) -> Signature:
     """That of the first state dict, which the others must have."""
-    _check_state(label, state)
+    check_state(label, state)
     found = signature_of(state)
     if expected is None:
         return found
