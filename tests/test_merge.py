@@ -7,6 +7,7 @@ import itertools
 import pickle
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -450,3 +451,16 @@ def test_every_torchvision_model(name):
     if sum(p.numel() for p in model.parameters()) >= 60e6:
         pytest.skip("too large to run here")
     check_torchvision(name)
+
+
+def test_called_by_threads_at_once():
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3))
+    inputs = [torch.randn(2, 3, size, size) for size in (5, 6, 7)] * 10
+    with torch.no_grad():
+        expected = [looped(ensemble, x).mean(0) for x in inputs]
+        for x in inputs[:3]:
+            ensemble(x)
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(torch.no_grad()(ensemble), inputs))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-6)

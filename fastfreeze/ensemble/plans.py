@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,6 +25,9 @@ from fastfreeze.graph.fold import CannotFoldError, Folded
 from fastfreeze.graph.prefix import autocasts
 from fastfreeze.graph.rewrite import Program, write_measured
 from fastfreeze.graph.trace import CallPattern, Trace, UntraceableError, hooked, trace
+
+# Tracing looks at all modules of the process.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,11 @@ def make_plan(
 ) -> Plan:
     """A plan for calls of a kind, of which ``tensors`` are those of one; a member runs once."""
     count = len(members)
-    share(members)
     try:
-        traced, metas = _traced(members, key, tensors)
-        merged = merge(members, traced, owners_of(members))
+        with _ONE_AT_A_TIME:
+            share(members)
+            traced, metas = _traced(members, key, tensors)
+            merged = merge(members, traced, owners_of(members))
     except (CannotMergeError, UntraceableError) as error:
         return Plan(members, f"{count} members, one by one: {error}")
     folded, text = None, "not folded: that was not wanted"

@@ -32,7 +32,9 @@ class SnapshotEnsemble(nn.Module):
     ``to``, ``state_dict`` and so on work as for any module. Members that hold the same bits hold
     them once: layers frozen before the first snapshot, or between two, take memory and time once.
     What they compute from the same values runs once too (:attr:`plan` tells how much); a write to
-    a member's tensors is noticed at the next call.
+    a member's tensors is noticed at the next call, except through ``.data``. The first call of a
+    kind (of these arguments and image size; any batch size) traces the model, which is for one
+    thread alone: make it before several threads call at once.
 
     Args:
         model: a model of the snapshots' architecture, of whatever weights; it is not changed.
@@ -237,12 +239,12 @@ class SnapshotEnsemble(nn.Module):
             plan = Plan(list(self.members), f"{len(self.members)} members, one by one: {error}")
             self._text = plan.text
             return plan, []
-        found = self._plans.pop(key, None)
+        found = self._plans.get(key)
         if found is None or not found.fits():
             found = make_plan(self, list(self.members), key, tensors, may_fold=self.fold)
-        self._plans[key] = found  # the latest is last
-        while len(self._plans) > _MAX_PLANS:
-            self._plans.pop(next(iter(self._plans)))
+            others = [item for item in self._plans.items() if item[0] != key]
+            # Replaced, not changed: other threads may be looking.
+            self._plans = dict([*others, (key, found)][-_MAX_PLANS:])
         self._text = found.text
         return found, tensors
 
@@ -253,7 +255,7 @@ class SnapshotEnsemble(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         unshare(list(self.members))
-        self._plans.clear()
+        self._plans = {}
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
