@@ -116,7 +116,8 @@ def merged_module(merged: Merged, ensemble: nn.Module) -> fx.GraphModule:
 
     It holds the tensors of ``ensemble``, each once.
     """
-    return fx.GraphModule(ensemble, _with_average(merged, len(ensemble.members)))  # type: ignore
+    module = fx.GraphModule(ensemble, _with_average(merged, len(ensemble.members)))  # type: ignore
+    return module.eval()
 
 
 def write_merged(merged: Merged) -> Program:
