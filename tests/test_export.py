@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -35,8 +37,19 @@ def test_a_module_runs_what_is_shared_once():
             found = module(x)
         assert_mean(found, ensemble, x)
         assert ran.count == 15
-    held = {p.data_ptr() for p in module.parameters()}
-    assert held == {p.data_ptr() for p in ensemble.parameters()}
+    assert sum(p.numel() for p in module.parameters()) == sum(
+        p.numel() for p in ensemble.parameters()
+    )
+    module.train().half()
+    x = torch.randn(2, 3, 8, 8)
+    assert_mean(ensemble(x), ensemble, x)
+    assert not any(m.training for member in ensemble.members for m in member.modules())
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_module(how):
+    ensemble, x = made(), torch.randn(2, 3, 8, 8)
+    assert_mean(how(ensemble.as_module(x))(x), ensemble, x)
 
 
 def test_arguments_by_name():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 import random
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -366,10 +368,10 @@ def test_what_cannot_be_one_graph_runs_as_a_loop(make, reason):
     ensemble, truth = SnapshotEnsemble(make(), states), SnapshotEnsemble(make(), states)
     for _ in range(3):
         x = torch.randn(4, 3)
-        y = x.clone()
-        expected = torch.stack([m(y).softmax(-1) for m in truth.members]).mean(0)
+        after = x + 1 if make is WritesToInput else x.clone()
+        expected = torch.stack([m(x.clone()).softmax(-1) for m in truth.members]).mean(0)
         torch.testing.assert_close(ensemble(x), expected)
-        assert torch.equal(x, y)
+        assert torch.equal(x, after)
         assert re.search(reason, ensemble.plan), ensemble.plan
 
 
@@ -464,3 +466,135 @@ def test_called_by_threads_at_once():
             found = list(threads.map(torch.no_grad()(ensemble), inputs))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["loop", "graph", None])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2)])
+def test_members_that_need_gradients_lose_none(how, which):
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3), how=how)
+    x = torch.randn(2, 3, 6, 6)
+    for m in which:
+        ensemble.members[m].head.weight = nn.Parameter(torch.randn(4, 5))
+    truth = torch.stack([m(x).softmax(-1) for m in ensemble.members]).mean(0)
+    found = ensemble(x)
+    torch.testing.assert_close(found, truth)
+    weights = [ensemble.members[m].head.weight for m in which]
+    expected = torch.autograd.grad(truth[:, 0].sum(), weights)
+    torch.testing.assert_close(torch.autograd.grad(found[:, 0].sum(), weights), expected)
+
+
+class Derived(nn.Module):
+    """State that is neither parameter nor buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.slope = nn.Linear(3, 2), 1.0
+        self.plain = torch.ones(2)
+
+    def forward(self, x):
+        return self.linear(x) * self.slope + self.plain
+
+
+def append(ensemble):
+    ensemble.members.append(randomized(Net()).eval().requires_grad_(False))
+
+
+def remove(ensemble):
+    del ensemble.members[0]
+
+
+def swap(ensemble):
+    ensemble.members[0], ensemble.members[2] = ensemble.members[2], ensemble.members[0]
+
+
+def renew(ensemble):
+    ensemble.members = nn.ModuleList(list(ensemble.members)[::-1][:2])
+
+
+def other_activation(ensemble):
+    ensemble.members[1].blocks[0].relu = nn.Tanh().eval()
+
+
+def other_eps(ensemble):
+    ensemble.members[1].stem[1].eps = 0.5
+
+
+CHANGES = [append, remove, swap, renew, other_activation, other_eps]
+
+
+@pytest.mark.parametrize("how", [None, "vmap"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("first_called", [False, True])
+def test_members_that_are_changed(how, change, first_called):
+    """The next call is right, or says why it cannot be."""
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks"), 3), how=how)
+    x = torch.randn(2, 3, 6, 6)
+    if first_called:
+        assert_right(ensemble, x)
+    change(ensemble)
+    if how == "vmap" and change in (other_activation, other_eps):
+        with pytest.raises(ValueError, match="how='vmap' cannot run: member 1 differs"):
+            ensemble(x)
+        return
+    assert_right(ensemble, x)
+    if change in (other_activation, other_eps):
+        assert "one by one: member 1 differs from the first in" in ensemble.plan
+
+
+def test_members_that_differ_in_other_state():
+    ensemble = SnapshotEnsemble(Derived(), chain(Derived, ("",), 3))
+    assert_right(ensemble, torch.randn(4, 3))
+    assert "member 1 differs from the first in plain" in ensemble.plan
+    ensemble.members[2].plain.add_(1)
+    ensemble.members[1].slope = 3.0
+    assert_right(ensemble, torch.randn(4, 3))
+
+
+def test_fold_may_be_set():
+    ensemble, x = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3)), torch.randn(2, 3, 6, 6)
+    for fold in (True, False, True):
+        ensemble.fold = fold
+        assert_right(ensemble, x)
+        assert ensemble.plan.endswith("run, folded") == fold
+
+
+class Precise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.linear(x.float() + 100)
+
+
+@pytest.mark.parametrize("plain_first", [False, True])
+def test_a_block_without_autocast(plain_first):
+    ensemble, x = SnapshotEnsemble(Precise(), chain(Precise, (), 3)), torch.randn(4, 3)
+    expected = ensemble(x) if plain_first else None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ensemble(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, ensemble(x) if expected is None else expected)
+
+
+def test_an_argument_without_a_hash():
+    class Sliced(nn.Linear):
+        def forward(self, x, rows):
+            return super().forward(x[rows])
+
+    ensemble, x = SnapshotEnsemble(Sliced(3, 2), [Sliced(3, 2).state_dict()] * 2), torch.randn(4, 3)
+    torch.testing.assert_close(ensemble(x, slice(1, 3)), ensemble(x[1:3], slice(None)))
+
+
+def test_an_ensemble_is_freed_at_once():
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3))
+    ensemble(torch.randn(2, 3, 6, 6))
+    weight = weakref.ref(ensemble.members[0].head.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del ensemble
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -132,3 +134,37 @@ def test_a_bad_way():
     ensemble.how = "quick"
     with pytest.raises(ValueError, match="how must be None or one of"):
         ensemble(torch.randn(1, 2))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.out(self.embedding(x))
+
+
+@pytest.mark.parametrize("how", ways.WAYS)
+def test_tied_weights(how):
+    ensemble = SnapshotEnsemble(Tied(), [Tied().state_dict() for _ in range(3)], how=how)
+    assert_right(ensemble, torch.randint(7, (4, 2)))
+
+
+def test_vmap_by_threads_at_once():
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3), how="vmap")
+    inputs = [torch.randn(1 + i % 3, 3, 5, 5) for i in range(60)]
+    expected = [ensemble(x) for x in inputs]
+    with ThreadPoolExecutor(4) as threads:
+        for found, truth in zip(threads.map(ensemble, inputs), expected, strict=True):
+            torch.testing.assert_close(found, truth)
+
+
+def test_vmap_sees_no_hooks():
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3), how="vmap")
+    x = torch.randn(1, 3, 5, 5)
+    ensemble(x)
+    ensemble.members[1].head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="how='vmap' cannot run: Linear has hooks"):
+        ensemble(x)

@@ -7,24 +7,31 @@ their weights begin to differ.
 
 from __future__ import annotations
 
+import copy
 import operator
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from fastfreeze.graph._state import tensors_in
 from fastfreeze.graph.cut import Dataflow, called_name
 from fastfreeze.graph.fold import CannotFoldError, Folded, fold
 from fastfreeze.graph.rewrite import Piece, Program, compiled
 from fastfreeze.graph.split import draws_random_numbers
-from fastfreeze.graph.trace import Trace
+from fastfreeze.graph.trace import IN_PLACE_FUNCTIONS, Trace
 from fastfreeze.ops.reference import softmax_add_reference
 
 # For each tensor of the model, by name: the first member that holds the same bits, for each member.
 Owners = dict[str, tuple[int, ...]]
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class CannotMergeError(Exception):
@@ -72,6 +79,51 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(_bytes(a), _bytes(b))
 
 
+def difference(members: Sequence[nn.Module]) -> str:
+    """In what members differ besides parameters and buffers, in words; empty if in nothing.
+
+    Tensors that are plain attributes count: nobody notices when they are written to.
+    """
+    first = list(members[0].named_modules(remove_duplicate=False))
+    for m, member in enumerate(members[1:], 1):
+        modules = list(member.named_modules(remove_duplicate=False))
+        if [name for name, _ in modules] != [name for name, _ in first]:
+            return f"member {m} has other modules than the first"
+        for (name, module), (_, model) in zip(modules, first, strict=True):
+            if what := _differs(module, model):
+                return (
+                    f"member {m} differs from the first in {'.'.join(filter(None, [name, what]))}"
+                )
+    return ""
+
+
+def _differs(module: nn.Module, other: nn.Module) -> str:
+    """The name of the first attribute in which two modules differ, or ``__class__``."""
+    if type(module) is not type(other):
+        return "__class__"
+    for held in ("_parameters", "_buffers"):
+        if vars(module)[held].keys() != vars(other)[held].keys():
+            return held
+    a, b = (
+        {name: v for name, v in vars(m).items() if name not in _OF_EVERY_MODULE}
+        for m in (module, other)
+    )
+    return next((n for n in a.keys() | b.keys() if not _equal(a.get(n), b.get(n))), "")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b) or any(True for _ in tensors_in((a, b))):
+        return False
+    with suppress(Exception):  # of arrays and the like, or of what cannot be compared
+        if a == b:
+            return True
+    with suppress(Exception):
+        return pickle.dumps(a) == pickle.dumps(b)
+    return False
+
+
 def share(members: Sequence[nn.Module]) -> None:
     """Let members hold one parameter in common where they hold the same bits."""
     for name, row in owners_of(members).items():
@@ -114,10 +166,12 @@ def merge(members: Sequence[nn.Module], trace: Trace, owners: Owners) -> Merged:
 def merged_module(merged: Merged, ensemble: nn.Module) -> fx.GraphModule:
     """A module of plain torch operations that returns the mean of the members' probabilities.
 
-    It holds the tensors of ``ensemble``, each once.
+    It holds copies of the tensors of ``ensemble``, each once.
     """
-    module = fx.GraphModule(ensemble, _with_average(merged, len(ensemble.members)))  # type: ignore
-    return module.eval()
+    root, members = nn.Module(), cast(nn.ModuleList, ensemble.members)
+    root.members, root.plus, root.mean = members, _Plus(), _Mean(len(members))
+    root.in_place = nn.ModuleDict({f.__name__: _InPlace(f.__name__) for f in IN_PLACE_FUNCTIONS})
+    return copy.deepcopy(fx.GraphModule(root, _with_average(merged)).eval())
 
 
 def write_merged(merged: Merged) -> Program:
@@ -137,7 +191,7 @@ def fold_merged(merged: Merged, ensemble: nn.Module, metas: Mapping[str, Any]) -
     """
     if any(map(_is_random, merged.graph.nodes)):
         raise CannotFoldError("the model draws random numbers")
-    known = {copy: metas[name] for copy, name in merged.origins.items() if name in metas}
+    known = {written: metas[name] for written, name in merged.origins.items() if name in metas}
     nodes = [n for n in merged.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     return fold(Piece(Dataflow(merged.graph, ensemble), nodes, [], [], known))
 
@@ -254,11 +308,11 @@ def _write(flow: Dataflow, leaders: Leaders, count: int) -> Merged:
             if node.op == "output":
                 graph.call_function(_taken, (take, map_arg(node.args[0], now)))
             elif node.op != "placeholder" and leaders[node][m] == m:
-                copy = copies[node, m] = graph.node_copy(node, now)
-                copy.type = None
+                written = copies[node, m] = graph.node_copy(node, now)
+                written.type = None
                 if node.op in ("call_module", "get_attr"):
-                    copy.target = f"members.{m}.{node.target}"
-                origins[copy.name] = node.name
+                    written.target = f"members.{m}.{node.target}"
+                origins[written.name] = node.name
     graph.output(())
     computing = [node for node in flow.graph.nodes if flow.computes(node)]
     own = sum(len(set(leaders[node])) for node in computing)
@@ -269,7 +323,34 @@ def _taken(take: Callable[[Any], None], result: Any) -> None:
     take(result)
 
 
-def _with_average(merged: Merged, count: int) -> fx.Graph:
+class _Plus(nn.Module):
+    """A sum of probabilities with one more member's; fx does not look into it."""
+
+    def forward(self, logits: Tensor, total: Tensor | None = None) -> Tensor:
+        return softmax_add_reference(total, logits, 1.0, 1.0)
+
+
+class _InPlace(nn.Module):
+    """An operator such as ``+=``, of which fx would make ``+`` when it reads the module again."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def forward(self, *args: Any) -> Any:
+        return getattr(operator, self._name)(*args)
+
+
+class _Mean(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, total: Tensor, logits: Tensor) -> Tensor:
+        return (total / self.count).to(logits.dtype)
+
+
+def _with_average(merged: Merged) -> fx.Graph:
     """The graph with the mean of the members' probabilities for its value."""
     graph = fx.Graph()
     _, *others = merged.graph.nodes  # without the function that takes outputs
@@ -281,9 +362,11 @@ def _with_average(merged: Merged, count: int) -> fx.Graph:
             if not isinstance(result, fx.Node):
                 raise CannotMergeError("the model returns more than one tensor")
             logits = copies[result]
-            total = graph.call_function(softmax_add_reference, (total, logits, 1.0, 1.0))
+            total = graph.call_module("plus", (logits, total))
+        elif node.target in IN_PLACE_FUNCTIONS:
+            args = map_arg(node.args, copies.__getitem__)
+            copies[node] = graph.call_module(f"in_place.{called_name(node)}", args)
         elif node.op != "output":
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    mean = graph.call_function(operator.truediv, (total, count))
-    graph.output(graph.call_method("to", (mean, graph.call_function(getattr, (logits, "dtype")))))
+    graph.output(graph.call_module("mean", (total, logits)))
     return graph

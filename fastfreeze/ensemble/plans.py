@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, fx, nn
 
 from fastfreeze.ensemble.merge import (
     CannotMergeError,
+    Merged,
+    difference,
     fold_merged,
     merge,
     merged_module,
@@ -20,7 +21,7 @@ from fastfreeze.ensemble.merge import (
     share,
     write_merged,
 )
-from fastfreeze.graph._state import Held, HeldState, preserved
+from fastfreeze.graph._state import Held, HeldState, preserved, requires_grad
 from fastfreeze.graph.fold import CannotFoldError, Folded
 from fastfreeze.graph.prefix import autocasts
 from fastfreeze.graph.rewrite import Program, write_measured
@@ -36,10 +37,11 @@ class Key:
 
     pattern: CallPattern
     kinds: tuple[Any, ...]
+    may_fold: bool
 
     @classmethod
     def of(
-        cls, member: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        cls, member: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], may_fold: bool
     ) -> tuple[Key, list[Tensor]]:
         """The key of a call, and the call's tensors in order.
 
@@ -47,7 +49,8 @@ class Key:
             UntraceableError: an argument is of a type that a graph cannot hold.
         """
         pattern, tensors = CallPattern.of(member, args, kwargs)
-        return cls(pattern, tuple((t.shape[1:], t.dtype, t.device) for t in tensors)), tensors
+        kinds = tuple((t.shape[1:], t.dtype, t.device) for t in tensors)
+        return cls(pattern, kinds, may_fold), tensors
 
 
 class Plan:
@@ -58,85 +61,92 @@ class Plan:
             then the call's tensors. None: the members run one by one.
         folded: the same, folded; None where that cannot be.
         text: what runs, and why nothing better does.
-        module: makes the graph a module of its own; None where there is no graph.
     """
 
     def __init__(
         self,
-        members: Sequence[nn.Module],
+        members: nn.ModuleList,
         text: str,
         traced: Trace | None = None,
-        program: Program | None = None,
+        merged: Merged | None = None,
         folded: Folded | None = None,
-        module: Callable[[], fx.GraphModule] | None = None,
     ) -> None:
-        self.text, self.program, self.folded, self.module = text, program, folded, module
-        self._traced, held = traced, Held(members)
+        self.text, self.folded, self._traced, self._merged = text, folded, traced, merged
+        self.program = None if merged is None else write_merged(merged)
+        held = Held([members])
         self._modules, self._made_from = held.modules, HeldState(held)
+        self._parameters = list(members.parameters())
         self._hooked = hooked(self._modules)
+        self._compiled: Callable[..., Tensor] | None = None
 
-    def fits(self) -> bool:
+    def fits(self, members: nn.ModuleList) -> bool:
         """Whether the members' tensors, attributes and hooks are still those it was made for."""
-        if not self._made_from.lasts() or hooked(self._modules) != self._hooked:
+        if members is not self._modules[0] or not self._made_from.lasts():
+            return False
+        if hooked(self._modules) != self._hooked:
             return False
         return self._traced is None or not self._traced.stale()
 
     def choose(self, tensors: Sequence[Tensor]) -> Program | None:
         """The fastest program for a call with these tensors."""
-        needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if self.folded is None or needs_gradients or autocasts(tensors):
+        if self.folded is None or autocasts(tensors):
+            return self.program
+        if torch.is_grad_enabled() and requires_grad([*tensors, *self._parameters]):
             return self.program
         return self.folded.program
 
-    @cached_property
-    def compiled(self) -> Callable[..., Tensor]:
-        """The graph and the average, compiled.
+    def module(self, ensemble: nn.Module) -> fx.GraphModule:
+        """The graph and the average as a module of its own.
 
         Raises:
-            ValueError: there is no graph.
+            ValueError: there is no graph, or its value is not one tensor.
         """
-        if self.module is None:
-            raise ValueError(self.text)
-        function: Callable[..., Tensor] = torch.compile(self.module())
-        return function
+        if self._merged is None:
+            raise ValueError(f"the ensemble cannot be one graph: {self.text}")
+        try:
+            return merged_module(self._merged, ensemble)
+        except CannotMergeError as error:
+            raise ValueError(f"the ensemble cannot be one graph: {error}") from error
+
+    def compiled(self, ensemble: nn.Module) -> Callable[..., Tensor]:
+        """As :meth:`module`, compiled."""
+        if self._compiled is None:
+            self._compiled = torch.compile(self.module(ensemble))
+        return self._compiled
 
 
 def make_plan(
-    ensemble: nn.Module,
-    members: Sequence[nn.Module],
-    key: Key,
-    tensors: Sequence[Tensor],
-    *,
-    may_fold: bool,
+    ensemble: nn.Module, members: nn.ModuleList, key: Key, tensors: Sequence[Tensor]
 ) -> Plan:
     """A plan for calls of a kind, of which ``tensors`` are those of one; a member runs once."""
     count = len(members)
     try:
         with _ONE_AT_A_TIME:
-            share(members)
+            share(list(members))
             traced, metas = _traced(members, key, tensors)
-            merged = merge(members, traced, owners_of(members))
+            merged = merge(list(members), traced, owners_of(list(members)))
     except (CannotMergeError, UntraceableError) as error:
         return Plan(members, f"{count} members, one by one: {error}")
     folded, text = None, "not folded: that was not wanted"
-    if may_fold:
+    if key.may_fold:
         try:
             folded, text = fold_merged(merged, ensemble, metas), "folded"
         except CannotFoldError as error:
             text = f"not folded: {error}"
     runs = f"{merged.num_own} of {merged.num_nodes} nodes run"
     text = f"{count} members as one graph, {runs}, {text}"
-    module = partial(merged_module, merged, ensemble)
-    return Plan(members, text, traced, write_merged(merged), folded, module)
+    return Plan(members, text, traced, merged, folded)
 
 
 def _traced(
-    members: Sequence[nn.Module], key: Key, tensors: Sequence[Tensor]
+    members: nn.ModuleList, key: Key, tensors: Sequence[Tensor]
 ) -> tuple[Trace, dict[str, Any]]:
     """The first member's trace, and its nodes' values by name, on the meta device."""
-    held = Held(members)
+    held = Held(list(members))
     if any(m.training for m in held.modules):
         raise CannotMergeError("a member is in training mode")
+    if what := difference(list(members)):
+        raise CannotMergeError(what)
     if name := hooked(held.modules):
         raise CannotMergeError(f"{name} has hooks")
     if any(t.is_meta for t in held.tensors()):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastfreeze.ensemble.memory import MemorySnapshots
 from fastfreeze.ensemble.merge import share, unshare
@@ -120,7 +121,7 @@ class SnapshotEnsemble(nn.Module):
         """
         if self.how == "compiled" and not torch.compiler.is_compiling():
             plan, tensors = self._plan(inputs, keywords)
-            return plan.compiled(*tensors)
+            return plan.compiled(self)(*tensors)
         average = EnsembleAverage()
         logits: list[Tensor] = []
         # A strict export takes no change of grad mode, which the running average makes.
@@ -133,7 +134,13 @@ class SnapshotEnsemble(nn.Module):
                 average.update(z)
 
         self._run(take, inputs, keywords)
-        return ensemble_softmax(logits) if logits else average.mean()
+        if not logits:
+            return average.mean()
+        mean = ensemble_softmax(logits)
+        if average.count:  # members before the first that needs gradients
+            share = len(logits) / (len(logits) + average.count)
+            mean = share * mean + (1 - share) * average.mean()
+        return mean
 
     def member_probabilities(self, *inputs: Any, **keywords: Any) -> Iterator[Tensor]:
         """The probabilities [..., C] of each member in turn."""
@@ -153,15 +160,13 @@ class SnapshotEnsemble(nn.Module):
 
         Returns:
             A module that takes the example's tensors, in order, and returns what the ensemble
-            would, without looking for NaN. It holds the ensemble's tensors, not copies.
+            would, without looking for NaN. It holds copies of the ensemble's tensors.
 
         Raises:
             ValueError: the members cannot be had as one graph; the message says why.
         """
         plan, _ = self._plan(inputs, keywords)
-        if plan.module is None:
-            raise ValueError(f"the ensemble cannot be one graph: {plan.text}")
-        return plan.module()
+        return plan.module(self)
 
     def train(self, mode: bool = True) -> SnapshotEnsemble:
         """Set the flag ``training``; the members stay in eval mode."""
@@ -215,11 +220,17 @@ class SnapshotEnsemble(nn.Module):
         # When compiled a member's values cannot be looked at, which a plan does.
         how = "loop" if torch.compiler.is_compiling() else checked_way(self.how)
         if how == "vmap":
+            self._text = f"{len(self.members)} members in one call, by torch.func.vmap"
             for output in self._stack()(inputs, keywords):
                 take(output)
         elif how == "loop" or not self._run_graph(take, inputs, keywords):
-            for member in self.members:
-                take(member(*inputs, **keywords))
+            if how == "loop":
+                self._text = f"{len(self.members)} members, one by one, as asked for"
+            *others, last = self.members
+            for member in others:  # each on inputs that no other member has written to
+                args, kwargs = tree_map_only(Tensor, torch.clone, (inputs, keywords))
+                take(member(*args, **kwargs))
+            take(last(*inputs, **keywords))
 
     def _run_graph(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
         """Run the members as one graph; False if there is none, and none was asked for."""
@@ -234,14 +245,14 @@ class SnapshotEnsemble(nn.Module):
 
     def _plan(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Plan, list[Tensor]]:
         try:
-            key, tensors = Key.of(self.members[0], inputs, keywords)
+            key, tensors = Key.of(self.members[0], inputs, keywords, self.fold)
         except UntraceableError as error:
-            plan = Plan(list(self.members), f"{len(self.members)} members, one by one: {error}")
+            plan = Plan(self.members, f"{len(self.members)} members, one by one: {error}")
             self._text = plan.text
             return plan, []
         found = self._plans.get(key)
-        if found is None or not found.fits():
-            found = make_plan(self, list(self.members), key, tensors, may_fold=self.fold)
+        if found is None or not found.fits(self.members):
+            found = make_plan(self, self.members, key, tensors)
             others = [item for item in self._plans.items() if item[0] != key]
             # Replaced, not changed: other threads may be looking.
             self._plans = dict([*others, (key, found)][-_MAX_PLANS:])
@@ -249,8 +260,8 @@ class SnapshotEnsemble(nn.Module):
         return found, tensors
 
     def _stack(self) -> Stacked:
-        if self._stacked is None or not self._stacked.fits():
-            self._stacked = Stacked(list(self.members))
+        if self._stacked is None or not self._stacked.fits(self.members):
+            self._stacked = Stacked(self.members)
         return self._stacked
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

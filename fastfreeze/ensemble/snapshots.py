@@ -75,7 +75,7 @@ class SnapshotStore(Snapshots):
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # the working directory may change
         self._lock = threading.RLock()  # held by the one thread that writes
         self._background = Background()
         self._read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from fastfreeze.clock import Clock
+from fastfreeze.ensemble.merge import difference
 from fastfreeze.graph._state import Held, HeldState
+from fastfreeze.graph.trace import hooked
 from fastfreeze.text import format_table
 
 Way = Literal["loop", "graph", "vmap", "compiled"]
@@ -32,16 +35,27 @@ class Stacked:
 
     Pays where a call is short beside its overhead: batches of few samples. Holds copies of the
     members' tensors.
+
+    Raises:
+        ValueError: members have hooks, or differ in more than parameters and buffers.
     """
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        self._made_from = HeldState(Held(members))
+    def __init__(self, members: nn.ModuleList) -> None:
+        held = Held([members])
+        if name := hooked(held.modules):
+            raise ValueError(f"how='vmap' cannot run: {name} has hooks")
+        if what := difference(list(members)):
+            raise ValueError(f"how='vmap' cannot run: {what}")
+        self._modules, self._made_from = held.modules, HeldState(held)
         with torch.no_grad():
             self._state = stack_module_state(list(members))
-        self._skeleton = copy.deepcopy(members[0]).to("meta")
+        self._skeleton = copy.deepcopy(members[0])
+        self._lock = threading.Lock()  # a call puts tensors into the skeleton
 
-    def fits(self) -> bool:
-        return self._made_from.lasts()
+    def fits(self, members: nn.ModuleList) -> bool:
+        """Whether the members are still those that it was made of."""
+        same = members is self._modules[0] and self._made_from.lasts()
+        return same and not hooked(self._modules)
 
     def __call__(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
         """The members' outputs [M, ...]."""
@@ -50,7 +64,8 @@ class Stacked:
             output: Tensor = functional_call(self._skeleton, state, inputs, keywords)
             return output
 
-        stacked: Tensor = vmap(call, randomness="different")(self._state)
+        with self._lock:
+            stacked: Tensor = vmap(call, randomness="different")(self._state)
         return stacked
 
 

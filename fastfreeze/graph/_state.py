@@ -116,7 +116,7 @@ class Held:
 
 
 class HeldState:
-    """What modules held at a moment, and their attributes.
+    """What modules held at a moment, and their attributes and submodules.
 
     The tensors and their memory are kept: no others can get their ids and addresses.
     """
@@ -125,7 +125,8 @@ class HeldState:
         self._held, self._states = held, held.states()
         tensors = [] if self._states is None else held.tensors()
         self._pinned = [alias for t in tensors for alias in (t, t.detach())]
-        self._attributes = Watch([vars(module) for module in held.modules])
+        owners = [d for module in held.modules for d in (vars(module), module._modules)]
+        self._attributes = Watch(owners)
 
     def lasts(self) -> bool:
         """Whether nothing has been written to or replaced since; False if that cannot be told."""

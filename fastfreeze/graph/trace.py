@@ -53,7 +53,8 @@ class CallPattern:
     Attributes:
         arguments: positional and keyword arguments, ``TENSOR`` in the place of each tensor.
         types: types of the other values, since ``1 == True == 1.0``.
-        placement: device and dtype of the model's first parameter, which forwards read.
+        placement: device and dtype of the model's first parameter, which forwards read, and what
+            autocast does, which a block in a forward may change to what it was when traced.
     """
 
     arguments: Any
@@ -84,7 +85,12 @@ class CallPattern:
         arguments = map_aggregate((args, kwargs), visit)
         first = next(model.parameters(), None)
         placement = () if first is None else (first.device, first.dtype)
-        return cls(arguments, tuple(types), placement), tensors
+        pattern = cls(arguments, tuple(types), (*placement, *_autocast_state()))
+        try:
+            hash(pattern)
+        except TypeError as error:
+            raise UntraceableError(f"an argument that has no hash: {error}") from error
+        return pattern, tensors
 
 
 @dataclass(frozen=True)
@@ -300,12 +306,16 @@ class _Factories(TorchFunctionMode):
 
 def _ambient_state() -> tuple[Any, ...]:
     """What a ``with`` block in a forward may change and a graph does not see."""
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    return (*modes, *_autocast_state())
+
+
+def _autocast_state() -> tuple[Any, ...]:
     devices = ("cpu", torch.accelerator.current_accelerator(check_available=True))
-    autocast = [
+    return tuple(
         (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
         for d in (d.type if isinstance(d, torch.device) else d for d in devices if d)
-    ]
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+    )
 
 
 @contextmanager
