@@ -1233,3 +1233,18 @@ def test_a_forked_child_waits_for_nothing(tmp_path, held_back):
     assert child.exitcode == 0
     held_back.set()
     assert len(store) == 1
+
+
+def test_a_file_is_no_store(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SnapshotError, match="file must be a directory"):
+        SnapshotStore(tmp_path / "file")
+
+
+def test_a_relative_store_stays_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = SnapshotStore("store")
+    store.save(small_model(), step=1, cycle=0)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(store) == 1

@@ -49,8 +49,8 @@ class SnapshotEnsemble(nn.Module):
         fold: as above; may be set.
         how: in which way members run. "loop": one after the other, each by itself; "graph": as one
             graph; "vmap": all in one batched call, for batches of few samples; "compiled": the
-            graph by ``torch.compile``. None: the graph where there is one, else the loop. May be
-            set, and :meth:`choose` sets it.
+            graph by ``torch.compile``, which does not look for NaN. None: the graph where there is
+            one, else the loop. May be set, and :meth:`choose` sets it.
 
     Raises:
         TypeError: one of ``snapshots`` is not a state dict.
@@ -95,7 +95,7 @@ class SnapshotEnsemble(nn.Module):
         how: Way | None = None,
     ) -> SnapshotEnsemble:
         """The ensemble of a store's snapshots, or of its ``last`` ones."""
-        chosen = tuple(store) if last is None else store.last(last)
+        chosen = tuple(store) if last is None else last_of("last", last, tuple(store))
         return cls(model, (store.load(snapshot) for snapshot in chosen), fold=fold, how=how)
 
     @property

@@ -62,7 +62,8 @@ class SnapshotStore(Snapshots):
         directory: made on the first save if it is not there.
 
     Raises:
-        SnapshotError: the manifest is there, but damaged, or of another version.
+        SnapshotError: the manifest is there, but damaged, or of another version; or the directory
+            is a file.
 
     Example:
         >>> store = SnapshotStore("run/snapshots")
@@ -315,6 +316,8 @@ class SnapshotStore(Snapshots):
         path = self.directory / _MANIFEST
         try:
             data = path.read_bytes()
+        except NotADirectoryError as error:
+            raise SnapshotError(f"{self.directory} must be a directory: {error}") from error
         except FileNotFoundError:
             if not self._files(_PACK):
                 return Manifest({})
