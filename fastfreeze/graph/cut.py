@@ -309,6 +309,9 @@ class Dataflow:
             return isinstance(self.module(node), _GIVE_ONE_TENSOR)
         if self._returns_first(node):
             return True
+        # Not Python's own operators, which work on tuples and numbers too.
+        if getattr(node.target, "__module__", None) in ("_operator", "builtins"):
+            return False
         of_torch = node.op in ("call_function", "call_method") and _is_torchs(node.target)
         return of_torch and _gives_one_tensor(called_name(node))
 
@@ -372,12 +375,9 @@ def _writes_first(node: fx.Node) -> bool:
 
 @cache
 def _gives_one_tensor(name: str) -> bool:
-    """Whether ATen's operator of this name, where there is one, always returns one tensor.
-
-    Python's operators are not known by that: they work on tuples and numbers too.
-    """
+    """Whether ATen's operator of this name, where there is one, always returns one tensor."""
     packet = getattr(torch.ops.aten, name, None)
-    if packet is None or name in ("add", "mul", *ATEN_NAMES.values()):
+    if packet is None:
         return False
     returns = [getattr(packet, overload)._schema.returns for overload in packet.overloads()]
     return all(len(r) == 1 and str(r[0].type) == "Tensor" for r in returns)
