@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import get_model, list_models
 
 from fastfreeze.ensemble import SnapshotEnsemble
-from fastfreeze.ensemble.merge import owners_of, same_bits
+from fastfreeze.ensemble._members import hold_the_same, owners_of
 from fastfreeze.recipes.models import build_model
 from tests.test_graph import AUX, EmptyOnMeta, build
 
@@ -386,21 +386,21 @@ def test_members_draw_numbers_of_their_own():
 
 def test_bits():
     a = torch.tensor([0.0, float("nan")])
-    assert same_bits(a, a.clone())
-    assert not same_bits(a, torch.tensor([-0.0, float("nan")]))
-    assert not same_bits(a, a.double())
-    assert same_bits(torch.tensor(1), torch.tensor(1))
-    assert same_bits(torch.empty(0, 3), torch.empty(0, 3))
-    assert not same_bits(torch.empty(0, 3), torch.empty(3, 0))
+    assert hold_the_same(a, a.clone())
+    assert not hold_the_same(a, torch.tensor([-0.0, float("nan")]))
+    assert not hold_the_same(a, a.double())
+    assert hold_the_same(torch.tensor(1), torch.tensor(1))
+    assert hold_the_same(torch.empty(0, 3), torch.empty(0, 3))
+    assert not hold_the_same(torch.empty(0, 3), torch.empty(3, 0))
     image = torch.randn(2, 3, 4, 4)
-    assert not same_bits(image, image.to(memory_format=torch.channels_last))
-    assert same_bits(
+    assert not hold_the_same(image, image.to(memory_format=torch.channels_last))
+    assert hold_the_same(
         image.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
     )
     for dtype in (torch.bool, torch.complex64, torch.bfloat16, torch.int8):
         ones = torch.ones(3, dtype=dtype)
-        assert same_bits(ones, ones.clone())
-        assert not same_bits(ones, torch.zeros(3, dtype=dtype))
+        assert hold_the_same(ones, ones.clone())
+        assert not hold_the_same(ones, torch.zeros(3, dtype=dtype))
 
 
 def test_owners():

@@ -1,5 +1,6 @@
 """Snapshots on disk, the ensemble they make, and statistics of its predictions."""
 
+from fastfreeze.ensemble._manifest import Snapshot
 from fastfreeze.ensemble.averaging import Soup, average_weights, greedy_soup, reestimate_norms
 from fastfreeze.ensemble.calibration import TemperatureScaling, fit_temperature
 from fastfreeze.ensemble.evaluation import EnsembleEvaluation, PredictionScores, evaluate
@@ -15,7 +16,7 @@ from fastfreeze.ensemble.metrics import (
 from fastfreeze.ensemble.plots import diversity_plot, reliability_diagram
 from fastfreeze.ensemble.predict import SnapshotEnsemble
 from fastfreeze.ensemble.selection import Selection, last_k_curve, select_members
-from fastfreeze.ensemble.snapshots import Snapshot, SnapshotStore
+from fastfreeze.ensemble.snapshots import SnapshotStore
 from fastfreeze.ensemble.ways import Measured, Way
 
 __all__ = [

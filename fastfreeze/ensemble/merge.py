@@ -9,29 +9,20 @@ from __future__ import annotations
 
 import copy
 import operator
-import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from fastfreeze.graph._state import tensors_in
+from fastfreeze.ensemble._members import Owners
 from fastfreeze.graph.cut import Dataflow, called_name
 from fastfreeze.graph.fold import CannotFoldError, Folded, fold
 from fastfreeze.graph.rewrite import Piece, Program, compiled
 from fastfreeze.graph.split import draws_random_numbers
 from fastfreeze.graph.trace import IN_PLACE_FUNCTIONS, Trace
 from fastfreeze.ops.reference import softmax_add_reference
-
-# For each tensor of the model, by name: the first member that holds the same bits, for each member.
-Owners = dict[str, tuple[int, ...]]
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class CannotMergeError(Exception):
@@ -54,98 +45,6 @@ class Merged:
     origins: dict[str, str]
     num_nodes: int
     num_own: int
-
-
-def owners_of(members: Sequence[nn.Module]) -> Owners:
-    """Which members hold the same bits in the same layout, parameters and buffers alike."""
-    held = [dict(_tensors(member)) for member in members]
-    owners = {}
-    for name in held[0]:
-        row = [0]
-        for m in range(1, len(held)):
-            before = [o for o in sorted(set(row)) if same_bits(held[o][name], held[m][name])]
-            row.append(before[0] if before else m)
-        owners[name] = tuple(row)
-    return owners
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one, or hold the same bits in the same layout on the same device."""
-    if a is b:
-        return True
-    alike = (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
-    if not alike or a.device.type == "meta" or a.layout != torch.strided:
-        return False
-    return torch.equal(_bytes(a), _bytes(b))
-
-
-def difference(members: Sequence[nn.Module]) -> str:
-    """In what members differ besides parameters and buffers, in words; empty if in nothing.
-
-    Tensors that are plain attributes count: nobody notices when they are written to.
-    """
-    first = list(members[0].named_modules(remove_duplicate=False))
-    for m, member in enumerate(members[1:], 1):
-        modules = list(member.named_modules(remove_duplicate=False))
-        if [name for name, _ in modules] != [name for name, _ in first]:
-            return f"member {m} has other modules than the first"
-        for (name, module), (_, model) in zip(modules, first, strict=True):
-            if what := _differs(module, model):
-                return (
-                    f"member {m} differs from the first in {'.'.join(filter(None, [name, what]))}"
-                )
-    return ""
-
-
-def _differs(module: nn.Module, other: nn.Module) -> str:
-    """The name of the first attribute in which two modules differ, or ``__class__``."""
-    if type(module) is not type(other):
-        return "__class__"
-    for held in ("_parameters", "_buffers"):
-        if vars(module)[held].keys() != vars(other)[held].keys():
-            return held
-    a, b = (
-        {name: v for name, v in vars(m).items() if name not in _OF_EVERY_MODULE}
-        for m in (module, other)
-    )
-    return next((n for n in a.keys() | b.keys() if not _equal(a.get(n), b.get(n))), "")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if type(a) is not type(b) or any(True for _ in tensors_in((a, b))):
-        return False
-    with suppress(Exception):  # of arrays and the like, or of what cannot be compared
-        if a == b:
-            return True
-    with suppress(Exception):
-        return pickle.dumps(a) == pickle.dumps(b)
-    return False
-
-
-def share(members: Sequence[nn.Module]) -> None:
-    """Let members hold one parameter in common where they hold the same bits."""
-    for name, row in owners_of(members).items():
-        path, _, own = name.rpartition(".")
-        for m, owner in enumerate(row):
-            held = members[m].get_submodule(path)._parameters
-            if own in held:
-                held[own] = members[owner].get_submodule(path)._parameters[own]
-
-
-def unshare(members: Sequence[nn.Module]) -> None:
-    """Give each member parameters of its own; those tied within a member stay tied."""
-    seen: set[int] = set()
-    for member in members:
-        copies: dict[int, nn.Parameter] = {}
-        for module in member.modules():
-            for name, tensor in module._parameters.items():
-                if tensor is not None and id(tensor) in seen:
-                    if id(tensor) not in copies:
-                        copies[id(tensor)] = nn.Parameter(tensor.detach().clone(), False)
-                    module._parameters[name] = copies[id(tensor)]
-        seen |= {id(p) for p in member.parameters()}
 
 
 def merge(members: Sequence[nn.Module], trace: Trace, owners: Owners) -> Merged:
@@ -194,16 +93,6 @@ def fold_merged(merged: Merged, ensemble: nn.Module, metas: Mapping[str, Any]) -
     known = {written: metas[name] for written, name in merged.origins.items() if name in metas}
     nodes = [n for n in merged.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     return fold(Piece(Dataflow(merged.graph, ensemble), nodes, [], [], known))
-
-
-def _tensors(member: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """By every name, tied ones too; buffers that no state dict holds included."""
-    yield from member.named_parameters(remove_duplicate=False)
-    yield from member.named_buffers(remove_duplicate=False)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 Leaders = dict[fx.Node, tuple[int, ...]]  # for each member, the member whose node stands for its

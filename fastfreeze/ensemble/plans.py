@@ -10,18 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fastfreeze.ensemble._members import MembersState, difference, share
 from fastfreeze.ensemble.merge import (
     CannotMergeError,
     Merged,
-    difference,
     fold_merged,
     merge,
     merged_module,
-    owners_of,
-    share,
     write_merged,
 )
-from fastfreeze.graph._state import Held, HeldState, preserved, requires_grad
+from fastfreeze.graph._state import Held, preserved, requires_grad
 from fastfreeze.graph.fold import CannotFoldError, Folded
 from fastfreeze.graph.prefix import autocasts
 from fastfreeze.graph.rewrite import Program, write_measured
@@ -65,33 +63,28 @@ class Plan:
 
     def __init__(
         self,
-        members: nn.ModuleList,
         text: str,
+        state: MembersState | None = None,
         traced: Trace | None = None,
         merged: Merged | None = None,
         folded: Folded | None = None,
     ) -> None:
         self.text, self.folded, self._traced, self._merged = text, folded, traced, merged
         self.program = None if merged is None else write_merged(merged)
-        held = Held([members])
-        self._modules, self._made_from = held.modules, HeldState(held)
-        self._parameters = list(members.parameters())
-        self._hooked = hooked(self._modules)
+        self._state = state
         self._compiled: Callable[..., Tensor] | None = None
 
     def fits(self, members: nn.ModuleList) -> bool:
         """Whether the members' tensors, attributes and hooks are still those it was made for."""
-        if members is not self._modules[0] or not self._made_from.lasts():
-            return False
-        if hooked(self._modules) != self._hooked:
+        if self._state is None or not self._state.lasts(members):
             return False
         return self._traced is None or not self._traced.stale()
 
     def choose(self, tensors: Sequence[Tensor]) -> Program | None:
         """The fastest program for a call with these tensors."""
-        if self.folded is None or autocasts(tensors):
+        if self.folded is None or self._state is None or autocasts(tensors):
             return self.program
-        if torch.is_grad_enabled() and requires_grad([*tensors, *self._parameters]):
+        if torch.is_grad_enabled() and requires_grad([*tensors, *self._state.parameters]):
             return self.program
         return self.folded.program
 
@@ -115,6 +108,11 @@ class Plan:
         return self._compiled
 
 
+def one_by_one(count: int, reason: object) -> str:
+    """The text of a plan without a graph."""
+    return f"{count} members, one by one: {reason}"
+
+
 def make_plan(
     ensemble: nn.Module, members: nn.ModuleList, key: Key, tensors: Sequence[Tensor]
 ) -> Plan:
@@ -122,11 +120,11 @@ def make_plan(
     count = len(members)
     try:
         with _ONE_AT_A_TIME:
-            share(list(members))
+            owners = share(list(members))
             traced, metas = _traced(members, key, tensors)
-            merged = merge(list(members), traced, owners_of(list(members)))
+            merged = merge(list(members), traced, owners)
     except (CannotMergeError, UntraceableError) as error:
-        return Plan(members, f"{count} members, one by one: {error}")
+        return Plan(one_by_one(count, error), MembersState(members))
     folded, text = None, "not folded: that was not wanted"
     if key.may_fold:
         try:
@@ -135,7 +133,7 @@ def make_plan(
             text = f"not folded: {error}"
     runs = f"{merged.num_own} of {merged.num_nodes} nodes run"
     text = f"{count} members as one graph, {runs}, {text}"
-    return Plan(members, text, traced, merged, folded)
+    return Plan(text, MembersState(members), traced, merged, folded)
 
 
 def _traced(

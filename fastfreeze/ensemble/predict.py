@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fastfreeze.ensemble._members import share, unshare
+from fastfreeze.ensemble._states import last_of, load_into
 from fastfreeze.ensemble.memory import MemorySnapshots
-from fastfreeze.ensemble.merge import share, unshare
-from fastfreeze.ensemble.plans import Key, Plan, make_plan
-from fastfreeze.ensemble.snapshots import SnapshotStore, last_of, load_into
+from fastfreeze.ensemble.plans import Key, Plan, make_plan, one_by_one
+from fastfreeze.ensemble.snapshots import SnapshotStore
 from fastfreeze.ensemble.ways import WAYS, Measured, Stacked, Way, checked_way, measure
 from fastfreeze.graph.trace import UntraceableError
 from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
@@ -247,7 +248,7 @@ class SnapshotEnsemble(nn.Module):
         try:
             key, tensors = Key.of(self.members[0], inputs, keywords, self.fold)
         except UntraceableError as error:
-            plan = Plan(self.members, f"{len(self.members)} members, one by one: {error}")
+            plan = Plan(one_by_one(len(self.members), error))
             self._text = plan.text
             return plan, []
         found = self._plans.get(key)

@@ -28,18 +28,10 @@ from fastfreeze.ensemble._manifest import (
     state_hash,
 )
 from fastfreeze.ensemble._packs import content_hash, copy_of, read_pack, write_pack
-from fastfreeze.ensemble._states import (
-    Snapshots,
-    checked_to_save,
-    facts_of,
-    last_of,
-    load_into,
-)
+from fastfreeze.ensemble._states import Snapshots, checked_to_save, facts_of
 from fastfreeze.errors import SnapshotError
 from fastfreeze.files import write_atomic
 from fastfreeze.schedule import Schedule
-
-__all__ = ["Snapshot", "SnapshotStore", "last_of", "load_into"]
 
 _MANIFEST = "manifest.json"
 _PACK = re.compile(r"pack-[0-9a-f]{32}\.safetensors")

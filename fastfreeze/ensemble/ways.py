@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from fastfreeze.clock import Clock
-from fastfreeze.ensemble.merge import difference
-from fastfreeze.graph._state import Held, HeldState
-from fastfreeze.graph.trace import hooked
+from fastfreeze.ensemble._members import MembersState, difference
 from fastfreeze.text import format_table
 
 Way = Literal["loop", "graph", "vmap", "compiled"]
@@ -41,12 +39,11 @@ class Stacked:
     """
 
     def __init__(self, members: nn.ModuleList) -> None:
-        held = Held([members])
-        if name := hooked(held.modules):
+        self._members_state = MembersState(members)
+        if name := self._members_state.hooked:
             raise ValueError(f"how='vmap' cannot run: {name} has hooks")
         if what := difference(list(members)):
             raise ValueError(f"how='vmap' cannot run: {what}")
-        self._modules, self._made_from = held.modules, HeldState(held)
         with torch.no_grad():
             self._state = stack_module_state(list(members))
         self._skeleton = copy.deepcopy(members[0])
@@ -54,8 +51,7 @@ class Stacked:
 
     def fits(self, members: nn.ModuleList) -> bool:
         """Whether the members are still those that it was made of."""
-        same = members is self._modules[0] and self._made_from.lasts()
-        return same and not hooked(self._modules)
+        return self._members_state.lasts(members)
 
     def __call__(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
         """The members' outputs [M, ...]."""
