@@ -83,13 +83,16 @@ def _differs(module: nn.Module, other: nn.Module) -> str:
     if type(module) is not type(other):
         return "__class__"
     for held in ("_parameters", "_buffers"):
-        if vars(module)[held].keys() != vars(other)[held].keys():
+        a, b = (
+            {name for name, t in vars(m)[held].items() if t is not None} for m in (module, other)
+        )
+        if a != b:
             return held
-    a, b = (
+    x, y = (
         {name: v for name, v in vars(m).items() if name not in _OF_EVERY_MODULE}
         for m in (module, other)
     )
-    return next((n for n in a.keys() | b.keys() if not _equal(a.get(n), b.get(n))), "")
+    return next((n for n in x.keys() | y.keys() if not _equal(x.get(n), y.get(n))), "")
 
 
 def _equal(a: Any, b: Any) -> bool:

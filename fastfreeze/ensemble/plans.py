@@ -119,6 +119,8 @@ def make_plan(
     """A plan for calls of a kind, of which ``tensors`` are those of one; a member runs once."""
     count = len(members)
     try:
+        if what := difference(list(members)):
+            raise CannotMergeError(what)
         with _ONE_AT_A_TIME:
             owners = share(list(members))
             traced, metas = _traced(members, key, tensors)
@@ -143,8 +145,6 @@ def _traced(
     held = Held(list(members))
     if any(m.training for m in held.modules):
         raise CannotMergeError("a member is in training mode")
-    if what := difference(list(members)):
-        raise CannotMergeError(what)
     if name := hooked(held.modules):
         raise CannotMergeError(f"{name} has hooks")
     if any(t.is_meta for t in held.tensors()):
