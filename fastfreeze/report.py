@@ -19,6 +19,7 @@ from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import run_events
 from fastfreeze.freezing import Layer, LayerPlan
 from fastfreeze.graph.blockers import BackwardBlocker, blockers_below, checked_model
+from fastfreeze.graph.trim import TrimmedModel
 from fastfreeze.layer_costs import LayerFlops, StepProfile, measured_costs, profiled
 from fastfreeze.optim import SGD
 from fastfreeze.text import format_table, some
@@ -115,6 +116,9 @@ class FreezeReport:
         if not isinstance(plan, LayerPlan):
             raise TypeError(f"plan must be a LayerPlan, got {type(plan).__name__}")
         model = checked_model(network, plan)
+        if isinstance(network, TrimmedModel):  # the hooks of the first steps must change nothing
+            inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+            network.trace(*inputs)
         self._optimizer, self._plan, self._example = optimizer, plan, example_inputs
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)

@@ -296,6 +296,54 @@ def test_layout_of_what_crosses(name, last):
     assert is_channels_last(2) == {True}
 
 
+class Flat(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+LAYOUTS = {  # of the images that the model gets while all of it trains
+    "convolutions": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()], {}, True),
+    "more weights than values": (lambda: [nn.Conv2d(3, 99, 6), nn.Flatten()], {}, False),
+    "no convolution": (lambda: [nn.Flatten(), nn.Linear(108, 4)], {}, False),
+    "unfolded": (lambda: [nn.Conv2d(3, 4, 3), nn.Flatten()], {"fold": False}, False),
+    "a module of another's": (lambda: [nn.Conv2d(3, 4, 3), Flat()], {}, False),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "last"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_of_images_while_all_trains(make, options, last):
+    model = nn.Sequential(*make())
+    seen = []
+    conv = next((m for m in model if isinstance(m, nn.Conv2d)), model[0])
+    inner, kept = conv.forward, torch.channels_last
+
+    def forward(x):
+        seen.append(x.is_contiguous(memory_format=kept))
+        return inner(x)
+
+    conv.forward = forward
+    x = images(2, 3, 6, 6)
+    found = trim(model, **options)(x)
+    assert seen[-1] == last
+    assert x.is_contiguous()
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_images_that_the_model_writes_to_stay_the_callers():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x.mul_(2))
+
+    x = images(2, 3, 6, 6)
+    before = x.clone()
+    trim(Writes())(x)
+    assert torch.equal(x, 2 * before)
+
+
 @pytest.mark.parametrize("change", ["load_state_dict", "assign", "in place", "statistics", "data"])
 def test_never_stale(change):
     model = frozen(Net(residual, **parts()))
@@ -374,7 +422,8 @@ def test_thawed_is_exact_again():
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     reference = copy.deepcopy(model)
-    assert torch.equal(trimmed(x), reference(x))
+    expected = reference(x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(trimmed(x), expected)
 
 
 def test_a_first_call_gives_the_bits_of_any_other():

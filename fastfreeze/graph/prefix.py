@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -194,7 +195,7 @@ class Prefix:
         self.flow = flow = Dataflow(trace.graph, model)
         self.split = split = find_split(flow, cut, metas)
         self._metas, self._options = dict(metas), options
-        self._contiguous = not _takes_channels_last(flow, split.rest, metas)
+        self._contiguous = gain_by_channels_last(flow, split.rest, metas) < 0
         self._part = self._part_of(split.prefix, ())
         self.suffix = write_suffix(trace.graph, cut, split)
         self._stretches: dict[Prefix, Part] = {}
@@ -279,29 +280,30 @@ class Prefix:
         return Part(piece, self._options, self._contiguous)
 
 
-def _takes_channels_last(
+def gain_by_channels_last(
     flow: Dataflow, nodes: Sequence[fx.Node], metas: Mapping[str, Any]
-) -> bool:
-    """Whether nodes work on channels_last values, and no slower.
+) -> float:
+    """Whether nodes are faster on channels_last values (> 0), as fast (0), or slower (< 0).
 
     Convolutions whose weights are in the usual layout reorder them for such values, forward and
     backward. That pays where the weights are fewer than what is computed with them, for a batch of
     32: what the batch really holds must not matter, or a resumed run would not give the same bits.
+    What may not work on such values at all counts as slower.
     """
     modules = {n: flow.module(n) for n in nodes if n.op == "call_module"}
     views = any(n.op == "call_method" and n.target == "view" for n in nodes)
     kinds = [type(module).__module__ for module in modules.values()]
     if views or not all(kind.startswith("torch.nn.modules") for kind in kinds):
-        return False
+        return -math.inf
     weights = values = 0
     for node, module in modules.items():
         value = metas.get(node.name)
         if isinstance(module, nn.Conv2d) and isinstance(value, Tensor) and len(value):
             if not module.weight.is_contiguous():
-                return True
+                return math.inf
             weights += module.weight.numel()
             values += 32 * value[0].numel()
-    return weights <= values
+    return values - weights
 
 
 def _held_by(piece: Piece) -> Held:

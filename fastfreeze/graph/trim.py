@@ -89,10 +89,9 @@ def trim(
     trimmed = TrimmedModel(model, options)
     if example_inputs is None:
         return trimmed
-    try:
-        trimmed._now().graph_for(*arguments("example_inputs", example_inputs))
-    except UntraceableError as error:
-        trimmed._announce(str(error), stacklevel=3)
+    args, kwargs = arguments("example_inputs", example_inputs)
+    if reason := trimmed.trace(*args, **kwargs):
+        trimmed._announce(reason, stacklevel=3)
     return trimmed
 
 
@@ -117,7 +116,9 @@ class TrimmedModel(nn.Module):
     untouched: nothing in it is replaced, and modules' ``training`` flags change only while they are
     called.
 
-    * In eval mode of ``model``, and while nothing is frozen, ``model`` itself runs.
+    * In eval mode of ``model``, and while nothing is frozen, ``model`` itself runs; in training
+      its images are in channels_last, where :func:`trim` is to fold and that is faster (on a CPU,
+      if there are more values than weights).
     * Otherwise its graph runs, cut where the present flags put it (:attr:`cut`). A node of the
       frozen prefix is in eval mode if it holds a frozen parameter, or comes before or after one
       that does; a dropout in front of a part that trains is not. Norms keep their statistics
@@ -136,12 +137,13 @@ class TrimmedModel(nn.Module):
       everywhere). Norms and dropouts that have no parameters and are in no such module keep
       their mode. If an input of the model requires grad, ``model`` itself runs.
 
-    The first call of each kind runs the model once more, and its graph, to compare them, and the
-    first under each cut the cut graph and its prefix; what that does to buffers and random numbers
-    is undone. A forward's Python runs when the graph is made and
-    not again, except in modules without submodules: it is made again when an attribute that was
-    read has changed, but globals count as constant, and ``if self.training`` stays as it is in a
-    prefix. Functions that take ``training`` as an argument are switched off there.
+    The first call of each kind traces the model, which is for one thread alone, and runs it once
+    more, and its graph, to compare them; the first under each cut runs the cut graph and its
+    prefix. What that does to buffers and random numbers is undone. A forward's Python runs when the
+    graph is made and not again, except in modules without submodules: it is made again when an
+    attribute that was read has changed, but globals count as constant, and ``if self.training``
+    stays as it is in a prefix. Functions that take ``training`` as an argument are switched off
+    there.
     """
 
     model: nn.Module
@@ -169,6 +171,17 @@ class TrimmedModel(nn.Module):
             raise TypeError(_NOT_FROM_OUTSIDE)
         call = self._begin(args, kwargs, stacklevel=6)
         return call.run() if self._ahead is None else self._ahead.run(call, self._begin)
+
+    def trace(self, *args: Any, **kwargs: Any) -> str:
+        """Make the graph for calls like this one ahead of the first; why there is none, or empty.
+
+        Hooks that are put on modules later do not change in what layout such calls run.
+        """
+        try:
+            self._now().graph_for(args, kwargs)
+        except UntraceableError as error:
+            return str(error)
+        return ""
 
     def ahead(
         self, batches: Iterable[_Batch], inputs: Callable[[Any], Any] = itemgetter(0)
@@ -285,8 +298,7 @@ class TrimmedModel(nn.Module):
         """What a call will do; announcements point ``stacklevel`` frames up."""
         graphs = self._now()
         if not self.model.training or (all(graphs.flags) and not self._compiled):
-            reason = "nothing is frozen" if self.model.training else "the model is in eval mode"
-            return Call(lambda: self.model(*args, **kwargs), reason)
+            return self._begin_untrimmed(graphs, args, kwargs)
         try:
             graph, tensors = graphs.graph_for(args, kwargs)
             if self._compiled and not graph.compiled:
@@ -304,6 +316,13 @@ class TrimmedModel(nn.Module):
         if graph.hooked:
             return Call(lambda: self._run_hooked(graphs, graph, tensors, stacklevel), graph.unsplit)
         return Call(lambda: graph.run(tensors), graph.unsplit, tensors, graph)
+
+    def _begin_untrimmed(self, graphs: Graphs, args: Any, kwargs: Any) -> Call:
+        reason = "the model is in eval mode"
+        if self.model.training:
+            reason = "nothing is frozen"
+            args, kwargs = graphs.laid_out(args, kwargs)
+        return Call(lambda: self.model(*args, **kwargs), reason)
 
     def _run_hooked(
         self, graphs: Graphs, graph: TrimmedGraph, tensors: list[Tensor], stacklevel: int
