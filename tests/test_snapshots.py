@@ -1005,28 +1005,45 @@ def held_back(monkeypatch):
 def test_weights_may_change_right_after_a_save_that_does_not_wait(tmp_path, held_back):
     store, model = SnapshotStore(tmp_path), small_model()
     expected = []
-    for step in range(3):
+    for step in range(2):
         expected.append(copy.deepcopy(model.state_dict()))
         assert store.save(model, step=step, cycle=0, wait=False) is None
         for tensor in model.state_dict().values():
             tensor.zero_().add_(step)
     assert not list(tmp_path.iterdir())
     held_back.set()
-    assert [s.step for s in store] == [0, 1, 2]
+    assert [s.step for s in store] == [0, 1]
     for snapshot, state in zip(store, expected, strict=True):
         assert_same_state(store.load(snapshot), state)
 
 
 def test_saves_are_written_in_order(tmp_path, held_back):
     store, saved = SnapshotStore(tmp_path), states(6)
+    threading.Timer(0.05, held_back.set).start()
     for i, state in enumerate(saved[:4]):
         store.save(state, step=i % 2, cycle=i, wait=False)
-    threading.Timer(0.05, held_back.set).start()
     store.save(saved[4], step=1, cycle=4)
     store.save(saved[5], step=2, cycle=5, wait=False)
     assert [(s.step, s.cycle) for s in store] == [(0, 2), (1, 4), (2, 5)]
     for snapshot, i in zip(store, (2, 4, 5), strict=True):
         assert_same_state(store.load(snapshot), saved[i])
+
+
+def test_a_third_copy_is_made_only_when_one_is_written(tmp_path, held_back):
+    store, saved = SnapshotStore(tmp_path), states(3)
+    for step in range(2):
+        store.save(saved[step], step=step, cycle=0, wait=False)
+    third = threading.Thread(
+        target=store.save, args=(saved[2],), kwargs={"step": 2, "cycle": 0, "wait": False}
+    )
+    third.start()
+    third.join(0.2)
+    assert third.is_alive()
+    held_back.set()
+    third.join()
+    assert [s.step for s in store] == [0, 1, 2]
+    for snapshot, state in zip(store, saved, strict=True):
+        assert_same_state(store.load(snapshot), state)
 
 
 NEXT_CALLS = {

@@ -29,6 +29,13 @@ class Background:
         with self._lock:
             self._futures.append(self._executor.submit(_made, call))
 
+    def wait_for_room(self, limit: int) -> None:
+        """Wait until fewer than ``limit`` calls have not ended."""
+        self._renew_in_child()
+        with self._lock:
+            left = [future for future in self._futures if not future.done()]
+        wait(left[: max(0, len(left) - limit + 1)])  # they end in order
+
     def flush(self) -> None:
         """Wait for all calls so far; then as :meth:`raise_error`."""
         self._renew_in_child()

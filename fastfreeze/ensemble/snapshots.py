@@ -37,6 +37,7 @@ _MANIFEST = "manifest.json"
 _PACK = re.compile(r"pack-[0-9a-f]{32}\.safetensors")
 _TEMPORARY = re.compile(r"\.(pack-[0-9a-f]{32}\.safetensors|manifest\.json)\.tmp")
 _CPU = torch.device("cpu")
+_MAX_COPIES = 2  # of the weights, that wait to be written or are being written
 
 
 class SnapshotStore(Snapshots):
@@ -116,7 +117,8 @@ class SnapshotStore(Snapshots):
 
         With ``wait=False`` they are copied at once, those on a CUDA device in the order of its
         current stream, so that training may go on; a thread hashes and writes the copies, save
-        after save. What goes wrong there is raised, once, by the next call of any method but
+        after save. There are two such copies at most: a further save first waits until one is
+        written. What goes wrong there is raised, once, by the next call of any method but
         ``repr``, which then does nothing else. An interpreter that exits waits for all saves.
 
         Args:
@@ -145,6 +147,7 @@ class SnapshotStore(Snapshots):
             self.flush()
             copies = ((name, copy_of(t, _CPU)) for name, t in state.items())
             return self._write(copies, signature, facts)
+        self._background.wait_for_room(_MAX_COPIES)
         self._background.raise_error()
         self._check_model(signature, self._read())
         self._background.submit(partial(self._write_later, *_copied(state), signature, facts))
