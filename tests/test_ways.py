@@ -9,9 +9,13 @@ import torch
 from torch import nn
 
 from fastfreeze.ensemble import SnapshotEnsemble, ways
+from tests.conftest import HAS_GPU
 from tests.test_merge import Branching, Many, Net, Noisy, assert_right, chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ON_CUDA = ("streams", "cuda_graph")
+ON_CPU = tuple(way for way in ways.WAYS if way not in ON_CUDA)
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +25,7 @@ def _eager_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="aot_eager"))
 
 
-@pytest.mark.parametrize("how", [None, *ways.WAYS])
+@pytest.mark.parametrize("how", [None, *ON_CPU])
 @pytest.mark.parametrize("batch", [1, 3, 33])
 def test_every_way_gives_the_same(how, batch):
     ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks.0"), 3), how=how)
@@ -35,7 +39,7 @@ def test_every_way_gives_the_same(how, batch):
     assert_right(ensemble, x)
 
 
-@pytest.mark.parametrize("how", ways.WAYS)
+@pytest.mark.parametrize("how", ON_CPU)
 def test_keywords_and_gradients(how):
     ensemble = SnapshotEnsemble(Many(), chain(Many, ("a",), 3), how=how).double()
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
@@ -61,6 +65,60 @@ def test_an_explicit_way_never_falls_back():
             ensemble(x)
     ensemble.how = "loop"
     assert_right(ensemble, x)
+
+
+@pytest.mark.parametrize("how", ON_CUDA)
+def test_ways_of_a_gpu_are_refused_on_a_cpu(how):
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 2), how=how)
+    x = torch.randn(2, 3, 6, 6)
+    message = f"how='{how}' cannot run: it needs tensors on one CUDA device, got cpu"
+    with pytest.raises(ValueError, match=message):
+        ensemble(x)
+    measured = ensemble.choose(x, ways=["loop", *ON_CUDA], seconds=0.01)
+    assert measured.how == "loop"
+    assert set(measured.unavailable) == set(ON_CUDA)
+    assert_right(ensemble, x)
+
+
+@needs_gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("how", ON_CUDA)
+def test_ways_of_a_gpu(how, autocast):
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks.0"), 3), how=how).cuda()
+
+    def check(batch):
+        x = torch.randn(batch, 3, 6, 6, device="cuda")
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            truth = torch.stack([m(x).softmax(-1) for m in ensemble.members]).mean(0)
+            before = x.clone()
+            found = ensemble(x)
+        torch.testing.assert_close(found, truth.to(found.dtype))
+        assert torch.equal(x, before)
+        return found
+
+    first = check(3)
+    kept = first.clone()
+    for batch in (3, 1, 33):
+        check(batch)
+    assert torch.equal(first, kept)  # not the memory that the next call writes to
+    with torch.no_grad():
+        for p in ensemble.members[1].head.parameters():
+            p.add_(torch.randn_like(p))
+    check(3)
+
+
+@needs_gpu
+def test_a_cuda_graph_gives_no_gradients():
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 2), how="cuda_graph").cuda()
+    with pytest.raises(ValueError, match="it gives an input no gradient"):
+        ensemble(torch.randn(2, 3, 6, 6, device="cuda", requires_grad=True))
+
+
+@needs_gpu
+def test_all_that_a_gpu_has_is_tried():
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 2)).cuda()
+    measured = ensemble.choose(torch.randn(2, 3, 6, 6, device="cuda"), seconds=0.05)
+    assert {*measured.seconds, *measured.unavailable} == {"loop", "graph", "vmap", *ON_CUDA}
 
 
 def test_members_draw_numbers_of_their_own_under_vmap():
@@ -94,7 +152,7 @@ def test_the_fastest_is_chosen(monkeypatch):
     measured = ensemble.choose(x, seconds=0.01)
     assert (measured.how, ensemble.how) == ("graph", "graph")
     assert measured.seconds == {"loop": 5.0, "graph": 2.0, "vmap": 3.0}
-    assert ensemble.choose(x, ways=ways.WAYS, seconds=0.01).how == "compiled"
+    assert ensemble.choose(x, ways=ON_CPU, seconds=0.01).how == "compiled"
     assert ensemble.choose(x, ways=["vmap", "loop"], seconds=0.01).how == "vmap"
 
 
@@ -114,7 +172,10 @@ def test_what_cannot_run_is_not_chosen():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"ways": ["fast"]}, "how must be None or one of loop, graph, vmap, compiled, got 'fast'"),
+        (
+            {"ways": ["fast"]},
+            "how must be None or one of loop, graph, .*, streams, cuda_graph, got 'fast'",
+        ),
         ({"ways": []}, "ways must be some of"),
         ({"seconds": 0}, "seconds must be > 0, got 0"),
         ({"seconds": float("nan")}, "seconds must be > 0, got nan"),
@@ -146,7 +207,7 @@ class Tied(nn.Module):
         return self.out(self.embedding(x))
 
 
-@pytest.mark.parametrize("how", ways.WAYS)
+@pytest.mark.parametrize("how", ON_CPU)
 def test_tied_weights(how):
     ensemble = SnapshotEnsemble(Tied(), [Tied().state_dict() for _ in range(3)], how=how)
     assert_right(ensemble, torch.randint(7, (4, 2)))

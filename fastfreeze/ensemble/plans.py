@@ -19,11 +19,14 @@ from fastfreeze.ensemble.merge import (
     merged_module,
     write_merged,
 )
+from fastfreeze.ensemble.ways import Captured
 from fastfreeze.graph._state import Held, preserved, requires_grad
 from fastfreeze.graph.fold import CannotFoldError, Folded
 from fastfreeze.graph.prefix import autocasts
 from fastfreeze.graph.rewrite import Program, write_measured
 from fastfreeze.graph.trace import CallPattern, Trace, UntraceableError, hooked, trace
+
+MAX_KEPT = 8  # of the latest kinds of calls
 
 # Tracing looks at all modules of the process.
 _ONE_AT_A_TIME = threading.Lock()
@@ -72,7 +75,9 @@ class Plan:
         self.text, self.folded, self._traced, self._merged = text, folded, traced, merged
         self.program = None if merged is None else write_merged(merged)
         self._state = state
+        self._module: nn.Module | None = None
         self._compiled: Callable[..., Tensor] | None = None
+        self._captured: dict[Any, Captured] = {}
 
     def fits(self, members: nn.ModuleList) -> bool:
         """Whether the members' tensors, attributes and hooks are still those it was made for."""
@@ -104,8 +109,25 @@ class Plan:
     def compiled(self, ensemble: nn.Module) -> Callable[..., Tensor]:
         """As :meth:`module`, compiled."""
         if self._compiled is None:
-            self._compiled = torch.compile(self.module(ensemble))
+            self._compiled = torch.compile(self._own_module(ensemble))
         return self._compiled
+
+    def captured(self, ensemble: nn.Module, tensors: Sequence[Tensor]) -> Captured:
+        """As :meth:`module`, as a CUDA graph for tensors of these shapes and strides."""
+        if torch.is_grad_enabled() and requires_grad(tensors):
+            raise ValueError("how='cuda_graph' cannot run: it gives an input no gradient")
+        key = tuple((t.shape, t.stride()) for t in tensors)
+        found = self._captured.get(key)
+        if found is None:
+            found = Captured(self._own_module(ensemble), tensors)
+            kept = list(self._captured.items())[1 - MAX_KEPT :]
+            self._captured = dict([*kept, (key, found)])
+        return found
+
+    def _own_module(self, ensemble: nn.Module) -> nn.Module:
+        if self._module is None:
+            self._module = self.module(ensemble)
+        return self._module
 
 
 def one_by_one(count: int, reason: object) -> str:

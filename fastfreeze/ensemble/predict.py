@@ -16,13 +16,11 @@ from torch.utils._pytree import tree_map_only
 from fastfreeze.ensemble._members import share, unshare
 from fastfreeze.ensemble._states import last_of, load_into
 from fastfreeze.ensemble.memory import MemorySnapshots
-from fastfreeze.ensemble.plans import Key, Plan, make_plan, one_by_one
+from fastfreeze.ensemble.plans import MAX_KEPT, Key, Plan, make_plan, one_by_one
 from fastfreeze.ensemble.snapshots import SnapshotStore
-from fastfreeze.ensemble.ways import WAYS, Measured, Stacked, Way, checked_way, measure
+from fastfreeze.ensemble.ways import WAYS, Measured, Stacked, Way, checked_way, measure, on_streams
 from fastfreeze.graph.trace import UntraceableError
 from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
-
-_MAX_PLANS = 8  # of the latest kinds of calls
 
 _Take = Callable[[Any], None]
 
@@ -50,8 +48,11 @@ class SnapshotEnsemble(nn.Module):
         fold: as above; may be set.
         how: in which way members run. "loop": one after the other, each by itself; "graph": as one
             graph; "vmap": all in one batched call, for batches of few samples; "compiled": the
-            graph by ``torch.compile``, which does not look for NaN. None: the graph where there is
-            one, else the loop. May be set, and :meth:`choose` sets it.
+            graph by ``torch.compile``, which does not look for NaN; and on a CUDA device "streams":
+            each by itself, in a stream of its own, beside the others; "cuda_graph": the graph,
+            captured anew for each shape, which does not look for NaN and gives inputs no gradient.
+            None: the graph where there is one, else the loop. May be set, and :meth:`choose` sets
+            it.
 
     Raises:
         TypeError: one of ``snapshots`` is not a state dict.
@@ -120,9 +121,11 @@ class SnapshotEnsemble(nn.Module):
             TypeError, ValueError: the model's output is not what
                 :func:`~fastfreeze.ops.softmax.ensemble_softmax` takes.
         """
-        if self.how == "compiled" and not torch.compiler.is_compiling():
+        if self.how in ("compiled", "cuda_graph") and not torch.compiler.is_compiling():
             plan, tensors = self._plan(inputs, keywords)
-            return plan.compiled(self)(*tensors)
+            if self.how == "compiled":
+                return plan.compiled(self)(*tensors)
+            return plan.captured(self, tensors)(tensors)
         average = EnsembleAverage()
         logits: list[Tensor] = []
         # A strict export takes no change of grad mode, which the running average makes.
@@ -179,7 +182,7 @@ class SnapshotEnsemble(nn.Module):
     def choose(
         self,
         *inputs: Any,
-        ways: Sequence[Way] = ("loop", "graph", "vmap"),
+        ways: Sequence[Way] | None = None,
         seconds: float = 1.0,
         **keywords: Any,
     ) -> Measured:
@@ -191,17 +194,20 @@ class SnapshotEnsemble(nn.Module):
         Args:
             inputs, keywords: an example of what the ensemble will be called with, of its batch
                 size and on its device.
-            ways: what to try. "compiled" is not by default: to compile takes minutes.
+            ways: what to try. None: all that the device has but "compiled", which takes minutes.
             seconds: > 0, of measuring.
 
         Raises:
             ValueError: no way can run, or an argument is none; ``how`` is left as it was.
         """
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        if ways is None:
+            on_cuda: list[Way] = ["streams", "cuda_graph"] if device.type == "cuda" else []
+            ways = ["loop", "graph", "vmap", *on_cuda]
         if not ways or not all(checked_way(way) for way in ways):
             raise ValueError(f"ways must be some of {', '.join(WAYS)}, got {ways!r}")
         if not seconds > 0:
             raise ValueError(f"seconds must be > 0, got {seconds!r}")
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
         before = self.how
 
         def call(way: Way) -> None:
@@ -223,6 +229,10 @@ class SnapshotEnsemble(nn.Module):
         if how == "vmap":
             self._text = f"{len(self.members)} members in one call, by torch.func.vmap"
             for output in self._stack()(inputs, keywords):
+                take(output)
+        elif how == "streams":
+            self._text = f"{len(self.members)} members, each in a stream of its own"
+            for output in on_streams(list(self.members), inputs, keywords):
                 take(output)
         elif how == "loop" or not self._run_graph(take, inputs, keywords):
             if how == "loop":
@@ -256,7 +266,7 @@ class SnapshotEnsemble(nn.Module):
             found = make_plan(self, self.members, key, tensors)
             others = [item for item in self._plans.items() if item[0] != key]
             # Replaced, not changed: other threads may be looking.
-            self._plans = dict([*others, (key, found)][-_MAX_PLANS:])
+            self._plans = dict([*others, (key, found)][-MAX_KEPT:])
         self._text = found.text
         return found, tensors
 

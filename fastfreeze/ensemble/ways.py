@@ -6,20 +6,24 @@ import copy
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.utils._pytree import tree_map_only
 
 from fastfreeze.clock import Clock
 from fastfreeze.ensemble._members import MembersState, difference
+from fastfreeze.graph._state import tensors_in
 from fastfreeze.text import format_table
 
-Way = Literal["loop", "graph", "vmap", "compiled"]
+Way = Literal["loop", "graph", "vmap", "compiled", "streams", "cuda_graph"]
 WAYS: tuple[Way, ...] = get_args(Way)
+_WARM_UPS = 3  # calls before a capture, in which libraries choose kernels and make workspaces
 
 
 def checked_way(how: Way | None) -> Way | None:
@@ -63,6 +67,86 @@ class Stacked:
         with self._lock:
             stacked: Tensor = vmap(call, randomness="different")(self._state)
         return stacked
+
+
+def on_streams(
+    members: Sequence[nn.Module], inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> list[Any]:
+    """The members' outputs, each computed in a CUDA stream of its own, beside the others.
+
+    Raises:
+        ValueError: a tensor of the call is not on a CUDA device.
+    """
+    device = _cuda_device("streams", list(tensors_in((inputs, keywords))))
+    now = torch.cuda.current_stream(device)
+    calls = [tree_map_only(Tensor, torch.clone, (inputs, keywords)) for _ in members]
+    streams = [torch.cuda.Stream(device) for _ in members]  # of torch's pool
+    outputs = []
+    with _no_autocast_cache():  # else one stream would read the weights that another casts
+        for member, stream, (args, kwargs) in zip(members, streams, calls, strict=True):
+            stream.wait_stream(now)
+            with torch.cuda.stream(stream):
+                outputs.append(member(*args, **kwargs))
+            for tensor in tensors_in((args, kwargs)):
+                tensor.record_stream(stream)
+    for stream in streams:
+        now.wait_stream(stream)
+    for tensor in tensors_in(outputs):
+        tensor.record_stream(now)
+    return outputs
+
+
+class Captured:
+    """A module's call as a CUDA graph, for tensors of the example's shapes and strides.
+
+    Raises:
+        ValueError: a tensor is not on a CUDA device.
+        RuntimeError: the call cannot be captured, as torch says it.
+    """
+
+    def __init__(self, module: nn.Module, example: Sequence[Tensor]) -> None:
+        device = _cuda_device("cuda_graph", example)
+        self._lock = threading.Lock()  # all calls use one graph's memory
+        self._inputs = [t.detach().clone() for t in example]
+        self._graph = torch.cuda.CUDAGraph()
+        beside, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        # Of a cache of casts, the graph would keep addresses that are given back.
+        with torch.cuda.device(device), torch.no_grad(), _no_autocast_cache():
+            beside.wait_stream(now)
+            with torch.cuda.stream(beside):
+                for _ in range(_WARM_UPS):
+                    module(*self._inputs)
+            now.wait_stream(beside)
+            with torch.cuda.graph(self._graph):
+                self._output: Tensor = module(*self._inputs)
+        self._module = module  # whose weights the graph reads
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        with self._lock, torch.no_grad():
+            for own, tensor in zip(self._inputs, tensors, strict=True):
+                own.copy_(tensor)
+            self._graph.replay()
+            return self._output.clone()
+
+
+def _cuda_device(how: Way, tensors: Sequence[Tensor]) -> torch.device:
+    devices = {t.device for t in tensors}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        found = ", ".join(sorted(map(str, devices))) or "no tensor"
+        raise ValueError(
+            f"how={how!r} cannot run: it needs tensors on one CUDA device, got {found}"
+        )
+    return devices.pop()
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @dataclass(frozen=True)
