@@ -256,7 +256,10 @@ def plot(run: Path, output: Path | None) -> None:
       fastfreeze plot runs/2026-01-31-120000
     """
     path = output or run / "plot.png"
-    plot_run(RunDir.open(run), path)
+    try:
+        plot_run(RunDir.open(run), path)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error}") from error
     click.echo(path)
 
 

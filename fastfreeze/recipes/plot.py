@@ -1,13 +1,17 @@
-"""The picture of a run: learning rates, losses and the time of a step, for each method."""
+"""Pictures of a run: learning rates, losses and times of each method; an ensemble's members."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from fastfreeze.ensemble import EnsembleEvaluation, diversity_plot, reliability_diagram
+from fastfreeze.files import write_atomic
 from fastfreeze.recipes.errors import RecipeError, optional_package
 from fastfreeze.recipes.report import METHOD_TITLES
 from fastfreeze.recipes.rundir import Line, RunDir
@@ -27,8 +31,7 @@ def plot_run(run_dir: RunDir, path: Path) -> None:
     Raises:
         RecipeError: no method has finished an epoch yet, or matplotlib is not installed.
     """
-    optional_package("matplotlib").use("Agg")
-    plt = optional_package("matplotlib.pyplot")
+    plt = _pyplot()
     histories = _histories(run_dir)
     if not histories:
         raise RecipeError(f"{run_dir.path} has nothing to plot yet: no epoch has finished")
@@ -55,8 +58,40 @@ def plot_run(run_dir: RunDir, path: Path) -> None:
         axis.set_ylabel(label)
     arguments = run_dir.config["arguments"]
     figure.suptitle(f"{arguments['model']} on {arguments['data']}, seed {arguments['seed']}")
-    figure.savefig(path, dpi=120)
+    write_atomic(path, _png(figure))
     plt.close(figure)
+
+
+def plot_ensemble(evaluation: EnsembleEvaluation, probabilities: Tensor, labels: Tensor) -> bytes:
+    """A PNG of an ensemble's calibration, and of how much its members differ.
+
+    Args:
+        evaluation: of the ensemble, on the same rows.
+        probabilities: [B, C], the ensemble's.
+        labels: [B].
+
+    Raises:
+        RecipeError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    reliability_diagram(probabilities, labels, num_bins=evaluation.num_bins, ax=left)
+    errors = [scores.error for scores in evaluation.members]
+    diversity_plot(evaluation.disagreement, errors, ax=right)
+    picture = _png(figure)
+    plt.close(figure)
+    return picture
+
+
+def _pyplot() -> Any:
+    optional_package("matplotlib").use("Agg")
+    return optional_package("matplotlib.pyplot")
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 def _histories(run_dir: RunDir) -> dict[str, list[Line]]:

@@ -7,6 +7,7 @@
     checkpoints/<run>.pt  the newest checkpoint of each method and seed
     snapshots/<run>/      the members of each snapshot ensemble
     results.json          one entry per finished method and seed
+    ensemble-<run>.txt    each snapshot and the ensemble on the test images; .png: a picture of it
     freezing-<run>.txt    what was saved as layers froze, since the run was started or resumed
 
 A checkpoint is written after the lines that lead up to it. What a killed process has written after

@@ -16,6 +16,7 @@ from fastfreeze.ensemble import (
     SnapshotEnsemble,
     SnapshotStore,
     error_rate,
+    evaluate,
     expected_calibration_error,
     nll,
 )
@@ -24,9 +25,10 @@ from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError, optional_package
 from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
+from fastfreeze.recipes.plot import plot_ensemble
 from fastfreeze.recipes.report import markdown_table, text_table
 from fastfreeze.recipes.rundir import Line, RunDir, run_name
-from fastfreeze.recipes.training import predict, set_up, train_epoch
+from fastfreeze.recipes.training import EVALUATION_BATCH, predict, set_up, train_epoch
 from fastfreeze.schedule import (
     Composition,
     Cosine,
@@ -131,8 +133,10 @@ def run_all(
         The results, an entry per method and seed.
 
     Raises:
-        RecipeError: a loss is not finite, or a file cannot be read.
+        RecipeError: a loss is not finite, a file cannot be read, or a package is not installed.
     """
+    if {"snapshot", "both"} & set(config.methods):
+        optional_package("matplotlib")  # before the training that its picture is of
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)
     run_dir.rewind()
@@ -327,6 +331,7 @@ class _Run:
         if self.store is not None:
             members = SnapshotEnsemble.from_store(self.setup.model, self.store)
             ensemble = predict(members, self.data, self.device)
+            self._write_evaluation(members, ensemble)
         best = last if ensemble is None else ensemble
         return {
             "method": self.method,
@@ -340,3 +345,12 @@ class _Run:
             "backward_removed": totals.removed / totals.step,
             "peak_memory_mb": totals.peak_mb,
         }
+
+    def _write_evaluation(self, members: SnapshotEnsemble, probabilities: Tensor) -> None:
+        """What each member is worth, in words and as a picture."""
+        batches = self.data.test_batches(EVALUATION_BATCH, self.device)
+        evaluation = evaluate(members, batches)
+        text, path = f"{evaluation}\n\n{members.plan}\n", self.run_dir.path
+        write_atomic(path / f"ensemble-{self.name}.txt", text.encode())
+        picture = plot_ensemble(evaluation, probabilities, self.data.test.labels)
+        write_atomic(path / f"ensemble-{self.name}.png", picture)
