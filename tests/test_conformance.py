@@ -1,0 +1,669 @@
+"""torch's own description of torch.optim.SGD (its OptimizerInfo), with fastfreeze.SGD in its place.
+
+Which arguments, schedulers and errors there are is torch's word, of the version that is installed.
+Each test runs for all of them, and compares with torch's for-loop where there is a number.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import itertools
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+pytest.importorskip("expecttest", reason="torch.testing's own optimizer tests need it")
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
+
+import fastfreeze
+
+TORCHS = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
+IMPLEMENTATIONS = {
+    "for-loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+def kwargs_of(entry):
+    """With tensors of its own: two tests must not share a Tensor lr."""
+    return copy.deepcopy(entry.kwargs)
+
+
+INPUTS = TORCHS.optim_inputs_func(device="cpu")
+CONFIGURATIONS = [
+    pytest.param({**kwargs_of(entry), **flags}, id=f"{entry.desc}, {name}".replace("/", " "))
+    for entry, (name, flags) in itertools.product(INPUTS, IMPLEMENTATIONS.items())
+]
+every_configuration = pytest.mark.parametrize("kwargs", CONFIGURATIONS)
+every_input = pytest.mark.parametrize(
+    "kwargs", [pytest.param(kwargs_of(entry), id=entry.desc.replace("/", " ")) for entry in INPUTS]
+)
+SCHEDULERS = [[], *TORCHS.scheduler_inputs]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+]
+SHAPES = [(), (0,), (1,), (31,), (32,), (33,), (4097,), (3, 0, 2), (5, 7), (2, 3, 4, 5)]
+
+
+def truth_of(kwargs):
+    """The same for torch's for-loop."""
+    return {**{k: v for k, v in kwargs.items() if k not in ("foreach", "fused")}, "foreach": False}
+
+
+def parameters(dtype=torch.float32, shapes=SHAPES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+
+
+def set_gradients(params, step):
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        grad = torch.randn(
+            p.shape, generator=generator, dtype=torch.promote_types(p.dtype, torch.float32)
+        )
+        p.grad = grad.to(p.dtype)
+
+
+def run(optimizer, params, steps, start=0):
+    for step in range(start, start + steps):
+        set_gradients(params, step)
+        optimizer.step()
+
+
+def momenta(optimizer):
+    """Of each parameter, by its place."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [optimizer.state.get(p, {}).get("momentum_buffer") for p in params]
+
+
+def assert_same(ours, theirs, dtype=torch.float32):
+    """Parameters and momentum; 16-bit ones are rounded once here, after each operation there."""
+    tolerance = {torch.float16: (2e-3, 2e-3), torch.bfloat16: (2e-2, 2e-2)}.get(dtype, (1e-6, 1e-6))
+    pairs = itertools.chain.from_iterable(
+        zip(a, b, strict=True)
+        for a, b in (
+            (
+                [p for g in ours.param_groups for p in g["params"]],
+                [p for g in theirs.param_groups for p in g["params"]],
+            ),
+            (momenta(ours), momenta(theirs)),
+        )
+    )
+    for a, b in pairs:
+        if b is None:
+            assert a is None
+        else:
+            torch.testing.assert_close(a, b, rtol=tolerance[0], atol=tolerance[1])
+
+
+@torch.no_grad()
+def follow(ours, theirs):
+    """Go on from where torch is, so that only one step's rounding is compared."""
+    for mine, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        for p, q in zip(mine["params"], other["params"], strict=True):
+            p.copy_(q)
+    for a, b in zip(momenta(ours), momenta(theirs), strict=True):
+        if a is not None:
+            a.copy_(b)
+
+
+@every_configuration
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_for_loop(kwargs, dtype):
+    ours, theirs = parameters(dtype), parameters(dtype)
+    optimizer = fastfreeze.SGD(ours, **copy.deepcopy(kwargs))
+    rival = torch.optim.SGD(theirs, **truth_of(copy.deepcopy(kwargs)))
+    for step in range(7):
+        for params, o in ((ours, optimizer), (theirs, rival)):
+            run(o, params, 1, start=step)
+        assert_same(optimizer, rival, dtype)
+        follow(optimizer, rival)
+
+
+@every_configuration
+@pytest.mark.parametrize("schedulers", SCHEDULERS, ids=lambda made: f"{len(made)} schedulers")
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_goes_the_right_way(kwargs, schedulers, contiguous):
+    torch.manual_seed(0)
+    weight = torch.randn(10, 5) if contiguous else torch.randn(10, 5, 2)[..., 0]
+    bias = torch.randn(10) if contiguous else torch.randn(10, 2)[..., 0]
+    weight, bias, x = Parameter(weight), Parameter(bias), torch.randn(5)
+    optimizer = fastfreeze.SGD([weight, bias], **copy.deepcopy(kwargs))
+    followed = [make(optimizer) for make in schedulers]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weight.mv(x) + bias).square().sum()
+        loss.backward()
+        return loss
+
+    first = closure().item()
+    for _ in range(10):
+        loss = optimizer.step(closure)
+        for scheduler in followed:
+            scheduler.step(*([loss.detach()] if isinstance(scheduler, ReduceLROnPlateau) else []))
+    last = closure().item()
+    assert (last > first) if kwargs.get("maximize") else (last < first)
+
+
+@pytest.mark.parametrize(
+    "schedulers", TORCHS.scheduler_inputs, ids=lambda made: f"{len(made)} schedulers"
+)
+@every_input
+def test_schedulers_set_what_they_set_for_torch(kwargs, schedulers):
+    found = []
+    for make in (fastfreeze.SGD, torch.optim.SGD):
+        params = parameters()
+        optimizer = make(params, **copy.deepcopy(kwargs))
+        followed = [scheduler(optimizer) for scheduler in schedulers]
+        lrs = []
+        for step in range(12):
+            run(optimizer, params, 1, start=step)
+            for scheduler in followed:
+                scheduler.step(*([1.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
+            lrs.append(float(optimizer.param_groups[0]["lr"]))
+        found.append((optimizer, lrs))
+    (ours, our_lrs), (theirs, their_lrs) = found
+    assert our_lrs == their_lrs
+    assert_same(ours, theirs)
+
+
+@every_configuration
+def test_groups_with_values_of_their_own(kwargs):
+    def made(make, kwargs):
+        a, b, c = parameters(shapes=[(5, 5), (33,), (7,)])
+        groups = [
+            {"params": [a]},
+            {"params": [b], "lr": 0.05},
+            {"params": [c], "weight_decay": 0.3},
+        ]
+        optimizer = make(groups, **copy.deepcopy(kwargs))
+        run(optimizer, [a, b, c], 5)
+        return optimizer
+
+    assert_same(made(fastfreeze.SGD, kwargs), made(torch.optim.SGD, truth_of(kwargs)))
+
+
+@every_configuration
+def test_dtypes_in_one_group(kwargs):
+    def made(make, kwargs):
+        params = [p for dtype in (torch.float64, torch.float32) for p in parameters(dtype)]
+        optimizer = make(params, **copy.deepcopy(kwargs))
+        run(optimizer, params, 5)
+        return optimizer
+
+    assert_same(made(fastfreeze.SGD, kwargs), made(torch.optim.SGD, truth_of(kwargs)))
+
+
+@every_configuration
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "transposed", "sliced", "unaligned", "expanded grad"]
+)
+def test_strides(kwargs, layout):
+    def laid_out(seed):
+        x = torch.randn(6, 5, 4, 3, generator=torch.Generator().manual_seed(seed))
+        if layout == "channels_last":
+            return x.contiguous(memory_format=torch.channels_last)
+        if layout == "transposed":
+            return x.transpose(0, 3)
+        if layout == "sliced":
+            return x[1:, ::2]
+        return x.flatten()[1:]
+
+    def made(make, kwargs):
+        params = [Parameter(laid_out(0)), Parameter(laid_out(1))]
+        optimizer = make(params, **copy.deepcopy(kwargs))
+        for step in range(4):
+            set_gradients(params, step)
+            if layout == "expanded grad":
+                for p in params:
+                    p.grad = p.grad.flatten()[:1].expand(p.shape)
+            optimizer.step()
+        return optimizer
+
+    ours = made(fastfreeze.SGD, kwargs)
+    assert_same(ours, made(torch.optim.SGD, truth_of(kwargs)))
+    assert ours.param_groups[0]["params"][0].stride() == laid_out(0).stride()
+
+
+@every_configuration
+def test_without_gradients_nothing_happens(kwargs):
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    optimizer = fastfreeze.SGD(params, **copy.deepcopy(kwargs))
+    for _ in range(3):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert momenta(optimizer) == [None] * len(params)
+
+
+@every_configuration
+def test_zero_gradients_still_decay_and_coast(kwargs):
+    found = []
+    for make, kw in ((fastfreeze.SGD, kwargs), (torch.optim.SGD, truth_of(kwargs))):
+        params = parameters()
+        optimizer = make(params, **copy.deepcopy(kw))
+        run(optimizer, params, 3)
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=False)
+            optimizer.step()
+        found.append(optimizer)
+    assert_same(*found)
+
+
+@every_configuration
+def test_some_gradients_are_missing_or_empty(kwargs):
+    found = []
+    for make, kw in ((fastfreeze.SGD, kwargs), (torch.optim.SGD, truth_of(kwargs))):
+        params = parameters()
+        optimizer = make(params, **copy.deepcopy(kw))
+        for step in range(6):
+            set_gradients(params, step)
+            for i, p in enumerate(params):
+                if (step + i) % 3 == 0:
+                    p.grad = None
+            optimizer.step()
+        found.append(optimizer)
+    assert_same(*found)
+
+
+@every_configuration
+def test_states_have_the_keys_of_torch(kwargs):
+    states = []
+    for make in (fastfreeze.SGD, torch.optim.SGD):
+        params = parameters(shapes=[(3, 3), (5,)])
+        optimizer = make(params, **truth_of(copy.deepcopy(kwargs)))
+        run(optimizer, params, 2)
+        states.append(optimizer.state_dict())
+    ours, theirs = states
+    assert ours.keys() == theirs.keys()
+    assert set(ours["param_groups"][0]) == {*theirs["param_groups"][0], "step"}
+    assert ours["param_groups"][0]["params"] == theirs["param_groups"][0]["params"] == [0, 1]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for mine, other in zip(ours["state"].values(), theirs["state"].values(), strict=True):
+        assert mine.keys() == other.keys()
+
+
+@every_configuration
+@pytest.mark.parametrize("through", ["state_dict", "torch.save", "torch.optim.SGD"])
+def test_training_goes_on_from_a_state(kwargs, through):
+    def fresh(make=fastfreeze.SGD):
+        params = parameters()
+        return params, make(params, **copy.deepcopy(kwargs))
+
+    expected, whole = fresh()
+    run(whole, expected, 8)
+    params, optimizer = fresh()
+    run(optimizer, params, 4)
+    state = optimizer.state_dict()
+    if through == "torch.save":
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        state = torch.load(buffer, weights_only=True)
+    if through == "torch.optim.SGD":
+        rival = torch.optim.SGD(parameters(), **truth_of(copy.deepcopy(kwargs)))
+        rival.load_state_dict(state)
+        state = rival.state_dict()
+    others, resumed = fresh()
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    resumed.load_state_dict(state)
+    run(resumed, others, 4, start=4)
+    assert all(torch.equal(p, q) for p, q in zip(others, expected, strict=True))
+
+
+@every_input
+def test_states_of_older_versions_load(kwargs):
+    """Made before some of the flags were there."""
+    params = parameters()
+    optimizer = fastfreeze.SGD(params, **copy.deepcopy(kwargs))
+    run(optimizer, params, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        for flag in TORCHS.not_og_supported_flags:
+            if flag != "maximize":
+                group.pop(flag, None)
+    others = [Parameter(p.detach().clone()) for p in params]
+    older = fastfreeze.SGD(others, **copy.deepcopy(kwargs))
+    older.load_state_dict(state)
+    for p, o in ((params, optimizer), (others, older)):
+        run(o, p, 3, start=3)
+    assert_same(older, optimizer)
+
+
+@every_input
+@pytest.mark.parametrize("named", [(True, True), (True, False), (False, True)], ids=str)
+def test_named_parameters(kwargs, named):
+    names = [f"p{i}" for i in range(len(SHAPES))]
+
+    def names_seen(make):
+        params, others = parameters(), parameters()
+        saved = make(list(zip(names, params, strict=True)) if named[0] else params, **kwargs)
+        run(saved, params, 2)
+        loaded = make(list(zip(names, others, strict=True)) if named[1] else others, **kwargs)
+        loaded.load_state_dict(saved.state_dict())
+        run(loaded, others, 2, start=2)
+        return [
+            saved.state_dict()["param_groups"][0].get("param_names"),
+            loaded.param_groups[0].get("param_names"),
+        ]
+
+    found = names_seen(fastfreeze.SGD)
+    assert found[0] == (names if named[0] else None)
+    assert found == names_seen(torch.optim.SGD)
+
+
+def test_groups_of_other_sizes_are_refused():
+    optimizer = fastfreeze.SGD(parameters(), lr=0.1, momentum=0.9)
+    run(optimizer, optimizer.param_groups[0]["params"], 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    for shapes in (SHAPES[:3], [*SHAPES, (2,)]):
+        with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+            optimizer.load_state_dict(fastfreeze.SGD(parameters(shapes=shapes)).state_dict())
+    two = fastfreeze.SGD([{"params": [p]} for p in parameters(shapes=[(2,), (3,)])])
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(two.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for i, state in before["state"].items():
+        torch.testing.assert_close(after["state"][i]["momentum_buffer"], state["momentum_buffer"])
+
+
+@every_configuration
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+def test_copies_train_alike(kwargs, clone):
+    params = parameters()
+    optimizer = fastfreeze.SGD(params, **copy.deepcopy(kwargs))
+    run(optimizer, params, 3)
+    twin = clone(optimizer)
+    others = [p for g in twin.param_groups for p in g["params"]]
+    assert not {p.data_ptr() for p in params if p.numel()} & {
+        p.data_ptr() for p in others if p.numel()
+    }
+    for o, p in ((optimizer, params), (twin, others)):
+        run(o, p, 3, start=3)
+    assert_same(twin, optimizer)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=entry.optimizer_error_input.desc.replace("/", " "))
+        for entry in TORCHS.optim_error_inputs_func("cpu", torch.float32)
+    ],
+)
+def test_what_torch_refuses_is_refused(entry):
+    """By the same type of error; of what torch's own base class raises, by the same words."""
+    given, kwargs = entry.optimizer_error_input.params, entry.optimizer_error_input.kwargs
+    params = [Parameter(torch.randn(1))] if given is None else given
+    words = {"Tensor lr must be 1-element": "Tensor lr must have one element"}
+    words["Invalid momentum value: -0.5"] = "momentum must be >= 0, got -0.5"
+    match = words.get(entry.error_regex, entry.error_regex)
+    assert entry.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
+    told = pytest.warns if issubclass(entry.error_type, Warning) else pytest.raises
+    with told(entry.error_type, match=match):
+        fastfreeze.SGD(params, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "match"),
+    [
+        ([], ValueError, "empty parameter list"),
+        (torch.randn(3), TypeError, "iterable of Tensors or dicts"),
+        ([1.0], TypeError, "optimizer can only optimize Tensors"),
+        ([torch.randn(3, requires_grad=True) * 2], ValueError, "non-leaf Tensor"),
+        ([{"params": {Parameter(torch.randn(1))}}], TypeError, "ordered collections"),
+    ],
+    ids=["empty", "a tensor", "a number", "not a leaf", "a set"],
+)
+def test_parameters_that_are_none(params, error, match):
+    for make in (fastfreeze.SGD, torch.optim.SGD):
+        with pytest.raises(error, match=match):
+            make(params, lr=0.1)
+
+
+@pytest.mark.parametrize("kind", ["generator", "dict", "tuple", "names"])
+def test_parameters_in_any_container(kind):
+    model = nn.Linear(3, 2)
+    given = {
+        "generator": model.parameters(),
+        "dict": {"params": list(model.parameters())}["params"],
+        "tuple": tuple(model.parameters()),
+        "names": model.named_parameters(),
+    }[kind]
+    optimizer = fastfreeze.SGD(given, lr=0.1)
+    assert optimizer.param_groups[0]["params"] == list(model.parameters())
+
+
+def test_the_signature_is_torchs():
+    """Each of its arguments is one of ours: in the same place, with the same default."""
+    ours, theirs = (inspect.signature(c).parameters for c in (fastfreeze.SGD, torch.optim.SGD))
+    for name, parameter in theirs.items():
+        assert name in ours
+        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default)
+    positional = [n for n, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[: len(positional)] == positional
+
+
+def test_defaults_and_text_are_torchs():
+    ours, theirs = (make([Parameter(torch.zeros(2))]) for make in (fastfreeze.SGD, torch.optim.SGD))
+    assert ours.defaults == theirs.defaults
+    assert repr(ours) == repr(theirs)
+
+
+@every_configuration
+def test_hooks_of_steps(kwargs):
+    params = parameters()
+    optimizer = fastfreeze.SGD(params, **copy.deepcopy(kwargs))
+    called = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda o, a, k: called.append("all, pre")),
+        optimizer.register_step_pre_hook(lambda o, a, k: called.append("pre")),
+        optimizer.register_step_post_hook(lambda o, a, k: called.append("post")),
+        register_optimizer_step_post_hook(lambda o, a, k: called.append("all, post")),
+    ]
+    run(optimizer, params, 1)
+    assert called == ["all, pre", "pre", "post", "all, post"]
+    for handle in handles:
+        handle.remove()
+    run(optimizer, params, 1)
+    assert len(called) == 4
+
+
+def test_hooks_may_change_the_arguments():
+    optimizer = fastfreeze.SGD([Parameter(torch.zeros(1))], lr=0.1)
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: 7.0), {}))
+    assert optimizer.step() == 7.0
+
+
+def test_hooks_of_states():
+    params = parameters()
+    optimizer = fastfreeze.SGD(params, lr=0.1, momentum=0.9)
+    run(optimizer, params, 2)
+    called = []
+    optimizer.register_state_dict_pre_hook(lambda o: called.append("save, pre"))
+    optimizer.register_state_dict_post_hook(lambda o, s: {**s, "mark": 1})
+    state = optimizer.state_dict()
+    assert (called, state["mark"]) == (["save, pre"], 1)
+    optimizer.register_load_state_dict_pre_hook(lambda o, s: {**s, "state": {}})
+    optimizer.register_load_state_dict_post_hook(lambda o: called.append("load, post"))
+    optimizer.load_state_dict(state)
+    assert called[-1] == "load, post"
+    assert momenta(optimizer) == [None] * len(params)
+
+
+@every_configuration
+def test_closures_run_with_autograd_on(kwargs):
+    p = Parameter(torch.ones(3))
+    optimizer = fastfreeze.SGD([p], **copy.deepcopy(kwargs))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure).item() == 3.0
+        assert not torch.is_grad_enabled()
+
+
+@every_configuration
+def test_a_group_added_on_the_way(kwargs):
+    found = []
+    for make, kw in ((fastfreeze.SGD, kwargs), (torch.optim.SGD, truth_of(kwargs))):
+        first, second = parameters(), parameters(seed=1)
+        optimizer = make(first, **copy.deepcopy(kw))
+        run(optimizer, first, 3)
+        optimizer.add_param_group({"params": second, "weight_decay": 0.2})
+        run(optimizer, [*first, *second], 3, start=3)
+        found.append(optimizer)
+        with pytest.raises(ValueError, match="more than one parameter group"):
+            optimizer.add_param_group({"params": first[:1]})
+        assert len(optimizer.param_groups) == 2
+    assert_same(*found)
+
+
+@pytest.mark.parametrize(
+    "schedulers", [[], TORCHS.metadata_for_sparse[1]], ids=["plain", "scheduled"]
+)
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_sparse_gradients(schedulers, momentum):
+    kwargs = {**TORCHS.metadata_for_sparse[0], "momentum": momentum}
+    found = []
+    for make in (fastfreeze.SGD, torch.optim.SGD):
+        p = parameters(shapes=[(10, 4)])[0]
+        optimizer = make([p], **kwargs)
+        followed = [scheduler(optimizer) for scheduler in schedulers]
+        for step in range(4):
+            dense = torch.zeros(10, 4)
+            dense[[step, step + 3]] = torch.randn(
+                2, 4, generator=torch.Generator().manual_seed(step)
+            )
+            p.grad = dense.to_sparse(1)
+            optimizer.step()
+            for scheduler in followed:
+                scheduler.step()
+        found.append(optimizer)
+    assert_same(*found)
+
+
+@every_input
+def test_complex_is_the_real_in_pairs(kwargs):
+    complex_params = parameters(torch.complex64, shapes=[(5,), (33,), (2, 3)])
+    real_params = [Parameter(torch.view_as_real(p.detach()).clone()) for p in complex_params]
+    optimizers = [fastfreeze.SGD(p, **copy.deepcopy(kwargs)) for p in (complex_params, real_params)]
+    for step in range(4):
+        set_gradients(complex_params, step)
+        for p, q in zip(complex_params, real_params, strict=True):
+            q.grad = torch.view_as_real(p.grad).clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(complex_params, real_params, strict=True):
+        torch.testing.assert_close(torch.view_as_real(p.detach()), q.detach())
+
+
+@every_configuration
+def test_a_tensor_lr_is_the_number_and_stays(kwargs):
+    lr = 0.02
+    tensor = torch.tensor(lr)
+    params, others = parameters(), parameters()
+    ours = fastfreeze.SGD(params, **{**kwargs, "lr": tensor})
+    number = fastfreeze.SGD(others, **{**kwargs, "lr": tensor.item()})
+    for o, p in ((ours, params), (number, others)):
+        run(o, p, 4)
+    assert_same(ours, number)
+    assert ours.param_groups[0]["lr"] is tensor
+    assert tensor.item() == torch.tensor(lr).item()
+    tensor.fill_(0)
+    before = [p.detach().clone() for p in params]
+    run(ours, params, 1, start=4)
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@every_configuration
+def test_a_step_is_deterministic(kwargs):
+    found = []
+    for _ in range(2):
+        params = parameters()
+        run(fastfreeze.SGD(params, **copy.deepcopy(kwargs)), params, 4)
+        found.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+@every_configuration
+def test_versions_tell_of_the_writes(kwargs):
+    params = parameters(shapes=[(5,), (4097,)])
+    run(optimizer := fastfreeze.SGD(params, **copy.deepcopy(kwargs)), params, 1)
+    before = [p._version for p in params]
+    run(optimizer, params, 1)
+    assert all(p._version > version for p, version in zip(params, before, strict=True))
+
+
+def test_the_profiler_sees_a_step():
+    params = parameters()
+    optimizer = fastfreeze.SGD(params, lr=0.1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(optimizer, params, 1)
+    assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+
+
+def test_zero_grad():
+    params = parameters()
+    optimizer = fastfreeze.SGD(params, lr=0.1)
+    set_gradients(params, 0)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in params)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("flags", [{"foreach": True, "fused": True}, {"differentiable": True}])
+def test_flags_that_cannot_be(flags):
+    with pytest.raises((RuntimeError, ValueError), match="|".join(flags)):
+        fastfreeze.SGD(parameters(), lr=0.1, **flags)
+
+
+@pytest.mark.parametrize("kind", ["swa", "ema"])
+def test_averaged_models(kind):
+    average = torch.optim.swa_utils
+    model = nn.Linear(3, 2)
+    options = {"swa": {}, "ema": {"multi_avg_fn": average.get_ema_multi_avg_fn(0.9)}}[kind]
+    averaged = average.AveragedModel(model, **options)
+    optimizer = fastfreeze.SGD(model.parameters(), lr=0.1)
+    scheduler = average.SWALR(optimizer, swa_lr=0.05)
+    for step in range(3):
+        run(optimizer, list(model.parameters()), 1, start=step)
+        averaged.update_parameters(model)
+        scheduler.step()
+    assert averaged.n_averaged == 3
+
+
+@every_configuration
+def test_nothing_warns(kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        params = parameters()
+        run(fastfreeze.SGD(params, **copy.deepcopy(kwargs)), params, 2)
