@@ -11,7 +11,9 @@ import inspect
 import io
 import itertools
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -644,6 +646,78 @@ def test_zero_grad():
 def test_flags_that_cannot_be(flags):
     with pytest.raises((RuntimeError, ValueError), match="|".join(flags)):
         fastfreeze.SGD(parameters(), lr=0.1, **flags)
+
+
+@pytest.mark.parametrize("saved", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("loaded", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_the_flags_in_a_checkpoint_mean_nothing(saved, loaded):
+    """torch takes them over; with a GradScaler its fused step then fails."""
+    found = []
+    for make, flags in ((fastfreeze.SGD, loaded), (torch.optim.SGD, {"foreach": False})):
+        params = parameters()
+        first = torch.optim.SGD(params, lr=0.1, momentum=0.9, **saved)
+        run(first, params, 2)
+        state = first.state_dict()
+        state["param_groups"][0] |= (
+            {"foreach": None, "fused": None} if make is not fastfreeze.SGD else {}
+        )
+        optimizer = make(params, lr=0.1, momentum=0.9, **flags)
+        optimizer.load_state_dict(state)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(2, 5):
+            set_gradients(params, step)
+            if make is fastfreeze.SGD:
+                scaler.scale(torch.ones(()))
+                for p in params:
+                    p.grad.mul_(4)
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        found.append(optimizer)
+    assert_same(*found)
+
+
+def test_torch_goes_on_from_a_state_with_frozen_layers():
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.ones(3, 6)).square().sum().backward()
+            optimizer.step()
+
+    model, schedule = net(), fastfreeze.FreezeOut(20, t_0=0.5)
+    plan = fastfreeze.split(model, torch.ones(3, 6), schedule=schedule, lr=0.01)
+    optimizer = fastfreeze.SGD(plan.param_groups(), 0.01, momentum=0.9, schedule=schedule)
+    steps(model, optimizer, 8)
+    assert optimizer.frozen_layers
+    found = []
+    for make in (fastfreeze.SGD, torch.optim.SGD):
+        other = copy.deepcopy(model)
+        groups = [{"params": list(layer.parameters())} for layer in other]
+        successor = make(groups, lr=0.01, momentum=0.9)
+        successor.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        steps(other, successor, 3)
+        for i in optimizer.frozen_layers:
+            assert torch.equal(other[i].weight, model[i].weight)
+        found.append(successor)
+    assert_same(*found)
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    count = 2**31 + 33
+    memory = Path("/proc/meminfo")
+    known = re.search(r"MemAvailable:\s+(\d+)", memory.read_text()) if memory.exists() else None
+    if known is None or int(known[1]) * 1024 < 12e9:
+        pytest.skip("needs 12 GB of memory")
+    p = Parameter(torch.zeros(count, dtype=torch.bfloat16))
+    p.grad = torch.ones(count, dtype=torch.bfloat16)
+    fastfreeze.SGD([p], lr=0.5).step()
+    assert all((part == -0.5).all() for part in p.detach().split(2**26))
 
 
 @pytest.mark.parametrize("kind", ["swa", "ema"])
