@@ -26,6 +26,7 @@ ORDER = [
     "graph",
     "report",
     "ensemble",
+    "distributed",
     "recipes",
     "cli",
     "__main__",

@@ -1,0 +1,387 @@
+"""Several processes train as one does, while layers freeze and thaw."""
+
+from __future__ import annotations
+
+import re
+import resource
+import weakref
+from contextlib import nullcontext
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+import fastfreeze
+from fastfreeze.distributed import DataParallel
+from fastfreeze.schedule import FreezeOut, FreezeOutCycles
+from tests.ranks import Ranks
+
+BATCH = 12  # samples in a step, in all processes together
+SIZES = (5, 7, 11, 13, 3)
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def seed():
+    return int(torch.randint(2**31, ()))
+
+
+def net(seed, *, norms=False):
+    torch.manual_seed(seed)
+    layers = []
+    for inputs, outputs in pairwise(SIZES):
+        norm = nn.BatchNorm1d(outputs) if norms else nn.LayerNorm(outputs)
+        layers.append(nn.Sequential(nn.Linear(inputs, outputs), norm, nn.Tanh()))
+    return nn.Sequential(*layers).double()
+
+
+def freezing():
+    """Freezes layers 0, 1 and 2 at steps 1, 3 and 5, thaws them at 8, and freezes them again."""
+    return FreezeOutCycles(STEPS, num_cycles=2, t_0=0.5, composition="thaw")
+
+
+def sgd(model, schedule, **extra):
+    plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
+    return fastfreeze.SGD(
+        plan.param_groups(), lr=0.1, momentum=0.9, weight_decay=1e-3, schedule=schedule, **extra
+    )
+
+
+def batch_of(seed, step, count=1, part=0):
+    """Of one step's whole batch, part number ``part`` of ``count``."""
+    generator = torch.Generator().manual_seed(seed + step)
+    draw = {"generator": generator, "dtype": torch.float64}
+    whole = torch.randn(BATCH, SIZES[0], **draw), torch.randn(BATCH, SIZES[-1], **draw)
+    return [t.chunk(count)[part] for t in whole]
+
+
+def train(network, optimizer, steps, seed, *, parts=1):
+    """Steps on this process's share of each batch, which comes in ``parts`` that are added up."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for step in steps:
+        optimizer.zero_grad()
+        for part in range(parts):
+            last = part == parts - 1
+            with nullcontext() if last or world == 1 else network.no_sync():
+                images, labels = batch_of(seed, step, world * parts, rank * parts + part)
+                loss = (network(images) - labels).square().mean() / parts
+                loss.backward()
+        optimizer.step()
+
+
+def weights(model):
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def in_one_process(seed, steps=range(STEPS), schedule=None):
+    model = net(seed)
+    optimizer = sgd(model, schedule or freezing())
+    train(fastfreeze.trim(model), optimizer, steps, seed)
+    return weights(model)
+
+
+def trained_in_parallel(seed, parts, trimmed, keywords):
+    model = net(seed if dist.get_rank() == 0 else seed + 1)  # rank 0's weights are everybody's
+    optimizer = sgd(model, freezing())
+    network = DataParallel(fastfreeze.trim(model) if trimmed else model, optimizer, **keywords)
+    frozen = []
+    for step in range(STEPS):
+        train(network, optimizer, [step], seed, parts=parts)
+        frozen.append(optimizer.frozen_layers)
+    return weights(model), frozen
+
+
+TRAININGS = {
+    "trimmed": (1, True, {}),
+    "untrimmed": (1, False, {}),
+    "accumulated under no_sync": (2, True, {}),
+    "gradients are views of buckets": (1, True, {"gradient_as_bucket_view": True}),
+    "views, accumulated": (3, True, {"gradient_as_bucket_view": True}),
+    "a bucket for each gradient": (1, True, {"bucket_cap_mb": 1e-6}),
+    "a static graph": (1, True, {"static_graph": True}),
+}
+
+
+@pytest.mark.parametrize(("parts", "trimmed", "keywords"), TRAININGS.values(), ids=TRAININGS)
+def test_processes_train_as_one_does(ranks, seed, parts, trimmed, keywords):
+    results = ranks.run(trained_in_parallel, seed, parts, trimmed, keywords)
+    expected = in_one_process(seed)
+    for found, frozen in results:
+        assert frozen[0] == (0,)
+        assert frozen[6] == (0, 1, 2)
+        assert frozen[7] == ()
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
+
+
+class SentBytes:
+    """A communication hook that counts what is reduced, and reduces it."""
+
+    def __init__(self):
+        self.count = 0
+
+    def hook(self, _, bucket):
+        self.count += bucket.buffer().nbytes
+        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+    def taken(self):
+        count, self.count = self.count, 0
+        return count
+
+
+def bytes_in_each_step(seed, keywords):
+    model = net(seed)
+    optimizer = sgd(model, freezing())
+    network = DataParallel(fastfreeze.trim(model), optimizer, **keywords)
+    sent = SentBytes()
+    network.register_comm_hook(None, sent.hook)
+    found = []
+    for step in range(STEPS):
+        trains = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        train(network, optimizer, [step], seed)
+        found.append((sent.taken(), trains))
+    return found
+
+
+@pytest.mark.parametrize("cap", [25, 1e-6], ids=["one bucket", "many buckets"])
+def test_frozen_layers_send_nothing(ranks, seed, cap):
+    for found in ranks.run(bytes_in_each_step, seed, {"bucket_cap_mb": cap}):
+        sent, trains = zip(*found, strict=True)
+        assert sent == trains
+        layers = [sum(p.nbytes for p in layer.parameters()) for layer in net(seed)]
+        everything = sum(layers)
+        assert sent[0] == sent[8] == everything
+        assert sent[1] == sent[9] == everything - layers[0]
+        assert sent[5] == layers[-1]
+
+
+def weights_that_rank_1_changed_before_a_freeze(seed):
+    model = net(seed)
+    optimizer = sgd(model, freezing())
+    network = DataParallel(model, optimizer)
+    train(network, optimizer, [0], seed)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model[0][0].weight += 1
+    network(torch.ones(2, SIZES[0]).double())
+    return model[0][0].weight.detach().clone()
+
+
+def test_weights_are_not_sent_again_at_a_freeze(ranks, seed):
+    first, second = ranks.run(weights_that_rank_1_changed_before_a_freeze, seed)
+    torch.testing.assert_close(second, first + 1)
+
+
+def norms_in_each_step(seed):
+    """Of each step: every layer's statistics, and whether they were written to."""
+    model = conv_net(seed)
+    optimizer = sgd(model, freezing())
+    network = DataParallel(fastfreeze.trim(model), optimizer)
+    found = []
+    for _ in range(8):
+        means = [layer[1].running_mean for layer in model]
+        before = [(m._version, m.clone()) for m in means]
+        images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(dist.get_rank()))
+        optimizer.zero_grad()
+        network(images).square().mean().backward()
+        optimizer.step()
+        written = [
+            m._version != version or not m.equal(mean)
+            for m, (version, mean) in zip(means, before, strict=True)
+        ]
+        found.append((written, [m.clone() for m in means]))
+    return found, network.module.prefix
+
+
+def conv_net(seed):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 6, 1), nn.Conv2d(6, 3, 1)]
+    blocks = [nn.Sequential(c, nn.BatchNorm2d(c.out_channels), nn.ReLU()) for c in layers]
+    return nn.Sequential(*blocks)
+
+
+def test_statistics_of_frozen_norms_are_sent_once(ranks, seed):
+    (first, prefix), (second, _) = ranks.run(norms_in_each_step, seed)
+    for step, layer in [(2, 0), (4, 1), (6, 2)]:  # a step behind the first one without it
+        for written, means in (*first[step:], *second[step:]):
+            assert not written[layer]
+            assert written[-1]
+            torch.testing.assert_close(means[layer], first[-1][1][layer], rtol=0, atol=0)
+    assert "as they are" not in prefix  # it is folded once, not at each step
+
+
+def errors_of(make_different, when):
+    """What each rank is told when rank 1 differs from the start, or after two steps."""
+    model = net(0)
+    different = dist.get_rank() == 1
+    schedule = FreezeOut(20 if different and make_different == "schedule" else 16, t_0=0.5)
+    optimizer = sgd(model, schedule)
+    if when == "start" and different:
+        CHANGES[make_different](model, optimizer)
+    try:
+        network = DataParallel(model, optimizer)
+        train(network, optimizer, [0, 1], 0)
+        if different:
+            CHANGES[make_different](model, optimizer)
+        train(network, optimizer, [2], 0)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+CHANGES = {
+    "schedule": lambda model, optimizer: None,
+    "step": lambda model, optimizer: setattr(optimizer, "current_step", 1),
+    "flags": lambda model, optimizer: model[2][0].bias.requires_grad_(False),
+    "lr": lambda model, optimizer: optimizer.param_groups[1].update(weight_decay=0.5),
+    "model": lambda model, optimizer: model.append(nn.Linear(3, 3)),
+}
+DIFFERENT = [
+    ("schedule", "start", r"rank 1 has .*'total_steps': 20.*rank 0 has .*'total_steps': 16"),
+    ("step", "start", "rank 1 has 'step 1', rank 0 has 'step 0'"),
+    ("step", "later", "rank 1 has 'step 1', rank 0 has 'step 2'"),
+    ("flags", "start", r"parameter 2.0.bias: frozen.*parameter 2.0.bias: trains"),
+    ("flags", "later", r"parameter 2.0.bias: frozen.*parameter 2.0.bias: trains"),
+    ("lr", "start", r"group 1.*'weight_decay': 0.5.*group 1.*'weight_decay': 0.001"),
+    ("model", "start", "parameter 4.weight.*'nothing more'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("what", "when", "message"), DIFFERENT, ids=[f"{a}, {b}" for a, b, _ in DIFFERENT]
+)
+def test_a_process_that_differs_is_named_in_all_of_them(ranks, what, when, message):
+    for text in ranks.run(errors_of, what, when, world=3):
+        assert text.startswith("all processes must train the same model")
+        assert "ranks 1 differ from rank 0" in text
+        assert re.search(message, text)
+
+
+def frozen_while_accumulating(seed):
+    """Flags are changed by hand between the two halves of a step."""
+    model = net(seed)
+    optimizer = sgd(model, None)
+    network = DataParallel(model, optimizer)
+    for step in range(4):
+        optimizer.zero_grad()
+        for part in range(2):
+            images, labels = batch_of(seed, step, 4, dist.get_rank() * 2 + part)
+            with nullcontext() if part else network.no_sync():
+                loss = (network(images) - labels).square().mean() / 2
+                loss.backward()
+            if part == 0 and step in (1, 2):
+                model[0].requires_grad_(step == 2)
+                optimizer.zero_grad()
+        optimizer.step()
+    return weights(model)
+
+
+def test_flags_may_change_inside_a_no_sync_window(ranks, seed):
+    first, second = ranks.run(frozen_while_accumulating, seed)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def old_ones_after_many_freezes():
+    model = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 1000), nn.Linear(1000, 1))
+    optimizer = fastfreeze.SGD(model.parameters(), lr=0.1)
+    network = DataParallel(model, optimizer)
+    sent, held, peaks = SentBytes(), [], []
+    network.register_comm_hook(None, sent.hook)
+    for step in range(40):
+        model[0].requires_grad_(step % 2 == 0)
+        optimizer.zero_grad(set_to_none=True)
+        network(torch.ones(1, 1000)).sum().backward()
+        held.append(weakref.ref(network._ddp))
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return [ref() is not None for ref in held], peaks
+
+
+def test_nothing_is_left_of_the_old_buckets(ranks):
+    for alive, peaks in ranks.run(old_ones_after_many_freezes):
+        assert alive == [False] * 39 + [True]
+        assert peaks[-1] - peaks[9] < 20, "MiB, where each of 30 holds 4 or 8"
+
+
+def saved_after(seed, steps):
+    model = net(seed)
+    optimizer = sgd(model, freezing())
+    train(DataParallel(fastfreeze.trim(model), optimizer), optimizer, range(steps), seed)
+    return weights(model), optimizer.state_dict()
+
+
+def resumed(seed, state, optimizer_state, steps):
+    model = net(seed + 1)
+    optimizer = sgd(model, freezing())
+    model.load_state_dict(state)
+    optimizer.load_state_dict(optimizer_state)
+    network = fastfreeze.trim(model)
+    if dist.is_initialized():
+        network = DataParallel(network, optimizer)
+    train(network, optimizer, steps, seed)
+    return weights(model)
+
+
+@pytest.mark.parametrize("stop", [2, 6, 8], ids=["one frozen", "all but the head", "at a thaw"])
+def test_two_processes_checkpoint_is_resumed_by_one_and_by_three(ranks, seed, stop):
+    state, optimizer_state = ranks.run(saved_after, seed, stop)[0]
+    expected, rest = in_one_process(seed), range(stop, STEPS)
+    arguments = seed, state, optimizer_state, rest
+    # The last one goes on with the very tensors of the state.
+    for found in (*ranks.run(resumed, *arguments, world=3), resumed(*arguments)):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def names_of_states():
+    model = net(0, norms=True)
+    ours = DataParallel(fastfreeze.trim(model), sgd(model, freezing()))
+    theirs = DistributedDataParallel(net(0, norms=True))
+    ours.load_state_dict(theirs.state_dict())
+    return list(ours.state_dict()), list(theirs.state_dict()), list(ours.module.state_dict())
+
+
+def test_state_dicts_have_the_names_of_torchs_and_of_the_model(ranks):
+    ours, theirs, own = ranks.run(names_of_states)[0]
+    assert ours == theirs
+    assert own == list(net(0, norms=True).state_dict())
+
+
+def refused(arguments):
+    model = net(0)
+    optimizer = sgd(model, freezing())
+    arguments = {"module": model, "optimizer": optimizer, **arguments}
+    try:
+        DataParallel(**arguments)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+REFUSED = {
+    "module": ({"module": "net"}, "TypeError: module must be a torch.nn.Module, got str"),
+    "optimizer": ({"optimizer": None}, "TypeError: optimizer must be a fastfreeze.SGD"),
+    "mixed precision": ({"mixed_precision": "bf16"}, "ValueError: mixed_precision must be left"),
+    "unknown": ({"bucket_size": 3}, "TypeError: .*bucket_size"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_arguments_are_refused(ranks, arguments, message):
+    for text in ranks.run(refused, arguments):
+        assert re.search(message, text)
+
+
+def test_without_a_process_group_that_is_said():
+    model = net(0)
+    with pytest.raises(ValueError, match="init_process_group"):
+        DataParallel(model, sgd(model, freezing()))
