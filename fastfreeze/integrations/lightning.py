@@ -1,0 +1,119 @@
+"""Lightning: a callback that trims a LightningModule's network and takes snapshots.
+
+For the package ``lightning`` and its older name ``pytorch_lightning`` alike.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastfreeze.integrations.training import Store, TrainingRun, network_of
+from fastfreeze.report import FreezeReport
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:
+    try:
+        from pytorch_lightning import (  # type: ignore[assignment, unused-ignore]
+            Callback,
+            LightningModule,
+            Trainer,
+        )
+    except ImportError as error:
+        raise ImportError(
+            "fastfreeze.integrations.lightning needs Lightning: pip install lightning"
+        ) from error
+
+
+def total_steps(trainer: Trainer) -> int:
+    """How many optimizer steps ``trainer.fit`` takes, gradient accumulation counted in.
+
+    To be called in ``configure_optimizers``, as ``total_steps(self.trainer)``.
+
+    Raises:
+        ValueError: the trainer has neither ``max_steps`` nor ``max_epochs``.
+    """
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise ValueError(
+            "trainer must have max_steps or max_epochs, for a schedule needs an end: got "
+            f"max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}"
+        )
+    return int(steps)
+
+
+class FastfreezeCallback(Callback):  # type: ignore[misc, unused-ignore]
+    """Trims a LightningModule's network while it trains, and takes a snapshot at each cycle's end.
+
+    ``configure_optimizers`` returns a :class:`fastfreeze.SGD` with a schedule; checkpoints of the
+    Trainer resume it bit for bit. In manual optimization each ``step()`` counts. In the training
+    batches alone the network is replaced by :func:`fastfreeze.trim` of it, so that validation,
+    checkpoints and exports see the network itself.
+
+    Args:
+        network: name of the LightningModule's attribute, or of a submodule further down, that
+            ``training_step`` calls: the module whose layers freeze.
+        store: where snapshots of the network go, once for all processes; None: none are taken.
+        plan: name of the LightningModule's attribute that holds the plan which ``split`` gave for
+            the network, to measure what freezing saves; with ``example_inputs``.
+        example_inputs: a tuple of the network's arguments, or the only argument.
+
+    Attributes:
+        report: the :class:`fastfreeze.FreezeReport` of the latest training; None without ``plan``.
+
+    Raises, when the training starts:
+        ValueError: there is no such network, or no ``fastfreeze.SGD`` with a schedule for it; or
+            the schedule has fewer steps than the training.
+
+    Warns:
+        FastfreezeWarning: the schedule has more steps than the training.
+    """
+
+    def __init__(
+        self,
+        network: str = "model",
+        *,
+        store: Store | None = None,
+        plan: str | None = None,
+        example_inputs: Any = None,
+    ) -> None:
+        super().__init__()
+        self.report: FreezeReport | None = None
+        self._network, self._store, self._plan = network, store, plan
+        self._example_inputs = example_inputs
+        self._run: TrainingRun | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches
+        is_known = pl_module.automatic_optimization and not math.isinf(steps)
+        self._run = TrainingRun(
+            pl_module,
+            self._network,
+            trainer.optimizers,
+            total_steps=int(steps) if is_known else None,
+            store=self._store if trainer.is_global_zero else None,
+            saved=network_of(pl_module, self._network),
+            plan=None if self._plan is None else getattr(pl_module, self._plan),
+            example_inputs=trainer.strategy.batch_to_device(self._example_inputs),
+        )
+        self.report = self._run.report
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._run is not None:
+            self._run.begin_batch()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._run is not None:
+            self._run.end_batch()
+
+    def on_train_end(self, *_: Any) -> None:
+        self._close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._run is not None:
+            self._run.close()
+            self._run = None

@@ -1,0 +1,82 @@
+"""TensorBoard: learning rates, freezes and savings, written to the user's ``SummaryWriter``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastfreeze.ensemble import Snapshot
+from fastfreeze.optim import SGD
+from fastfreeze.report import FreezeReport
+
+
+def log_step(writer: Any, optimizer: SGD) -> None:
+    """Write each layer's learning rate, and how many layers are frozen, at the present step.
+
+    ::
+
+        writer = torch.utils.tensorboard.SummaryWriter("runs/freezeout")
+        optimizer.register_step_post_hook(lambda *_: log_step(writer, optimizer))
+
+    Args:
+        writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its methods.
+        optimizer: its ``current_step`` is the axis; the rates are those of the step to come.
+
+    Raises:
+        TypeError: one of the two is something else.
+    """
+    _check_writer(writer)
+    if not isinstance(optimizer, SGD):
+        raise TypeError(f"optimizer must be a fastfreeze.SGD, got {type(optimizer).__name__}")
+    step = optimizer.current_step
+    for i, group in enumerate(optimizer.param_groups):
+        name = f"{group['layer_index']:03d}_{group['layer_name']}" if "layer_name" in group else i
+        writer.add_scalar(f"learning_rate/{name}", float(group["lr"]), step)
+    writer.add_scalar("frozen_layers", len(optimizer.frozen_layers), step)
+
+
+def log_report(writer: Any, report: FreezeReport) -> None:
+    """Write what each freeze was to save and saves, at its step, and the report's table.
+
+    Step times are relative to those before the event, as in :class:`fastfreeze.FreezeRow`. To be
+    called once, when the training is over: an event is measured in the steps after it.
+
+    Args:
+        writer: as in :func:`log_step`.
+        report: of the training.
+
+    Raises:
+        TypeError: ``writer`` is something else.
+    """
+    _check_writer(writer)
+    for row in report.rows:
+        ratios = {"predicted": row.predicted, "limit": row.limit, "measured": row.measured}
+        for name, ratio in ratios.items():
+            if ratio is not None:
+                writer.add_scalar(f"step_time/{name}", ratio, row.step)
+    indented = "\n".join(f"    {line}" for line in str(report).splitlines())
+    writer.add_text("freezing", indented)
+
+
+def log_snapshots(writer: Any, snapshots: Iterable[Snapshot]) -> None:
+    """Write the metrics that snapshots were saved with, each at its snapshot's step.
+
+    Args:
+        writer: as in :func:`log_step`.
+        snapshots: a store, or some of its snapshots.
+
+    Raises:
+        TypeError: ``writer`` is something else.
+    """
+    _check_writer(writer)
+    for snapshot in snapshots:
+        for name, value in snapshot.metrics.items():
+            writer.add_scalar(f"snapshot/{name}", value, snapshot.step)
+
+
+def _check_writer(writer: Any) -> None:
+    if not (hasattr(writer, "add_scalar") and hasattr(writer, "add_text")):
+        raise TypeError(
+            "writer must be a torch.utils.tensorboard.SummaryWriter (pip install tensorboard), "
+            f"got {type(writer).__name__}"
+        )

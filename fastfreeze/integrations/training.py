@@ -1,0 +1,160 @@
+"""What the callbacks do, whichever framework calls them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fastfreeze.ensemble import MemorySnapshots, SnapshotStore
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.freezing import LayerPlan
+from fastfreeze.graph import trim
+from fastfreeze.optim import SGD
+from fastfreeze.report import FreezeReport
+from fastfreeze.schedule import Schedule
+
+Store = SnapshotStore | MemorySnapshots
+
+
+class TrainingRun:
+    """One training by a framework: a network that is trimmed in its batches, and snapshots.
+
+    The trimmed network stands in the place of the network from :meth:`begin_batch` to
+    :meth:`end_batch` alone: validation, checkpoints and whatever else see the network itself.
+
+    Args:
+        owner: the module that the framework trains.
+        name: of the network in it: a submodule, which is called for the forward.
+        optimizers: those of the training. One of them is a ``fastfreeze.SGD`` with a schedule, for
+            parameters of ``owner``'s network.
+        total_steps: how many optimizer steps the framework will take; None if that is not known.
+        store: where the snapshot of each cycle's end goes; None: none are taken.
+        saved: the module whose weights snapshots are of.
+        plan, example_inputs: for a :class:`~fastfreeze.FreezeReport`; None: nothing is measured.
+
+    Raises:
+        ValueError: there is no such network or optimizer, the framework takes more steps than the
+            schedule has, or one of ``plan`` and ``example_inputs`` is missing.
+
+    Warns:
+        FastfreezeWarning: the framework takes fewer steps than the schedule has.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        name: str,
+        optimizers: Iterable[Any],
+        *,
+        total_steps: int | None,
+        store: Store | None,
+        saved: nn.Module,
+        plan: LayerPlan | None,
+        example_inputs: Any,
+    ) -> None:
+        if (plan is None) != (example_inputs is None):
+            raise ValueError("plan and example_inputs must be given together, for a report")
+        network = network_of(owner, name)
+        self.optimizer, self._schedule = _optimizer_of(network, name, optimizers)
+        _check_total_steps(self._schedule, total_steps)
+        self.report: FreezeReport | None = None
+        if plan is not None:
+            self.report = FreezeReport(plan.model, self.optimizer, plan, example_inputs)
+        parent, _, self._name = name.rpartition(".")
+        self._parent = owner.get_submodule(parent)
+        self._network, self._trimmed = network, trim(network)
+        self._store, self._saved = store, saved
+        self._measured = ExitStack()  # open while an optimizer step is being measured
+        self._first_step: int | None = None  # the optimizer's, when that began
+        self._hook = self.optimizer.register_step_post_hook(self._save_if_due)
+
+    def begin_batch(self) -> None:
+        """A batch is about to be trained on; the optimizer may need several for a step."""
+        setattr(self._parent, self._name, self._trimmed)
+        if self.report is not None and self._first_step is None:
+            self._first_step = self.optimizer.current_step
+            self._measured.enter_context(self.report.step())
+
+    def end_batch(self) -> None:
+        """A batch is over.
+
+        Raises:
+            RuntimeError: the optimizer has taken several steps in it, and they are measured.
+        """
+        setattr(self._parent, self._name, self._network)
+        if self._first_step is None:
+            return
+        taken = self.optimizer.current_step - self._first_step
+        if taken > 1:
+            raise RuntimeError(
+                f"a report takes one optimizer step for each batch, got {taken}: leave out plan"
+            )
+        if taken == 1:
+            self._first_step = None
+            self._measured.close()
+
+    def close(self) -> None:
+        """The training is over, or has failed: leave everything as it was."""
+        setattr(self._parent, self._name, self._network)
+        self._hook.remove()
+        if self._first_step is not None:  # in the middle of a step: it does not count
+            self._first_step = None
+            self._measured.__exit__(GeneratorExit, GeneratorExit(), None)
+
+    def _save_if_due(self, *_: Any) -> None:
+        step = self.optimizer.current_step
+        ends = self._schedule.cycle_ends
+        if self._store is not None and step in ends:
+            cycle = ends.index(step)
+            self._store.save(self._saved, step=step, cycle=cycle, schedule=self._schedule)
+
+
+def network_of(owner: nn.Module, name: str) -> nn.Module:
+    """The submodule of this qualified name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        if name:
+            return owner.get_submodule(name)
+    except AttributeError:
+        pass
+    children = ", ".join(n for n, _ in owner.named_children())
+    raise ValueError(
+        f"network must be the name of a submodule of {type(owner).__name__} ({children}), "
+        f"got {name!r}"
+    )
+
+
+def _optimizer_of(network: nn.Module, name: str, optimizers: Iterable[Any]) -> tuple[SGD, Schedule]:
+    """The optimizer that trains the network, and its schedule."""
+    own = set(network.parameters())
+    # Frameworks wrap optimizers, and keep what they wrap under this name.
+    unwrapped: list[Optimizer] = [getattr(o, "optimizer", o) for o in optimizers]
+    for optimizer in unwrapped:
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        if isinstance(optimizer, SGD) and optimizer.schedule and not own.isdisjoint(params):
+            return optimizer, optimizer.schedule
+    found = ", ".join(f"{type(o).__module__}.{type(o).__name__}" for o in unwrapped) or "none"
+    raise ValueError(
+        f"the optimizer of {name!r} must be a fastfreeze.SGD with a schedule, got {found}"
+    )
+
+
+def _check_total_steps(schedule: Schedule, total_steps: int | None) -> None:
+    if total_steps is None or total_steps == schedule.total_steps:
+        return
+    text = f"the schedule has total_steps={schedule.total_steps}, the training {total_steps}"
+    if total_steps > schedule.total_steps:
+        raise ValueError(f"{text}: make the schedule with total_steps={total_steps}")
+    warnings.warn(
+        f"{text}: what is due later, snapshots among it, will not happen",
+        FastfreezeWarning,
+        stacklevel=2,
+    )

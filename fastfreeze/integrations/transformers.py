@@ -1,0 +1,156 @@
+"""Hugging Face Transformers: a Trainer callback, and what the Trainer and ensembles ask for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastfreeze.freezing import LayerPlan
+from fastfreeze.integrations.training import Store, TrainingRun
+from fastfreeze.report import FreezeReport
+
+try:
+    from transformers import (
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+except ImportError as error:
+    raise ImportError(
+        "fastfreeze.integrations.transformers needs Transformers with its Trainer: "
+        'pip install "transformers[torch]"'
+    ) from error
+
+
+def total_steps(trainer: Trainer) -> int:
+    """How many optimizer steps ``trainer.train`` takes, gradient accumulation counted in.
+
+    Raises:
+        ValueError: the training data have no length, and ``max_steps`` is not set.
+    """
+    arguments = trainer.args
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    try:
+        num_batches = len(trainer.get_train_dataloader())
+    except TypeError as error:
+        raise ValueError(
+            f"max_steps must be > 0 for training data without a length, got {arguments.max_steps}"
+        ) from error
+    steps = max(math.ceil(num_batches / arguments.gradient_accumulation_steps), 1)
+    return math.ceil(arguments.num_train_epochs * steps)
+
+
+class IdleScheduler(LRScheduler):
+    """A scheduler for where one is asked for; learning rates stay as the optimizer sets them.
+
+    For ``Trainer(optimizers=(optimizer, IdleScheduler(optimizer)))``: without it the Trainer makes
+    one of its own, which a :class:`fastfreeze.SGD` with a schedule refuses.
+    """
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+class Logits(nn.Module):
+    """A model that returns the ``logits`` of another one's output, a tensor.
+
+    What :class:`FastfreezeCallback` takes snapshots of, and :class:`fastfreeze.SnapshotEnsemble`
+    averages.
+
+    Args:
+        model: is shared, not copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits: Tensor = self.model(*args, **kwargs).logits
+        return logits
+
+
+class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Trims a part of a Trainer's model while it trains, and takes a snapshot at each cycle's end.
+
+    The Trainer is given a :class:`fastfreeze.SGD` with a schedule; its checkpoints resume bit for
+    bit. In the training steps alone the part is replaced by :func:`fastfreeze.trim` of it, so that
+    evaluation, checkpoints and ``save_pretrained`` see the model itself.
+
+    Args:
+        network: name of the submodule that is trimmed, such as ``model.base_model_prefix``: "bert",
+            "vit". What is behind it, the head, trains to the end.
+        store: where snapshots of ``Logits(model)`` go, once for all processes; None: none are
+            taken.
+        plan, example_inputs: the plan of the model, or of the part, and a tuple of its arguments,
+            to measure what freezing saves.
+
+    Attributes:
+        report: the :class:`fastfreeze.FreezeReport` of the latest training; None without ``plan``.
+
+    Raises, when the training starts:
+        ValueError: there is no such part, or no ``fastfreeze.SGD`` with a schedule for it; another
+            scheduler than :class:`IdleScheduler`; or fewer steps in the schedule than in the
+            training.
+
+    Warns:
+        FastfreezeWarning: the schedule has more steps than the training.
+    """
+
+    def __init__(
+        self,
+        network: str,
+        *,
+        store: Store | None = None,
+        plan: LayerPlan | None = None,
+        example_inputs: Any = None,
+    ) -> None:
+        self.report: FreezeReport | None = None
+        self._network, self._store, self._plan = network, store, plan
+        self._example_inputs = example_inputs
+        self._run: TrainingRun | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._close()  # of a training that has failed: nothing tells of that
+        scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])
+        if not isinstance(scheduler, IdleScheduler):
+            raise ValueError(
+                f"the Trainer's lr_scheduler must be an IdleScheduler, got "
+                f"{type(scheduler).__name__}: it would set the learning rates too"
+            )
+        model: nn.Module = kwargs["model"]
+        self._run = TrainingRun(
+            model,
+            self._network,
+            [kwargs["optimizer"]],
+            total_steps=state.max_steps,
+            store=self._store if state.is_world_process_zero else None,
+            saved=Logits(model),
+            plan=self._plan,
+            example_inputs=self._example_inputs,
+        )
+        self.report = self._run.report
+
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        if self._run is not None:
+            self._run.begin_batch()
+
+    def on_step_end(self, *_: Any, **kwargs: Any) -> None:
+        if self._run is not None:
+            self._run.end_batch()
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._run is not None:
+            self._run.close()
+            self._run = None

@@ -1,0 +1,279 @@
+"""The callback for Lightning, against the real Trainer."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastfreeze
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.graph import TrimmedModel
+
+lightning = pytest.importorskip("lightning.pytorch")
+from fastfreeze.integrations.lightning import FastfreezeCallback, total_steps  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EPOCHS, BATCHES, CYCLES = 6, 3, 3
+STEPS = EPOCHS * BATCHES
+HYPERS = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+
+
+def network():
+    def block(channels):
+        return nn.Sequential(
+            nn.Conv2d(channels, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+        )
+
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    return nn.Sequential(block(2), block(4), block(4), head)
+
+
+def schedule_of(steps):
+    return fastfreeze.FreezeOutCycles(steps, num_cycles=CYCLES, t_0=0.3, composition="sticky")
+
+
+def module_of(lightning):
+    class Module(lightning.LightningModule):
+        """Seeds each batch, as Lightning's checkpoints keep no random state."""
+
+        def __init__(self, model, steps=None):
+            super().__init__()
+            self.model, self.steps = model, steps
+            self.seen = {"train": set(), "valid": set()}
+
+        def loss(self, batch, index):
+            torch.manual_seed(1000 * self.current_epoch + index)
+            self.seen["train"].add(type(self.model))
+            images, labels = batch
+            return F.cross_entropy(self.model(images).float(), labels)
+
+        def training_step(self, batch, index):
+            return self.loss(batch, index)
+
+        def validation_step(self, batch, index):
+            self.seen["valid"].add(type(self.model))
+            self.model(batch[0])
+
+        def configure_optimizers(self):
+            schedule = schedule_of(self.steps or total_steps(self.trainer))
+            example = torch.zeros(1, 2, 6, 6)
+            self.plan = fastfreeze.split(self.model, example, schedule=schedule, lr=0.1)
+            return fastfreeze.SGD(self.plan.param_groups(), 0.1, **HYPERS, schedule=schedule)
+
+    class Manual(Module):
+        """Takes two steps in each batch."""
+
+        def __init__(self, model, steps=2 * STEPS):
+            super().__init__(model, steps)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+            for _ in range(2):
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch, index))
+                optimizer.step()
+
+    return Module, Manual
+
+
+Module, Manual = module_of(lightning)
+
+
+@pytest.fixture
+def loader():
+    images, labels = torch.randn(4 * BATCHES, 2, 6, 6), torch.randint(3, (4 * BATCHES,))
+    return DataLoader(TensorDataset(images, labels), batch_size=4)
+
+
+def trainer(directory, *callbacks, framework=lightning, **options):
+    return framework.Trainer(
+        **{
+            "max_epochs": EPOCHS,
+            "accelerator": "cpu",
+            "default_root_dir": directory,
+            "callbacks": list(callbacks),
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        | options
+    )
+
+
+def train_by_hand(model, loader):
+    schedule = schedule_of(STEPS)
+    plan = fastfreeze.split(model, torch.zeros(1, 2, 6, 6), schedule=schedule, lr=0.1)
+    optimizer = fastfreeze.SGD(plan.param_groups(), 0.1, **HYPERS, schedule=schedule)
+    trimmed, snapshots = fastfreeze.trim(model), fastfreeze.MemorySnapshots()
+    for epoch in range(EPOCHS):
+        for index, (images, labels) in enumerate(loader):
+            torch.manual_seed(1000 * epoch + index)
+            optimizer.zero_grad()
+            F.cross_entropy(trimmed(images), labels).backward()
+            optimizer.step()
+            if optimizer.current_step in schedule.cycle_ends:
+                snapshots.save(model, step=optimizer.current_step, cycle=len(snapshots))
+    return snapshots
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_fit_gives_the_bits_and_snapshots_of_a_loop_by_hand(package, loader, tmp_path):
+    framework = pytest.importorskip(package)
+    by_hand = network()
+    module = module_of(framework)[0](network())
+    module.model.load_state_dict(by_hand.state_dict())
+    expected = train_by_hand(by_hand, loader)
+
+    store = fastfreeze.SnapshotStore(tmp_path / "snapshots")
+    callback = FastfreezeCallback("model", store=store)
+    trainer(tmp_path, callback, framework=framework).fit(module, loader, loader)
+
+    assert module.seen == {"train": {TrimmedModel}, "valid": {nn.Sequential}}
+    assert_same_bits(module.model.state_dict(), by_hand.state_dict())
+    assert [(s.step, s.cycle) for s in store] == [(s.step, s.cycle) for s in expected]
+    for ours, theirs in zip(store, expected, strict=True):
+        assert_same_bits(store.load(ours), expected.load(theirs))
+    ensemble = fastfreeze.SnapshotEnsemble.from_store(module.model, store)
+    torch.testing.assert_close(ensemble(next(iter(loader))[0]).sum(1), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(Module, {}, id="plain"),
+        pytest.param(Module, {"accumulate_grad_batches": 2}, id="accumulation"),
+        pytest.param(Module, {"precision": "bf16-mixed"}, id="bf16-mixed"),
+        pytest.param(Module, {"gradient_clip_val": 0.5}, id="clipping"),
+        pytest.param(Manual, {}, id="manual, two steps a batch"),
+    ],
+)
+def test_a_checkpoint_resumes_bit_for_bit(kind, options, loader, tmp_path):
+    start = network().state_dict()
+
+    def fit(directory, checkpoint=None, **more):
+        module = kind(network())
+        module.model.load_state_dict(start)
+        store = fastfreeze.SnapshotStore(directory)
+        run = trainer(tmp_path, FastfreezeCallback(store=store), *more.pop("callbacks", ()), **more)
+        run.fit(module, loader, ckpt_path=checkpoint)
+        return module, store
+
+    keep = lightning.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    whole, snapshots = fit(tmp_path / "a", callbacks=[keep], enable_checkpointing=True, **options)
+    half = tmp_path / f"epoch={EPOCHS // 2 - 1}.ckpt"
+    resumed, late = fit(tmp_path / "b", half, **options)
+
+    optimizer, again = whole.optimizers().optimizer, resumed.optimizers().optimizer
+    assert optimizer.current_step == again.current_step == optimizer.schedule.total_steps
+    assert optimizer.frozen_layers == again.frozen_layers == (0, 1, 2)
+    assert_same_bits(resumed.state_dict(), whole.state_dict())
+    assert [s.cycle for s in snapshots] == [0, 1, 2]
+    assert [s.cycle for s in late] == [1, 2]
+    for ours, theirs in zip(late, list(snapshots)[1:], strict=True):
+        assert ours.sha256 == theirs.sha256
+
+
+def test_accumulation_counts_optimizer_steps(loader, tmp_path):
+    module = Module(network())
+    trainer(tmp_path, accumulate_grad_batches=2, max_epochs=5).fit(module, loader)
+    assert module.optimizers().optimizer.current_step == 5 * 2
+    assert module.plan.schedule.total_steps == 5 * 2
+
+
+def test_mixed_precision_leaves_weights_in_fp32(loader, tmp_path):
+    module = Module(network())
+    trainer(tmp_path, FastfreezeCallback(), precision="bf16-mixed").fit(module, loader)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_freezing_saves_is_reported(accumulation, loader, tmp_path):
+    module = Module(network())
+    callback = FastfreezeCallback(plan="plan", example_inputs=torch.zeros(1, 2, 6, 6))
+    trainer(tmp_path, callback, accumulate_grad_batches=accumulation).fit(module, loader)
+    events = [step for step, _ in module.plan.schedule.frozen_layers(4)[1:]]
+    assert [row.step for row in callback.report.rows] == events
+    assert "the layers' times" in str(callback.report)
+
+
+def test_a_report_of_several_steps_a_batch_is_refused(loader, tmp_path):
+    callback = FastfreezeCallback(plan="plan", example_inputs=torch.zeros(1, 2, 6, 6))
+    with pytest.raises(RuntimeError, match="one optimizer step for each batch, got 2"):
+        trainer(tmp_path, callback).fit(Manual(network()), loader)
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_a_training_that_fails_leaves_the_network_in_its_place(report, loader, tmp_path):
+    class Failing(Module):
+        def training_step(self, batch, index):
+            if self.current_epoch == 1 and index == 1:
+                raise ArithmeticError("in the middle")
+            return super().training_step(batch, index)
+
+    module, store = Failing(network()), fastfreeze.MemorySnapshots()
+    example = {"plan": "plan", "example_inputs": torch.zeros(1, 2, 6, 6)} if report else {}
+    with pytest.raises(ArithmeticError, match="in the middle"):
+        trainer(tmp_path, FastfreezeCallback(store=store, **example)).fit(module, loader)
+    assert type(module.model) is nn.Sequential
+    assert not any(m._forward_hooks for m in module.modules())
+    assert not module.trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+class WithAdam(Module):
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "callback", "options", "message"),
+    [
+        pytest.param(Module, None, {}, {"max_epochs": -1}, "max_steps or max_epochs", id="no end"),
+        pytest.param(
+            Module, None, {"network": "net"}, {}, r"of Module \(model\), got 'net'", id="network"
+        ),
+        pytest.param(
+            WithAdam, None, {}, {}, r"fastfreeze.SGD .* got torch.optim.adam.Adam", id="optimizer"
+        ),
+        pytest.param(Module, 17, {}, {}, "total_steps=17, the training 18", id="short schedule"),
+        pytest.param(Module, None, {"plan": "plan"}, {}, "example_inputs", id="plan alone"),
+    ],
+)
+def test_mistakes_are_named_before_anything_trains(
+    kind, steps, callback, options, message, loader, tmp_path
+):
+    module = kind(network(), steps)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, FastfreezeCallback(**callback), **options).fit(module, loader)
+    assert not module.seen["train"]
+
+
+def test_a_training_that_ends_before_its_schedule_is_announced(loader, tmp_path):
+    run = trainer(tmp_path, FastfreezeCallback())
+    with pytest.warns(FastfreezeWarning, match="total_steps=30, the training 18"):
+        run.fit(Module(network(), 30), loader)
+
+
+def test_the_absence_of_lightning_is_a_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    name = "fastfreeze.integrations.lightning"
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match="pip install lightning"):
+        importlib.import_module(name)

@@ -1,0 +1,372 @@
+"""The callback for Hugging Face's Trainer, against the real one, on models made from a config."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastfreeze
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.graph import TrimmedModel
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from fastfreeze.integrations.transformers import (  # noqa: E402
+    FastfreezeCallback,
+    IdleScheduler,
+    Logits,
+    total_steps,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.* is trimmed at module level"),
+]
+SAMPLES, BATCH, EPOCHS, CYCLES = 12, 4, 6, 3
+STEPS = EPOCHS * SAMPLES // BATCH
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=3,
+        hidden_dropout_prob=0.1,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def vit():
+    config = transformers.ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=2,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+        hidden_dropout_prob=0.1,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def resnet():
+    config = transformers.ResNetConfig(
+        num_channels=2,
+        embedding_size=4,
+        hidden_sizes=[4, 8],
+        depths=[2, 2],
+        layer_type="basic",
+        num_labels=3,
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+def texts():
+    mask = torch.ones(SAMPLES, 8, dtype=torch.long)
+    mask[::3, 5:] = 0
+    return {"input_ids": torch.randint(1, 50, (SAMPLES, 8)), "attention_mask": mask}
+
+
+def images():
+    return {"pixel_values": torch.randn(SAMPLES, 2, 8, 8)}
+
+
+BERT, VIT, RESNET = (
+    pytest.param(make, inputs, id=make.__name__)
+    for make, inputs in ((bert, texts), (vit, images), (resnet, images))
+)
+LAYERS = {
+    bert: ["embeddings", "layer.0", "layer.1", "layer.2", "pooler", "classifier"],
+    vit: ["embeddings", "layer", "layer", "layer", "classifier"],
+    resnet: [
+        "embedder",
+        "stages.0.layers.0",
+        "stages.0.layers.1",
+        "stages.1.layers.0",
+        "stages.1.layers.1",
+        "classifier",
+    ],
+}
+
+
+def samples(inputs):
+    labels = torch.arange(SAMPLES) % 3
+    return [
+        {name: values[i] for name, values in inputs.items()} | {"labels": labels[i]}
+        for i in range(SAMPLES)
+    ]
+
+
+def trainer(model, data, directory, store=None, measured=False, **options):
+    """A Trainer with its optimizer, its idle scheduler and the callback."""
+    arguments = transformers.TrainingArguments(
+        **{
+            "output_dir": str(directory),
+            "per_device_train_batch_size": BATCH,
+            "num_train_epochs": EPOCHS,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_steps": 1,
+        }
+        | options
+    )
+    run = transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    schedule = fastfreeze.FreezeOutCycles(total_steps(run), num_cycles=CYCLES, t_0=0.5)
+    example = tuple(v[None] for name, v in data[0].items() if name != "labels")
+    plan = fastfreeze.split(model, example, schedule=schedule, lr=0.05)
+    optimizer = fastfreeze.SGD(plan.param_groups(), 0.05, momentum=0.9, schedule=schedule)
+    run.optimizer, run.lr_scheduler = optimizer, IdleScheduler(optimizer)
+    report = {"plan": plan, "example_inputs": example} if measured else {}
+    callback = FastfreezeCallback(model.base_model_prefix, store=store, **report)
+    run.add_callback(callback)
+    return run, optimizer, callback
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize(("make", "inputs"), [BERT, VIT, RESNET])
+def test_embeddings_and_encoder_layers_are_layers(make, inputs):
+    model = make()
+    example = tuple(values[:2] for values in inputs().values())
+    names = [layer.name for layer in fastfreeze.split(model, example).layers]
+    assert len(names) == len(LAYERS[make])
+    assert all(expected in name for name, expected in zip(names, LAYERS[make], strict=True))
+
+
+@pytest.mark.parametrize("num_frozen", [1, 2, 4])
+@pytest.mark.parametrize(("make", "inputs"), [BERT, VIT, RESNET])
+def test_a_trimmed_part_has_the_gradients_of_the_untrimmed_one(make, inputs, num_frozen):
+    model, batch = make().train(), inputs()
+    plan = fastfreeze.split(model, tuple(batch.values()))
+    frozen = plan.layers[:num_frozen]
+    for layer in frozen:
+        for _, p in layer.parameters:
+            p.requires_grad_(False)
+
+    def gradients():
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(**batch, labels=torch.arange(SAMPLES) % 3).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    for name in (name for layer in frozen for name in layer.modules):
+        model.get_submodule(name).eval()
+    expected = gradients()
+    model.train()
+    trimmed = fastfreeze.trim(model.base_model)
+    trimmed.verify(*batch.values())
+    setattr(model, model.base_model_prefix, trimmed)
+    found = gradients()
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient)
+
+
+@pytest.mark.parametrize(("make", "inputs"), [BERT, VIT, RESNET])
+def test_a_training_freezes_evaluates_and_takes_snapshots(make, inputs, tmp_path):
+    model, batch = make(), inputs()
+    network = model.base_model
+    store = fastfreeze.SnapshotStore(tmp_path / "snapshots")
+    run, optimizer, _ = trainer(model, samples(batch), tmp_path, store, eval_strategy="epoch")
+    seen = {True: set(), False: set()}
+    model.register_forward_pre_hook(
+        lambda m, *_: seen[m.training].add(type(getattr(m, m.base_model_prefix)))
+    )
+    run.train()
+    assert optimizer.current_step == run.state.global_step == STEPS
+    assert seen == {True: {TrimmedModel}, False: {type(network)}}
+    assert model.base_model is network
+    assert [(s.step, s.cycle) for s in store] == [(6, 0), (12, 1), (18, 2)]
+    before, after = (store.load(s) for s in store.last(2))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    first = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert same >= {n for n, p in Logits(model).named_parameters() if id(p) in first}
+    assert len(same) < len(before)
+
+    ensemble = fastfreeze.SnapshotEnsemble.from_store(Logits(model), store)
+    with torch.no_grad():
+        members = [member.model(**batch).logits.softmax(1) for member in ensemble.members]
+    torch.testing.assert_close(ensemble(**batch), sum(members) / 3, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"gradient_accumulation_steps": 2}, id="accumulation"),
+        pytest.param({"bf16": True}, id="bf16", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(("make", "inputs"), [BERT, RESNET])
+def test_a_checkpoint_resumes_bit_for_bit(make, inputs, options, tmp_path):
+    data, start = samples(inputs()), make().state_dict()
+    half = 6 if "gradient_accumulation_steps" in options else 9
+    kept = {"save_strategy": "steps", "save_steps": half}
+
+    def train(name, checkpoint=None):
+        model = make()
+        model.load_state_dict(start)
+        store = fastfreeze.SnapshotStore(tmp_path / f"snapshots-{name}")
+        run, optimizer, _ = trainer(model, data, tmp_path / name, store, **kept, **options)
+        run.train(resume_from_checkpoint=checkpoint)
+        return model, store, optimizer
+
+    whole, snapshots, optimizer = train("whole")
+    checkpoint = str(tmp_path / "whole" / f"checkpoint-{half}")
+    resumed, late, again = train("resumed", checkpoint)
+    assert again.current_step == optimizer.current_step == 2 * half
+    assert again.frozen_layers == optimizer.frozen_layers != ()
+    assert_same_bits(resumed.state_dict(), whole.state_dict())
+    assert [s.cycle for s in snapshots] == [0, 1, 2]
+    assert [s.cycle for s in late] == [1, 2]
+    for ours, theirs in zip(late, list(snapshots)[1:], strict=True):
+        assert ours.sha256 == theirs.sha256
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        pytest.param({}, 18, id="epochs"),
+        pytest.param({"num_train_epochs": 1.5}, 5, id="half an epoch"),
+        pytest.param({"gradient_accumulation_steps": 2}, 12, id="accumulation"),
+        pytest.param({"per_device_train_batch_size": 5}, 18, id="a smaller last batch"),
+        pytest.param({"max_steps": 7}, 7, id="max_steps"),
+    ],
+)
+def test_total_steps_are_those_that_the_trainer_takes(options, steps, tmp_path):
+    run, optimizer, _ = trainer(bert(), samples(texts()), tmp_path, **options)
+    assert total_steps(run) == steps
+    run.train()
+    assert optimizer.current_step == run.state.max_steps == steps
+
+
+def test_the_trainer_logs_the_first_layers_learning_rate(tmp_path):
+    run, optimizer, _ = trainer(bert(), samples(texts()), tmp_path)
+    run.train()
+    logged = {row["step"]: row["learning_rate"] for row in run.state.log_history if "loss" in row}
+    num_layers = optimizer.param_groups[0]["num_layers"]
+    expected = {n: optimizer.schedule.lr(n - 1, 0.05, 0, num_layers) for n in logged}
+    assert logged == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_freezing_saves_is_reported(accumulation, tmp_path):
+    data = samples(texts())
+    options = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 12}
+    run, optimizer, callback = trainer(bert(), data, tmp_path, measured=True, **options)
+    run.train()
+    num_layers = optimizer.param_groups[0]["num_layers"]
+    events = [step for step, _ in optimizer.schedule.frozen_layers(num_layers)[1:]]
+    assert [row.step for row in callback.report.rows] == events
+    assert "the layers' times" in str(callback.report)
+
+
+def test_a_training_that_failed_can_be_done_again(tmp_path):
+    class Failing(transformers.TrainerCallback):
+        def on_substep_end(self, *_, **__):
+            raise ArithmeticError("in the middle")
+
+    model = bert()
+    network = model.bert
+    run, optimizer, _ = trainer(model, samples(texts()), tmp_path, gradient_accumulation_steps=2)
+    failing = Failing()
+    run.add_callback(failing)
+    with pytest.raises(ArithmeticError, match="in the middle"):
+        run.train()
+    run.remove_callback(failing)
+    run.train()
+    assert model.bert is network
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def without_scheduler(run, _):
+    run.lr_scheduler = None
+
+
+def other_optimizer(run, model):
+    run.optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run.lr_scheduler = IdleScheduler(run.optimizer)
+
+
+def more_epochs(run, _):
+    run.args.num_train_epochs = EPOCHS + 1
+
+
+def unknown_part(run, _):
+    run.callback_handler.callbacks[-1]._network = "vit"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (without_scheduler, "must be an IdleScheduler, got LambdaLR"),
+        (other_optimizer, "fastfreeze.SGD with a schedule, got torch.optim.sgd.SGD"),
+        (more_epochs, "total_steps=18, the training 21"),
+        (unknown_part, r"BertForSequenceClassification \(bert, dropout, classifier\), got 'vit'"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_mistakes_are_named_before_anything_trains(mistake, message, tmp_path):
+    model = bert()
+    run, optimizer, _ = trainer(model, samples(texts()), tmp_path)
+    mistake(run, model)
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert optimizer.current_step == 0
+
+
+def test_data_without_a_length_need_max_steps(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(samples(texts()))
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=5, report_to=[], use_cpu=True
+    )
+    run = transformers.Trainer(model=bert(), args=arguments, train_dataset=Stream())
+    assert total_steps(run) == 5
+    run.args.max_steps = -1
+    with pytest.raises(ValueError, match="max_steps must be > 0"):
+        total_steps(run)
+
+
+def test_a_training_that_ends_before_its_schedule_is_announced(tmp_path):
+    run, _, _ = trainer(bert(), samples(texts()), tmp_path)
+    run.args.num_train_epochs = 3
+    with pytest.warns(FastfreezeWarning, match="total_steps=18, the training 9"):
+        run.train()
+
+
+def test_an_idle_scheduler_changes_nothing():
+    optimizer = fastfreeze.SGD(nn.Linear(2, 2).parameters(), 0.1, total_steps=4)
+    scheduler = IdleScheduler(optimizer)
+    for step in range(4):
+        assert scheduler.get_last_lr() == [optimizer.schedule.lr(step, 0.1)]
+        optimizer.step()
+        scheduler.step()
+    other = IdleScheduler(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.5))
+    other.load_state_dict(scheduler.state_dict())
+    assert other.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_the_absence_of_transformers_is_a_clear_error(monkeypatch):
+    name = "fastfreeze.integrations.transformers"
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"pip install \"transformers\[torch\]\""):
+        importlib.import_module(name)
