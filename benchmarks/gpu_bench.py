@@ -13,15 +13,9 @@ import torch
 
 import fastfreeze
 from benchmarks.clock import Clock, CpuClock, CudaClock, copy_bandwidth, measure
-from benchmarks.gpu_cases import (
-    GpuCase,
-    Shapes,
-    sgd_case,
-    shapes_of,
-    softmax_case,
-    statistics_case,
-)
+from benchmarks.gpu_cases import GpuCase, sgd_case, softmax_case, statistics_case
 from benchmarks.results import write_json
+from benchmarks.shapes import Shapes, shapes_of
 
 ROUNDS = 41
 SOFTMAX_SHAPES = [

@@ -6,95 +6,33 @@ at all, is left out and named; if it is one of ours, the case counts as refused.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import fastfreeze
-from benchmarks.cases import (
-    SGD_VALUES,
-    TOTAL_STEPS,
-    eager_statistics,
-    statistics_fields,
-    torch_step,
-)
-from benchmarks.clock import Run
+from benchmarks.case import OURS, Rivals, Run, compiled_run
+from benchmarks.kernel_cases import eager_statistics, statistics_fields
+from benchmarks.sgd_cases import SGD_VALUES, TOTAL_STEPS, torch_step
+from benchmarks.shapes import Shapes
 from fastfreeze.ops.softmax import ensemble_softmax, ensemble_statistics
-from fastfreeze.recipes.models import build_model
 
-OURS = "fastfreeze"  # the names of our runs begin so
 GATE_STEPS = 3
 # Of an element or of all elements' root mean square, whichever is larger.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-@dataclass
-class GpuCase:
-    """What is timed, all of it through the gate.
+@dataclass(kw_only=True)
+class GpuCase(Rivals):
+    """Rivals on a GPU.
 
     Attributes:
         bytes_moved: the least that can be read and written.
-        left_out: runs that failed or gave another result, and why.
     """
 
     bytes_moved: int
-    runs: dict[str, Run] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def add(self, name: str, make: Callable[[], Run], check: Callable[[Run], str | None]) -> None:
-        """Enter a run if it passes ``check``, which returns what is wrong or None."""
-        try:
-            run = make()
-            wrong = check(run)
-        except Exception as error:  # of whatever kind: the other rivals can still be timed
-            wrong = f"{type(error).__name__}: {error}".splitlines()[0]
-        if wrong is None:
-            self.runs[name] = run
-        else:
-            self.left_out[name] = wrong
-
-    @property
-    def refused(self) -> bool:
-        """Whether one of ours is left out."""
-        return any(name.startswith(OURS) for name in self.left_out)
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Parameters of a network, in so many groups of neighbours."""
-
-    tensors: Sequence[Sequence[int]]
-    num_groups: int = 1
-
-    def groups(self, device: str, dtype: torch.dtype) -> list[dict]:
-        """Parameters with gradients, the same for every call."""
-        torch.manual_seed(0)
-        params = []
-        for shape in self.tensors:
-            p = torch.nn.Parameter(torch.randn(*shape, device=device, dtype=dtype))
-            p.grad = torch.randn_like(p)
-            params.append(p)
-        n = self.num_groups
-        ends = [round(i * len(params) / n) for i in range(n + 1)]
-        return [
-            {"params": params[a:b], "layer_index": i, "num_layers": n}
-            for i, (a, b) in enumerate(itertools.pairwise(ends))
-        ]
-
-
-def shapes_of(model_name: str) -> list[Sequence[int]]:
-    """Of a network's parameters, without making them."""
-    with torch.device("meta"):
-        if model_name == "resnet50":
-            import torchvision
-
-            model = torchvision.models.resnet50()
-        else:
-            model = build_model(model_name)
-    return [tuple(p.shape) for p in model.parameters()]
 
 
 def sgd_case(
@@ -162,7 +100,7 @@ def softmax_case(
     runs["eager loop"] = loop
     runs["stack, softmax, mean"] = lambda: torch.softmax(torch.stack(members), -1).mean(0)
     if compiled:
-        runs["torch.compile of the loop"] = _compiled(loop)
+        runs["torch.compile of the loop"] = compiled_run(loop)
     for name, run in runs.items():
         case.add(name, lambda run=run: run, lambda run: _difference([run()], truth))
     return case
@@ -185,16 +123,10 @@ def statistics_case(
     }
     runs["eager loop"] = lambda: eager_statistics(members, labels)
     if compiled:
-        runs["torch.compile of the loop"] = _compiled(lambda: eager_statistics(members, labels))
+        runs["torch.compile of the loop"] = compiled_run(lambda: eager_statistics(members, labels))
     for name, run in runs.items():
         case.add(name, lambda run=run: run, lambda run: _difference(run(), truth))
     return case
-
-
-def _compiled(run: Run) -> Run:
-    """For these shapes alone, and not as one more version of another case's function."""
-    torch._dynamo.reset()
-    return torch.compile(run, dynamic=False)
 
 
 def _ours(groups: list[dict], backend: str, momentum_dtype: torch.dtype | None) -> Run:

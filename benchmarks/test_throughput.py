@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 
+from benchmarks.case import Case
 from benchmarks.cases import CASES
+from benchmarks.sgd_cases import PACKAGES
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fastfreeze(benchmark, case):
+@lru_cache(maxsize=1)  # tests of one case follow each other
+def made(case: str) -> Case:
+    return CASES[case]()
+
+
+def most_runs(case: str) -> int:
+    return 4 + (len(PACKAGES) if case.endswith("momentum") else 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "run"), [(case, run) for case in CASES for run in range(most_runs(case))]
+)
+def test_run(benchmark, case, run):
     torch.set_num_threads(1)
-    benchmark(next(iter(CASES[case]().runs.values())))
-
-
-@pytest.mark.parametrize("rival", range(1, 4))
-@pytest.mark.parametrize("case", CASES)
-def test_rival(benchmark, case, rival):
-    torch.set_num_threads(1)
-    runs = list(CASES[case]().runs.items())
-    if rival >= len(runs):
+    runs = list(made(case).runs.items())
+    if run >= len(runs):
         pytest.skip("this case has fewer rivals")
-    benchmark.extra_info["rival"] = runs[rival][0]
-    benchmark(runs[rival][1])
+    benchmark.extra_info["rival"] = runs[run][0]
+    benchmark(runs[run][1])

@@ -13,9 +13,10 @@ gpu = pytest.importorskip("benchmarks.gpu", reason="tests run outside the source
 from benchmarks import gpu_bench, gpu_cases, outcomes  # noqa: E402
 from benchmarks.clock import CpuClock, measure  # noqa: E402
 from benchmarks.results import read_json, write_json  # noqa: E402
+from benchmarks.shapes import Shapes, shapes_of  # noqa: E402
 from tests.conftest import HAS_GPU, needs_cpu_kernels  # noqa: E402
 
-TINY = gpu_cases.Shapes([(7, 5), (64,), (3, 3, 3)], num_groups=2)
+TINY = Shapes([(7, 5), (64,), (3, 3, 3)], num_groups=2)
 
 
 def dry_run(tmp_path, *more):
@@ -186,8 +187,8 @@ def test_failures_are_told():
 def test_shapes(model, num_groups, millions):
     if model == "resnet50":
         pytest.importorskip("torchvision")
-    shapes = gpu_cases.shapes_of(model)
-    groups = gpu_cases.Shapes(shapes, num_groups).groups("cpu", torch.bfloat16)
+    shapes = shapes_of(model)
+    groups = Shapes(shapes, num_groups).groups("cpu", torch.bfloat16)
     assert len(groups) == num_groups
     assert all(g["params"] for g in groups)
     numel = sum(p.numel() for g in groups for p in g["params"])

@@ -1,0 +1,161 @@
+"""The kernels' cases: averages of an ensemble, and what the frozen forward is made of.
+
+The floor is the case's bytes at the bandwidth of a large copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.case import Case, Run, compiled_run, difference
+from fastfreeze.ops.affine import affine_relu_cat
+from fastfreeze.ops.softmax import EnsembleStatistics, ensemble_softmax, ensemble_statistics
+from fastfreeze.ops.winograd import transform_weight, winograd_conv2d
+
+
+def softmax_case(M: int, B: int, C: int) -> Case:
+    """Mean of the softmax of M members' logits [B, C], fp32."""
+    torch.manual_seed(0)
+    members = [torch.randn(B, C) for _ in range(M)]
+    stacked = torch.stack(members)
+
+    def loop() -> torch.Tensor:
+        total = torch.softmax(members[0], -1)
+        for logits in members[1:]:
+            total += torch.softmax(logits, -1)
+        return total.div_(M)
+
+    runs: dict[str, Run] = {
+        "fastfreeze": lambda: ensemble_softmax(members),
+        "eager loop": loop,
+        "softmax(stacked).mean(0)": lambda: torch.softmax(stacked, -1).mean(0),
+    }
+    name = f"ensemble average, ({M}, {B}, {C})"
+    return _case(name, (M + 1) * B * C * 4, runs, "softmax(stacked).mean(0)", compiled=loop)
+
+
+def statistics_case(M: int, B: int, C: int) -> Case:
+    """That mean with its maximum, class, entropy, mutual information and the labels' NLL."""
+    torch.manual_seed(0)
+    members = [torch.randn(B, C) for _ in range(M)]
+    labels = torch.randint(C, (B,))
+
+    def loop() -> list[torch.Tensor]:
+        return eager_statistics(members, labels)
+
+    runs: dict[str, Run] = {
+        "fastfreeze": lambda: statistics_fields(ensemble_statistics(members, labels)),
+        "eager loop": loop,
+    }
+    name = f"ensemble statistics, ({M}, {B}, {C})"
+    moved = (M + 1) * B * C * 4 + B * (8 + 8 + 4 * 4)
+    # Compiled sums over many classes lose digits.
+    return _case(name, moved, runs, "eager loop", compiled=loop, rtol=1e-3)
+
+
+def eager_statistics(members: Sequence[torch.Tensor], labels: torch.Tensor) -> list[torch.Tensor]:
+    """What a user would write; in the order of ``statistics_fields``."""
+    mean = torch.zeros_like(members[0])
+    entropies = torch.zeros_like(mean[:, 0])
+    for logits in members:
+        log_p = torch.log_softmax(logits, -1)
+        p = log_p.exp()
+        mean += p / len(members)
+        entropies -= (p * log_p).sum(-1) / len(members)
+    best, _ = mean.max(-1)
+    entropy = torch.special.entr(mean).sum(-1)
+    nll = -mean.gather(-1, labels[:, None])[:, 0].log()
+    return [mean, best, entropy, (entropy - entropies).clamp(min=0), nll]
+
+
+def statistics_fields(s: EnsembleStatistics) -> list[torch.Tensor]:
+    """All but the class, of which rounding may choose another where two are as likely."""
+    assert s.nll is not None
+    return [s.probabilities, s.max_probability, s.entropy, s.mutual_information, s.nll]
+
+
+@torch.no_grad()
+def convolution_case(C: int, size: int, K: int) -> Case:
+    """A frozen 3x3 convolution with bias and ReLU, 32 channels_last images."""
+    torch.manual_seed(0)
+    last = torch.channels_last
+    x = torch.randn(32, C, size, size).relu().to(memory_format=last)
+    weight = (torch.randn(K, C, 3, 3) / (9 * C) ** 0.5).to(memory_format=last)
+    bias, transformed = torch.randn(K), transform_weight(weight)
+    how = ((1, 1), (1, 1), (1, 1), 1, "relu", [], "")
+    runs: dict[str, Run] = {
+        "fastfreeze": lambda: winograd_conv2d(x, transformed, bias, padding=(1, 1), relu=True),
+        "torch conv2d, relu_": lambda: F.conv2d(x, weight, bias, padding=1).relu_(),
+        "oneDNN, fused": lambda: torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *how),
+    }
+    name = f"3x3 convolution, {C} to {K} channels, 32 images of {size}x{size}"
+    moved = 4 * (9 * C * K + 32 * size * size * (C + K))
+    return _case(name, moved, runs, "torch conv2d, relu_", atol=2e-5)
+
+
+@torch.no_grad()
+def norm_case(channels: Sequence[int], size: int) -> Case:
+    """A frozen norm and ReLU of tensors side by side, 32 channels_last images."""
+    torch.manual_seed(0)
+    images = [torch.randn(32, c, size, size) for c in channels]
+    parts = [x.to(memory_format=torch.channels_last) for x in images]
+    C = sum(channels)
+    scale, shift = torch.randn(C), torch.randn(C)
+    statistics = (torch.zeros(C), torch.ones(C))
+
+    def norm() -> torch.Tensor:
+        x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return F.batch_norm(x, *statistics, scale, shift, eps=0.0).relu_()
+
+    runs: dict[str, Run] = {
+        "fastfreeze": lambda: affine_relu_cat(parts, scale, shift),
+        "torch cat, batch_norm, relu_": norm,
+    }
+    tensors = f"{len(channels)} tensor" + "s" * (len(channels) > 1)
+    name = f"norm and ReLU, {tensors}, {C} channels, 32 images of {size}x{size}"
+    return _case(name, 2 * 4 * 32 * size * size * C, runs, "torch cat, batch_norm, relu_")
+
+
+def _case(
+    name: str,
+    bytes_moved: int,
+    runs: dict[str, Run],
+    truth: str,
+    compiled: Run | None = None,
+    **tolerance: float,
+) -> Case:
+    """Those of the runs that agree with ``truth``, one of them, and ``compiled``, if that does."""
+    case = Case(name=name, bytes_moved=bytes_moved)
+    expected = _listed(runs[truth]())
+    makes: dict[str, Callable[[], Run]] = {k: lambda run=run: run for k, run in runs.items()}
+    if compiled is not None:
+        makes["torch.compile of the loop"] = lambda: compiled_run(compiled)
+    for rival, make in makes.items():
+        case.add(rival, make, lambda run: difference(_listed(run()), expected, **tolerance))
+    return case
+
+
+def _listed(result: object) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+KERNEL_CASES: dict[str, Callable[[], Case]] = {
+    **{
+        f"softmax-{M}-{B}-{C}": partial(softmax_case, M, B, C)
+        for M, B, C in [(5, 256, 10), (5, 1024, 100), (6, 4096, 1000)]
+    },
+    **{
+        f"statistics-{M}-{B}-{C}": partial(statistics_case, M, B, C)
+        for M, B, C in [(5, 1024, 100), (6, 4096, 1000), (10, 64, 50257)]
+    },
+    **{
+        f"convolution-{C}-{K}-{size}": partial(convolution_case, C, size, K)
+        for C, K, size in [(64, 64, 16), (256, 256, 8), (512, 512, 4), (48, 12, 16)]
+    },
+    "norm-64-32": partial(norm_case, [64], 32),
+    "norm-7-tensors-16": partial(norm_case, [96] + [12] * 6, 16),
+}

@@ -1,0 +1,264 @@
+"""The cases of python -m benchmarks at toy sizes: their gate, what is timed, what is written."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+
+import pytest
+import torch
+
+case_module = pytest.importorskip("benchmarks.case", reason="tests run outside the source tree")
+from benchmarks import __main__ as command  # noqa: E402
+from benchmarks import compare, sgd_cases, step_cases  # noqa: E402
+from benchmarks.case import Case, Rivals, difference  # noqa: E402
+from benchmarks.cases import ALL_CASES, CASES  # noqa: E402
+from benchmarks.shapes import shapes_of  # noqa: E402
+from tests.conftest import needs_cpu_kernels  # noqa: E402
+
+MODEL = "resnet8-w4"
+TORCH = ["torch fused", "torch foreach", "torch for-loop"]
+NUM_LAYERS = 8
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sgd_case(**options):
+    return sgd_cases.sgd_case(MODEL, **{"per_layer": False, **options})
+
+
+def test_every_network_is_measured_in_one_group_and_many_with_layers_frozen():
+    for model in ["resnet110", "wrn34-4", "wrn40-4", "densenet40", "vgg16", "resnet50", "vit_b_16"]:
+        for groups, frozen in itertools.product(["", "-per-layer"], ["", "-frozen-50"]):
+            assert f"sgd-{model}{groups}{frozen}" in CASES
+    assert not any(name.endswith("compiled") for name in CASES)
+    assert {"sgd-resnet110-compiled", "step-vgg16-frozen-50", "norm-64-32"} < ALL_CASES.keys()
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors"), [("resnet50", 161), ("vit_b_16", 152), ("resnet110", 329)]
+)
+def test_shapes_of_networks(model, tensors):
+    if model != "resnet110":
+        pytest.importorskip("torchvision")
+    assert len(shapes_of(model)) == tensors
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("per_layer", [False, True], ids=["one group", "per layer"])
+@pytest.mark.parametrize("frozen", [0, 50, 90])
+def test_rivals_of_a_step_do_the_same_in_all_forms(per_layer, frozen):
+    case = sgd_case(per_layer=per_layer, frozen=frozen)
+    assert case.left_out == {}
+    assert list(case.runs) == ["fastfreeze", *TORCH]
+    assert (f"{NUM_LAYERS} groups" if per_layer else "1 group") in case.name
+    assert (f"{frozen}% of {NUM_LAYERS} layers frozen" in case.name) == (frozen > 0)
+    total = sum(torch.Size(shape).numel() for shape in shapes_of(MODEL))
+    assert (case.bytes_moved == 20 * total) == (frozen == 0)
+    assert case.bytes_moved > 0
+
+
+def test_frozen_layers_have_no_gradient_and_the_first_ones_freeze():
+    layers = sgd_cases._groups(shapes_of(MODEL), NUM_LAYERS, num_frozen=3, per_layer=True)
+    assert len(layers) == NUM_LAYERS
+    for layer in layers:
+        frozen = layer["layer_index"] < 3
+        assert all((p.grad is None) == frozen != p.requires_grad for p in layer["params"])
+
+
+@needs_cpu_kernels
+def test_a_rival_that_does_something_else_is_named_and_not_timed():
+    def twice(groups):
+        step = sgd_cases.torch_step(groups)
+        return lambda: (step(), step())
+
+    def missing(groups):
+        raise ImportError("no such package")
+
+    case = sgd_case(rivals={"twice": twice, "missing": missing})
+    assert set(case.runs) == {"fastfreeze", *TORCH}
+    assert case.left_out["missing"] == "ImportError: no such package"
+    assert case.left_out["twice"].startswith("another result: tensor 0 is off by up to")
+    assert not case.refused
+
+
+@needs_cpu_kernels
+def test_packages_that_are_not_installed_are_named(monkeypatch):
+    for package in ("bitsandbytes", "optimi"):
+        monkeypatch.setitem(sys.modules, package, None)
+    case = sgd_case(values=sgd_cases.PLAIN_MOMENTUM, rivals=sgd_cases.PACKAGES)
+    assert set(case.left_out) == {"bitsandbytes", "optimi"}
+    assert "plain momentum" in case.name
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("package", ["bitsandbytes", "optimi"])
+def test_packages_compute_torchs_plain_momentum(package):
+    pytest.importorskip(package)
+    case = sgd_case(values=sgd_cases.PLAIN_MOMENTUM, rivals=sgd_cases.PACKAGES)
+    assert package in case.runs, case.left_out[package]
+
+
+@needs_cpu_kernels
+def test_ours_computing_something_else_gets_no_numbers(monkeypatch):
+    ours = sgd_cases._ours
+    monkeypatch.setattr(sgd_cases, "_ours", lambda g, values: ours(g, {**values, "lr": 0.11}))
+    case = sgd_case()
+    assert case.refused
+    entry = compare.measured(case, rounds=2, seconds=0, bandwidth=1e9)
+    assert entry["seconds"] == {}
+    assert "another result" in entry["left_out"]["fastfreeze"]
+    assert compare.lines_of_entry("case", entry) == []
+
+
+@needs_cpu_kernels
+def test_a_trimmed_step_is_torchs():
+    case = step_cases.step_case(MODEL, 8)
+    assert case.left_out == {}
+    assert list(case.runs) == ["fastfreeze", "torch", "torch fused", "torch channels_last fused"]
+    assert case.name.endswith("2 of 5 layers frozen")
+    step = case.runs["fastfreeze"]
+    model = step.training.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step()
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert changed
+    assert frozen
+    assert not changed & frozen
+    assert case.floor() > 0
+
+
+def test_a_step_that_freezes_nothing_is_refused(monkeypatch):
+    def unfrozen(batch):
+        step = step_cases.by_flags(batch)
+        step.training.model.requires_grad_(True)
+        return step_cases.Step(
+            step_cases._torch_training(step.training.model, torch.contiguous_format),
+            batch.images,
+            batch.labels,
+        )
+
+    monkeypatch.setattr(step_cases, "by_fastfreeze", unfrozen)
+    case = step_cases.step_case(MODEL, 8)
+    assert case.refused
+    assert "inf of its change" in case.left_out["fastfreeze"]
+
+
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        pytest.param([1.0, 2.0], None, id="equal"),
+        pytest.param([1.0, 2.0 + 1e-5], None, id="rounding"),
+        pytest.param([1.0, 2.1], "off by up to 1.0e-01", id="another value"),
+        pytest.param([1.0, float("nan")], "off by up to nan", id="nan"),
+    ],
+)
+def test_what_counts_as_the_same(found, wrong):
+    message = difference([torch.tensor(found)], [torch.tensor([1.0, 2.0])])
+    assert message is None if wrong is None else wrong in message
+
+
+def test_empty_tensors_are_the_same():
+    assert difference([torch.empty(0)], [torch.empty(0)]) is None
+
+
+def test_a_rival_that_fails_when_it_runs_is_left_out():
+    rivals = Rivals()
+    rivals.add("fails", lambda: lambda: 1 / 0, lambda run: run())
+    assert rivals.left_out == {"fails": "ZeroDivisionError: division by zero"}
+
+
+def counted(calls, name):
+    return lambda: calls.append(name)
+
+
+@pytest.mark.parametrize(
+    ("clock_step", "seconds", "pace"),
+    [
+        pytest.param(0.001, 10, (3, 50), id="as many as asked for"),
+        pytest.param(0.01, 1, (3, 12), id="as many as fit"),
+        pytest.param(0.1, 1, (1, compare.LEAST_ROUNDS), id="long runs one by one, but some"),
+    ],
+)
+def test_rounds_fit_in_the_time(monkeypatch, clock_step, seconds, pace):
+    now = itertools.count()
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(now) * clock_step)
+    runs = {"a": lambda: None, "b": lambda: None}
+    assert compare.pace(runs, 50, seconds) == pace
+
+
+def test_an_entry_holds_what_was_timed():
+    calls = []
+    case = Case(
+        name="a case",
+        runs={name: counted(calls, name) for name in ("fastfreeze", "torch")},
+        left_out={"other": "why"},
+        bytes_moved=1000,
+    )
+    entry = compare.measured(case, rounds=2, seconds=1, bandwidth=1e6)
+    assert entry["seconds"].keys() == {"fastfreeze", "torch"}
+    assert entry["floor_s"] == 1e-3
+    assert entry["left_out"] == {"other": "why"}
+    assert calls.count("fastfreeze") == calls.count("torch") > 0
+    (line,) = compare.lines_of_entry("key", entry)
+    assert (line.label, line.case, line.rival, line.floor) == ("key", "a case", "torch", 1e-3)
+
+
+def test_a_floor_of_its_own_is_timed_too():
+    calls = []
+    case = Case(
+        name="a case",
+        runs={"fastfreeze": lambda: None, "torch": lambda: None},
+        floor=counted(calls, "floor"),
+    )
+    entry = compare.measured(case, rounds=2, seconds=1, bandwidth=1e6)
+    assert calls
+    assert entry["bytes"] is None
+    assert 0 < entry["floor_s"] < 1
+    assert "floor" not in entry["seconds"]
+
+
+@needs_cpu_kernels
+def test_the_command_prints_a_line_and_writes_the_results(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.json"
+    monkeypatch.setattr(command, "copy_bandwidth", lambda: 1e10)
+    monkeypatch.setattr(command, "ALL_CASES", {"sgd-vgg16": sgd_case})
+    argv = ["sgd-vgg16", "--rounds=3", "--seconds=1", "--threads=1", f"--out={out}"]
+    assert command.main(argv) == 0
+    results = json.loads(out.read_text())
+    assert results["machine"]["torch"] == torch.__version__
+    assert results["machine"]["copy_gb_per_s"] == 10
+    assert results["command"].startswith("python -m benchmarks sgd-vgg16 ")
+    assert results["results"]["sgd-vgg16"]["seconds"].keys() == {"fastfreeze", *TORCH}
+    assert f"| SGD step, {MODEL} (" in capsys.readouterr().out
+
+
+@needs_cpu_kernels
+def test_the_command_fails_if_ours_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(command, "copy_bandwidth", lambda: 1e10)
+    wrong = Case(name="a case", left_out={"fastfreeze": "wrong"})
+    monkeypatch.setattr(command, "ALL_CASES", {"sgd-vgg16": lambda: wrong})
+    assert command.main(["sgd-vgg16", "--threads=1"]) == 1
+    assert "sgd-vgg16: fastfreeze: wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "cases"),
+    [
+        pytest.param([], list(CASES), id="all"),
+        pytest.param(["--compile"], list(ALL_CASES), id="those that compile, too"),
+        pytest.param(["norm-64-32", "sgd-vgg16"], ["norm-64-32", "sgd-vgg16"], id="names"),
+        pytest.param(["norm-*", "norm-64-32"], ["norm-64-32", "norm-7-tensors-16"], id="pattern"),
+        pytest.param(["*compiled", "--compile"], list(ALL_CASES)[-2:], id="only those"),
+    ],
+)
+def test_which_cases_are_run(argv, cases):
+    assert command._arguments(argv).cases == cases
+
+
+def test_an_unknown_case_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["sgd-nothing"])
+    assert "case must be one of sgd-resnet110," in capsys.readouterr().err

@@ -1,0 +1,282 @@
+"""python -m benchmarks report: from invented results of every kind, and the one in docs/."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+report = pytest.importorskip("benchmarks.report", reason="tests run outside the source tree")
+from benchmarks import picture  # noqa: E402
+from benchmarks.lines import Line, lines_of, seconds_text, spread_text  # noqa: E402
+from benchmarks.measure import Times  # noqa: E402
+
+MACHINE = {
+    "cpu": "Some CPU",
+    "threads": 1,
+    "torch": "2.14",
+    "python": "3.11",
+    "fastfreeze": "0.1.0",
+}
+
+
+def times(median, low=None, high=None):
+    return {"median": median, "low": low or 0.9 * median, "high": high or 1.1 * median}
+
+
+def spread(median):
+    return {"median": median, "lowest": median, "highest": median}
+
+
+KERNELS = {
+    "machine": {**MACHINE, "copy_gb_per_s": 20},
+    "command": "python -m benchmarks --out /somewhere/x.json",
+    "results": {
+        "sgd-net": {
+            "name": "SGD step, net",
+            "bytes": 20,
+            "floor_s": 0.5e-3,
+            "left_out": {"other": "no nesterov"},
+            "seconds": {
+                "fastfreeze": times(1e-3),
+                "torch": times(4e-3),
+                "torch fused": times(2e-3, 1e-3, 3e-3),
+            },
+        },
+        "sgd-wrong": {
+            "name": "SGD step, wrong",
+            "left_out": {"fastfreeze": "wrong", "other": "no nesterov"},
+            "seconds": {},
+        },
+        "step-net": {
+            "name": "training step, net",
+            "floor_s": None,
+            "seconds": {"fastfreeze": times(0.1), "torch": times(0.25)},
+        },
+        "norm": {"name": "norm", "seconds": {"fastfreeze": times(2e-5), "torch": times(3e-5)}},
+    },
+}
+ENSEMBLE = {
+    "machine": MACHINE,
+    "command": "python -m benchmarks.predict net --out=/somewhere/y.json --rounds 9",
+    "cases": [
+        {
+            "model": "net",
+            "batch_size": 4,
+            "members": 5,
+            "shared": 0.75,
+            "bound": 2.5,
+            "wrong": {"vmap": "1e-3 from the loop in float64"},
+            "seconds": {
+                "torch loop": times(0.01),
+                "fastfreeze": times(0.002),
+                "fastfreeze, not folded": times(0.004),
+            },
+        }
+    ],
+}
+TRAINING = {
+    "machine": {**MACHINE, "threads": 2},
+    "command": "python -m benchmarks.training net",
+    "models": {
+        "net": {
+            "status": "measured",
+            "steps": 100,
+            "t_0": {
+                "0.5": {
+                    "freezes": 7,
+                    "limit": spread(0.6),
+                    "rivals": {
+                        "torch": {"total": spread(20.0)},
+                        "flags": {"total": spread(12.0)},
+                        "fastfreeze": {"total": spread(10.0)},
+                        "fastfreeze cache": {"total": spread(8.0)},
+                    },
+                }
+            },
+        },
+        "bad": {"status": "refused", "wrong": {"fastfreeze": "losses differ"}},
+    },
+}
+
+
+def peer(trained_by, predicted_by, seconds, training=None, wrong=""):
+    facts = {f"predict_{k}": v for k, v in times(seconds).items()} if seconds else {}
+    if training:
+        facts["training_seconds"] = training
+    return {
+        "trained_by": trained_by,
+        "predicted_by": predicted_by,
+        "wrong": wrong,
+        "facts": facts,
+        "answers": {},
+    }
+
+
+PEERS = {
+    "machine": MACHINE,
+    "command": "python -m benchmarks.peers",
+    "peers": [
+        peer("fastfreeze, sticky", "fastfreeze", 0.1, training=30.0),
+        peer("fastfreeze, sticky", "torch loop", 0.3),
+        peer("torchensemble", "torchensemble 0.2", 0.2, training=60.0),
+        peer("other", "other", None, wrong="not installed"),
+    ],
+}
+FILES = {"a.json": KERNELS, "b.json": ENSEMBLE, "c.json": TRAINING, "d.json": PEERS}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "results"
+    path.mkdir()
+    for name, data in FILES.items():
+        (path / name).write_text(json.dumps(data))
+    return path
+
+
+@pytest.fixture
+def rows(folder):
+    text = report.markdown(report.collect(folder))
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| SGD step, net | 1 ms (0.9-1.1) | torch fused: 2 ms (1-3) | 2.00 | 500 µs |",
+        "| training step, net | 100 ms (90-110) | torch: 250 ms (225-275) | 2.50 | - |",
+        "| norm | 20 µs (18-22) | torch: 30 µs (27-33) | 1.50 | - |",
+        "| net, batch 4, 5 members, 75% of the MACs shared | fastfreeze, not folded: 4 ms (3.6-4.4)"
+        " | torch loop: 10 ms (9-11) | 2.50 | 4 ms |",
+        "| net, t_0=0.5, 100 steps, 7 freezes | fastfreeze cache: 8 s | flags: 12 s | 1.50 | 8 s |",
+        "| training | fastfreeze, sticky: 30 s | torchensemble: 60 s | 2.00 | - |",
+        "| prediction, fastfreeze, sticky | 100 ms (90-110) | torchensemble 0.2: 200 ms (180-220) "
+        "| 2.00 | - |",
+    ],
+)
+def test_each_kind_of_result_has_its_line(rows, row):
+    assert row in rows
+
+
+def test_nothing_else_has_a_line(rows):
+    assert len([row for row in rows if not row.startswith("| case")]) == 9
+
+
+def test_who_has_no_numbers_is_named(folder):
+    text = report.markdown(report.collect(folder))
+    for note in [
+        "- other: no nesterov (2 cases)",
+        "- fastfreeze: wrong (1 case)",
+        "- vmap: 1e-3 from the loop in float64 (1 case)",
+        "- bad: fastfreeze: losses differ (1 case)",
+        "- other (other): not installed (1 case)",
+    ]:
+        assert note in text.splitlines()
+
+
+def test_machine_versions_and_command_are_told(folder):
+    text = report.markdown(report.collect(folder))
+    assert "Some CPU, 2 threads; torch 2.14, Python 3.11, fastfreeze 0.1.0" in text
+    assert "- `python -m benchmarks` ([data](../benchmarks/results/a.json))" in text
+    assert "- `python -m benchmarks.predict net --rounds 9` ([data]" in text
+    assert "/somewhere" not in text
+
+
+def test_one_machine_has_one_table_of_a_kind_and_another_its_own(folder):
+    more = {**KERNELS, "results": {"sgd-more": {**KERNELS["results"]["sgd-net"], "name": "more"}}}
+    (folder / "e.json").write_text(json.dumps(more))
+    other = {**more, "machine": {**MACHINE, "cpu": "Another CPU"}}
+    (folder / "f.json").write_text(json.dumps(other))
+    steps = [t for t in report.collect(folder) if t.title == "Optimizer step"]
+    assert [[line.case for line in table.lines] for table in steps] == [
+        ["SGD step, net", "more"],
+        ["more"],
+    ]
+    assert list(steps[0].commands) == ["a.json", "e.json"]
+
+
+def test_the_order_of_kinds_does_not_depend_on_the_files(folder):
+    (folder / "a.json").rename(folder / "z.json")
+    titles = [table.title for table in report.collect(folder)]
+    assert titles == list(report.FLOORS)
+
+
+def test_a_file_of_another_kind_is_refused(folder):
+    (folder / "x.json").write_text(json.dumps({"machine": MACHINE, "numbers": []}))
+    with pytest.raises(ValueError, match=r"x\.json must hold one of results, cases, .* numbers"):
+        report.collect(folder)
+
+
+def test_the_command_writes_the_same_files_each_time(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    written = []
+    for run in ("first", "second"):
+        out = tmp_path / run
+        out.mkdir()
+        assert report.main([f"--results={folder}", f"--out={out}"]) == 0
+        written.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert written[0] == written[1]
+    assert written[0].keys() == {"benchmarks.md", "benchmarks.png"}
+    assert written[0]["benchmarks.png"].startswith(b"\x89PNG")
+
+
+def test_a_folder_without_results_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main([f"--results={tmp_path}"])
+    assert "--results must be a folder with results" in capsys.readouterr().err
+
+
+def test_the_committed_file_is_what_the_committed_data_give():
+    committed = (report.DOCS / "benchmarks.md").read_text()
+    assert committed == report.markdown(report.collect(report.RESULTS)), (
+        "run python -m benchmarks report"
+    )
+    assert (report.DOCS / "benchmarks.png").exists()
+
+
+def line(own, best, **options):
+    return Line("case", "case", "fastfreeze", Times(*own), "torch", Times(*best), **options)
+
+
+def test_a_ratio_and_what_it_lies_between():
+    found = line((2.0, 1.0, 4.0), (6.0, 5.0, 8.0))
+    assert found.ratio == 3
+    assert picture.ratio_spread(found) == (5 / 4, 8 / 1)
+
+
+def test_the_best_rival_is_none_of_ours():
+    found = lines_of(
+        "case",
+        "label",
+        {name: Times(t, t, t) for name, t in [("fastfreeze", 2.0), ("a", 3.0), ("b", 2.5)]}
+        | {"fastfreeze b": Times(1.0, 1.0, 1.0)},
+    )
+    assert [(x.ours, x.rival, x.ratio) for x in found] == [
+        ("fastfreeze", "b", 1.25),
+        ("fastfreeze b", "b", 2.5),
+    ]
+    assert lines_of("case", "label", {"fastfreeze": Times(1.0, 1.0, 1.0)}) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(29.4e-6, "29.4 µs"), (12.21e-3, "12.2 ms"), (0.4528, "453 ms"), (1, "1 s"), (258.4, "258 s")],
+)
+def test_units(seconds, text):
+    assert seconds_text(seconds) == text
+    assert spread_text(Times(seconds, seconds, seconds)) == text
+
+
+def table_of(count):
+    return report.Table("Kernels", "machine", [line((1.0,) * 3, (2.0,) * 3)] * count)
+
+
+@pytest.mark.parametrize(
+    ("counts", "left"), [([3], 0), ([5, 5], 1), ([9, 1, 1], 1), ([1, 1, 9], 2), ([2, 2, 2, 2], 2)]
+)
+def test_columns_are_about_equal_in_height(counts, left):
+    tables = [table_of(count) for count in counts]
+    columns = picture.halves(tables)
+    assert [*columns[0], *columns[1]] == tables
+    assert len(columns[0]) in (left, len(tables) - left)
