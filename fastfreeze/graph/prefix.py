@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_map
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph._state import Held, HeldState, preserved, tensors_in
-from fastfreeze.graph.cut import Cut, Dataflow
+from fastfreeze.graph.cut import Cut, Dataflow, called_name
 from fastfreeze.graph.fold import CannotFoldError, Folded, fold
 from fastfreeze.graph.rewrite import Piece, Program, write_piece, write_suffix
-from fastfreeze.graph.split import CannotSplitError, find_split, find_stretch
+from fastfreeze.graph.split import CannotSplitError, draws_random_numbers, find_split, find_stretch
 from fastfreeze.graph.trace import Trace
 from fastfreeze.graph.verify import excess
 
@@ -288,12 +288,15 @@ def gain_by_channels_last(
     Convolutions whose weights are in the usual layout reorder them for such values, forward and
     backward. That pays where the weights are fewer than what is computed with them, for a batch of
     32: what the batch really holds must not matter, or a resumed run would not give the same bits.
-    What may not work on such values at all counts as slower.
+    What may not work on such values at all counts as slower, and so does what draws a random number
+    for each element, in the order in which they lie in memory.
     """
     modules = {n: flow.module(n) for n in nodes if n.op == "call_module"}
     views = any(n.op == "call_method" and n.target == "view" for n in nodes)
     kinds = [type(module).__module__ for module in modules.values()]
     if views or not all(kind.startswith("torch.nn.modules") for kind in kinds):
+        return -math.inf
+    if any(_may_drop_elements(flow, node, metas.get(node.name)) for node in nodes):
         return -math.inf
     weights = values = 0
     for node, module in modules.items():
@@ -304,6 +307,17 @@ def gain_by_channels_last(
             weights += module.weight.numel()
             values += 32 * value[0].numel()
     return values - weights
+
+
+def _may_drop_elements(flow: Dataflow, node: fx.Node, value: Any) -> bool:
+    """Whether a node is a dropout of images, or draws random numbers of its own."""
+    if node.op == "call_module":
+        module = flow.module(node)
+        name = type(module).__name__ if getattr(module, "p", 1) else ""
+    else:
+        name = called_name(node) if node.op in ("call_function", "call_method") else ""
+    random = "dropout" in name.lower() or name.lower() == "rrelu" or draws_random_numbers(node)
+    return random and isinstance(value, Tensor) and value.dim() > 3
 
 
 def _held_by(piece: Piece) -> Held:
