@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import subprocess
+import sys
 import weakref
 from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastfreeze
-from fastfreeze.distributed import DataParallel
+from fastfreeze.distributed import DataParallel, param_groups
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles
+from tests.conftest import needs_cpu_kernels
 from tests.ranks import Ranks
 
 BATCH = 12  # samples in a step, in all processes together
 SIZES = (5, 7, 11, 13, 3)
 STEPS = 16
+HYPERS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +66,9 @@ def freezing():
     return FreezeOutCycles(STEPS, num_cycles=2, t_0=0.5, composition="thaw")
 
 
-def sgd(model, schedule, **extra):
+def sgd(model, schedule):
     plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
-    return fastfreeze.SGD(
-        plan.param_groups(), lr=0.1, momentum=0.9, weight_decay=1e-3, schedule=schedule, **extra
-    )
+    return fastfreeze.SGD(plan.param_groups(), schedule=schedule, **HYPERS)
 
 
 def batch_of(seed, step, count=1, part=0):
@@ -84,10 +97,10 @@ def weights(model):
     return {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
-def in_one_process(seed, steps=range(STEPS), schedule=None):
+def in_one_process(seed):
     model = net(seed)
-    optimizer = sgd(model, schedule or freezing())
-    train(fastfreeze.trim(model), optimizer, steps, seed)
+    optimizer = sgd(model, freezing())
+    train(fastfreeze.trim(model), optimizer, range(STEPS), seed)
     return weights(model)
 
 
@@ -385,3 +398,121 @@ def test_without_a_process_group_that_is_said():
     model = net(0)
     with pytest.raises(ValueError, match="init_process_group"):
         DataParallel(model, sgd(model, freezing()))
+
+
+def sharded(seed, **extra):
+    """A model sharded layer by layer, as FSDP2 does it, and its optimizer."""
+    model = net(seed)
+    plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    groups = param_groups(plan)
+    return model, fastfreeze.SGD(groups, schedule=freezing(), **{**HYPERS, **extra})
+
+
+def whole(model):
+    options = StateDictOptions(full_state_dict=True)
+    return get_model_state_dict(model, options=options)
+
+
+def trained_in_shards(seed, backend):
+    model, optimizer = sharded(seed, backend=backend)
+    gradients = []
+    for step in range(STEPS):
+        train(model, optimizer, [step], seed)
+        with_gradient = [any(p.grad is not None for p in layer.parameters()) for layer in model]
+        gradients.append(with_gradient)
+    return whole(model), gradients
+
+
+@pytest.mark.parametrize(
+    "backend", [None, "reference", pytest.param("cpu", marks=needs_cpu_kernels)]
+)
+def test_sharded_layers_freeze_and_train_as_in_one_process(ranks, seed, backend):
+    expected = in_one_process(seed)
+    for found, gradients in ranks.run(trained_in_shards, seed, backend):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        assert gradients[0] == [False, True, True, True]  # layer 0 has just been frozen
+        assert gradients[5] == [False, False, False, True]
+        assert gradients[8] == [False, True, True, True]
+
+
+def shards_saved_after(seed, stop):
+    model, optimizer = sharded(seed)
+    options = StateDictOptions(full_state_dict=True)
+    if stop == 0:  # nothing is known yet, and asking must not move the schedule
+        get_optimizer_state_dict(model, optimizer, options=options)
+    train(model, optimizer, range(stop), seed)
+    return whole(model), get_optimizer_state_dict(model, optimizer, options=options)
+
+
+def shards_resumed(seed, state, optimizer_state, steps):
+    if dist.is_initialized():
+        model, optimizer = sharded(seed + 1)
+    else:
+        model = net(seed + 1)
+        optimizer = sgd(model, freezing())
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, state, options=options)
+    set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
+    train(model, optimizer, steps, seed)
+    return whole(model)
+
+
+@pytest.mark.parametrize("stop", [0, 2, 8], ids=["at the start", "one frozen", "at a thaw"])
+def test_a_consolidated_state_is_resumed_by_one_and_by_three(ranks, seed, stop):
+    state, optimizer_state = ranks.run(shards_saved_after, seed, stop)[0]
+    expected, rest = in_one_process(seed), range(stop, STEPS)
+    arguments = seed, state, optimizer_state, rest
+    for found in (*ranks.run(shards_resumed, *arguments, world=3), shards_resumed(*arguments)):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def shards_resumed_from_one_process(seed, state, optimizer_state, steps):
+    model, optimizer = sharded(seed + 1)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+    optimizer.load_state_dict(optimizer_state)
+    train(model, optimizer, steps, seed)
+    return whole(model)
+
+
+def test_shards_resume_what_one_process_has_saved(ranks, seed):
+    model = net(seed)
+    optimizer = sgd(model, freezing())
+    train(model, optimizer, range(2), seed)
+    arguments = seed, weights(model), optimizer.state_dict(), range(2, STEPS)
+    for found in ranks.run(shards_resumed_from_one_process, *arguments):
+        torch.testing.assert_close(found, in_one_process(seed), rtol=1e-9, atol=1e-11)
+
+
+def test_a_plan_whose_model_has_lost_a_layer_is_refused():
+    model = net(0)
+    plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
+    del model[3]
+    with pytest.raises(
+        ValueError, match=r"must still hold the parameters 3\.0\.weight, 3\.0\.bias"
+    ):
+        param_groups(plan)
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
+
+
+@pytest.mark.skipif(not DOCS.exists(), reason="tests run outside the source tree")
+@pytest.mark.parametrize("name", ["train.py", "shard.py"])
+def test_the_recipes_run_under_torchrun(tmp_path, name):
+    blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / name).write_text(next(b for b in blocks if b.startswith(f"# {name}")))
+    flags = "--standalone", "--nproc-per-node", "2"
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *flags, name],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DOCS.parent.parent)},
+        check=True,
+        timeout=120,
+    )
+    if name == "train.py":
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        assert [g["step"] for g in state["optimizer"]["param_groups"]] == [16, 16, 16]

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops._plans import HYPERS, PlanSpec, buffer_dtype
+from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
 
 if TYPE_CHECKING:
     from fastfreeze.optim.sgd import SGD
@@ -42,8 +43,8 @@ class Runtime:
         members = [
             (p, g) for g, params in enumerate(self.lists) if g not in self.left_out for p in params
         ]
-        params = [p for p, _ in members]
-        backends = _backends_of(params, optimizer._backend)
+        params = [local_part(p, p) for p, _ in members]
+        backends = _backends_of(params, [p.grad for p, _ in members], optimizer._backend)
         self.parts = [
             Part(backend, [members[i] for i in index], optimizer)
             for (backend, _), index in sgd_ops.plan_members(params, backends).items()
@@ -109,11 +110,12 @@ class Runtime:
 
 
 class Part:
-    """The parameters that one backend updates, with their plan."""
+    """The parameters that one backend updates, with their plan, which sees local tensors only."""
 
     def __init__(self, backend: Backend, members: list[tuple[Tensor, int]], optimizer: SGD) -> None:
         self.params = [p for p, _ in members]
-        self.pointers = _pointers(self.params)
+        self.sharded = any(map(is_sharded, self.params))
+        self.pointers = _pointers(self._local_params())
         self.momentum_dtype = optimizer._momentum_dtype
         self.grads: list[Tensor | None] = []
         self.state = optimizer.state
@@ -128,7 +130,7 @@ class Part:
         filled_next = set(self.first)
         self.plan: Any = sgd_ops.PLANS[backend](
             PlanSpec(
-                params=self.params,
+                params=self._local_params(),
                 buffers=buffers,
                 first=[i in filled_next for i in range(len(members))],
                 groups=[g for _, g in members],
@@ -138,6 +140,13 @@ class Part:
             )
         )
 
+    def _local_params(self) -> list[Tensor]:
+        return [local_part(p, p) for p in self.params] if self.sharded else self.params
+
+    def _local_grads(self) -> list[Tensor | None]:
+        grads = list(map(_grad_of, self.params))
+        return list(map(local_part, grads, self.params)) if self.sharded else grads
+
     def _claim_buffer(self, i: int, param: Tensor) -> Tensor | None:
         state = self.state.get(param, {})
         buffer = state.get("momentum_buffer")
@@ -145,20 +154,24 @@ class Part:
             self.waiting.append(i)
             return None
         dtype = buffer_dtype(param, self.momentum_dtype)
-        aligned = sgd_ops.momentum_buffer_like(param, buffer, dtype)
+        own = local_part(buffer, param)
+        aligned = sgd_ops.momentum_buffer_like(local_part(param, param), own, dtype)
         if buffer is None:
             self.first.append(i)
         else:
-            state["momentum_buffer"] = aligned
-            self.states.append(state)
-            self.buffers.append(aligned)
+            self._keep(state, sharded_as(aligned, param))
         return aligned
+
+    def _keep(self, state: dict[str, Any], buffer: Tensor) -> None:
+        state["momentum_buffer"] = buffer
+        self.states.append(state)
+        self.buffers.append(buffer)
 
     def collect(self, optimizer: SGD) -> bool:
         """Collect the gradients; False if storages, buffers or layouts are not as planned."""
-        grads = list(map(_grad_of, self.params))
+        grads = self._local_grads()
         if (
-            _pointers(self.params) != self.pointers
+            _pointers(self._local_params()) != self.pointers
             or any(grads[i] is not None for i in self.waiting)
             or optimizer.state is not self.state
             or len(self.state) < len(self.states)
@@ -182,17 +195,15 @@ class Part:
         lrs: list[float] = self.plan.step(self.grads, hypers, step, grad_scale, found_inf)
         self.restore_grads(grad_scale)
         for i in self.first:
-            state = self.state[self.params[i]]
-            state["momentum_buffer"] = self.plan.buffers[i]
-            self.states.append(state)
-            self.buffers.append(self.plan.buffers[i])
+            param = self.params[i]
+            self._keep(self.state[param], sharded_as(self.plan.buffers[i], param))
         self.first = []
         return lrs
 
     def restore_grads(self, grad_scale: Tensor | float | None) -> None:
         """Give gradients of another layout what the step has written into their copies."""
         if grad_scale is not None:
-            sgd_ops.copy_back(self.grads, list(map(_grad_of, self.params)))
+            sgd_ops.copy_back(self.grads, self._local_grads())
         self.grads = []
 
     def settle(self) -> bool:
@@ -208,14 +219,16 @@ def _scaler_of(optimizer: SGD) -> tuple[Tensor | None, Tensor | None]:
     return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
 
 
-def _backends_of(params: list[Tensor], backend: Backend | None) -> list[Backend]:
+def _backends_of(
+    params: list[Tensor], grads: list[Tensor | None], backend: Backend | None
+) -> list[Backend]:
     """The backend of each parameter, sparse gradients being the reference's."""
     backends = sgd_ops.choose_backends(params, backend)
-    for i, p in enumerate(params):
-        if p.grad is not None and p.grad.layout != torch.strided:
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.layout != torch.strided:
             if backend not in (None, "reference"):
                 raise ValueError(
-                    f"backend={backend!r} cannot take the {p.grad.layout} gradient of parameter {i}"
+                    f"backend={backend!r} cannot take the {grad.layout} gradient of parameter {i}"
                 )
             backends[i] = "reference"
     return backends

@@ -188,6 +188,9 @@ class SGD(Optimizer):
         capturing = self._is_capturing()
         if not capturing:
             self._follow_replays()
+        if self._is_to_make_state():
+            self._make_state()
+            return None
         self._check_schedule()
         loss = None
         if closure is not None:
@@ -277,6 +280,27 @@ class SGD(Optimizer):
             group.setdefault("foreach", None)
             group.setdefault("differentiable", False)
             group.setdefault("fused", None)
+
+    def _is_to_make_state(self) -> bool:
+        """Whether this is no step: torch.distributed.checkpoint wants an optimizer to have state.
+
+        It then calls ``step`` with every learning rate and gradient set to 0.
+        """
+        if self._schedule is None or any(map(_lr_of, self.param_groups)):
+            return False
+        if self._step < self._schedule.total_steps and not any(self._shown):
+            return False  # the schedule is at 0
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        return all(grad is None or not grad.any() for grad in grads)
+
+    def _make_state(self) -> None:
+        """Momentum of 0 for each parameter that has a gradient and none yet."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["momentum"] != 0 and p.grad is not None and p not in self.state:
+                    dtype = buffer_dtype(p, self._momentum_dtype)
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
+        self._runtime = None
 
     def _update(self) -> list[float]:
         runtime = self._runtime
