@@ -224,6 +224,7 @@ def test_a_training_that_fails_leaves_the_network_in_its_place(report, loader, t
     class Failing(Module):
         def training_step(self, batch, index):
             if self.current_epoch == 1 and index == 1:
+                self.run = self.trainer.callbacks[0]._run
                 raise ArithmeticError("in the middle")
             return super().training_step(batch, index)
 
@@ -234,6 +235,47 @@ def test_a_training_that_fails_leaves_the_network_in_its_place(report, loader, t
     assert type(module.model) is nn.Sequential
     assert not any(m._forward_hooks for m in module.modules())
     assert not module.trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+class Pair(Module):
+    """Two networks, with an optimizer and a schedule for each."""
+
+    def __init__(self, first, second):
+        super().__init__(first)
+        self.other = second
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        for optimizer, part in zip(self.optimizers(), (self.model, self.other), strict=True):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(part(batch[0]), batch[1]))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        first = super().configure_optimizers()
+        schedule = fastfreeze.SnapshotCycles(STEPS, num_cycles=2)
+        return first, fastfreeze.SGD(self.other.parameters(), 0.1, schedule=schedule)
+
+
+def test_each_network_has_its_own_callback(loader, tmp_path):
+    module = Pair(network(), nn.Sequential(nn.Flatten(), nn.Linear(72, 3)))
+    stores = {name: fastfreeze.MemorySnapshots() for name in ("model", "other")}
+    callbacks = [FastfreezeCallback(name, store=stores[name]) for name in stores]
+    trainer(tmp_path, *callbacks).fit(module, loader)
+    assert [s.step for s in stores["model"]] == [6, 12, 18]
+    assert [s.step for s in stores["other"]] == [9, 18]
+    for name, store in stores.items():
+        last = store.load(store.last(1)[0])
+        assert_same_bits(last, module.get_submodule(name).state_dict())
+    frozen = [not any(p.requires_grad for p in block.parameters()) for block in module.model]
+    assert frozen == [True, True, True, False]
+
+
+class WithoutSchedule(Module):
+    def configure_optimizers(self):
+        return fastfreeze.SGD(self.parameters(), 0.1)
 
 
 class WithAdam(Module):
@@ -251,6 +293,7 @@ class WithAdam(Module):
         pytest.param(
             WithAdam, None, {}, {}, r"fastfreeze.SGD .* got torch.optim.adam.Adam", id="optimizer"
         ),
+        pytest.param(WithoutSchedule, None, {}, {}, "SGD with a schedule", id="no schedule"),
         pytest.param(Module, 17, {}, {}, "total_steps=17, the training 18", id="short schedule"),
         pytest.param(Module, None, {"plan": "plan"}, {}, "example_inputs", id="plan alone"),
     ],

@@ -32,8 +32,8 @@ def announced(mode):
 FAMILIES = [
     family("test_resnet", quick=True),
     family("test_vit", "module", quick=True, img_size=64),
-    family("test_convnext", quick=True),
-    family("test_efficientnet", quick=True),
+    family("test_convnext"),
+    family("test_efficientnet"),
     family("resnet18", size=32),
     family("vit_tiny_patch16_224", size=32, img_size=32),
     family("convnext_atto"),
