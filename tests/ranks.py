@@ -1,6 +1,7 @@
 """Processes that run a function together, each as one rank of a gloo group.
 
-They stay for the next test: importing torch takes longer than what they run.
+They stay for the next test, and are forked from one that has imported what they need: the imports
+take longer than what they run.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Ranks:
         self._workers = []
 
     def _start(self, world):
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["tests.test_distributed"])
         while len(self._workers) < world:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
