@@ -295,6 +295,9 @@ class WithAdam(Module):
         ),
         pytest.param(WithoutSchedule, None, {}, {}, "SGD with a schedule", id="no schedule"),
         pytest.param(Module, 17, {}, {}, "total_steps=17, the training 18", id="short schedule"),
+        pytest.param(
+            Module, None, {"plan": "steps"}, {}, "got 'steps', which is None", id="no plan"
+        ),
         pytest.param(Module, None, {"plan": "plan"}, {}, "example_inputs", id="plan alone"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fastfreeze.freezing import LayerPlan
 from fastfreeze.integrations.training import Store, TrainingRun, network_of
 from fastfreeze.report import FreezeReport
 
@@ -63,8 +64,8 @@ class FastfreezeCallback(Callback):  # type: ignore[misc, unused-ignore]
         report: the :class:`fastfreeze.FreezeReport` of the latest training; None without ``plan``.
 
     Raises, when the training starts:
-        ValueError: there is no such network, or no ``fastfreeze.SGD`` with a schedule for it; or
-            the schedule has fewer steps than the training.
+        ValueError: there is no such network or plan, or no ``fastfreeze.SGD`` with a schedule for
+            it; or the schedule has fewer steps than the training.
 
     Warns:
         FastfreezeWarning: the schedule has more steps than the training.
@@ -94,7 +95,7 @@ class FastfreezeCallback(Callback):  # type: ignore[misc, unused-ignore]
             total_steps=int(steps) if is_known else None,
             store=self._store if trainer.is_global_zero else None,
             saved=network_of(pl_module, self._network),
-            plan=None if self._plan is None else getattr(pl_module, self._plan),
+            plan=None if self._plan is None else _plan_of(pl_module, self._plan),
             example_inputs=trainer.strategy.batch_to_device(self._example_inputs),
         )
         self.report = self._run.report
@@ -117,3 +118,13 @@ class FastfreezeCallback(Callback):  # type: ignore[misc, unused-ignore]
         if self._run is not None:
             self._run.close()
             self._run = None
+
+
+def _plan_of(module: LightningModule, name: str) -> LayerPlan:
+    plan = getattr(module, name, None)
+    if isinstance(plan, LayerPlan):
+        return plan
+    raise ValueError(
+        f"plan must be the name of an attribute of {type(module).__name__} that holds what "
+        f"fastfreeze.split gave, got {name!r}, which is {plan!r}"
+    )
