@@ -57,16 +57,20 @@ class Ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
+            theirs.close()  # so that its end is noticed
             self._workers.append((process, ours))
 
     def _answer(self, job, rank, deadline):
         process, pipe = self._workers[rank]
-        while not pipe.poll(0.2):
-            if not process.is_alive() or time.monotonic() > deadline:
-                state = "hangs" if process.is_alive() else f"died, exit code {process.exitcode}"
-                self.close()
-                raise AssertionError(f"{job.__name__}: rank {rank} {state}")
-        return pickle.loads(pipe.recv_bytes())
+        try:
+            if pipe.poll(max(0.0, deadline - time.monotonic())):
+                return pickle.loads(pipe.recv_bytes())
+            problem = "hangs"
+        except EOFError:
+            process.join()
+            problem = f"died, exit code {process.exitcode}"
+        self.close()
+        raise AssertionError(f"{job.__name__}: rank {rank} {problem}")
 
 
 def _work(pipe):

@@ -1,14 +1,13 @@
 """Sharded parameters (``DTensor``): the part of each that this process holds, as a plain tensor.
 
-A step of SGD is element by element, so that each process updates its own part alone. ``DTensor`` is
-imported where there are some: the import takes longer than many trainings' first step.
+A step of SGD is element by element, so that each process updates its own part alone. All of this is
+for ``no_grad``. ``DTensor`` is imported where there are some: the import takes a second.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -17,7 +16,6 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-@torch.no_grad()
 def local_part(tensor: Any, param: Any) -> Any:
     """The part of ``tensor`` that belongs to this process's part of ``param``, in its own memory.
 
@@ -35,7 +33,6 @@ def local_part(tensor: Any, param: Any) -> Any:
     return tensor.to_local()
 
 
-@torch.no_grad()
 def sharded_as(local: Any, param: Any) -> Any:
     """The ``DTensor`` over this memory, placed as ``param`` is; ``local`` itself if it is not."""
     if local is None or not is_sharded(param):
