@@ -1567,3 +1567,20 @@ def test_other_torchvision_models(name, mode):
     assert differing(step(model, trimmed, *x), expected) == []
     if mode == "fx":
         check_folded(model, *x)
+
+
+def test_the_training_flag_is_the_models():
+    """Lightning puts flags back one by one, without a call of ``train``."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    network = trim(model)
+    holder = nn.ModuleList([network])
+    holder.eval()
+    assert not network.training
+    assert not model.training
+    for module in holder.modules():
+        module.training = True
+    assert network.training
+    assert model.training
+    assert model[1].training
+    model.eval()
+    assert not network.training

@@ -26,6 +26,7 @@ ORDER = [
     "graph",
     "report",
     "ensemble",
+    "integrations",
     "distributed",
     "recipes",
     "cli",

@@ -154,7 +154,6 @@ class TrimmedModel(nn.Module):
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             vars(self)[name] = getattr(model, name)
         vars(self)["model"] = model
-        self.training = model.training
         self._options = options
         self._graphs: Graphs | None = None
         self._ahead: Ahead | None = None
@@ -267,9 +266,18 @@ class TrimmedModel(nn.Module):
         if problem:
             raise RuntimeError(f"trimmed {type(self.model).__name__}: {problem}")
 
+    @property
+    def training(self) -> bool:
+        """The model's own flag, which some frameworks set without a call of ``train``."""
+        return self.model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "model" in vars(self):  # nn.Module sets it before there is one
+            self.model.training = mode
+
     def train(self, mode: bool = True) -> TrimmedModel:
         self.model.train(mode)
-        self.training = mode
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
