@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from benchmarks.report import Table
 
 OWN_COLOR, FLOOR_COLOR = "#2a7f3f", "#999999"
-RATIOS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 16)
+RATIOS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16)
+POWERS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
+WIDE = 6  # times from an axis's left end to its right: fewer marks
 LINE_HEIGHT, TITLE_HEIGHT = 0.19, 0.9  # inches
 
 
@@ -63,14 +65,17 @@ def _draw_table(axis: Any, table: Table) -> None:
     axis.axvline(1, color="0.2", linewidth=0.8)
     axis.set_xscale("log", base=2)
     ticker = optional_package("matplotlib.ticker")
-    axis.xaxis.set_major_locator(ticker.FixedLocator(RATIOS))
+    low, high = axis.get_xlim()
+    ratios = RATIOS if high < WIDE * low else POWERS
+    axis.xaxis.set_major_locator(ticker.FixedLocator(ratios))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axis.set_yticks(rows, [_label(line) for line in table.lines], fontsize=7)
     axis.set_ylim(len(table.lines) - 0.5, -0.5)
     axis.grid(axis="x", color="0.9")
     axis.tick_params(axis="x", labelsize=7)
-    axis.set_title(f"{table.title}\n{table.hardware}", fontsize=7, loc="left")
+    machine = table.hardware.partition(", Python")[0]
+    axis.set_title(f"{table.title}\n{machine}", fontsize=7, loc="left")
     axis.set_xlabel("the best rival takes that many times as long; | the floor", fontsize=7)
 
 

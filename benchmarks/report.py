@@ -59,7 +59,7 @@ class Table:
         hardware: machine, threads and versions.
         lines: as they are in the files.
         left_out: who has no numbers and why, with the number of cases.
-        commands: what made each file, by its name.
+        commands: what made each file and how, by its name.
     """
 
     title: str
@@ -76,7 +76,7 @@ class Table:
             notes = [f"- {who} ({n} case{'s' * (n > 1)})" for who, n in self.left_out.items()]
             parts.append("\n".join(["Without numbers:", "", *notes]))
         made = [
-            f"- `{command}` ([data](../benchmarks/results/{name}))"
+            f"- {command} ([data](../benchmarks/results/{name}))"
             for name, command in self.commands.items()
         ]
         parts.append("\n".join(["Made by", "", *made]))
@@ -115,7 +115,8 @@ def collect(folder: Path) -> list[Table]:
             table = tables.setdefault((title, hardware), Table(title, hardware))
             table.lines += lines
             table.left_out.update(left_out)
-            table.commands[path.name] = command_of(data)
+            note = f"; {data['note']}" if "note" in data else ""
+            table.commands[path.name] = f"`{command_of(data)}`{note}"
     return sorted(tables.values(), key=lambda table: list(FLOORS).index(table.title))
 
 
