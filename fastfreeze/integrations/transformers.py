@@ -43,7 +43,8 @@ def total_steps(trainer: Trainer) -> int:
             f"max_steps must be > 0 for training data without a length, got {arguments.max_steps}"
         ) from error
     steps = max(math.ceil(num_batches / arguments.gradient_accumulation_steps), 1)
-    return int(math.ceil(arguments.num_train_epochs * steps))
+    epochs: float = arguments.num_train_epochs
+    return math.ceil(epochs * steps)
 
 
 class IdleScheduler(LRScheduler):
