@@ -42,9 +42,9 @@ def total_steps(trainer: Trainer) -> int:
         raise ValueError(
             f"max_steps must be > 0 for training data without a length, got {arguments.max_steps}"
         ) from error
-    steps = max(math.ceil(num_batches / arguments.gradient_accumulation_steps), 1)
-    epochs: float = arguments.num_train_epochs
-    return math.ceil(epochs * steps)
+    steps: int = max(math.ceil(num_batches / arguments.gradient_accumulation_steps), 1)
+    total: int = math.ceil(arguments.num_train_epochs * steps)
+    return total
 
 
 class IdleScheduler(LRScheduler):
