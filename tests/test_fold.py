@@ -15,6 +15,7 @@ from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph import fold as folding
 from fastfreeze.graph import prefix as prefixes
 from fastfreeze.graph import trim
+from fastfreeze.optim import SGD
 from fastfreeze.recipes.models import build_model
 
 
@@ -414,6 +415,20 @@ def test_what_is_not_finite_stays_so(size, bad):
         prefix.run(call.tensors)
         assert prefix.unfolded == ""
         assert relative_error(trimmed(x), in_double(model, x)) < 2e-6
+
+
+def test_layers_frozen_by_hand_are_folded_once(monkeypatch):
+    """Though the optimizer holds them."""
+    model = frozen(Net(residual, **parts()))
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    network, folds = trim(model), []
+    fold = folding.fold
+    monkeypatch.setattr(prefixes, "fold", lambda *args: folds.append(1) or fold(*args))
+    for _ in range(4):
+        optimizer.zero_grad()
+        network(images()).square().mean().backward()
+        optimizer.step()
+    assert folds == [1]
 
 
 def test_thawed_is_exact_again():

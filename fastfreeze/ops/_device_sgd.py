@@ -25,6 +25,7 @@ from fastfreeze.ops._plans import (
     addresses,
     buffer_dtype,
     lrs_at,
+    note_writes,
     segment_table,
 )
 from fastfreeze.schedule import SegmentTable
@@ -174,7 +175,7 @@ class DevicePlan(PointerPlan):
         if len(grad_addresses) > self.table_from:
             self._set_grads(grad_addresses)
         self._launch(grad_addresses, self._scalar(grad_scale), self._scalar(found_inf), track)
-        torch.autograd.graph.increment_version(self.params)
+        note_writes(self.params, grads)
 
     def _set_hypers(self, hypers: Hypers) -> None:
         if self._hypers is not None and np.array_equal(self._hypers, hypers):

@@ -191,13 +191,22 @@ class CpuPlan(PointerPlan):
             grad_scale is not None,
             self._lrs_address,
         )
-        torch.autograd.graph.increment_version(self.params)
+        note_writes(self.params, grads)
         self._started_now(grads)
         lrs: list[float] = self._lrs.tolist()
         return lrs
 
     def unstarted(self) -> set[int]:
         return self._unstarted
+
+
+def note_writes(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Tell PyTorch that the parameters with a gradient were written to, and no others.
+
+    A frozen one must look as it is: unchanged. What is folded from it would be made anew.
+    """
+    written = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+    torch.autograd.graph.increment_version(written)
 
 
 class ReferencePlan:
