@@ -262,8 +262,9 @@ def split(
             of the first cycle, before any scaling.
 
     Raises:
-        ValueError: a model without parameters, or whose order cannot be found; ``layers`` that name
-            a parameter twice, miss one that requires a gradient, or match nothing.
+        ValueError: a model without parameters, with sharded ones (``DTensor``), or whose order
+            cannot be found; ``layers`` that name a parameter twice, miss one that requires a
+            gradient, or match nothing.
         TypeError: an argument of the wrong type.
 
     Warns:
@@ -295,6 +296,9 @@ def _check_arguments(model: nn.Module, schedule: Schedule | None, lr: float | No
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ValueError(f"model has uninitialised parameters ({some(lazy)}): run it once first")
+    sharded = [name for name, p in model.named_parameters() if hasattr(p, "to_local")]
+    if sharded:  # a run without FSDP2's hooks would leave its state broken
+        raise ValueError(f"model has sharded parameters ({some(sharded)}): split before sharding")
     if not any(True for _ in model.parameters()):
         raise ValueError(f"model has no parameters: {type(model).__name__}")
     if schedule is not None and not isinstance(schedule, Schedule):

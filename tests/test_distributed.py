@@ -458,6 +458,21 @@ def test_sharded_layers_freeze_and_train_as_in_one_process(ranks, seed, backend)
         assert gradients[8] == [False, True, True, True]
 
 
+def split_when_sharded(seed):
+    model, _ = sharded(seed)
+    try:
+        fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
+    except ValueError as error:
+        return str(error)
+    return "split"
+
+
+def test_a_sharded_model_is_not_split(ranks, seed):
+    for text in ranks.run(split_when_sharded, seed):
+        assert "sharded parameters" in text
+        assert "split before sharding" in text
+
+
 def shards_saved_after(seed, stop):
     model, optimizer = sharded(seed)
     options = StateDictOptions(full_state_dict=True)
