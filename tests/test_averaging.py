@@ -523,20 +523,30 @@ class TestReestimateNorms:
         assert len(list(left)) == 1
 
     def test_a_trimmed_model(self):
-        """It runs frozen norms in eval mode: with statistics that are not there yet."""
+        """It is in eval mode meanwhile, in which the model itself runs."""
         model, expected, batches = trained(0), trained(0), images(3)
         model[:3].requires_grad_(False)
         trimmed = fastfreeze.trim(model, batches[0])
         trimmed(batches[0])
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(
-            ValueError, match=r"must not call '\S*1' in eval mode, as a trimmed one"
-        ):
-            reestimate_norms(trimmed, batches)
-        assert all(same(t, before[name]) for name, t in model.state_dict().items())
-        reestimate_norms(model, batches)
+        reestimate_norms(trimmed, batches)
         reestimate_norms(expected, batches)
         assert torch.equal(model[1].running_var, expected[1].running_var)
+        assert trimmed.training
+        assert model.training
+
+    def test_a_model_that_calls_norms_in_eval_mode(self):
+        """With statistics that are not there yet."""
+
+        class Evals(nn.Sequential):
+            def forward(self, x):
+                self[1].eval()
+                return super().forward(x)
+
+        model, batches = Evals(*trained(0)), images(3)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"must not call '\S*1' in eval mode"):
+            reestimate_norms(model, batches)
+        assert all(same(t, before[name]) for name, t in model.state_dict().items())
 
     def test_a_compiled_model(self):
         model, expected, batches = trained(0), trained(0), images(3)

@@ -54,6 +54,9 @@ def count_leading_to(nodes, parameters):
 def layout_handed_on(trimmed, x):
     """The memory format of what crosses to the part that trains."""
     call = trimmed._begin((x,), {})
+    if call.reason == "nothing is frozen":
+        takes = trimmed._graphs.latest_graph().takes_channels_last
+        return torch.channels_last if takes else torch.contiguous_format
     values = () if call.prefix is None else call.prefix.run(call.tensors)
     images = [v for v in tree_leaves(values) if isinstance(v, torch.Tensor) and v.ndim == 4]
     last = torch.channels_last
@@ -69,7 +72,14 @@ def check_sizes(model, x, counts, fold):
         parameter.requires_grad_(True)
     layouts = (torch.contiguous_format, torch.channels_last)
     inputs = {layout: x.contiguous(memory_format=layout) for layout in layouts}
-    whole = {layout: backward_nodes(model(y)) for layout, y in inputs.items()}
+    contiguous = [t.is_contiguous() for t in tensors(model(x))]
+
+    def viewable(output):
+        """As the trimmed model gives it, whatever layout is inside."""
+        pairs = zip(tensors(output), contiguous, strict=True)
+        return [t.contiguous() if flag else t for t, flag in pairs]
+
+    whole = {layout: backward_nodes(viewable(model(y))) for layout, y in inputs.items()}
     trimmed = trim(model, fold=fold)
     sizes, kept = [], []
     for count in counts:

@@ -335,6 +335,70 @@ def test_layout_of_images_while_all_trains(make, options, last):
     torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
 
 
+class Minds(nn.Module):
+    """Convolutions, and then what depends on how their output lies in memory."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        self.line = nn.Linear(4 * 144, 5)
+        self.what = what
+        self.register_buffer("like", torch.empty(4, 576), persistent=False)
+
+    def forward(self, x):
+        z = self.b(self.norm(self.a(x)).relu())
+        return self.line(self.what(self, z))
+
+
+MINDS = {
+    "view": lambda m, z: z.view(4, -1),
+    "view_as": lambda m, z: z.view_as(m.like),
+    "as_strided": lambda m, z: torch.as_strided(z, (4, 576), (576, 1)),
+    "as_strided of a tensor": lambda m, z: z.as_strided((4, 576), (576, 1)),
+}
+
+
+@pytest.mark.parametrize("num_frozen", [0, 1, 3])
+@pytest.mark.parametrize("what", MINDS.values(), ids=MINDS)
+def test_what_depends_on_the_layout_gives_what_it_gave(what, num_frozen):
+    model = Minds(what)
+    for part in (model.a, model.norm, model.b)[:num_frozen]:
+        part.requires_grad_(False)
+    x = images(4, 3, 16, 16)
+    found = trim(model)(x)
+    torch.testing.assert_close(found, trim(model, fold=False)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_frozen", [0, 1, 3])
+def test_the_output_can_be_viewed(num_frozen):
+    """A backbone is trimmed, and what is behind it takes a view."""
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    for part in backbone[:num_frozen]:
+        part.requires_grad_(False)
+    x = images(4, 3, 8, 8)
+    z = trim(backbone)(x)
+    assert z.stride() == backbone(x).stride()
+    assert z.view(4, -1).shape == (4, 64)
+
+
+def test_a_layout_that_changes_the_values_is_not_taken():
+    """However it does so: the model is compared with itself."""
+
+    class Knows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x).flatten(1)
+
+    model = Knows()
+    inner = model.conv.forward
+    model.conv.forward = lambda x: inner(x) * (1.0 if x.is_contiguous() else 2.0)
+    x = images(4, 3, 8, 8)
+    torch.testing.assert_close(trim(model)(x), model(x))
+
+
 def test_images_that_the_model_writes_to_stay_the_callers():
     class Writes(nn.Module):
         def __init__(self):

@@ -156,6 +156,14 @@ def test_the_fastest_is_chosen(monkeypatch):
     assert ensemble.choose(x, ways=["vmap", "loop"], seconds=0.01).how == "vmap"
 
 
+def test_what_was_only_tried_is_not_held():
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3))
+    x = torch.randn(2, 3, 6, 6)
+    for ways_tried, held in ((["vmap", "graph"], False), (["vmap"], True)):
+        ensemble.choose(x, ways=ways_tried, seconds=0.01)
+        assert (ensemble._stacked is not None) == (held or ensemble.how == "vmap")
+
+
 def test_what_cannot_run_is_not_chosen():
     ensemble = SnapshotEnsemble(Branching(), chain(Branching, (), 2))
     x = torch.randn(4, 3)

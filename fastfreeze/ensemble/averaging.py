@@ -341,7 +341,7 @@ class _Estimate:
     def _add(self, *_: Any) -> None:
         if not self._norm.training:
             raise ValueError(
-                f"model must not call {self.name!r} in eval mode, as a trimmed one does"
+                f"model must not call {self.name!r} in eval mode: statistics of batches are wanted"
             )
         for held, total in zip(self._statistics, self._totals, strict=True):
             total.add_(held)

@@ -25,6 +25,7 @@ from fastfreeze.graph.fold import CannotFoldError, Folded
 from fastfreeze.graph.prefix import autocasts
 from fastfreeze.graph.rewrite import Program, write_measured
 from fastfreeze.graph.trace import CallPattern, Trace, UntraceableError, hooked, trace
+from fastfreeze.graph.verify import excess
 
 MAX_KEPT = 8  # of the latest kinds of calls
 
@@ -78,6 +79,7 @@ class Plan:
         self._module: nn.Module | None = None
         self._compiled: Callable[..., Tensor] | None = None
         self._captured: dict[Any, Captured] = {}
+        self._lock = threading.Lock()  # of what is captured
 
     def fits(self, members: nn.ModuleList) -> bool:
         """Whether the members' tensors, attributes and hooks are still those it was made for."""
@@ -117,12 +119,18 @@ class Plan:
         if torch.is_grad_enabled() and requires_grad(tensors):
             raise ValueError("how='cuda_graph' cannot run: it gives an input no gradient")
         key = tuple((t.shape, t.stride()) for t in tensors)
-        found = self._captured.get(key)
-        if found is None:
-            found = Captured(self._own_module(ensemble), tensors)
-            kept = list(self._captured.items())[1 - MAX_KEPT :]
-            self._captured = dict([*kept, (key, found)])
+        with self._lock:
+            found = self._captured.get(key)
+            if found is None:
+                found = Captured(self._own_module(ensemble), tensors)
+                kept = list(self._captured.items())[1 - MAX_KEPT :]
+                self._captured = dict([*kept, (key, found)])
         return found
+
+    def forget_captured(self) -> None:
+        """Give the memory of CUDA graphs back; they are captured again when asked for."""
+        with self._lock:
+            self._captured = {}
 
     def _own_module(self, ensemble: nn.Module) -> nn.Module:
         if self._module is None:
@@ -138,7 +146,7 @@ def one_by_one(count: int, reason: object) -> str:
 def make_plan(
     ensemble: nn.Module, members: nn.ModuleList, key: Key, tensors: Sequence[Tensor]
 ) -> Plan:
-    """A plan for calls of a kind, of which ``tensors`` are those of one; a member runs once."""
+    """A plan for calls of a kind, of which ``tensors`` are those of one; members run for it."""
     count = len(members)
     try:
         if what := difference(list(members)):
@@ -152,12 +160,34 @@ def make_plan(
     folded, text = None, "not folded: that was not wanted"
     if key.may_fold:
         try:
-            folded, text = fold_merged(merged, ensemble, metas), "folded"
+            folded, text = _folded(merged, ensemble, metas, tensors), "folded"
         except CannotFoldError as error:
             text = f"not folded: {error}"
     runs = f"{merged.num_own} of {merged.num_nodes} nodes run"
     text = f"{count} members as one graph, {runs}, {text}"
     return Plan(text, MembersState(members), traced, merged, folded)
+
+
+def _folded(
+    merged: Merged, ensemble: nn.Module, metas: dict[str, Any], tensors: Sequence[Tensor]
+) -> Folded:
+    """The graph folded, if for these tensors that gives what it gives as it is."""
+    folded = fold_merged(merged, ensemble, metas)
+    with preserved(ensemble), torch.no_grad():
+        expected = _outputs(write_merged(merged), ensemble, tensors)
+        try:
+            found = _outputs(folded.program, ensemble, tensors)
+        except Exception as error:  # of whatever kind: it runs as it is
+            raise CannotFoldError(f"{type(error).__name__}: {error}") from error
+    if (times := excess(found, expected)) > 1:
+        raise CannotFoldError(f"folding changes values by {times:.1e} times what rounding may")
+    return folded
+
+
+def _outputs(program: Program, ensemble: nn.Module, tensors: Sequence[Tensor]) -> list[Any]:
+    found: list[Any] = []
+    program(ensemble, [found.append, *(t.clone() for t in tensors)])
+    return found
 
 
 def _traced(

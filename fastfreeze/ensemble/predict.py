@@ -33,8 +33,9 @@ class SnapshotEnsemble(nn.Module):
     them once: layers frozen before the first snapshot, or between two, take memory and time once.
     What they compute from the same values runs once too (:attr:`plan` tells how much); a write to
     a member's tensors is noticed at the next call, except through ``.data``. The first call of a
-    kind (of these arguments and image size; any batch size) traces the model, which is for one
-    thread alone: make it before several threads call at once.
+    kind (of these arguments and image size; any batch size) traces the model, and runs members to
+    compare, which is for one thread alone: make it before several threads call at once; for CUDA
+    graphs of each batch size.
 
     Args:
         model: a model of the snapshots' architecture, of whatever weights; it is not changed.
@@ -220,6 +221,11 @@ class SnapshotEnsemble(nn.Module):
             self.how = before
             raise
         self.how = measured.how
+        if self.how != "vmap":
+            self._stacked = None  # a copy of all members
+        if self.how != "cuda_graph":
+            for plan in self._plans.values():
+                plan.forget_captured()
         return measured
 
     def _run(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:

@@ -120,13 +120,19 @@ class Captured:
             with torch.cuda.graph(self._graph):
                 self._output: Tensor = module(*self._inputs)
         self._module = module  # whose weights the graph reads
+        self._device = device
+        self._done = now.record_event()  # of the latest call, in whatever stream
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        now = torch.cuda.current_stream(self._device)
         with self._lock, torch.no_grad():
+            now.wait_event(self._done)
             for own, tensor in zip(self._inputs, tensors, strict=True):
                 own.copy_(tensor)
             self._graph.replay()
-            return self._output.clone()
+            output = self._output.clone()
+            self._done = now.record_event()
+        return output
 
 
 def _cuda_device(how: Way, tensors: Sequence[Tensor]) -> torch.device:

@@ -33,6 +33,13 @@ _RETURN_INPUT = frozenset(
         *("type_as", "einsum", "broadcast_tensors", "meshgrid"),
     )
 )
+# What these give, or if they work, depends on how their input lies in memory.
+_MIND_LAYOUT = frozenset(
+    (
+        *("view", "view_as", "as_strided", "as_strided_", "as_strided_scatter"),
+        *("stride", "is_contiguous", "storage_offset", "data_ptr"),
+    )
+)
 # What ATen calls Python's operators, where it has another name.
 ATEN_NAMES = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
 _GIVE_ONE_TENSOR = (
@@ -360,6 +367,11 @@ def _is_torchs(target: Any) -> bool:
 def called_name(node: fx.Node) -> str:
     """Name of the function or method that a node calls."""
     return str(getattr(node.target, "__name__", node.target))
+
+
+def minds_layout(node: fx.Node) -> bool:
+    """Whether what a function or method gives, or if it works, depends on its input's strides."""
+    return node.op in ("call_function", "call_method") and called_name(node) in _MIND_LAYOUT
 
 
 def _writes_first(node: fx.Node) -> bool:

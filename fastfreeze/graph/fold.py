@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastfreeze.graph._state import Held, HeldState
-from fastfreeze.graph.cut import called_name
+from fastfreeze.graph.cut import called_name, minds_layout
 from fastfreeze.graph.rewrite import Piece, Program, compiled, eval_copy, hand_over, placeholders
 from fastfreeze.ops.affine import affine_relu, affine_relu_cat
 from fastfreeze.ops.winograd import pays as winograd_pays
@@ -131,9 +131,7 @@ class _Folder:
         value = self._image(node, first) if self._is_batch_of_images(node) else None
         if value is not None:
             return value
-        if (
-            node.op == "call_method" and node.target == "view"
-        ):  # needs the layout that it was written for
+        if minds_layout(node):  # and was written for this one
             return eval_copy(self._graph, node, self._contiguous)
         return eval_copy(self._graph, node, self._now)
 

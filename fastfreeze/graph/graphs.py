@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 from types import CodeType
 from typing import Any
 
@@ -72,23 +71,28 @@ class Graphs:
             graph = self._graph_of(pattern)
         return graph, tensors
 
-    def laid_out(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """A call's arguments, images in the layout that a model of which all trains is fastest in.
+    def run_untrimmed(self, args: Any, kwargs: Any) -> Any:
+        """The model's output, from images in the layout that it is fastest in.
 
         It is that in which a frozen prefix hands values on: the first freeze does not change it.
         """
+        graph = self._graph_of_images(args, kwargs)
+        if graph is None or not graph.takes_channels_last:
+            return self._model(*args, **kwargs)
+        args, kwargs = _in_channels_last((args, kwargs))
+        return graph.laid_out(self._model(*args, **kwargs))
+
+    def _graph_of_images(self, args: Any, kwargs: Any) -> TrimmedGraph | None:
+        """The graph, whatever the modules' hooks, of a call whose images could be laid out."""
         if not (self._options.fold and any(map(_may_be_images, tensors_in((args, kwargs))))):
-            return args, kwargs
+            return None
         try:
             graph = self._graphs.get(CallPattern.of(self._model, args, kwargs)[0])
-            if not isinstance(graph, TrimmedGraph) or not graph.compared or graph.outdated():
-                graph, _ = self.graph_for(args, kwargs)
+            if isinstance(graph, TrimmedGraph) and graph.compared and not graph.outdated():
+                return graph
+            return self.graph_for(args, kwargs)[0]
         except UntraceableError:
-            return args, kwargs
-        if not graph.gains_by_channels_last:
-            return args, kwargs
-        laid_out: tuple[Any, Any] = tree_map_only(Tensor, _in_channels_last, (args, kwargs))
-        return laid_out
+            return None
 
     def latest_graph(self) -> TrimmedGraph:
         return self._graph_of(self._latest or _plainest_pattern(self._model))
@@ -127,6 +131,7 @@ class TrimmedGraph:
         prefix: what runs first under this cut, once that is proven; None where it has no part that
             can run on its own.
         unsplit: why there is no prefix.
+        takes_channels_last: whether channels_last images make it faster, and give the same.
         hooked: whether modules have hooks. These may do anything, in any call, and are called no
             more often than the model: such a graph runs with autograd on, and is looked at.
     """
@@ -139,6 +144,8 @@ class TrimmedGraph:
         self.prefix: Prefix | None = None
         self.unsplit = ""
         self.hooked = False
+        self.takes_channels_last = False
+        self._contiguous_outputs: list[bool] = []  # of the model's output, as it gives it
         self._model, self._options = model, options
         self._trace = trace(model, pattern)
         self._metas: dict[str, Any] = {}
@@ -164,14 +171,6 @@ class TrimmedGraph:
         self._modules = FrozenModules(modules, TrimmedGraph._execute.__code__)
         self._programs: dict[bool, Program] = {}
         self._proven, self.prefix = False, None
-
-    @cached_property
-    def gains_by_channels_last(self) -> bool:
-        """Whether all of it is faster on channels_last images, once :attr:`compared`."""
-        flow = Dataflow(self._trace.graph, self._model)
-        nodes = list(flow.graph.nodes)
-        written = {storage.op for node in nodes for storage in flow.stores_to(node)}
-        return "placeholder" not in written and gain_by_channels_last(flow, nodes, self._metas) > 0
 
     def prove(self, tensors: list[Tensor]) -> str:
         """What the cut does not know of, in words; empty if nothing.
@@ -240,7 +239,12 @@ class TrimmedGraph:
     def finish(self, tensors: list[Tensor], values: Values) -> Any:
         """The output from the tensors of a call and what the prefix made of them."""
         assert self.prefix is not None
-        return self._execute(self.prefix.suffix, [*tensors, *values])
+        return self.laid_out(self._execute(self.prefix.suffix, [*tensors, *values]))
+
+    def laid_out(self, output: Any) -> Any:
+        """The output, contiguous where the model gives it so: its user may take views of it."""
+        flags = iter(self._contiguous_outputs)
+        return tree_map_only(Tensor, lambda t: t.contiguous() if next(flags, False) else t, output)
 
     def compare_with_model(self, args: Any, kwargs: Any, *, backward: bool = False) -> str:
         """What the graph, not trimmed, computes differently from the model; or empty."""
@@ -253,7 +257,29 @@ class TrimmedGraph:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         self.compared, self._metas = True, plain.values
+        self._contiguous_outputs = [
+            t is not None and t.is_contiguous() for t in expected.output.values()
+        ]
+        self.takes_channels_last = self._gains_by_channels_last() and not self._minds_layout(
+            args, kwargs, expected
+        )
         return difference(found, expected)
+
+    def _gains_by_channels_last(self) -> bool:
+        flow = Dataflow(self._trace.graph, self._model)
+        nodes = list(flow.graph.nodes)
+        written = {storage.op for node in nodes for storage in flow.stores_to(node)}
+        fits = self._options.fold and "placeholder" not in written
+        return fits and gain_by_channels_last(flow, nodes, self._metas) > 0
+
+    def _minds_layout(self, args: Any, kwargs: Any, expected: Observation) -> bool:
+        """Whether the model gives something else on channels_last images, or fails."""
+        args, kwargs = _in_channels_last((args, kwargs))
+        try:
+            found = self._observe(lambda a, k: self._model(*a, **k), args, kwargs, False)
+        except Exception:  # of whatever kind: it keeps the layout that it was written for
+            return True
+        return bool(difference(found, replace(expected, gradient={})))
 
     def compare(self, args: Any, kwargs: Any) -> str:
         """What the trimmed graph computes differently from the model; or empty."""
@@ -304,10 +330,14 @@ def _may_be_images(tensor: Tensor) -> bool:
     return not tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _in_channels_last(tensor: Tensor) -> Tensor:
-    if not _may_be_images(tensor):
-        return tensor
-    return tensor.contiguous(memory_format=torch.channels_last)
+def _in_channels_last(arguments: tuple[Any, Any]) -> tuple[Any, Any]:
+    def laid_out(tensor: Tensor) -> Tensor:
+        if not _may_be_images(tensor):
+            return tensor
+        return tensor.contiguous(memory_format=torch.channels_last)
+
+    found: tuple[Any, Any] = tree_map_only(Tensor, laid_out, arguments)
+    return found
 
 
 def _plainest_pattern(model: nn.Module) -> CallPattern:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph._state import Held, HeldState, preserved, tensors_in
-from fastfreeze.graph.cut import Cut, Dataflow, called_name
+from fastfreeze.graph.cut import Cut, Dataflow, called_name, minds_layout
 from fastfreeze.graph.fold import CannotFoldError, Folded, fold
 from fastfreeze.graph.rewrite import Piece, Program, write_piece, write_suffix
 from fastfreeze.graph.split import CannotSplitError, draws_random_numbers, find_split, find_stretch
@@ -292,9 +292,10 @@ def gain_by_channels_last(
     for each element, in the order in which they lie in memory.
     """
     modules = {n: flow.module(n) for n in nodes if n.op == "call_module"}
-    views = any(n.op == "call_method" and n.target == "view" for n in nodes)
     kinds = [type(module).__module__ for module in modules.values()]
-    if views or not all(kind.startswith("torch.nn.modules") for kind in kinds):
+    if not all(kind.startswith("torch.nn.modules") for kind in kinds):
+        return -math.inf
+    if any(map(minds_layout, nodes)):
         return -math.inf
     if any(_may_drop_elements(flow, node, metas.get(node.name)) for node in nodes):
         return -math.inf

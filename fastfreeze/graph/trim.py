@@ -326,11 +326,9 @@ class TrimmedModel(nn.Module):
         return Call(lambda: graph.run(tensors), graph.unsplit, tensors, graph)
 
     def _begin_untrimmed(self, graphs: Graphs, args: Any, kwargs: Any) -> Call:
-        reason = "the model is in eval mode"
         if self.model.training:
-            reason = "nothing is frozen"
-            args, kwargs = graphs.laid_out(args, kwargs)
-        return Call(lambda: self.model(*args, **kwargs), reason)
+            return Call(lambda: graphs.run_untrimmed(args, kwargs), "nothing is frozen")
+        return Call(lambda: self.model(*args, **kwargs), "the model is in eval mode")
 
     def _run_hooked(
         self, graphs: Graphs, graph: TrimmedGraph, tensors: list[Tensor], stacklevel: int
