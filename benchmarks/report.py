@@ -28,7 +28,8 @@ OTHER_KERNELS = "Kernels"
 ENSEMBLES, TRAININGS, PEERS = "Ensembles", "Whole trainings", "Snapshot ensembles and their peers"
 FLOORS = {
     "Optimizer step": "updating as many elements in one flat tensor",
-    "Training step": "torch's step of the layers that train alone, fed with what the frozen give",
+    "Training step": "torch's step of the layers that train alone, fed with what the others give, "
+    "in channels_last: another layout may pass it. Known where the network is a chain",
     OTHER_KERNELS: "the case's bytes at the bandwidth of a large copy",
     ENSEMBLES: "the loop's time, divided by how many times fewer MACs there are to do if what "
     "members share is done once; folding norms goes beyond it",

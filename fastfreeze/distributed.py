@@ -34,9 +34,10 @@ class DataParallel(nn.Module):
     forward makes it anew over those that train: frozen ones are in no bucket, and nothing is sent
     for them; ``find_unused_parameters`` is not needed. The weights are not sent again for that.
 
-    * At the first forward of a step, and at each one that is followed by a reduction, the processes
-      compare the optimizer's step and their ``requires_grad`` flags, in one small message between
-      CPUs. If they differ, that is raised in every process, and none waits for another.
+    * At each forward that is followed by a reduction, and with buffers at the first one of a step,
+      the processes compare the optimizer's step and their ``requires_grad`` flags, in one small
+      message between CPUs. If they differ, that is raised in every process, and none waits for
+      another. A forward that one process alone makes, to evaluate, is to be the model's own.
     * Buffers are those of the first process, as with ``DistributedDataParallel``, but only those
       of modules that train or have written to them are sent: not the statistics of frozen norms.
     * Names are ``DistributedDataParallel``'s (``module.`` before each): state dicts interchange.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from fastfreeze.errors import FastfreezeWarning
 
-TIMEOUT = 60.0  # seconds, after which processes count as hanging
+TIMEOUT = 240.0  # seconds, after which processes count as hanging; the machine may be busy
 
 
 class Ranks:

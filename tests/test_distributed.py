@@ -545,7 +545,7 @@ def test_the_recipes_run_under_torchrun(tmp_path, name):
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DOCS.parent.parent)},
         check=True,
-        timeout=120,
+        timeout=300,
     )
     if name == "train.py":
         state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

@@ -15,7 +15,9 @@ from fastfreeze.schedule import Schedule
 
 
 class MemorySnapshots(Snapshots):
-    """Snapshots of one model in memory, used as a :class:`SnapshotStore`.
+    """Snapshots of one model in memory, used as a :class:`SnapshotStore` is.
+
+    A save is done when it returns: there is no ``wait``, and no ``flush``.
 
     A tensor that holds the same bits as in the snapshot before takes no memory again.
 

@@ -193,7 +193,7 @@ class TrimmedModel(nn.Module):
 
         Args:
             batches: are asked for one ahead, each in memory of its own, and are on the network's
-                device.
+                device; the network is called once for each.
             inputs: what the network is called with for a batch: a tensor, a tuple of positional
                 arguments or a dict of keyword arguments, the very tensors. The batch's first item
                 if not given.

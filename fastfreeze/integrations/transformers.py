@@ -120,7 +120,7 @@ class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._close()  # of a training that has failed: nothing tells of that
+        self.close()  # of a training that has failed: nothing tells of that
         scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])
         if not isinstance(scheduler, IdleScheduler):
             raise ValueError(
@@ -149,9 +149,10 @@ class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._run.end_batch()
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Leave the model as it was; to be called after a training that has failed in a step."""
         if self._run is not None:
             self._run.close()
             self._run = None

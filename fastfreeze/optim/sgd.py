@@ -290,8 +290,9 @@ class SGD(Optimizer):
             return False
         if self._step < self._schedule.total_steps and not any(self._shown):
             return False  # the schedule is at 0
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        return all(grad is None or not grad.any() for grad in grads)
+        params = (p for group in self.param_groups for p in group["params"])
+        grads = [p.grad for p in params if p.grad is not None]
+        return bool(grads) and not any(grad.any() for grad in grads)
 
     def _make_state(self) -> None:
         """Momentum of 0 for each parameter that has a gradient and none yet."""
