@@ -38,11 +38,14 @@ def test_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     exec(freezing, names)
     assert names["optimizer"].frozen_layers == (0,)
     model.requires_grad_(True)
-    exec(ensemble, names)
-    assert len(names["store"]) == 5
-    torch.testing.assert_close(names["probabilities"].sum(1), torch.ones(6))
-    exec(evaluation, names | {"x_valid": images, "y_valid": loader[0][1]})
+    made = dict(names)
+    exec(ensemble, made)
+    assert len(made["store"]) == 5
+    torch.testing.assert_close(made["probabilities"].sum(1), torch.ones(6))
+    exec(evaluation, made | {"x_valid": images, "y_valid": loader[0][1]})
     assert "ensemble" in capsys.readouterr().out
+    model.requires_grad_(True)
+    exec(freezing, names)
 
     samples = {"dataset": TensorDataset(images, loader[0][1]), "DataLoader": DataLoader}
     cached = names | samples | {"num_epochs": 2}
