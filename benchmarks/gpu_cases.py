@@ -15,11 +15,10 @@ from torch import Tensor
 import fastfreeze
 from benchmarks.case import OURS, Rivals, Run, compiled_run
 from benchmarks.kernel_cases import eager_statistics, statistics_fields
-from benchmarks.sgd_cases import SGD_VALUES, TOTAL_STEPS, torch_step
+from benchmarks.sgd_cases import GATE_STEPS, SGD_VALUES, TOTAL_STEPS, torch_step
 from benchmarks.shapes import Shapes
 from fastfreeze.ops.softmax import ensemble_softmax, ensemble_statistics
 
-GATE_STEPS = 3
 # Of an element or of all elements' root mean square, whichever is larger.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.case import OURS
 from benchmarks.lines import Line
 from fastfreeze.recipes.errors import optional_package
+from fastfreeze.recipes.plot import pyplot
 
 if TYPE_CHECKING:
     from benchmarks.report import Table
@@ -26,8 +27,7 @@ def draw(tables: Sequence[Table]) -> bytes:
     Raises:
         fastfreeze.recipes.errors.RecipeError: matplotlib is not installed.
     """
-    optional_package("matplotlib").use("Agg")
-    plt = optional_package("matplotlib.pyplot")
+    plt = pyplot()
     columns = [c for c in halves([t for t in tables if t.lines]) if c]
     height = max(sum(map(_height, column)) for column in columns)
     figure = plt.figure(figsize=(7 * len(columns), height), layout="constrained")

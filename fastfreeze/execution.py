@@ -113,9 +113,14 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
+def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
+    """A tuple of a model's arguments, or its only argument, as the tuple."""
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
 def run_events(model: nn.Module, example_inputs: Any) -> list[Event]:
     """The events of a run on the inputs."""
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_arguments(example_inputs)
     with ExitStack() as stack:
         stack.enter_context(_left_as_found(model))
         stack.enter_context(torch.no_grad())

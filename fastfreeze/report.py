@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from fastfreeze.clock import Clock
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.execution import run_events
+from fastfreeze.execution import as_arguments, run_events
 from fastfreeze.freezing import Layer, LayerPlan
 from fastfreeze.graph.blockers import BackwardBlocker, blockers_below, checked_model
 from fastfreeze.graph.trim import TrimmedModel
@@ -117,8 +117,7 @@ class FreezeReport:
             raise TypeError(f"plan must be a LayerPlan, got {type(plan).__name__}")
         model = checked_model(network, plan)
         if isinstance(network, TrimmedModel):  # the hooks of the first steps must change nothing
-            inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-            network.trace(*inputs)
+            network.trace(*as_arguments(example_inputs))
         self._optimizer, self._plan, self._example = optimizer, plan, example_inputs
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)

@@ -21,7 +21,7 @@ from fastfreeze.ensemble.merge import (
 )
 from fastfreeze.ensemble.ways import Captured
 from fastfreeze.graph._state import Held, preserved, requires_grad
-from fastfreeze.graph.fold import CannotFoldError, Folded
+from fastfreeze.graph.fold import CannotFoldError, Folded, check_unchanged
 from fastfreeze.graph.prefix import autocasts
 from fastfreeze.graph.rewrite import Program, write_measured
 from fastfreeze.graph.trace import CallPattern, Trace, UntraceableError, hooked, trace
@@ -71,11 +71,11 @@ class Plan:
         state: MembersState | None = None,
         traced: Trace | None = None,
         merged: Merged | None = None,
+        program: Program | None = None,
         folded: Folded | None = None,
     ) -> None:
-        self.text, self.folded, self._traced, self._merged = text, folded, traced, merged
-        self.program = None if merged is None else write_merged(merged)
-        self._state = state
+        self.text, self.program, self.folded = text, program, folded
+        self._state, self._traced, self._merged = state, traced, merged
         self._module: nn.Module | None = None
         self._compiled: Callable[..., Tensor] | None = None
         self._captured: dict[Any, Captured] = {}
@@ -157,31 +157,30 @@ def make_plan(
             merged = merge(list(members), traced, owners)
     except (CannotMergeError, UntraceableError) as error:
         return Plan(one_by_one(count, error), MembersState(members))
+    program = write_merged(merged)
     folded, text = None, "not folded: that was not wanted"
     if key.may_fold:
         try:
-            folded, text = _folded(merged, ensemble, metas, tensors), "folded"
+            folded, text = fold_merged(merged, ensemble, metas), "folded"
+            _check_folded(program, folded.program, ensemble, tensors)
         except CannotFoldError as error:
-            text = f"not folded: {error}"
+            folded, text = None, f"not folded: {error}"
     runs = f"{merged.num_own} of {merged.num_nodes} nodes run"
     text = f"{count} members as one graph, {runs}, {text}"
-    return Plan(text, MembersState(members), traced, merged, folded)
+    return Plan(text, MembersState(members), traced, merged, program, folded)
 
 
-def _folded(
-    merged: Merged, ensemble: nn.Module, metas: dict[str, Any], tensors: Sequence[Tensor]
-) -> Folded:
-    """The graph folded, if for these tensors that gives what it gives as it is."""
-    folded = fold_merged(merged, ensemble, metas)
+def _check_folded(
+    program: Program, folded: Program, ensemble: nn.Module, tensors: Sequence[Tensor]
+) -> None:
+    """CannotFoldError unless the folded graph gives for these tensors what it gives as it is."""
     with preserved(ensemble), torch.no_grad():
-        expected = _outputs(write_merged(merged), ensemble, tensors)
+        expected = _outputs(program, ensemble, tensors)
         try:
-            found = _outputs(folded.program, ensemble, tensors)
+            found = _outputs(folded, ensemble, tensors)
         except Exception as error:  # of whatever kind: it runs as it is
             raise CannotFoldError(f"{type(error).__name__}: {error}") from error
-    if (times := excess(found, expected)) > 1:
-        raise CannotFoldError(f"folding changes values by {times:.1e} times what rounding may")
-    return folded
+    check_unchanged(excess(found, expected))
 
 
 def _outputs(program: Program, ensemble: nn.Module, tensors: Sequence[Tensor]) -> list[Any]:

@@ -34,6 +34,12 @@ class CannotFoldError(Exception):
     """Nothing can be folded; the message says why."""
 
 
+def check_unchanged(times: float) -> None:
+    """CannotFoldError unless values change by at most what rounding may: ``times`` <= 1 of it."""
+    if not times <= 1:
+        raise CannotFoldError(f"folding changes values by {times:.1e} times what rounding may")
+
+
 class Folded:
     """A program for a part of the frozen prefix, and what it was made from.
 
@@ -272,7 +278,7 @@ def _alike(a: Any, b: Any) -> bool:
     return both and a.shape == b.shape and a.dtype == b.dtype
 
 
-def _is_cpu_fp32(tensor: Tensor) -> bool:
+def is_cpu_fp32(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
@@ -304,7 +310,7 @@ class _FoldedConvolution(_Operation):
         self._format = _layout_for(x.module.weight.device, x.dtype)
         self._weight = x.weight.to(x.dtype).contiguous(memory_format=self._format)
         self._bias = None if x.bias is None else x.bias.to(x.dtype)
-        self._may_take_winograd = _is_cpu_fp32(self._weight) and _may_take_winograd(x.module)
+        self._may_take_winograd = is_cpu_fp32(self._weight) and _may_take_winograd(x.module)
         self._transformed: Tensor | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -345,4 +351,4 @@ def _may_take_winograd(module: nn.Conv2d) -> bool:
     """Whether a module is a convolution as :func:`winograd_conv2d` makes them."""
     how = (*module.kernel_size, *module.stride, *module.dilation)
     plain = how == (3, 3, 1, 1, 1, 1) and module.groups == 1
-    return plain and module.padding in _WINOGRAD_PADDINGS and _is_cpu_fp32(module.weight)
+    return plain and module.padding in _WINOGRAD_PADDINGS and is_cpu_fp32(module.weight)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastfreeze.graph._state import Watch, copied, preserved, tensors_in, unobserved
 from fastfreeze.graph.cut import Cut, Dataflow, find_cut, frozen_modules
+from fastfreeze.graph.fold import is_cpu_fp32
 from fastfreeze.graph.modules import FrozenModules
 from fastfreeze.graph.prefix import Options, Prefix, Values, gain_by_channels_last
 from fastfreeze.graph.rewrite import Program, write_measured, write_program, write_proof
@@ -256,13 +257,15 @@ class TrimmedGraph:
             )
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        self.compared, self._metas = True, plain.values
-        self._contiguous_outputs = [
-            t is not None and t.is_contiguous() for t in expected.output.values()
-        ]
-        self.takes_channels_last = self._gains_by_channels_last() and not self._minds_layout(
-            args, kwargs, expected
-        )
+        self._metas = plain.values
+        if not self.compared:  # else the layout is known
+            self.compared = True
+            self._contiguous_outputs = [
+                t is not None and t.is_contiguous() for t in expected.output.values()
+            ]
+            self.takes_channels_last = self._gains_by_channels_last() and not self._minds_layout(
+                args, kwargs, expected
+            )
         return difference(found, expected)
 
     def _gains_by_channels_last(self) -> bool:
@@ -325,7 +328,7 @@ class TrimmedGraph:
 
 def _may_be_images(tensor: Tensor) -> bool:
     """Whether it has the shape of images, in another layout than channels_last."""
-    if tensor.dim() != 4 or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+    if tensor.dim() != 4 or not is_cpu_fp32(tensor):
         return False
     return not tensor.is_contiguous(memory_format=torch.channels_last)
 

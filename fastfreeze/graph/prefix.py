@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph._state import Held, HeldState, preserved, tensors_in
 from fastfreeze.graph.cut import Cut, Dataflow, called_name, minds_layout
-from fastfreeze.graph.fold import CannotFoldError, Folded, fold
+from fastfreeze.graph.fold import CannotFoldError, Folded, check_unchanged, fold
 from fastfreeze.graph.rewrite import Piece, Program, write_piece, write_suffix
 from fastfreeze.graph.split import CannotSplitError, draws_random_numbers, find_split, find_stretch
 from fastfreeze.graph.trace import Trace
@@ -123,11 +123,11 @@ class Part:
 
     def _judge(self, times: float) -> None:
         """CannotFoldError if values change by too many times what they may."""
-        if times <= 1:
-            return
         dtype, bound = self._options.dtype, self._options.max_error
         if dtype is None:
-            raise CannotFoldError(f"folding changes values by {times:.1e} times what rounding may")
+            check_unchanged(times)
+        if times <= 1:
+            return
         text = f"{dtype} changes values by {times * bound:.1e}, max_error is {bound:.1e}"
         warnings.warn(
             f"the frozen prefix keeps its dtype: {text}", FastfreezeWarning, stacklevel=12

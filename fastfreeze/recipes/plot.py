@@ -31,7 +31,7 @@ def plot_run(run_dir: RunDir, path: Path) -> None:
     Raises:
         RecipeError: no method has finished an epoch yet, or matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = pyplot()
     histories = _histories(run_dir)
     if not histories:
         raise RecipeError(f"{run_dir.path} has nothing to plot yet: no epoch has finished")
@@ -73,7 +73,7 @@ def plot_ensemble(evaluation: EnsembleEvaluation, probabilities: Tensor, labels:
     Raises:
         RecipeError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     reliability_diagram(probabilities, labels, num_bins=evaluation.num_bins, ax=left)
     errors = [scores.error for scores in evaluation.members]
@@ -83,7 +83,12 @@ def plot_ensemble(evaluation: EnsembleEvaluation, probabilities: Tensor, labels:
     return picture
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's, which draws into files alone.
+
+    Raises:
+        RecipeError: matplotlib is not installed.
+    """
     optional_package("matplotlib").use("Agg")
     return optional_package("matplotlib.pyplot")
 
