@@ -1,0 +1,39 @@
+"""The command ``fastfreeze``: train, plot, plan, backends.
+
+Exit codes: 0 done, 1 failed for a reason that the message tells, 2 bad usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+try:
+    import click
+except ModuleNotFoundError:
+    sys.exit('fastfreeze: the command line needs click: pip install "fastfreeze[train]"')
+
+from fastfreeze._version import __version__
+from fastfreeze.cli import backends, plan, plot, train
+from fastfreeze.errors import SnapshotError
+from fastfreeze.recipes.errors import RecipeError
+
+
+class _Group(click.Group):
+    """Tells expected errors in one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (RecipeError, SnapshotError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Train faster by freezing, and get an ensemble for free."""
+
+
+for command in (train.train, plot.plot, plan.plan, backends.backends):
+    main.add_command(command)

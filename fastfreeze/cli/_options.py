@@ -1,0 +1,73 @@
+"""What the commands' options have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from fastfreeze.recipes.models import build_model
+
+AT_LEAST_1 = click.IntRange(min=1)
+DIRECTORY = click.Path(path_type=Path, file_okay=False)
+RUN = click.Path(path_type=Path, file_okay=False, exists=True)
+
+
+def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """A number that is neither infinite nor NaN."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"must be a finite number, got {value}")
+    return value
+
+
+def model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """The name of a network."""
+    try:
+        with torch.device("meta"):
+            build_model(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
+def device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A device that is here: "cpu" or "cuda:<n>"."""
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise click.BadParameter(f"{value!r} is no torch device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise click.BadParameter(f"must be cpu or cuda, got {value!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise click.ClickException(f"--device {value}: torch sees no such device here")
+    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+
+
+def freezeout_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that train and plan share."""
+    for option in (
+        click.option(
+            "--lr",
+            type=click.FloatRange(min=0, min_open=True),
+            callback=finite,
+            default=0.1,
+            help="Initial learning rate.",
+        ),
+        click.option(
+            "--t0",
+            "t_0",
+            type=click.FloatRange(0, 1, min_open=True),
+            callback=finite,
+            default=0.5,
+            help="FreezeOut: share of the run, before --how-scale, for which layer 0 trains.",
+        ),
+        click.option(
+            "--how-scale", type=click.Choice(["linear", "squared", "cubic"]), default="cubic"
+        ),
+    ):
+        command = option(command)
+    return command
