@@ -9,6 +9,8 @@ import weakref
 from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import compress, repeat
+from operator import is_not
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -122,10 +124,11 @@ class PointerPlan:
 
     def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradients with their parameters' strides."""
+        given = [g for g in grads if g is not None]
         try:
-            if self._contiguous and all(map(_is_contiguous, grads)):  # type: ignore[arg-type]
+            if self._contiguous and all(map(_is_contiguous, given)):
                 return grads
-        except (TypeError, RuntimeError):  # a gradient is None, or has no strides
+        except RuntimeError:  # a gradient has no strides
             pass
         for i, g in enumerate(grads):
             if g is not None and g.layout != torch.strided:
@@ -205,8 +208,8 @@ def note_writes(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Non
 
     A frozen one must look as it is: unchanged. What is folded from it would be made anew.
     """
-    written = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-    torch.autograd.graph.increment_version(written)
+    written = compress(params, map(is_not, grads, repeat(None)))
+    torch.autograd.graph.increment_version(list(written))
 
 
 class ReferencePlan:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from operator import attrgetter, is_, itemgetter
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,9 @@ _scheduled_hypers_of = itemgetter(*_HYPERS, "initial_lr")
 _lr_of = itemgetter("lr")
 _buffer_of = itemgetter("momentum_buffer")
 _LR = HYPERS.index("lr")
+
+# Parameters, their addresses, the states that hold their buffers, and the buffers.
+_Watched = tuple[list[Tensor], list[int], list[dict[str, Any]], list[Tensor]]
 
 
 class Runtime:
@@ -115,14 +119,16 @@ class Part:
     def __init__(self, backend: Backend, members: list[tuple[Tensor, int]], optimizer: SGD) -> None:
         self.params = [p for p, _ in members]
         self.sharded = any(map(is_sharded, self.params))
-        self.pointers = _pointers(self._local_params())
+        self.pointers = _pointers(self._local(self.params))
         self.momentum_dtype = optimizer._momentum_dtype
         self.grads: list[Tensor | None] = []
         self.state = optimizer.state
         self.waiting: list[int] = []  # who will need a buffer when a gradient first comes
         self.first: list[int] = []  # whose buffer the next step fills
-        self.states: list[dict[str, Any]] = []  # of those with a buffer,
-        self.buffers: list[Tensor] = []  # and the buffers
+        # By parameter: the state that holds its momentum buffer, and the buffer.
+        self.kept: dict[int, tuple[dict[str, Any], Tensor]] = {}
+        self.given: list[bool] = []  # who had a gradient; only they are looked at,
+        self.watched: _Watched = ([], [], [], [])  # and how they must be
         buffers = [
             self._claim_buffer(i, p) if optimizer.param_groups[g]["momentum"] != 0 else None
             for i, (p, g) in enumerate(members)
@@ -130,7 +136,7 @@ class Part:
         filled_next = set(self.first)
         self.plan: Any = sgd_ops.PLANS[backend](
             PlanSpec(
-                params=self._local_params(),
+                params=self._local(self.params),
                 buffers=buffers,
                 first=[i in filled_next for i in range(len(members))],
                 groups=[g for _, g in members],
@@ -140,8 +146,8 @@ class Part:
             )
         )
 
-    def _local_params(self) -> list[Tensor]:
-        return [local_part(p, p) for p in self.params] if self.sharded else self.params
+    def _local(self, params: list[Tensor]) -> list[Tensor]:
+        return [local_part(p, p) for p in params] if self.sharded else params
 
     def _local_grads(self) -> list[Tensor | None]:
         grads = list(map(_grad_of, self.params))
@@ -159,23 +165,23 @@ class Part:
         if buffer is None:
             self.first.append(i)
         else:
-            self._keep(state, sharded_as(aligned, param))
+            self.kept[i] = state, sharded_as(aligned, param)
         return aligned
-
-    def _keep(self, state: dict[str, Any], buffer: Tensor) -> None:
-        state["momentum_buffer"] = buffer
-        self.states.append(state)
-        self.buffers.append(buffer)
 
     def collect(self, optimizer: SGD) -> bool:
         """Collect the gradients; False if storages, buffers or layouts are not as planned."""
         grads = self._local_grads()
+        given = list(map(is_not, grads, repeat(None)))
+        if given != self.given:
+            if any(given[i] for i in self.waiting):
+                return False
+            self.given, self.watched = given, self._watched(given)
+        params, pointers, states, buffers = self.watched
         if (
-            _pointers(self._local_params()) != self.pointers
-            or any(grads[i] is not None for i in self.waiting)
+            _pointers(self._local(params)) != pointers
             or optimizer.state is not self.state
-            or len(self.state) < len(self.states)
-            or not all(map(is_, map(_buffer_of, self.states), self.buffers))
+            or len(self.state) < len(self.kept)
+            or not all(map(is_, map(_buffer_of, states), buffers))
         ):
             return False
         try:
@@ -183,6 +189,15 @@ class Part:
         except ValueError:  # a sparse gradient where there was a dense one
             return False
         return True
+
+    def _watched(self, given: list[bool]) -> _Watched:
+        kept = [self.kept[i] for i in compress(range(len(given)), given) if i in self.kept]
+        return (
+            list(compress(self.params, given)),
+            list(compress(self.pointers, given)),
+            [state for state, _ in kept],
+            [buffer for _, buffer in kept],
+        )
 
     def step(
         self,
@@ -195,9 +210,12 @@ class Part:
         lrs: list[float] = self.plan.step(self.grads, hypers, step, grad_scale, found_inf)
         self.restore_grads(grad_scale)
         for i in self.first:
-            param = self.params[i]
-            self._keep(self.state[param], sharded_as(self.plan.buffers[i], param))
-        self.first = []
+            param, state = self.params[i], self.state[self.params[i]]
+            state["momentum_buffer"] = sharded_as(self.plan.buffers[i], param)
+            self.kept[i] = state, state["momentum_buffer"]
+        if self.first:
+            self.first = []
+            self.watched = self._watched(self.given)
         return lrs
 
     def restore_grads(self, grad_scale: Tensor | float | None) -> None:
