@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torchvision
 from torch import fx
 
 from fastfreeze.freezing import split
+from fastfreeze.graph import trim
 from fastfreeze.recipes.models import build_model
 
 
@@ -13,26 +15,155 @@ def on_meta(name, **arguments):
         return build_model(name, **arguments)
 
 
-# The counts are those of the definitions; the papers print them rounded, as in the last column.
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# The first column of numbers follows from the definitions (see the tests below, which add it up in
+# other ways); the second is what is printed about these networks, rounded, and where:
+#   He et al., 2016, table 6 (ResNet); Zagoruyko and Komodakis, 2016, section 3 (Wide ResNet);
+#   Huang et al., 2017, table 2, and the README of github.com/liuzhuang13/DenseNet (DenseNet).
 @pytest.mark.parametrize(
-    ("name", "num_classes", "parameters", "paper"),
+    ("name", "num_classes", "parameters", "printed"),
     [
         ("resnet20", 10, 269_722, "0.27M"),
         ("resnet110", 10, 1_727_962, "1.7M"),
-        ("wrn16-2", 10, 691_674, "0.7M"),
+        ("resnet32-w64", 100, 7_409_316, None),
+        ("wrn16-2", 10, 691_674, None),
+        ("wrn28-10", 10, 36_479_194, "36.5M"),
         ("wrn40-4", 10, 8_949_210, "8.9M"),
         ("densenet40", 10, 1_019_722, "1.0M"),
+        ("densenet-bc-76", 100, 510_040, None),
         ("densenet-bc-100", 10, 769_162, "0.8M"),
         ("densenet100", 10, 6_979_642, "7.0M"),
         ("densenet100-24", 10, 27_249_082, "27.2M"),
         ("densenet-bc-250-24", 10, 15_324_406, "15.3M"),
-        ("vgg16", 10, 14_724_042, "15M"),
-        ("vgg16", 100, 14_770_212, "15M"),
+        ("vgg16", 10, 14_724_042, None),
+        ("vgg16", 100, 14_770_212, None),
+        ("vgg16-fc", 100, 15_298_596, None),
     ],
 )
-def test_parameter_counts(name, num_classes, parameters, paper):
-    assert sum(p.numel() for p in on_meta(name, num_classes=num_classes).parameters()) == parameters
-    assert f"{parameters / 1e6:.{len(paper.strip('M').partition('.')[2])}f}M" == paper
+def test_parameter_counts(name, num_classes, parameters, printed):
+    assert count(on_meta(name, num_classes=num_classes)) == parameters
+    assert count(on_meta(name, num_classes=num_classes, stem_stride=2)) == parameters
+    if printed is not None:
+        digits = len(printed.strip("M").partition(".")[2])
+        assert f"{parameters / 1e6:.{digits}f}M" == printed
+
+
+@pytest.mark.parametrize(("depth", "width"), [(20, 16), (110, 16), (32, 64)])
+def test_resnet_holds_what_its_definition_adds_up_to(depth, width):
+    n, w = (depth - 2) // 6, width
+    convolutions = 3 * 9 * w + 9 * w**2 * (2 * n + (2 + 4 * (2 * n - 1)) + (8 + 16 * (2 * n - 1)))
+    norms = 2 * w * (1 + 2 * n * (1 + 2 + 4))
+    head = 4 * w * 10 + 10
+    assert count(on_meta(f"resnet{depth}-w{width}")) == convolutions + norms + head
+
+
+@pytest.mark.parametrize(("depth", "widening"), [(16, 2), (28, 10), (40, 4)])
+def test_wide_resnet_holds_what_its_definition_adds_up_to(depth, widening):
+    n = (depth - 4) // 6
+    total, channels = 3 * 9 * 16, 16
+    for width in (16 * widening, 32 * widening, 64 * widening):
+        total += 9 * width * (channels + (2 * n - 1) * width) + channels * width
+        total += 2 * (channels + (2 * n - 1) * width)
+        channels = width
+    total += 2 * channels + channels * 10 + 10
+    assert count(on_meta(f"wrn{depth}-{widening}")) == total
+
+
+@pytest.mark.parametrize(("depth", "growth"), [(40, 12), (100, 12), (100, 24)])
+def test_densenet_holds_what_its_definition_adds_up_to(depth, growth):
+    n = (depth - 4) // 3
+    total, channels = 3 * 9 * 16, 16
+    for _ in range(3):
+        for i in range(n):
+            total += (2 + 9 * growth) * (channels + i * growth)
+        channels += n * growth
+        total += 2 * channels + channels**2  # a transition; after the last stage the head
+    total += channels * 10 + 10 - channels**2
+    assert count(on_meta(f"densenet{depth}-{growth}")) == total
+
+
+@pytest.mark.parametrize(("depth", "growth"), [(76, 12), (100, 12), (250, 24)])
+def test_densenet_bc_is_torchvisions_behind_the_stem(depth, growth):
+    n = (depth - 4) // 6
+    with torch.device("meta"):
+        theirs = torchvision.models.DenseNet(
+            growth, (n, n, n), num_init_features=2 * growth, num_classes=10
+        )
+    stem = count(theirs.features.conv0) + count(theirs.features.norm0)
+    ours = on_meta(f"densenet-bc-{depth}-{growth}")
+    assert count(ours) - count(ours.stem) == count(theirs) - stem
+
+
+def test_vgg16_convolutions_are_torchvisions_without_biases():
+    with torch.device("meta"):
+        theirs = torchvision.models.vgg16_bn().features
+    biases = sum(m.bias.numel() for m in theirs if isinstance(m, torch.nn.Conv2d))
+    for name, head in (
+        ("vgg16", 512 * 10 + 10),
+        ("vgg16-fc", 2 * (512 * 512 + 512) + 3 * 2 * 512 + 512 * 10 + 10),
+    ):
+        assert count(on_meta(name)) == count(theirs) - biases + head
+
+
+def test_imagenet_resnet50_is_torchvisions():
+    model = on_meta("imagenet-resnet50", num_classes=1000)
+    published = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["num_params"]
+    assert count(model) == published == 25_557_032
+    assert type(model) is torchvision.models.ResNet
+    assert model.conv1.stride == (2, 2)
+
+
+def test_imagenet_resnet50_for_other_images():
+    torch.manual_seed(0)
+    model = build_model("imagenet-resnet50", num_classes=7, in_channels=1, stem_stride=2)
+    assert model.conv1.stride == (4, 4)
+    assert model.conv1.weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
+    assert model.eval()(torch.zeros(2, 1, 64, 64)).shape == (2, 7)
+    layers = split(model, torch.zeros(2, 1, 64, 64)).layers
+    blocks = [f"layer{i + 1}.{j}" for i, n in enumerate((3, 4, 6, 3)) for j in range(n)]
+    assert [layer.name for layer in layers] == ["conv1", *blocks, "fc"]
+
+
+FAMILIES = ["resnet8-w4", "wrn10-1", "densenet7-4", "densenet-bc-10-4", "vgg16", "vgg16-fc"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stem_stride_halves_what_follows_the_stem(name):
+    seen = []
+    for stride in (1, 2):
+        model = build_model(name, stem_stride=stride).eval()
+        hook = model.blocks[0].register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[-1]))
+        assert model(torch.zeros(1, 3, 32 * stride, 32 * stride)).shape == (1, 10)
+        hook.remove()
+    assert seen == [32, 32]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trimmed_half_frozen_network_has_the_models_gradients(name):
+    images = torch.randn(4, 3, 16, 16)
+    model = build_model(name)
+    layers = split(model, images).layers
+    frozen = layers[: len(layers) // 2]
+    for parameter in (p for layer in frozen for p in layer.trainable):
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+    def gradients(network):
+        model.zero_grad()
+        network(images).square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    found = gradients(trim(model, images, fold=False))
+    for module in (model.get_submodule(m) for layer in frozen for m in layer.modules):
+        module.eval()
+    expected = gradients(model)
+    assert list(expected) == [n for layer in layers[len(frozen) :] for n, _ in layer.parameters]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +176,7 @@ def test_parameter_counts(name, num_classes, parameters, paper):
         ("densenet40", 40),
         ("densenet-bc-22", 13),
         ("vgg16", 14),
+        ("vgg16-fc", 14),
     ],
 )
 def test_split_finds_stem_blocks_and_head(name, layers):
@@ -55,7 +187,16 @@ def test_split_finds_stem_blocks_and_head(name, layers):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet8-w4", "tiny-resnet8", "wrn10-1", "densenet7-4", "densenet-bc-10-4", "vgg16"]
+    "name",
+    [
+        "resnet8-w4",
+        "tiny-resnet8",
+        "wrn10-1",
+        "densenet7-4",
+        "densenet-bc-10-4",
+        "vgg16",
+        "vgg16-fc",
+    ],
 )
 @pytest.mark.parametrize("size", [28, 32])
 def test_forward_is_traceable(name, size):
@@ -108,7 +249,7 @@ def test_bad_names(name, message):
         build_model(name)
 
 
-@pytest.mark.parametrize("argument", ["num_classes", "in_channels"])
+@pytest.mark.parametrize("argument", ["num_classes", "in_channels", "stem_stride"])
 def test_bad_counts(argument):
     with pytest.raises(ValueError, match=f"{argument} must be >= 1, got 0"):
         build_model("resnet8", **{argument: 0})

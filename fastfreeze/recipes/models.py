@@ -1,10 +1,22 @@
-"""The networks of the two papers, for small images of any size.
+"""The networks of the two papers, for small images of any size, and ImageNet's ResNet-50.
 
 ResNet (He et al., 2016, section 4.2), Wide ResNet (Zagoruyko and Komodakis, 2016), DenseNet and
 DenseNet-BC (Huang et al., 2017), VGG-16 with batch normalisation (Simonyan and Zisserman, 2015).
 Every model is a chain ``stem, blocks, head``, whose links :func:`fastfreeze.freezing.split` takes
 as layers, and ends in a global average, so that the image size is free. Convolutions start from
-He's normal distribution over the outputs, as in the papers.
+He's normal distribution over the outputs, as in the papers. ResNet-50 is torchvision's.
+
+Snapshot Ensembles (section 4.2) trains "resnet110", a Wide ResNet of 32 layers, which is a ResNet
+with four times the channels ("resnet32-w64"), "densenet40", "densenet100-24" and, on ImageNet,
+"imagenet-resnet50"; on Tiny ImageNet with ``stem_stride=2``. FreezeOut trains "densenet-bc-76",
+"wrn40-4" and "vgg16-fc". Where that differs from the authors' code:
+
+* DenseNet without bottlenecks starts with 16 channels, as its paper says; its public Lua code takes
+  ``2 * growth`` there, as for DenseNet-BC.
+* No dropout in DenseNet. Its paper drops 20% where images are not augmented, on SVHN for instance;
+  in Snapshot Ensembles that is a baseline of its own.
+* FreezeOut's DenseNet-BC has ReLU before the norm in transitions; ours has the norm first, as in
+  the DenseNet paper. The parameters are the same.
 """
 
 from __future__ import annotations
@@ -17,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfreeze.recipes.errors import optional_package
+
 MODEL_NAMES = (
     "resnet<6n+2>[-w<width>]",
     "tiny-resnet<6n+2>",
@@ -24,33 +38,42 @@ MODEL_NAMES = (
     "densenet<3n+4>[-<growth>]",
     "densenet-bc-<6n+4>[-<growth>]",
     "vgg16",
+    "vgg16-fc",
+    "imagenet-resnet50",
 )
 
 
-def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+def build_model(
+    name: str, *, num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1
+) -> nn.Module:
     """A network by its name, with freshly drawn weights.
 
     Args:
         name: such as "resnet20", "resnet110", "resnet20-w32" (32 channels in the first stage),
             "tiny-resnet20" (a stem of stride 2: a quarter of the work), "wrn16-2", "wrn40-4",
-            "densenet40" (growth 12), "densenet-bc-76", "densenet-bc-100-24", "vgg16".
+            "densenet40" (growth 12), "densenet-bc-76", "densenet-bc-100-24", "vgg16", "vgg16-fc"
+            (the head of FreezeOut's code: three linear layers), "imagenet-resnet50".
         num_classes: outputs, >= 1.
         in_channels: channels of the images, >= 1.
+        stem_stride: multiplies the stride of the first convolution, >= 1. Snapshot Ensembles
+            takes 2 for the 64 pixels of Tiny ImageNet.
 
     Returns:
         A module from images ``[B, in_channels, H, W]`` to logits ``[B, num_classes]``.
 
     Raises:
-        ValueError: no network has that name, or its depth does not exist.
+        ValueError: no network has that name, its depth does not exist, or a count is below 1.
+        RecipeError: "imagenet-resnet50" without torchvision.
     """
-    for key, count in (("num_classes", num_classes), ("in_channels", in_channels)):
+    sizes = {"num_classes": num_classes, "in_channels": in_channels, "stem_stride": stem_stride}
+    for key, count in sizes.items():
         if count < 1:
             raise ValueError(f"{key} must be >= 1, got {count}")
     for pattern, build in _BUILDERS:
         match = re.fullmatch(pattern, name)
         if match:
             numbers = [int(group) for group in match.groups() if group]
-            return build(*numbers, num_classes=num_classes, in_channels=in_channels)
+            return build(*numbers, **sizes)
     raise ValueError(f"model must be one of {', '.join(MODEL_NAMES)}; got {name!r}")
 
 
@@ -74,12 +97,12 @@ class Network(nn.Module):
 
 
 def resnet(
-    depth: int, width: int = 16, *, num_classes: int, in_channels: int, stem_stride: int = 1
+    depth: int, width: int = 16, *, num_classes: int, in_channels: int, stem_stride: int
 ) -> Network:
     """ResNet of ``6n + 2`` layers in three stages of ``width``, ``2 * width``, ``4 * width``.
 
     Shortcuts hold no parameters (option A of the paper): where the shape changes they skip every
-    second pixel and pad the new channels with zeros. ``stem_stride=2`` halves the image at once.
+    second pixel and pad the new channels with zeros.
     """
     blocks_per_stage = _blocks_per_stage("resnet", depth, layers_per_block=2, rest=2)
     stem = _Chain(
@@ -95,7 +118,9 @@ def resnet(
     return Network(stem, blocks, _head(channels, num_classes, norm=False))
 
 
-def wide_resnet(depth: int, widening: int, *, num_classes: int, in_channels: int) -> Network:
+def wide_resnet(
+    depth: int, widening: int, *, num_classes: int, in_channels: int, stem_stride: int
+) -> Network:
     """Wide ResNet of ``6n + 4`` layers, pre-activated, stages of 16, 32, 64 times ``widening``."""
     blocks_per_stage = _blocks_per_stage("wrn", depth, layers_per_block=2, rest=4)
     blocks: list[nn.Module] = []
@@ -105,11 +130,18 @@ def wide_resnet(depth: int, widening: int, *, num_classes: int, in_channels: int
             stride = 2 if stage > 0 and block == 0 else 1
             blocks.append(_PreActivationBlock(channels, 16 * widening * 2**stage, stride))
             channels = 16 * widening * 2**stage
-    return Network(_conv(in_channels, 16, 3), blocks, _head(channels, num_classes))
+    stem = _conv(in_channels, 16, 3, stride=stem_stride)
+    return Network(stem, blocks, _head(channels, num_classes))
 
 
 def densenet(
-    depth: int, growth: int = 12, *, num_classes: int, in_channels: int, bottleneck: bool = False
+    depth: int,
+    growth: int = 12,
+    *,
+    num_classes: int,
+    in_channels: int,
+    stem_stride: int,
+    bottleneck: bool = False,
 ) -> Network:
     """DenseNet of three dense blocks; with ``bottleneck`` DenseNet-BC (reduction 0.5).
 
@@ -118,7 +150,7 @@ def densenet(
     name = "densenet-bc" if bottleneck else "densenet"
     per_stage = _blocks_per_stage(name, depth, layers_per_block=2 if bottleneck else 1, rest=4)
     channels = 2 * growth if bottleneck else 16
-    stem = _conv(in_channels, channels, 3)
+    stem = _conv(in_channels, channels, 3, stride=stem_stride)
     blocks: list[nn.Module] = []
     for stage in range(3):
         if stage > 0:
@@ -131,19 +163,54 @@ def densenet(
     return Network(stem, blocks, _head(channels, num_classes))
 
 
-def vgg16(*, num_classes: int, in_channels: int) -> Network:
+def vgg16(*, num_classes: int, in_channels: int, stem_stride: int) -> Network:
     """VGG-16 with batch normalisation and one linear layer on the last 512 channels."""
-    blocks: list[nn.Module] = []
+    convolutions = _vgg16_convolutions(in_channels, stem_stride)
+    head = _Chain(_halved(), _head(512, num_classes, norm=False))
+    return Network(convolutions[0], convolutions[1:], head)
+
+
+def vgg16_fc(*, num_classes: int, in_channels: int, stem_stride: int) -> Network:
+    """VGG-16 as in FreezeOut's code: three linear layers, with norms and dropout, as one head."""
+    convolutions = _vgg16_convolutions(in_channels, stem_stride)
+    pool = [_halved(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    first = [nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout()]
+    second = [nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.BatchNorm1d(512)]
+    head = _Chain(*pool, *first, *second, nn.Dropout(), nn.Linear(512, num_classes))
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+    return Network(convolutions[0], convolutions[1:], head)
+
+
+def _vgg16_convolutions(in_channels: int, stem_stride: int) -> list[nn.Module]:
+    """Thirteen, each with its norm and activation; the fifth pooling is the head's."""
+    convolutions: list[nn.Module] = []
     channels = in_channels
     for stage, width in enumerate((64, 128, 256, 512, 512)):
-        for block in range(2 if stage < 2 else 3):
-            layers = [_conv(channels, width, 3), nn.BatchNorm2d(width), nn.ReLU()]
-            if stage > 0 and block == 0:
+        for position in range(2 if stage < 2 else 3):
+            stride = 1 if convolutions else stem_stride
+            layers = [_conv(channels, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()]
+            if stage > 0 and position == 0:
                 layers.insert(0, _halved())
-            blocks.append(_Chain(*layers))
+            convolutions.append(_Chain(*layers))
             channels = width
-    head = _Chain(_halved(), _head(channels, num_classes, norm=False))
-    return Network(blocks[0], blocks[1:], head)
+    return convolutions
+
+
+def imagenet_resnet50(*, num_classes: int, in_channels: int, stem_stride: int) -> nn.Module:
+    """torchvision's ResNet-50 for large images (He et al., 2016, table 1), not trained.
+
+    The stride of 2 that a bottleneck needs is in its 3x3 convolution, as in the Torch code that
+    Snapshot Ensembles builds on; the ResNet paper has it in the first 1x1.
+    """
+    model = optional_package("torchvision.models").resnet50(weights=None, num_classes=num_classes)
+    first = model.conv1
+    if (in_channels, stem_stride) != (first.in_channels, 1):
+        stride = stem_stride * first.stride[0]
+        model.conv1 = nn.Conv2d(in_channels, 64, 7, stride, padding=3, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return cast(nn.Module, model)
 
 
 class _Chain(nn.Module):
@@ -244,21 +311,21 @@ def _blocks_per_stage(name: str, depth: int, layers_per_block: int, rest: int) -
     return blocks
 
 
-def _tiny_resnet(depth: int, *, num_classes: int, in_channels: int) -> Network:
-    return resnet(depth, num_classes=num_classes, in_channels=in_channels, stem_stride=2)
+def _tiny_resnet(depth: int, *, stem_stride: int, **sizes: int) -> Network:
+    return resnet(depth, stem_stride=2 * stem_stride, **sizes)
 
 
-def _densenet_bc(depth: int, growth: int = 12, *, num_classes: int, in_channels: int) -> Network:
-    return densenet(
-        depth, growth, num_classes=num_classes, in_channels=in_channels, bottleneck=True
-    )
+def _densenet_bc(depth: int, growth: int = 12, **sizes: int) -> Network:
+    return densenet(depth, growth, bottleneck=True, **sizes)
 
 
-_BUILDERS: tuple[tuple[str, Callable[..., Network]], ...] = (
+_BUILDERS: tuple[tuple[str, Callable[..., nn.Module]], ...] = (
     (r"resnet-?([1-9]\d*)(?:-w([1-9]\d*))?", resnet),
     (r"tiny-resnet-?([1-9]\d*)", _tiny_resnet),
     (r"wrn-?([1-9]\d*)-([1-9]\d*)", wide_resnet),
     (r"densenet-?([1-9]\d*)(?:-([1-9]\d*))?", densenet),
     (r"densenet-bc-?([1-9]\d*)(?:-([1-9]\d*))?", _densenet_bc),
     (r"vgg16", vgg16),
+    (r"vgg16-fc", vgg16_fc),
+    (r"imagenet-resnet50", imagenet_resnet50),
 )
