@@ -8,7 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastfreeze.recipes.data import ImageData, MemoryImages, augment, load_data, split_by_class
+from fastfreeze.recipes.data import (
+    ImageData,
+    MemoryImages,
+    augment,
+    balanced,
+    load_data,
+    split_by_class,
+)
 from fastfreeze.recipes.errors import RecipeError
 
 CPU = torch.device("cpu")
@@ -98,6 +105,35 @@ def test_split_by_class_takes_the_same_number_of_each():
     train, test = split_by_class(labels, 4, generator())
     assert torch.bincount(labels[test]).tolist() == [4, 4, 4]
     assert sorted([*train.tolist(), *test.tolist()]) == list(range(30))
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(2, [1, 1, 0]), (7, [3, 2, 2]), (16, [7, 7, 2])])
+def test_balanced_takes_as_many_of_each_label_as_can_be(count, sizes):
+    labels = torch.tensor([2, 0, 1, 1, 0, 0, 1] + [0, 1] * 5 + [2])
+    indices = balanced(labels, count)
+    assert indices.tolist() == sorted(set(indices.tolist()))
+    assert torch.bincount(labels[indices], minlength=3).tolist() == sizes
+    assert set(indices.tolist()) <= set(balanced(labels, count + 1).tolist())
+
+
+def test_part_changes_nothing_but_the_training_images():
+    data = small_data(pad=0, flip=False)
+    part = data.part(10)
+    images, labels = collected(part.train_batches(0, 0, 4, CPU))
+    whole, all_labels = collected(data.train_batches(0, 0, 4, CPU))
+    assert part.steps_per_epoch(4) == 3
+    assert len(labels.unique()) == 10
+    for image, label in zip(images, labels, strict=True):
+        assert torch.equal(image, whole[all_labels == label][0])
+    assert (part.test, part.num_classes) == (data.test, 23)
+    assert part.mean is data.mean
+    assert torch.equal(data.part(23).train.pixels, data.train.pixels)
+
+
+@pytest.mark.parametrize("count", [0, 24])
+def test_part_of_another_size_than_there_is(count):
+    with pytest.raises(ValueError, match=rf"count must be in 1\.\.23, got {count}"):
+        small_data().part(count)
 
 
 def test_mnist5k():

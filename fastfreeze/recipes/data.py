@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -35,6 +35,9 @@ class Images(Protocol):
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """uint8 ``[B, C, H, W]`` and int64 ``[B]``."""
 
+    def part(self, indices: Tensor) -> Images:
+        """Those at ``indices``, int64 ``[n]``, alone."""
+
 
 @dataclass(frozen=True)
 class MemoryImages:
@@ -45,6 +48,9 @@ class MemoryImages:
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.pixels[indices], self.labels[indices]
+
+    def part(self, indices: Tensor) -> MemoryImages:
+        return MemoryImages(self.pixels[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,9 @@ class FileImages:
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return torch.stack([self._decode(self.paths[i]) for i in indices]), self.labels[indices]
+
+    def part(self, indices: Tensor) -> FileImages:
+        return FileImages([self.paths[i] for i in indices], self.labels[indices], self.size)
 
     def _decode(self, path: str) -> Tensor:
         from PIL import Image, ImageOps
@@ -92,6 +101,19 @@ class ImageData:
     def in_channels(self) -> int:
         """Channels of the images."""
         return self.mean.numel()
+
+    def part(self, count: int) -> ImageData:
+        """The same data with ``count`` of the training images, as many of each class as can be.
+
+        Which images these are depends on the data alone, and a smaller part is in every larger one.
+        The test images, the normalisation and the number of classes are those of the whole.
+
+        Raises:
+            ValueError: ``count`` is not in 1..number of training images.
+        """
+        if not 1 <= count <= len(self.train.labels):
+            raise ValueError(f"count must be in 1..{len(self.train.labels)}, got {count}")
+        return replace(self, train=self.train.part(balanced(self.train.labels, count)))
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches in an epoch; the last may be smaller."""
@@ -207,6 +229,17 @@ def split_by_class(
         members = (labels == label).nonzero()[:, 0]
         test[members[torch.randperm(len(members), generator=generator)[:test_per_class]]] = True
     return (~test).nonzero()[:, 0], test.nonzero()[:, 0]
+
+
+def balanced(labels: Tensor, count: int) -> Tensor:
+    """Ascending indices of ``count`` images, as many of each label as can be, always the same."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    rank = torch.empty_like(labels)  # of each image among those of its label
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = torch.arange(len(members))
+    first = torch.argsort(rank * (labels.max() + 1) + labels)[:count]
+    return first.sort().values
 
 
 def _mnist5k() -> ImageData:
