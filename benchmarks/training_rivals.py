@@ -31,14 +31,18 @@ class Task:
 
     Attributes:
         model: as in :func:`fastfreeze.recipes.models.build_model`.
-        images, labels: float32 ``[N, 3, H, W]`` and int64 ``[N]``.
+        images, labels: float32 ``[N, C, H, W]`` and int64 ``[N]``.
         order: sample ids int64 ``[steps, B]``, a row for each batch.
+        seed: of the model's weights.
+        lr: initial learning rate.
     """
 
     model: str
     images: Tensor
     labels: Tensor
     order: Tensor
+    seed: int = 0
+    lr: float = LR
 
     @classmethod
     def random(
@@ -56,10 +60,14 @@ class Task:
     def total_steps(self) -> int:
         return len(self.order)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.labels) // self.order.shape[1]
+
     def build(self) -> nn.Module:
         """The model, with the same weights each time."""
-        torch.manual_seed(0)
-        return build_model(self.model)
+        torch.manual_seed(self.seed)
+        return build_model(self.model, in_channels=self.images.shape[1])
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and ids."""
@@ -104,7 +112,7 @@ def plain(task: Task, t_0: float, *, channels_last: bool = False, **options: boo
     """torch alone; nothing freezes."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = task.build().to(memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), LR, **HYPERS, **options)
+    optimizer = torch.optim.SGD(model.parameters(), task.lr, **HYPERS, **options)
     scheduler = CosineAnnealingLR(optimizer, task.total_steps)
     return Training(model, lambda images, ids: model(images), optimizer, scheduler.step, layout)
 
@@ -129,9 +137,9 @@ def flags(task: Task, t_0: float) -> Training:
     num_frozen = frozen_layers(schedule, len(links))
     prefix_seconds = 0.0
     groups = [{"params": list(layer.trainable)} for layer in layers]
-    optimizer = torch.optim.SGD(groups, LR, **HYPERS)
+    optimizer = torch.optim.SGD(groups, task.lr, **HYPERS)
     steps = np.arange(task.total_steps + 1)
-    lrs = [schedule.lr(steps, LR, layer.index, len(layers)) for layer in layers]
+    lrs = [schedule.lr(steps, task.lr, layer.index, len(layers)) for layer in layers]
     freezing = [schedule.freeze_steps(layer.index, len(layers)) for layer in layers]
     taken = -1
 
@@ -182,8 +190,8 @@ def ours(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = task.build().to(memory_format=layout)
     schedule = fastfreeze.FreezeOut(task.total_steps, t_0=t_0)
-    plan = fastfreeze.split(model, task.images[:2], schedule=schedule, lr=LR)
-    optimizer = fastfreeze.SGD(plan.param_groups(), LR, **HYPERS, schedule=schedule)
+    plan = fastfreeze.split(model, task.images[:2], schedule=schedule, lr=task.lr)
+    optimizer = fastfreeze.SGD(plan.param_groups(), task.lr, **HYPERS, schedule=schedule)
     trimmed = fastfreeze.trim(model)
     training = Training(
         model, lambda images, ids: trimmed(images), optimizer, layout=layout, verify=trimmed.verify
