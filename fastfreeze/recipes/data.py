@@ -240,7 +240,7 @@ def _mnist5k() -> ImageData:
 
 def _cifar(name: str, data_dir: Path, workers: int) -> ImageData:
     kind = name.upper()
-    dataset = getattr(optional_package("torchvision.datasets"), kind)
+    dataset = getattr(optional_package("torchvision").datasets, kind)
     how = _by_torchvision(kind, f"{kind}({_literal(data_dir)}, download=True)")
 
     def read(train: bool) -> MemoryImages:
@@ -254,7 +254,7 @@ def _cifar(name: str, data_dir: Path, workers: int) -> ImageData:
 
 def _svhn(data_dir: Path, workers: int, *, extra: bool) -> ImageData:
     optional_package("scipy.io")  # which torchvision imports when it reads
-    dataset = optional_package("torchvision.datasets").SVHN
+    dataset = optional_package("torchvision").datasets.SVHN
     splits = ["train", "extra", "test"] if extra else ["train", "test"]
     call = f"SVHN({_literal(data_dir)}, split, download=True)"
     how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps(splits)}]")
@@ -333,7 +333,7 @@ def _folder(data_dir: Path, size: int, workers: int) -> ImageData:
 
 def _class_folders(root: Path, framing: Framing) -> tuple[FileImages, dict[str, int]]:
     """The images below one directory for each class, and the classes' numbers by name."""
-    found = optional_package("torchvision.datasets").ImageFolder(root)
+    found = optional_package("torchvision").datasets.ImageFolder(root)
     paths, labels = zip(*found.samples, strict=True)
     return FileImages.below(root, paths, labels, framing), found.class_to_idx
 

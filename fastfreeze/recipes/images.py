@@ -74,7 +74,7 @@ class CentreCrop:
     size: int
 
     def __call__(self, image: Any, seed: tuple[int, ...]) -> Any:
-        functional = optional_package("torchvision.transforms.functional")
+        functional = optional_package("torchvision").transforms.functional
         return functional.center_crop(functional.resize(image, self.scaled), self.size)
 
 
@@ -89,7 +89,7 @@ class RandomCrop:
     size: int
 
     def __call__(self, image: Any, seed: tuple[int, ...]) -> Any:
-        transforms = optional_package("torchvision.transforms")
+        transforms = optional_package("torchvision").transforms
         state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.default_generator.manual_seed(int(state[0] >> np.uint64(1)))

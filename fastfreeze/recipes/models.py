@@ -204,7 +204,7 @@ def imagenet_resnet50(*, num_classes: int, in_channels: int, stem_stride: int) -
     The stride of 2 that a bottleneck needs is in its 3x3 convolution, as in the Torch code that
     Snapshot Ensembles builds on; the ResNet paper has it in the first 1x1.
     """
-    model = optional_package("torchvision.models").resnet50(weights=None, num_classes=num_classes)
+    model = optional_package("torchvision").models.resnet50(weights=None, num_classes=num_classes)
     first = model.conv1
     if (in_channels, stem_stride) != (first.in_channels, 1):
         stride = stem_stride * first.stride[0]
