@@ -23,6 +23,7 @@ from fastfreeze.ops.softmax import (
 )
 from fastfreeze.optim import SGD
 from fastfreeze.report import FreezeReport, FreezeRow
+from fastfreeze.saving import freezeout_for_saving
 from fastfreeze.schedule import (
     Constant,
     Cosine,
@@ -67,6 +68,7 @@ __all__ = [
     "compile_stages",
     "ensemble_softmax",
     "ensemble_statistics",
+    "freezeout_for_saving",
     "split",
     "trim",
 ]

@@ -20,6 +20,7 @@ ORDER = [
     "execution",
     "schedule",
     "freezing",
+    "saving",
     "layer_costs",
     "ops",
     "optim",

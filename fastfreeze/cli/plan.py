@@ -3,50 +3,118 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
+from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 
-from fastfreeze.cli._options import AT_LEAST_1, freezeout_options, model_name
-from fastfreeze.freezing import split
-from fastfreeze.recipes.models import build_model
+from fastfreeze.cli._networks import Example, network_and_images
+from fastfreeze.cli._options import AT_LEAST_1, finite, freezeout_options
+from fastfreeze.freezing import LayerPlan, split
+from fastfreeze.recipes.errors import RecipeError
+from fastfreeze.saving import SavingOf, freezeout_for_saving
 from fastfreeze.schedule import FreezeOut, HowScale
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("model", callback=model_name)
+@click.argument("model")
 @click.option("--steps", type=AT_LEAST_1, default=1000, help="Length of the run.")
 @freezeout_options
-@click.option("--num-classes", type=AT_LEAST_1, default=10)
+@click.option(
+    "--saving",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    callback=lambda ctx, param, value: value if value is None else finite(ctx, param, value),
+    help="Find the --t0 that is predicted to save this share of the run.",
+)
+@click.option(
+    "--of",
+    type=click.Choice(["compute", "backward"]),
+    default="compute",
+    help="What --saving is a share of.",
+)
+@click.option("--num-classes", type=AT_LEAST_1, help="[default: 10; for large images 1000]")
 @click.option("--in-channels", type=AT_LEAST_1, default=3)
-@click.option("--image-size", type=click.IntRange(min=8), default=32)
+@click.option(
+    "--image-size", type=click.IntRange(min=8), help="[default: 32; for large images 224]"
+)
 @click.option("--json", "as_json", is_flag=True, help="The layers as JSON.")
+@click.pass_context
 def plan(
+    ctx: click.Context,
+    /,
     model: str,
     steps: int,
     lr: float,
     t_0: float,
     how_scale: HowScale,
-    num_classes: int,
+    saving: float | None,
+    of: SavingOf,
+    num_classes: int | None,
     in_channels: int,
-    image_size: int,
+    image_size: int | None,
     as_json: bool,
 ) -> None:
-    """Show a model's layers, when FreezeOut freezes them, and what that saves.
+    """Show a network's layers, when FreezeOut freezes them, and what that saves.
+
+    MODEL is one of the papers' networks (as in `fastfreeze train --model`), a classification
+    network of torchvision as torchvision:NAME, or your own as MODULE:FUNCTION, where the function
+    takes no arguments and returns the network. Large images are those of torchvision's networks
+    and of imagenet-resnet50.
 
     \b
     Examples:
       fastfreeze plan resnet110 --t0 0.8
       fastfreeze plan densenet-bc-76 --steps 78200 --num-classes 100
+      fastfreeze plan vgg16 --saving 0.3
+      fastfreeze plan torchvision:resnet50 --saving 0.4 --of backward
+      fastfreeze plan mypackage.models:make --image-size 64
     """
+    if saving is not None and _given(ctx, "t_0"):
+        raise click.UsageError(
+            "--saving and --t0 exclude each other: the one follows from the other"
+        )
+    if saving is None and _given(ctx, "of"):
+        raise click.UsageError("--of is for --saving")
+    network, images = network_and_images(model, Example(num_classes, in_channels, image_size))
+    layers = _split(model, network, images)
     schedule = FreezeOut(steps, t_0=t_0, how_scale=how_scale)
-    with torch.device("meta"):
-        network = build_model(model, num_classes=num_classes, in_channels=in_channels)
-        images = torch.empty(2, in_channels, image_size, image_size)
-    layers = split(network, images, schedule=schedule, lr=lr)
-    if not as_json:
-        click.echo(str(layers))
+    if saving is not None:
+        try:
+            schedule = freezeout_for_saving(layers, saving, steps, of=of, how_scale=how_scale)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--saving") from error
+    layers = replace(layers, schedule=schedule, lr=lr)
+    if as_json:
+        click.echo(json.dumps(_as_json(layers, schedule, lr), indent=2))
         return
+    click.echo(str(layers))
+    if saving is not None:
+        click.echo(f"t_0={schedule.t_0} is the largest that saves {saving:.1%} of the {of}")
+
+
+def _given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _split(model: str, network: torch.nn.Module, images: torch.Tensor) -> LayerPlan:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            layers = split(network, images)
+        except Exception as error:  # the network may be anyone's
+            raise RecipeError(
+                f"{model} cannot be split with images of the shape {list(images.shape)}: "
+                f"{type(error).__name__}: {error}".splitlines()[0]
+            ) from error
+    for warning in caught:
+        click.echo(f"Warning: {warning.message}", err=True)
+    return layers
+
+
+def _as_json(layers: LayerPlan, schedule: FreezeOut, lr: float) -> dict[str, Any]:
     rows = [
         {
             "index": layer.index,
@@ -58,8 +126,11 @@ def plan(
         }
         for layer in layers.layers
     ]
-    savings = {
+    return {
+        "t_0": schedule.t_0,
+        "how_scale": schedule.how_scale,
+        "total_steps": schedule.total_steps,
+        "layers": rows,
         "backward_saving": layers.backward_saving,
         "compute_saving": layers.compute_saving,
     }
-    click.echo(json.dumps({"layers": rows, **savings}, indent=2))

@@ -1,0 +1,177 @@
+"""``fastfreeze plan``: what is typed, what is printed, and how it ends."""
+
+import json
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from fastfreeze.cli import main
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, ["plan", *map(str, arguments)])
+
+
+def as_json(*arguments):
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("of", ["compute", "backward"])
+def test_saving_finds_t_0(of):
+    found = as_json("resnet20", "--saving", 0.3, "--of", of, "--steps", 5000)
+    assert 0.3 <= found[f"{of}_saving"] < 0.301
+    assert found["total_steps"] == 5000
+    again = as_json("resnet20", "--t0", found["t_0"], "--steps", 5000)
+    assert again == found
+    result = invoke("resnet20", "--saving", 0.3, "--of", of, "--steps", 5000)
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("layer  name")
+    assert lines[-2].startswith("predicted saving: ")
+    assert lines[-1] == f"t_0={found['t_0']} is the largest that saves 30.0% of the {of}"
+
+
+def test_t0_is_printed_as_before():
+    result = invoke("resnet20", "--t0", 0.8)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1].startswith("predicted saving: ")
+    found = as_json("resnet20", "--how-scale", "linear")
+    assert (found["t_0"], found["how_scale"]) == (0.5, "linear")
+
+
+def test_saving_that_cannot_be_reached():
+    result = invoke("resnet20", "--saving", 0.9)
+    assert result.exit_code == 2
+    assert "saving must be at most 0.5" in result.stderr
+    assert "which t_0=0.0001 is predicted to save, got 0.9" in result.stderr
+    assert result.stdout == ""
+
+
+def test_torchvisions_network():
+    found = as_json("torchvision:resnet18", "--saving", 0.2)
+    assert [layer["name"] for layer in found["layers"]][:2] == ["conv1", "layer1.0"]
+    assert sum(layer["parameters"] for layer in found["layers"]) == 11_689_512
+    smaller = as_json("torchvision:resnet18", "--num-classes", 10, "--image-size", 64)
+    assert sum(layer["parameters"] for layer in smaller["layers"]) == 11_689_512 - 990 * 513
+
+
+def test_torchvisions_network_that_needs_values():
+    assert len(as_json("torchvision:regnet_x_400mf")["layers"]) > 10
+
+
+def test_large_images_are_the_default_of_imagenets_network():
+    found = as_json("imagenet-resnet50")
+    assert sum(layer["parameters"] for layer in found["layers"]) == 25_557_032
+    assert found == as_json("imagenet-resnet50", "--image-size", 224, "--num-classes", 1000)
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14**2, 10))
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.spare = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Conv2d(7, 7, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+made = Net()
+number = 3
+
+class nested:
+    @staticmethod
+    def make():
+        return Net()
+
+def fails():
+    raise OSError("no weights\\nhere")
+
+def leaves():
+    raise SystemExit(3)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A directory with modules, from which the command is started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    (tmp_path / "plan_own.py").write_text(OWN)
+    (tmp_path / "plan_broken.py").write_text("import package_that_is_missing\n")
+    (tmp_path / "plan_typo.py").write_text("def make(:\n")
+    yield
+    for name in ("plan_own", "plan_broken", "plan_typo"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["Net", "made", "nested.make"])
+def test_own_network(own, name):
+    found = as_json(f"plan_own:{name}", "--in-channels", 1, "--image-size", 16, "--saving", 0.1)
+    assert [layer["name"] for layer in found["layers"]] == ["0", "3"]
+    assert found["compute_saving"] >= 0.1
+
+
+def test_what_split_warns_of_is_told(own):
+    result = invoke("plan_own:Unused", "--in-channels", 1)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("Warning: parameters not used in the forward")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        ("plan_missing:make", 1, "cannot import plan_missing: ModuleNotFoundError: No module"),
+        ("plan_broken:make", 1, "cannot import plan_broken: ModuleNotFoundError: No module"),
+        ("plan_typo:make", 1, "cannot import plan_typo: SyntaxError: "),
+        ("plan_own:absent", 1, "plan_own has no absent"),
+        ("plan_own:number", 1, "plan_own:number must be a function, got int"),
+        ("plan_own:fails", 1, "plan_own:fails() failed: OSError: no weights"),
+        ("plan_own:leaves", 1, "plan_own:leaves() failed: SystemExit: 3"),
+        ("plan_own:torch.Size", 1, "plan_own:torch.Size() must return an nn.Module, got Size"),
+        ("plan_own:Net", 1, "plan_own:Net cannot be split with images of the shape [2, 3, 32, 32]"),
+        ("plan_own:Net --num-classes 3", 2, "--num-classes is not for plan_own:Net"),
+        (":make", 2, "must be MODULE:FUNCTION, got :make"),
+        ("plan_own:", 2, "must be MODULE:FUNCTION, got plan_own:"),
+        ("torchvision:resnet5", 2, "no classification network 'resnet5'; try resnet50"),
+        ("torchvision:fasterrcnn_resnet50_fpn", 2, "no classification network"),
+        ("torchvision:resnet18 --in-channels 1", 2, "--in-channels must be 3"),
+        ("torchvision:alexnet --image-size 16", 1, "torchvision:alexnet cannot be split"),
+        ("alexnet", 2, "model must be one of resnet<6n+2>"),
+        ("resnet20 --saving 0.3 --t0 0.5", 2, "--saving and --t0 exclude each other"),
+        ("resnet20 --of backward", 2, "--of is for --saving"),
+        ("resnet20 --saving 0", 2, "--saving"),
+        ("resnet20 --saving 1", 2, "--saving"),
+        ("resnet20 --saving nan", 2, "--saving"),
+        ("resnet20 --saving 0.3 --of memory", 2, "--of"),
+        ("resnet20 --steps 0", 2, "--steps"),
+        ("", 2, "Missing argument"),
+    ],
+)
+def test_bad_input(own, arguments, exit_code, message):
+    result = invoke(*arguments.split())
+    assert result.exit_code == exit_code, result.output
+    last = result.stderr.splitlines()[-1]
+    assert message in last
+    assert last.startswith("Error: ")
+    assert result.stdout == ""
+
+
+def test_missing_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    result = invoke("torchvision:resnet18")
+    assert result.exit_code == 1
+    assert 'pip install "fastfreeze[train]"' in result.stderr
+
+
+def test_help_has_examples():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert "fastfreeze plan vgg16 --saving 0.3" in result.stdout
