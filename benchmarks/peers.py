@@ -210,10 +210,9 @@ def compare(task: Task, directory: Path, rounds: int) -> list[Peer]:
 def by_fastfreeze(task: Task, name: str, schedule: SnapshotCycles, directory: Path) -> Peer:
     model = task.build()
     store = SnapshotStore(directory)
-    method = "both" if schedule.freezes else "snapshot"
     steps = itertools.count(1)
     start = time.perf_counter()
-    setup = set_up(method, model, schedule, task.lr, task.data.example(CPU))
+    setup = set_up(model, schedule, task.lr, task.data.example(CPU))
 
     def after_step() -> None:
         step = next(steps)

@@ -80,7 +80,16 @@ def segments_lr(
     initial_lr: float,
     eta_min: float = 0.0,
 ) -> FloatArray:
-    """:func:`cosine_lr` of each step on the segment that holds it; float64, of ``step``'s shape."""
+    """:func:`cosine_lr` of each step on the segment that holds it.
+
+    Args:
+        segments: of a layer, by start.
+        step: one or an array of any shape, 0-based.
+        initial_lr, eta_min: as in :func:`cosine_lr`.
+
+    Returns:
+        float64, of ``step``'s shape.
+    """
     steps = np.asarray(step)
     rows = np.array([(s.start, s.length, s.scale) for s in segments])
     start, length, scale = rows[_segment_index(segments, steps)].T
@@ -89,7 +98,12 @@ def segments_lr(
 
 
 class SegmentTable:
-    """The segments of many groups, for all their learning rates at a step at once."""
+    """The segments of many groups, for all their learning rates at a step at once.
+
+    Args:
+        segments: of each group, by start.
+        eta_min: lower bound of the learning rate of a group that trains.
+    """
 
     def __init__(self, segments: Sequence[tuple[Segment, ...]], eta_min: float) -> None:
         longest = max(map(len, segments), default=0)
@@ -300,6 +314,25 @@ class SnapshotCycles(_Annealed):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepDecay(SnapshotCycles):
+    """Snapshots at the same steps, but without cycles ("NoCycle" in Snapshot Ensembles, table 1).
+
+    The learning rate is ``initial_lr``, a tenth of it from half of the steps on, and a hundredth
+    from three quarters on (He et al., 2016). ``eta_min`` has no effect.
+    """
+
+    @property
+    def milestones(self) -> tuple[int, int]:
+        """The first steps at a tenth and at a hundredth of the rate."""
+        return self.total_steps // 2, 3 * self.total_steps // 4
+
+    def segments(self, layer_index: int = 0, num_layers: int = 1) -> tuple[Segment, ...]:
+        _check_layer(layer_index, num_layers)
+        starts = {0: 1.0, self.milestones[0]: 0.1, self.milestones[1]: 0.01}  # the later one wins
+        return tuple(Segment(start, math.inf, scale) for start, scale in starts.items())
+
+
+@dataclass(frozen=True, kw_only=True)
 class FreezeOut(Schedule):
     """Layer-wise cosine annealing to zero, then freezing (FreezeOut).
 
@@ -448,7 +481,12 @@ class FreezeOutCycles(SnapshotCycles):
 
 
 def freezeout_ratio(layer_index: int, head_index: int, t_0: float, how_scale: HowScale) -> float:
-    """Share of the run for which a layer trains: ``s(t_0 + (1 - t_0) * i / N)``; 1 for the head."""
+    """Share of the run for which a layer trains: ``s(t_0 + (1 - t_0) * i / N)``; 1 for the head.
+
+    Args:
+        layer_index, head_index: i and N, 0 <= i <= N.
+        t_0, how_scale: as in :class:`FreezeOut`.
+    """
     if layer_index == head_index:
         return 1.0  # also N = 0, and free of rounding
     x = t_0 + (1.0 - t_0) * layer_index / head_index
@@ -461,7 +499,8 @@ def from_config(config: dict[str, Any]) -> Schedule:
     Raises:
         ValueError: an unknown name, or arguments that the schedule does not take.
     """
-    kinds = {c.__name__: c for c in (Constant, Cosine, SnapshotCycles, FreezeOut, FreezeOutCycles)}
+    known = (Constant, Cosine, SnapshotCycles, StepDecay, FreezeOut, FreezeOutCycles)
+    kinds = {c.__name__: c for c in known}
     arguments = dict(config)
     name = arguments.pop("name", None)
     if name not in kinds:

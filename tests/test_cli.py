@@ -240,7 +240,7 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
         ("train --data mnist", 2, "--data"),
         ("train --data cifar10", 1, "--data cifar10 needs --data-dir"),
         ("train --data cifar10 --data-dir {empty}", 1, "download=True"),
-        ("train --data-dir {empty}", 2, "--data-dir is not for --data mnist5k"),
+        ("train --data-dir {empty}", 2, "--data-dir is not for mnist5k"),
         pytest.param(
             "train --epochs 1 --cycles 64",
             2,

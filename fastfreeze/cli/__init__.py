@@ -1,10 +1,11 @@
-"""The command ``fastfreeze``: train, plot, plan, backends.
+"""The command ``fastfreeze``: train, compare, reproduce, plot, plan, backends.
 
 Exit codes: 0 done, 1 failed for a reason that the message tells, 2 bad usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ except ModuleNotFoundError:
     sys.exit('fastfreeze: the command line needs click: pip install "fastfreeze[train]"')
 
 from fastfreeze._version import __version__
-from fastfreeze.cli import backends, plan, plot, train
+from fastfreeze.cli import backends, compare, plan, plot, reproduce, train
 from fastfreeze.errors import SnapshotError
 from fastfreeze.recipes.errors import RecipeError
 
@@ -27,6 +28,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (RecipeError, SnapshotError) as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader has gone: click ends quietly
+                raise
+            raise click.ClickException(f"{type(error).__name__}: {error}") from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,5 +40,12 @@ def main() -> None:
     """Train faster by freezing, and get an ensemble for free."""
 
 
-for command in (train.train, plot.plot, plan.plan, backends.backends):
+for command in (
+    train.train,
+    compare.compare,
+    reproduce.reproduce,
+    plot.plot,
+    plan.plan,
+    backends.backends,
+):
     main.add_command(command)

@@ -10,11 +10,22 @@ from typing import Any
 import click
 import torch
 
-from fastfreeze.recipes.models import build_model
+from fastfreeze.recipes.data import DATA_NAMES
+from fastfreeze.recipes.models import MODEL_NAMES, build_model
+from fastfreeze.recipes.train import METHOD_NAMES
 
 AT_LEAST_1 = click.IntRange(min=1)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 RUN = click.Path(path_type=Path, file_okay=False, exists=True)
+
+
+def methods(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    """Names of methods, with commas between; each once."""
+    names = tuple(dict.fromkeys(value.split(",")))
+    for name in names:
+        if name not in METHOD_NAMES:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(METHOD_NAMES)}")
+    return names
 
 
 def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
@@ -68,6 +79,37 @@ def freezeout_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--how-scale", type=click.Choice(["linear", "squared", "cubic"]), default="cubic"
         ),
+    ):
+        command = option(command)
+    return command
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that train and compare share: data, network, budget, methods' parameters."""
+    for option in reversed(
+        (
+            click.option("--data", type=click.Choice(DATA_NAMES), default="mnist5k"),
+            click.option(
+                "--data-dir", type=DIRECTORY, help="Where the files of --data are; not for mnist5k."
+            ),
+            click.option(
+                "--image-size", type=click.IntRange(min=8), default=64, help="For --data folder."
+            ),
+            click.option(
+                "--model", callback=model_name, default="tiny-resnet20", help=", ".join(MODEL_NAMES)
+            ),
+            click.option("--epochs", type=AT_LEAST_1, default=15),
+            click.option("--batch-size", type=AT_LEAST_1, default=64),
+            freezeout_options,
+            click.option("--cycles", type=AT_LEAST_1, default=5, help="Snapshots."),
+            click.option(
+                "--composition",
+                type=click.Choice(["sticky", "last_k", "thaw"]),
+                default="sticky",
+                help="How the method 'both' freezes.",
+            ),
+            click.option("--last-k", type=AT_LEAST_1, default=2, help="For --composition last_k."),
+        )
     ):
         command = option(command)
     return command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -16,7 +17,8 @@ from fastfreeze.recipes.rundir import RunDir
 @click.option(
     "--output", type=click.Path(path_type=Path, dir_okay=False), help="[default: RUN/plot.png]"
 )
-def plot(run: Path, output: Path | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="The picture's path as JSON.")
+def plot(run: Path, output: Path | None, as_json: bool) -> None:
     """Draw a run's learning rates, losses and times of a step as a PNG.
 
     \b
@@ -28,4 +30,4 @@ def plot(run: Path, output: Path | None) -> None:
         plot_run(RunDir.open(run), path)
     except OSError as error:
         raise click.ClickException(f"cannot write {path}: {error}") from error
-    click.echo(path)
+    click.echo(json.dumps({"picture": str(path)}) if as_json else path)

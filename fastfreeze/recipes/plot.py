@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from fastfreeze.recipes.report import METHOD_TITLES
 from fastfreeze.recipes.rundir import Line, RunDir
 from fastfreeze.schedule import FloatArray, from_config
 
+_OURS_COLOR = "#4c72b0"
+_PAPER_COLOR = "#b0b0b0"
 _FREEZE_COLOR = "#c44e52"
 _SNAPSHOT_COLOR = "#2a7f3f"
 _SMOOTHING = 0.05  # of the steps, for losses and times
@@ -56,7 +60,7 @@ def plot_run(run_dir: RunDir, path: Path) -> None:
         axes[:, 0], ("learning rate", "training loss", "ms per step"), strict=True
     ):
         axis.set_ylabel(label)
-    arguments = run_dir.config["arguments"]
+    arguments = run_dir.arguments
     figure.suptitle(f"{arguments['model']} on {arguments['data']}, seed {arguments['seed']}")
     write_atomic(path, _png(figure))
     plt.close(figure)
@@ -83,6 +87,75 @@ def plot_ensemble(evaluation: EnsembleEvaluation, probabilities: Tensor, labels:
     return picture
 
 
+@dataclass(frozen=True)
+class Bars:
+    """Ours beside the paper's, where it has a number."""
+
+    ylabel: str
+    labels: list[str]
+    ours: list[float]
+    paper: list[float | None]
+
+    def draw(self, axis: Any) -> None:
+        """Draw them on an axis."""
+        places, paper = np.arange(len(self.labels)), [p for p in self.paper if p is not None]
+        width = 0.4 if paper else 0.6
+        axis.bar(places, self.ours, width, color=_OURS_COLOR, label="ours")
+        if paper:
+            there = [
+                place + width for place, p in zip(places, self.paper, strict=True) if p is not None
+            ]
+            axis.bar(there, paper, width, color=_PAPER_COLOR, label="paper")
+        middle = width / 2 if paper else 0
+        axis.set_xticks(places + middle, self.labels, rotation=15)
+        axis.set_ylabel(self.ylabel)
+        axis.legend(fontsize="small")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines over 1, 2, ..."""
+
+    xlabel: str
+    ylabel: str
+    lines: dict[str, list[float]]
+
+    def draw(self, axis: Any) -> None:
+        """Draw them on an axis."""
+        for label, values in self.lines.items():
+            axis.plot(range(1, len(values) + 1), values, marker="o", label=label)
+        axis.set_xlabel(self.xlabel)
+        axis.set_ylabel(self.ylabel)
+        axis.legend(fontsize="small")
+
+
+Panel = Bars | Curves
+
+
+def plot_reproduction(run_dir: RunDir, title: str, panels: tuple[Panel, Panel]) -> bytes:
+    """A PNG of two panels, and of each method's learning rates below them.
+
+    Raises:
+        RecipeError: matplotlib is not installed.
+    """
+    plt = pyplot()
+    histories = _histories(run_dir)
+    figure = plt.figure(figsize=(3.6 * max(2, len(histories)), 7), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize="medium")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
+    for axis, panel in zip(above.subplots(1, 2), panels, strict=True):
+        panel.draw(axis)
+    axes = below.subplots(1, len(histories), sharey=True, squeeze=False)[0]
+    for axis, (method, lines) in zip(axes, histories.items(), strict=True):
+        _plot_rates(axis, lines)
+        axis.set_title(METHOD_TITLES[method], fontsize="medium")
+        axis.set_xlabel("step")
+    axes[0].set_ylabel("learning rate")
+    picture = _png(figure)
+    plt.close(figure)
+    return picture
+
+
 def pyplot() -> Any:
     """matplotlib's, which draws into files alone.
 
@@ -103,7 +176,7 @@ def _histories(run_dir: RunDir) -> dict[str, list[Line]]:
     """The lines of each method's first seed, if it has finished an epoch."""
     histories: dict[str, list[Line]] = {}
     for line in run_dir.metrics():
-        if line["seed"] == run_dir.config["arguments"]["seed"]:
+        if line["seed"] == run_dir.arguments["seed"]:
             histories.setdefault(line["method"], []).append(line)
     return {m: lines for m, lines in histories.items() if _events(lines, "epoch")}
 
@@ -127,7 +200,9 @@ def _plot_rates(axis: Any, lines: list[Line]) -> None:
         lr = schedule.lr(steps, start["lr"], layer, len(layers))
         frozen = [schedule.is_frozen(int(step), layer, len(layers)) for step in steps]
         label = name if layer in (0, len(layers) - 1) else None
-        axis.plot(steps, np.where(frozen, np.nan, lr), color=color, label=label)
+        axis.plot(
+            steps, np.where(frozen, np.nan, lr), color=color, label=label, drawstyle="steps-post"
+        )
     axis.legend(fontsize="small")
 
 

@@ -1,13 +1,15 @@
-"""The table of a finished run."""
+"""What a finished run has shown: a table for people, values for programs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from fastfreeze.recipes.rundir import Line
+from fastfreeze.files import write_atomic
+from fastfreeze.recipes.rundir import Line, RunDir
 from fastfreeze.text import format_table
 
 METHOD_TITLES = {
@@ -15,6 +17,11 @@ METHOD_TITLES = {
     "freezeout": "FreezeOut",
     "snapshot": "Snapshot",
     "both": "FreezeOut + Snapshot",
+    "single": "step decay",
+    "snapshot-0.1": "Snapshot, lr 0.1",
+    "snapshot-0.2": "Snapshot, lr 0.2",
+    "freezeout-0.8": "FreezeOut, t_0=0.8",
+    "freezeout-0.5": "FreezeOut, t_0=0.5",
 }
 # Column title, key in a result, factor, digits.
 _COLUMNS = (
@@ -38,8 +45,59 @@ NOTE = (
 )
 
 
-def table_rows(results: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """Headers, and a row per method: one seed's value, or mean ± standard error of several."""
+@dataclass(frozen=True)
+class Table:
+    """A table, and what it means.
+
+    Attributes:
+        headers, rows: its cells.
+        note: what stands below it.
+    """
+
+    headers: list[str]
+    rows: list[list[str]]
+    note: str
+
+    def __str__(self) -> str:
+        return f"{format_table(self.headers, self.rows)}\n\n{self.note}"
+
+    def markdown(self) -> str:
+        """The table and its note in Markdown."""
+        lines = [self.headers, ["---", *["---:"] * (len(self.headers) - 1)], *self.rows]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"{table}\n\n{self.note}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run has shown.
+
+    Attributes:
+        table: for people.
+        values: the same and more as plain data, for JSON.
+    """
+
+    table: Table
+    values: Line
+
+    def write(self, run_dir: RunDir) -> None:
+        """Write the table into the run's directory, as text and in Markdown."""
+        write_atomic(run_dir.path / "table.txt", f"{self.table}\n".encode())
+        write_atomic(run_dir.path / "table.md", f"{self.table.markdown()}\n".encode())
+
+
+def cell(values: Sequence[float], digits: int) -> str:
+    """One value, or mean ± standard error of several; "-" for none."""
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}"
+
+
+def results_table(results: Sequence[Line]) -> Table:
+    """A row per method: one seed's value, or mean ± standard error of several."""
     methods = dict.fromkeys(result["method"] for result in results)
     plain = _values(results, "sgd", "seconds")
     headers = ["method", *(title for title, *_ in _COLUMNS), "vs SGD"]
@@ -47,34 +105,12 @@ def table_rows(results: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     for method in methods:
         row = [METHOD_TITLES[method]]
         for _, key, factor, digits in _COLUMNS:
-            row.append(_cell([factor * v for v in _values(results, method, key)], digits))
+            row.append(cell([factor * v for v in _values(results, method, key)], digits))
         seconds = np.mean(_values(results, method, "seconds"))
         row.append(f"{seconds / np.mean(plain):.2f}x" if plain else "-")
         rows.append(row)
-    return headers, rows
-
-
-def text_table(results: Sequence[Line]) -> str:
-    """The table for a terminal, and what its columns mean."""
-    return f"{format_table(*table_rows(results))}\n\n{NOTE}"
-
-
-def markdown_table(results: Sequence[Line]) -> str:
-    """The table in Markdown, and what its columns mean."""
-    headers, rows = table_rows(results)
-    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{NOTE}"
+    return Table(headers, rows, NOTE)
 
 
 def _values(results: Sequence[Line], method: str, key: str) -> list[float]:
     return [r[key] for r in results if r["method"] == method and r[key] is not None]
-
-
-def _cell(values: list[float], digits: int) -> str:
-    if not values:
-        return "-"
-    mean = f"{np.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}"

@@ -2,10 +2,11 @@
 
 ::
 
-    config.json           versions, arguments
+    config.json           versions, command, arguments
     metrics.jsonl         one line per epoch and event ("start", "freeze", "thaw", "snapshot")
     checkpoints/<run>.pt  the newest checkpoint of each method and seed
     snapshots/<run>/      the members of each snapshot ensemble
+    tensorboard/<run>/    the lines of metrics.jsonl as events, if TensorBoard is installed
     results.json          one entry per finished method and seed
     ensemble-<run>.txt    each snapshot and the ensemble on the test images; .png: a picture of it
     freezing-<run>.txt    what was saved as layers froze, since the run was started or resumed
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 import io
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastfreeze._version import __version__
 from fastfreeze.files import write_atomic
 from fastfreeze.recipes.errors import RecipeError
 
@@ -32,6 +35,19 @@ Line = dict[str, Any]
 def run_name(method: str, seed: int) -> str:
     """How files of one method's training with one seed are called."""
     return f"{method}-seed{seed}"
+
+
+def describe(command: str, arguments: Line, data_dir: Path | None) -> Line:
+    """What config.json holds."""
+    return {
+        "fastfreeze": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": command,
+        "arguments": arguments,
+        "data_dir": None if data_dir is None else str(data_dir),
+    }
 
 
 class RunDir:
@@ -66,13 +82,37 @@ class RunDir:
         Raises:
             RecipeError: it does not hold a run, or its config.json is damaged.
         """
-        if not (path / "config.json").exists():
+        file = path / "config.json"
+        if not file.exists():
             raise RecipeError(f"{path} is no run directory: it holds no config.json")
-        return cls(path, _read_json(path / "config.json"))
+        config = _read_json(file)
+        if not (isinstance(config, dict) and isinstance(config.get("arguments"), dict)):
+            raise RecipeError(f"{file} does not describe a run: it holds no arguments")
+        return cls(path, config)
+
+    @property
+    def command(self) -> str:
+        """The command that made it, such as "reproduce snapshot"."""
+        return str(self.config.get("command", "train"))  # the only one before it was noted
+
+    @property
+    def arguments(self) -> Line:
+        """The fields of the command's configuration."""
+        return dict(self.config["arguments"])
+
+    @property
+    def data_dir(self) -> Path | None:
+        """Where the images were."""
+        path = self.config.get("data_dir")
+        return None if path is None else Path(path)
 
     def snapshots(self, run: str) -> Path:
         """Where the snapshots of a run are kept."""
         return self.path / "snapshots" / run
+
+    def events(self, run: str) -> Path:
+        """Where TensorBoard finds the events of a run."""
+        return self.path / "tensorboard" / run
 
     def log(self, line: Line) -> None:
         """Append a line to metrics.jsonl; ``method``, ``seed`` and ``step`` must be in it."""
@@ -80,7 +120,11 @@ class RunDir:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[Line]:
-        """The lines of metrics.jsonl, up to the first that was not written to its end."""
+        """The lines of metrics.jsonl, up to the first that was not written to its end.
+
+        Raises:
+            RecipeError: a line was never one of ours.
+        """
         path = self.path / "metrics.jsonl"
         lines: list[Line] = []
         for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -88,6 +132,8 @@ class RunDir:
                 lines.append(json.loads(text))
             except ValueError:
                 break
+            if not (isinstance(lines[-1], dict) and {"method", "seed", "step"} <= set(lines[-1])):
+                raise RecipeError(f"{path} is damaged: line {len(lines)} is {text[:60]!r}")
         return lines
 
     def rewind(self) -> None:
@@ -130,7 +176,14 @@ class RunDir:
             RecipeError: the file is damaged.
         """
         path = self.path / "results.json"
-        return list(_read_json(path)) if path.exists() else []
+        if not path.exists():
+            return []
+        results = _read_json(path)
+        if not (isinstance(results, list) and all(map(_is_result, results))):
+            raise RecipeError(
+                f"{path} is damaged: expected a list of entries with method, seed, error, seconds"
+            )
+        return results
 
     def add_result(self, result: Line) -> None:
         """Add the entry of a method and seed that has finished."""
@@ -138,6 +191,10 @@ class RunDir:
 
     def _checkpoint(self, run: str) -> Path:
         return self.path / "checkpoints" / f"{run}.pt"
+
+
+def _is_result(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"method", "seed", "error", "seconds"} <= set(entry)
 
 
 def _read_json(path: Path) -> Any:

@@ -1,132 +1,98 @@
-"""A whole run: every method and seed after one another, resumable at each epoch's end."""
+"""Trainings after one another: each method with each seed, resumable at each epoch's end."""
 
 from __future__ import annotations
 
 import math
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfreeze._version import __version__
 from fastfreeze.ensemble import (
     SnapshotEnsemble,
     SnapshotStore,
     error_rate,
     evaluate,
     expected_calibration_error,
+    last_k_curve,
     nll,
 )
 from fastfreeze.files import write_atomic
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError, optional_package
+from fastfreeze.recipes.events import Events
 from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.plot import plot_ensemble
-from fastfreeze.recipes.report import markdown_table, text_table
 from fastfreeze.recipes.rundir import Line, RunDir, run_name
-from fastfreeze.recipes.training import EVALUATION_BATCH, predict, set_up, train_epoch
-from fastfreeze.schedule import (
-    Composition,
-    Cosine,
-    FreezeOut,
-    FreezeOutCycles,
-    HowScale,
-    Schedule,
-    SnapshotCycles,
+from fastfreeze.recipes.training import (
+    EVALUATION_BATCH,
+    Method,
+    predict,
+    set_up,
+    train_epoch,
 )
-
-METHOD_NAMES = ("sgd", "freezeout", "snapshot", "both")
+from fastfreeze.schedule import SnapshotCycles
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """What a run is asked to do.
+class Experiment:
+    """What to train, and for how long.
 
     Attributes:
-        methods: some of :data:`METHOD_NAMES`, in the order in which they run.
-        data, image_size: as in :func:`fastfreeze.recipes.data.load_data`.
-        model: as in :func:`fastfreeze.recipes.models.build_model`.
-        epochs, batch_size: length of the run, and images in a step; >= 1.
-        lr: learning rate at the start, > 0.
-        t_0, how_scale: FreezeOut's parameters, for "freezeout" and "both".
-        cycles: snapshots, for "snapshot" and "both".
-        composition, last_k: how "both" freezes; ``last_k`` counts for "last_k" alone.
-        seed, seeds: the first seed, and how many from there on.
+        methods: in the order in which they run; their names differ.
+        model, stem_stride: as in :func:`fastfreeze.recipes.models.build_model`.
+        epochs, batch_size: length of each training, and images in a step; >= 1.
+        seeds: each method is trained with each of them, from the same weights on the same batches.
         device: "cpu" or "cuda:<n>".
-        threads: torch's threads.
     """
 
-    methods: tuple[str, ...]
-    data: str
-    image_size: int
+    methods: tuple[Method, ...]
     model: str
     epochs: int
     batch_size: int
-    lr: float
-    t_0: float
-    how_scale: HowScale
-    cycles: int
-    composition: Composition
-    last_k: int
-    seed: int
-    seeds: int
+    seeds: range
     device: str
-    threads: int
+    stem_stride: int = 1
 
-    def schedule(self, method: str, total_steps: int) -> Schedule:
-        """The schedule of a method.
+    def total_steps(self, data: ImageData) -> int:
+        """Optimizer steps in each training."""
+        return self.epochs * data.steps_per_epoch(self.batch_size)
 
-        Raises:
-            ValueError: the configuration and the number of steps do not fit together.
-        """
-        if method == "sgd":
-            return Cosine(total_steps)
-        if method == "freezeout":
-            return FreezeOut(total_steps, t_0=self.t_0, how_scale=self.how_scale)
-        if method == "snapshot":
-            return SnapshotCycles(total_steps, num_cycles=self.cycles)
-        return FreezeOutCycles(
-            total_steps,
-            num_cycles=self.cycles,
-            t_0=self.t_0,
-            how_scale=self.how_scale,
-            composition=self.composition,
-            k=self.last_k if self.composition == "last_k" else None,
+    def build(self, data: ImageData) -> torch.nn.Module:
+        """A new network, of weights that the global generator draws."""
+        return build_model(
+            self.model,
+            num_classes=data.num_classes,
+            in_channels=data.in_channels,
+            stem_stride=self.stem_stride,
         )
 
     def check(self, data: ImageData) -> None:
         """Raise ValueError where values that are fine alone do not fit together."""
         for method in self.methods:
-            self.schedule(method, self.epochs * data.steps_per_epoch(self.batch_size))
+            method.schedule(self.total_steps(data))
         with torch.device("meta"):
-            build_model(self.model, num_classes=data.num_classes, in_channels=data.in_channels)
-
-
-def describe(config: TrainConfig) -> Line:
-    """What config.json holds."""
-    return {
-        "fastfreeze": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "arguments": asdict(config),
-    }
+            self.build(data)
 
 
 def run_all(
-    config: TrainConfig, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
+    experiment: Experiment,
+    data: ImageData,
+    run_dir: RunDir,
+    say: Callable[[str], None],
+    quiet: bool,
 ) -> list[Line]:
-    """Train every method that has not finished, from where it stopped, and write the tables.
+    """Train every method that has not finished, from where it stopped.
 
     Args:
-        config: what to do; the one of the run directory.
+        experiment: what to do; that of the run directory.
         data: the images.
         run_dir: where everything is written.
-        say: takes a line for each method that finishes.
+        say: takes a line for each training that finishes.
         quiet: no progress bars.
 
     Returns:
@@ -135,16 +101,17 @@ def run_all(
     Raises:
         RecipeError: a loss is not finite, a file cannot be read, or a package is not installed.
     """
-    if {"snapshot", "both"} & set(config.methods):
+    schedules = [m.schedule(experiment.total_steps(data)) for m in experiment.methods]
+    if any(isinstance(schedule, SnapshotCycles) for schedule in schedules):
         optional_package("matplotlib")  # before the training that its picture is of
-    if config.device.startswith("cuda"):
-        torch.cuda.set_device(config.device)
+    if experiment.device.startswith("cuda"):
+        torch.cuda.set_device(experiment.device)
     run_dir.rewind()
-    for seed in range(config.seed, config.seed + config.seeds):
-        for method in config.methods:
-            if any(r["method"] == method and r["seed"] == seed for r in run_dir.results()):
+    for seed in experiment.seeds:
+        for method in experiment.methods:
+            if any(r["method"] == method.name and r["seed"] == seed for r in run_dir.results()):
                 continue
-            run = _Run(method, seed, config, data, run_dir)
+            run = _Run(method, seed, experiment, data, run_dir)
             result = run.finish(quiet)
             run_dir.add_result(result)
             say(f"{run.name}: error {100 * result['error']:.2f}%, {result['seconds']:.1f} s")
@@ -152,10 +119,7 @@ def run_all(
                 text = f"{run.setup.report}\n"
                 write_atomic(run_dir.path / f"freezing-{run.name}.txt", text.encode())
                 say(f"{run.name}: {run.setup.report.summary}")
-    results = run_dir.results()
-    write_atomic(run_dir.path / "table.txt", (text_table(results) + "\n").encode())
-    write_atomic(run_dir.path / "table.md", (markdown_table(results) + "\n").encode())
-    return results
+    return run_dir.results()
 
 
 @dataclass
@@ -180,30 +144,28 @@ class _Run:
     """One method with one seed, continued from its checkpoint if it has one."""
 
     def __init__(
-        self, method: str, seed: int, config: TrainConfig, data: ImageData, run_dir: RunDir
+        self, method: Method, seed: int, experiment: Experiment, data: ImageData, run_dir: RunDir
     ) -> None:
-        self.method, self.seed, self.config, self.data = method, seed, config, data
+        self.method, self.seed, self.experiment, self.data = method, seed, experiment, data
         self.run_dir = run_dir
-        self.name = run_name(method, seed)
-        self.device = torch.device(config.device)
+        self.name = run_name(method.name, seed)
+        self.device = torch.device(experiment.device)
         torch.manual_seed(seed)
-        model = build_model(
-            config.model, num_classes=data.num_classes, in_channels=data.in_channels
-        ).to(self.device)
-        total_steps = config.epochs * data.steps_per_epoch(config.batch_size)
-        schedule = config.schedule(method, total_steps)
-        self.setup = set_up(method, model, schedule, config.lr, data.example(self.device))
+        model = experiment.build(data).to(self.device)
+        schedule = method.schedule(experiment.total_steps(data))
+        self.setup = set_up(model, schedule, method.lr, data.example(self.device))
         self.store: SnapshotStore | None = None
         if isinstance(schedule, SnapshotCycles):
             self.store = SnapshotStore(run_dir.snapshots(self.name))
         self.totals = _Totals()
+        self._unwritten: list[Line] = []  # lines that TensorBoard's events lack
         self._restore()
         self.setup.measure(data.example(self.device))
         self._set_frozen(self.setup.frozen_layers)
 
     def finish(self, quiet: bool) -> Line:
         """Train to the end, and evaluate."""
-        config, totals = self.config, self.totals
+        totals = self.totals
         bar = optional_package("tqdm").tqdm(
             total=self.setup.schedule.total_steps,
             initial=totals.step,
@@ -212,16 +174,22 @@ class _Run:
             leave=False,
             disable=True if quiet else None,  # None: shown on a terminal
         )
-        with bar:
-            while totals.epoch < config.epochs:
+        with closing(Events(self.run_dir.events(self.name))) as events, bar:
+            events.add(self._unwritten)
+            self._unwritten.clear()
+            while totals.epoch < self.experiment.epochs:
                 self._epoch(bar.update)
-        return self._result()
+                events.add(self._unwritten)
+                self._unwritten.clear()
+            result = self._result()
+            events.add_result(result, totals.step)
+        return result
 
     def _epoch(self, advance: Callable[[], Any]) -> None:
-        config, totals = self.config, self.totals
+        totals, batch_size = self.totals, self.experiment.batch_size
         release(self.device)
         memory = PeakMemory(self.device)
-        batches = self.data.train_batches(self.seed, totals.epoch, config.batch_size, self.device)
+        batches = self.data.train_batches(self.seed, totals.epoch, batch_size, self.device)
 
         def after_step() -> None:
             self._after_step()
@@ -274,8 +242,10 @@ class _Run:
         self._removed = self.setup.backward_removed()
 
     def _log(self, event: str, **values: Any) -> None:
-        line = {"event": event, "method": self.method, "seed": self.seed, "step": self.totals.step}
-        self.run_dir.log({**line, **values})
+        line = {"event": event, "method": self.method.name, "seed": self.seed}
+        line |= {"step": self.totals.step, **values}
+        self.run_dir.log(line)
+        self._unwritten.append(line)
 
     def _predict(self) -> Tensor:
         """Probabilities of the test images by the present weights."""
@@ -286,7 +256,7 @@ class _Run:
 
     def _diverged(self, what: str, step: int) -> RecipeError:
         return RecipeError(
-            f"{self.name}: {what} at step {step}: try a lower --lr than {self.config.lr:g}"
+            f"{self.name}: {what} at step {step}: a learning rate of {self.method.lr:g} is too high"
         )
 
     def _save(self) -> None:
@@ -310,10 +280,15 @@ class _Run:
             self._log(
                 "start",
                 schedule=setup.schedule.config(),
-                lr=self.config.lr,
+                lr=self.method.lr,
                 layers=[] if setup.plan is None else [layer.name for layer in setup.plan.layers],
             )
             return
+        self._unwritten = [
+            line
+            for line in self.run_dir.metrics()
+            if (line["method"], line["seed"]) == (self.method.name, self.seed)
+        ]
         self.totals = _Totals(**{field.name: state[field.name] for field in fields(_Totals)})
         setup.model.load_state_dict(state["model"])
         setup.optimizer.load_state_dict(state["optimizer"])
@@ -324,33 +299,53 @@ class _Run:
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
 
     def _result(self) -> Line:
-        config, totals = self.config, self.totals
-        labels = self.data.test.labels
+        totals, labels = self.totals, self.data.test.labels
         last = self._predict()
-        ensemble = None
-        if self.store is not None:
-            members = SnapshotEnsemble.from_store(self.setup.model, self.store)
-            ensemble = predict(members, self.data, self.device)
-            self._write_evaluation(members, ensemble)
-        best = last if ensemble is None else ensemble
+        members = None if self.store is None else self._evaluate_members(self.store)
+        best = last if members is None else members.mean(0)
         return {
-            "method": self.method,
+            "method": self.method.name,
             "seed": self.seed,
             "error": error_rate(last, labels),
-            "ensemble_error": None if ensemble is None else error_rate(ensemble, labels),
+            "ensemble_error": None if members is None else error_rate(best, labels),
+            "last_k_errors": None if members is None else _last_k_errors(members, labels),
             "nll": nll(best, labels),
             "ece": expected_calibration_error(best, labels),
             "seconds": totals.seconds,
-            "seconds_per_epoch": totals.seconds / config.epochs,
+            "seconds_per_epoch": totals.seconds / self.experiment.epochs,
             "backward_removed": totals.removed / totals.step,
             "peak_memory_mb": totals.peak_mb,
         }
 
-    def _write_evaluation(self, members: SnapshotEnsemble, probabilities: Tensor) -> None:
-        """What each member is worth, in words and as a picture."""
+    def _evaluate_members(self, store: SnapshotStore) -> Tensor:
+        """Write what each member is worth, in words and as a picture.
+
+        Returns:
+            The members' probabilities of the test images, [M, N, C], on the CPU.
+        """
+        ensemble = _Recorded(SnapshotEnsemble.from_store(self.setup.model, store))
         batches = self.data.test_batches(EVALUATION_BATCH, self.device)
-        evaluation = evaluate(members, batches)
-        text, path = f"{evaluation}\n\n{members.plan}\n", self.run_dir.path
+        evaluation = evaluate(ensemble, batches)
+        members = torch.cat(ensemble.seen, 1)
+        text, path = f"{evaluation}\n\n{ensemble.ensemble.plan}\n", self.run_dir.path
         write_atomic(path / f"ensemble-{self.name}.txt", text.encode())
-        picture = plot_ensemble(evaluation, probabilities, self.data.test.labels)
+        picture = plot_ensemble(evaluation, members.mean(0), self.data.test.labels)
         write_atomic(path / f"ensemble-{self.name}.png", picture)
+        return members
+
+
+class _Recorded:
+    """An ensemble, and what its members have said: [M, B, C] of each batch, on the CPU."""
+
+    def __init__(self, ensemble: SnapshotEnsemble) -> None:
+        self.ensemble = ensemble
+        self.seen: list[Tensor] = []
+
+    def member_probabilities(self, *inputs: Any) -> Iterator[Tensor]:
+        members = list(self.ensemble.member_probabilities(*inputs))
+        self.seen.append(torch.stack(members).cpu())
+        yield from members
+
+
+def _last_k_errors(members: Tensor, labels: Tensor) -> list[float]:
+    return list(last_k_curve(members, labels, metric="error"))

@@ -1,6 +1,6 @@
-"""The four methods, and the loop that they share: what a user would copy.
+"""Ways to train, and the loop that they share: what a user would copy.
 
-Each method is a function that sets up an optimizer; :func:`train_epoch` then runs any of them.
+Each way is a function that sets up an optimizer; :func:`train_epoch` then runs any of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from fastfreeze.clock import Clock
 from fastfreeze.freezing import LayerPlan, split
@@ -22,7 +22,7 @@ from fastfreeze.graph import trim
 from fastfreeze.optim import SGD
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.report import FreezeReport
-from fastfreeze.schedule import Schedule
+from fastfreeze.schedule import Cosine, Schedule, StepDecay
 
 EVALUATION_BATCH = 250
 # Both papers: Nesterov momentum, and weight decay on every parameter.
@@ -47,7 +47,7 @@ class Setup:
     network: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    scheduler: CosineAnnealingLR | None = None
+    scheduler: CosineAnnealingLR | MultiStepLR | None = None
     plan: LayerPlan | None = None
     report: FreezeReport | None = None
 
@@ -72,19 +72,38 @@ class Setup:
         return sum(self.plan.backward_share(layer) or 0.0 for layer in self.frozen_layers)
 
 
-def set_up(method: str, model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
-    """The optimizer, and for methods that freeze the trimmed network, of one method."""
-    if method == "sgd":
+@dataclass(frozen=True)
+class Method:
+    """One way to train, as results and files call it.
+
+    Attributes:
+        name: a word without spaces.
+        lr: learning rate at the start, > 0.
+        schedule: of the number of steps in a run; it decides how to train, see :func:`set_up`.
+    """
+
+    name: str
+    lr: float
+    schedule: Callable[[int], Schedule]
+
+
+def set_up(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
+    """The optimizer, and where layers freeze the trimmed network, that a schedule asks for."""
+    if schedule.freezes:
+        return freezing(model, schedule, lr, example)
+    if isinstance(schedule, (Cosine, StepDecay)):
         return plain_sgd(model, schedule, lr)
-    if method == "snapshot":
-        return snapshots(model, schedule, lr)
-    return freezing(model, schedule, lr, example)
+    return snapshots(model, schedule, lr)
 
 
-def plain_sgd(model: nn.Module, schedule: Schedule, lr: float) -> Setup:
+def plain_sgd(model: nn.Module, schedule: Cosine | StepDecay, lr: float) -> Setup:
     """What the others are measured against: all that torch has, in its fastest form."""
     optimizer = torch.optim.SGD(model.parameters(), lr, fused=True, **_HYPERS)
-    scheduler = CosineAnnealingLR(optimizer, schedule.total_steps)
+    scheduler: CosineAnnealingLR | MultiStepLR
+    if isinstance(schedule, StepDecay):
+        scheduler = MultiStepLR(optimizer, schedule.milestones)
+    else:
+        scheduler = CosineAnnealingLR(optimizer, schedule.total_steps)
     return Setup(model, model, optimizer, schedule, scheduler)
 
 

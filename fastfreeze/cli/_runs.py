@@ -1,0 +1,188 @@
+"""What the commands that train have in common: from options to a run directory and its report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+import torch
+from click.core import ParameterSource
+
+from fastfreeze.cli._options import AT_LEAST_1, DIRECTORY, RUN, device_name
+from fastfreeze.recipes.data import ImageData
+from fastfreeze.recipes.errors import RecipeError
+from fastfreeze.recipes.papers import EMBEDDED
+from fastfreeze.recipes.report import Report
+from fastfreeze.recipes.rundir import RunDir, describe
+
+_Command = Callable[..., Any]
+
+
+class Config(Protocol):
+    """What a run is asked to do: a frozen dataclass, whose fields are the command's options."""
+
+    @property
+    def data(self) -> str:
+        """The data set's name."""
+
+    @property
+    def threads(self) -> int:
+        """torch's threads."""
+
+    def load(self, data_dir: Path | None, workers: int) -> ImageData:
+        """The images."""
+
+    def check(self, data: ImageData) -> None:
+        """Raise ValueError where values do not fit together."""
+
+    def run(
+        self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
+    ) -> Report:
+        """Train, from where it stopped."""
+
+
+def seed_options(default: int, minimum: int = 1) -> Callable[[_Command], _Command]:
+    """``--seed`` and ``--seeds``."""
+
+    def add(command: _Command) -> _Command:
+        return _with(
+            command,
+            click.option("--seed", type=click.IntRange(min=0), default=0, help="The first seed."),
+            click.option(
+                "--seeds",
+                type=click.IntRange(min=minimum),
+                default=default,
+                help="Repeat with so many seeds.",
+            ),
+        )
+
+    return add
+
+
+def run_options(command: _Command) -> _Command:
+    """Where to run, where to write, what to print."""
+    return _with(
+        command,
+        click.option("--device", callback=device_name, default="cpu", help="cpu, cuda, cuda:<n>."),
+        click.option("--threads", type=AT_LEAST_1, help="Threads of torch. [default: torch's own]"),
+        click.option(
+            "--workers", type=click.IntRange(min=0), default=0, help="Processes that read images."
+        ),
+        click.option("--run-dir", type=DIRECTORY, help="Where to write. [default: runs/<time>]"),
+        click.option("--resume", type=RUN, metavar="RUN", help="Go on with an interrupted run."),
+        click.option("--quiet", is_flag=True, help="No progress, only the table."),
+        click.option("--json", "as_json", is_flag=True, help="The results as JSON."),
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What of a command's options is not of its configuration."""
+
+    data_dir: Path | None
+    workers: int
+    run_dir: Path | None
+    resume: Path | None
+    quiet: bool
+    as_json: bool
+
+
+def run_command(
+    ctx: click.Context, command: str, kind: Callable[..., Config], options: dict[str, Any]
+) -> None:
+    """Start a run or go on with one, and print what it has shown.
+
+    Args:
+        ctx: of the command.
+        command: its name, as the user types it.
+        kind: the dataclass of its configuration, whose fields are the remaining options.
+        options: all of the command's options.
+    """
+    own = RunOptions(**{field.name: options.pop(field.name) for field in fields(RunOptions)})
+    run: RunDir | None = None
+    if own.resume is None:
+        options["threads"] = options["threads"] or torch.get_num_threads()
+        config, data_dir = kind(**options), own.data_dir
+    else:
+        run = RunDir.open(own.resume)
+        config = _saved_config(ctx, run, command, kind)
+        data_dir = own.data_dir or run.data_dir
+    data = _load(config, data_dir, own.workers)
+    if run is None:
+        path = own.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+        run = RunDir.create(path, describe(command, _arguments(config), data_dir))
+    report = _run(config, data, run, command, own.quiet)
+    if own.as_json:
+        click.echo(json.dumps({"run_dir": str(run.path), **report.values}, indent=2))
+    else:
+        click.echo(str(report.table))
+
+
+def _with(command: _Command, *options: Callable[[_Command], _Command]) -> _Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _arguments(config: Any) -> dict[str, Any]:
+    return asdict(config)
+
+
+def _load(config: Config, data_dir: Path | None, workers: int) -> ImageData:
+    if config.data == EMBEDDED and data_dir is not None:
+        raise click.UsageError(f"--data-dir is not for {EMBEDDED}, which needs no files")
+    torch.set_num_threads(config.threads)
+    data = config.load(data_dir, workers)
+    try:
+        config.check(data)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    return data
+
+
+def _saved_config(
+    ctx: click.Context, run: RunDir, command: str, kind: Callable[..., Config]
+) -> Config:
+    """The run's own configuration; options that say otherwise are an error."""
+    if run.command != command:
+        raise RecipeError(f"{run.path} is of another command: fastfreeze {run.command} --resume")
+    try:
+        saved = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in run.arguments.items()
+        }
+        config = kind(**saved)
+    except TypeError as error:
+        raise RecipeError(f"{run.path}/config.json is not of this version: {error}") from error
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if name == "run_dir":
+            raise click.UsageError("--run-dir and --resume exclude each other")
+        if name in saved and saved[name] != ctx.params[name]:
+            raise click.UsageError(
+                f"{parameter.opts[0]} {ctx.params[name]} contradicts the run's "
+                f"{saved[name]}: a resumed run keeps its options"
+            )
+    return config
+
+
+def _run(config: Config, data: ImageData, run: RunDir, command: str, quiet: bool) -> Report:
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+
+    say(f"run directory: {run.path}")
+    try:
+        return config.run(data, run, say, quiet)
+    except KeyboardInterrupt:
+        path = shlex.quote(str(run.path))
+        click.echo(f"Interrupted. Go on with: fastfreeze {command} --resume {path}", err=True)
+        raise click.exceptions.Exit(130) from None

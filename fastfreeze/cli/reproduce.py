@@ -1,0 +1,141 @@
+"""``fastfreeze reproduce``: snapshot, freezeout, list."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from fastfreeze.cli._options import AT_LEAST_1, DIRECTORY, finite
+from fastfreeze.cli._runs import run_command, run_options, seed_options
+from fastfreeze.recipes.papers import Row, freezeout_rows, snapshot_rows
+from fastfreeze.recipes.reproduce import FreezeOutConfig, ReproduceConfig, SnapshotConfig
+from fastfreeze.text import format_table
+
+
+@click.group()
+def reproduce() -> None:
+    """Run a row of a paper with the paper's budget, beside the paper's numbers.
+
+    \b
+    Examples:
+      fastfreeze reproduce list
+      fastfreeze reproduce snapshot --model densenet40 --dataset mnist5k --scale 0.001
+    """
+
+
+def _row_options(kind: type[ReproduceConfig]) -> Callable[[Callable[..., Any]], Any]:
+    models = ", ".join(dict.fromkeys(row.model for row in kind.rows()))
+    datasets = ", ".join(dict.fromkeys(row.data for row in kind.rows()))
+
+    def add(command: Callable[..., Any]) -> Any:
+        for option in (
+            click.option(
+                "--test-images",
+                type=AT_LEAST_1,
+                help="Test on so many, with equal classes. [default: all]",
+            ),
+            click.option(
+                "--scale",
+                type=click.FloatRange(0, 1, min_open=True),
+                callback=finite,
+                default=1.0,
+                help="Share of the paper's budget: fewer epochs first, then fewer images.",
+            ),
+            click.option(
+                "--data-dir", type=DIRECTORY, help="Where the data's files are; not for mnist5k."
+            ),
+            click.option("--dataset", "data", help=f"One of {datasets}."),
+            click.option("--model", help=f"One of {models}."),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _reproduce(ctx: click.Context, command: str, kind: type[ReproduceConfig], **o: Any) -> None:
+    if o["resume"] is None:
+        for name, option in (("model", "--model"), ("data", "--dataset")):
+            if o[name] is None:
+                raise click.UsageError(f"{option} is missing: fastfreeze reproduce list shows them")
+        try:
+            kind.find(o["model"], o["data"])
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+    run_command(ctx, f"reproduce {command}", kind, o)
+
+
+@reproduce.command(context_settings={"show_default": True})
+@click.option("--table", type=click.Choice(["1"]), default="1", help="Of the paper.")
+@_row_options(SnapshotConfig)
+@seed_options(default=1)
+@run_options
+@click.pass_context
+def snapshot(ctx: click.Context, /, table: str, **options: Any) -> None:
+    """A row of Snapshot Ensembles' table 1, on one data set.
+
+    Three trainings: a single model with step decay, which gives NoCycle too, and Snapshot
+    Ensembles from learning rates of 0.1 and 0.2.
+
+    \b
+    Examples:
+      fastfreeze reproduce snapshot --table 1 --dataset cifar100 --model densenet40 \\
+          --data-dir data --device cuda
+      fastfreeze reproduce snapshot --dataset mnist5k --model densenet40 --scale 0.001
+    """
+    _reproduce(ctx, "snapshot", SnapshotConfig, **options)
+
+
+@reproduce.command(context_settings={"show_default": True})
+@_row_options(FreezeOutConfig)
+@seed_options(default=1)
+@run_options
+@click.pass_context
+def freezeout(ctx: click.Context, /, **options: Any) -> None:
+    """A network of FreezeOut: without freezing, and with t_0 of 0.8 and 0.5.
+
+    \b
+    Examples:
+      fastfreeze reproduce freezeout --dataset cifar100 --model densenet-bc-76 \\
+          --data-dir data --device cuda
+      fastfreeze reproduce freezeout --dataset mnist5k --model wrn40-4 --scale 0.001
+    """
+    _reproduce(ctx, "freezeout", FreezeOutConfig, **options)
+
+
+@reproduce.command("list")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON, with the numbers.")
+def show_rows(as_json: bool) -> None:
+    """Show what can be reproduced, and the papers' budgets.
+
+    \b
+    Example:
+      fastfreeze reproduce list
+    """
+    papers: dict[str, tuple[Row, ...]] = {
+        "snapshot": snapshot_rows(),
+        "freezeout": freezeout_rows(),
+    }
+    if as_json:
+        rows = {paper: [asdict(row) for row in found] for paper, found in papers.items()}
+        click.echo(json.dumps(rows, indent=2))
+        return
+    headers = ["paper", "--model", "--dataset", "network", "epochs", "batch", "snapshots"]
+    cells = [
+        [
+            paper,
+            row.model,
+            row.data,
+            row.title,
+            str(row.epochs),
+            str(row.batch_size),
+            str(row.cycles) if paper == "snapshot" else "-",
+        ]
+        for paper, found in papers.items()
+        for row in found
+    ]
+    click.echo(format_table(headers, cells))

@@ -1,0 +1,164 @@
+"""What the two papers trained, and what they report: the rows that ``reproduce`` runs.
+
+Snapshot Ensembles: Huang et al., ICLR 2017, table 1 and section 4.2. FreezeOut: Brock et al., 2017,
+the abstract, and the settings of the authors' code (github.com/ajbrock/FreezeOut, train.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+EMBEDDED = "mnist5k"  # needs no files; no paper has it, so it runs with the budget of CIFAR
+_CIFAR = ("cifar10", "cifar100")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network on one data set, and how long a paper trained it.
+
+    Attributes:
+        model: what the row is called.
+        title: the network's name in the paper.
+        network, stem_stride: as in :func:`fastfreeze.recipes.models.build_model`.
+        data: as in :func:`fastfreeze.recipes.data.load_data`.
+        epochs, batch_size: of each training.
+        cycles: snapshots; 1 where there is no ensemble.
+    """
+
+    model: str
+    title: str
+    network: str
+    data: str
+    epochs: int
+    batch_size: int
+    cycles: int
+    stem_stride: int = 1
+
+    @property
+    def in_paper(self) -> bool:
+        """Whether the paper has this data set."""
+        return self.data != EMBEDDED
+
+
+@dataclass(frozen=True)
+class SnapshotRow(Row):
+    """A network and data set of table 1 of Snapshot Ensembles.
+
+    Attributes:
+        errors: share of the test images, in 0..1, by column; None for data that the paper lacks.
+    """
+
+    errors: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class FreezeOutRow(Row):
+    """A network of FreezeOut.
+
+    Attributes:
+        time_saved: share of the training's wall-clock time, in 0..1; None on other data.
+        relative_loss: by how much accuracy falls, as a share of it; None on other data, and where
+            the paper tells no number.
+        claim: the abstract's words, in short.
+    """
+
+    time_saved: float | None = None
+    relative_loss: float | None = None
+    claim: str | None = None
+
+
+SNAPSHOT_LRS = (0.1, 0.2)
+SNAPSHOT_COLUMNS = ("single", "nocycle", *(f"snapshot-{lr}" for lr in SNAPSHOT_LRS))
+FREEZEOUT_T_0S = (0.8, 0.5)  # the code's default, and the setting of the authors' first experiment
+INITIAL_LR = 0.1  # of every training but Snapshot's second
+
+# Error in percent: single model, NoCycle, Snapshot from 0.1, Snapshot from 0.2.
+_TABLE_1: dict[str, dict[str, tuple[float, float, float, float]]] = {
+    "resnet110": {
+        "cifar10": (5.52, 5.49, 5.73, 5.32),
+        "cifar100": (28.02, 26.97, 25.55, 24.19),
+        "svhn-extra": (1.96, 1.78, 1.63, 1.66),
+        "tinyimagenet": (46.50, 43.69, 40.54, 39.40),
+    },
+    "resnet32-w64": {
+        "cifar10": (5.43, 5.18, 4.41, 4.73),
+        "cifar100": (23.55, 22.81, 21.26, 21.56),
+        "svhn-extra": (1.90, 1.81, 1.64, 1.51),
+        "tinyimagenet": (39.63, 38.64, 35.45, 32.90),
+    },
+    "densenet40": {
+        "cifar10": (5.24, 5.20, 4.99, 4.84),
+        "cifar100": (24.42, 24.63, 23.34, 21.93),
+        "svhn-extra": (1.77, 1.80, 1.64, 1.73),
+        "tinyimagenet": (39.09, 38.51, 37.25, 36.61),
+    },
+    "densenet100-24": {
+        "cifar10": (3.74, 3.80, 3.57, 3.44),
+        "cifar100": (19.25, 19.30, 18.12, 17.41),
+    },
+}
+_SNAPSHOT_TITLES = {
+    "resnet110": "ResNet-110",
+    "resnet32-w64": "Wide ResNet-32",
+    "densenet40": "DenseNet-40",
+    "densenet100-24": "DenseNet-100",
+}
+# With the claims of the abstract. The VGG of the authors' code has three linear layers.
+_FREEZEOUT = (
+    FreezeOutRow(
+        *("densenet-bc-76", "DenseNet-BC, k=12, L=76", "densenet-bc-76", "cifar10", 100, 50, 1),
+        time_saved=0.2,
+        relative_loss=0.03,
+        claim="up to 20% of the time saved, with a loss of 3% in accuracy",
+    ),
+    FreezeOutRow(
+        *("wrn40-4", "WRN-40-4", "wrn40-4", "cifar10", 100, 50, 1),
+        time_saved=0.2,
+        relative_loss=0.0,
+        claim="20% faster without loss of accuracy",
+    ),
+    FreezeOutRow(
+        *("vgg16", "VGG-16", "vgg16-fc", "cifar10", 100, 50, 1),
+        time_saved=0.0,
+        claim="no improvement",
+    ),
+)
+
+
+def snapshot_rows() -> tuple[SnapshotRow, ...]:
+    """Every row of table 1 that can be run, and each network on the embedded data."""
+    return tuple(
+        _snapshot_row(model, data)
+        for model, errors in _TABLE_1.items()
+        for data in (*errors, EMBEDDED)
+    )
+
+
+def freezeout_rows() -> tuple[FreezeOutRow, ...]:
+    """Every network of FreezeOut on both CIFARs, and on the embedded data."""
+    return tuple(_on(row, data) for row in _FREEZEOUT for data in (*_CIFAR, EMBEDDED))
+
+
+def _snapshot_row(model: str, data: str) -> SnapshotRow:
+    dense = model.startswith("densenet")
+    if data == "tinyimagenet":
+        epochs, cycles, batch_size, stem_stride = 150, 6, 64 if dense else 128, 2
+    elif data == "svhn-extra":
+        epochs, cycles, batch_size, stem_stride = 40, 5, 64, 1
+    else:
+        epochs, cycles, batch_size, stem_stride = 300 if dense else 200, 6 if dense else 5, 64, 1
+    percents = _TABLE_1[model].get(data)
+    errors = percents and {
+        column: round(percent / 100, 4)
+        for column, percent in zip(SNAPSHOT_COLUMNS, percents, strict=True)
+    }
+    title = _SNAPSHOT_TITLES[model]
+    return SnapshotRow(
+        model, title, model, data, epochs, batch_size, cycles, stem_stride, errors=errors
+    )
+
+
+def _on(row: FreezeOutRow, data: str) -> FreezeOutRow:
+    if data == EMBEDDED:
+        return replace(row, data=data, time_saved=None, relative_loss=None, claim=None)
+    return replace(row, data=data)
