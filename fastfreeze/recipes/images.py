@@ -122,8 +122,9 @@ class FileImages:
     def below(
         cls, root: Path, paths: Sequence[str | Path], labels: Sequence[int], framing: Framing
     ) -> FileImages:
-        """The files at ``paths``, each of which starts with ``root``."""
-        names = np.array([os.fsencode(os.path.relpath(path, root)) for path in paths])
+        """The files at ``paths``, which start with ``root``."""
+        prefix = f"{root}{os.sep}"
+        names = np.array([os.fsencode(str(path).removeprefix(prefix)) for path in paths])
         return cls(str(root), names, torch.tensor(labels, dtype=torch.int64), framing)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
