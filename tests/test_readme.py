@@ -1,62 +1,41 @@
-"""The README's code runs as it stands there, but without worker processes and long compiling."""
+"""The README: its code runs as it stands there, and it stays short enough to be read."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-import fastfreeze
+from tests import snippets
+from tests.snippets import ROOT
 
-README = Path(__file__).parent.parent / "README.md"
-pytestmark = pytest.mark.skipif(not README.exists(), reason="tests run outside the source tree")
-
-
-def python_blocks():
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+README = ROOT / "README.md"
+pytestmark = [
+    pytest.mark.skipif(not README.exists(), reason="tests run outside the source tree"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
-def test_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    images = torch.randn(6, 4)
-    loader = [(images, torch.tensor([0, 1, 2, 0, 1, 2]))] * 10
-    names = {
-        "fastfreeze": fastfreeze,
-        "model": model,
-        "images": images,
-        "loader": loader,
-        "loss_function": nn.CrossEntropyLoss(),
-        "total_steps": len(loader),
-    }
-    sgd, freezing, cache, compiling, report, ensemble, evaluation = python_blocks()
-    exec(sgd, names)
-    exec(freezing, names)
-    assert names["optimizer"].frozen_layers == (0,)
-    model.requires_grad_(True)
-    made = dict(names)
-    exec(ensemble, made)
-    assert len(made["store"]) == 5
-    torch.testing.assert_close(made["probabilities"].sum(1), torch.ones(6))
-    exec(evaluation, made | {"x_valid": images, "y_valid": loader[0][1]})
-    assert "ensemble" in capsys.readouterr().out
-    model.requires_grad_(True)
-    exec(freezing, names)
+    names = snippets.run(README, snippets.names)
+    assert len(names["store"]) == 5
+    torch.testing.assert_close(names["probabilities"].sum(1), torch.ones(4))
+    assert [s.not_run for s in snippets.snippets(README)] == [""] * 3
 
-    samples = {"dataset": TensorDataset(images, loader[0][1]), "DataLoader": DataLoader}
-    cached = names | samples | {"num_epochs": 2}
-    exec(cache.replace("num_workers=2", "num_workers=0"), cached)
-    assert cached["cache"].stats().misses > 0
 
-    compiled = dict(names)
-    exec(compiling.replace("plan, images)", "plan, images, backend='eager')"), compiled)
-    assert "frozen layers" in capsys.readouterr().out
+def test_the_first_lines_are_the_two_line_change_and_freezing():
+    drop_in, freezing, _ = (s.code for s in snippets.snippets(README))
+    assert len(re.findall(r"^(?!#|import)\S", drop_in, re.MULTILINE)) == 1
+    assert "fastfreeze.trim(model)" in freezing
 
-    model.requires_grad_(True)
-    exec(freezing.split("for images")[0], names)
-    exec(report, names)
-    assert "predicted" in capsys.readouterr().out
+
+def test_it_can_be_finished():
+    assert len(README.read_text().splitlines()) <= 220
+
+
+def test_the_command_that_ci_runs_is_there():
+    marked = README.read_text().split("<!-- test command -->\n```\n")[1].split("\n```")[0]
+    assert marked.startswith("python3 -m venv .venv && ")
+    assert marked.endswith("pytest -n 2")

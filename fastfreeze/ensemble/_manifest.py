@@ -34,7 +34,7 @@ class Snapshot:
         metrics: numbers by name.
         time: when it was saved, ISO 8601, UTC.
         sha256: hash of the weights: of the tensors' names and content. None in memory.
-        schedule: what :meth:`fastfreeze.Schedule.config` tells of the schedule;
+        schedule: what :meth:`fastfreeze.schedule.Schedule.config` tells of the schedule;
             :func:`fastfreeze.schedule.from_config` makes it again. None if none was given.
     """
 

@@ -58,7 +58,8 @@ def average_weights(
     Example:
         >>> states = [store.load(snapshot) for snapshot in store.last(3)]
         >>> model.load_state_dict(average_weights(states))
-        >>> reestimate_norms(model, batches, snapshot=states[-1])
+        <All keys matched successfully>
+        >>> names = reestimate_norms(model, batches, snapshot=states[-1])
     """
     num_weights = len(weights) if isinstance(weights, (list, tuple)) else 0
     shares = normalised_weights(weights, num_weights)
@@ -222,6 +223,9 @@ def reestimate_norms(
       eval mode. ``requires_grad`` does not count: at the end of a FreezeOut run most layers are
       frozen, and yet their weights differ between snapshots.
 
+    Whatever is raised, also by the model or by ``batches``, the statistics are left as they were.
+    Modes and momenta are always restored.
+
     Args:
         model: holds the average; not what :func:`fastfreeze.trim` makes of it. What is compiled in
             it runs uncompiled.
@@ -241,9 +245,6 @@ def reestimate_norms(
             eval mode, as a trimmed model does with frozen ones; no batch, or an argument is not
             such.
         SnapshotError: ``snapshot`` is of another architecture.
-
-        Whatever is raised, also by the model or by ``batches``, the statistics are left as they
-        were. Modes and momenta are always restored.
     """
     if num_batches is not None:
         check_count("num_batches", num_batches, minimum=1)

@@ -103,7 +103,7 @@ class SnapshotEnsemble(nn.Module):
 
     @property
     def plan(self) -> str:
-        """How the latest call ran, in words: what ran once for all, and what did not and why."""
+        """How the latest call ran, in words; what ran once for all, and what did not and why."""
         return self._text
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
@@ -120,7 +120,7 @@ class SnapshotEnsemble(nn.Module):
 
         Raises:
             TypeError, ValueError: the model's output is not what
-                :func:`~fastfreeze.ops.softmax.ensemble_softmax` takes.
+                :func:`~fastfreeze.ensemble_softmax` takes.
         """
         if self.how in ("compiled", "cuda_graph") and not torch.compiler.is_compiling():
             plan, tensors = self._plan(inputs, keywords)

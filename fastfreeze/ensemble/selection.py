@@ -78,7 +78,8 @@ def select_members(
 
     Example:
         >>> chosen = select_members(list(ensemble.member_probabilities(x_valid)), y_valid)
-        >>> smaller = SnapshotEnsemble(model, [snapshots[i] for i in sorted(chosen.indices)])
+        >>> best = [snapshots[i] for i in sorted(chosen.indices)]
+        >>> smaller = fastfreeze.SnapshotEnsemble(model, best)
     """
     scored = _Scored(members, labels, metric)
     if max_members is not None:

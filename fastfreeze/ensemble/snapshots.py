@@ -127,7 +127,7 @@ class SnapshotStore(Snapshots):
             step: optimizer steps completed, >= 0.
             cycle: cycle that ends here, from 0.
             metrics: numbers to keep with the snapshot.
-            schedule: whose :meth:`~fastfreeze.Schedule.config` to keep with the snapshot.
+            schedule: whose :meth:`~fastfreeze.schedule.Schedule.config` to keep with the snapshot.
             wait: return when the snapshot is on the disk.
 
         Returns:

@@ -1,0 +1,215 @@
+"""Draws the pictures of docs/: ``python docs/pictures.py`` writes them anew.
+
+The graphs are those of a real :class:`fastfreeze.TrimmedModel`: before trimming its trace, after it
+the source of the two programs that run. Text in the files is text, so that a test can compare it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import networkx as nx
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+
+import fastfreeze
+from fastfreeze.files import write_atomic
+
+FROZEN, CROSSING, TRAINED, DATA = "#cfe2f3", "#9fc5e8", "#fce5cd", "#eeeeee"
+IMAGES = "images"
+_WIDTH, _ROW = 3.2, 0.42  # inches
+
+
+class SmallNet(nn.Module):
+    """A convolution, a residual block, a second convolution and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.norm3 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv4, self.norm4 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, 10] of images [B, 3, H, W]."""
+        x = torch.relu(self.norm1(self.conv1(images)))
+        y = torch.relu(self.norm2(self.conv2(x)))
+        x = torch.relu(x + self.norm3(self.conv3(y)))
+        x = torch.relu(self.norm4(self.conv4(x)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A node of a picture: its name in the graph, what to write into it, what it reads."""
+
+    name: str
+    label: str
+    inputs: tuple[str, ...]
+    colour: str
+
+
+def trimmed_net() -> fastfreeze.TrimmedModel:
+    """A :class:`SmallNet` whose first convolution and block are frozen, after one forward."""
+    torch.manual_seed(0)
+    model = SmallNet()
+    for module in (model.conv1, model.norm1, model.conv2, model.norm2, model.conv3, model.norm3):
+        module.requires_grad_(False)
+    network = fastfreeze.trim(model)
+    network(torch.randn(2, 3, 8, 8))
+    return network
+
+
+def before(network: fastfreeze.TrimmedModel) -> list[Operation]:
+    """The model's graph as it is, its frozen prefix marked."""
+    cut = network.cut
+    operations = []
+    for node in torch.fx.symbolic_trace(network.model).graph.nodes:
+        if node.op == "output":
+            continue
+        label = str(node.target) if node.op == "call_module" else node.name.rstrip("_0123456789")
+        colour = DATA if node.op == "placeholder" else TRAINED
+        if node.name in cut.frozen:
+            colour = FROZEN
+        inputs = tuple(i.name for i in node.all_input_nodes)
+        operations.append(Operation(node.name, label, inputs, colour))
+    return operations
+
+
+def after(network: fastfreeze.TrimmedModel) -> list[Operation]:
+    """What runs in training: the folded prefix, then the rest on what crosses."""
+    graphs = network._graphs
+    assert graphs is not None
+    prefix = graphs.latest_graph().prefix
+    assert prefix is not None
+    assert prefix._part._fast is not None
+    *first, last = _calls(prefix._part._fast.program.function, FROZEN, "prefix ")
+    (crossing,) = prefix.split.crossing
+    handed_over = Operation(crossing.name, last.label, last.inputs, CROSSING)
+    rest = _calls(prefix.suffix.function, TRAINED)
+    return [Operation(IMAGES, "images", (), DATA), *first, handed_over, *rest]
+
+
+def _calls(function: Callable[..., Any], colour: str, mark: str = "") -> Iterator[Operation]:
+    """The calls of a program that fastfreeze has written, from its source."""
+    (definition,) = ast.parse(inspect.getsource(function)).body
+    assert isinstance(definition, ast.FunctionDef)
+    _, images, *crossing = [argument.arg for argument in definition.args.args]
+    known = {images: IMAGES} | {name: name for name in crossing}
+    for statement in definition.body:
+        if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call)):
+            continue
+        name, called = ast.unparse(statement.targets[0]), ast.unparse(statement.value.func)
+        if called.endswith("detached"):
+            continue
+        read = [n.id for n in ast.walk(statement.value) if isinstance(n, ast.Name)]
+        inputs = tuple(dict.fromkeys(known[n] for n in read if n in known))
+        known[name] = mark + name
+        yield Operation(mark + name, _label(function, called, len(inputs)), inputs, colour)
+
+
+def _label(function: Callable[..., Any], called: str, num_inputs: int) -> str:
+    operation: Any = function.__globals__.get(called)
+    if not hasattr(operation, "_relu"):
+        return called.rpartition(".")[2]
+    parts = ["conv and norm", *["add"] * (num_inputs - 1), *["relu"] * operation._relu]
+    return ", ".join(parts)
+
+
+def draw_graph(operations: Sequence[Operation], key: Sequence[tuple[str, str]]) -> Figure:
+    """The operations from top to bottom, an arc past those that are skipped, a key of colours."""
+    graph = nx.DiGraph([(i, o.name) for o in operations for i in o.inputs])
+    order = {o.name: i for i, o in enumerate(operations)}
+    rows = len(operations) + 0.6 * len(key) + 0.5
+    figure = Figure(figsize=(_WIDTH, _ROW * rows))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(-1, 1), ylim=(0.5 - rows, 0.5))
+    axes.set_axis_off()
+    for bend in (0.0, -0.5):
+        edges = [e for e in graph.edges if (order[e[1]] - order[e[0]] > 1) == (bend != 0)]
+        nx.draw_networkx_edges(
+            graph,
+            {name: (0.0, -i) for name, i in order.items()},
+            edgelist=edges,
+            ax=axes,
+            node_size=500,
+            connectionstyle=f"arc3,rad={bend}",
+        )
+    for o in operations:
+        box = {"boxstyle": "round,pad=0.35", "facecolor": o.colour, "edgecolor": "#444444"}
+        axes.text(0, -order[o.name], o.label, ha="center", va="center", fontsize=9, bbox=box)
+    for i, (colour, text) in enumerate(key):
+        y = -len(operations) - 0.6 * i
+        corner = (-0.95, y - 0.15)
+        axes.add_patch(Rectangle(corner, 0.12, 0.3, facecolor=colour, edgecolor="#444444"))
+        axes.text(-0.78, y, text, va="center", fontsize=8)
+    return figure
+
+
+def draw_schedules() -> Figure:
+    """Learning rates of five layers under four schedules."""
+    steps, num_layers = 300, 5
+    schedules = {
+        "FreezeOut, t_0=0.5": fastfreeze.FreezeOut(steps, t_0=0.5),
+        "FreezeOut, t_0=0.5, stages=2": fastfreeze.FreezeOut(steps, t_0=0.5, stages=2),
+        "FreezeOutCycles, sticky": fastfreeze.FreezeOutCycles(steps, num_cycles=3, t_0=0.5),
+        "FreezeOutCycles, thaw": fastfreeze.FreezeOutCycles(
+            steps, num_cycles=3, t_0=0.5, composition="thaw"
+        ),
+    }
+    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
+    for axes, (title, schedule) in zip(figure.subplots(2, 2).flat, schedules.items(), strict=True):
+        for layer in range(num_layers):
+            rates = schedule.lr(np.arange(steps), 0.1, layer, num_layers)
+            rates[[schedule.is_frozen(t, layer, num_layers) for t in range(steps)]] = np.nan
+            axes.plot(rates, label=f"layer {layer}", color=mpl.colormaps["viridis"](layer / 4.5))
+        axes.set(title=title, xlabel="step", ylabel="learning rate")
+        axes.title.set_fontsize(9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=num_layers)
+    return figure
+
+
+def figures() -> dict[str, Figure]:
+    """Every picture by its file's name."""
+    network = trimmed_net()
+    graph = [(FROZEN, "frozen"), (TRAINED, "trains: forward and backward")]
+    program = [
+        (FROZEN, "no autograd, eval mode, folded"),
+        (CROSSING, "its value crosses the cut, detached"),
+        graph[1],
+    ]
+    return {
+        "graph-before.svg": draw_graph(before(network), graph),
+        "graph-after.svg": draw_graph(after(network), program),
+        "schedules.svg": draw_schedules(),
+    }
+
+
+def main(directory: Path) -> None:
+    """Write all pictures into ``directory``."""
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "fastfreeze",
+        "font.family": "sans-serif",
+    }
+    with mpl.rc_context(style):
+        for name, figure in figures().items():
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+            lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+            write_atomic(directory / name, "\n".join([*lines, ""]).encode())
+
+
+if __name__ == "__main__":
+    main(Path(__file__).parent)

