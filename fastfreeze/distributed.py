@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastfreeze.freezing import LayerPlan
 from fastfreeze.optim import SGD
 from fastfreeze.text import some
 
@@ -177,35 +176,6 @@ class DataParallel(nn.Module):
         for name, b in self.module.named_buffers():
             lines.append(f"buffer {name}: {b.dtype}, {tuple(b.shape)}")
         return lines
-
-
-def param_groups(plan: LayerPlan) -> list[dict[str, Any]]:
-    """``plan.param_groups()`` of the parameters that its model holds now, under the same names.
-
-    For ``torch.distributed.fsdp.fully_shard``, which puts sharded parameters (``DTensor``) in the
-    place of those that :func:`fastfreeze.split` has seen. :class:`fastfreeze.SGD` updates each
-    process's part by the same kernels, and keeps momentum sharded likewise.
-
-    Raises:
-        ValueError: the model has no parameter of that name any more.
-
-    Example:
-        >>> plan = fastfreeze.split(model, images, schedule=schedule)
-        >>> for block in model.blocks:
-        ...     fully_shard(block)
-        >>> fully_shard(model)
-        >>> optimizer = fastfreeze.SGD(param_groups(plan), lr=0.1, schedule=schedule)
-    """
-    held = dict(plan.model.named_parameters())
-    names = {id(p): name for layer in plan.layers for name, p in layer.parameters}
-    groups = plan.param_groups()
-    for group in groups:
-        wanted = [names[id(p)] for p in group["params"]]
-        missing = [name for name in wanted if name not in held]
-        if missing:
-            raise ValueError(f"plan.model must still hold the parameters {some(missing)}")
-        group["params"] = [held[name] for name in wanted]
-    return groups
 
 
 class _WrittenBuffers:

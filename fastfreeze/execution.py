@@ -113,14 +113,23 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
-    """A tuple of a model's arguments, or its only argument, as the tuple."""
-    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+def arguments(name: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with, of the argument ``name`` that says so."""
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    if isinstance(inputs, dict):
+        return (), inputs
+    raise TypeError(
+        f"{name} must be a tensor, a tuple of positional arguments or a dict of keyword "
+        f"arguments, got {type(inputs).__name__}"
+    )
 
 
 def run_events(model: nn.Module, example_inputs: Any) -> list[Event]:
     """The events of a run on the inputs."""
-    inputs = as_arguments(example_inputs)
+    args, keywords = arguments("example_inputs", example_inputs)
     with ExitStack() as stack:
         stack.enter_context(_left_as_found(model))
         stack.enter_context(torch.no_grad())
@@ -130,12 +139,12 @@ def run_events(model: nn.Module, example_inputs: Any) -> list[Event]:
             mkldnn = torch.backends.mkldnn
             stack.enter_context(mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        inputs = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), inputs)
+        args, keywords = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, keywords))
         recorder = _Recorder(model, stack.enter_context(FlopCounterMode(display=False)))
         stack.enter_context(recorder.watching(model))
         stack.enter_context(recorder)
         try:
-            model(*inputs)
+            model(*args, **keywords)
         except Exception as error:
             raise ValueError(
                 f"model does not run on example_inputs in training mode (single modules in eval "

@@ -73,6 +73,11 @@ class Layer:
         """The parameters that required a gradient at the time of the split."""
         return tuple(p for name, p in self.parameters if name not in self.fixed)
 
+    @property
+    def trainable_names(self) -> tuple[str, ...]:
+        """Their qualified names."""
+        return tuple(name for name, _ in self.parameters if name not in self.fixed)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LayerPlan:
@@ -81,7 +86,8 @@ class LayerPlan:
     Attributes:
         model: the model that was split.
         layers: its layers, by index.
-        schedule, lr: as given to :func:`split`, or None.
+        schedule: as given to :func:`split`, or None.
+        lr: likewise.
     """
 
     model: nn.Module
@@ -92,14 +98,26 @@ class LayerPlan:
     def param_groups(self) -> list[dict[str, Any]]:
         """One parameter group for each layer that trains, in order.
 
+        The parameters are those that the model holds now under the layers' names: ``fully_shard``
+        of FSDP2 (:mod:`fastfreeze.distributed`), ``to_empty`` and ``load_state_dict(assign=True)``
+        put others in the place of those that were split.
+
         Returns:
             Dicts of ``params``, ``layer_index``, ``layer_name`` and ``num_layers``, which counts
             the layers without a group too. The groups are the same whatever was frozen since the
             split, so that a checkpoint of the optimizer still fits.
+
+        Raises:
+            ValueError: the model has no parameter of some name any more.
         """
+        held = dict(self.model.named_parameters())
+        names = [name for layer in self.layers for name in layer.trainable_names]
+        missing = [name for name in names if name not in held]
+        if missing:
+            raise ValueError(f"the plan's model must still hold the parameters {some(missing)}")
         return [
             {
-                "params": list(layer.trainable),
+                "params": [held[name] for name in layer.trainable_names],
                 "layer_index": layer.index,
                 "layer_name": layer.name,
                 "num_layers": len(self.layers),
@@ -252,7 +270,8 @@ def split(
 
     Args:
         model: the model, on the device of ``example_inputs``; the meta device will do.
-        example_inputs: a tuple of the model's arguments, or the only argument.
+        example_inputs: a tensor, a tuple of the model's positional arguments or a dict of keyword
+            arguments.
         layers: the layers instead of the rule's, in the order in which they freeze. Each item is a
             name, a regular expression, or a list of these. A string that is the qualified name of a
             module or parameter means that one; any other string, and any compiled pattern, is a

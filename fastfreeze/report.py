@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from fastfreeze.clock import Clock
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.execution import as_arguments, run_events
+from fastfreeze.execution import arguments, run_events
 from fastfreeze.freezing import Layer, LayerPlan
 from fastfreeze.graph.blockers import BackwardBlocker, blockers_below, checked_model
 from fastfreeze.graph.trim import TrimmedModel
@@ -98,8 +98,9 @@ class FreezeReport:
         optimizer: its optimizer. ``fastfreeze.SGD`` says what is frozen; with any other, a layer is
             frozen if most of its elements do not require grad.
         plan: the model's layers.
-        example_inputs: a tuple of the model's arguments, or the only argument. The model runs on
-            them once, and again at an event with blockers, with gradients off.
+        example_inputs: a tensor, a tuple of the model's positional arguments or a dict of keyword
+            arguments. The model runs on them once, and again at an event with blockers, with
+            gradients off.
 
     Raises:
         ValueError: ``plan`` is of another model, or that does not run on ``example_inputs``.
@@ -117,7 +118,8 @@ class FreezeReport:
             raise TypeError(f"plan must be a LayerPlan, got {type(plan).__name__}")
         model = checked_model(network, plan)
         if isinstance(network, TrimmedModel):  # the hooks of the first steps must change nothing
-            network.trace(*as_arguments(example_inputs))
+            args, keywords = arguments("example_inputs", example_inputs)
+            network.trace(*args, **keywords)
         self._optimizer, self._plan, self._example = optimizer, plan, example_inputs
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)
@@ -179,7 +181,7 @@ class FreezeReport:
 
     @property
     def summary(self) -> str:
-        """All events so far in a line: a step after the last, relative to one before the first."""
+        """All events so far in a line; a step after the last, relative to one before the first."""
         rows = self.rows
         if not rows:
             return "no layer has been frozen or thawed yet"

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastfreeze
-from fastfreeze.distributed import DataParallel, param_groups
+from fastfreeze.distributed import DataParallel
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles
 from tests.conftest import needs_cpu_kernels
 from tests.ranks import Ranks
@@ -427,8 +427,7 @@ def sharded(seed, **extra):
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    groups = param_groups(plan)
-    return model, fastfreeze.SGD(groups, schedule=freezing(), **{**HYPERS, **extra})
+    return model, fastfreeze.SGD(plan.param_groups(), schedule=freezing(), **{**HYPERS, **extra})
 
 
 def whole(model):
@@ -436,22 +435,26 @@ def whole(model):
     return get_model_state_dict(model, options=options)
 
 
-def trained_in_shards(seed, backend):
+def trained_in_shards(seed, backend, trimmed):
     model, optimizer = sharded(seed, backend=backend)
+    network = fastfreeze.trim(model) if trimmed else model
+    hooked = pytest.warns(fastfreeze.FastfreezeWarning, match="at module level.* has hooks")
     gradients = []
-    for step in range(STEPS):
-        train(model, optimizer, [step], seed)
-        with_gradient = [any(p.grad is not None for p in layer.parameters()) for layer in model]
-        gradients.append(with_gradient)
+    with hooked if trimmed else nullcontext():
+        for step in range(STEPS):
+            train(network, optimizer, [step], seed)
+            with_gradient = [any(p.grad is not None for p in layer.parameters()) for layer in model]
+            gradients.append(with_gradient)
     return whole(model), gradients
 
 
+@pytest.mark.parametrize("trimmed", [False, True], ids=["untrimmed", "trimmed"])
 @pytest.mark.parametrize(
     "backend", [None, "reference", pytest.param("cpu", marks=needs_cpu_kernels)]
 )
-def test_sharded_layers_freeze_and_train_as_in_one_process(ranks, seed, backend):
+def test_sharded_layers_freeze_and_train_as_in_one_process(ranks, seed, backend, trimmed):
     expected = in_one_process(seed)
-    for found, gradients in ranks.run(trained_in_shards, seed, backend):
+    for found, gradients in ranks.run(trained_in_shards, seed, backend, trimmed):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
         assert gradients[0] == [False, True, True, True]  # layer 0 has just been frozen
         assert gradients[5] == [False, False, False, True]
@@ -528,7 +531,7 @@ def test_a_plan_whose_model_has_lost_a_layer_is_refused():
     with pytest.raises(
         ValueError, match=r"must still hold the parameters 3\.0\.weight, 3\.0\.bias"
     ):
-        param_groups(plan)
+        plan.param_groups()
 
 
 DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"

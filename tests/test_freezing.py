@@ -679,6 +679,35 @@ def test_tied_weights_go_to_their_last_use(make, last, example):
     assert [layer.held_by for layer in plan.layers] == [(2,), (2,), ()]
 
 
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, *, images: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.second(self.first(images) * scale)
+
+
+def test_a_dict_is_of_keyword_arguments():
+    plan = split(Keywords(), {"images": torch.ones(2, 6), "scale": 2.0})
+    assert names(plan) == ["first", "second"]
+    assert plan.layers[0].forward_flops == 2 * 2 * 6 * 6
+    with pytest.raises(ValueError, match=r"does not run on example_inputs.* takes 1 positional"):
+        split(Keywords(), torch.ones(2, 6))
+
+
+def test_groups_hold_what_the_model_holds_now():
+    with torch.device("meta"):
+        model = Keywords()
+        plan = split(model, {"images": torch.empty(2, 6)})
+    model.to_empty(device="cpu")
+    found = [p for group in plan.param_groups() for p in group["params"]]
+    assert all(p is q for p, q in zip(found, model.parameters(), strict=True))
+    del model.first
+    with pytest.raises(ValueError, match=r"must still hold the parameters first\.weight, first\.b"):
+        plan.param_groups()
+
+
 @pytest.mark.parametrize("example", [X, None], ids=["run", "symbolic"])
 def test_modules_that_take_turns_hold_each_other(example):
     with pytest.warns(
@@ -826,6 +855,7 @@ def test_several_inputs_come_as_a_tuple():
         ({"model": nn.ReLU()}, ValueError, "no parameters: ReLU"),
         ({"model": nn.LazyLinear(2)}, ValueError, "uninitialised parameters .weight"),
         ({"example_inputs": torch.ones(2, 7)}, ValueError, "does not run on example_inputs"),
+        ({"example_inputs": [1]}, TypeError, "example_inputs must be a tensor, a tuple of .* list"),
         ({"schedule": 3}, TypeError, "schedule must be a fastfreeze Schedule, got int"),
         ({"lr": -1.0}, ValueError, "initial_lr must be finite and >= 0"),
         ({"lr": 0.1, "schedule": Cosine(5, eta_min=0.2)}, ValueError, "eta_min must not exceed"),

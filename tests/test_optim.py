@@ -269,7 +269,10 @@ def test_hyperparameters_change_between_steps(backend):
     assert_equal_training(ours, theirs)
 
 
-@pytest.mark.parametrize("how", ["replaced buffer", "cleared state", "new list", "zeroed grads"])
+HOWS = ["replaced buffer", "transposed buffer", "cleared state", "new list", "zeroed grads"]
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_users_who_reach_inside(backend, how):
     ours, theirs = net(), net()
     o = SGD(ours.parameters(), lr=0.1, momentum=0.9, backend=backend)
@@ -279,6 +282,8 @@ def test_users_who_reach_inside(backend, how):
     for model, optimizer in ((ours, o), (theirs, t)):
         if how == "replaced buffer":
             optimizer.state[model[0].weight]["momentum_buffer"] = torch.ones(9, 6)
+        elif how == "transposed buffer":
+            optimizer.state[model[0].weight]["momentum_buffer"] = torch.ones(6, 9).T
         elif how == "cleared state":
             optimizer.state.clear()
         elif how == "new list":

@@ -238,6 +238,30 @@ def test_every_event_of_a_schedule_is_a_row():
     assert not any(row.blockers for row in report.rows)
 
 
+@pytest.mark.parametrize("trimmed", [True, False])
+def test_a_model_of_keyword_arguments(trimmed):
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, *, x):
+            return self.second(self.first(x))
+
+    model, example = Keywords(), {"x": torch.randn(2, 6)}
+    schedule = FreezeOut(4, t_0=0.5)
+    plan = split(model, example, schedule=schedule, lr=0.05)
+    optimizer = fastfreeze.SGD(plan.param_groups(), 0.05, schedule=schedule)
+    network = trim(model) if trimmed else model
+    report = FreezeReport(network, optimizer, plan, example)
+    for _ in range(4):
+        with report.step():
+            optimizer.zero_grad()
+            network(**example).square().sum().backward()
+            optimizer.step()
+    assert [row.frozen for row in report.rows] == [(0,)]
+
+
 def test_a_thaw_is_an_event_too():
     schedule = FreezeOutCycles(40, num_cycles=2, t_0=0.4, composition="thaw")
     _, _, report = freezing_run(schedule, steps=39)

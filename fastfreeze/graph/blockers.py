@@ -50,8 +50,8 @@ def backward_blockers(
 
     Args:
         network: a model, trimmed or not; it is left as it was.
-        example_inputs: a tuple of its arguments, or the only argument. The model runs on them once,
-            with gradients off.
+        example_inputs: a tensor, a tuple of its positional arguments or a dict of keyword
+            arguments. The model runs on them once, with gradients off.
         plan: the model's layers. The prefix then consists of whole layers, in their order; without,
             of parameters, in the order in which they are last used.
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfreeze.execution import arguments
 from fastfreeze.freezing import LayerPlan
 from fastfreeze.graph._state import preserved
 from fastfreeze.graph.graphs import TrimmedGraph
 from fastfreeze.graph.trace import UntraceableError
-from fastfreeze.graph.trim import TrimmedModel, arguments
+from fastfreeze.graph.trim import TrimmedModel
 from fastfreeze.graph.verify import observe
 from fastfreeze.text import format_table, some
 
@@ -50,7 +51,11 @@ _Measured = tuple[CompiledStage, int]  # with the bytes that it would keep uncom
 
 @dataclass(frozen=True)
 class CompiledStages:
-    """What :func:`compile_stages` has done. ``print`` shows a table."""
+    """What :func:`compile_stages` has done. ``print`` shows a table.
+
+    Attributes:
+        stages: in the order in which they first run.
+    """
 
     stages: tuple[CompiledStage, ...]
 

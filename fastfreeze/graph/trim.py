@@ -13,6 +13,7 @@ from torch._C._dynamo import eval_frame
 from torch.nn.parameter import is_lazy
 
 from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.execution import arguments
 from fastfreeze.graph._state import copied, preserved, requires_grad
 from fastfreeze.graph.ahead import Ahead
 from fastfreeze.graph.call import Call
@@ -93,19 +94,6 @@ def trim(
     if reason := trimmed.trace(*args, **kwargs):
         trimmed._announce(reason, stacklevel=3)
     return trimmed
-
-
-def arguments(name: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    if isinstance(inputs, dict):
-        return (), inputs
-    raise TypeError(
-        f"{name} must be a tensor, a tuple of positional arguments or a dict of keyword "
-        f"arguments, got {type(inputs).__name__}"
-    )
 
 
 class TrimmedModel(nn.Module):
@@ -230,7 +218,7 @@ class TrimmedModel(nn.Module):
 
     @property
     def prefix(self) -> str:
-        """In words: how the frozen prefix ran in the latest call, and what crossed."""
+        """How the frozen prefix ran in the latest call, and what crossed, in words."""
         try:
             graph = self._now().latest_graph()
         except UntraceableError as error:

@@ -58,7 +58,8 @@ class FastfreezeCallback(Callback):  # type: ignore[misc, unused-ignore]
         store: where snapshots of the network go, once for all processes; None: none are taken.
         plan: name of the LightningModule's attribute that holds the plan which ``split`` gave for
             the network, to measure what freezing saves; with ``example_inputs``.
-        example_inputs: a tuple of the network's arguments, or the only argument.
+        example_inputs: a tensor, a tuple of the network's positional arguments or a dict of keyword
+            arguments.
 
     Attributes:
         report: the :class:`fastfreeze.FreezeReport` of the latest training; None without ``plan``.

@@ -89,8 +89,8 @@ class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             "vit". What is behind it, the head, trains to the end.
         store: where snapshots of ``Logits(model)`` go, once for all processes; None: none are
             taken.
-        plan, example_inputs: the plan of the model, or of the part, and a tuple of its arguments,
-            to measure what freezing saves.
+        plan, example_inputs: the plan of the model, or of the part, and a tuple of its arguments
+            or a dict of keyword arguments, to measure what freezing saves.
 
     Attributes:
         report: the :class:`fastfreeze.FreezeReport` of the latest training; None without ``plan``.

@@ -165,8 +165,12 @@ class Part:
         if buffer is None:
             self.first.append(i)
         else:
-            self.kept[i] = state, sharded_as(aligned, param)
+            self._keep(i, state, sharded_as(aligned, param))
         return aligned
+
+    def _keep(self, i: int, state: dict[str, Any], buffer: Tensor) -> None:
+        state["momentum_buffer"] = buffer
+        self.kept[i] = state, buffer
 
     def collect(self, optimizer: SGD) -> bool:
         """Collect the gradients; False if storages, buffers or layouts are not as planned."""
@@ -210,9 +214,8 @@ class Part:
         lrs: list[float] = self.plan.step(self.grads, hypers, step, grad_scale, found_inf)
         self.restore_grads(grad_scale)
         for i in self.first:
-            param, state = self.params[i], self.state[self.params[i]]
-            state["momentum_buffer"] = sharded_as(self.plan.buffers[i], param)
-            self.kept[i] = state, state["momentum_buffer"]
+            param = self.params[i]
+            self._keep(i, self.state[param], sharded_as(self.plan.buffers[i], param))
         if self.first:
             self.first = []
             self.watched = self._watched(self.given)
