@@ -49,7 +49,7 @@ def test_plain_loop(tmp_path):
     assert "predicted saving" in printed
 
 
-@pytest.mark.parametrize("freeze", ["hand", "schedule"])
+@pytest.mark.parametrize("freeze", ["hand", pytest.param("schedule", marks=pytest.mark.slow)])
 def test_finetune_torchvision(tmp_path, freeze):
     pytest.importorskip("torchvision")
     small = ("--weights", "none", "--images", "64", "--size", "32", "--epochs", "2")
@@ -61,6 +61,7 @@ def test_finetune_torchvision(tmp_path, freeze):
         assert "64 images from the cache" in printed
 
 
+@pytest.mark.slow
 def test_finetune_on_a_folder(tmp_path):
     pytest.importorskip("torchvision")
     image = pytest.importorskip("PIL.Image")
