@@ -59,6 +59,12 @@ def test_the_code_of_a_page_runs(path, tmp_path, monkeypatch):
     snippets.run(path, snippets.names, REPLACED)
 
 
+def test_the_network_of_how_it_works_prints_what_the_page_says(capsys):
+    path = DOCS / "how-it-works.md"
+    snippets.run(path, snippets.names)
+    assert f"\n```\n{capsys.readouterr().out}```\n" in path.read_text()
+
+
 def test_what_is_not_run_is_known():
     found = {p.name: [s.not_run for s in snippets.snippets(p) if s.not_run] for p in PAGES}
     assert {name: reasons for name, reasons in found.items() if reasons} == NOT_RUN
