@@ -3,7 +3,8 @@
 FASTFREEZE_BUILD_CPP and FASTFREEZE_BUILD_CUDA are "auto" (the default: built when a compiler is
 there and, for CUDA, a device), "1" (built, or the installation fails) or "0" (left out).
 TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", chooses the CUDA architectures; without it "auto"
-builds for this machine's devices, and "1" for all that the toolkit knows.
+builds for this machine's devices, and "1" for all that the toolkit knows. With SOURCE_DATE_EPOCH
+two builds of the same sources by the same compilers and torch are equal, wherever they are made.
 
 Neither library holds a Python symbol, so one wheel serves every Python, and every torch from 2.10
 on.
@@ -11,11 +12,15 @@ on.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -108,19 +113,69 @@ def gencode_flags(nvcc: str) -> list[str]:
     return flags
 
 
-def torch_paths() -> tuple[list[str], str]:
-    """Include directories, and the directory of torch's libraries."""
+def nvcc_flags(nvcc: str) -> list[str]:
+    """What is compiled for, how small, and what makes two builds equal."""
+    flags = ["--threads=0", *gencode_flags(nvcc)]
+    if nvcc_major(nvcc) >= 13:  # a third of the size; drivers of this version can read it
+        flags.append("--compress-mode=size")
+    if reproducible():  # or else the compiler's process number is in the names of symbols
+        flags += ["--frandom-seed=fastfreeze", "-Xlinker=--strip-all"]
+    return flags
+
+
+def reproducible() -> bool:
+    """Whether two builds are to be equal: SOURCE_DATE_EPOCH (reproducible-builds.org) is set."""
+    return "SOURCE_DATE_EPOCH" in os.environ
+
+
+@contextlib.contextmanager
+def nvcc_sources(root: Path = ROOT) -> Iterator[Path]:
+    """The folder that csrc is in while nvcc runs, which names symbols by its sources' real path.
+
+    For a reproducible build it is a copy whose path depends on nothing but what is in it.
+
+    Raises:
+        BuildError: that copy is there already.
+    """
+    if not reproducible():
+        yield root
+        return
+    digest = hashlib.sha256()
+    for path in sorted(p for p in (root / "csrc").rglob("*") if p.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    folder = Path(tempfile.gettempdir()).resolve() / f"fastfreeze-{digest.hexdigest()[:16]}"
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        raise BuildError(
+            f"{folder} exists: the same sources are being built, or a build of them was killed; "
+            "in that case remove it"
+        ) from None
+    try:
+        shutil.copytree(root / "csrc", folder / "csrc")
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def torch_paths() -> tuple[Path, Path]:
+    """The directories of torch's headers and of its libraries."""
     import torch
 
     base = Path(torch.__file__).parent
-    include = base / "include"
-    return ["csrc", str(include), str(include / "torch/csrc/api/include")], str(base / "lib")
+    return base / "include", base / "lib"
 
 
 class BuildLibraries(build_ext):
     """Compiles plain shared libraries that fastfreeze loads itself: no Python module among them."""
 
     extensions: list[Extension]
+    parallel: int | None
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or len(self.extensions)  # g++ beside nvcc
 
     def run(self) -> None:
         self.left_out: list[Extension] = []
@@ -150,16 +205,15 @@ class BuildLibraries(build_ext):
 
     def _build_cpp(self, ext: Extension) -> None:
         include, lib = torch_paths()
-        windows = self.compiler.compiler_type == "msvc"
-        flags = (
-            ["/std:c++20", "/O2", "/fp:strict"]
-            if windows
-            else ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
-        )
+        if self.compiler.compiler_type == "msvc":
+            flags = ["/std:c++20", "/O2", "/fp:strict"]
+        else:
+            flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+            flags.append(f"-fmacro-prefix-map={include}=torch/include")
         objects = self.compiler.compile(
             ext.sources,
             output_dir=self.build_temp,
-            include_dirs=include,
+            include_dirs=["csrc", str(include)],
             extra_postargs=[*flags, STABLE_ABI],
             depends=ext.depends,
         )
@@ -167,7 +221,7 @@ class BuildLibraries(build_ext):
             objects,
             self._target(ext),
             libraries=["torch_cpu", "torch"],
-            library_dirs=[lib],
+            library_dirs=[str(lib)],
             target_lang="c++",
         )
 
@@ -178,12 +232,15 @@ class BuildLibraries(build_ext):
         check_toolkit(nvcc)
         include, lib = torch_paths()
         toolkit_lib = Path(nvcc).resolve().parent.parent / "lib"  # nvcc knows of lib64 alone
-        command = [nvcc, "-shared", "-std=c++20", "-O3", "--cudart=static", "-DUSE_CUDA"]
-        command += [STABLE_ABI, "--threads=0", *gencode_flags(nvcc)]
-        command += ["-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-I{d}" for d in include)]
-        command += [*ext.sources, f"-L{toolkit_lib}", f"-L{lib}"]
-        command += ["-ltorch_cpu", "-ltorch_cuda", "-ltorch"]
-        self.spawn([*command, "-o", self._target(ext)])
+        with nvcc_sources() as folder:
+            maps = f"-fmacro-prefix-map={include}=torch/include,-fmacro-prefix-map={folder}/="
+            command = [nvcc, "-shared", "-std=c++20", "-O3", "--cudart=static", "-DUSE_CUDA"]
+            command += [STABLE_ABI, *nvcc_flags(nvcc)]
+            command += [f"-Xcompiler=-fPIC,-fvisibility=hidden,{maps}"]
+            command += [f"-I{folder / 'csrc'}", f"-I{include}"]
+            command += [str(folder / source) for source in ext.sources]
+            command += [f"-L{toolkit_lib}", f"-L{lib}", "-ltorch_cpu", "-ltorch_cuda", "-ltorch"]
+            self.spawn([*command, "-o", self._target(ext)])
 
     def _target(self, ext: Extension) -> str:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -213,7 +270,8 @@ def extensions() -> list[Extension]:
     return found
 
 
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
+    )

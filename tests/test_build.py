@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -31,11 +33,40 @@ __global__ void probe(double* out) {
 }
 extern "C" __attribute__((visibility("default"))) int fastfreeze_probe() { return 42; }
 """
+# Everything whose name or text nvcc and g++ might derive from where and when they run.
+NAMED_BY_PLACE = """
+namespace {
+struct Local { double value; };
+__device__ double offset = 1;
+__global__ void probe(Local* out) { out->value = offset; }
+}
+extern "C" __attribute__((visibility("default"))) const char* fastfreeze_probe(void* out) {
+  probe<<<1, 1>>>(static_cast<Local*>(out));
+  return __FILE__;
+}
+"""
+TELLS_ITS_PLACE = """
+#include <torch/csrc/stable/library.h>
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfreeze_probe, library) { library.def(__FILE__); }
+"""
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """setup.py as a module, which builds nothing by itself."""
+    spec = importlib.util.spec_from_file_location("fastfreeze_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def tree(tmp_path):
     """A copy of what the build needs."""
+    return copy_tree(tmp_path)
+
+
+def copy_tree(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
@@ -56,6 +87,137 @@ def build(tree, **environment):
     )
     built = sorted(p.name for p in (tree / "out").rglob("*.so"))
     return done.returncode, built, done.stdout + done.stderr
+
+
+def wheel_of(tree, **environment):
+    """Builds a wheel, and gives its name and what it holds."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "dist"],
+        cwd=tree,
+        env={**os.environ, "FASTFREEZE_BUILD_CUDA": "0", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tree / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        return wheel.name, {name: archive.read(name) for name in archive.namelist()}
+
+
+def only_source(tree, name, text):
+    """Puts one source in the place of all in its folder."""
+    folder = tree / "csrc" / name
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.parent.mkdir()
+    folder.write_text(text)
+
+
+def fake_nvcc(tmp_path, script):
+    nvcc = tmp_path / "toolkit/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+def test_without_libraries_one_wheel_is_for_any_platform(tree):
+    name, held = wheel_of(tree, FASTFREEZE_BUILD_CPP="0")
+    assert name.endswith("-py3-none-any.whl")
+    assert "fastfreeze/__init__.py" in held
+    assert not [member for member in held if member.endswith(".so")]
+    metadata = next(text for member, text in held.items() if member.endswith("/WHEEL"))
+    assert b"Root-Is-Purelib: true" in metadata
+    assert b"Tag: py3-none-any" in metadata
+
+
+def test_with_a_library_it_is_for_one_platform_and_every_python(tree):
+    only_source(tree, "cpu/probe.cpp", TELLS_ITS_PLACE)
+    name, held = wheel_of(tree, FASTFREEZE_BUILD_CPP="1")
+    assert "-py3-none-" in name
+    assert "-any" not in name
+    library = held["fastfreeze/libfastfreeze_cpu.so"]
+    assert b"csrc/cpu/probe.cpp" in library
+    assert b"torch/include/torch/csrc/stable" in library
+    assert os.fsencode(Path(torch.__file__).parent) not in library
+
+
+ARCHITECTURES = {
+    12: ["75", "80", "86", "89", "90", "90 as PTX"],
+    13: ["75", "80", "86", "89", "90", "100", "120", "120 as PTX"],
+}
+
+
+@pytest.mark.parametrize("major", ARCHITECTURES)
+def test_the_toolkits_version_says_what_is_compiled_for(setup, tmp_path, monkeypatch, major):
+    monkeypatch.setenv("FASTFREEZE_BUILD_CUDA", "1")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    flags = setup.nvcc_flags(fake_nvcc(tmp_path, f"echo release {major}.1, V{major}.1"))
+    expected = [
+        f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}"
+        for number, _, ptx in (entry.partition(" as ") for entry in ARCHITECTURES[major])
+    ]
+    assert [flag for flag in flags if flag.startswith("-gencode")] == expected
+    assert ("--compress-mode=size" in flags) == (major >= 13)
+    assert not [flag for flag in flags if "seed" in flag or "strip" in flag]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    nvcc = str(tmp_path / "toolkit/bin/nvcc")
+    added = ["--frandom-seed=fastfreeze", "-Xlinker=--strip-all"]
+    assert setup.nvcc_flags(nvcc) == [*flags, *added]
+
+
+def test_a_reproducible_build_names_its_sources_by_what_is_in_them(setup, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    trees = [tmp_path / name for name in ("one", "another", "changed")]
+    for tree in trees:
+        (tree / "csrc/cuda").mkdir(parents=True)
+        (tree / "csrc/cuda/probe.cu").write_text(f"// {tree.name == 'changed'} {tmp_path}")
+    folders = []
+    for tree in trees:
+        with setup.nvcc_sources(tree) as folder:
+            folders.append(folder)
+            copy = folder / "csrc/cuda/probe.cu"
+            assert copy.read_text() == (tree / "csrc/cuda/probe.cu").read_text()
+        assert not folder.exists()
+    assert folders[0] == folders[1] != folders[2]
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    with setup.nvcc_sources(trees[0]) as folder:
+        assert folder == trees[0]
+
+
+def test_a_copy_of_the_sources_that_is_there_is_left_alone(setup, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/probe.cu").write_text(f"// {tmp_path}")
+    with setup.nvcc_sources(tmp_path) as folder:
+        with (
+            pytest.raises(setup.BuildError, match=f"{folder} exists: .* remove it"),
+            setup.nvcc_sources(tmp_path),
+        ):
+            pytest.fail("it was taken")
+        assert (folder / "csrc/probe.cu").exists()
+
+
+@needs_nvcc
+def test_two_reproducible_builds_are_equal(tmp_path):
+    if torch.version.cuda is None:
+        pytest.skip("torch is a CPU build")
+    libraries = []
+    for name in ("one", "a/nother"):
+        (tmp_path / name).mkdir(parents=True)
+        tree = copy_tree(tmp_path / name)
+        only_source(tree, "cuda/probe.cu", NAMED_BY_PLACE + f"// {tmp_path}")
+        only_cuda = {"FASTFREEZE_BUILD_CPP": "0", "FASTFREEZE_BUILD_CUDA": "1"}
+        settings = {"TORCH_CUDA_ARCH_LIST": "9.0", "SOURCE_DATE_EPOCH": "1"}
+        code, built, output = build(tree, **only_cuda, **settings)
+        assert (code, built) == (0, ["libfastfreeze_cuda.so"]), output
+        libraries.append(next((tree / "out").rglob("*.so")))
+    first, second = (library.read_bytes() for library in libraries)
+    assert first == second
+    probe = ctypes.CDLL(str(libraries[0])).fastfreeze_probe
+    probe.restype = ctypes.c_char_p
+    assert probe(ctypes.create_string_buffer(8)) == b"csrc/cuda/probe.cu"
 
 
 def test_without_a_compiler_the_library_is_left_out_aloud(tree):
@@ -95,9 +257,7 @@ def test_cuda_on_demand_needs_nvcc(tree):
 def test_cuda_is_built_for_the_architectures_asked_for(tree):
     if torch.version.cuda is None:
         pytest.skip("torch is a CPU build")
-    shutil.rmtree(tree / "csrc/cuda", ignore_errors=True)
-    (tree / "csrc/cuda").mkdir()
-    (tree / "csrc/cuda/probe.cu").write_text(PROBE)
+    only_source(tree, "cuda/probe.cu", PROBE)
     only_cuda = {"FASTFREEZE_BUILD_CPP": "0", "FASTFREEZE_BUILD_CUDA": "1"}
     code, built, output = build(tree, TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX", **only_cuda)
     assert (code, built) == (0, ["libfastfreeze_cuda.so"]), output
@@ -124,10 +284,7 @@ def test_a_toolkit_that_does_not_fit(tree, switch, script, why):
     if torch.version.cuda is None:
         pytest.skip("torch is a CPU build")
     (tree / "csrc/cuda/probe.cu").write_text(PROBE)
-    nvcc = tree / "toolkit/bin/nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(f"#!/bin/sh\n{script}\n")
-    nvcc.chmod(0o755)
+    fake_nvcc(tree, script)
     environment = {"FASTFREEZE_BUILD_CPP": "0", "CUDA_HOME": str(tree / "toolkit")}
     environment["TORCH_CUDA_ARCH_LIST"] = "9.0"  # "auto" would leave CUDA out without a device
     code, built, output = build(tree, FASTFREEZE_BUILD_CUDA=switch, **environment)
@@ -150,6 +307,7 @@ def test_the_source_distribution_holds_every_source(tree):
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     assert {Path(name).suffix for name in sources} >= {".cpp", ".h", ".cu", ".cuh"}
     assert sources <= held
+    assert {"MANIFEST.in", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
 
 
 @needs_nvcc
