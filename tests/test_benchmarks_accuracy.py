@@ -51,10 +51,14 @@ def test_the_table_compares_with_torch_seed_by_seed():
     assert "| b | - | not reached | - | - |" in text
 
 
+@pytest.fixture(scope="module")
+def whole():
+    return recipes_data.load_data("mnist5k")
+
+
 @pytest.fixture
-def few_digits(monkeypatch):
+def few_digits(whole, monkeypatch):
     """The real digits, but 24 for training and 10 for test."""
-    whole = recipes_data.load_data("mnist5k")
     train, test = (
         recipes_data.MemoryImages(*images[list(range(0, 1000, step))])
         for images, step in ((whole.train, 42), (whole.test, 100))
