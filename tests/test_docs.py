@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
-import importlib
 import inspect
 import pkgutil
 import re
 import runpy
 import shutil
 import xml.etree.ElementTree as ET
+from importlib import import_module
 
 import pytest
 import torch
@@ -152,29 +152,29 @@ INTERNAL = {"check_initial_lr"}  # of fastfreeze.schedule
 MADE_BY_FUNCTIONS = {"TrimmedModel"}  # whose docstrings tell the arguments
 
 
-def documented():
-    """Qualified names that the pages of the reference describe."""
-    found = set()
-    for path in (DOCS / "reference").glob("*.rst"):
-        module = ""
-        for kind, argument, options in re.findall(
-            r"^\.\. (\w+)(?:module|class|function|exception)?:: (\S+)\n((?:   :.*\n)*)",
-            path.read_text(),
-            re.MULTILINE,
-        ):
+DIRECTIVE = re.compile(r"^\.\. (auto\w+|data|currentmodule):: (\S+)\n((?:   :.*\n)*)", re.MULTILINE)
+
+
+def described():
+    """Qualified names of what the pages of the reference describe."""
+    for path in sorted((DOCS / "reference").glob("*.rst")):
+        current = ""
+        for kind, name, options in DIRECTIVE.findall(path.read_text()):
             if kind == "currentmodule":
-                module = argument
+                current = name
             elif kind == "automodule":
-                members = re.findall(r":members: ?(.*)", options)[0]
-                names = (
-                    members.split(", ") if members else own_names(importlib.import_module(argument))
-                )
-                found |= {f"{argument}.{name}" for name in names}
+                listed = re.findall(r":members: (.+)", options)
+                members = listed[0].split(", ") if listed else own_names(import_module(name))
+                yield from (f"{name}.{member}" for member in members)
             else:
-                found.add(
-                    argument if argument.startswith("fastfreeze.") else f"{module}.{argument}"
-                )
-    return found
+                yield name if name.startswith("fastfreeze.") else f"{current}.{name}"
+
+
+DESCRIBED = list(described())
+
+
+def test_a_name_is_described_once():
+    assert sorted(set(DESCRIBED)) == sorted(DESCRIBED)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC.keys() - INTERNAL))
@@ -183,14 +183,14 @@ def test_a_public_name_is_in_the_reference(name):
     homes = {module, getattr(value, "__module__", "")}
     if module == "fastfreeze":
         homes.add("fastfreeze.ensemble")
-    assert {f"{home}.{name}" for home in homes} & documented()
+    assert {f"{home}.{name}" for home in homes}.intersection(DESCRIBED)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_integrations_are_in_the_reference(name):
     tree = (ROOT / "fastfreeze" / "integrations" / f"{name}.py").read_text()
     names = re.findall(r"^(?:def|class) ([A-Za-z]\w*)", tree, re.MULTILINE)
-    assert {f"fastfreeze.integrations.{name}.{n}" for n in names} <= documented()
+    assert {f"fastfreeze.integrations.{name}.{n}" for n in names} <= set(DESCRIBED)
 
 
 def lacking(name, function, text):
@@ -244,7 +244,7 @@ def packages():
         if not re.search(
             r"\.(integrations|cli|__main__|_triton\w*|libfastfreeze\w*)\b", found.name
         ):
-            yield importlib.import_module(found.name)
+            yield import_module(found.name)
 
 
 def docstring_examples():
