@@ -433,6 +433,16 @@ def test_damaged_image_is_named_in_one_line(imagenet, workers):
     assert multiprocessing.active_children() == []
 
 
+def test_damaged_chunk_of_a_png_is_told(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (9, 7)).save(path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") - 1] += 1  # the chunk's length
+    path.write_bytes(data)
+    with pytest.raises(RecipeError, match=r"cannot read the image .*a\.png: "):
+        FileImages.below(tmp_path, [path], [0], Fit(5))[[0]]
+
+
 def test_no_process_is_left_when_an_epoch_is_broken_off(imagenet):
     data = load_data("imagenet", imagenet, workers=2)
     batches = data.train_batches(0, 0, 1, CPU)

@@ -140,7 +140,8 @@ class FileImages:
         path = Path(self.root, os.fsdecode(bytes(self.names[index])))
         try:
             with optional_package("PIL.Image").open(path) as image:
-                framed = self.framing(image.convert("RGB"), (*self.key, index))
-        except OSError as error:  # PIL's UnidentifiedImageError is one
+                pixels = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # PIL raises each for a damaged file
             raise RecipeError(f"cannot read the image {path}: {error}") from error
+        framed = self.framing(pixels, (*self.key, index))
         return torch.from_numpy(np.array(framed)).permute(2, 0, 1).contiguous()
