@@ -433,11 +433,13 @@ def test_damaged_image_is_named_in_one_line(imagenet, workers):
     assert multiprocessing.active_children() == []
 
 
-def test_damaged_chunk_of_a_png_is_told(tmp_path):
+def test_png_whose_chunks_are_damaged_is_told(tmp_path):
     path = tmp_path / "a.png"
-    Image.new("RGB", (9, 7)).save(path)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
     data = bytearray(path.read_bytes())
-    data[data.index(b"IDAT") - 1] += 1  # the chunk's length
+    length = data.index(b"IDAT") - 4
+    data[length : length + 4] = (100).to_bytes(4, "big")  # what follows is no chunk
     path.write_bytes(data)
     with pytest.raises(RecipeError, match=r"cannot read the image .*a\.png: "):
         FileImages.below(tmp_path, [path], [0], Fit(5))[[0]]
