@@ -9,11 +9,9 @@ index of its layer, by the rule in :func:`split` or as the user says. The rest f
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +28,10 @@ from fastfreeze.execution import (
     parameter_names,
     run_events,
 )
+from fastfreeze.layer_names import LayerHomes, LayerItem, ancestors, layers_by_name
 from fastfreeze.schedule import Constant, Schedule, check_initial_lr
 from fastfreeze.text import format_table, human_count, some
 
-LayerPattern = str | re.Pattern[str]
-LayerItem = LayerPattern | Sequence[LayerPattern]
 Intervals = list[tuple[int, int]]
 
 
@@ -300,7 +297,7 @@ def split(
         assert events is not None
         names, homes, messages = _layers_by_rule(model, events)
     else:
-        names, homes, messages = _layers_by_name(model, layers, traced=events is not None)
+        names, homes, messages = layers_by_name(model, layers, traced=events is not None)
     described, sharing = _describe(model, names, homes, events, example_inputs is not None)
     for message in messages + sharing:
         warnings.warn(message, FastfreezeWarning, stacklevel=2)
@@ -405,11 +402,7 @@ def _is_weight(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     return parameter.shape[0] != 1 or name == "weight"
 
 
-# Names of the layers, the layer of each parameter, and what to warn of.
-_Split = tuple[list[str], dict[str, int], list[str]]
-
-
-def _layers_by_rule(model: nn.Module, events: list[Event]) -> _Split:
+def _layers_by_rule(model: nn.Module, events: list[Event]) -> LayerHomes:
     """Layers by the rules 1 to 3 of :func:`split`."""
     by_module, by_parameter = _units(model)
     last_unit: dict[str, _Unit] = {}
@@ -459,77 +452,6 @@ def _merged(units: list[_Unit]) -> list[list[_Unit]]:
     return groups
 
 
-def _layers_by_name(model: nn.Module, layers: Sequence[LayerItem], traced: bool) -> _Split:
-    """Layers as the user lists them."""
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
-        raise TypeError(f"layers must be a non-empty list of names or patterns, got {layers!r}")
-    taken: dict[str, int] = {}  # under each name of a shared parameter
-    for i, item in enumerate(layers):
-        for name in _matched_parameters(model, item):
-            if taken.setdefault(name, i) != i:
-                raise ValueError(
-                    f"layers: parameter {name!r} matches two items, "
-                    f"{layers[taken[name]]!r} and {item!r}"
-                )
-    names = parameter_names(model)
-    homes = dict.fromkeys(names.values(), -1)
-    split_up = set()
-    for name, i in taken.items():
-        canonical = names[id(model.get_parameter(name))]
-        if homes[canonical] not in (-1, i):
-            split_up.add(canonical)
-        homes[canonical] = max(homes[canonical], i)
-    missed = [name for name, i in homes.items() if i == -1]
-    trained = [name for name in missed if model.get_parameter(name).requires_grad]
-    if trained:
-        raise ValueError(f"layers: no item matches the trainable parameters {some(trained)}")
-    homes |= dict.fromkeys(missed, len(layers) - 1)
-    messages = [f"shared parameters go to the last of their layers: {some(sorted(split_up))}"]
-    labels = [_label(item) for item in layers]
-    return labels, homes, messages if split_up and not traced else []
-
-
-def _matched_parameters(model: nn.Module, item: LayerItem) -> list[str]:
-    """Names of the parameters that an item of ``layers=`` stands for, in the model's order."""
-    patterns = [item] if isinstance(item, str | re.Pattern) else item
-    if not isinstance(patterns, list | tuple) or not patterns:
-        raise TypeError(f"layers: expected a name, a pattern or a list of these, got {item!r}")
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    matched = set()
-    for pattern in patterns:
-        names = _matching_names(pattern, [*modules, *parameters])
-        if not names:
-            text = _label(pattern)
-            known = difflib.get_close_matches(text, modules + parameters) or modules[1:]
-            raise ValueError(f"layers: {text!r} matches no module or parameter; try {some(known)}")
-        inside = {p for p in parameters if p in names or not names.isdisjoint(_ancestors(p))}
-        if not inside:
-            raise ValueError(f"layers: {_label(pattern)!r} matches modules without parameters only")
-        matched |= inside
-    return [p for p in parameters if p in matched]
-
-
-def _matching_names(pattern: LayerPattern, names: list[str]) -> set[str]:
-    if isinstance(pattern, str) and pattern in names:
-        return {pattern}
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"layers: {pattern!r} is no name and no regular expression: {error}"
-        ) from None
-    except TypeError:
-        raise TypeError(f"layers: expected a name or a pattern, got {pattern!r}") from None
-    return {name for name in names if compiled.fullmatch(name)}
-
-
-def _label(item: LayerItem) -> str:
-    """What a layer is called that the user listed: the first pattern of its item."""
-    first = item if isinstance(item, str | re.Pattern) else item[0]
-    return first if isinstance(first, str) else first.pattern
-
-
 def _describe(
     model: nn.Module,
     names: list[str],
@@ -559,7 +481,7 @@ def _describe(
         upstream[current] |= event.upstream
     placed |= without_parameters
     modules = [m for m in homes_in if m in placed]
-    outermost = [m for m in modules if placed[m] not in (placed.get(a) for a in _ancestors(m))]
+    outermost = [m for m in modules if placed[m] not in (placed.get(a) for a in ancestors(m))]
     held_by, messages = _sharing(names, homes, upstream, gradient_bits(model))
     described = []
     for i, name in enumerate(names):
@@ -597,13 +519,6 @@ def _sharing(
         f"({names[i]!r}): {some(shared)}. Until they freeze, the backward runs down to layer {i}"
         for (i, home), shared in groups.items()
     ]
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    """Names of the modules around a module or parameter, up to the root."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _intersection(a: Intervals, b: Intervals) -> Intervals:

@@ -19,6 +19,7 @@ ORDER = [
     "views",
     "execution",
     "schedule",
+    "layer_names",
     "freezing",
     "saving",
     "layer_costs",
