@@ -1,5 +1,7 @@
 """python -m benchmarks report: all results in one Markdown file and one picture.
 
+The tables in README.md and docs/results.md are written anew, too (pages.py).
+
 Results of one kind and one machine share a table. It holds one line for each of ours in each case.
 """
 
@@ -14,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import pages
 from benchmarks.accuracy import mark, reached
 from benchmarks.case import OURS
 from benchmarks.compare import lines_of_entry
@@ -98,6 +101,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--results must be a folder with results, got {arguments.results}")
     write_atomic(arguments.out / "benchmarks.md", markdown(tables).encode())
     write_atomic(arguments.out / "benchmarks.png", draw(tables))
+    if arguments.out == DOCS:
+        pages.update(REPOSITORY, arguments.results)
     return 0
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 report = pytest.importorskip("benchmarks.report", reason="tests run outside the source tree")
-from benchmarks import picture  # noqa: E402
+from benchmarks import pages, picture  # noqa: E402
 from benchmarks.lines import Line, lines_of, seconds_text, spread_text  # noqa: E402
 from benchmarks.measure import Times  # noqa: E402
 
@@ -313,3 +313,42 @@ def test_columns_are_about_equal_in_height(counts, left):
     columns = picture.halves(tables)
     assert [*columns[0], *columns[1]] == tables
     assert len(columns[0]) in (left, len(tables) - left)
+
+
+def test_the_tables_of_the_pages_are_up_to_date():
+    for page in pages.PAGES:
+        text = (report.REPOSITORY / page).read_text()
+        assert text.count("<!-- table: ") >= 2
+        assert text.count("<!-- table: ") == text.count("<!-- end of table -->")
+        assert pages.with_tables(text, report.RESULTS) == text, (
+            f"run python -m benchmarks report: {page}"
+        )
+
+
+def test_a_table_is_replaced_and_nothing_else(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    rivals = {
+        name: {"saved": spread(saved), "saved_in_a_long_run": 0.5, "recuts": [0.25, 1.0, 0.5]}
+        for name, saved in (("flags", 0.3), ("fastfreeze", 0.45), ("fastfreeze cache", 0.61))
+    }
+    at = {"0.5": {"freezes": 7, "limit": spread(0.62), "rivals": rivals}}
+    data = {"models": {"vgg16": {"steps": 100, "t_0": at}}}
+    (results / "training-a.json").write_text(json.dumps(data))
+    for page in pages.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text(
+            "before\n<!-- table: trainings -->\nold\n<!-- end of table -->\nafter\n"
+        )
+    pages.update(tmp_path, results)
+    for page in pages.PAGES:
+        text = (tmp_path / page).read_text()
+        row = "| VGG-16, 0.5 | 100, 7 | 30% | - | **45%** | 50% | 61% | 50% | 62% | 0.5 (1.0) |"
+        assert text.startswith("before\n<!-- table: trainings -->\n| model, t_0 |")
+        assert text.endswith(f"\n{row}\n<!-- end of table -->\nafter\n")
+        assert "old" not in text
+
+
+def test_an_unknown_table_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"table must be one of trainings, .* got 'x'"):
+        pages.with_tables("<!-- table: x -->\n<!-- end of table -->", tmp_path)

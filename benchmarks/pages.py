@@ -1,0 +1,201 @@
+"""Tables of README.md and of docs/ that ``python -m benchmarks report`` writes from the data.
+
+A page says where with ``<!-- table: NAME -->`` and ``<!-- end of table -->``; what lies between is
+replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.training_rivals import BEST_TORCH, FLAGS
+from fastfreeze.files import write_atomic
+
+PAGES = ("README.md", "docs/results.md")
+TITLES = {
+    "densenet-bc-40": "DenseNet-BC-40 (k=12)",
+    "wrn16-2": "WRN-16-2",
+    "vgg16": "VGG-16",
+    "resnet20": "ResNet-20",
+}
+OURS, CACHE = "fastfreeze", "fastfreeze cache"
+# What the README shows of the trainings: model, t_0 and steps.
+SHORT = (
+    ("densenet-bc-40", "0.5", 800),
+    ("wrn16-2", "0.5", 640),
+    ("vgg16", "0.5", 800),
+    ("vgg16", "0.8", 96),
+)
+_TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def update(root: Path, results: Path) -> None:
+    """Write the tables of every page anew.
+
+    Raises:
+        ValueError: a page asks for a table that is not known here.
+    """
+    for page in PAGES:
+        path = root / page
+        text = path.read_text()
+        if (new := with_tables(text, results)) != text:
+            write_atomic(path, new.encode())
+
+
+def with_tables(text: str, results: Path) -> str:
+    """The page with its tables made from the results."""
+
+    def made(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"table must be one of {', '.join(TABLES)}, got {name!r}")
+        return "".join([begin, "\n".join(TABLES[name](results)), "\n", end])
+
+    return _TABLE.sub(made, text)
+
+
+Trained = tuple[str, str, int, dict]  # model, t_0, steps, entry
+
+
+def _trainings(results: Path) -> list[Trained]:
+    """All trainings, by model, t_0 and falling length."""
+    found = [
+        (model, t_0, entry["steps"], at)
+        for path in sorted(results.glob("training-*.json"))
+        for model, entry in json.loads(path.read_text())["models"].items()
+        for t_0, at in entry["t_0"].items()
+    ]
+    return sorted(found, key=lambda run: (list(TITLES).index(run[0]), float(run[1]), -run[2]))
+
+
+def trainings(results: Path) -> Iterator[str]:
+    """Every training: what is saved of the time without freezing."""
+    yield from _header(
+        "model, t_0",
+        "steps, freezes",
+        "flags",
+        "torch, channels_last, fused, no freezing",
+        "`trim`",
+        "long run",
+        "with `FeatureCache`",
+        "long run",
+        "limit",
+        "re-cut in steps: median (highest)",
+    )
+    for model, t_0, steps, at in _trainings(results):
+        rivals = at["rivals"]
+        recuts = rivals[OURS]["recuts"]
+        yield _row(
+            f"{TITLES[model]}, {t_0}",
+            f"{steps}, {at['freezes']}",
+            _saved(rivals, FLAGS),
+            _saved(rivals, BEST_TORCH),
+            f"**{_saved(rivals, OURS)}**",
+            f"{rivals[OURS]['saved_in_a_long_run']:.0%}",
+            _saved(rivals, CACHE),
+            f"{rivals[CACHE]['saved_in_a_long_run']:.0%}",
+            f"{at['limit']['median']:.0%}",
+            f"{statistics.median(recuts):.1f} ({max(recuts):.1f})",
+        )
+
+
+def trainings_short(results: Path) -> Iterator[str]:
+    """The README's selection of them."""
+    yield from _header(
+        "model, `t_0`, steps", "`requires_grad=False` alone", "`trim`", "with `FeatureCache`"
+    )
+    known = {(model, t_0, steps): at for model, t_0, steps, at in _trainings(results)}
+    for model, t_0, steps in SHORT:
+        rivals = known[model, t_0, steps]["rivals"]
+        name = f"{TITLES[model]}, {t_0}, {steps}"
+        flags, own, cache = (_saved(rivals, rival) for rival in (FLAGS, OURS, CACHE))
+        yield _row(name, flags, f"**{own}**", cache)
+
+
+def _saved(rivals: dict, name: str) -> str:
+    return f"{rivals[name]['saved']['median']:.0%}" if name in rivals else "-"
+
+
+_ENSEMBLE_RIVALS = {
+    "torch loop, channels_last": "channels_last",
+    "torch.func vmap": "`torch.func` vmap",
+    OURS: "fastfreeze",
+    "fastfreeze, not folded": "not folded",
+}
+
+
+def _ensembles(results: Path, names: Sequence[str], *, bound: bool) -> Iterator[str]:
+    titles = [_ENSEMBLE_RIVALS[name] for name in names]
+    last = ["bound"] if bound else []
+    yield from _header("model, batch size", "torch loop, ms", *titles, *last)
+    cases = json.loads((results / "predict-epyc-1-thread.json").read_text())["cases"]
+    for case in cases:
+        seconds = {name: times["median"] for name, times in case["seconds"].items()}
+        loop = seconds["torch loop"]
+        ratios = [f"{loop / seconds[name]:.2f}x" for name in names]
+        ratios[names.index(OURS)] = f"**{ratios[names.index(OURS)]}**"
+        yield _row(
+            f"{TITLES[case['model']]}, {case['batch_size']}",
+            f"{1e3 * loop:.3g}",
+            *ratios,
+            *([f"{case['bound']:.2f}x"] if bound else []),
+        )
+
+
+def ensembles(results: Path) -> Iterator[str]:
+    """Forward passes of ensembles, as ratios to a loop over the members."""
+    return _ensembles(results, list(_ENSEMBLE_RIVALS), bound=True)
+
+
+def ensembles_short(results: Path) -> Iterator[str]:
+    """The same without the variants."""
+    return _ensembles(results, ["torch.func vmap", OURS], bound=False)
+
+
+def kernels(results: Path) -> Iterator[str]:
+    """The kernels of one machine, in microseconds, and the fastest rival of each."""
+    yield from _header(
+        "case",
+        "fastfreeze, µs (quartiles)",
+        "best rival, µs (quartiles)",
+        "ratio",
+        "floor, µs",
+    )
+    cases = json.loads((results / "cpu-xeon-1-thread.json").read_text())["results"]
+    for case in cases.values():
+        seconds = dict(case["seconds"])
+        own = seconds.pop(OURS)
+        best = min(seconds, key=lambda name: seconds[name]["median"])
+        yield _row(
+            case["name"],
+            _microseconds(own),
+            f"{best}: {_microseconds(seconds[best])}",
+            f"{seconds[best]['median'] / own['median']:.2f}",
+            f"{1e6 * case['floor_s']:.0f}",
+        )
+
+
+def _microseconds(times: dict) -> str:
+    median, low, high = (1e6 * times[key] for key in ("median", "low", "high"))
+    return f"{median:.0f} ({low:.0f}-{high:.0f})"
+
+
+def _header(*titles: str) -> Iterable[str]:
+    return _row(*titles), f"|{'---|' * len(titles)}"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
+    "trainings": trainings,
+    "trainings-short": trainings_short,
+    "ensembles": ensembles,
+    "ensembles-short": ensembles_short,
+    "kernels": kernels,
+}
