@@ -1,6 +1,7 @@
 """The methods do what they say, and an interrupted run ends as an uninterrupted one."""
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -88,6 +89,20 @@ def untimed(lines):
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
+def events(run, name):
+    """The scalars that TensorBoard reads, but for times; nothing without it."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run.events(name)), {"scalars": 0}).Reload()
+    timed = {"time/seconds", "memory/peak_mb", "result/seconds"}
+    return {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)]
+        for tag in set(found.Tags()["scalars"]) - timed
+    }
+
+
 def weights(run, name):
     return run.load_checkpoint(name)["model"]
 
@@ -107,6 +122,7 @@ def assert_same_run(found, expected):
             for run in (found, expected)
         ]
         assert hashes[0] == hashes[1]
+        assert events(found, name) == events(expected, name)
 
 
 def test_plain_sgd_is_torchs_with_the_cosine(data):
@@ -287,6 +303,18 @@ def test_metrics_tell_schedules_layers_and_freezes(finished):
             assert line["lr"] == pytest.approx(expected)
 
 
+def test_events_are_those_of_the_metrics(finished):
+    pytest.importorskip("tensorboard")
+    for method in METHOD_NAMES:
+        found = events(finished, f"{method}-seed3")
+        lines = [line for line in finished.metrics() if line["method"] == method]
+        epochs = [line for line in lines if line["event"] == "epoch"]
+        losses = [loss for line in epochs for loss in line["step_losses"]]
+        assert found["loss/step"] == [(i, pytest.approx(loss)) for i, loss in enumerate(losses)]
+        assert found["error/test"] == [(e["step"], pytest.approx(e["test_error"])) for e in epochs]
+        assert ("result/ensemble_error" in found) == (method in ("snapshot", "both"))
+
+
 def test_thawing_layers_are_told(tmp_path, data):
     config = dataclasses.replace(CONFIG, methods=("both",), composition="thaw", cycles=2)
     lines = train(tmp_path / "run", data, config).metrics()
@@ -455,6 +483,30 @@ def test_table():
     assert table.rows[1][-1] == "0.50x"
     markdown = results_table([result_of("snapshot", 0, 10, 0.02)]).markdown()
     assert markdown.splitlines()[2].endswith("| - |")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"method": "sgd", "seed": 0}]'])
+def test_damaged_results(tmp_path, text):
+    run = RunDir.create(tmp_path / "run", {})
+    (run.path / "results.json").write_text(text)
+    with pytest.raises(RecipeError, match=r"results\.json"):
+        run.results()
+
+
+@pytest.mark.parametrize("text", ["3", '{"method": "sgd"}', "[]"])
+def test_damaged_metrics(tmp_path, text):
+    run = RunDir.create(tmp_path / "run", {})
+    (run.path / "metrics.jsonl").write_text(f"{text}\n")
+    with pytest.raises(RecipeError, match=r"metrics.jsonl is damaged: line 1 is"):
+        run.metrics()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"arguments": 3}'])
+def test_damaged_config(tmp_path, text):
+    run = RunDir.create(tmp_path / "run", {})
+    (run.path / "config.json").write_text(text)
+    with pytest.raises(RecipeError, match=r"config\.json"):
+        RunDir.open(run.path)
 
 
 def test_run_directory_is_not_overwritten(tmp_path):

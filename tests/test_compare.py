@@ -1,0 +1,147 @@
+"""compare: its numbers against a computation by hand, and a whole comparison."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from fastfreeze.recipes.compare import CompareConfig, Paired, compare, comparison_table
+from fastfreeze.recipes.data import ImageData, MemoryImages
+from fastfreeze.recipes.rundir import RunDir, describe
+
+pytest.importorskip("scipy", reason="which compare takes Student's t from")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Two-sided 95% quantiles of Student's t, from printed tables: degrees of freedom, value.
+STUDENT = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 29: 2.045}
+
+
+def result_of(method, seed, error, nll, seconds, ensemble_error=None):
+    return {
+        "method": method,
+        "seed": seed,
+        "error": error,
+        "ensemble_error": ensemble_error,
+        "nll": nll,
+        "seconds": seconds,
+    }
+
+
+RESULTS = [
+    result_of("sgd", 0, 0.010, 0.50, 10.0),
+    result_of("both", 0, 0.900, 0.60, 5.0, ensemble_error=0.012),
+    result_of("both", 2, 0.900, 0.70, 8.0, ensemble_error=0.016),  # not in order
+    result_of("sgd", 1, 0.020, 0.40, 20.0),
+    result_of("both", 1, 0.900, 0.30, 15.0, ensemble_error=0.024),
+    result_of("sgd", 2, 0.015, 0.60, 10.0),
+]
+
+
+def test_numbers_are_those_by_hand():
+    plain, both = compare(RESULTS, "sgd")
+    assert (plain.method, plain.n, both.method, both.n) == ("sgd", 3, "both", 3)
+    assert plain.error.mean == pytest.approx(0.015)
+    assert plain.error.sd == pytest.approx(0.005)
+    assert plain.error_difference is plain.nll_difference is plain.time_saved is None
+    assert both.error.mean == pytest.approx((0.012 + 0.024 + 0.016) / 3)
+    # differences: 0.002, 0.004, 0.001
+    mean, sd = 0.007 / 3, math.sqrt(((1 / 3) ** 2 + (5 / 3) ** 2 + (4 / 3) ** 2) / 2) * 1e-3
+    half = STUDENT[2] * sd / math.sqrt(3)
+    found = both.error_difference
+    assert (found.mean, found.sd) == (pytest.approx(mean), pytest.approx(sd))
+    assert (found.low, found.high) == pytest.approx((mean - half, mean + half), rel=1e-3)
+    # 0.1, -0.1, 0.1
+    assert both.nll_difference.mean == pytest.approx(0.1 / 3)
+    assert both.nll_difference.sd == pytest.approx(0.2 / math.sqrt(3))
+    # saved: 0.5, 0.25, 0.2
+    assert both.time_saved.mean == pytest.approx(0.95 / 3)
+    assert both.seconds.mean == pytest.approx(28 / 3)
+
+
+@pytest.mark.parametrize("freedom", STUDENT)
+def test_interval_is_students(freedom):
+    n = freedom + 1
+    values = torch.randn(n, dtype=torch.float64).tolist()
+    found = Paired.of(values)
+    assert (found.high - found.low) / 2 == pytest.approx(
+        STUDENT[freedom] * torch.tensor(values).std().item() / math.sqrt(n), rel=1e-3
+    )
+    assert found.mean == pytest.approx(sum(values) / n)
+    assert found.low + found.high == pytest.approx(2 * found.mean)
+
+
+def test_table_says_the_same():
+    table = comparison_table(compare(RESULTS, "sgd"), "sgd")
+    plain, both = table.rows
+    assert plain == [
+        *("plain SGD", "3", "1.50 ± 0.50", "-", "-", "0.5000 ± 0.1000", "-", "-"),
+        *("13.3 ± 5.8", "-", "-"),
+    ]
+    assert both[:5] == [
+        "FreezeOut + Snapshot",
+        "3",
+        "1.73 ± 0.61",
+        "+0.23 ± 0.15",
+        "-0.15 .. +0.61",
+    ]
+    assert both[9] == "+31.7 ± 16.1"
+    assert "to plain SGD with the same seed" in table.note
+
+
+CONFIG = CompareConfig(
+    methods=("snapshot", "sgd", "freezeout"),
+    data="mnist5k",
+    image_size=8,
+    model="resnet8-w4",
+    epochs=2,
+    batch_size=8,
+    lr=0.05,
+    t_0=0.5,
+    how_scale="cubic",
+    cycles=2,
+    composition="sticky",
+    last_k=1,
+    seed=3,
+    seeds=2,
+    device="cpu",
+    threads=1,
+    baseline="freezeout",
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (24, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    images = MemoryImages(pixels, torch.arange(24) % 2)
+    half = torch.tensor([0.4])
+    return ImageData(images, images, half, half, 2, pad=1, flip=False)
+
+
+def test_a_comparison_trains_the_baseline_first_and_each_method_once(data, tmp_path):
+    asked = describe("compare", dataclasses.asdict(CONFIG), None)
+    run_dir = RunDir.create(tmp_path / "run", asked)
+    report = CONFIG.run(data, run_dir, lambda line: None, quiet=True)
+    methods = ["freezeout", "snapshot", "sgd"]
+    assert [r["method"] for r in run_dir.results()] == methods * 2
+    assert [c["method"] for c in report.values["comparison"]] == methods
+    assert report.values["baseline"] == "freezeout"
+    for entry, method in zip(report.values["comparison"], methods, strict=True):
+        own = {r["seed"]: r for r in run_dir.results() if r["method"] == method}
+        assert entry["nll"]["mean"] == pytest.approx((own[3]["nll"] + own[4]["nll"]) / 2)
+        assert (entry["nll_difference"] is None) == (method == "freezeout")
+    firsts = {}
+    for line in run_dir.metrics():
+        if line.get("epoch") == 1:
+            firsts.setdefault(line["seed"], []).append(line["step_losses"][0])
+    for losses in firsts.values():  # the same weights and batches
+        assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+    assert firsts[3] != firsts[4]
+    assert (run_dir.path / "table.txt").read_text() == f"{report.table}\n"
+
+
+def test_nothing_to_compare(data):
+    asked = dataclasses.replace(CONFIG, methods=("freezeout",))
+    with pytest.raises(ValueError, match="one that is not the baseline, freezeout"):
+        asked.check(data)
