@@ -1,0 +1,191 @@
+""".ci/wheels: what it compares, what it counts, and what makes it fail."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.test_build import ROOT
+
+SCRIPT = ROOT / ".ci/wheels"
+ABSENT = {"cuda": "^absent", "cpu": "^absent"}
+pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="tests run outside the source tree")
+
+
+@pytest.fixture
+def wheels(monkeypatch):
+    loader = importlib.machinery.SourceFileLoader("ci_wheels", str(SCRIPT))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("ci_wheels", loader))
+    monkeypatch.setitem(sys.modules, "ci_wheels", module)  # dataclasses look there
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def installed(wheels, monkeypatch, tmp_path):
+    """Environments that need no installation: this one, with what `said` tells about it."""
+    said = {"versions": "2.10.0 None", "backends": {"cuda": "absent", "cpu": "absent"}}
+
+    def output(command, cwd=None):
+        if "backends()" in command[-1]:
+            return wheels.json.dumps(said["backends"])
+        return said["versions"] if "import torch" in command[-1] else "3.10.1"
+
+    monkeypatch.setattr(wheels, "environment", lambda *_: Path(sys.executable))
+    monkeypatch.setattr(wheels, "call", lambda *_: None)
+    monkeypatch.setattr(wheels, "output", output)
+    clone = tmp_path / "clone"
+    (clone / "tests").mkdir(parents=True)
+    (clone / "docs").mkdir()
+    (clone / "pyproject.toml").touch()
+    monkeypatch.setattr(wheels, "SHORT_TESTS", ("few",))
+    said["tests"] = clone / "tests/test_few.py"
+    said["tests"].write_text("def test_one(): pass\n")
+    said["clone"] = clone
+    return said
+
+
+def row(wheels, name="some", cpu_torch=False):
+    wheel = Path("fastfreeze-0-py3-none-any.whl")
+    needs = ("torch==2.10.*",)
+    here = Path(sys.executable)
+    return wheels.Row(name, here, wheel, needs, ABSENT, cpu_torch=cpu_torch)
+
+
+def result_of(wheels, installed, tmp_path, **kwargs):
+    (result,) = wheels.test([row(wheels, **kwargs)], installed["clone"], tmp_path / "work")
+    return result
+
+
+def test_a_row_counts_its_tests(wheels, installed, tmp_path):
+    more = "import pytest\n@pytest.mark.skip\ndef test_two(): pass\ndef test_triton(): assert 0\n"
+    installed["tests"].write_text(installed["tests"].read_text() + more)
+    result = result_of(wheels, installed, tmp_path)
+    assert (result.outcome, result.passed, result.skipped) == ("passed", 1, 1)
+    assert result.cells()[:6] == ["some", "3.10.1", "2.10.0", "pure", "none", "1 (1 skipped)"]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("def test_one(): assert 0\ndef test_two(): pass\n", "pytest exited with 1"),
+        ("def test_triton(): pass\n", "pytest exited with 5"),
+        ("import pytest\n@pytest.mark.skip\ndef test_one(): pass\n", "pytest exited with 0"),
+    ],
+    ids=["a failure", "no tests", "all skipped"],
+)
+def test_a_row_without_all_tests_passed_fails(wheels, installed, tmp_path, text, why):
+    installed["tests"].write_text(text)
+    assert result_of(wheels, installed, tmp_path).outcome == f"FAILED: {why}"
+
+
+def test_a_row_whose_library_does_not_load_fails(wheels, installed, tmp_path):
+    installed["backends"]["cpu"] = "libfastfreeze_cpu.so does not load: no such symbol"
+    result = result_of(wheels, installed, tmp_path)
+    assert re.match("FAILED: backend cpu: .*no such symbol", result.outcome)
+    assert result.passed == 0
+
+
+def test_a_torch_with_cuda_is_not_taken_for_one_without(wheels, installed, tmp_path):
+    installed["versions"] = "2.13.0 13.0"
+    result = result_of(wheels, installed, tmp_path, cpu_torch=True)
+    assert result.outcome.startswith("not tested: torch==2.10.* is built for CUDA 13.0")
+    assert result_of(wheels, installed, tmp_path).outcome == "passed"
+
+
+def test_a_failing_row_fails_the_command_after_all_ran(wheels, monkeypatch, tmp_path, capsys):
+    outcomes = {"first": wheels.CheckError("broken"), "second": wheels.NotTestedError("absent")}
+
+    def run_row(result, *_):
+        if result.row.name in outcomes:
+            raise outcomes[result.row.name]
+
+    class Builder:
+        seconds = {}  # noqa: RUF012
+        clone = None
+
+        def __init__(self, work, out, python):
+            self.out = out
+
+        def build(self):
+            wheel = self.out / "fastfreeze-0-py3-none-any.whl"
+            zipfile.ZipFile(wheel, "w").close()
+            return [wheel]
+
+    names = ["first", "second", "third"]
+    monkeypatch.setattr(wheels, "run_row", run_row)
+    monkeypatch.setattr(wheels, "Builder", Builder)
+    monkeypatch.setattr(wheels, "rows", lambda *_: [row(wheels, name) for name in names])
+    monkeypatch.setattr(sys, "argv", ["wheels", str(tmp_path / "out")])
+    assert wheels.main() == 1
+    printed = capsys.readouterr().out
+    assert printed.endswith("3 rows: 1 failed, 1 not tested\n")
+    assert printed.index("FAILED: broken") < printed.index("not tested: absent")
+    assert re.search(r"third .*passed\n", printed)
+    outcomes.pop("first")
+    monkeypatch.setattr(sys, "argv", ["wheels", str(tmp_path / "again")])
+    assert wheels.main() == 0
+
+
+def test_a_folder_with_wheels_is_refused(tmp_path):
+    (tmp_path / "fastfreeze-0-py3-none-any.whl").touch()
+    command = [sys.executable, str(SCRIPT), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"OUT must hold no fastfreeze-* yet, got {tmp_path}" in done.stderr
+
+
+def archive(path, files, date=(2026, 1, 1, 0, 0, 0)):
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(zipfile.ZipInfo(name, date), text)
+    return path
+
+
+def test_builds_that_differ_are_told(wheels, tmp_path):
+    one = archive(tmp_path / "one.whl", {"a": "1", "b": "2"})
+    wheels.same_bytes(one, archive(tmp_path / "same.whl", {"a": "1", "b": "2"}))
+    with pytest.raises(wheels.CheckError, match=r"one.whl: two builds differ in a, c$"):
+        wheels.same_bytes(one, archive(tmp_path / "other.whl", {"a": "3", "b": "2", "c": ""}))
+    later = archive(tmp_path / "later.whl", {"a": "1", "b": "2"}, date=(2026, 1, 2, 0, 0, 0))
+    with pytest.raises(wheels.CheckError, match="hold the same files, but differ"):
+        wheels.same_bytes(one, later)
+
+
+def test_source_distributions_are_compared_but_for_setuptools_list(wheels, tmp_path):
+    (tmp_path / "x.egg-info").mkdir()
+    for name in ("SOURCES.txt", "PKG-INFO"):
+        (tmp_path / "x.egg-info" / name).write_text(name)
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as sdist:
+        sdist.add(tmp_path / "x.egg-info", "x.egg-info")
+    assert wheels.sources_in(tmp_path / "x.tar.gz") == {"x.egg-info/PKG-INFO": b"PKG-INFO"}
+
+
+def test_the_rows_are_the_oldest_the_newest_and_without(wheels):
+    compiled, pure = Path("compiled.whl"), Path("pure.whl")
+    old, new = Path("python3.10"), Path("python3.14")
+    rows = wheels.rows(compiled, pure, [old, new])
+    assert [(r.python, r.wheel) for r in rows[:2]] == [(old, compiled), (new, compiled)]
+    assert [r.long for r in rows] == [True, False, False, False]
+    assert [r.wheel for r in rows[2:]] == [compiled, pure]
+    named = {*wheels.LONG_TESTS, *wheels.SHORT_TESTS}
+    assert not [name for name in named if not (ROOT / f"tests/test_{name}.py").exists()]
+
+
+def test_hosted_ci_runs_the_same_short_tests(wheels):
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    files = re.findall(r"tests/test_(\w+)\.py", settings["test-command"])
+    assert tuple(files) == wheels.SHORT_TESTS
+    assert f"-k '{wheels.SHORT_OF}'" in settings["test-command"]
+    assert tuple(settings["test-requires"]) == wheels.TEST_PACKAGES
+    repair = settings["repair-wheel-command"]
+    assert tuple(re.findall(r"--exclude (\S+)", repair)) == wheels.NOT_OURS
