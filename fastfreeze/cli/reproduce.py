@@ -48,7 +48,7 @@ def _row_options(kind: type[ReproduceConfig]) -> Callable[[Callable[..., Any]], 
             click.option(
                 "--data-dir", type=DIRECTORY, help="Where the data's files are; not for mnist5k."
             ),
-            click.option("--dataset", "data", help=f"One of {datasets}."),
+            click.option("--dataset", "--data", "data", help=f"One of {datasets}."),
             click.option("--model", help=f"One of {models}."),
         ):
             command = option(command)

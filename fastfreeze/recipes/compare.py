@@ -17,13 +17,14 @@ from fastfreeze.recipes.train import TrainConfig
 
 CONFIDENCE = 0.95
 _NOTE = (
-    "mean ± standard deviation over n seeds. difference: to {baseline} with the same seed, that is "
+    "{n} seeds: mean ± standard deviation. difference: to {baseline} with the same seed, that is "
     "from the same weights and on the same batches.\n"
-    "95% interval: of the mean difference, by Student's t with n - 1 degrees of freedom.\n"
+    "95% interval: of the mean difference or saving, by Student's t (degrees of freedom: "
+    "{freedom}).\n"
     "error and NLL: of the averaged probabilities of all snapshots where a method takes them, else "
     "of the last weights.\n"
-    "time saved: 1 - time / the baseline's, seed by seed; reading batches, training and saving "
-    "snapshots."
+    "time: reading batches, training and saving snapshots. time saved: 1 - time / the baseline's, "
+    "seed by seed."
 )
 
 
@@ -56,7 +57,7 @@ class CompareConfig(TrainConfig):
         results = run_all(self.experiment, data, run_dir, say, quiet)
         comparisons = compare(results, self.baseline)
         report = Report(
-            comparison_table(comparisons, self.baseline),
+            comparison_table(comparisons),
             {
                 "baseline": self.baseline,
                 "confidence": CONFIDENCE,
@@ -135,24 +136,21 @@ def compare(results: Sequence[Line], baseline: str) -> list[Comparison]:
     return [_comparison(results, method, baseline) for method in (baseline, *others)]
 
 
-def comparison_table(comparisons: Sequence[Comparison], baseline: str) -> Table:
-    """A row per method; errors and time in percent."""
-    headers = ["method", "n", "error %", "difference", "95% interval"]
-    headers += ["NLL", "difference", "95% interval", "time s", "time saved %", "95% interval"]
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """Each quantity of each method; the baseline is the first."""
     rows = [
-        [
-            METHOD_TITLES[c.method],
-            str(c.n),
-            _spread(c.error, 100, 2),
-            *_paired(c.error_difference, 100, 2),
-            _spread(c.nll, 1, 4),
-            *_paired(c.nll_difference, 1, 4),
-            _spread(c.seconds, 1, 1),
-            *_paired(c.time_saved, 100, 1),
-        ]
-        for c in comparisons
+        *(_row("error %", c, c.error, c.error_difference, 100, 2) for c in comparisons),
+        *(_row("NLL", c, c.nll, c.nll_difference, 1, 4) for c in comparisons),
+        *(_row("time s", c, c.seconds, None, 1, 1) for c in comparisons),
+        *(_saved_row(c, c.time_saved) for c in comparisons if c.time_saved is not None),
     ]
-    return Table(headers, rows, _NOTE.format(baseline=METHOD_TITLES[baseline]))
+    baseline = comparisons[0]
+    note = _NOTE.format(
+        n=baseline.n,
+        baseline=METHOD_TITLES[baseline.method],
+        freedom=baseline.n - 1,
+    )
+    return Table(["", "method", "mean", "difference", "95% interval"], rows, note)
 
 
 def _comparison(results: Sequence[Line], method: str, baseline: str) -> Comparison:
@@ -179,13 +177,30 @@ def _error(result: Line) -> float:
     return float(result["error"] if ensemble is None else ensemble)
 
 
-def _spread(spread: Spread, factor: float, digits: int) -> str:
-    return f"{factor * spread.mean:.{digits}f} ± {factor * spread.sd:.{digits}f}"
+def _row(
+    name: str,
+    comparison: Comparison,
+    value: Spread,
+    difference: Paired | None,
+    factor: float,
+    digits: int,
+) -> list[str]:
+    title = METHOD_TITLES[comparison.method]
+    cells = [name, title, _spread(value, factor, f".{digits}f")]
+    if difference is None:
+        return [*cells, "-", "-"]
+    signed = f"+.{digits}f"
+    return [*cells, _spread(difference, factor, signed), _interval(difference, factor, signed)]
 
 
-def _paired(paired: Paired | None, factor: float, digits: int) -> tuple[str, str]:
-    if paired is None:
-        return "-", "-"
-    low, high = factor * paired.low, factor * paired.high
-    mean = f"{factor * paired.mean:+.{digits}f} ± {factor * paired.sd:.{digits}f}"
-    return mean, f"{low:+.{digits}f} .. {high:+.{digits}f}"
+def _saved_row(comparison: Comparison, saved: Paired) -> list[str]:
+    title = METHOD_TITLES[comparison.method]
+    return ["time saved %", title, _spread(saved, 100, ".1f"), "-", _interval(saved, 100, "+.1f")]
+
+
+def _spread(spread: Spread, factor: float, form: str) -> str:
+    return f"{factor * spread.mean:{form}} ± {factor * spread.sd:{form.lstrip('+')}}"
+
+
+def _interval(paired: Paired, factor: float, form: str) -> str:
+    return f"{factor * paired.low:{form}} .. {factor * paired.high:{form}}"

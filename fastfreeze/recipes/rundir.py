@@ -8,6 +8,8 @@
     snapshots/<run>/      the members of each snapshot ensemble
     tensorboard/<run>/    the lines of metrics.jsonl as events, if TensorBoard is installed
     results.json          one entry per finished method and seed
+    table.txt, table.md   what was printed
+    reproduction.png      what it shows, if it is of ``reproduce``
     ensemble-<run>.txt    each snapshot and the ensemble on the test images; .png: a picture of it
     freezing-<run>.txt    what was saved as layers froze, since the run was started or resumed
 
