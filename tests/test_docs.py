@@ -86,7 +86,6 @@ def anchors(path):
 )
 def test_links_lead_somewhere(path):
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(path))
-    assert targets or path.name in ("integrations.md", "distributed.md")
     for target in targets:
         if target.startswith("https://"):
             continue
