@@ -43,9 +43,10 @@ class FreezeRow:
         predicted: time of a step after the event, relative to one before it, if the backward and
             the update of what is frozen are gone and its forward runs as before. Above 1 at a thaw.
         limit: the same if its forward is gone too.
-        before, after: seconds of a step before and after the event: medians of the latest 100
-            between two events, without the first two, which also move the cut. None while there
-            are no others.
+        before: seconds of a step before the event: the median of the latest 100 since the event
+            before it, without the first two, which also move the cut. None while there are no
+            others.
+        after: the same after the event.
         blockers: what keeps the backward of frozen layers alive.
     """
 
