@@ -342,7 +342,7 @@ class Killed(BaseException):
     """Nothing may catch this."""
 
 
-@pytest.mark.parametrize(("kind", "epochs"), [(SnapshotConfig, 8), (FreezeOutConfig, 9)])
+@pytest.mark.parametrize(("kind", "epochs"), [(SnapshotConfig, 3), (FreezeOutConfig, 9)])
 def test_interrupted_reproduction_ends_like_an_uninterrupted_one(
     finished, data, tmp_path, monkeypatch, kind, epochs
 ):
@@ -355,16 +355,16 @@ def test_interrupted_reproduction_ends_like_an_uninterrupted_one(
         if left == 0:
             raise Killed
 
-    asked = config(kind, seeds=2)
+    asked = config(kind)  # the first of the two seeds
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "log", dying)
         with pytest.raises(Killed):
             run(tmp_path / "run", data, asked)
-    found, report = run(tmp_path / "run", data, asked)
-    expected, expected_report = finished[kind]
-    assert untimed(found.results()) == untimed(expected.results())
-    assert untimed(found.metrics()) == untimed(expected.metrics())
-    assert [row[:2] for row in report.table.rows] == [row[:2] for row in expected_report.table.rows]
+    found, _ = run(tmp_path / "run", data, asked)
+    expected, _ = finished[kind]
+    for lines in (RunDir.results, RunDir.metrics):
+        first = [line for line in lines(expected) if line["seed"] == 0]
+        assert untimed(lines(found)) == untimed(first)
 
 
 @pytest.fixture(scope="module")
