@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -44,7 +45,7 @@ def test_a_library_that_is_missing_or_broken_has_a_reason(tmp_path, monkeypatch)
     (tmp_path / "libbroken.so").write_bytes(b"not a library")
     monkeypatch.setattr(_library, "__file__", str(tmp_path / "ops/_library.py"))
     assert "was not built" in _library._load("absent").reason
-    assert "does not load" in _library._load("broken").reason
+    assert re.search("does not load: .*(too short|invalid ELF)", _library._load("broken").reason)
     assert not _library._load("broken").available
 
 

@@ -87,7 +87,8 @@ def _load(name: str) -> Availability:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return Availability(False, f"{path.name} does not load: {error}")
+        why = error.__cause__ or error  # torch's own words name the file alone
+        return Availability(False, f"{path.name} does not load: {why}")
     return Availability(True, f"{path.name} is loaded")
 
 
