@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -414,7 +415,8 @@ def test_a_run_directory_that_became_read_only_fails_in_one_line(images, tmp_pat
     assert result.exit_code == 1
     assert result.stderr == (
         f"Error: PermissionError: [Errno 13] Permission denied: "
-        f"'{tmp_path / 'run' / 'metrics.jsonl'}'\n"
+        f"'{tmp_path / 'run' / 'metrics.jsonl'}'. "
+        f"Go on with: fastfreeze train --resume {tmp_path / 'run'}\n"
     )
 
 
@@ -428,6 +430,52 @@ def test_damaged_files_fail_in_one_line(finished, tmp_path, file, text):
     assert result.exit_code == 1
     assert result.stderr.startswith(f"Error: {tmp_path / file} is damaged: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "another dict", "another network", "no totals"])
+def test_damaged_checkpoints_fail_in_one_line(images, tmp_path, damage):
+    run = tmp_path / "run"
+    assert invoke(*train_arguments(images, run, "--methods=sgd", "--quiet")).exit_code == 0
+    (run / "results.json").unlink()
+    path = run / "checkpoints" / "sgd-seed0.pt"
+    state = torch.load(path, weights_only=True)
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "another dict":
+        torch.save({"a": 1}, path)
+    elif damage == "another network":
+        name, weight = next(iter(state["model"].items()))
+        torch.save({**state, "model": {**state["model"], name: weight[:1]}}, path)
+    else:
+        torch.save({key: value for key, value in state.items() if key != "seconds"}, path)
+    before = path.read_bytes()
+    result = invoke("train", "--resume", run, "--quiet")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {path} is no checkpoint of this run (")
+    assert result.stderr.rstrip().endswith("): remove it to train sgd-seed0 from its start")
+    assert path.read_bytes() == before
+
+
+def test_a_config_of_wrong_types_fails_in_one_line(finished, tmp_path):
+    run, _ = finished
+    text = (run / "config.json").read_text()
+    changed = re.sub(r'"epochs": \d+', '"epochs": "x"', text)
+    assert changed != text
+    (tmp_path / "config.json").write_text(changed)
+    (tmp_path / "checkpoints").mkdir()
+    result = invoke("train", "--resume", tmp_path, "--quiet")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {tmp_path}/config.json is damaged: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_finished_run_keeps_its_metrics_without_checkpoints(images, tmp_path):
+    run = tmp_path / "run"
+    assert invoke(*train_arguments(images, run, "--methods=sgd", "--quiet")).exit_code == 0
+    before = (run / "metrics.jsonl").read_text()
+    (run / "checkpoints" / "sgd-seed0.pt").unlink()
+    assert invoke("train", "--resume", run, "--quiet").exit_code == 0
+    assert (run / "metrics.jsonl").read_text() == before != ""
 
 
 def test_divergence_fails_in_one_line(images, tmp_path):

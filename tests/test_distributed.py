@@ -535,6 +535,8 @@ def test_a_plan_whose_model_has_lost_a_layer_is_refused():
 
 
 DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
+# Seen once on a busy machine, torch 2.15: a thread of torch's was still there as a process ended.
+TORN_DOWN = "terminate called without an active exception"
 
 
 @pytest.mark.skipif(not DOCS.exists(), reason="tests run outside the source tree")
@@ -543,13 +545,19 @@ def test_the_recipes_run_under_torchrun(tmp_path, name):
     blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / name).write_text(next(b for b in blocks if b.startswith(f"# {name}")))
     flags = "--standalone", "--nproc-per-node", "2"
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *flags, name],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DOCS.parent.parent)},
-        check=True,
-        timeout=300,
-    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *flags, name],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DOCS.parent.parent)},
+            check=False,
+            timeout=300,
+            capture_output=True,
+            text=True,
+        )
+        if TORN_DOWN not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
     if name == "train.py":
         state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
         assert [g["step"] for g in state["optimizer"]["param_groups"]] == [16, 16, 16]

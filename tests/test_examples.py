@@ -49,7 +49,8 @@ def test_plain_loop(tmp_path):
     assert "predicted saving" in printed
 
 
-@pytest.mark.parametrize("freeze", ["hand", pytest.param("schedule", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", ["hand", "schedule"])
 def test_finetune_torchvision(tmp_path, freeze):
     pytest.importorskip("torchvision")
     small = ("--weights", "none", "--images", "64", "--size", "32", "--epochs", "2")

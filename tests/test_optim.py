@@ -269,6 +269,71 @@ def test_hyperparameters_change_between_steps(backend):
     assert_equal_training(ours, theirs)
 
 
+def other_shape(how, model, optimizer):
+    """Give something another shape than its parameter behind the optimizer's back."""
+    weight = model[0].weight  # (9, 6)
+    state = optimizer.state[weight]
+    if how == "buffer too small":
+        state["momentum_buffer"] = torch.zeros(3, dtype=weight.dtype)
+    elif how == "buffer too large":
+        state["momentum_buffer"] = torch.zeros(90, 60, dtype=weight.dtype)
+    elif how == "buffer of as many elements":
+        state["momentum_buffer"] = torch.zeros(6, 9, dtype=weight.dtype)
+    elif how == "buffer resized":
+        state["momentum_buffer"].resize_(0)
+    elif how == "larger weight":
+        weight.data = torch.zeros(900, 600, dtype=weight.dtype)
+        weight.grad = torch.ones_like(weight)
+    elif how == "first rows of the weight":
+        weight.data = weight.data[:2]
+        weight.grad = torch.ones_like(weight)
+    else:  # a stale gradient
+        weight.data = torch.zeros(900, 600, dtype=weight.dtype)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "buffer too small",
+        "buffer too large",
+        "buffer of as many elements",
+        "buffer resized",
+        "larger weight",
+        "first rows of the weight",
+        "stale gradient",
+    ],
+)
+def test_another_shape_is_refused_and_changes_nothing(backend, how):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    train(model, optimizer, 2)
+    other_shape(how, model, optimizer)
+    before = copy.deepcopy(model.state_dict())
+    buffers = {p: s["momentum_buffer"].clone() for p, s in optimizer.state.items()}
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"of parameter group 0 must have its parameter's shape"
+        ):
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    for p, s in optimizer.state.items():
+        assert torch.equal(s["momentum_buffer"], buffers[p])
+    assert optimizer.current_step == 2
+
+
+def test_a_checkpoint_of_another_head_is_refused_and_changes_nothing(backend):
+    small, large = net(), net()
+    large[-1] = nn.Linear(large[-1].in_features, 1000).to(large[-1].weight.dtype)
+    theirs = SGD(small.parameters(), lr=0.3, momentum=0.9, backend=backend)
+    train(small, theirs, 2)
+    ours = SGD(large.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    with pytest.raises(ValueError, match=r"state_dict: .*group 0 must have its .*1000.*, got"):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+    assert ours.param_groups[0]["lr"] == 0.1
+    assert ours.current_step == 0
+
+
 HOWS = ["replaced buffer", "transposed buffer", "cleared state", "new list", "zeroed grads"]
 
 

@@ -342,6 +342,7 @@ class Killed(BaseException):
     """Nothing may catch this."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "epochs"), [(SnapshotConfig, 3), (FreezeOutConfig, 9)])
 def test_interrupted_reproduction_ends_like_an_uninterrupted_one(
     finished, data, tmp_path, monkeypatch, kind, epochs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 from collections.abc import Callable
@@ -109,11 +110,14 @@ def run_command(
     if own.resume is None:
         options["threads"] = options["threads"] or torch.get_num_threads()
         config, data_dir = kind(**options), own.data_dir
+        data = _load(config, data_dir, own.workers)
     else:
         run = RunDir.open(own.resume)
         config = _saved_config(ctx, run, command, kind)
-        data_dir = own.data_dir or run.data_dir
-    data = _load(config, data_dir, own.workers)
+        try:
+            data = _load(config, own.data_dir or run.data_dir, own.workers)
+        except TypeError as error:
+            raise RecipeError(f"{run.path}/config.json is damaged: {error}") from error
     if run is None:
         path = own.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
         run = RunDir.create(path, describe(command, _arguments(config), data_dir))
@@ -179,10 +183,15 @@ def _run(config: Config, data: ImageData, run: RunDir, command: str, quiet: bool
         if not quiet:
             click.echo(line, err=True)
 
+    path = shlex.quote(str(run.path))
+    how_to_go_on = f"Go on with: fastfreeze {command} --resume {path}"
     say(f"run directory: {run.path}")
     try:
         return config.run(data, run, say, quiet)
     except KeyboardInterrupt:
-        path = shlex.quote(str(run.path))
-        click.echo(f"Interrupted. Go on with: fastfreeze {command} --resume {path}", err=True)
+        click.echo(f"Interrupted. {how_to_go_on}", err=True)
         raise click.exceptions.Exit(130) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader of the output has gone
+            raise
+        raise RecipeError(f"{type(error).__name__}: {error}. {how_to_go_on}") from error

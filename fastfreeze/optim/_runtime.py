@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import compress, repeat
 from operator import attrgetter, is_, is_not, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,25 @@ _lr_of = itemgetter("lr")
 _buffer_of = itemgetter("momentum_buffer")
 _LR = HYPERS.index("lr")
 
-# Parameters, their addresses, the states that hold their buffers, and the buffers.
-_Watched = tuple[list[Tensor], list[int], list[dict[str, Any]], list[Tensor]]
+_numel_of = Tensor.numel
+
+
+class _Watched(NamedTuple):
+    """The parameters that had a gradient at the last step, and how they must be found again.
+
+    Attributes:
+        params: themselves, with their
+        pointers: addresses and
+        numels: numbers of elements, which their gradients have, too;
+        states: what holds their momentum buffers, with the
+        buffers: addresses, or other signs of these.
+    """
+
+    params: list[Tensor]
+    pointers: list[int]
+    numels: list[int]
+    states: list[dict[str, Any]]
+    buffers: list[Any]
 
 
 class Runtime:
@@ -47,6 +65,8 @@ class Runtime:
         members = [
             (p, g) for g, params in enumerate(self.lists) if g not in self.left_out for p in params
         ]
+        for p, g in members:
+            check_shape(f"a gradient of parameter group {g}", p.grad, p)
         params = [local_part(p, p) for p, _ in members]
         backends = _backends_of(params, [p.grad for p, _ in members], optimizer._backend)
         self.parts = [
@@ -119,6 +139,9 @@ class Part:
     def __init__(self, backend: Backend, members: list[tuple[Tensor, int]], optimizer: SGD) -> None:
         self.params = [p for p, _ in members]
         self.sharded = any(map(is_sharded, self.params))
+        # Kernels keep addresses; sparse and sharded buffers have none of their own.
+        by_address = backend != "reference" and not self.sharded
+        self._place: Callable[[Any], Any] = Tensor.data_ptr if by_address else _identity_and_size
         self.pointers = _pointers(self._local(self.params))
         self.momentum_dtype = optimizer._momentum_dtype
         self.grads: list[Tensor | None] = []
@@ -127,10 +150,11 @@ class Part:
         self.first: list[int] = []  # whose buffer the next step fills
         # By parameter: the state that holds its momentum buffer, and the buffer.
         self.kept: dict[int, tuple[dict[str, Any], Tensor]] = {}
-        self.given: list[bool] = []  # who had a gradient; only they are looked at,
-        self.watched: _Watched = ([], [], [], [])  # and how they must be
+        self.given: list[bool] = []  # who had a gradient: only they are looked at
+        self.watched = _Watched([], [], [], [], [])
+        self.numels = list(map(_numel_of, self._local(self.params)))
         buffers = [
-            self._claim_buffer(i, p) if optimizer.param_groups[g]["momentum"] != 0 else None
+            self._claim_buffer(i, p, g) if optimizer.param_groups[g]["momentum"] != 0 else None
             for i, (p, g) in enumerate(members)
         ]
         filled_next = set(self.first)
@@ -153,9 +177,10 @@ class Part:
         grads = list(map(_grad_of, self.params))
         return list(map(local_part, grads, self.params)) if self.sharded else grads
 
-    def _claim_buffer(self, i: int, param: Tensor) -> Tensor | None:
+    def _claim_buffer(self, i: int, param: Tensor, group: int) -> Tensor | None:
         state = self.state.get(param, {})
         buffer = state.get("momentum_buffer")
+        check_shape(f"a momentum_buffer of parameter group {group}", buffer, param)
         if buffer is None and param.grad is None:
             self.waiting.append(i)
             return None
@@ -179,13 +204,14 @@ class Part:
         if given != self.given:
             if any(given[i] for i in self.waiting):
                 return False
-            self.given, self.watched = given, self._watched(given)
-        params, pointers, states, buffers = self.watched
+            self.given, self.watched = given, self._watch(given)
+        watched = self.watched
         if (
-            _pointers(self._local(params)) != pointers
+            _pointers(self._local(watched.params)) != watched.pointers
+            or list(map(_numel_of, compress(grads, given))) != watched.numels  # type: ignore[arg-type]
             or optimizer.state is not self.state
             or len(self.state) < len(self.kept)
-            or not all(map(is_, map(_buffer_of, states), buffers))
+            or list(map(self._place, map(_buffer_of, watched.states))) != watched.buffers
         ):
             return False
         try:
@@ -194,13 +220,14 @@ class Part:
             return False
         return True
 
-    def _watched(self, given: list[bool]) -> _Watched:
+    def _watch(self, given: list[bool]) -> _Watched:
         kept = [self.kept[i] for i in compress(range(len(given)), given) if i in self.kept]
-        return (
-            list(compress(self.params, given)),
-            list(compress(self.pointers, given)),
-            [state for state, _ in kept],
-            [buffer for _, buffer in kept],
+        return _Watched(
+            params=list(compress(self.params, given)),
+            pointers=list(compress(self.pointers, given)),
+            numels=list(compress(self.numels, given)),
+            states=[state for state, _ in kept],
+            buffers=[self._place(buffer) for _, buffer in kept],
         )
 
     def step(
@@ -218,7 +245,7 @@ class Part:
             self._keep(i, self.state[param], sharded_as(self.plan.buffers[i], param))
         if self.first:
             self.first = []
-            self.watched = self._watched(self.given)
+            self.watched = self._watch(self.given)
         return lrs
 
     def restore_grads(self, grad_scale: Tensor | float | None) -> None:
@@ -233,6 +260,17 @@ class Part:
         for p in known:
             del self.state[p]
         return bool(known)
+
+
+def _identity_and_size(tensor: Tensor) -> tuple[int, int]:
+    return id(tensor), tensor.numel()
+
+
+def check_shape(what: str, tensor: Any, param: Tensor) -> None:
+    """Raise ValueError if there is a tensor of another shape than its parameter."""
+    if isinstance(tensor, Tensor) and tensor.shape != param.shape:
+        shapes = tuple(param.shape), tuple(tensor.shape)
+        raise ValueError(f"{what} must have its parameter's shape {shapes[0]}, got {shapes[1]}")
 
 
 def _scaler_of(optimizer: SGD) -> tuple[Tensor | None, Tensor | None]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.ops._library import Backend, require
 from fastfreeze.ops._plans import buffer_dtype
-from fastfreeze.optim._runtime import Runtime
+from fastfreeze.optim._runtime import Runtime, check_shape
 from fastfreeze.schedule import Cosine, Schedule, Segment, SegmentTable, check_initial_lr
 
 _lr_of = itemgetter("lr")
@@ -182,8 +182,9 @@ class SGD(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: the schedule's ``total_steps`` have been taken, or somebody else has changed
-                a scheduled group's ``lr``. Nothing has been changed then.
+            ValueError: the schedule's ``total_steps`` have been taken, somebody else has changed a
+                scheduled group's ``lr``, or a gradient or momentum buffer has another shape than
+                its parameter. Nothing has been changed then.
         """
         capturing = self._is_capturing()
         if not capturing:
@@ -234,7 +235,8 @@ class SGD(Optimizer):
         """Load a state of this class or of ``torch.optim.SGD``, and freeze what was frozen.
 
         Raises:
-            ValueError: the groups do not match, or the state belongs to another schedule.
+            ValueError: the groups do not match, a momentum buffer has another shape than its
+                parameter, or the state belongs to another schedule. Nothing has been changed then.
         """
         saved = state_dict.get("schedule")
         if self._schedule is not None and saved is not None and saved != self._schedule.config():
@@ -271,6 +273,10 @@ class SGD(Optimizer):
         return {**state, **{name: getattr(self, name) for name in _PICKLED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for g, group in enumerate(state.get("param_groups", ())):
+            for p in group["params"]:
+                buffer = state.get("state", {}).get(p, {}).get("momentum_buffer")
+                check_shape(f"state_dict: a momentum_buffer of parameter group {g}", buffer, p)
         super().__setstate__(state)
         self._runtime = None
         self._captured = []

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,11 @@ class RunDir:
         return lines
 
     def rewind(self) -> None:
-        """Drop the lines that were written after the checkpoint of their method and seed."""
-        reached: dict[str, int] = {}
+        """Drop the lines that were written after the checkpoint of their method and seed.
+
+        Those of what has finished stay, whether or not its checkpoint is still there.
+        """
+        reached = {run_name(r["method"], r["seed"]): math.inf for r in self.results()}
         kept = []
         for line in self.metrics():
             run = run_name(line["method"], line["seed"])
@@ -167,9 +171,18 @@ class RunDir:
         if not path.exists():
             return None
         try:
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            int(state["step"])
         except Exception as error:  # torch raises many kinds for a damaged file
-            raise RecipeError(f"cannot read the checkpoint {path}: {error}") from error
+            raise self.damaged(run, error) from error
+        return dict(state)
+
+    def damaged(self, run: str, error: Exception) -> RecipeError:
+        """What to raise if the checkpoint of a run is not one of it."""
+        return RecipeError(
+            f"{self._checkpoint(run)} is no checkpoint of this run "
+            f"({type(error).__name__}: {error}): remove it to train {run} from its start"
+        )
 
     def results(self) -> list[Line]:
         """One entry per finished method and seed.

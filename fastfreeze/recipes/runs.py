@@ -289,6 +289,13 @@ class _Run:
             for line in self.run_dir.metrics()
             if (line["method"], line["seed"]) == (self.method.name, self.seed)
         ]
+        try:
+            self._load(state)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise self.run_dir.damaged(self.name, error) from error
+
+    def _load(self, state: Line) -> None:
+        setup = self.setup
         self.totals = _Totals(**{field.name: state[field.name] for field in fields(_Totals)})
         setup.model.load_state_dict(state["model"])
         setup.optimizer.load_state_dict(state["optimizer"])
