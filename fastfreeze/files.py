@@ -24,8 +24,8 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # what the user has named
+        if isinstance(error, OSError) and error.errno is not None:  # of the file that was named
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     if os.name == "posix":  # elsewhere a directory cannot be opened
         directory = os.open(path.parent, os.O_RDONLY)

@@ -551,7 +551,9 @@ def test_damaged_checkpoint(tmp_path):
     run.save_checkpoint("sgd-seed0", {"step": 5})
     path = run.path / "checkpoints" / "sgd-seed0.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RecipeError, match="cannot read the checkpoint"):
+    with pytest.raises(
+        RecipeError, match=r"is no checkpoint of this run .*: remove it to train sgd-seed0 from"
+    ):
         run.load_checkpoint("sgd-seed0")
 
 
@@ -566,3 +568,10 @@ def test_write_atomic_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_atomic(path, json.dumps("new").encode())
     assert path.read_bytes() == b"old"
+
+
+def test_write_atomic_names_the_file_that_was_asked_for(tmp_path):
+    path = tmp_path / "nowhere" / "file.json"
+    with pytest.raises(FileNotFoundError) as error:
+        write_atomic(path, b"new")
+    assert error.value.filename == str(path)
