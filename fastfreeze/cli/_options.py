@@ -58,15 +58,22 @@ def device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
 
 
-def freezeout_options(command: Callable[..., Any]) -> Callable[..., Any]:
+Command = Callable[..., Any]
+
+
+def with_options(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """The command with these options, which ``--help`` lists in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def freezeout_options(command: Command) -> Command:
     """The options that train and plan share."""
-    for option in (
+    return with_options(
+        command,
         click.option(
-            "--lr",
-            type=click.FloatRange(min=0, min_open=True),
-            callback=finite,
-            default=0.1,
-            help="Initial learning rate.",
+            "--how-scale", type=click.Choice(["linear", "squared", "cubic"]), default="cubic"
         ),
         click.option(
             "--t0",
@@ -77,39 +84,38 @@ def freezeout_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="FreezeOut: share of the run, before --how-scale, for which layer 0 trains.",
         ),
         click.option(
-            "--how-scale", type=click.Choice(["linear", "squared", "cubic"]), default="cubic"
+            "--lr",
+            type=click.FloatRange(min=0, min_open=True),
+            callback=finite,
+            default=0.1,
+            help="Initial learning rate.",
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
-def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def training_options(command: Command) -> Command:
     """The options that train and compare share: data, network, budget, methods' parameters."""
-    for option in reversed(
-        (
-            click.option("--data", type=click.Choice(DATA_NAMES), default="mnist5k"),
-            click.option(
-                "--data-dir", type=DIRECTORY, help="Where the files of --data are; not for mnist5k."
-            ),
-            click.option(
-                "--image-size", type=click.IntRange(min=8), default=64, help="For --data folder."
-            ),
-            click.option(
-                "--model", callback=model_name, default="tiny-resnet20", help=", ".join(MODEL_NAMES)
-            ),
-            click.option("--epochs", type=AT_LEAST_1, default=15),
-            click.option("--batch-size", type=AT_LEAST_1, default=64),
-            freezeout_options,
-            click.option("--cycles", type=AT_LEAST_1, default=5, help="Snapshots."),
-            click.option(
-                "--composition",
-                type=click.Choice(["sticky", "last_k", "thaw"]),
-                default="sticky",
-                help="How the method 'both' freezes.",
-            ),
-            click.option("--last-k", type=AT_LEAST_1, default=2, help="For --composition last_k."),
-        )
-    ):
-        command = option(command)
-    return command
+    return with_options(
+        command,
+        click.option("--data", type=click.Choice(DATA_NAMES), default="mnist5k"),
+        click.option(
+            "--data-dir", type=DIRECTORY, help="Where the files of --data are; not for mnist5k."
+        ),
+        click.option(
+            "--image-size", type=click.IntRange(min=8), default=64, help="For --data folder."
+        ),
+        click.option(
+            "--model", callback=model_name, default="tiny-resnet20", help=", ".join(MODEL_NAMES)
+        ),
+        click.option("--epochs", type=AT_LEAST_1, default=15),
+        click.option("--batch-size", type=AT_LEAST_1, default=64),
+        freezeout_options,
+        click.option("--cycles", type=AT_LEAST_1, default=5, help="Snapshots."),
+        click.option(
+            "--composition",
+            type=click.Choice(["sticky", "last_k", "thaw"]),
+            default="sticky",
+            help="How the method 'both' freezes.",
+        ),
+        click.option("--last-k", type=AT_LEAST_1, default=2, help="For --composition last_k."),
+    )

@@ -15,14 +15,12 @@ import click
 import torch
 from click.core import ParameterSource
 
-from fastfreeze.cli._options import AT_LEAST_1, DIRECTORY, RUN, device_name
+from fastfreeze.cli._options import AT_LEAST_1, DIRECTORY, RUN, Command, device_name, with_options
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.papers import EMBEDDED
 from fastfreeze.recipes.report import Report
 from fastfreeze.recipes.rundir import RunDir, describe
-
-_Command = Callable[..., Any]
 
 
 class Config(Protocol):
@@ -48,11 +46,11 @@ class Config(Protocol):
         """Train, from where it stopped."""
 
 
-def seed_options(default: int, minimum: int = 1) -> Callable[[_Command], _Command]:
+def seed_options(default: int, minimum: int = 1) -> Callable[[Command], Command]:
     """``--seed`` and ``--seeds``."""
 
-    def add(command: _Command) -> _Command:
-        return _with(
+    def add(command: Command) -> Command:
+        return with_options(
             command,
             click.option("--seed", type=click.IntRange(min=0), default=0, help="The first seed."),
             click.option(
@@ -66,9 +64,9 @@ def seed_options(default: int, minimum: int = 1) -> Callable[[_Command], _Comman
     return add
 
 
-def run_options(command: _Command) -> _Command:
+def run_options(command: Command) -> Command:
     """Where to run, where to write, what to print."""
-    return _with(
+    return with_options(
         command,
         click.option("--device", callback=device_name, default="cpu", help="cpu, cuda, cuda:<n>."),
         click.option("--threads", type=AT_LEAST_1, help="Threads of torch. [default: torch's own]"),
@@ -126,12 +124,6 @@ def run_command(
         click.echo(json.dumps({"run_dir": str(run.path), **report.values}, indent=2))
     else:
         click.echo(str(report.table))
-
-
-def _with(command: _Command, *options: Callable[[_Command], _Command]) -> _Command:
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def _arguments(config: Any) -> dict[str, Any]:

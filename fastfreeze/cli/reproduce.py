@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from fastfreeze.cli._options import AT_LEAST_1, DIRECTORY, finite
+from fastfreeze.cli._options import AT_LEAST_1, DIRECTORY, Command, finite, with_options
 from fastfreeze.cli._runs import run_command, run_options, seed_options
 from fastfreeze.recipes.papers import Row, freezeout_rows, snapshot_rows
 from fastfreeze.recipes.reproduce import FreezeOutConfig, ReproduceConfig, SnapshotConfig
@@ -27,16 +27,17 @@ def reproduce() -> None:
     """
 
 
-def _row_options(kind: type[ReproduceConfig]) -> Callable[[Callable[..., Any]], Any]:
+def _row_options(kind: type[ReproduceConfig]) -> Callable[[Command], Command]:
     models = ", ".join(dict.fromkeys(row.model for row in kind.rows()))
     datasets = ", ".join(dict.fromkeys(row.data for row in kind.rows()))
 
-    def add(command: Callable[..., Any]) -> Any:
-        for option in (
+    def add(command: Command) -> Command:
+        return with_options(
+            command,
+            click.option("--model", help=f"One of {models}."),
+            click.option("--dataset", "--data", "data", help=f"One of {datasets}."),
             click.option(
-                "--test-images",
-                type=AT_LEAST_1,
-                help="Test on so many, with equal classes. [default: all]",
+                "--data-dir", type=DIRECTORY, help="Where the data's files are; not for mnist5k."
             ),
             click.option(
                 "--scale",
@@ -46,13 +47,11 @@ def _row_options(kind: type[ReproduceConfig]) -> Callable[[Callable[..., Any]], 
                 help="Share of the paper's budget: fewer epochs first, then fewer images.",
             ),
             click.option(
-                "--data-dir", type=DIRECTORY, help="Where the data's files are; not for mnist5k."
+                "--test-images",
+                type=AT_LEAST_1,
+                help="Test on so many, with equal classes. [default: all]",
             ),
-            click.option("--dataset", "--data", "data", help=f"One of {datasets}."),
-            click.option("--model", help=f"One of {models}."),
-        ):
-            command = option(command)
-        return command
+        )
 
     return add
 

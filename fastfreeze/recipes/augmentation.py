@@ -15,10 +15,15 @@ _RGB_COMPONENTS = torch.tensor(
 )
 
 
+def mixed_seed(*numbers: int) -> int:
+    """A seed for torch's generators: a pure function of numbers >= 0, well apart for any two."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """The CPU generator of one epoch: a pure function of both numbers."""
-    state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+    return torch.Generator().manual_seed(mixed_seed(seed, epoch))
 
 
 def augment(pixels: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastfreeze.recipes.augmentation import mixed_seed
 from fastfreeze.recipes.errors import RecipeError, optional_package
 
 
@@ -90,9 +91,8 @@ class RandomCrop:
 
     def __call__(self, image: Any, seed: tuple[int, ...]) -> Any:
         transforms = optional_package("torchvision").transforms
-        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.default_generator.manual_seed(int(state[0] >> np.uint64(1)))
+            torch.default_generator.manual_seed(mixed_seed(*seed))
             part = transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
             mirrored = bool(torch.rand(()) < 0.5)
         image = transforms.functional.resized_crop(image, *part, [self.size, self.size])
