@@ -93,6 +93,7 @@ def step_case(model_name: str, image_size: int) -> Case:
     )
     makes: dict[str, Callable[[Batch], Step]] = {
         OURS: by_fastfreeze,
+        f"{OURS} channels_last": partial(by_fastfreeze, channels_last=True),
         "torch": by_flags,
         "torch fused": partial(by_flags, fused=True),
         "torch channels_last fused": partial(by_flags, channels_last=True, fused=True),
@@ -112,14 +113,20 @@ def by_flags(batch: Batch, *, channels_last: bool = False, **options: bool) -> S
     return Step(_torch_training(model, layout, **options), batch.images, batch.labels)
 
 
-def by_fastfreeze(batch: Batch) -> Step:
+def by_fastfreeze(batch: Batch, *, channels_last: bool = False) -> Step:
     """The trimmed network and our SGD."""
     model, _, _ = batch.build()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(memory_format=layout)
     schedule = fastfreeze.Cosine(TOTAL_STEPS)
     optimizer = fastfreeze.SGD(model.parameters(), LR, **HYPERS, schedule=schedule)
     trimmed = fastfreeze.trim(model)
     training = Training(
-        model, lambda images, ids: trimmed(images), optimizer, verify=trimmed.verify
+        model,
+        lambda images, ids: trimmed(images),
+        optimizer,
+        layout=layout,
+        verify=trimmed.verify,
     )
     return Step(training, batch.images, batch.labels)
 

@@ -22,6 +22,9 @@ HYPERS = {
     "dampened": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True},
     "tensor lr": {"lr": torch.tensor(0.1, device="cpu"), "momentum": 0.9},
 }
+needs_grad_dtype = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="torch has no grad_dtype"
+)
 every_hyper = pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
 
 
@@ -334,7 +337,15 @@ def test_a_checkpoint_of_another_head_is_refused_and_changes_nothing(backend):
     assert ours.current_step == 0
 
 
-HOWS = ["replaced buffer", "transposed buffer", "cleared state", "new list", "zeroed grads"]
+HOWS = [
+    "replaced buffer",
+    "transposed buffer",
+    "cleared state",
+    "new list",
+    "replaced parameter",
+    "reordered parameters",
+    "zeroed grads",
+]
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -353,12 +364,79 @@ def test_users_who_reach_inside(backend, how):
             optimizer.state.clear()
         elif how == "new list":
             optimizer.param_groups[0]["params"] = list(model[0].parameters())
+        elif how == "replaced parameter":  # as when an embedding grows
+            model[1].weight = nn.Parameter(model[1].weight.detach() + 1)
+            optimizer.param_groups[0]["params"][2] = model[1].weight
+        elif how == "reordered parameters":
+            optimizer.param_groups[0]["params"].reverse()
         else:
             optimizer.zero_grad(set_to_none=False)
             optimizer.step()
     train(ours, o, 2, start=2)
     train(theirs, t, 2, start=2)
     assert_equal_training(ours, theirs)
+
+
+@needs_grad_dtype
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("change", [{}, {"weight_decay": 0.1}], ids=["same plan", "new plan"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=["wide gradient", "narrow gradient"],
+)
+def test_gradients_of_another_dtype(dtypes, change, momentum):
+    dtype, grad_dtype = dtypes
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(33, dtype=dtype)) for _ in range(3)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    o = SGD(ours, lr=0.1, momentum=momentum)
+    t = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, foreach=False)
+    for step in range(5):
+        if step == 2:  # up to here all gradients were like their parameters
+            for p in (ours[1], theirs[1]):
+                p.grad, p.grad_dtype = None, grad_dtype
+        if step == 3:
+            o.param_groups[0].update(change)
+            t.param_groups[0].update(change)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(33, dtype=p.grad_dtype)
+            q.grad_dtype, q.grad = p.grad_dtype, p.grad.clone()
+        o.step()
+        t.step()
+    roundings = 0.02 if dtype == torch.bfloat16 else 0.0  # of five steps in torch, one each here
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=roundings)
+
+
+@needs_grad_dtype
+def test_momentum_has_the_dtype_of_wide_gradients():
+    p = nn.Parameter(torch.ones(33, dtype=torch.bfloat16))
+    p.grad_dtype = torch.float32
+    optimizer = SGD([p], lr=0.1, momentum=0.9)
+    for weight_decay in (0.0, 0.1):  # a new plan
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        p.grad = torch.randn(33)
+        optimizer.step()
+        assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+
+
+@needs_grad_dtype
+def test_a_kernel_refuses_gradients_of_another_dtype(backend):
+    if backend == "reference":
+        pytest.skip("the reference takes them")
+    p = nn.Parameter(torch.ones(33))
+    optimizer = SGD([p], lr=0.1, momentum=0.9, backend=backend)
+    p.grad = torch.ones(33)
+    optimizer.step()
+    p.grad, p.grad_dtype = None, torch.bfloat16
+    p.grad = torch.ones(33, dtype=torch.bfloat16)
+    before = p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"gradient of parameter 0, which is torch.bfloat16"):
+            optimizer.step()
+    assert torch.equal(p, before[0])
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], before[1])
+    assert optimizer.current_step == 1
 
 
 def test_a_group_added_later(backend):

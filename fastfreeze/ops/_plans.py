@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import compress, repeat
-from operator import is_not
+from operator import attrgetter, is_not
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -38,6 +38,8 @@ Hypers = npt.NDArray[np.float64]
 
 _data_ptr = Tensor.data_ptr
 _is_contiguous = Tensor.is_contiguous
+_shape_of = attrgetter("shape")
+_kind_of = attrgetter("layout", "dtype", "shape")
 
 
 @dataclass
@@ -83,10 +85,11 @@ class SgdPlan(Protocol):
         """Parameters of one plan have equal keys."""
 
     def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The gradients as ``step`` needs them: themselves, or copies in another layout.
+        """The gradients as the next ``step`` needs them: themselves, or copies in another layout.
 
         Raises:
-            ValueError: a gradient that this backend cannot take.
+            ValueError: a gradient that this backend cannot take, or one that does not match its
+                parameter.
         """
 
     def step(
@@ -120,19 +123,24 @@ class PointerPlan:
     def __init__(self, spec: PlanSpec) -> None:
         self.params, self.buffers = spec.params, spec.buffers
         self._contiguous = all(map(_is_contiguous, spec.params))
+        self._kinds = list(map(_kind_of, spec.params))
         self._unstarted = {i for i, first in enumerate(spec.first) if first}
 
     def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradients with their parameters' strides."""
-        given = [g for g in grads if g is not None]
-        try:
-            if self._contiguous and all(map(_is_contiguous, given)):
-                return grads
-        except RuntimeError:  # a gradient has no strides
-            pass
-        for i, g in enumerate(grads):
-            if g is not None and g.layout != torch.strided:
-                raise ValueError(f"this backend cannot take the {g.layout} gradient {i}")
+        flags = given(grads)
+        present: list[Tensor] = list(compress(grads, flags))  # type: ignore[arg-type]
+        kinds, expected = list(map(_kind_of, present)), list(compress(self._kinds, flags))
+        if kinds != expected:
+            got, kind = next(
+                pair for pair in zip(kinds, expected, strict=True) if pair[0] != pair[1]
+            )
+            raise ValueError(
+                "this backend cannot take a gradient whose layout, dtype and shape are "
+                f"{_in_words(got)}: its parameter's are {_in_words(kind)}"
+            )
+        if self._contiguous and all(map(_is_contiguous, present)):
+            return grads
         return [
             g if g is None or same_strides(p, g) else torch.empty_like(p).copy_(g)
             for p, g in zip(self.params, grads, strict=True)
@@ -152,11 +160,8 @@ class CpuPlan(PointerPlan):
         super().__init__(spec)
         table = [
             (
-                p.data_ptr(),
                 0 if b is None else b.data_ptr(),
-                p.numel(),
                 group,
-                SCALAR_TYPES[p.dtype],
                 SCALAR_TYPES[p.dtype if b is None else b.dtype],
                 first,
             )
@@ -166,15 +171,37 @@ class CpuPlan(PointerPlan):
         ]
         segments, begin = segment_table(spec.segments)
         self._handle = torch.ops.fastfreeze.sgd_plan(
-            torch.tensor(table, dtype=torch.int64).reshape(-1, 7), segments, begin, spec.eta_min
+            spec.params,
+            torch.tensor(table, dtype=torch.int64).reshape(-1, 4),
+            segments,
+            begin,
+            spec.eta_min,
         )
         weakref.finalize(self, torch.ops.fastfreeze.sgd_plan_free, self._handle)
+        self._every = array("q", range(len(spec.params)))
+        self._addresses = array("q", self._every)  # of the gradients that were aligned last
         self._lrs = np.empty(len(spec.segments))
         self._lrs_address = self._lrs.ctypes.data
 
     @staticmethod
     def key(param: Tensor) -> Hashable:
         return None
+
+    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients with their parameters' strides; their addresses are noted for the step."""
+        flags = given(grads)
+        index, present = self._every, grads
+        if not all(flags):
+            index, present = array("q", compress(self._every, flags)), list(compress(grads, flags))
+            self._addresses = array("q", bytes(8 * len(grads)))
+        gathered = torch.ops.fastfreeze.sgd_gather.default(
+            self._handle, present, index.buffer_info()[0], self._addresses.buffer_info()[0]
+        )
+        if gathered:
+            return grads
+        aligned = super().align(grads)
+        self._addresses = addresses(aligned)
+        return aligned
 
     def step(
         self,
@@ -184,10 +211,9 @@ class CpuPlan(PointerPlan):
         grad_scale: Tensor | float | None,
         found_inf: Tensor | None,
     ) -> list[float]:
-        grad_addresses = addresses(grads)  # alive until the kernel is done
-        torch.ops.fastfreeze.sgd_step(
+        torch.ops.fastfreeze.sgd_step.default(
             self._handle,
-            grad_addresses.buffer_info()[0],
+            self._addresses.buffer_info()[0],
             hypers.ctypes.data,
             step,
             1.0 if grad_scale is None else 1.0 / grad_scale,
@@ -203,13 +229,23 @@ class CpuPlan(PointerPlan):
         return self._unstarted
 
 
+def _in_words(kind: tuple[torch.layout, torch.dtype, torch.Size]) -> str:
+    return f"{kind[0]}, {kind[1]}, {tuple(kind[2])}"
+
+
 def note_writes(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Tell PyTorch that the parameters with a gradient were written to, and no others.
 
     A frozen one must look as it is: unchanged. What is folded from it would be made anew.
     """
-    written = compress(params, map(is_not, grads, repeat(None)))
-    torch.autograd.graph.increment_version(list(written))
+    flags = given(grads)
+    written = params if all(flags) else list(compress(params, flags))
+    torch.autograd.graph.increment_version(written)
+
+
+def given(grads: Sequence[Tensor | None]) -> list[bool]:
+    """Which of the gradients are there."""
+    return list(map(is_not, grads, repeat(None)))
 
 
 class ReferencePlan:
@@ -225,12 +261,16 @@ class ReferencePlan:
             [i for i, g in enumerate(spec.groups) if g == k] for k in range(len(spec.segments))
         ]
         self._rates = SegmentTable(spec.segments, spec.eta_min) if spec.scheduled else None
+        self._shapes = list(map(_shape_of, spec.params))
 
     @staticmethod
     def key(param: Tensor) -> Hashable:
         return None
 
     def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        flags = given(grads)
+        if list(map(_shape_of, compress(grads, flags))) != list(compress(self._shapes, flags)):
+            raise ValueError("a gradient has another shape than its parameter")
         return grads
 
     def step(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import compress, repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from itertools import chain, compress
+from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._library import Backend
-from fastfreeze.ops._plans import HYPERS, PlanSpec, buffer_dtype
+from fastfreeze.ops._plans import HYPERS, PlanSpec, buffer_dtype, given
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
 
 if TYPE_CHECKING:
@@ -29,23 +29,19 @@ _lr_of = itemgetter("lr")
 _buffer_of = itemgetter("momentum_buffer")
 _LR = HYPERS.index("lr")
 
-_numel_of = Tensor.numel
-
 
 class _Watched(NamedTuple):
     """The parameters that had a gradient at the last step, and how they must be found again.
 
     Attributes:
         params: themselves, with their
-        pointers: addresses and
-        numels: numbers of elements, which their gradients have, too;
+        pointers: addresses;
         states: what holds their momentum buffers, with the
         buffers: addresses, or other signs of these.
     """
 
     params: list[Tensor]
     pointers: list[int]
-    numels: list[int]
     states: list[dict[str, Any]]
     buffers: list[Any]
 
@@ -55,15 +51,16 @@ class Runtime:
 
     def __init__(self, optimizer: SGD) -> None:
         groups = optimizer.param_groups
-        self.lists = list(map(_params_of, groups))
-        self.count = sum(map(len, self.lists))
+        lists = list(map(_params_of, groups))
+        self.lengths = list(map(len, lists))
+        self.params = list(chain.from_iterable(lists))
         self.hypers_of = _hypers_of if optimizer.schedule is None else _scheduled_hypers_of
         self.hyper_values = list(map(self.hypers_of, groups))
         self.has_tensors = any(isinstance(v, Tensor) for row in self.hyper_values for v in row)
         self.hypers = np.array([_hyper_row(g) for g in groups], dtype=np.float64)
         self.left_out = frozenset(optimizer._frozen)  # groups
         members = [
-            (p, g) for g, params in enumerate(self.lists) if g not in self.left_out for p in params
+            (p, g) for g, params in enumerate(lists) if g not in self.left_out for p in params
         ]
         for p, g in members:
             check_shape(f"a gradient of parameter group {g}", p.grad, p)
@@ -80,9 +77,8 @@ class Runtime:
         groups = optimizer.param_groups
         lists = list(map(_params_of, groups))
         return (
-            len(lists) == len(self.lists)
-            and all(map(is_, lists, self.lists))
-            and sum(map(len, lists)) == self.count
+            list(map(len, lists)) == self.lengths
+            and all(map(is_, chain.from_iterable(lists), self.params))
             and not self.has_tensors
             and list(map(self.hypers_of, groups)) == self.hyper_values
         )
@@ -151,10 +147,11 @@ class Part:
         # By parameter: the state that holds its momentum buffer, and the buffer.
         self.kept: dict[int, tuple[dict[str, Any], Tensor]] = {}
         self.given: list[bool] = []  # who had a gradient: only they are looked at
-        self.watched = _Watched([], [], [], [], [])
-        self.numels = list(map(_numel_of, self._local(self.params)))
+        self.watched = _Watched([], [], [], [])
         buffers = [
-            self._claim_buffer(i, p, g) if optimizer.param_groups[g]["momentum"] != 0 else None
+            self._claim_buffer(i, p, g, backend)
+            if optimizer.param_groups[g]["momentum"] != 0
+            else None
             for i, (p, g) in enumerate(members)
         ]
         filled_next = set(self.first)
@@ -177,7 +174,7 @@ class Part:
         grads = list(map(_grad_of, self.params))
         return list(map(local_part, grads, self.params)) if self.sharded else grads
 
-    def _claim_buffer(self, i: int, param: Tensor, group: int) -> Tensor | None:
+    def _claim_buffer(self, i: int, param: Tensor, group: int, backend: Backend) -> Tensor | None:
         state = self.state.get(param, {})
         buffer = state.get("momentum_buffer")
         check_shape(f"a momentum_buffer of parameter group {group}", buffer, param)
@@ -186,6 +183,8 @@ class Part:
             return None
         dtype = buffer_dtype(param, self.momentum_dtype)
         own = local_part(buffer, param)
+        if backend == "reference" and own is not None and self.momentum_dtype is None:
+            dtype = own.dtype  # that of the gradients, which may be another than the parameter's
         aligned = sgd_ops.momentum_buffer_like(local_part(param, param), own, dtype)
         if buffer is None:
             self.first.append(i)
@@ -200,15 +199,14 @@ class Part:
     def collect(self, optimizer: SGD) -> bool:
         """Collect the gradients; False if storages, buffers or layouts are not as planned."""
         grads = self._local_grads()
-        given = list(map(is_not, grads, repeat(None)))
-        if given != self.given:
-            if any(given[i] for i in self.waiting):
+        flags = given(grads)
+        if flags != self.given:
+            if any(flags[i] for i in self.waiting):
                 return False
-            self.given, self.watched = given, self._watch(given)
+            self.given, self.watched = flags, self._watch(flags)
         watched = self.watched
         if (
             _pointers(self._local(watched.params)) != watched.pointers
-            or list(map(_numel_of, compress(grads, given))) != watched.numels  # type: ignore[arg-type]
             or optimizer.state is not self.state
             or len(self.state) < len(self.kept)
             or list(map(self._place, map(_buffer_of, watched.states))) != watched.buffers
@@ -216,16 +214,15 @@ class Part:
             return False
         try:
             self.grads = self.plan.align(grads)
-        except ValueError:  # a sparse gradient where there was a dense one
+        except ValueError:  # sparse where it was dense, or of another dtype or shape
             return False
         return True
 
-    def _watch(self, given: list[bool]) -> _Watched:
-        kept = [self.kept[i] for i in compress(range(len(given)), given) if i in self.kept]
+    def _watch(self, flags: list[bool]) -> _Watched:
+        kept = [self.kept[i] for i in compress(range(len(flags)), flags) if i in self.kept]
         return _Watched(
-            params=list(compress(self.params, given)),
-            pointers=list(compress(self.pointers, given)),
-            numels=list(compress(self.numels, given)),
+            params=list(compress(self.params, flags)),
+            pointers=list(compress(self.pointers, flags)),
             states=[state for state, _ in kept],
             buffers=[self._place(buffer) for _, buffer in kept],
         )
@@ -281,15 +278,17 @@ def _scaler_of(optimizer: SGD) -> tuple[Tensor | None, Tensor | None]:
 def _backends_of(
     params: list[Tensor], grads: list[Tensor | None], backend: Backend | None
 ) -> list[Backend]:
-    """The backend of each parameter, sparse gradients being the reference's."""
+    """The backend of each parameter; other gradients than kernels know are the reference's."""
     backends = sgd_ops.choose_backends(params, backend)
-    for i, grad in enumerate(grads):
-        if grad is not None and grad.layout != torch.strided:
-            if backend not in (None, "reference"):
-                raise ValueError(
-                    f"backend={backend!r} cannot take the {grad.layout} gradient of parameter {i}"
-                )
-            backends[i] = "reference"
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad is None or (grad.layout == torch.strided and grad.dtype == param.dtype):
+            continue
+        if backend not in (None, "reference"):
+            raise ValueError(
+                f"backend={backend!r} cannot take the gradient of parameter {i}, which is "
+                f"{grad.dtype} and {grad.layout}: expected {param.dtype} and torch.strided"
+            )
+        backends[i] = "reference"
     return backends
 
 
