@@ -324,6 +324,19 @@ def test_another_shape_is_refused_and_changes_nothing(backend, how):
     assert optimizer.current_step == 2
 
 
+def test_momentum_on_another_device_is_refused_and_changes_nothing(backend):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    train(model, optimizer, 2)
+    state = optimizer.state[model[1].weight]
+    state["momentum_buffer"] = state["momentum_buffer"].to("meta")
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"group 0 must be on .* device \w+(:0)?, got meta"):
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_a_checkpoint_of_another_head_is_refused_and_changes_nothing(backend):
     small, large = net(), net()
     large[-1] = nn.Linear(large[-1].in_features, 1000).to(large[-1].weight.dtype)

@@ -63,7 +63,7 @@ class Runtime:
             (p, g) for g, params in enumerate(lists) if g not in self.left_out for p in params
         ]
         for p, g in members:
-            check_shape(f"a gradient of parameter group {g}", p.grad, p)
+            _check_place(f"a gradient of parameter group {g}", p.grad, p)
         params = [local_part(p, p) for p, _ in members]
         backends = _backends_of(params, [p.grad for p, _ in members], optimizer._backend)
         self.parts = [
@@ -177,7 +177,7 @@ class Part:
     def _claim_buffer(self, i: int, param: Tensor, group: int, backend: Backend) -> Tensor | None:
         state = self.state.get(param, {})
         buffer = state.get("momentum_buffer")
-        check_shape(f"a momentum_buffer of parameter group {group}", buffer, param)
+        _check_place(f"a momentum_buffer of parameter group {group}", buffer, param)
         if buffer is None and param.grad is None:
             self.waiting.append(i)
             return None
@@ -268,6 +268,15 @@ def check_shape(what: str, tensor: Any, param: Tensor) -> None:
     if isinstance(tensor, Tensor) and tensor.shape != param.shape:
         shapes = tuple(param.shape), tuple(tensor.shape)
         raise ValueError(f"{what} must have its parameter's shape {shapes[0]}, got {shapes[1]}")
+
+
+def _check_place(what: str, tensor: Any, param: Tensor) -> None:
+    """Raise ValueError if there is a tensor of another shape than its parameter, or elsewhere."""
+    check_shape(what, tensor, param)
+    if isinstance(tensor, Tensor) and tensor.device != param.device:
+        raise ValueError(
+            f"{what} must be on its parameter's device {param.device}, got {tensor.device}"
+        )
 
 
 def _scaler_of(optimizer: SGD) -> tuple[Tensor | None, Tensor | None]:
