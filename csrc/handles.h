@@ -21,7 +21,7 @@ class Handles {
   std::shared_ptr<T> get(int64_t handle) {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = values_.find(handle);
-    STD_TORCH_CHECK(found != values_.end(), "no SGD plan has the handle ", handle);
+    STD_TORCH_CHECK(found != values_.end(), "no ", T::kName, " has the handle ", handle);
     return found->second;
   }
   void remove(int64_t handle) {

@@ -445,7 +445,7 @@ def test_a_kernel_refuses_gradients_of_another_dtype(backend):
     p.grad = torch.ones(33, dtype=torch.bfloat16)
     before = p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"gradient of parameter 0, which is torch.bfloat16"):
+        with pytest.raises(ValueError, match=r"parameter 0: its gradient is torch.bfloat16"):
             optimizer.step()
     assert torch.equal(p, before[0])
     assert torch.equal(optimizer.state[p]["momentum_buffer"], before[1])

@@ -71,7 +71,8 @@ def sgd_step(dtype, momentum_dtype=None, scaled=False, scheduled=True):
     segments = Cosine(100).segments() if scheduled else ()
     spec = PlanSpec([param], [buffer], [True], [0], [segments], 0.0, momentum_dtype)
     amp = torch.ones(()) if scaled else None
-    TritonPlan(spec).step([grad], torch.zeros(1, 7).double().numpy(), 0, amp, amp)
+    plan = TritonPlan(spec)
+    plan.step(plan.align([grad]), torch.zeros(1, 7).double().numpy(), 0, amp, amp)
 
 
 def softmax(dtype, rows, classes, log=False):

@@ -2,7 +2,7 @@
 //
 // What does not change between steps lives in a plan, made once and named by a handle: tensors,
 // the runs of elements they are cut into, segments of the schedule. A step brings the gradients'
-// addresses, which sgd_gather collects, and the groups' hyperparameters.
+// addresses and the groups' hyperparameters.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -22,8 +22,8 @@
 namespace fastfreeze {
 namespace {
 
-// Columns of the table of tensors that fastfreeze/ops/_plans.py fills.
-enum TensorColumn { kBuffer, kGroup, kBufferDtype, kFirst, kTensorColumns };
+// Columns of the table of tensors that fastfreeze/ops/sgd.py fills.
+enum TensorColumn { kParam, kBuffer, kNumel, kGroup, kDtype, kBufferDtype, kFirst, kTensorColumns };
 
 constexpr int64_t kRunElements = 8192;  // 32 KB of fp32: three such runs fit in an L2 cache
 constexpr int64_t kElementsPerThread =
@@ -45,11 +45,10 @@ struct PlannedTensor {
   ScalarType dtype;
   bool wide_buffer;  // fp32 momentum of a 16-bit parameter
   Momentum momentum;
-  std::vector<int64_t> sizes;
-  std::vector<int64_t> strides;
 };
 
 struct Plan {
+  static constexpr const char* kName = "SGD plan";
   std::vector<PlannedTensor> tensors;
   std::vector<Run> runs;
   std::vector<int64_t> cost;  // elements in the runs before each run, and in all
@@ -88,18 +87,13 @@ int64_t item_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
-void add_tensor(Plan& plan, const Tensor& param, const int64_t* row) {
-  check_floating(param, "params");
+void add_tensor(Plan& plan, const int64_t* row) {
   PlannedTensor t;
-  t.param = static_cast<char*>(param.mutable_data_ptr());
+  t.param = reinterpret_cast<char*>(row[kParam]);
   t.buffer = reinterpret_cast<char*>(row[kBuffer]);
-  t.numel = param.numel();
+  t.numel = row[kNumel];
   t.group = row[kGroup];
-  t.dtype = param.scalar_type();
-  for (int64_t d = 0; d < param.dim(); ++d) {
-    t.sizes.push_back(param.size(d));
-    t.strides.push_back(param.stride(d));
-  }
+  t.dtype = static_cast<ScalarType>(row[kDtype]);
   t.item_size = item_size(t.dtype);
   const auto buffer_dtype = static_cast<ScalarType>(row[kBufferDtype]);
   t.buffer_item_size = item_size(buffer_dtype);
@@ -108,6 +102,7 @@ void add_tensor(Plan& plan, const Tensor& param, const int64_t* row) {
                   dtype_name(t.dtype), " parameter has a ", dtype_name(buffer_dtype),
                   " momentum buffer");
   STD_TORCH_CHECK(t.group >= 0 && t.group < plan.num_groups(), "a tensor names group ", t.group);
+  STD_TORCH_CHECK(t.numel >= 0, "a tensor has ", t.numel, " elements");
   t.momentum = t.buffer == nullptr ? Momentum::none
                : row[kFirst] != 0  ? Momentum::first
                                    : Momentum::running;
@@ -117,16 +112,12 @@ void add_tensor(Plan& plan, const Tensor& param, const int64_t* row) {
     plan.runs.push_back({index, at, size});
     plan.cost.push_back(plan.cost.back() + size);
   }
-  plan.tensors.push_back(std::move(t));
+  plan.tensors.push_back(t);
 }
 
-// params: dense, n of them; tensors: int64 [n, 4], about each; segments: float64 [s, 3];
-// segment_begin: int64 [num_groups + 1, 1].
-int64_t sgd_plan(std::vector<Tensor> params, Tensor tensors, Tensor segments, Tensor segment_begin,
-                 double eta_min) {
+// tensors: int64 [n, 7]; segments: float64 [s, 3]; segment_begin: int64 [num_groups + 1, 1].
+int64_t sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, double eta_min) {
   check_table(tensors, "tensors", ScalarType::Long, kTensorColumns);
-  STD_TORCH_CHECK(tensors.size(0) == static_cast<int64_t>(params.size()),
-                  "tensors must have a row for each of params");
   check_table(segments, "segments", ScalarType::Double, 3);
   check_table(segment_begin, "segment_begin", ScalarType::Long, 1);
   STD_TORCH_CHECK(segment_begin.size(0) >= 1, "segment_begin must not be empty");
@@ -145,39 +136,8 @@ int64_t sgd_plan(std::vector<Tensor> params, Tensor tensors, Tensor segments, Te
   }
   plan->cost.push_back(0);
   const auto* row = static_cast<const int64_t*>(tensors.data_ptr());
-  for (const Tensor& param : params) {
-    add_tensor(*plan, param, row);
-    row += kTensorColumns;
-  }
+  for (int64_t i = 0; i < tensors.size(0); ++i) add_tensor(*plan, row + i * kTensorColumns);
   return Handles<Plan>::all().add(std::move(plan));
-}
-
-// Whether the gradient has the parameter's dtype, and equal offsets in both hold equal indices.
-bool is_like(const Tensor& grad, const PlannedTensor& param) {
-  int32_t layout;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(grad.get(), &layout));
-  if (layout != aoti_torch_layout_strided() || grad.scalar_type() != param.dtype) return false;
-  const auto sizes = grad.sizes(), strides = grad.strides();
-  if (sizes.size() != param.sizes.size()) return false;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] != param.sizes[d]) return false;
-    if (sizes[d] > 1 && strides[d] != param.strides[d]) return false;
-  }
-  return true;
-}
-
-// Collects the gradients' addresses if all are like their parameters; otherwise returns false.
-// tensors: address of int64 [grads], the index of each one's parameter; addresses: address of
-// int64 [n].
-bool sgd_gather(int64_t handle, std::vector<Tensor> grads, int64_t tensors, int64_t addresses) {
-  const std::shared_ptr<Plan> plan = Handles<Plan>::all().get(handle);
-  const auto* index = reinterpret_cast<const int64_t*>(tensors);
-  auto* out = reinterpret_cast<int64_t*>(addresses);
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (!is_like(grads[i], plan->tensors[index[i]])) return false;
-    out[index[i]] = reinterpret_cast<int64_t>(grads[i].mutable_data_ptr());
-  }
-  return true;
 }
 
 void update_runs(const Plan& plan, const std::vector<GroupHyper>& groups, const int64_t* grads,
@@ -240,7 +200,6 @@ void sgd_plan_free(int64_t handle) { Handles<Plan>::all().remove(handle); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfreeze, CompositeExplicitAutograd, m) {
   m.impl("sgd_plan", TORCH_BOX(&fastfreeze::sgd_plan));
-  m.impl("sgd_gather", TORCH_BOX(&fastfreeze::sgd_gather));
   m.impl("sgd_step", TORCH_BOX(&fastfreeze::sgd_step));
   m.impl("sgd_plan_free", TORCH_BOX(&fastfreeze::sgd_plan_free));
 }

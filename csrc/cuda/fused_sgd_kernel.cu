@@ -15,6 +15,7 @@ namespace {
 
 // Names of tensors that fastfreeze/ops/_device_sgd.py owns for as long as it steps the plan.
 struct CudaPlan {
+  static constexpr const char* kName = "SGD plan";
   SgdTables tables;
   ScalarType param;
   ScalarType buffer;

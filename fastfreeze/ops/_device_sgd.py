@@ -22,7 +22,6 @@ from fastfreeze.ops._plans import (
     Hypers,
     PlanSpec,
     PointerPlan,
-    addresses,
     buffer_dtype,
     lrs_at,
     note_writes,
@@ -171,7 +170,7 @@ class DevicePlan(PointerPlan):
         found_inf: Tensor | None,
         track: bool,
     ) -> None:
-        grad_addresses = addresses(grads)
+        grad_addresses = self._gathered()
         if len(grad_addresses) > self.table_from:
             self._set_grads(grad_addresses)
         self._launch(grad_addresses, self._scalar(grad_scale), self._scalar(found_inf), track)

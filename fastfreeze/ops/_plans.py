@@ -9,8 +9,8 @@ import weakref
 from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import compress, repeat
-from operator import attrgetter, is_not
+from itertools import compress
+from operator import attrgetter
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastfreeze.ops._placements import Placements, addresses_of, given
 from fastfreeze.ops.reference import sgd_reference
 from fastfreeze.schedule import Segment, SegmentTable
 
@@ -36,8 +37,6 @@ SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bflo
 
 Hypers = npt.NDArray[np.float64]
 
-_data_ptr = Tensor.data_ptr
-_is_contiguous = Tensor.is_contiguous
 _shape_of = attrgetter("shape")
 _kind_of = attrgetter("layout", "dtype", "shape")
 
@@ -103,7 +102,7 @@ class SgdPlan(Protocol):
         """Update every parameter that has a gradient.
 
         Args:
-            grads: one per parameter, of its shape, dtype and device, or None; aligned.
+            grads: one per parameter, or None; what ``align`` has returned last.
             hypers: float64 [num_groups, len(HYPERS)].
             step: 0-based step at which schedules are evaluated.
             grad_scale: what the gradients are divided by, in place; a number unless ``on_device``.
@@ -122,29 +121,44 @@ class PointerPlan:
 
     def __init__(self, spec: PlanSpec) -> None:
         self.params, self.buffers = spec.params, spec.buffers
-        self._contiguous = all(map(_is_contiguous, spec.params))
-        self._kinds = list(map(_kind_of, spec.params))
+        self._like = Placements(spec.params)
+        self._single = [i for i, p in enumerate(spec.params) if p.numel() == 1]
+        self._addresses: array[int] | None = None  # of the gradients that were aligned last
         self._unstarted = {i for i, first in enumerate(spec.first) if first}
 
     def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The gradients with their parameters' strides."""
-        flags = given(grads)
-        present: list[Tensor] = list(compress(grads, flags))  # type: ignore[arg-type]
-        kinds, expected = list(map(_kind_of, present)), list(compress(self._kinds, flags))
-        if kinds != expected:
-            got, kind = next(
-                pair for pair in zip(kinds, expected, strict=True) if pair[0] != pair[1]
-            )
+        """The gradients with their parameters' strides; their addresses are noted for the step."""
+        if not self._any_negated(grads):
+            self._addresses = self._like.gather(grads)
+            if self._addresses is not None:
+                return grads
+        aligned = [
+            g if g is None else self._aligned(p, g) for p, g in zip(self.params, grads, strict=True)
+        ]
+        self._addresses = addresses_of(aligned)
+        return aligned
+
+    def _any_negated(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether a gradient is negated when it is read: autograd leaves only single ones so."""
+        single = (grads[i] for i in self._single)
+        return any(g is not None and g.is_neg() for g in single)
+
+    def _aligned(self, param: Tensor, grad: Tensor) -> Tensor:
+        got, expected = _kind_of(grad), _kind_of(param)
+        if got != expected:
             raise ValueError(
                 "this backend cannot take a gradient whose layout, dtype and shape are "
-                f"{_in_words(got)}: its parameter's are {_in_words(kind)}"
+                f"{_in_words(got)}: its parameter's are {_in_words(expected)}"
             )
-        if self._contiguous and all(map(_is_contiguous, present)):
-            return grads
-        return [
-            g if g is None or same_strides(p, g) else torch.empty_like(p).copy_(g)
-            for p, g in zip(self.params, grads, strict=True)
-        ]
+        holds_values = not grad.is_neg() and (grad.data_ptr() != 0 or grad.numel() == 0)
+        if holds_values and same_strides(param, grad):
+            return grad
+        return torch.empty_like(param).copy_(grad)
+
+    def _gathered(self) -> array[int]:
+        if self._addresses is None:
+            raise RuntimeError("align() comes before step()")
+        return self._addresses
 
     def _started_now(self, grads: Sequence[Tensor | None]) -> None:
         if self._unstarted:
@@ -160,8 +174,11 @@ class CpuPlan(PointerPlan):
         super().__init__(spec)
         table = [
             (
+                p.data_ptr(),
                 0 if b is None else b.data_ptr(),
+                p.numel(),
                 group,
+                SCALAR_TYPES[p.dtype],
                 SCALAR_TYPES[p.dtype if b is None else b.dtype],
                 first,
             )
@@ -171,37 +188,15 @@ class CpuPlan(PointerPlan):
         ]
         segments, begin = segment_table(spec.segments)
         self._handle = torch.ops.fastfreeze.sgd_plan(
-            spec.params,
-            torch.tensor(table, dtype=torch.int64).reshape(-1, 4),
-            segments,
-            begin,
-            spec.eta_min,
+            torch.tensor(table, dtype=torch.int64).reshape(-1, 7), segments, begin, spec.eta_min
         )
         weakref.finalize(self, torch.ops.fastfreeze.sgd_plan_free, self._handle)
-        self._every = array("q", range(len(spec.params)))
-        self._addresses = array("q", self._every)  # of the gradients that were aligned last
         self._lrs = np.empty(len(spec.segments))
         self._lrs_address = self._lrs.ctypes.data
 
     @staticmethod
     def key(param: Tensor) -> Hashable:
         return None
-
-    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The gradients with their parameters' strides; their addresses are noted for the step."""
-        flags = given(grads)
-        index, present = self._every, grads
-        if not all(flags):
-            index, present = array("q", compress(self._every, flags)), list(compress(grads, flags))
-            self._addresses = array("q", bytes(8 * len(grads)))
-        gathered = torch.ops.fastfreeze.sgd_gather.default(
-            self._handle, present, index.buffer_info()[0], self._addresses.buffer_info()[0]
-        )
-        if gathered:
-            return grads
-        aligned = super().align(grads)
-        self._addresses = addresses(aligned)
-        return aligned
 
     def step(
         self,
@@ -213,7 +208,7 @@ class CpuPlan(PointerPlan):
     ) -> list[float]:
         torch.ops.fastfreeze.sgd_step.default(
             self._handle,
-            self._addresses.buffer_info()[0],
+            self._gathered().buffer_info()[0],
             hypers.ctypes.data,
             step,
             1.0 if grad_scale is None else 1.0 / grad_scale,
@@ -241,11 +236,6 @@ def note_writes(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Non
     flags = given(grads)
     written = params if all(flags) else list(compress(params, flags))
     torch.autograd.graph.increment_version(written)
-
-
-def given(grads: Sequence[Tensor | None]) -> list[bool]:
-    """Which of the gradients are there."""
-    return list(map(is_not, grads, repeat(None)))
 
 
 class ReferencePlan:
@@ -326,14 +316,6 @@ def lrs_at(rates: SegmentTable | None, hypers: Hypers, step: int) -> list[float]
         lrs: list[float] = hypers[:, HYPERS.index("lr")].tolist()
         return lrs
     return rates.lrs(step, hypers[:, HYPERS.index("initial_lr")])
-
-
-def addresses(tensors: Sequence[Tensor | None]) -> array[int]:
-    """Addresses of the tensors, 0 for None."""
-    try:
-        return array("q", map(_data_ptr, tensors))  # type: ignore[arg-type]
-    except TypeError:  # one is None
-        return array("q", [0 if t is None else t.data_ptr() for t in tensors])
 
 
 def buffer_dtype(param: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:

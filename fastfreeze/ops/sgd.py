@@ -225,6 +225,8 @@ def _unsuitable(tensor: Tensor) -> str | None:
         return f"its dtype is {tensor.dtype}, expected one of {[str(d) for d in KERNEL_DTYPES]}"
     if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return f"it is a {type(tensor).__name__}, whose memory may not be its own"
+    if tensor.is_neg():
+        return "it is a view that is negated when it is read"
     if not _is_dense(tensor):
         shape, strides = tuple(tensor.shape), tensor.stride()
         return f"its elements overlap or have gaps (shape {shape}, strides {strides})"

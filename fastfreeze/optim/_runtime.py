@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._library import Backend
-from fastfreeze.ops._plans import HYPERS, PlanSpec, buffer_dtype, given
+from fastfreeze.ops._placements import Placements, given
+from fastfreeze.ops._plans import HYPERS, PlanSpec, buffer_dtype
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
 
 if TYPE_CHECKING:
@@ -34,16 +35,34 @@ class _Watched(NamedTuple):
     """The parameters that had a gradient at the last step, and how they must be found again.
 
     Attributes:
-        params: themselves, with their
-        pointers: addresses;
-        states: what holds their momentum buffers, with the
-        buffers: addresses, or other signs of these.
+        params: themselves, the local parts of sharded ones, at their
+        placements;
+        states: what holds their momentum buffers, which are at their
+        buffer_placements, or, where no kernel keeps addresses, known by
+        buffer_signs.
     """
 
     params: list[Tensor]
-    pointers: list[int]
+    placements: Placements
     states: list[dict[str, Any]]
-    buffers: list[Any]
+    buffer_placements: Placements | None
+    buffer_signs: list[Any]
+
+    def holds(self, params: list[Tensor]) -> bool:
+        """Whether all is as it was."""
+        try:
+            buffers = list(map(_buffer_of, self.states))
+            if not self.placements.hold(params):
+                return False
+            if self.buffer_placements is not None:
+                return self.buffer_placements.hold(buffers)
+            return list(map(_sign_of, buffers)) == self.buffer_signs
+        except (KeyError, AttributeError, TypeError, RuntimeError):  # what was a buffer is none
+            return False
+
+
+def _sign_of(buffer: Tensor) -> tuple[int, torch.Size, torch.dtype]:
+    return id(buffer), buffer.shape, buffer.dtype
 
 
 class Runtime:
@@ -71,16 +90,22 @@ class Runtime:
             for (backend, _), index in sgd_ops.plan_members(params, backends).items()
         ]
         self.on_cuda = any(p.is_cuda for p in params)
+        self._remember_state(optimizer)
+
+    def _remember_state(self, optimizer: SGD) -> None:
+        self.states = list(optimizer.state.values())
 
     def fits(self, optimizer: SGD) -> bool:
-        """Whether the groups are as planned."""
-        groups = optimizer.param_groups
+        """Whether the groups and the state are as planned."""
+        groups, state = optimizer.param_groups, optimizer.state
         lists = list(map(_params_of, groups))
         return (
             list(map(len, lists)) == self.lengths
             and all(map(is_, chain.from_iterable(lists), self.params))
             and not self.has_tensors
             and list(map(self.hypers_of, groups)) == self.hyper_values
+            and len(state) == len(self.states)
+            and all(map(is_, state.values(), self.states))
         )
 
     def collect(self, optimizer: SGD) -> bool:
@@ -103,6 +128,8 @@ class Runtime:
         for part in self.parts:
             if part.plan.on_device:
                 lrs = part.step(self.hypers, step, grad_scale, found_inf)
+        if len(optimizer.state) != len(self.states):  # there are new buffers
+            self._remember_state(optimizer)
         return optimizer._scheduled_lrs(step + 1) if lrs is None else lrs
 
     def capture(self, optimizer: SGD) -> None:
@@ -135,10 +162,7 @@ class Part:
     def __init__(self, backend: Backend, members: list[tuple[Tensor, int]], optimizer: SGD) -> None:
         self.params = [p for p, _ in members]
         self.sharded = any(map(is_sharded, self.params))
-        # Kernels keep addresses; sparse and sharded buffers have none of their own.
-        by_address = backend != "reference" and not self.sharded
-        self._place: Callable[[Any], Any] = Tensor.data_ptr if by_address else _identity_and_size
-        self.pointers = _pointers(self._local(self.params))
+        self.kernels = backend != "reference"
         self.momentum_dtype = optimizer._momentum_dtype
         self.grads: list[Tensor | None] = []
         self.state = optimizer.state
@@ -147,7 +171,7 @@ class Part:
         # By parameter: the state that holds its momentum buffer, and the buffer.
         self.kept: dict[int, tuple[dict[str, Any], Tensor]] = {}
         self.given: list[bool] = []  # who had a gradient: only they are looked at
-        self.watched = _Watched([], [], [], [])
+        self.watched = self._watch([])
         buffers = [
             self._claim_buffer(i, p, g, backend)
             if optimizer.param_groups[g]["momentum"] != 0
@@ -204,12 +228,8 @@ class Part:
             if any(flags[i] for i in self.waiting):
                 return False
             self.given, self.watched = flags, self._watch(flags)
-        watched = self.watched
-        if (
-            _pointers(self._local(watched.params)) != watched.pointers
-            or optimizer.state is not self.state
-            or len(self.state) < len(self.kept)
-            or list(map(self._place, map(_buffer_of, watched.states))) != watched.buffers
+        if optimizer.state is not self.state or not self.watched.holds(
+            self._local(self.watched.params)
         ):
             return False
         try:
@@ -219,12 +239,17 @@ class Part:
         return True
 
     def _watch(self, flags: list[bool]) -> _Watched:
+        params = list(compress(self.params, flags))
         kept = [self.kept[i] for i in compress(range(len(flags)), flags) if i in self.kept]
+        buffers = [buffer for _, buffer in kept]
+        # Kernels keep addresses; sparse and sharded buffers have none of their own.
+        by_address = self.kernels and not self.sharded
         return _Watched(
-            params=list(compress(self.params, flags)),
-            pointers=list(compress(self.pointers, flags)),
+            params=params,
+            placements=Placements(self._local(params), compiled=self.kernels),
             states=[state for state, _ in kept],
-            buffers=[self._place(buffer) for _, buffer in kept],
+            buffer_placements=Placements(buffers) if by_address else None,
+            buffer_signs=[] if by_address else list(map(_sign_of, buffers)),
         )
 
     def step(
@@ -237,11 +262,12 @@ class Part:
         """Update with the gradients collected; the groups' learning rates of the next step."""
         lrs: list[float] = self.plan.step(self.grads, hypers, step, grad_scale, found_inf)
         self.restore_grads(grad_scale)
-        for i in self.first:
+        started = [i for i in self.first if self.given[i]]
+        for i in started:
             param = self.params[i]
             self._keep(i, self.state[param], sharded_as(self.plan.buffers[i], param))
-        if self.first:
-            self.first = []
+        if started:
+            self.first = [i for i in self.first if not self.given[i]]
             self.watched = self._watch(self.given)
         return lrs
 
@@ -255,12 +281,10 @@ class Part:
         """Drop the momentum buffers that have had no step; whether there was one."""
         known = [self.params[i] for i in self.plan.unstarted() if self.params[i] in self.state]
         for p in known:
-            del self.state[p]
+            self.state[p].pop("momentum_buffer", None)
+            if not self.state[p]:
+                del self.state[p]
         return bool(known)
-
-
-def _identity_and_size(tensor: Tensor) -> tuple[int, int]:
-    return id(tensor), tensor.numel()
 
 
 def check_shape(what: str, tensor: Any, param: Tensor) -> None:
@@ -271,9 +295,13 @@ def check_shape(what: str, tensor: Any, param: Tensor) -> None:
 
 
 def _check_place(what: str, tensor: Any, param: Tensor) -> None:
-    """Raise ValueError if there is a tensor of another shape than its parameter, or elsewhere."""
+    """Raise ValueError unless it is None or a tensor of its parameter's shape and device."""
     check_shape(what, tensor, param)
-    if isinstance(tensor, Tensor) and tensor.device != param.device:
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{what} must be a tensor or None, got {tensor!r}")
+    if tensor.device != param.device:
         raise ValueError(
             f"{what} must be on its parameter's device {param.device}, got {tensor.device}"
         )
@@ -281,28 +309,35 @@ def _check_place(what: str, tensor: Any, param: Tensor) -> None:
 
 def _scaler_of(optimizer: SGD) -> tuple[Tensor | None, Tensor | None]:
     """What a GradScaler has left: its scale, and whether it has found an overflow."""
-    return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    if not isinstance(found_inf, Tensor):  # 0 where there was no gradient to look at
+        found_inf = None
+    return getattr(optimizer, "grad_scale", None), found_inf
 
 
 def _backends_of(
     params: list[Tensor], grads: list[Tensor | None], backend: Backend | None
 ) -> list[Backend]:
-    """The backend of each parameter; other gradients than kernels know are the reference's."""
+    """The backend of each parameter; what kernels cannot take is the reference's."""
     backends = sgd_ops.choose_backends(params, backend)
+    times = Counter(map(id, params))
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad is None or (grad.layout == torch.strided and grad.dtype == param.dtype):
+        reason = "it is there twice" if times[id(param)] > 1 else _refuses_grad(param, grad)
+        if reason is None:
             continue
         if backend not in (None, "reference"):
-            raise ValueError(
-                f"backend={backend!r} cannot take the gradient of parameter {i}, which is "
-                f"{grad.dtype} and {grad.layout}: expected {param.dtype} and torch.strided"
-            )
+            raise ValueError(f"backend={backend!r} cannot take parameter {i}: {reason}")
         backends[i] = "reference"
     return backends
 
 
-def _pointers(params: list[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, params))
+def _refuses_grad(param: Tensor, grad: Tensor | None) -> str | None:
+    """Why no kernel can take a parameter's gradient; None if one can."""
+    if grad is None or (grad.layout == torch.strided and grad.dtype == param.dtype):
+        return None
+    return (
+        f"its gradient is {grad.dtype} and {grad.layout}, expected {param.dtype} and torch.strided"
+    )
 
 
 def _hyper_row(group: dict[str, Any]) -> list[float]:

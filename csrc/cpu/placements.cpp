@@ -1,0 +1,164 @@
+// Where tensors are and how they are laid out, remembered, so that a plan which keeps addresses can
+// tell before each step whether they still hold. Looks at no element; any device's tensors will do.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <memory>
+#include <vector>
+
+#include "handles.h"
+
+namespace fastfreeze {
+namespace {
+
+using torch::stable::Tensor;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+struct Placements {
+  static constexpr const char* kName = "placements";
+  std::vector<int64_t> facts;  // of each tensor: address, dtype, dimensions, sizes and strides
+  std::vector<size_t> begin;
+};
+
+// A tensor of a list, for as long as it is looked at. torch's own class for it would take as long
+// again, and more than all the rest of a small network's step.
+class Item {
+ public:
+  Item(StableListHandle list, size_t index) {
+    StableIValue item;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, index, &item));
+    tensor_ = to<AtenTensorHandle>(item);
+  }
+  Item(const Item&) = delete;
+  Item& operator=(const Item&) = delete;
+  ~Item() { aoti_torch_delete_tensor_object(tensor_); }
+  AtenTensorHandle get() const { return tensor_; }
+
+ private:
+  AtenTensorHandle tensor_;
+};
+
+// An operator's argument.
+class TensorList {
+ public:
+  explicit TensorList(StableIValue list) : list_(to<StableListHandle>(list)) {}
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+  ~TensorList() { torch_delete_list(list_); }
+
+  size_t size() const {
+    size_t size;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size));
+    return size;
+  }
+  Item operator[](size_t index) const { return Item(list_, index); }
+
+ private:
+  StableListHandle list_;
+};
+
+int64_t address_of(AtenTensorHandle t) {
+  void* data;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
+  return reinterpret_cast<int64_t>(data);
+}
+
+bool is_strided(AtenTensorHandle t) {
+  static const int32_t strided = aoti_torch_layout_strided();
+  int32_t layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t, &layout));
+  return layout == strided;
+}
+
+// Whether a tensor has the dtype, sizes and strides of those facts. A stride that leads from an
+// element to none does not count.
+bool is_like(AtenTensorHandle t, const int64_t* facts) {
+  int32_t dtype;
+  int64_t dim, *sizes, *strides;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
+  if (!is_strided(t) || dtype != facts[1] || dim != facts[2]) return false;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &strides));
+  facts += 3;
+  for (int64_t d = 0; d < dim; ++d) {
+    if (sizes[d] != facts[d]) return false;
+    if (sizes[d] > 1 && strides[d] != facts[dim + d]) return false;
+  }
+  return true;
+}
+
+int64_t placements(std::vector<Tensor> tensors) {
+  auto made = std::make_shared<Placements>();
+  for (const Tensor& t : tensors) {
+    STD_TORCH_CHECK(is_strided(t.get()), "tensors must be strided");
+    int32_t dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+    const auto sizes = t.sizes(), strides = t.strides();
+    std::vector<int64_t>& facts = made->facts;
+    made->begin.push_back(facts.size());
+    facts.insert(facts.end(), {address_of(t.get()), dtype, t.dim()});
+    facts.insert(facts.end(), sizes.begin(), sizes.end());
+    facts.insert(facts.end(), strides.begin(), strides.end());
+  }
+  return Handles<Placements>::all().add(std::move(made));
+}
+
+bool hold(const Placements& known, const TensorList& tensors) {
+  if (tensors.size() != known.begin.size()) return false;
+  for (size_t i = 0; i < known.begin.size(); ++i) {
+    const int64_t* facts = known.facts.data() + known.begin[i];
+    const Item t = tensors[i];
+    if (!is_like(t.get(), facts) || address_of(t.get()) != facts[0]) return false;
+  }
+  return true;
+}
+
+// An address of 0 is that of a tensor of zeros that has no memory, or of one without elements.
+bool gather(const Placements& known, const TensorList& tensors, const int64_t* index,
+            int64_t* addresses) {
+  const size_t count = tensors.size();
+  for (size_t i = 0; i < count; ++i) {
+    const Item t = tensors[i];
+    if (!is_like(t.get(), known.facts.data() + known.begin[index[i]])) return false;
+    addresses[index[i]] = address_of(t.get());
+    int64_t numel = 0;
+    if (addresses[index[i]] == 0)
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(t.get(), &numel));
+    if (numel != 0) return false;
+  }
+  return true;
+}
+
+// placements_hold(int handle, Tensor[] tensors) -> bool: whether these are the tensors, unmoved.
+void placements_hold(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorList tensors(stack[1]);
+  const auto known = Handles<Placements>::all().get(to<int64_t>(stack[0]));
+  stack[0] = from(hold(*known, tensors));
+}
+
+// placements_gather(int handle, Tensor[] tensors, int index, int addresses) -> bool: whether
+// these are like those remembered, but elsewhere. index: address of int64 [tensors], which of them
+// each is like; addresses: address of int64, by that index, which receives theirs.
+void placements_gather(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorList tensors(stack[1]);
+  const auto known = Handles<Placements>::all().get(to<int64_t>(stack[0]));
+  const auto* index = reinterpret_cast<const int64_t*>(to<int64_t>(stack[2]));
+  auto* addresses = reinterpret_cast<int64_t*>(to<int64_t>(stack[3]));
+  stack[0] = from(gather(*known, tensors, index, addresses));
+}
+
+void placements_free(int64_t handle) { Handles<Placements>::all().remove(handle); }
+
+}  // namespace
+}  // namespace fastfreeze
+
+STABLE_TORCH_LIBRARY_IMPL(fastfreeze, CompositeExplicitAutograd, m) {
+  m.impl("placements", TORCH_BOX(&fastfreeze::placements));
+  m.impl("placements_hold", &fastfreeze::placements_hold);
+  m.impl("placements_gather", &fastfreeze::placements_gather);
+  m.impl("placements_free", TORCH_BOX(&fastfreeze::placements_free));
+}

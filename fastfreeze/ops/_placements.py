@@ -1,0 +1,83 @@
+"""Whether tensors are still where they were, and laid out as they were: for plans of addresses."""
+
+from __future__ import annotations
+
+import weakref
+from array import array
+from collections.abc import Sequence
+from itertools import compress, repeat
+from operator import attrgetter, is_not
+
+import torch
+from torch import Tensor
+
+from fastfreeze.ops import _library
+
+_kind_of = attrgetter("layout", "dtype", "shape")
+
+
+class Placements:
+    """Addresses, dtypes, shapes and strides of tensors, to compare others with at each step.
+
+    Args:
+        tensors: strided, of any device.
+        compiled: False looks at them in Python also where the C++ library is loaded, which
+            subclasses of Tensor need.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], compiled: bool = True) -> None:
+        self._every = array("q", range(len(tensors)))
+        self._handle: int | None = None
+        if compiled and _library.backends()["cpu"].available:
+            self._handle = torch.ops.fastfreeze.placements(tensors)
+            weakref.finalize(self, torch.ops.fastfreeze.placements_free, self._handle)
+        else:
+            self._places = [(t.data_ptr(), *_facts_of(t)) for t in tensors]
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors, unmoved."""
+        if self._handle is None:
+            return [(t.data_ptr(), *_facts_of(t)) for t in tensors] == self._places
+        unmoved: bool = torch.ops.fastfreeze.placements_hold.default(self._handle, tensors)
+        return unmoved
+
+    def gather(self, tensors: Sequence[Tensor | None]) -> array[int] | None:
+        """Addresses of tensors that differ in nothing else from those remembered, 0 for None.
+
+        None if one does differ, or if its memory does not hold its values.
+        """
+        flags = given(tensors)
+        index = self._every if all(flags) else array("q", compress(self._every, flags))
+        present: list[Tensor] = list(compress(tensors, flags))  # type: ignore[arg-type]
+        addresses = array("q", bytes(8 * len(tensors)))
+        if self._handle is None:
+            if any(
+                _facts_of(t) != self._places[i][1:] or (t.data_ptr() == 0 and t.numel() != 0)
+                for i, t in zip(index, present, strict=True)
+            ):
+                return None
+            return addresses_of(tensors)
+        gathered = torch.ops.fastfreeze.placements_gather.default(
+            self._handle, present, index.buffer_info()[0], addresses.buffer_info()[0]
+        )
+        return addresses if gathered else None
+
+
+def _facts_of(tensor: Tensor) -> tuple[object, ...]:
+    """All but the address. Strides of contiguous tensors may differ where they lead nowhere."""
+    strided = tensor.layout == torch.strided
+    strides = tensor.stride() if strided and not tensor.is_contiguous() else None
+    return (*_kind_of(tensor), strides)
+
+
+def given(tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Which of the tensors are there."""
+    return list(map(is_not, tensors, repeat(None)))
+
+
+def addresses_of(tensors: Sequence[Tensor | None]) -> array[int]:
+    """Addresses of the tensors, 0 for None."""
+    try:
+        return array("q", map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:  # one is None
+        return array("q", [0 if t is None else t.data_ptr() for t in tensors])

@@ -1,0 +1,270 @@
+"""What users change behind the optimizer's back counts from the next step on, as in torch."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fastfreeze.optim import SGD
+from tests.conftest import resolved, sgd_kernels
+
+
+@pytest.fixture(params=sgd_kernels())
+def backend_and_device(request):
+    return resolved(request)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_backends_device(request):
+    device = request.getfixturevalue("device") if "backend" in request.fixturenames else "cpu"
+    with torch.device(device):
+        yield
+
+
+class Trained:
+    """Two matrices of three parameters each, and a single number, in two groups."""
+
+    def __init__(self, make, momentum=0.9):
+        torch.manual_seed(0)
+        self.params = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+        self.params.append(nn.Parameter(torch.randn(())))
+        groups = [{"params": self.params[:2], "lr": 0.1}, {"params": self.params[2:], "lr": 0.5}]
+        self.optimizer = make(groups, lr=0.1, momentum=momentum)
+
+    def step(self, seed):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for p in self.params:
+            grad = torch.randn(p.shape, generator=generator, device="cpu")
+            p.grad = grad.to(p.device, p.dtype)
+        self.optimizer.step()
+
+    def buffer(self, i):
+        return self.optimizer.state[self.params[i]]["momentum_buffer"]
+
+    def everything(self):
+        buffers = [self.optimizer.state[p].get("momentum_buffer") for p in self.params]
+        return [p.detach() for p in self.params], [b for b in buffers if b is not None]
+
+
+def replace_parameter(t):
+    t.params[0] = nn.Parameter(t.params[0].detach() + 1)
+    t.optimizer.param_groups[0]["params"][0] = t.params[0]
+
+
+def replace_parameter_and_keep_momentum(t):
+    old = t.params[0]
+    replace_parameter(t)
+    t.optimizer.state[t.params[0]] = t.optimizer.state.pop(old)
+
+
+def move_between_groups(t):
+    groups = t.optimizer.param_groups
+    groups[1]["params"].append(groups[0]["params"].pop())
+
+
+def shrink_with_its_momentum(t):
+    rows = t.buffer(0)[:3]
+    t.params[0].data = t.params[0].data[:3]
+    t.optimizer.state[t.params[0]]["momentum_buffer"] = rows
+    t.params[0].grad = None
+
+
+def swap_states(t):
+    state = t.optimizer.state
+    a, b = t.params[:2]
+    state[a], state[b] = state[b], state[a]
+
+
+def clear_and_look(t):
+    t.optimizer.state.clear()
+    for p in t.params:
+        t.optimizer.state[p]
+
+
+def delete_one_add_another(t):
+    del t.optimizer.state[t.params[0]]
+    t.optimizer.state["mine"] = {"count": 1}
+
+
+def transpose_data(t):
+    t.params[0].data = t.params[0].data.t()
+
+
+def view_as_another_dtype(t):
+    for p in t.params:
+        p.data = p.data.half()
+        t.optimizer.state[p] = {}
+    t.step(5)
+    for p in t.params:
+        p.grad = None
+        p.data = p.data.view(torch.bfloat16).fill_(1.0)
+        t.optimizer.state[p] = {}
+
+
+def replace_state(t):
+    t.optimizer.state[t.params[0]] = {}
+
+
+def replace_state_by_own(t):
+    t.optimizer.state[t.params[0]] = {"momentum_buffer": torch.full((4, 4), 10.0)}
+
+
+def buffer_of(i, make):
+    return lambda t: t.optimizer.state[t.params[i]].update(momentum_buffer=make(t.buffer(i)))
+
+
+EDITS = {
+    "parameter replaced": replace_parameter,
+    "parameter replaced, momentum kept": replace_parameter_and_keep_momentum,
+    "parameter moved between groups": move_between_groups,
+    "parameters reversed": lambda t: t.optimizer.param_groups[0]["params"].reverse(),
+    "parameter shrunk": shrink_with_its_momentum,
+    "data transposed": transpose_data,
+    "data viewed as another dtype": view_as_another_dtype,
+    "state replaced by nothing": replace_state,
+    "state replaced by the user's": replace_state_by_own,
+    "state updated": lambda t: t.optimizer.state.update({t.params[0]: {}}),
+    "states swapped": swap_states,
+    "all state cleared, then looked at": clear_and_look,
+    "one state deleted, another added": delete_one_add_another,
+    "one state cleared": lambda t: t.optimizer.state[t.params[0]].clear(),
+    "buffer set to None": buffer_of(0, lambda buffer: None),
+    "buffer transposed": buffer_of(0, lambda buffer: buffer.t()),
+    "buffer of a number replaced": buffer_of(3, lambda buffer: buffer + 1),
+    "buffer's data replaced": lambda t: setattr(t.buffer(0), "data", torch.ones(4, 4)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("momentum", [0.9, 0.0], ids=["momentum", "plain"])
+def test_an_edit_counts_from_the_next_step_on(backend, edit, momentum):
+    ours = Trained(lambda groups, **k: SGD(groups, backend=backend, **k), momentum)
+    theirs = Trained(lambda groups, **k: torch.optim.SGD(groups, foreach=False, **k), momentum)
+    for t in (ours, theirs):
+        t.step(0)
+        t.step(1)
+        if momentum == 0:  # a momentum to edit
+            for p in t.params:
+                t.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        edit(t)
+        t.step(2)
+        t.step(3)
+    sixteen = ours.params[0].dtype == torch.bfloat16  # ours rounds once
+    tolerance = {"rtol": 0.02, "atol": 0.02} if sixteen else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(ours.everything(), theirs.everything(), **tolerance)
+
+
+@pytest.mark.parametrize("change", ["fewer rows", "another shape"])
+def test_data_of_another_shape_is_refused_and_changes_nothing(backend, change):
+    base = torch.zeros(6)
+    p = nn.Parameter(base[:])
+    optimizer = SGD([p], lr=1.0, momentum=0.9, backend=backend)
+    p.grad = torch.ones(6)
+    optimizer.step()
+    before = base.clone()
+    p.data = p.data[:3] if change == "fewer rows" else p.data.view(2, 3)
+    if change == "another shape":
+        p.grad = None
+        p.grad = torch.ones(2, 3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="group 0 must have its parameter's shape"):
+            optimizer.step()
+    assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("value", [3.0, [1.0]], ids=["number", "list"])
+def test_a_buffer_that_is_no_tensor_is_refused(backend, value):
+    t = Trained(lambda groups, **k: SGD(groups, backend=backend, **k))
+    t.step(0)
+    t.optimizer.state[t.params[0]]["momentum_buffer"] = value
+    before = [p.detach().clone() for p in t.params]
+    with pytest.raises(ValueError, match=r"momentum_buffer of parameter group 0 must be a tensor"):
+        t.step(1)
+    assert all(torch.equal(p, q) for p, q in zip(t.params, before, strict=True))
+
+
+def negated(make):
+    """The gradient that autograd leaves for the imaginary part of a conjugated number."""
+    p = nn.Parameter(torch.tensor(1.0))
+    optimizer = make([p], lr=0.1, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        z = torch.complex(torch.tensor(1.0), p).conj()
+        (z * z).real.backward()
+        assert p.grad.is_neg()
+        optimizer.step()
+    return p.detach()
+
+
+def test_a_negated_gradient(backend):
+    expected = negated(torch.optim.SGD)
+    torch.testing.assert_close(negated(lambda p, **k: SGD(p, backend=backend, **k)), expected)
+
+
+def test_negated_and_empty_views_of_any_size():
+    ours, theirs = ([nn.Parameter(torch.ones(33)) for _ in range(2)] for _ in range(2))
+    o = SGD(ours, lr=0.1, weight_decay=0.1)
+    t = torch.optim.SGD(theirs, lr=0.1, weight_decay=0.1, foreach=False)
+    grad = torch.randn(33)
+    for params, optimizer in ((ours, o), (theirs, t)):
+        params[0].grad = torch._efficientzerotensor(33)
+        params[1].grad = grad.clone()
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+    negated = nn.Parameter(torch._neg_view(torch.ones(3)))
+    negated.grad = torch.ones(3)
+    SGD([negated], lr=0.5).step()
+    assert negated.tolist() == [-1.5] * 3
+
+
+def test_a_parameter_that_is_there_twice():
+    def trained(make):
+        p = nn.Parameter(torch.ones(5))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's, of both
+            optimizer = make([p, p], lr=0.1, momentum=0.9)
+        for step in range(3):
+            p.grad = torch.full((5,), 1.0 + step)
+            optimizer.step()
+        return p.detach(), optimizer.state[p]["momentum_buffer"]
+
+    expected = trained(lambda p, **k: torch.optim.SGD(p, foreach=False, **k))
+    torch.testing.assert_close(trained(SGD), expected, rtol=0, atol=0)
+
+
+def test_after_an_overflow_no_unfilled_buffer_shows(backend, device):
+    a, b = (nn.Parameter(torch.randn(1000)) for _ in range(2))
+    optimizer = SGD([a, b], lr=0.1, momentum=0.9, backend=backend)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
+    for loss in (((a + b) * float("inf")).sum(), a.sum()):
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    buffer = optimizer.state.get(b, {}).get("momentum_buffer")
+    assert buffer is None or not buffer.any()
+    torch.testing.assert_close(optimizer.state[a]["momentum_buffer"], torch.ones(1000))
+
+
+def test_what_users_keep_in_the_state_survives_an_overflow(backend, device):
+    p = nn.Parameter(torch.randn(10))
+    optimizer = SGD([p], lr=0.1, momentum=0.9, backend=backend)
+    optimizer.state[p]["mine"] = 1
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
+    scaler.scale((p * float("inf")).sum()).backward()
+    scaler.step(optimizer)
+    optimizer.state_dict()
+    assert optimizer.state[p] == {"mine": 1}
+
+
+def test_a_scaler_without_gradients_changes_nothing(backend, device):
+    p = nn.Parameter(torch.randn(10))
+    before = p.detach().clone()
+    optimizer = SGD([p], lr=0.1, momentum=0.9, backend=backend)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert torch.equal(p, before)
