@@ -30,7 +30,7 @@ from fastfreeze.execution import (
 )
 from fastfreeze.layer_names import LayerHomes, LayerItem, ancestors, layers_by_name
 from fastfreeze.schedule import Constant, Schedule, check_initial_lr
-from fastfreeze.text import format_table, human_count, some
+from fastfreeze.text import format_table, human_count, ranges, some
 
 Intervals = list[tuple[int, int]]
 
@@ -202,12 +202,19 @@ class LayerPlan:
         if self.schedule is not None and self.lr is not None:
             columns["initial lr"] = [self._lr_text(layer) for layer in self.layers]
         table = format_table(list(columns), list(zip(*columns.values(), strict=True)))
-        if self.compute_saving is None:
-            return table
-        return (
-            f"{table}\n\npredicted saving: {self.compute_saving:.1%} of the compute, "
-            f"{self.backward_saving:.1%} of the backward"
-        )
+        notes = []
+        fixed = [layer.index for layer in self.layers if not layer.trainable]
+        if fixed:  # by hand, or by an earlier training: nobody can tell afterwards
+            notes.append(
+                f"fixed: {ranges(fixed)}, as requires_grad was False at the split; "
+                "to train them, call model.requires_grad_(True) before it"
+            )
+        if self.compute_saving is not None:
+            notes.append(
+                f"predicted saving: {self.compute_saving:.1%} of the compute, "
+                f"{self.backward_saving:.1%} of the backward"
+            )
+        return "\n".join([table, "", *notes]) if notes else table
 
     def _members(self, layer: Layer) -> str:
         """The layer's modules that hold parameters, and its parameters outside of them."""
@@ -265,6 +272,9 @@ def split(
     mode; without them from :func:`torch.fx.symbolic_trace`. Both leave modules, buffers and random
     number generators as they found them.
 
+    Parameters that do not require a gradient are fixed: they never train. A training leaves them
+    so where its schedule has frozen them: call ``model.requires_grad_(True)`` before the next one.
+
     Args:
         model: the model, on the device of ``example_inputs``; the meta device will do.
         example_inputs: a tensor, a tuple of the model's positional arguments or a dict of keyword
@@ -320,7 +330,7 @@ def _check_arguments(model: nn.Module, schedule: Schedule | None, lr: float | No
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a fastfreeze Schedule, got {type(schedule).__name__}")
     if lr is not None:
-        check_initial_lr(schedule or Constant(1), lr)
+        check_initial_lr(schedule or Constant(1), lr, "lr")
 
 
 @dataclass(frozen=True)

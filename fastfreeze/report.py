@@ -6,7 +6,7 @@ import math
 import statistics
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from fastfreeze.graph.blockers import BackwardBlocker, blockers_below, checked_m
 from fastfreeze.graph.trim import TrimmedModel
 from fastfreeze.layer_costs import LayerFlops, StepProfile, measured_costs, profiled
 from fastfreeze.optim import SGD
-from fastfreeze.text import format_table, some
+from fastfreeze.text import format_table, ranges, some
 
 _PROFILED_STEPS = 5
 _FIRST_STEPS = 2  # of the run, where all warms up, and after an event, where the cut moves
@@ -200,7 +200,7 @@ class FreezeReport:
             return self.summary
         columns = {
             "step": [str(row.step) for row in rows],
-            "frozen layers": [_ranges(row.frozen) for row in rows],
+            "frozen layers": [ranges(row.frozen) for row in rows],
             "predicted": [_number(row.predicted) for row in rows],
             "limit": [_number(row.limit) for row in rows],
             "measured": [_number(row.measured) for row in rows],
@@ -243,18 +243,6 @@ class FreezeReport:
 def _mostly_frozen(layer: Layer) -> bool:
     trained = sum(p.numel() for _, p in layer.parameters if p.requires_grad)
     return 2 * trained < sum(p.numel() for _, p in layer.parameters)
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """Rising numbers, runs of them as first..last."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
-    return ", ".join(texts) or "none"
 
 
 def _number(value: float | None, factor: float = 1.0, digits: int = 3) -> str:

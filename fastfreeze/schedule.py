@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsFloat, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -189,12 +189,13 @@ class Schedule(ABC):
             A float, or a float64 array of the shape of ``step``.
 
         Raises:
-            ValueError: a step outside the range, ``eta_min`` above ``initial_lr``, or a bad layer.
+            TypeError, ValueError: a step outside the range, ``initial_lr`` no number or below
+                ``eta_min``, or a bad layer.
         """
         segments = self.segments(layer_index, num_layers)
         check_initial_lr(self, initial_lr)
         steps = np.asarray(step)
-        if steps.size and (steps.min() < 0 or steps.max() > self.total_steps):
+        if steps.size and not (steps.min() >= 0 and steps.max() <= self.total_steps):  # NaN too
             raise ValueError(f"step must be in 0..{self.total_steps} (total_steps), got {step!r}")
         lrs = segments_lr(segments, steps, initial_lr, self.eta_min)
         return float(lrs) if np.ndim(step) == 0 else lrs
@@ -258,8 +259,7 @@ class _Annealed(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.eta_min) and self.eta_min >= 0):
-            raise ValueError(f"eta_min must be finite and >= 0, got {self.eta_min!r}")
+        _check_rate("eta_min", self.eta_min)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +353,7 @@ class FreezeOut(Schedule):
             freezes before its time, and each still anneals to zero.
 
     Raises:
-        ValueError: an argument out of its range.
+        TypeError, ValueError: an argument of the wrong type, or out of its range.
     """
 
     t_0: float = 0.8
@@ -363,7 +363,7 @@ class FreezeOut(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_freezeout(self.t_0, self.how_scale, self.stages)
+        _check_freezeout(self.t_0, self.how_scale, self.scale_lr, self.stages)
 
     @property
     def freezes(self) -> bool:
@@ -402,7 +402,7 @@ class FreezeOutCycles(SnapshotCycles):
         k: for "last_k" alone: how many cycles freeze, 1 to ``num_cycles``.
 
     Raises:
-        ValueError: an argument out of its range, or ``k`` missing or out of place.
+        TypeError, ValueError: an argument out of its type or range, or ``k`` missing or misplaced.
     """
 
     t_0: float = 0.8
@@ -414,7 +414,7 @@ class FreezeOutCycles(SnapshotCycles):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_freezeout(self.t_0, self.how_scale, self.stages)
+        _check_freezeout(self.t_0, self.how_scale, self.scale_lr, self.stages)
         if self.composition not in ("sticky", "last_k", "thaw"):
             raise ValueError(
                 f"composition must be 'sticky', 'last_k' or 'thaw', got {self.composition!r}"
@@ -511,10 +511,9 @@ def from_config(config: dict[str, Any]) -> Schedule:
         raise ValueError(f"bad arguments for schedule {name}: {error}") from error
 
 
-def check_initial_lr(schedule: Schedule, initial_lr: float) -> None:
-    """Raise ValueError unless ``initial_lr`` is finite and not below the schedule's ``eta_min``."""
-    if not (math.isfinite(initial_lr) and initial_lr >= 0):
-        raise ValueError(f"initial_lr must be finite and >= 0, got {initial_lr!r}")
+def check_initial_lr(schedule: Schedule, initial_lr: float, name: str = "initial_lr") -> None:
+    """Raise unless ``initial_lr`` (``name`` in errors) is finite and fits ``schedule.eta_min``."""
+    _check_rate(name, initial_lr)
     if initial_lr < schedule.eta_min:
         raise ValueError(
             f"eta_min must not exceed the initial learning rate {initial_lr!r}, "
@@ -556,6 +555,18 @@ def _check_int(name: str, value: Any, minimum: int, maximum: int | None = None) 
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
+def _check_number(name: str, value: Any, wanted: str) -> None:
+    """What ``float`` takes, NumPy's numbers and tensors of one element among it, but no text."""
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        raise TypeError(f"{name} must be a number {wanted}, got {value!r}")
+
+
+def _check_rate(name: str, value: Any) -> None:
+    _check_number(name, value, ">= 0")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+
+
 def _check_layer(layer_index: int, num_layers: int) -> None:
     _check_int("num_layers", num_layers, minimum=1)
     _check_int("layer_index", layer_index, minimum=0, maximum=num_layers - 1)
@@ -577,10 +588,13 @@ def _check_cycles(total_steps: int, num_cycles: int) -> None:
         )
 
 
-def _check_freezeout(t_0: float, how_scale: str, stages: int | None) -> None:
+def _check_freezeout(t_0: float, how_scale: str, scale_lr: bool, stages: int | None) -> None:
+    _check_number("t_0", t_0, "in (0, 1]")
     if not 0 < t_0 <= 1:
         raise ValueError(f"t_0 must be in (0, 1], got {t_0!r}")
     if how_scale not in _POWERS:
         raise ValueError(f"how_scale must be one of {list(_POWERS)}, got {how_scale!r}")
+    if not isinstance(scale_lr, bool):  # any text would count as True
+        raise TypeError(f"scale_lr must be a bool, got {scale_lr!r}")
     if stages is not None:
         _check_int("stages", stages, minimum=1)

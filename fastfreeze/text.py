@@ -30,3 +30,15 @@ def some(names: Sequence[str], limit: int = 3) -> str:
     """The first few names, and how many more there are."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """Rising numbers, runs of them as first..last."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
+    return ", ".join(texts) or "none"

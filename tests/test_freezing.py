@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.freezing import format_table, split
+from fastfreeze.optim import SGD
 from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles
 
 torch.set_num_threads(1)
@@ -857,7 +858,8 @@ def test_several_inputs_come_as_a_tuple():
         ({"example_inputs": torch.ones(2, 7)}, ValueError, "does not run on example_inputs"),
         ({"example_inputs": [1]}, TypeError, "example_inputs must be a tensor, a tuple of .* list"),
         ({"schedule": 3}, TypeError, "schedule must be a fastfreeze Schedule, got int"),
-        ({"lr": -1.0}, ValueError, "initial_lr must be finite and >= 0"),
+        ({"lr": "a"}, TypeError, "^lr must be a number >= 0, got 'a'"),
+        ({"lr": -1.0}, ValueError, "^lr must be finite and >= 0, got -1.0"),
         ({"lr": 0.1, "schedule": Cosine(5, eta_min=0.2)}, ValueError, "eta_min must not exceed"),
     ],
 )
@@ -897,8 +899,26 @@ def test_table():
         "    1     3     3, 4          88     61.5%        0 (fixed)           -",
         "    2     5        5           9     15.4%                -         0.1",
         "",
+        "fixed: 1, as requires_grad was False at the split; to train them, call "
+        "model.requires_grad_(True) before it",
         "predicted saving: 38.3% of the compute, 73.6% of the backward",
     ]
+
+
+def test_table_tells_what_an_earlier_training_has_left_frozen():
+    model, schedule = mlp(), FreezeOut(4, t_0=0.5, how_scale="linear")
+    for again in (False, True):
+        plan = split(model, torch.ones(4, 3), schedule=schedule, lr=0.1)
+        assert ("fixed: 0..1, as requires_grad was False" in str(plan)) == again
+        optimizer = SGD(plan.param_groups(), lr=0.1, schedule=schedule)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).sum().backward()
+            optimizer.step()
+    model.requires_grad_(True)
+    plan = split(model, torch.ones(4, 3), schedule=schedule, lr=0.1)
+    assert len(plan.param_groups()) == 3
+    assert "fixed" not in str(plan)
 
 
 def test_table_of_cycles_names_every_freeze_and_rate():

@@ -80,6 +80,8 @@ def test_the_trainer(run):
         attention_mask=attention_mask,
     )
     assert [s.step for s in names["store"]] == [2, 4, 6]
+    assert names["optimizer"].current_step == 6
+    assert not hasattr(names["trainer"].optimizer, "current_step")  # as the page says
     torch.testing.assert_close(names["probabilities"].sum(1), torch.ones(8))
 
 

@@ -316,6 +316,27 @@ def test_a_training_that_ends_before_its_schedule_is_announced(loader, tmp_path)
         run.fit(Module(network(), 30), loader)
 
 
+def test_snapshots_of_an_earlier_fit_are_announced(loader, tmp_path):
+    def fit():
+        callback = FastfreezeCallback(store=fastfreeze.SnapshotStore(tmp_path / "snapshots"))
+        trainer(tmp_path, callback).fit(Module(network()), loader)
+
+    fit()
+    with pytest.warns(FastfreezeWarning, match=r"later steps \(12, 18\) than step 6"):
+        fit()
+
+
+def test_a_second_fit_of_a_module_trains_all_of_it_again(loader, tmp_path):
+    module = Module(network())
+    trained = []
+    for _ in range(3):
+        trainer(tmp_path, FastfreezeCallback()).fit(module, loader)
+        trained.append(len(module.plan.param_groups()))
+        if len(trained) > 1:
+            module.model.requires_grad_(True)
+    assert trained == [4, 1, 4]
+
+
 def test_the_absence_of_lightning_is_a_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import subprocess
 import sys
 
@@ -313,6 +314,8 @@ def test_segments_describe_constant():
         (lambda: FreezeOutCycles(10, num_cycles=1), "from the second cycle on"),
         (lambda: Cosine(10).lr(11, 0.1), "step must be in 0..10"),
         (lambda: Cosine(10).lr(-1, 0.1), "step must be in 0..10"),
+        (lambda: Cosine(10).lr(math.nan, 0.1), r"step must be in 0..10 \(total_steps\), got nan"),
+        (lambda: Cosine(10).lr([1, math.nan], 0.1), "step must be in 0..10"),
         (lambda: Cosine(10).lr(0, math.inf), "initial_lr must be finite"),
         (lambda: Cosine(10, eta_min=0.2).lr(0, 0.1), "eta_min must not exceed"),
         (lambda: FreezeOut(10).lr(0, 0.1, 3, 3), "layer_index must be in 0..2, got 3"),
@@ -325,8 +328,26 @@ def test_bad_values(make, message):
         make()
 
 
-def test_a_step_count_must_be_an_int():
-    with pytest.raises(TypeError, match=r"total_steps must be an int >= 1, got 10\.5"):
-        Cosine(10.5)
-    with pytest.raises(TypeError, match=r"stages must be an int >= 1, got 2\.0"):
-        FreezeOut(10, stages=2.0)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Cosine(10.5), "total_steps must be an int >= 1, got 10.5"),
+        (lambda: Cosine(10, eta_min="x"), "eta_min must be a number >= 0, got 'x'"),
+        (lambda: SnapshotCycles(9, num_cycles=3, eta_min=None), "eta_min must be a number >= 0"),
+        (lambda: FreezeOut(10, stages=2.0), "stages must be an int >= 1, got 2.0"),
+        (lambda: FreezeOut(10, t_0="x"), "t_0 must be a number in (0, 1], got 'x'"),
+        (lambda: FreezeOut(10, t_0=True), "t_0 must be a number in (0, 1], got True"),
+        (lambda: FreezeOut(10, scale_lr="x"), "scale_lr must be a bool, got 'x'"),
+        (lambda: FreezeOutCycles(10, num_cycles=2, t_0="x"), "t_0 must be a number in (0, 1]"),
+        (lambda: FreezeOutCycles(10, num_cycles=2, scale_lr=1), "scale_lr must be a bool, got 1"),
+        (lambda: Cosine(10).lr(0, "x"), "initial_lr must be a number >= 0, got 'x'"),
+    ],
+)
+def test_values_of_another_type(make, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make()
+
+
+def test_what_is_as_good_as_a_float_is_a_number():
+    narrow = FreezeOutCycles(10, num_cycles=2, t_0=np.float32(0.5), eta_min=np.float64(0))
+    assert narrow.lr(3, np.float32(0.5)) == FreezeOutCycles(10, num_cycles=2, t_0=0.5).lr(3, 0.5)

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,49 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert packs_in(tmp_path) == before
     store.save(second, step=15, cycle=1)
     assert [s.step for s in store] == [10, 15, 20, 30]
+
+
+LEFT = {  # steps of an earlier run, and those of this one: what is warned of at its first save
+    "empty": ([], [10, 5], None),
+    "resumed at the last": ([10, 20], [20, 30], None),
+    "gone on with": ([10, 20], [30, 15], None),
+    "begun anew": ([10, 20, 30], [5, 6], r"later steps \(10, 20, 30\) than step 5,"),
+    "begun anew at an equal step": ([10, 20], [10, 11], r"later steps \(20\) than step 10,"),
+    "many": (range(9), [3, 2], r"later steps \(4, 5, 6 and 2 more\) than step 3,"),
+}
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["wait", "later"])
+@pytest.mark.parametrize(("left", "steps", "match"), LEFT.values(), ids=LEFT)
+def test_a_run_that_begins_among_later_snapshots_is_told_once(tmp_path, left, steps, match, wait):
+    (state,) = states(1)
+    for step in left:
+        SnapshotStore(tmp_path).save(state, step=step, cycle=0)
+    store = SnapshotStore(tmp_path)
+    with pytest.warns(FastfreezeWarning) if match else contextlib.nullcontext() as told:
+        for step in steps:
+            store.save(state, step=step, cycle=0, wait=wait)
+    store.flush()
+    assert {s.step for s in store} == {*left, *steps}
+    if match:
+        assert len(told) == 1
+        text = str(told[0].message)
+        assert re.match(re.escape(f"{tmp_path} holds snapshots of ") + match, text)
+        assert told[0].filename == __file__
+
+
+def test_what_an_earlier_run_has_left_is_removed_as_the_warning_says(tmp_path):
+    filled_store(tmp_path)
+    store, (state,) = SnapshotStore(tmp_path), states(1)
+    store.prune(keep=[])
+    store.save(state, step=5, cycle=0)
+    assert [s.step for s in store] == [5]
+
+
+def test_another_model_is_refused_before_anything_is_told(tmp_path):
+    filled_store(tmp_path)
+    with pytest.raises(SnapshotError, match="is of another model"):
+        SnapshotStore(tmp_path).save(tied_model(), step=5, cycle=0)
 
 
 def tied_model():
@@ -876,6 +920,7 @@ class StoppedError(BaseException):
     """As a kill: nothing goes on."""
 
 
+@pytest.mark.filterwarnings("ignore:.* holds snapshots of later steps")
 @pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
 def test_stopped_at_any_write(tmp_path, monkeypatch, written):
     """Before and after each file that saves, replaced snapshots and prunes write."""
@@ -1256,6 +1301,20 @@ def test_a_file_is_no_store(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SnapshotError, match="file must be a directory"):
         SnapshotStore(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SnapshotStore(3), "directory must be a path, got 3"),
+        (lambda: SnapshotStore(None), "directory must be a path, got None"),
+        (lambda: MemorySnapshots(3), "device must be a torch.device, a string or None, got 3"),
+    ],
+    ids=["number for a directory", "no directory", "number for a device"],
+)
+def test_places_of_another_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def test_a_relative_store_stays_where_it_is(tmp_path, monkeypatch):

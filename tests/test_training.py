@@ -361,6 +361,24 @@ def test_resumes_bit_identical_after_a_crash_between_any_writes(
     assert_same_run(run, finished)
 
 
+def test_snapshots_after_the_checkpoint_are_taken_again(tmp_path, monkeypatch, data):
+    """They are this run's own: nothing is warned of, and no ensemble has them twice."""
+    config = dataclasses.replace(CONFIG, methods=("snapshot",), epochs=1, cycles=3)
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "save_checkpoint", killed)
+        with pytest.raises(Killed):
+            train(tmp_path / "run", data, config)
+    store = SnapshotStore(RunDir.open(tmp_path / "run").snapshots("snapshot-seed3"))
+    before = [(s.step, s.sha256) for s in store]
+    assert len(before) == 3
+    train(tmp_path / "run", data, config)
+    assert [(s.step, s.sha256) for s in store] == before
+
+
 def test_finished_methods_are_not_run_again(finished, data, tmp_path):
     said = []
     before = finished.results()

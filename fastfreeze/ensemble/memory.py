@@ -26,12 +26,15 @@ class MemorySnapshots(Snapshots):
         pin_memory: keep them in page-locked memory, from which copies to a GPU are faster.
 
     Raises:
+        TypeError: ``device`` is none.
         ValueError: ``pin_memory`` with a device that is not the CPU, or without a CUDA device.
     """
 
     def __init__(
         self, device: torch.device | str | None = None, *, pin_memory: bool = False
     ) -> None:
+        if not isinstance(device, torch.device | str | None):
+            raise TypeError(f"device must be a torch.device, a string or None, got {device!r}")
         # That of a tensor, as "cuda" is one of them.
         self._device = None if device is None else torch.empty(0, device=device).device
         self._pin_memory = pin_memory

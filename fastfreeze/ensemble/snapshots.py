@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,9 +30,10 @@ from fastfreeze.ensemble._manifest import (
 )
 from fastfreeze.ensemble._packs import content_hash, copy_of, read_pack, write_pack
 from fastfreeze.ensemble._states import Snapshots, checked_to_save, facts_of
-from fastfreeze.errors import SnapshotError
+from fastfreeze.errors import FastfreezeWarning, SnapshotError
 from fastfreeze.files import write_atomic
 from fastfreeze.schedule import Schedule
+from fastfreeze.text import some
 
 _MANIFEST = "manifest.json"
 _PACK = re.compile(r"pack-[0-9a-f]{32}\.safetensors")
@@ -51,10 +53,15 @@ class SnapshotStore(Snapshots):
 
     One process at a time may write, with any number of threads; any number may read.
 
+    A directory that is not empty is gone on with: what an earlier run has left stays in the store,
+    and comes into its ensembles, unless a save of the same step replaces it. A new run takes a
+    directory of its own, or first empties the old one by ``store.prune(keep=[])``.
+
     Args:
         directory: made on the first save if it is not there.
 
     Raises:
+        TypeError: ``directory`` is no path.
         SnapshotError: the manifest is there, but damaged, or of another version; or the directory
             is a file.
 
@@ -69,9 +76,12 @@ class SnapshotStore(Snapshots):
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(f"directory must be a path, got {directory!r}")
         self.directory = Path(directory).absolute()  # the working directory may change
         self._lock = threading.RLock()  # held by the one thread that writes
         self._background = Background()
+        self._has_begun = False  # a save has looked at what earlier runs have left
         self._read()
 
     def __repr__(self) -> str:
@@ -139,16 +149,22 @@ class SnapshotStore(Snapshots):
                 not one that safetensors can hold.
             SnapshotError: the store holds snapshots of a model with other tensors, or is damaged.
             OSError: it cannot be written to; what was saved before is still there.
+
+        Warns:
+            FastfreezeWarning: on this object's first save, if snapshots of later steps are in the
+                directory: they are another run's, or this one has gone back to before them.
         """
         facts = facts_of(step, cycle, metrics, schedule)
         state = checked_to_save(model)
         signature = signature_of(state)
         if wait:
             self.flush()
+            self._begin_run(signature, step)
             copies = ((name, copy_of(t, _CPU)) for name, t in state.items())
             return self._write(copies, signature, facts)
         self._background.wait_for_room(_MAX_COPIES)
         self._background.raise_error()
+        self._begin_run(signature, step)
         self._check_model(signature, self._read())
         self._background.submit(partial(self._write_later, *_copied(state), signature, facts))
         return None
@@ -198,6 +214,25 @@ class SnapshotStore(Snapshots):
 
     def _key(self, snapshot: Snapshot) -> Hashable:
         return snapshot.step, snapshot.sha256
+
+    def _begin_run(self, signature: Signature, step: int) -> None:
+        """Once, before the first save: tell of snapshots that the run to come has not made."""
+        if self._has_begun:
+            return
+        with self._lock:  # or a thread would take another's first snapshot for an earlier run's
+            manifest = self._read()
+            self._check_model(signature, manifest)
+            begun, self._has_begun = self._has_begun, True
+        later = [str(e.snapshot.step) for e in manifest.entries if e.snapshot.step > step]
+        if later and not begun:
+            warnings.warn(
+                f"{self.directory} holds snapshots of later steps ({some(later)}) than step {step},"
+                " which this run begins with: an ensemble would mix them with this run's. Take"
+                " another directory, or remove them by store.remove, or all, before the training,"
+                " by store.prune(keep=[])",
+                FastfreezeWarning,
+                stacklevel=3,
+            )
 
     def _check_model(self, signature: Signature, manifest: Manifest) -> None:
         if manifest.entries:

@@ -160,6 +160,7 @@ class _Run:
         self.totals = _Totals()
         self._unwritten: list[Line] = []  # lines that TensorBoard's events lack
         self._restore()
+        self._forget_later_snapshots()
         self.setup.measure(data.example(self.device))
         self._set_frozen(self.setup.frozen_layers)
 
@@ -293,6 +294,11 @@ class _Run:
             self._load(state)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise self.run_dir.damaged(self.name, error) from error
+
+    def _forget_later_snapshots(self) -> None:
+        """Remove those taken after the checkpoint, as metrics.jsonl's lines are."""
+        if self.store is not None and any(s.step > self.totals.step for s in self.store):
+            self.store.prune(keep=[s for s in self.store if s.step <= self.totals.step])
 
     def _load(self, state: Line) -> None:
         setup = self.setup
