@@ -3,7 +3,8 @@
 Each rival trains real images (5,000 MNIST digits: 4,000 for training, 1,000 for test) with several
 budgets of epochs and several seeds. A schedule ends with its budget, so that a shorter training is
 another training, not a part of a longer one. With one seed and budget all rivals see the same
-weights and batches, side by side, ten steps at a time; everything counts but the test at the end.
+weights and batches, in channels_last, side by side, ten steps at a time; everything counts but the
+test at the end.
 
 The mark is the mean error of torch with its largest budget, and one standard error more. The table
 tells for each rival the cheapest budget whose mean error reaches the mark, and its seconds.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.case import OURS
 from benchmarks.measure import machine
 from benchmarks.results import read_json, write_json
 from benchmarks.training_rivals import (
@@ -74,8 +76,10 @@ def rivals() -> tuple[dict[str, Callable[[Task], Training]], dict[str, str]]:
     else:
         makes[COMPOSER] = partial(composer_freezing, t_0=1.0)
     for t_0 in T_0S:
-        for name in (FLAGS, "fastfreeze", "fastfreeze cache"):
-            makes[f"{name}, t_0={t_0}"] = partial(FREEZING[name], t_0=t_0)
+        for name, layout in ((FLAGS, "channels_last fused"), (OURS, "channels_last")):
+            makes[f"{name}, t_0={t_0}"] = partial(FREEZING[f"{name} {layout}"], t_0=t_0)
+        cache = FREEZING[f"{OURS} channels_last cache"]
+        makes[f"{OURS} cache, t_0={t_0}"] = partial(cache, t_0=t_0)
     return makes, left_out
 
 

@@ -125,19 +125,21 @@ def frozen_layers(schedule: Schedule, num_layers: int) -> list[int]:
     return [len(frozen) for (start, frozen), end in pairs for _ in range(start, end)]
 
 
-def flags(task: Task, t_0: float) -> Training:
+def flags(task: Task, t_0: float, *, channels_last: bool = False, **options: bool) -> Training:
     """FreezeOut as its authors wrote it: requires_grad off, norms in eval mode, torch's SGD.
 
     Its notes tell the seconds that the forward of what is frozen takes: without them, the run is
     the least that torch's kernels take for the layers that train.
     """
-    model, schedule = task.build(), fastfreeze.FreezeOut(task.total_steps, t_0=t_0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = task.build().to(memory_format=layout)
+    schedule = fastfreeze.FreezeOut(task.total_steps, t_0=t_0)
     layers = fastfreeze.split(model, task.images[:2]).layers
     links = [model.stem, *model.blocks, model.head]
     num_frozen = frozen_layers(schedule, len(links))
     prefix_seconds = 0.0
     groups = [{"params": list(layer.trainable)} for layer in layers]
-    optimizer = torch.optim.SGD(groups, task.lr, **HYPERS)
+    optimizer = torch.optim.SGD(groups, task.lr, **HYPERS, **options)
     steps = np.arange(task.total_steps + 1)
     lrs = [schedule.lr(steps, task.lr, layer.index, len(layers)) for layer in layers]
     freezing = [schedule.freeze_steps(layer.index, len(layers)) for layer in layers]
@@ -168,7 +170,7 @@ def flags(task: Task, t_0: float) -> Training:
         return {"prefix_seconds": prefix_seconds}
 
     follow()
-    return Training(model, network, optimizer, follow, notes=notes)
+    return Training(model, network, optimizer, follow, layout, notes=notes)
 
 
 def run_chain(links: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -211,6 +213,7 @@ NOT_FREEZING: dict[str, Make] = {
 }
 FREEZING: dict[str, Make] = {
     FLAGS: flags,
+    f"{FLAGS} channels_last fused": partial(flags, channels_last=True, fused=True),
     "fastfreeze": ours,
     "fastfreeze cache": partial(ours, cache=True),
     "fastfreeze cache on": partial(ours, cache=True, enabled=True),
