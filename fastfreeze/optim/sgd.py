@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from operator import itemgetter
-from typing import Any, overload
+from collections.abc import Callable, Mapping
+from operator import is_, itemgetter
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,10 +15,19 @@ from torch.optim import Optimizer
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.ops._library import Backend, require
 from fastfreeze.ops._plans import buffer_dtype
-from fastfreeze.optim._runtime import Runtime, check_shape
-from fastfreeze.schedule import Cosine, Schedule, Segment, SegmentTable, check_initial_lr
+from fastfreeze.optim._checks import (
+    as_step,
+    check_group_rate,
+    check_hypers,
+    check_scheduled_groups,
+    check_state,
+)
+from fastfreeze.optim._runtime import Runtime
+from fastfreeze.schedule import Cosine, Schedule, Segment, SegmentTable
 
 _lr_of = itemgetter("lr")
+_initial_lr_of = itemgetter("initial_lr")
+_UNCHECKED = object()  # is no group's initial_lr
 # Attributes besides torch's that a copy or a pickle keeps; plans are made anew.
 _PICKLED = (
     "_schedule",
@@ -31,6 +40,20 @@ _PICKLED = (
     "_shown",
     "_step_supports_amp_scaling",
 )
+
+
+class _Loaded(NamedTuple):
+    """A state that was found good, as far as torch does not load it.
+
+    Attributes:
+        groups: the optimizer's own before, for what the state's leave out;
+        steps: of each of the state's groups, None where there is none;
+        wide_momentum: buffers that torch would cast to their parameters' dtype.
+    """
+
+    groups: list[dict[str, Any]]
+    steps: list[int | None]
+    wide_momentum: dict[Tensor, Tensor]
 
 
 class SGD(Optimizer):
@@ -65,6 +88,7 @@ class SGD(Optimizer):
     learning rates it was captured with.
 
     Raises:
+        TypeError: an argument, or a group's layer, of the wrong type.
         ValueError: a value out of its range, a schedule that freezes without layers, or parameters
             that the backend asked for cannot take.
         BackendUnavailableError: the backend asked for cannot run here.
@@ -91,7 +115,7 @@ class SGD(Optimizer):
         momentum_dtype: torch.dtype | None = None,
         backend: Backend | None = None,
     ) -> None:
-        _check_hypers(lr, momentum, weight_decay, nesterov, dampening)
+        check_hypers(lr, momentum, weight_decay, nesterov, dampening)
         if momentum_dtype not in (None, torch.float32):
             raise ValueError(f"momentum_dtype must be None or torch.float32, got {momentum_dtype}")
         if differentiable:
@@ -113,6 +137,7 @@ class SGD(Optimizer):
         self._segments: list[tuple[Segment, ...]] = []  # of each group
         self._events: dict[int, list[tuple[int, bool]]] = {}  # step: groups, frozen from it or not
         self._shown: list[float] = []  # each group's lr, as last set by the schedule
+        self._initial_lrs: list[Any] = []  # each group's, as last checked
         self._runtime: Runtime | None = None
         self._captured: list[Runtime] = []  # graphs read their tables
         defaults = {
@@ -128,7 +153,7 @@ class SGD(Optimizer):
         }
         super().__init__(params, defaults)
         if self._schedule is not None:
-            self._apply_schedule()
+            self._apply_schedule(0)
         # A GradScaler then leaves the division by its scale, and the skipping, to step().
         self._step_supports_amp_scaling = True
 
@@ -144,6 +169,7 @@ class SGD(Optimizer):
         A graph's replays count: once a step is captured, reading it waits for the device.
 
         Raises:
+            TypeError: set to what is no integer.
             ValueError: set to a step outside the schedule's ``0..total_steps``.
         """
         self._follow_replays()
@@ -151,16 +177,12 @@ class SGD(Optimizer):
 
     @current_step.setter
     def current_step(self, step: int) -> None:
-        if step < 0 or (self._schedule is not None and step > self._schedule.total_steps):
-            limit = "" if self._schedule is None else f"..{self._schedule.total_steps}"
-            raise ValueError(f"current_step must be in 0{limit}, got {step}")
-        self._step = step
-        if self._schedule is not None:
-            self._apply_schedule()
+        self._go_to(as_step("current_step", step, self._schedule))
 
     @property
     def frozen_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are frozen now, rising."""
+        self._check_group_count()
         return tuple(sorted({self.param_groups[g].get("layer_index", g) for g in self._frozen}))
 
     @overload
@@ -183,12 +205,15 @@ class SGD(Optimizer):
 
         Raises:
             ValueError: the schedule's ``total_steps`` have been taken, somebody else has changed a
-                scheduled group's ``lr``, or a gradient or momentum buffer has another shape than
+                scheduled group's ``lr``, an ``initial_lr`` is out of its range, groups came or went
+                without ``add_param_group``, or a gradient or momentum buffer has another shape than
                 its parameter. Nothing has been changed then.
+            TypeError: an ``initial_lr`` is no number. Nothing has been changed then.
         """
         capturing = self._is_capturing()
         if not capturing:
             self._follow_replays()
+        self._check_group_count()
         if self._is_to_make_state():
             self._make_state()
             return None
@@ -208,10 +233,13 @@ class SGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in torch; a schedule counts it from the current step on."""
+        added_later = bool(self._shown)  # not while the first groups are being made
+        if added_later:
+            self._check_group_count()
         super().add_param_group(param_group)
-        if self._shown:  # not while the first groups are being made
+        if added_later:
             try:
-                self._apply_schedule()
+                self._apply_schedule(self._step)
             except (TypeError, ValueError):
                 self.param_groups.pop()
                 raise
@@ -219,6 +247,7 @@ class SGD(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, which can load it; the step is in each group, the schedule beside them."""
         self._follow_replays()
+        self._check_group_count()
         self._settle()
         for group in self.param_groups:
             group["step"] = self._step
@@ -234,37 +263,50 @@ class SGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of ``torch.optim.SGD``, and freeze what was frozen.
 
+        A state of this class that ``torch.optim.SGD`` has loaded, trained on and saved again still
+        has the step at which it left, since torch keeps the number and does not advance it: set
+        ``current_step`` after loading it under a schedule.
+
         Raises:
-            ValueError: the groups do not match, a momentum buffer has another shape than its
-                parameter, or the state belongs to another schedule. Nothing has been changed then.
+            TypeError: the state is not a dict, or a value in it of the wrong type.
+            ValueError: the groups do not match, a momentum buffer is no tensor of its parameter's
+                shape, a step, learning rate or layer is not one that the schedule knows, or the
+                state belongs to another schedule. Nothing has been changed then.
         """
-        saved = state_dict.get("schedule")
-        if self._schedule is not None and saved is not None and saved != self._schedule.config():
-            raise ValueError(
-                f"the state was saved under schedule {saved}, this optimizer has "
-                f"{self._schedule.config()}; make it with the same schedule, or delete "
-                "state_dict['schedule'] to go on under the new one"
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                "state_dict must be a dict, as state_dict() of fastfreeze.SGD or torch.optim.SGD "
+                f"gives it, got {state_dict!r}"
             )
-        steps = {group.get("step") for group in state_dict["param_groups"]}
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, before in zip(self.param_groups, own, strict=True):
-            group.pop("step", None)
-            for key, value in before.items():  # torch's states know no layers
-                group.setdefault(key, value)
-        self._restore_wide_momentum(state_dict)
-        self._runtime = None
-        if steps != {None} and len(steps) == 1:
-            self._step = steps.pop()
-        elif self._schedule is not None:
+        found: list[_Loaded] = []
+        # The last hook before loading checks what the user's hooks have made of the state; the
+        # first one after it completes it, so that theirs find it whole.
+        hooks = [
+            self.register_load_state_dict_pre_hook(
+                lambda _, state: found.append(self._checked_state(state))
+            ),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._complete_load(found[-1]), prepend=True
+            ),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        steps = list(dict.fromkeys(found[-1].steps))
+        if self._schedule is not None and (len(steps) != 1 or steps[0] is None):
+            what = (
+                "has no step counter (torch.optim.SGD keeps none)"
+                if steps in ([], [None])
+                else f"has groups with different steps, {steps}"
+            )
             warnings.warn(
-                "the loaded state has no step counter (torch.optim.SGD keeps none): the schedule "
-                f"goes on from step {self._step}; set optimizer.current_step",
+                f"the loaded state {what}: the schedule goes on from step {self._step}; set "
+                "optimizer.current_step",
                 FastfreezeWarning,
                 stacklevel=2,
             )
-        if self._schedule is not None:
-            self._apply_schedule()
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow_replays()
@@ -273,13 +315,10 @@ class SGD(Optimizer):
         return {**state, **{name: getattr(self, name) for name in _PICKLED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for g, group in enumerate(state.get("param_groups", ())):
-            for p in group["params"]:
-                buffer = state.get("state", {}).get(p, {}).get("momentum_buffer")
-                check_shape(f"state_dict: a momentum_buffer of parameter group {g}", buffer, p)
         super().__setstate__(state)
         self._runtime = None
         self._captured = []
+        self._initial_lrs = [_UNCHECKED] * len(self.param_groups)
         for group in self.param_groups:
             group.setdefault("nesterov", False)
             group.setdefault("maximize", False)
@@ -345,9 +384,8 @@ class SGD(Optimizer):
         before, step = self._step, runtime.position()
         if step == before:
             return
-        self._step = step
+        self._go_to(step)
         if self._schedule is not None:
-            self._apply_schedule()
             self._runtime = runtime  # the graph goes on with its tables, freezing by itself
             self._check_thawed(runtime.left_out, range(before + 1, step))
 
@@ -368,17 +406,62 @@ class SGD(Optimizer):
         if self._runtime is not None and self._runtime.settle():
             self._runtime = None
 
-    def _restore_wide_momentum(self, state_dict: dict[str, Any]) -> None:
-        """torch has cast the loaded buffers to their parameters' dtype: take them as they were."""
+    def _checked_state(self, state_dict: Mapping[str, Any]) -> _Loaded:
+        """What torch will not load of a state; raises, before any change, if it does not fit."""
+        self._check_group_count()
+        check_state(state_dict, self.param_groups)
+        saved = state_dict.get("schedule")
+        if self._schedule is not None and saved is not None and saved != self._schedule.config():
+            raise ValueError(
+                f"the state was saved under schedule {saved}, this optimizer has "
+                f"{self._schedule.config()}; make it with the same schedule, or delete "
+                "state_dict['schedule'] to go on under the new one"
+            )
+        groups = state_dict["param_groups"]
+        steps = [
+            None
+            if group.get("step") is None
+            else as_step(f"state_dict: step of parameter group {g}", group["step"], self._schedule)
+            for g, group in enumerate(groups)
+        ]
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        if self._schedule is not None:
+            together = ({**mine, **theirs} for mine, theirs in zip(own, groups, strict=True))
+            check_scheduled_groups(self._schedule, together)
+        return _Loaded(own, steps, self._wide_momentum(state_dict))
+
+    def _wide_momentum(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
+        """The buffers that torch will cast to their parameters' dtype, as they were."""
         if self._momentum_dtype is None:
-            return
+            return {}
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
+        buffers = {}
         for i, p in zip(saved, own, strict=True):
             buffer = state_dict["state"].get(i, {}).get("momentum_buffer")
             if buffer is not None:
                 dtype = buffer_dtype(p, self._momentum_dtype)
-                self.state[p]["momentum_buffer"] = buffer.to(p.device, dtype, copy=True)
+                buffers[p] = buffer.to(p.device, dtype, copy=True)
+        return buffers
+
+    def _complete_load(self, loaded: _Loaded) -> None:
+        """Add to what torch has loaded what it does not know; all of it has been checked."""
+        for group, before in zip(self.param_groups, loaded.groups, strict=True):
+            group.pop("step", None)
+            for key, value in before.items():  # torch's states know no layers
+                group.setdefault(key, value)
+        for p, buffer in loaded.wide_momentum.items():
+            self.state[p]["momentum_buffer"] = buffer
+        steps = set(loaded.steps)
+        step = steps.pop() if len(steps) == 1 else None
+        self._go_to(self._step if step is None else step)
+
+    def _go_to(self, step: int) -> None:
+        """Be at a step, which has been checked, with the groups where the schedule is then."""
+        if self._schedule is not None:
+            self._check_group_count()
+            self._apply_schedule(step)
+        self._step = step
 
     def _advance(self, lrs: list[float]) -> None:
         """Show the next step's learning rates, and freeze or thaw what is due at it."""
@@ -407,52 +490,61 @@ class SGD(Optimizer):
             p.requires_grad_(True)
         self._runtime = None
 
-    def _apply_schedule(self) -> None:
-        """Bring all groups to where the schedule is at the current step; checks come first."""
+    def _apply_schedule(self, step: int) -> None:
+        """Bring all groups to where the schedule is at a step; checks come first."""
         assert self._schedule is not None
-        segments = self._group_segments()
-        for group in self.param_groups:
-            check_initial_lr(self._schedule, float(group.get("initial_lr", group["lr"])))
+        self._segments = check_scheduled_groups(self._schedule, self.param_groups)
         for group in self.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
-        self._segments = segments
+        self._remember_initial_lrs()
         self._events = {}
-        for g, group_segments in enumerate(segments):
+        for g, group_segments in enumerate(self._segments):
             for segment in group_segments:
                 if segment.start < self._schedule.total_steps:
                     self._events.setdefault(segment.start, []).append((g, segment.frozen))
-            latest = min(self._step, self._schedule.total_steps - 1)
+            latest = min(step, self._schedule.total_steps - 1)
             if [s for s in group_segments if s.start <= latest][-1].frozen:
                 self._freeze(g)
             else:
                 self._thaw(g)
         self._runtime = None
-        self._shown = self._scheduled_lrs(self._step)
+        self._shown = self._scheduled_lrs(step)
         for group, lr in zip(self.param_groups, self._shown, strict=True):
             group["lr"] = lr
-
-    def _group_segments(self) -> list[tuple[Segment, ...]]:
-        assert self._schedule is not None
-        if not self._schedule.freezes:
-            return [self._schedule.segments()] * len(self.param_groups)
-        for g, group in enumerate(self.param_groups):
-            if "layer_index" not in group:
-                raise ValueError(
-                    f"schedule {type(self._schedule).__name__} freezes layer by layer, but "
-                    f"parameter group {g} has no 'layer_index': pass "
-                    "fastfreeze.split(model).param_groups()"
-                )
-        most = max(group["layer_index"] for group in self.param_groups) + 1
-        return [
-            self._schedule.segments(group["layer_index"], group.get("num_layers", most))
-            for group in self.param_groups
-        ]
 
     def _scheduled_lrs(self, step: int) -> list[float]:
         if self._schedule is None:
             return []
         table = SegmentTable(self._segments, self._schedule.eta_min)
         return table.lrs(step, [group["initial_lr"] for group in self.param_groups])
+
+    def _check_initial_lrs(self, schedule: Schedule) -> None:
+        """Raise unless each group's ``initial_lr``, which the user may change, is a rate."""
+        try:
+            if all(map(is_, map(_initial_lr_of, self.param_groups), self._initial_lrs)):
+                return
+        except KeyError:  # a group has none: named below
+            pass
+        for g, group in enumerate(self.param_groups):
+            check_group_rate(schedule, g, "initial_lr", group.get("initial_lr"))
+        self._remember_initial_lrs()
+
+    def _remember_initial_lrs(self) -> None:
+        """The groups' rates have been checked, and need not be again while they are the same."""
+        # A tensor can change and be the same object: it is checked at every step.
+        self._initial_lrs = [
+            lr if isinstance(lr, (int, float)) else _UNCHECKED
+            for lr in map(_initial_lr_of, self.param_groups)
+        ]
+
+    def _check_group_count(self) -> None:
+        """Raise ValueError if groups were put into ``param_groups`` or taken out by hand."""
+        if self._schedule is not None and len(self.param_groups) != len(self._shown):
+            raise ValueError(
+                f"param_groups must be the {len(self._shown)} groups that the schedule knows, got "
+                f"{len(self.param_groups)}: add groups with add_param_group, and make a new "
+                "optimizer to be without some"
+            )
 
     def _check_schedule(self) -> None:
         if self._schedule is None:
@@ -461,6 +553,7 @@ class SGD(Optimizer):
             raise ValueError(
                 f"step() was called after the schedule's total_steps={self._schedule.total_steps}"
             )
+        self._check_initial_lrs(self._schedule)
         if list(map(_lr_of, self.param_groups)) != self._shown:
             g = next(g for g, lr in enumerate(self._shown) if self.param_groups[g]["lr"] != lr)
             raise ValueError(
@@ -481,18 +574,3 @@ def _schedule_of(schedule: Schedule | None, total_steps: int | None) -> Schedule
             f"got {total_steps}"
         )
     return schedule
-
-
-def _check_hypers(
-    lr: float | Tensor, momentum: float, weight_decay: float, nesterov: bool, dampening: float
-) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must have one element, got shape {tuple(lr.shape)}")
-    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError(
-            f"nesterov=True needs momentum > 0 and dampening 0, got momentum={momentum} and "
-            f"dampening={dampening}"
-        )
