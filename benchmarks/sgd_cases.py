@@ -45,6 +45,7 @@ def sgd_case(
     frozen: int = 0,
     values: Mapping[str, float] = SGD_VALUES,
     rivals: Mapping[str, Make] | None = None,
+    channels_last: bool = False,
 ) -> Case:
     """A step with its learning-rate schedule.
 
@@ -54,11 +55,12 @@ def sgd_case(
         frozen: percent of the layers that are frozen.
         values: hyperparameters.
         rivals: besides torch's three, from parameter groups to a step.
+        channels_last: weights of convolutions, and their gradients, lie so in memory.
     """
     shapes = shapes_of(model_name)
     num_layers = sum(len(shape) > 1 for shape in shapes)
     num_frozen = round(frozen / 100 * num_layers)
-    groups = partial(_groups, shapes, num_layers, num_frozen, per_layer)
+    groups = partial(_groups, shapes, num_layers, num_frozen, per_layer, channels_last)
     truth_groups = groups()
     expected = _stepped(torch_step(truth_groups, values=values, foreach=False), truth_groups)
     trained = [p for group in truth_groups for p in group["params"] if p.grad is not None]
@@ -67,8 +69,9 @@ def sgd_case(
     groups_text = f"{num_layers} groups" if per_layer else "1 group"
     frozen_text = f", {frozen}% of {num_layers} layers frozen" if frozen else ""
     plain = "" if values.get("nesterov") else ", plain momentum"
+    layout = ", channels_last" if channels_last else ""
     case = Case(
-        name=f"SGD step{plain}, {model_name} ({size}), {groups_text}{frozen_text}",
+        name=f"SGD step{plain}, {model_name} ({size}), {groups_text}{frozen_text}{layout}",
         bytes_moved=numel * 4 * 5,  # read 3, write 2
         floor=_flat_step(numel, values),
     )
@@ -90,9 +93,17 @@ def sgd_case(
 
 
 def _groups(
-    shapes: Sequence[Sequence[int]], num_layers: int, num_frozen: int, per_layer: bool
+    shapes: Sequence[Sequence[int]],
+    num_layers: int,
+    num_frozen: int,
+    per_layer: bool,
+    channels_last: bool = False,
 ) -> list[dict]:
     layers = Shapes(shapes, num_layers).groups("cpu", torch.float32)
+    for p in (p for layer in layers for p in layer["params"] if channels_last and p.dim() == 4):
+        grad, p.grad = p.grad, None
+        p.data = p.data.contiguous(memory_format=torch.channels_last)
+        p.grad = grad.contiguous(memory_format=torch.channels_last)
     for layer in layers[:num_frozen]:
         for p in layer["params"]:
             p.requires_grad_(False).grad = None
@@ -191,6 +202,12 @@ SGD_CASES: dict[str, Callable[[], Case]] = {
     for model in MODELS
     for per_layer in (False, True)
     for frozen in FROZEN
+}
+SGD_CASES |= {
+    _named("resnet110", per_layer, "channels-last"): partial(
+        sgd_case, "resnet110", per_layer, channels_last=True
+    )
+    for per_layer in (False, True)
 }
 # The packages' rivals: none has Nesterov's momentum.
 SGD_CASES |= {

@@ -59,6 +59,18 @@ def test_rivals_of_a_step_do_the_same_in_all_forms(per_layer, frozen):
     assert case.bytes_moved > 0
 
 
+@needs_cpu_kernels
+def test_rivals_of_a_step_do_the_same_in_channels_last():
+    case = sgd_case(channels_last=True)
+    assert case.left_out == {}
+    assert case.name.endswith(", channels_last")
+    groups = sgd_cases._groups(shapes_of(MODEL), NUM_LAYERS, 0, False, channels_last=True)
+    images = [p for p in groups[0]["params"] if p.dim() == 4]
+    assert images
+    for t in (*images, *(p.grad for p in images)):
+        assert t.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_frozen_layers_have_no_gradient_and_the_first_ones_freeze():
     layers = sgd_cases._groups(shapes_of(MODEL), NUM_LAYERS, num_frozen=3, per_layer=True)
     assert len(layers) == NUM_LAYERS
