@@ -18,7 +18,7 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 
 struct Placements {
-  static constexpr const char* kName = "placements";
+  static constexpr const char* kName = "record of placements";
   std::vector<int64_t> facts;  // of each tensor: address, dtype, dimensions, sizes and strides
   std::vector<size_t> begin;
 };

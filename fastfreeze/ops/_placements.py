@@ -32,12 +32,15 @@ class Placements:
             self._handle = torch.ops.fastfreeze.placements(tensors)
             weakref.finalize(self, torch.ops.fastfreeze.placements_free, self._handle)
         else:
-            self._places = [(t.data_ptr(), *_facts_of(t)) for t in tensors]
+            self._facts = [_facts_of(t) for t in tensors]
+            self._addresses = addresses_of(tensors)
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors, unmoved."""
         if self._handle is None:
-            return [(t.data_ptr(), *_facts_of(t)) for t in tensors] == self._places
+            return list(map(_facts_of, tensors)) == self._facts and (
+                addresses_of(tensors) == self._addresses
+            )
         unmoved: bool = torch.ops.fastfreeze.placements_hold.default(self._handle, tensors)
         return unmoved
 
@@ -52,7 +55,7 @@ class Placements:
         addresses = array("q", bytes(8 * len(tensors)))
         if self._handle is None:
             if any(
-                _facts_of(t) != self._places[i][1:] or (t.data_ptr() == 0 and t.numel() != 0)
+                _facts_of(t) != self._facts[i] or (t.data_ptr() == 0 and t.numel() != 0)
                 for i, t in zip(index, present, strict=True)
             ):
                 return None
