@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastfreeze.ops import _placements
 from fastfreeze.ops._placements import Placements
 from tests.conftest import needs_cpu_kernels
 
 
-@pytest.fixture(params=[pytest.param(True, marks=needs_cpu_kernels), False], ids=["C++", "Python"])
-def compiled(request):
-    return request.param
+@pytest.fixture(
+    autouse=True,
+    params=[pytest.param(True, marks=needs_cpu_kernels), False],
+    ids=["C++", "Python"],
+)
+def _compiled_or_not(request, monkeypatch):
+    monkeypatch.setattr(_placements, "_has_library", lambda: request.param)
 
 
 def tensors():
@@ -42,9 +47,9 @@ CHANGES = {
 }
 
 
-def test_the_same_tensors_hold(compiled):
+def test_the_same_tensors_hold():
     own = tensors()
-    placements = Placements(own, compiled)
+    placements = Placements(own)
     assert placements.hold(own)
     assert placements.hold([t.detach() for t in own])
     assert not placements.hold(own[:-1])
@@ -52,14 +57,14 @@ def test_the_same_tensors_hold(compiled):
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_changed_tensor_does_not_hold(compiled, change):
+def test_a_changed_tensor_does_not_hold(change):
     own = tensors()
-    placements = Placements(own, compiled)
+    placements = Placements(own)
     assert not placements.hold([change(own[0]), *own[1:]])
 
 
-def test_gathered_are_the_addresses_of_tensors_that_are_alike(compiled):
-    placements, others = Placements(tensors(), compiled), tensors()
+def test_gathered_are_the_addresses_of_tensors_that_are_alike():
+    placements, others = Placements(tensors()), tensors()
     assert list(placements.gather(others)) == [t.data_ptr() for t in others]
     some = [None if i % 2 else t for i, t in enumerate(others)]
     assert list(placements.gather(some)) == [0 if t is None else t.data_ptr() for t in some]
@@ -67,21 +72,21 @@ def test_gathered_are_the_addresses_of_tensors_that_are_alike(compiled):
 
 
 @pytest.mark.parametrize("change", [n for n in CHANGES if n != "moved"])
-def test_none_is_gathered_if_one_is_not_alike(compiled, change):
-    placements, others = Placements(tensors(), compiled), tensors()
+def test_none_is_gathered_if_one_is_not_alike(change):
+    placements, others = Placements(tensors()), tensors()
     assert placements.gather([CHANGES[change](others[0]), *others[1:]]) is None
     assert placements.gather([None, *others[1:]]) is not None
 
 
-def test_strides_that_lead_nowhere_do_not_count(compiled):
-    placements = Placements([torch.randn(1, 6), torch.randn(3, 1, 2, 2)], compiled)
+def test_strides_that_lead_nowhere_do_not_count():
+    placements = Placements([torch.randn(1, 6), torch.randn(3, 1, 2, 2)])
     row, images = torch.randn(6, 1).t(), torch.randn(3, 1, 2, 2)
     assert row.stride() != (6, 1)
     assert placements.gather([row, images.as_strided((3, 1, 2, 2), (4, 1, 2, 1))]) is not None
 
 
-def test_zeros_without_memory_are_not_gathered(compiled):
-    placements = Placements([torch.ones(3)], compiled)
+def test_zeros_without_memory_are_not_gathered():
+    placements = Placements([torch.ones(3)])
     assert placements.gather([torch._efficientzerotensor(3)]) is None
 
 

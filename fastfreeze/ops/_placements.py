@@ -21,14 +21,12 @@ class Placements:
 
     Args:
         tensors: strided, of any device.
-        compiled: False looks at them in Python also where the C++ library is loaded, which
-            subclasses of Tensor need.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], compiled: bool = True) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._every = array("q", range(len(tensors)))
         self._handle: int | None = None
-        if compiled and _library.backends()["cpu"].available:
+        if _has_library():
             self._handle = torch.ops.fastfreeze.placements(tensors)
             weakref.finalize(self, torch.ops.fastfreeze.placements_free, self._handle)
         else:
@@ -64,6 +62,10 @@ class Placements:
             self._handle, present, index.buffer_info()[0], addresses.buffer_info()[0]
         )
         return addresses if gathered else None
+
+
+def _has_library() -> bool:
+    return _library.backends()["cpu"].available
 
 
 def _facts_of(tensor: Tensor) -> tuple[object, ...]:

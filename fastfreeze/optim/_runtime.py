@@ -31,38 +31,38 @@ _buffer_of = itemgetter("momentum_buffer")
 _LR = HYPERS.index("lr")
 
 
+class _Identities:
+    """Tensors whose addresses nobody keeps: what :class:`Placements` are to the others."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._signs = [(id(t), t.shape, t.dtype) for t in tensors]
+
+    def hold(self, tensors: list[Tensor]) -> bool:
+        return [(id(t), t.shape, t.dtype) for t in tensors] == self._signs
+
+
 class _Watched(NamedTuple):
     """The parameters that had a gradient at the last step, and how they must be found again.
 
     Attributes:
-        params: themselves, the local parts of sharded ones, at their
-        placements;
-        states: what holds their momentum buffers, which are at their
-        buffer_placements, or, where no kernel keeps addresses, known by
-        buffer_signs.
+        params: themselves, and how they
+        were;
+        states: what holds their momentum buffers, and how these
+        buffers_were.
     """
 
     params: list[Tensor]
-    placements: Placements
+    were: Placements | _Identities
     states: list[dict[str, Any]]
-    buffer_placements: Placements | None
-    buffer_signs: list[Any]
+    buffers_were: Placements | _Identities
 
-    def holds(self, params: list[Tensor]) -> bool:
-        """Whether all is as it was."""
+    def hold(self, params: list[Tensor]) -> bool:
+        """Whether all is as it was. ``params``: as the kernels see them."""
         try:
             buffers = list(map(_buffer_of, self.states))
-            if not self.placements.hold(params):
-                return False
-            if self.buffer_placements is not None:
-                return self.buffer_placements.hold(buffers)
-            return list(map(_sign_of, buffers)) == self.buffer_signs
+            return self.were.hold(params) and self.buffers_were.hold(buffers)
         except (KeyError, AttributeError, TypeError, RuntimeError):  # what was a buffer is none
             return False
-
-
-def _sign_of(buffer: Tensor) -> tuple[int, torch.Size, torch.dtype]:
-    return id(buffer), buffer.shape, buffer.dtype
 
 
 class Runtime:
@@ -228,9 +228,8 @@ class Part:
             if any(flags[i] for i in self.waiting):
                 return False
             self.given, self.watched = flags, self._watch(flags)
-        if optimizer.state is not self.state or not self.watched.holds(
-            self._local(self.watched.params)
-        ):
+        params = self._as_seen(self.watched.params)
+        if optimizer.state is not self.state or not self.watched.hold(params):
             return False
         try:
             self.grads = self.plan.align(grads)
@@ -242,15 +241,16 @@ class Part:
         params = list(compress(self.params, flags))
         kept = [self.kept[i] for i in compress(range(len(flags)), flags) if i in self.kept]
         buffers = [buffer for _, buffer in kept]
-        # Kernels keep addresses; sparse and sharded buffers have none of their own.
-        by_address = self.kernels and not self.sharded
+        seen = Placements if self.kernels else _Identities
         return _Watched(
             params=params,
-            placements=Placements(self._local(params), compiled=self.kernels),
+            were=seen(self._as_seen(params)),
             states=[state for state, _ in kept],
-            buffer_placements=Placements(buffers) if by_address else None,
-            buffer_signs=[] if by_address else list(map(_sign_of, buffers)),
+            buffers_were=_Identities(buffers) if self.sharded else seen(buffers),
         )
+
+    def _as_seen(self, params: list[Tensor]) -> list[Tensor]:
+        return self._local(params) if self.kernels else params
 
     def step(
         self,
