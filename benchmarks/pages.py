@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.accuracy import table as accuracy_table
 from benchmarks.training_rivals import BEST_TORCH, FLAGS
 from fastfreeze.files import write_atomic
 
@@ -30,6 +31,29 @@ SHORT = (
     ("vgg16", "0.5", 800),
     ("vgg16", "0.8", 96),
 )
+# What docs/results.md shows of steps and averages.
+KERNELS = (
+    "sgd-resnet110-per-layer",
+    "sgd-resnet110-per-layer-channels-last",
+    "sgd-resnet110",
+    "sgd-resnet110-channels-last",
+    "sgd-densenet-bc-100-per-layer",
+    "sgd-wrn40-4-per-layer",
+    "sgd-vgg16",
+    "sgd-resnet50",
+    "softmax-5-256-10",
+    "softmax-5-1024-100",
+    "softmax-6-4096-1000",
+    "statistics-6-4096-1000",
+    "statistics-10-64-50257",
+)
+STEPS = {
+    "a group for each of 110 layers": "sgd-resnet110-per-layer",
+    "the same, in channels_last": "sgd-resnet110-per-layer-channels-last",
+    "one group": "sgd-resnet110",
+    "one group, in channels_last": "sgd-resnet110-channels-last",
+}
+THREADS = (1, 2)
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -157,7 +181,7 @@ def ensembles_short(results: Path) -> Iterator[str]:
 
 
 def kernels(results: Path) -> Iterator[str]:
-    """The kernels of one machine, in microseconds, and the fastest rival of each."""
+    """Steps and averages of one machine, in microseconds, and the fastest rival of each."""
     yield from _header(
         "case",
         "fastfreeze, µs (quartiles)",
@@ -165,18 +189,43 @@ def kernels(results: Path) -> Iterator[str]:
         "ratio",
         "floor, µs",
     )
-    cases = json.loads((results / "cpu-xeon-1-thread.json").read_text())["results"]
-    for case in cases.values():
-        seconds = dict(case["seconds"])
-        own = seconds.pop(OURS)
-        best = min(seconds, key=lambda name: seconds[name]["median"])
+    cases = json.loads((results / "cpu-epyc-1-thread.json").read_text())["results"]
+    for name in KERNELS:
+        case = cases[name]
+        best = _best_rival(case["seconds"])
         yield _row(
             case["name"],
-            _microseconds(own),
-            f"{best}: {_microseconds(seconds[best])}",
-            f"{seconds[best]['median'] / own['median']:.2f}",
+            _microseconds(case["seconds"][OURS]),
+            f"{best}: {_microseconds(case['seconds'][best])}",
+            f"{_ratio(case['seconds']):.2f}",
             f"{1e6 * case['floor_s']:.0f}",
         )
+
+
+def steps_short(results: Path) -> Iterator[str]:
+    """How many times as long torch's fastest step takes, by threads, groups and layout."""
+    yield from _header("ResNet-110, 329 tensors", *(f"{n} thread{'s'[: n - 1]}" for n in THREADS))
+    files = [results / f"cpu-epyc-{n}-thread{'s'[: n - 1]}.json" for n in THREADS]
+    runs = [json.loads(file.read_text())["results"] for file in files]
+    for label, name in STEPS.items():
+        ratios = [_ratio(run[name]["seconds"]) for run in runs]
+        yield _row(label, *(f"{ratio:.2f}x" for ratio in ratios))
+
+
+def accuracy(results: Path) -> Iterator[str]:
+    """The cheapest trainings that reach one error."""
+    entry = json.loads((results / "accuracy-epyc-1-thread.json").read_text())["accuracy"]
+    return accuracy_table(entry["runs"])
+
+
+def _best_rival(seconds: dict[str, dict]) -> str:
+    others = [name for name in seconds if not name.startswith(OURS)]
+    return min(others, key=lambda name: seconds[name]["median"])
+
+
+def _ratio(seconds: dict[str, dict]) -> float:
+    ratio: float = seconds[_best_rival(seconds)]["median"] / seconds[OURS]["median"]
+    return ratio
 
 
 def _microseconds(times: dict) -> str:
@@ -198,4 +247,6 @@ TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
     "ensembles": ensembles,
     "ensembles-short": ensembles_short,
     "kernels": kernels,
+    "accuracy": accuracy,
+    "steps-short": steps_short,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -10,6 +11,11 @@ from torch import nn
 
 from fastfreeze.optim import SGD
 from tests.conftest import resolved, sgd_kernels
+from tests.test_optim import assert_equal_training, net, train
+
+needs_grad_dtype = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="torch has no grad_dtype"
+)
 
 
 @pytest.fixture(params=sgd_kernels())
@@ -268,3 +274,176 @@ def test_a_scaler_without_gradients_changes_nothing(backend, device):
     scaler.scale(torch.ones(()))
     scaler.step(optimizer)
     assert torch.equal(p, before)
+
+
+def other_shape(how, model, optimizer):
+    """Give something another shape than its parameter behind the optimizer's back."""
+    weight = model[0].weight  # (9, 6)
+    state = optimizer.state[weight]
+    if how == "buffer too small":
+        state["momentum_buffer"] = torch.zeros(3, dtype=weight.dtype)
+    elif how == "buffer too large":
+        state["momentum_buffer"] = torch.zeros(90, 60, dtype=weight.dtype)
+    elif how == "buffer of as many elements":
+        state["momentum_buffer"] = torch.zeros(6, 9, dtype=weight.dtype)
+    elif how == "buffer resized":
+        state["momentum_buffer"].resize_(0)
+    elif how == "larger weight":
+        weight.data = torch.zeros(900, 600, dtype=weight.dtype)
+        weight.grad = torch.ones_like(weight)
+    elif how == "first rows of the weight":
+        weight.data = weight.data[:2]
+        weight.grad = torch.ones_like(weight)
+    else:  # a stale gradient
+        weight.data = torch.zeros(900, 600, dtype=weight.dtype)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "buffer too small",
+        "buffer too large",
+        "buffer of as many elements",
+        "buffer resized",
+        "larger weight",
+        "first rows of the weight",
+        "stale gradient",
+    ],
+)
+def test_another_shape_is_refused_and_changes_nothing(backend, how):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    train(model, optimizer, 2)
+    other_shape(how, model, optimizer)
+    before = copy.deepcopy(model.state_dict())
+    buffers = {p: s["momentum_buffer"].clone() for p, s in optimizer.state.items()}
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"of parameter group 0 must have its parameter's shape"
+        ):
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    for p, s in optimizer.state.items():
+        assert torch.equal(s["momentum_buffer"], buffers[p])
+    assert optimizer.current_step == 2
+
+
+def test_momentum_on_another_device_is_refused_and_changes_nothing(backend):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    train(model, optimizer, 2)
+    state = optimizer.state[model[1].weight]
+    state["momentum_buffer"] = state["momentum_buffer"].to("meta")
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"group 0 must be on .* device \w+(:0)?, got meta"):
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_another_head_is_refused_and_changes_nothing(backend):
+    small, large = net(), net()
+    large[-1] = nn.Linear(large[-1].in_features, 1000).to(large[-1].weight.dtype)
+    theirs = SGD(small.parameters(), lr=0.3, momentum=0.9, backend=backend)
+    train(small, theirs, 2)
+    ours = SGD(large.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    with pytest.raises(ValueError, match=r"state_dict: .*group 0 must have its .*1000.*, got"):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+    assert ours.param_groups[0]["lr"] == 0.1
+    assert ours.current_step == 0
+
+
+HOWS = [
+    "replaced buffer",
+    "transposed buffer",
+    "cleared state",
+    "new list",
+    "zeroed grads",
+]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_users_who_reach_inside(backend, how):
+    ours, theirs = net(), net()
+    o = SGD(ours.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    t = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    train(ours, o, 2)
+    train(theirs, t, 2)
+    for model, optimizer in ((ours, o), (theirs, t)):
+        if how == "replaced buffer":
+            optimizer.state[model[0].weight]["momentum_buffer"] = torch.ones(9, 6)
+        elif how == "transposed buffer":
+            optimizer.state[model[0].weight]["momentum_buffer"] = torch.ones(6, 9).T
+        elif how == "cleared state":
+            optimizer.state.clear()
+        elif how == "new list":
+            optimizer.param_groups[0]["params"] = list(model[0].parameters())
+        else:
+            optimizer.zero_grad(set_to_none=False)
+            optimizer.step()
+    train(ours, o, 2, start=2)
+    train(theirs, t, 2, start=2)
+    assert_equal_training(ours, theirs)
+
+
+@needs_grad_dtype
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("change", [{}, {"weight_decay": 0.1}], ids=["same plan", "new plan"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=["wide gradient", "narrow gradient"],
+)
+def test_gradients_of_another_dtype(dtypes, change, momentum):
+    dtype, grad_dtype = dtypes
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(33, dtype=dtype)) for _ in range(3)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    o = SGD(ours, lr=0.1, momentum=momentum)
+    t = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, foreach=False)
+    for step in range(5):
+        if step == 2:  # up to here all gradients were like their parameters
+            for p in (ours[1], theirs[1]):
+                p.grad, p.grad_dtype = None, grad_dtype
+        if step == 3:
+            o.param_groups[0].update(change)
+            t.param_groups[0].update(change)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(33, dtype=p.grad_dtype)
+            q.grad_dtype, q.grad = p.grad_dtype, p.grad.clone()
+        o.step()
+        t.step()
+    roundings = 0.02 if dtype == torch.bfloat16 else 0.0  # of five steps in torch, one each here
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=roundings)
+
+
+@needs_grad_dtype
+def test_momentum_has_the_dtype_of_wide_gradients():
+    p = nn.Parameter(torch.ones(33, dtype=torch.bfloat16))
+    p.grad_dtype = torch.float32
+    optimizer = SGD([p], lr=0.1, momentum=0.9)
+    for weight_decay in (0.0, 0.1):  # a new plan
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        p.grad = torch.randn(33)
+        optimizer.step()
+        assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+
+
+@needs_grad_dtype
+def test_a_kernel_refuses_gradients_of_another_dtype(backend):
+    if backend == "reference":
+        pytest.skip("the reference takes them")
+    p = nn.Parameter(torch.ones(33))
+    optimizer = SGD([p], lr=0.1, momentum=0.9, backend=backend)
+    p.grad = torch.ones(33)
+    optimizer.step()
+    p.grad, p.grad_dtype = None, torch.bfloat16
+    p.grad = torch.ones(33, dtype=torch.bfloat16)
+    before = p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"parameter 0: its gradient is torch.bfloat16"):
+            optimizer.step()
+    assert torch.equal(p, before[0])
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], before[1])
+    assert optimizer.current_step == 1
