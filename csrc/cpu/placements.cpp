@@ -17,6 +17,11 @@ using torch::stable::Tensor;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
+// torch's own macro for this has another name in each of its versions.
+void check(AOTITorchError error) {
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch could not tell about a tensor");
+}
+
 struct Placements {
   static constexpr const char* kName = "record of placements";
   std::vector<int64_t> facts;  // of each tensor: address, dtype, dimensions, sizes and strides
@@ -29,7 +34,7 @@ class Item {
  public:
   Item(StableListHandle list, size_t index) {
     StableIValue item;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, index, &item));
+    check(torch_list_get_item(list, index, &item));
     tensor_ = to<AtenTensorHandle>(item);
   }
   Item(const Item&) = delete;
@@ -51,7 +56,7 @@ class TensorList {
 
   size_t size() const {
     size_t size;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size));
+    check(torch_list_size(list_, &size));
     return size;
   }
   Item operator[](size_t index) const { return Item(list_, index); }
@@ -62,14 +67,14 @@ class TensorList {
 
 int64_t address_of(AtenTensorHandle t) {
   void* data;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
+  check(aoti_torch_get_data_ptr(t, &data));
   return reinterpret_cast<int64_t>(data);
 }
 
 bool is_strided(AtenTensorHandle t) {
   static const int32_t strided = aoti_torch_layout_strided();
   int32_t layout;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t, &layout));
+  check(aoti_torch_get_layout(t, &layout));
   return layout == strided;
 }
 
@@ -78,11 +83,11 @@ bool is_strided(AtenTensorHandle t) {
 bool is_like(AtenTensorHandle t, const int64_t* facts) {
   int32_t dtype;
   int64_t dim, *sizes, *strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
+  check(aoti_torch_get_dtype(t, &dtype));
+  check(aoti_torch_get_dim(t, &dim));
   if (!is_strided(t) || dtype != facts[1] || dim != facts[2]) return false;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &strides));
+  check(aoti_torch_get_sizes(t, &sizes));
+  check(aoti_torch_get_strides(t, &strides));
   facts += 3;
   for (int64_t d = 0; d < dim; ++d) {
     if (sizes[d] != facts[d]) return false;
@@ -96,7 +101,7 @@ int64_t placements(std::vector<Tensor> tensors) {
   for (const Tensor& t : tensors) {
     STD_TORCH_CHECK(is_strided(t.get()), "tensors must be strided");
     int32_t dtype;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+    check(aoti_torch_get_dtype(t.get(), &dtype));
     const auto sizes = t.sizes(), strides = t.strides();
     std::vector<int64_t>& facts = made->facts;
     made->begin.push_back(facts.size());
@@ -126,8 +131,7 @@ bool gather(const Placements& known, const TensorList& tensors, const int64_t* i
     if (!is_like(t.get(), known.facts.data() + known.begin[index[i]])) return false;
     addresses[index[i]] = address_of(t.get());
     int64_t numel = 0;
-    if (addresses[index[i]] == 0)
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(t.get(), &numel));
+    if (addresses[index[i]] == 0) check(aoti_torch_get_numel(t.get(), &numel));
     if (numel != 0) return false;
   }
   return true;
