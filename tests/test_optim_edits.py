@@ -163,6 +163,31 @@ def test_an_edit_counts_from_the_next_step_on(backend, edit, momentum):
     torch.testing.assert_close(ours.everything(), theirs.everything(), **tolerance)
 
 
+UNSEEN = {
+    "data replaced": lambda t: setattr(t.params[0], "data", t.params[0].data + 1),
+    "buffer replaced": EDITS["buffer transposed"],
+    "buffer's data replaced": EDITS["buffer's data replaced"],
+    "state replaced": replace_state_by_own,
+}
+
+
+@pytest.mark.parametrize("edit", UNSEEN.values(), ids=UNSEEN)
+def test_an_edit_counts_when_its_parameter_had_no_gradient_for_a_while(backend, edit):
+    ours = Trained(lambda groups, **k: SGD(groups, backend=backend, **k))
+    theirs = Trained(lambda groups, **k: torch.optim.SGD(groups, foreach=False, **k))
+    kept = []
+    for t in (ours, theirs):
+        t.step(0)
+        for p in t.params:
+            p.grad = None if p is t.params[0] else torch.ones_like(p)
+        t.optimizer.step()
+        kept += [t.params[0].data, t.buffer(0).data]  # or new memory might come to lie there
+        edit(t)
+        t.step(1)
+        t.step(2)
+    torch.testing.assert_close(ours.everything(), theirs.everything(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("change", ["fewer rows", "another shape"])
 def test_data_of_another_shape_is_refused_and_changes_nothing(backend, change):
     base = torch.zeros(6)

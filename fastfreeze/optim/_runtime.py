@@ -168,10 +168,11 @@ class Part:
         self.state = optimizer.state
         self.waiting: list[int] = []  # who will need a buffer when a gradient first comes
         self.first: list[int] = []  # whose buffer the next step fills
-        # By parameter: the state that holds its momentum buffer, and the buffer.
-        self.kept: dict[int, tuple[dict[str, Any], Tensor]] = {}
+        # By parameter: the state that holds its momentum buffer, the buffer, and where that was.
+        self.kept: dict[int, tuple[dict[str, Any], Tensor, object]] = {}
         self.given: list[bool] = []  # who had a gradient: only they are looked at
         self.watched = self._watch([])
+        self.were = self._watch([True] * len(members)).were
         buffers = [
             self._claim_buffer(i, p, g, backend)
             if optimizer.param_groups[g]["momentum"] != 0
@@ -218,14 +219,23 @@ class Part:
 
     def _keep(self, i: int, state: dict[str, Any], buffer: Tensor) -> None:
         state["momentum_buffer"] = buffer
-        self.kept[i] = state, buffer
+        self.kept[i] = state, buffer, self._place(buffer)
+
+    def _place(self, buffer: Tensor) -> object:
+        if self._keeps_addresses():
+            return buffer.data_ptr(), buffer.dtype, buffer.shape, buffer.stride()
+        return id(buffer)
+
+    def _keeps_addresses(self) -> bool:
+        """Whether kernels keep the buffers': sparse and sharded ones have none of their own."""
+        return self.kernels and not self.sharded
 
     def collect(self, optimizer: SGD) -> bool:
         """Collect the gradients; False if storages, buffers or layouts are not as planned."""
         grads = self._local_grads()
         flags = given(grads)
         if flags != self.given:
-            if any(flags[i] for i in self.waiting):
+            if any(flags[i] for i in self.waiting) or not self._are_in_place():
                 return False
             self.given, self.watched = flags, self._watch(flags)
         params = self._as_seen(self.watched.params)
@@ -237,16 +247,22 @@ class Part:
             return False
         return True
 
+    def _are_in_place(self) -> bool:
+        """Whether parameters and buffers are as planned, those not looked at among them."""
+        return self.were.hold(self._as_seen(self.params)) and all(
+            self._place(buffer) == place for _, buffer, place in self.kept.values()
+        )
+
     def _watch(self, flags: list[bool]) -> _Watched:
         params = list(compress(self.params, flags))
         kept = [self.kept[i] for i in compress(range(len(flags)), flags) if i in self.kept]
-        buffers = [buffer for _, buffer in kept]
+        buffers = [buffer for _, buffer, _ in kept]
         seen = Placements if self.kernels else _Identities
         return _Watched(
             params=params,
             were=seen(self._as_seen(params)),
-            states=[state for state, _ in kept],
-            buffers_were=_Identities(buffers) if self.sharded else seen(buffers),
+            states=[state for state, _, _ in kept],
+            buffers_were=(Placements if self._keeps_addresses() else _Identities)(buffers),
         )
 
     def _as_seen(self, params: list[Tensor]) -> list[Tensor]:
