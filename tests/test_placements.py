@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastfreeze.ops import _placements
-from fastfreeze.ops._placements import Placements
+from fastfreeze.ops._placements import KeptPlacements, Placements
 from tests.conftest import needs_cpu_kernels
 
 
@@ -47,11 +47,12 @@ CHANGES = {
 }
 
 
-def test_the_same_tensors_hold():
+@pytest.mark.parametrize("kind", [Placements, KeptPlacements])
+def test_the_same_tensors_hold(kind):
     own = tensors()
-    placements = Placements(own)
+    placements = kind(own)
     assert placements.hold(own)
-    assert placements.hold([t.detach() for t in own])
+    assert placements.hold([t.detach() for t in own]) == (kind is Placements)
     assert not placements.hold(own[:-1])
     assert not placements.hold([*own, own[0]])
 
@@ -61,6 +62,14 @@ def test_a_changed_tensor_does_not_hold(change):
     own = tensors()
     placements = Placements(own)
     assert not placements.hold([change(own[0]), *own[1:]])
+
+
+@pytest.mark.parametrize("data", [torch.ones(4, 4), torch.ones(3), torch.ones(4, 4).double()])
+def test_a_kept_tensor_with_other_data_does_not_hold(data):
+    own = tensors()
+    placements = KeptPlacements(own)
+    own[0].data = data
+    assert not placements.hold(own)
 
 
 def test_gathered_are_the_addresses_of_tensors_that_are_alike():

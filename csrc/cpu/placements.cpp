@@ -26,6 +26,7 @@ struct Placements {
   static constexpr const char* kName = "record of placements";
   std::vector<int64_t> facts;  // of each tensor: address, dtype, dimensions, sizes and strides
   std::vector<size_t> begin;
+  std::vector<Tensor> kept;
 };
 
 // A tensor of a list, for as long as it is looked at. torch's own class for it would take as long
@@ -96,7 +97,7 @@ bool is_like(AtenTensorHandle t, const int64_t* facts) {
   return true;
 }
 
-int64_t placements(std::vector<Tensor> tensors) {
+int64_t placements(std::vector<Tensor> tensors, bool keep) {
   auto made = std::make_shared<Placements>();
   for (const Tensor& t : tensors) {
     STD_TORCH_CHECK(is_strided(t.get()), "tensors must be strided");
@@ -109,15 +110,19 @@ int64_t placements(std::vector<Tensor> tensors) {
     facts.insert(facts.end(), sizes.begin(), sizes.end());
     facts.insert(facts.end(), strides.begin(), strides.end());
   }
+  if (keep) made->kept = std::move(tensors);
   return Handles<Placements>::all().add(std::move(made));
+}
+
+bool is_in_place(AtenTensorHandle t, const int64_t* facts) {
+  return is_like(t, facts) && address_of(t) == facts[0];
 }
 
 bool hold(const Placements& known, const TensorList& tensors) {
   if (tensors.size() != known.begin.size()) return false;
   for (size_t i = 0; i < known.begin.size(); ++i) {
-    const int64_t* facts = known.facts.data() + known.begin[i];
     const Item t = tensors[i];
-    if (!is_like(t.get(), facts) || address_of(t.get()) != facts[0]) return false;
+    if (!is_in_place(t.get(), known.facts.data() + known.begin[i])) return false;
   }
   return true;
 }
@@ -155,6 +160,15 @@ void placements_gather(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(gather(*known, tensors, index, addresses));
 }
 
+// Whether the tensors that were kept are unmoved.
+bool placements_kept_hold(int64_t handle) {
+  const auto known = Handles<Placements>::all().get(handle);
+  for (size_t i = 0; i < known->kept.size(); ++i) {
+    if (!is_in_place(known->kept[i].get(), known->facts.data() + known->begin[i])) return false;
+  }
+  return true;
+}
+
 void placements_free(int64_t handle) { Handles<Placements>::all().remove(handle); }
 
 }  // namespace
@@ -164,5 +178,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastfreeze, CompositeExplicitAutograd, m) {
   m.impl("placements", TORCH_BOX(&fastfreeze::placements));
   m.impl("placements_hold", &fastfreeze::placements_hold);
   m.impl("placements_gather", &fastfreeze::placements_gather);
+  m.impl("placements_kept_hold", TORCH_BOX(&fastfreeze::placements_kept_hold));
   m.impl("placements_free", TORCH_BOX(&fastfreeze::placements_free));
 }

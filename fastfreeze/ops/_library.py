@@ -21,9 +21,10 @@ OLDEST_CAPABILITY = (7, 5)  # of CUDA devices that the kernels are compiled for
 # crash. The C++ side only implements; these are the only declarations.
 _LIBRARY = torch.library.Library("fastfreeze", "DEF")
 _LIBRARY.define("cpu_isa(int level) -> int")
-_LIBRARY.define("placements(Tensor[] tensors) -> int")
+_LIBRARY.define("placements(Tensor[] tensors, bool keep) -> int")
 _LIBRARY.define("placements_hold(int handle, Tensor[] tensors) -> bool")
 _LIBRARY.define("placements_gather(int handle, Tensor[] tensors, int index, int addresses) -> bool")
+_LIBRARY.define("placements_kept_hold(int handle) -> bool")
 _LIBRARY.define("placements_free(int handle) -> ()")
 _LIBRARY.define(
     "sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, float eta_min) -> int"

@@ -6,7 +6,8 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from itertools import compress, repeat
-from operator import attrgetter, is_not
+from operator import attrgetter, is_, is_not
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ class Placements:
         tensors: strided, of any device.
     """
 
+    _keep: ClassVar[bool] = False
+
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._every = array("q", range(len(tensors)))
         self._handle: int | None = None
         if _has_library():
-            self._handle = torch.ops.fastfreeze.placements(tensors)
+            self._handle = torch.ops.fastfreeze.placements(tensors, self._keep)
             weakref.finalize(self, torch.ops.fastfreeze.placements_free, self._handle)
         else:
             self._facts = [_facts_of(t) for t in tensors]
@@ -62,6 +65,27 @@ class Placements:
             self._handle, present, index.buffer_info()[0], addresses.buffer_info()[0]
         )
         return addresses if gathered else None
+
+
+class KeptPlacements(Placements):
+    """The same of tensors that are kept alive, and looked at in C++ alone.
+
+    Not for parameters: while they are kept so, ``torch.utils.swap_tensors`` refuses them.
+    """
+
+    _keep: ClassVar[bool] = True
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors)
+        self._tensors = list(tensors)
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same objects, unmoved."""
+        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+        if not same or self._handle is None:
+            return same and super().hold(tensors)
+        unmoved: bool = torch.ops.fastfreeze.placements_kept_hold.default(self._handle)
+        return unmoved
 
 
 def _has_library() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._library import Backend
-from fastfreeze.ops._placements import Placements, given
+from fastfreeze.ops._placements import KeptPlacements, Placements, given
 from fastfreeze.ops._plans import HYPERS, PlanSpec, buffer_dtype
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
 
@@ -262,7 +262,7 @@ class Part:
             params=params,
             were=seen(self._as_seen(params)),
             states=[state for state, _, _ in kept],
-            buffers_were=(Placements if self._keeps_addresses() else _Identities)(buffers),
+            buffers_were=(KeptPlacements if self._keeps_addresses() else _Identities)(buffers),
         )
 
     def _as_seen(self, params: list[Tensor]) -> list[Tensor]:
