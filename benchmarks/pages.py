@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.accuracy import table as accuracy_table
+from benchmarks.compare import lines_of_entry
+from benchmarks.lines import Line
+from benchmarks.measure import Times
 from benchmarks.training_rivals import BEST_TORCH, FLAGS
 from fastfreeze.files import write_atomic
 
@@ -53,7 +56,7 @@ STEPS = {
     "one group": "sgd-resnet110",
     "one group, in channels_last": "sgd-resnet110-channels-last",
 }
-THREADS = (1, 2)
+THREADS = {"1 thread": "cpu-epyc-1-thread.json", "2 threads": "cpu-epyc-2-threads.json"}
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -189,27 +192,24 @@ def kernels(results: Path) -> Iterator[str]:
         "ratio",
         "floor, µs",
     )
-    cases = json.loads((results / "cpu-epyc-1-thread.json").read_text())["results"]
+    cases = json.loads((results / THREADS["1 thread"]).read_text())["results"]
     for name in KERNELS:
-        case = cases[name]
-        best = _best_rival(case["seconds"])
+        line = _line_of(name, cases[name])
         yield _row(
-            case["name"],
-            _microseconds(case["seconds"][OURS]),
-            f"{best}: {_microseconds(case['seconds'][best])}",
-            f"{_ratio(case['seconds']):.2f}",
-            f"{1e6 * case['floor_s']:.0f}",
+            line.case,
+            _microseconds(line.own),
+            f"{line.rival}: {_microseconds(line.best)}",
+            f"{line.ratio:.2f}",
+            f"{1e6 * cases[name]['floor_s']:.0f}",
         )
 
 
 def steps_short(results: Path) -> Iterator[str]:
     """How many times as long torch's fastest step takes, by threads, groups and layout."""
-    yield from _header("ResNet-110, 329 tensors", *(f"{n} thread{'s'[: n - 1]}" for n in THREADS))
-    files = [results / f"cpu-epyc-{n}-thread{'s'[: n - 1]}.json" for n in THREADS]
-    runs = [json.loads(file.read_text())["results"] for file in files]
+    yield from _header("ResNet-110, 329 tensors", *THREADS)
+    runs = [json.loads((results / file).read_text())["results"] for file in THREADS.values()]
     for label, name in STEPS.items():
-        ratios = [_ratio(run[name]["seconds"]) for run in runs]
-        yield _row(label, *(f"{ratio:.2f}x" for ratio in ratios))
+        yield _row(label, *(f"{_line_of(name, run[name]).ratio:.2f}x" for run in runs))
 
 
 def accuracy(results: Path) -> Iterator[str]:
@@ -218,18 +218,13 @@ def accuracy(results: Path) -> Iterator[str]:
     return accuracy_table(entry["runs"])
 
 
-def _best_rival(seconds: dict[str, dict]) -> str:
-    others = [name for name in seconds if not name.startswith(OURS)]
-    return min(others, key=lambda name: seconds[name]["median"])
+def _line_of(name: str, entry: dict) -> Line:
+    """Ours as it comes, without its variants."""
+    return next(line for line in lines_of_entry(name, entry) if line.ours == OURS)
 
 
-def _ratio(seconds: dict[str, dict]) -> float:
-    ratio: float = seconds[_best_rival(seconds)]["median"] / seconds[OURS]["median"]
-    return ratio
-
-
-def _microseconds(times: dict) -> str:
-    median, low, high = (1e6 * times[key] for key in ("median", "low", "high"))
+def _microseconds(times: Times) -> str:
+    median, low, high = (1e6 * t for t in (times.median, times.low, times.high))
     return f"{median:.0f} ({low:.0f}-{high:.0f})"
 
 

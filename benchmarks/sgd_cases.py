@@ -100,16 +100,17 @@ def _groups(
     channels_last: bool = False,
 ) -> list[dict]:
     layers = Shapes(shapes, num_layers).groups("cpu", torch.float32)
-    for p in (p for layer in layers for p in layer["params"] if channels_last and p.dim() == 4):
-        grad, p.grad = p.grad, None
-        p.data = p.data.contiguous(memory_format=torch.channels_last)
-        p.grad = grad.contiguous(memory_format=torch.channels_last)
+    everything = [p for layer in layers for p in layer["params"]]
+    for p in everything if channels_last else ():
+        if p.dim() == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+            p.grad = p.grad.contiguous(memory_format=torch.channels_last)
     for layer in layers[:num_frozen]:
         for p in layer["params"]:
             p.requires_grad_(False).grad = None
     if per_layer:
         return layers
-    return [{"params": [p for layer in layers for p in layer["params"]]}]
+    return [{"params": everything}]
 
 
 def _stepped(run: Run, groups: list[dict]) -> list[torch.Tensor]:

@@ -10,24 +10,17 @@ import torch
 from torch import nn
 
 from fastfreeze.optim import SGD
-from tests.conftest import resolved, sgd_kernels
-from tests.test_optim import assert_equal_training, net, train
+from tests.test_optim import (
+    _on_the_backends_device,  # noqa: F401 - a fixture
+    assert_equal_training,
+    backend_and_device,  # noqa: F401 - a fixture
+    net,
+    train,
+)
 
 needs_grad_dtype = pytest.mark.skipif(
     not hasattr(torch.Tensor, "grad_dtype"), reason="torch has no grad_dtype"
 )
-
-
-@pytest.fixture(params=sgd_kernels())
-def backend_and_device(request):
-    return resolved(request)
-
-
-@pytest.fixture(autouse=True)
-def _on_the_backends_device(request):
-    device = request.getfixturevalue("device") if "backend" in request.fixturenames else "cpu"
-    with torch.device(device):
-        yield
 
 
 class Trained:

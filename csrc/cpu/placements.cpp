@@ -118,26 +118,34 @@ bool is_in_place(AtenTensorHandle t, const int64_t* facts) {
   return is_like(t, facts) && address_of(t) == facts[0];
 }
 
-bool hold(const Placements& known, const TensorList& tensors) {
+// tensors: a TensorList, or those that are kept.
+template <typename Tensors>
+bool hold(const Placements& known, const Tensors& tensors) {
   if (tensors.size() != known.begin.size()) return false;
   for (size_t i = 0; i < known.begin.size(); ++i) {
-    const Item t = tensors[i];
+    const auto& t = tensors[i];
     if (!is_in_place(t.get(), known.facts.data() + known.begin[i])) return false;
   }
   return true;
 }
 
-// An address of 0 is that of a tensor of zeros that has no memory, or of one without elements.
+// Whether its elements are somewhere: a tensor of zeros may have no memory.
+bool has_memory(AtenTensorHandle t, int64_t address) {
+  if (address != 0) return true;
+  int64_t numel;
+  check(aoti_torch_get_numel(t, &numel));
+  return numel == 0;
+}
+
 bool gather(const Placements& known, const TensorList& tensors, const int64_t* index,
             int64_t* addresses) {
   const size_t count = tensors.size();
   for (size_t i = 0; i < count; ++i) {
     const Item t = tensors[i];
     if (!is_like(t.get(), known.facts.data() + known.begin[index[i]])) return false;
-    addresses[index[i]] = address_of(t.get());
-    int64_t numel = 0;
-    if (addresses[index[i]] == 0) check(aoti_torch_get_numel(t.get(), &numel));
-    if (numel != 0) return false;
+    const int64_t address = address_of(t.get());
+    if (!has_memory(t.get(), address)) return false;
+    addresses[index[i]] = address;
   }
   return true;
 }
@@ -163,10 +171,7 @@ void placements_gather(StableIValue* stack, uint64_t, uint64_t) {
 // Whether the tensors that were kept are unmoved.
 bool placements_kept_hold(int64_t handle) {
   const auto known = Handles<Placements>::all().get(handle);
-  for (size_t i = 0; i < known->kept.size(); ++i) {
-    if (!is_in_place(known->kept[i].get(), known->facts.data() + known->begin[i])) return false;
-  }
-  return true;
+  return hold(*known, known->kept);
 }
 
 void placements_free(int64_t handle) { Handles<Placements>::all().remove(handle); }

@@ -7,14 +7,14 @@ from array import array
 from collections.abc import Sequence
 from itertools import compress, repeat
 from operator import attrgetter, is_, is_not
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from fastfreeze.ops import _library
 
-_kind_of = attrgetter("layout", "dtype", "shape")
+kind_of = attrgetter("layout", "dtype", "shape")
 
 
 class Placements:
@@ -51,9 +51,10 @@ class Placements:
         None if one does differ, or if its memory does not hold its values.
         """
         flags = given(tensors)
-        index = self._every if all(flags) else array("q", compress(self._every, flags))
-        present: list[Tensor] = list(compress(tensors, flags))  # type: ignore[arg-type]
-        addresses = array("q", bytes(8 * len(tensors)))
+        index, present = self._every, cast("Sequence[Tensor]", tensors)
+        if not all(flags):
+            index = array("q", compress(self._every, flags))
+            present = list(compress(present, flags))
         if self._handle is None:
             if any(
                 _facts_of(t) != self._facts[i] or (t.data_ptr() == 0 and t.numel() != 0)
@@ -61,6 +62,7 @@ class Placements:
             ):
                 return None
             return addresses_of(tensors)
+        addresses = array("q", bytes(8 * len(tensors)))
         gathered = torch.ops.fastfreeze.placements_gather.default(
             self._handle, present, index.buffer_info()[0], addresses.buffer_info()[0]
         )
@@ -96,7 +98,12 @@ def _facts_of(tensor: Tensor) -> tuple[object, ...]:
     """All but the address. Strides of contiguous tensors may differ where they lead nowhere."""
     strided = tensor.layout == torch.strided
     strides = tensor.stride() if strided and not tensor.is_contiguous() else None
-    return (*_kind_of(tensor), strides)
+    return (*kind_of(tensor), strides)
+
+
+def place_of(tensor: Tensor) -> tuple[object, ...]:
+    """What Placements know of one tensor."""
+    return tensor.data_ptr(), *_facts_of(tensor)
 
 
 def given(tensors: Sequence[Tensor | None]) -> list[bool]:

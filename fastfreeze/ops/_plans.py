@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastfreeze.ops._placements import Placements, addresses_of, given
+from fastfreeze.ops._placements import Placements, addresses_of, given, kind_of
 from fastfreeze.ops.reference import sgd_reference
 from fastfreeze.schedule import Segment, SegmentTable
 
@@ -38,7 +38,6 @@ SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bflo
 Hypers = npt.NDArray[np.float64]
 
 _shape_of = attrgetter("shape")
-_kind_of = attrgetter("layout", "dtype", "shape")
 
 
 @dataclass
@@ -144,7 +143,7 @@ class PointerPlan:
         return any(g is not None and g.is_neg() for g in single)
 
     def _aligned(self, param: Tensor, grad: Tensor) -> Tensor:
-        got, expected = _kind_of(grad), _kind_of(param)
+        got, expected = kind_of(grad), kind_of(param)
         if got != expected:
             raise ValueError(
                 "this backend cannot take a gradient whose layout, dtype and shape are "

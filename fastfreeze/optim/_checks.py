@@ -143,7 +143,4 @@ def _check_param_state(g: int, state: Any, param: Tensor) -> None:
             f"state_dict: a parameter's state in group {g} must be a dict, got {state!r}"
         )
     what = f"state_dict: a momentum_buffer of parameter group {g}"
-    buffer = state.get("momentum_buffer")
-    if buffer is not None and not isinstance(buffer, Tensor):  # None: no momentum yet
-        raise ValueError(f"{what} must be a tensor or None, got {buffer!r}")
-    check_shape(what, buffer, param)
+    check_shape(what, state.get("momentum_buffer"), param)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._library import Backend
-from fastfreeze.ops._placements import KeptPlacements, Placements, given
+from fastfreeze.ops._placements import KeptPlacements, Placements, given, place_of
 from fastfreeze.ops._plans import HYPERS, PlanSpec, buffer_dtype
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
 
@@ -171,12 +171,10 @@ class Part:
         # By parameter: the state that holds its momentum buffer, the buffer, and where that was.
         self.kept: dict[int, tuple[dict[str, Any], Tensor, object]] = {}
         self.given: list[bool] = []  # who had a gradient: only they are looked at
-        self.watched = self._watch([])
-        self.were = self._watch([True] * len(members)).were
+        self.were = self._seen(self.params)
+        self.watched = self._watch(self.given)
         buffers = [
-            self._claim_buffer(i, p, g, backend)
-            if optimizer.param_groups[g]["momentum"] != 0
-            else None
+            self._claim_buffer(i, p, g) if optimizer.param_groups[g]["momentum"] != 0 else None
             for i, (p, g) in enumerate(members)
         ]
         filled_next = set(self.first)
@@ -199,7 +197,7 @@ class Part:
         grads = list(map(_grad_of, self.params))
         return list(map(local_part, grads, self.params)) if self.sharded else grads
 
-    def _claim_buffer(self, i: int, param: Tensor, group: int, backend: Backend) -> Tensor | None:
+    def _claim_buffer(self, i: int, param: Tensor, group: int) -> Tensor | None:
         state = self.state.get(param, {})
         buffer = state.get("momentum_buffer")
         _check_place(f"a momentum_buffer of parameter group {group}", buffer, param)
@@ -208,7 +206,7 @@ class Part:
             return None
         dtype = buffer_dtype(param, self.momentum_dtype)
         own = local_part(buffer, param)
-        if backend == "reference" and own is not None and self.momentum_dtype is None:
+        if not self.kernels and own is not None and self.momentum_dtype is None:
             dtype = own.dtype  # that of the gradients, which may be another than the parameter's
         aligned = sgd_ops.momentum_buffer_like(local_part(param, param), own, dtype)
         if buffer is None:
@@ -223,7 +221,7 @@ class Part:
 
     def _place(self, buffer: Tensor) -> object:
         if self._keeps_addresses():
-            return buffer.data_ptr(), buffer.dtype, buffer.shape, buffer.stride()
+            return place_of(buffer)
         return id(buffer)
 
     def _keeps_addresses(self) -> bool:
@@ -257,13 +255,16 @@ class Part:
         params = list(compress(self.params, flags))
         kept = [self.kept[i] for i in compress(range(len(flags)), flags) if i in self.kept]
         buffers = [buffer for _, buffer, _ in kept]
-        seen = Placements if self.kernels else _Identities
+        everyone = len(params) == len(self.params)
         return _Watched(
             params=params,
-            were=seen(self._as_seen(params)),
+            were=self.were if everyone else self._seen(params),
             states=[state for state, _, _ in kept],
             buffers_were=(KeptPlacements if self._keeps_addresses() else _Identities)(buffers),
         )
+
+    def _seen(self, params: list[Tensor]) -> Placements | _Identities:
+        return (Placements if self.kernels else _Identities)(self._as_seen(params))
 
     def _as_seen(self, params: list[Tensor]) -> list[Tensor]:
         return self._local(params) if self.kernels else params
@@ -304,20 +305,20 @@ class Part:
 
 
 def check_shape(what: str, tensor: Any, param: Tensor) -> None:
-    """Raise ValueError if there is a tensor of another shape than its parameter."""
-    if isinstance(tensor, Tensor) and tensor.shape != param.shape:
+    """Raise ValueError unless it is None or a tensor of its parameter's shape."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{what} must be a tensor or None, got {tensor!r}")
+    if tensor.shape != param.shape:
         shapes = tuple(param.shape), tuple(tensor.shape)
         raise ValueError(f"{what} must have its parameter's shape {shapes[0]}, got {shapes[1]}")
 
 
 def _check_place(what: str, tensor: Any, param: Tensor) -> None:
-    """Raise ValueError unless it is None or a tensor of its parameter's shape and device."""
+    """The same, and on its parameter's device."""
     check_shape(what, tensor, param)
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{what} must be a tensor or None, got {tensor!r}")
-    if tensor.device != param.device:
+    if tensor is not None and tensor.device != param.device:
         raise ValueError(
             f"{what} must be on its parameter's device {param.device}, got {tensor.device}"
         )
