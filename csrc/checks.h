@@ -12,7 +12,9 @@ namespace fastfreeze {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void check_table(const Tensor& table, const char* name, ScalarType dtype, int64_t columns) {
+inline void check_table(const Tensor& table, const char* name, ScalarType dtype, int64_t columns,
+                        bool on_cpu = false) {
+  STD_TORCH_CHECK(!on_cpu || table.is_cpu(), name, " must be on the CPU");
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == columns, name, " must have shape [n, ",
                   columns, "]");
   STD_TORCH_CHECK(table.scalar_type() == dtype, name, " has the wrong dtype");

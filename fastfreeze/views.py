@@ -51,7 +51,7 @@ class RepeatableViews(Dataset[tuple[Any, Tensor]]):
         self.dataset = dataset
         self.num_views = _checked_int("num_views", num_views, 1)
         self.seed = _checked_int("seed", seed, 0)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ class RepeatableViews(Dataset[tuple[Any, Tensor]]):
         view = self.view(at)
         with _seeded(self.seed, at, view):
             item = self.dataset[at]
-        return item, torch.tensor([at, view])
+        return item, torch.tensor([at, view], device="cpu")
 
     @property
     def epoch(self) -> int:

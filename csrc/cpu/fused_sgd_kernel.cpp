@@ -119,9 +119,9 @@ void add_tensor(Plan& plan, const int64_t* row) {
 
 // tensors: int64 [n, 7]; segments: float64 [s, 3]; segment_begin: int64 [num_groups + 1, 1].
 int64_t sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, double eta_min) {
-  check_table(tensors, "tensors", ScalarType::Long, kTensorColumns);
-  check_table(segments, "segments", ScalarType::Double, 3);
-  check_table(segment_begin, "segment_begin", ScalarType::Long, 1);
+  check_table(tensors, "tensors", ScalarType::Long, kTensorColumns, true);
+  check_table(segments, "segments", ScalarType::Double, 3, true);
+  check_table(segment_begin, "segment_begin", ScalarType::Long, 1, true);
   STD_TORCH_CHECK(segment_begin.size(0) >= 1, "segment_begin must not be empty");
   auto plan = std::make_shared<Plan>();
   plan->eta_min = eta_min;

@@ -24,7 +24,7 @@ void check(AOTITorchError error) {
 
 struct Placements {
   static constexpr const char* kName = "record of placements";
-  std::vector<int64_t> facts;  // of each tensor: address, dtype, dimensions, sizes and strides
+  std::vector<int64_t> facts;  // of each tensor: address, Facts, sizes and strides
   std::vector<size_t> begin;
   std::vector<Tensor> kept;
 };
@@ -79,17 +79,32 @@ bool is_strided(AtenTensorHandle t) {
   return layout == strided;
 }
 
-// Whether a tensor has the dtype, sizes and strides of those facts. A stride that leads from an
-// element to none does not count.
+struct Facts {
+  int32_t dtype, device_type, device_index;
+  int64_t dim;
+};
+
+Facts facts_of(AtenTensorHandle t) {
+  Facts facts;
+  check(aoti_torch_get_dtype(t, &facts.dtype));
+  check(aoti_torch_get_device_type(t, &facts.device_type));
+  check(aoti_torch_get_device_index(t, &facts.device_index));
+  check(aoti_torch_get_dim(t, &facts.dim));
+  return facts;
+}
+
+// Whether a tensor has the dtype, device, sizes and strides of those facts. A stride that leads
+// from an element to none does not count.
 bool is_like(AtenTensorHandle t, const int64_t* facts) {
-  int32_t dtype;
-  int64_t dim, *sizes, *strides;
-  check(aoti_torch_get_dtype(t, &dtype));
-  check(aoti_torch_get_dim(t, &dim));
-  if (!is_strided(t) || dtype != facts[1] || dim != facts[2]) return false;
+  const auto [dtype, device_type, device_index, dim] = facts_of(t);
+  if (!is_strided(t) || dtype != facts[1] || device_type != facts[2] || device_index != facts[3] ||
+      dim != facts[4]) {
+    return false;
+  }
+  int64_t *sizes, *strides;
   check(aoti_torch_get_sizes(t, &sizes));
   check(aoti_torch_get_strides(t, &strides));
-  facts += 3;
+  facts += 5;
   for (int64_t d = 0; d < dim; ++d) {
     if (sizes[d] != facts[d]) return false;
     if (sizes[d] > 1 && strides[d] != facts[dim + d]) return false;
@@ -101,12 +116,11 @@ int64_t placements(std::vector<Tensor> tensors, bool keep) {
   auto made = std::make_shared<Placements>();
   for (const Tensor& t : tensors) {
     STD_TORCH_CHECK(is_strided(t.get()), "tensors must be strided");
-    int32_t dtype;
-    check(aoti_torch_get_dtype(t.get(), &dtype));
+    const auto [dtype, device_type, device_index, dim] = facts_of(t.get());
     const auto sizes = t.sizes(), strides = t.strides();
     std::vector<int64_t>& facts = made->facts;
     made->begin.push_back(facts.size());
-    facts.insert(facts.end(), {address_of(t.get()), dtype, t.dim()});
+    facts.insert(facts.end(), {address_of(t.get()), dtype, device_type, device_index, dim});
     facts.insert(facts.end(), sizes.begin(), sizes.end());
     facts.insert(facts.end(), strides.begin(), strides.end());
   }
@@ -176,8 +190,29 @@ bool placements_kept_hold(int64_t handle) {
 
 void placements_free(int64_t handle) { Handles<Placements>::all().remove(handle); }
 
+// What torch calls instead where a tensor's memory does not hold its values: those of a negated or
+// conjugated view, or of zeros by a flag. Otherwise it would hand over a temporary one.
+int64_t placements_of_no_values(std::vector<Tensor>, bool) {
+  STD_TORCH_CHECK(false, "tensors must hold their values in memory");
+}
+
+void hold_no_values(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorList tensors(stack[1]);
+  stack[0] = from(false);
+}
+
+void implement_for_no_values(torch::stable::detail::StableLibrary& m) {
+  m.impl("placements", TORCH_BOX(&placements_of_no_values));
+  m.impl("placements_hold", &hold_no_values);
+  m.impl("placements_gather", &hold_no_values);
+}
+
 }  // namespace
 }  // namespace fastfreeze
+
+STABLE_TORCH_LIBRARY_IMPL(fastfreeze, Negative, m) { fastfreeze::implement_for_no_values(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastfreeze, Conjugate, m) { fastfreeze::implement_for_no_values(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastfreeze, ZeroTensor, m) { fastfreeze::implement_for_no_values(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfreeze, CompositeExplicitAutograd, m) {
   m.impl("placements", TORCH_BOX(&fastfreeze::placements));

@@ -62,7 +62,10 @@ class DevicePlan(PointerPlan):
         super().__init__(spec)
         self.device = spec.params[0].device
         self.param_dtype = spec.params[0].dtype
-        self.buffer_dtype = buffer_dtype(spec.params[0], spec.momentum_dtype)
+        self.buffer_dtype = next(
+            (b.dtype for b in spec.buffers if b is not None),
+            buffer_dtype(spec.params[0], spec.momentum_dtype),
+        )
         self.eta_min, self.scheduled = spec.eta_min, spec.scheduled
         self.runs = self._upload(_runs(spec, self.run_elements))
         segments, begin = segment_table(spec.segments)
@@ -89,8 +92,8 @@ class DevicePlan(PointerPlan):
         self._spare = self._pinned()
 
     @staticmethod
-    def key(param: Tensor) -> Hashable:
-        return param.device, param.dtype
+    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
+        return param.device, param.dtype, buffer_dtype
 
     def step(
         self,
@@ -209,7 +212,7 @@ class DevicePlan(PointerPlan):
         """Memory for the addresses that a graph will read; there is no way to get it in one."""
         if len(self.params) <= self.table_from or self.device.type != "cuda":
             return None
-        return torch.empty(len(self.params), dtype=torch.int64, pin_memory=True)
+        return torch.empty(len(self.params), dtype=torch.int64, device="cpu", pin_memory=True)
 
     def _upload(self, table: np.ndarray) -> Tensor:
         return torch.from_numpy(table).to(self.device)

@@ -15,6 +15,8 @@ from torch import Tensor
 from fastfreeze.ops import _library
 
 kind_of = attrgetter("layout", "dtype", "shape")
+# Types whose memory is their own; None is for gradients.
+PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)))
 
 
 class Placements:
@@ -39,8 +41,10 @@ class Placements:
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors, unmoved."""
         if self._handle is None:
-            return list(map(_facts_of, tensors)) == self._facts and (
-                addresses_of(tensors) == self._addresses
+            return (
+                list(map(_facts_of, tensors)) == self._facts
+                and all(map(holds_values, tensors))
+                and addresses_of(tensors) == self._addresses
             )
         unmoved: bool = torch.ops.fastfreeze.placements_hold.default(self._handle, tensors)
         return unmoved
@@ -50,6 +54,8 @@ class Placements:
 
         None if one does differ, or if its memory does not hold its values.
         """
+        if not PLAIN.issuperset(map(type, tensors)):
+            return None
         flags = given(tensors)
         index, present = self._every, cast("Sequence[Tensor]", tensors)
         if not all(flags):
@@ -57,7 +63,7 @@ class Placements:
             present = list(compress(present, flags))
         if self._handle is None:
             if any(
-                _facts_of(t) != self._facts[i] or (t.data_ptr() == 0 and t.numel() != 0)
+                _facts_of(t) != self._facts[i] or not holds_values(t)
                 for i, t in zip(index, present, strict=True)
             ):
                 return None
@@ -98,7 +104,21 @@ def _facts_of(tensor: Tensor) -> tuple[object, ...]:
     """All but the address. Strides of contiguous tensors may differ where they lead nowhere."""
     strided = tensor.layout == torch.strided
     strides = tensor.stride() if strided and not tensor.is_contiguous() else None
-    return (*kind_of(tensor), strides)
+    return (*kind_of(tensor), tensor.device, strides)
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether a kernel finds the tensor's values at its address.
+
+    Not those of a negated or conjugated view, of zeros by a flag, or of a subclass, which may
+    compute them.
+    """
+    return (
+        type(tensor) in PLAIN
+        and tensor.layout == torch.strided
+        and not (tensor.is_neg() or tensor.is_conj())
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+    )
 
 
 def place_of(tensor: Tensor) -> tuple[object, ...]:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastfreeze.ops._placements import Placements, addresses_of, given, kind_of
+from fastfreeze.ops._memory import Gaps
+from fastfreeze.ops._placements import Placements, addresses_of, given, holds_values, kind_of
 from fastfreeze.ops.reference import sgd_reference
 from fastfreeze.schedule import Segment, SegmentTable
 
@@ -79,15 +80,18 @@ class SgdPlan(Protocol):
     def __init__(self, spec: PlanSpec) -> None: ...
 
     @staticmethod
-    def key(param: Tensor) -> Hashable:
+    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
         """Parameters of one plan have equal keys."""
+
+    def keep_clear(self, written: Sequence[Tensor | None]) -> None:
+        """From now on, ``align`` refuses gradients in the memory of these tensors."""
 
     def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradients as the next ``step`` needs them: themselves, or copies in another layout.
 
         Raises:
-            ValueError: a gradient that this backend cannot take, or one that does not match its
-                parameter.
+            ValueError: a gradient that this backend cannot take, one that does not match its
+                parameter, or one in memory that the step writes.
         """
 
     def step(
@@ -121,26 +125,25 @@ class PointerPlan:
     def __init__(self, spec: PlanSpec) -> None:
         self.params, self.buffers = spec.params, spec.buffers
         self._like = Placements(spec.params)
-        self._single = [i for i, p in enumerate(spec.params) if p.numel() == 1]
+        self.keep_clear([*spec.params, *spec.buffers])
         self._addresses: array[int] | None = None  # of the gradients that were aligned last
         self._unstarted = {i for i, first in enumerate(spec.first) if first}
 
+    def keep_clear(self, written: Sequence[Tensor | None]) -> None:
+        self._gaps = Gaps(written, self.params)
+
     def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradients with their parameters' strides; their addresses are noted for the step."""
-        if not self._any_negated(grads):
-            self._addresses = self._like.gather(grads)
-            if self._addresses is not None:
-                return grads
+        self._addresses = self._like.gather(grads)
+        if self._addresses is not None:
+            check_clear(self._gaps.hold_addresses(self._addresses))
+            return grads
+        check_clear(self._gaps.hold(grads))
         aligned = [
             g if g is None else self._aligned(p, g) for p, g in zip(self.params, grads, strict=True)
         ]
         self._addresses = addresses_of(aligned)
         return aligned
-
-    def _any_negated(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether a gradient is negated when it is read: autograd leaves only single ones so."""
-        single = (grads[i] for i in self._single)
-        return any(g is not None and g.is_neg() for g in single)
 
     def _aligned(self, param: Tensor, grad: Tensor) -> Tensor:
         got, expected = kind_of(grad), kind_of(param)
@@ -149,8 +152,7 @@ class PointerPlan:
                 "this backend cannot take a gradient whose layout, dtype and shape are "
                 f"{_in_words(got)}: its parameter's are {_in_words(expected)}"
             )
-        holds_values = not grad.is_neg() and (grad.data_ptr() != 0 or grad.numel() == 0)
-        if holds_values and same_strides(param, grad):
+        if holds_values(grad) and same_strides(param, grad):
             return grad
         return torch.empty_like(param).copy_(grad)
 
@@ -187,14 +189,17 @@ class CpuPlan(PointerPlan):
         ]
         segments, begin = segment_table(spec.segments)
         self._handle = torch.ops.fastfreeze.sgd_plan(
-            torch.tensor(table, dtype=torch.int64).reshape(-1, 7), segments, begin, spec.eta_min
+            torch.from_numpy(np.array(table, np.int64).reshape(-1, 7)),
+            segments,
+            begin,
+            spec.eta_min,
         )
         weakref.finalize(self, torch.ops.fastfreeze.sgd_plan_free, self._handle)
         self._lrs = np.empty(len(spec.segments))
         self._lrs_address = self._lrs.ctypes.data
 
     @staticmethod
-    def key(param: Tensor) -> Hashable:
+    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
         return None
 
     def step(
@@ -221,6 +226,12 @@ class CpuPlan(PointerPlan):
 
     def unstarted(self) -> set[int]:
         return self._unstarted
+
+
+def check_clear(outside: bool) -> None:
+    """Raise ValueError unless gradients lie outside of what the step writes."""
+    if not outside:
+        raise ValueError("a gradient lies in the memory of a parameter or of a momentum buffer")
 
 
 def _in_words(kind: tuple[torch.layout, torch.dtype, torch.Size]) -> str:
@@ -251,12 +262,17 @@ class ReferencePlan:
         ]
         self._rates = SegmentTable(spec.segments, spec.eta_min) if spec.scheduled else None
         self._shapes = list(map(_shape_of, spec.params))
+        self.keep_clear([])
 
     @staticmethod
-    def key(param: Tensor) -> Hashable:
+    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
         return None
 
+    def keep_clear(self, written: Sequence[Tensor | None]) -> None:
+        self._gaps = Gaps(written, self.params) if written else None
+
     def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        check_clear(self._gaps is None or self._gaps.hold(grads))
         flags = given(grads)
         if list(map(_shape_of, compress(grads, flags))) != list(compress(self._shapes, flags)):
             raise ValueError("a gradient has another shape than its parameter")
@@ -301,10 +317,10 @@ class ReferencePlan:
 
 def segment_table(segments: Sequence[tuple[Segment, ...]]) -> tuple[Tensor, Tensor]:
     """Rows of all groups' segments (start, length, scale), and where each group's begin."""
-    rows = [(s.start, s.length, s.scale) for group in segments for s in group]
+    rows = np.array([(s.start, s.length, s.scale) for group in segments for s in group], float)
     begin = np.cumsum([0, *map(len, segments)])
     return (
-        torch.tensor(rows, dtype=torch.float64).reshape(-1, 3),
+        torch.from_numpy(rows.reshape(-1, 3)),
         torch.from_numpy(begin).reshape(-1, 1),
     )
 

@@ -108,7 +108,7 @@ def ensemble_statistics_reference(
     labels: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mean probabilities, their maximum and where it is, entropy, mutual information, NLL."""
-    mean, member_entropy = torch.zeros(()), torch.zeros(())
+    mean = member_entropy = members[0].new_zeros(())
     label_logs = []
     for w, z in zip(weights or equal_weights(len(members)), members, strict=True):
         scaled = scaled_reference(z, temperature)

@@ -12,6 +12,8 @@ from torch import Tensor
 from fastfreeze.ops import _library
 from fastfreeze.ops._device_sgd import CudaPlan, TritonPlan
 from fastfreeze.ops._library import Backend
+from fastfreeze.ops._memory import sharing
+from fastfreeze.ops._placements import PLAIN, holds_values
 from fastfreeze.ops._plans import (
     HYPERS,
     KERNEL_DTYPES,
@@ -83,11 +85,14 @@ def sgd(
         "maximize": maximize,
     }
     row = np.array([[float(hyper.get(name, lr)) for name in HYPERS]])
-    for (name, _), index in plan_members(params, choose_backends(params, backend)).items():
-        dtypes = [buffer_dtype(params[i], momentum_dtype) for i in index]
+    backends = choose_backends(params, grads, momentum_buffers, backend)
+    dtypes = [buffer_dtype(p, momentum_dtype) for p in params]
+    for (name, _), index in plan_members(params, backends, dtypes).items():
         buffers: list[Tensor | None] = [
-            momentum_buffer_like(params[i], momentum_buffers[i], dtype) if momentum != 0 else None
-            for i, dtype in zip(index, dtypes, strict=True)
+            momentum_buffer_like(params[i], momentum_buffers[i], dtypes[i])
+            if momentum != 0
+            else None
+            for i in index
         ]
         plan = PLANS[name](
             PlanSpec(
@@ -180,56 +185,78 @@ def _trace(
     )
 
 
-def choose_backends(params: Sequence[Tensor], backend: Backend | None) -> list[Backend]:
+def choose_backends(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    buffers: Sequence[Tensor | None],
+    backend: Backend | None,
+) -> list[Backend]:
     """The backend of each parameter: the one asked for, or the fastest that can take it.
+
+    The reference takes what kernels cannot, and one tensor after the other where some share memory.
 
     Raises:
         ValueError, BackendUnavailableError: the one asked for cannot run, or cannot take a tensor.
     """
-    if backend is None:
-        return [_fastest(p) for p in params]
-    _library.require(backend)
-    if backend != "reference":
-        for i, p in enumerate(params):
-            reason = refuses(backend, p)
+    if backend is not None:
+        _library.require(backend)
+    if backend == "reference":
+        return ["reference"] * len(params)
+    members = list(zip(params, grads, buffers, strict=True))
+    shared = sharing(members)
+    chosen: list[Backend] = []
+    for i, (param, grad, buffer) in enumerate(members):
+        reason = _unsuitable(param) or _unsuitable_with(param, grad, buffer)
+        if reason is None and i in shared:
+            reason = "it, its gradient or its momentum shares memory with another of these tensors"
+        if backend is not None:
+            reason = _library.refuses_device(backend, param.device) or reason
             if reason:
                 raise ValueError(f"backend={backend!r} cannot take parameter {i}: {reason}")
-    return [backend] * len(params)
+            chosen.append(backend)
+        else:
+            usable = [] if reason else _library.for_device(param.device)
+            chosen.append(usable[0] if usable else "reference")
+    return chosen
 
 
 def plan_members(
-    params: Sequence[Tensor], backends: Sequence[Backend]
+    params: Sequence[Tensor], backends: Sequence[Backend], buffer_dtypes: Sequence[torch.dtype]
 ) -> dict[tuple[Backend, Hashable], list[int]]:
     """Indices of the parameters that can share a plan, by backend and the plan's key."""
     members: dict[tuple[Backend, Hashable], list[int]] = {}
-    for i, (p, backend) in enumerate(zip(params, backends, strict=True)):
-        members.setdefault((backend, PLANS[backend].key(p)), []).append(i)
+    for i, (p, backend, dtype) in enumerate(zip(params, backends, buffer_dtypes, strict=True)):
+        members.setdefault((backend, PLANS[backend].key(p, dtype)), []).append(i)
     return members
 
 
-def _fastest(param: Tensor) -> Backend:
-    usable = _library.for_device(param.device)
-    return usable[0] if usable and not _unsuitable(param) else "reference"
-
-
-def refuses(backend: Backend, tensor: Tensor) -> str | None:
-    """Why a kernel cannot update ``tensor``; None if it can."""
-    return _library.refuses_device(backend, tensor.device) or _unsuitable(tensor)
-
-
 def _unsuitable(tensor: Tensor) -> str | None:
-    """Why no kernel can update ``tensor``, wherever it is."""
+    """Why no kernel can update ``tensor``, wherever it is; None if one can."""
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}"
     if tensor.dtype not in KERNEL_DTYPES:
         return f"its dtype is {tensor.dtype}, expected one of {[str(d) for d in KERNEL_DTYPES]}"
-    if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(tensor) not in PLAIN:
         return f"it is a {type(tensor).__name__}, whose memory may not be its own"
-    if tensor.is_neg():
-        return "it is a view that is negated when it is read"
+    if not holds_values(tensor):
+        return "its memory does not hold its values (a negated view, or zeros by a flag)"
     if not _is_dense(tensor):
         shape, strides = tuple(tensor.shape), tensor.stride()
         return f"its elements overlap or have gaps (shape {shape}, strides {strides})"
+    return None
+
+
+def _unsuitable_with(param: Tensor, grad: Tensor | None, buffer: Tensor | None) -> str | None:
+    """The same for its gradient and its momentum buffer."""
+    for what, tensor, dtypes in (
+        ("gradient", grad, (param.dtype,)),
+        ("momentum buffer", buffer, (param.dtype, buffer_dtype(param, torch.float32))),
+    ):
+        if tensor is not None and (tensor.layout != torch.strided or tensor.dtype not in dtypes):
+            return (
+                f"its {what} is {tensor.dtype} and {tensor.layout}, expected {param.dtype} and "
+                "torch.strided"
+            )
     return None
 
 
@@ -237,7 +264,9 @@ def momentum_buffer_like(param: Tensor, buffer: Tensor | None, dtype: torch.dtyp
     """``buffer`` with ``dtype`` and ``param``'s strides, copied if need be; or new memory."""
     if buffer is None:
         return torch.empty_like(param, dtype=dtype)
-    if buffer.dtype == dtype and (buffer.is_sparse or same_strides(param, buffer)):
+    if buffer.dtype == dtype and (
+        buffer.layout != torch.strided or (holds_values(buffer) and same_strides(param, buffer))
+    ):
         return buffer
     return torch.empty_like(param, dtype=dtype).copy_(buffer)
 

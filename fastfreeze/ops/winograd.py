@@ -28,9 +28,9 @@ def _kernel_transform() -> Tensor:
     """The matrix [6, 3], float64, that takes a row of a kernel to its values at the points."""
     rows = []
     for p in _POINTS:
-        others = torch.tensor([p - q for q in _POINTS if q != p], dtype=torch.float64)
-        rows.append(torch.tensor([1.0, p, p * p], dtype=torch.float64) / others.prod())
-    return torch.stack([*rows, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)])
+        scale = math.prod(p - q for q in _POINTS if q != p)
+        rows.append([1.0 / scale, p / scale, p * p / scale])
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
 
 
 @torch.no_grad()

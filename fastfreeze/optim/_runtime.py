@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,10 +44,10 @@ class _Watched(NamedTuple):
     """The parameters that had a gradient at the last step, and how they must be found again.
 
     Attributes:
-        params: themselves, and how they
-        were;
-        states: what holds their momentum buffers, and how these
-        buffers_were.
+        params: themselves.
+        were: where and how they are laid out.
+        states: what holds their momentum buffers.
+        buffers_were: where and how these are laid out.
     """
 
     params: list[Tensor]
@@ -83,14 +82,32 @@ class Runtime:
         ]
         for p, g in members:
             _check_place(f"a gradient of parameter group {g}", p.grad, p)
+            _check_place(f"a momentum_buffer of parameter group {g}", _buffer(optimizer, p, g), p)
         params = [local_part(p, p) for p, _ in members]
-        backends = _backends_of(params, [p.grad for p, _ in members], optimizer._backend)
-        self.parts = [
-            Part(backend, [members[i] for i in index], optimizer)
-            for (backend, _), index in sgd_ops.plan_members(params, backends).items()
-        ]
+        self.parts = self._plan(members, params, optimizer)
         self.on_cuda = any(p.is_cuda for p in params)
         self._remember_state(optimizer)
+
+    def _plan(
+        self, members: list[tuple[Tensor, int]], params: list[Tensor], optimizer: SGD
+    ) -> list[Part]:
+        """Plans for all parameters. ``params``: what of them this process holds."""
+        grads = [_held(p.grad) for p, _ in members]
+        buffers = [_held(_buffer(optimizer, p, g)) for p, g in members]
+        backends = sgd_ops.choose_backends(params, grads, buffers, optimizer._backend)
+        dtypes = [
+            _planned_dtype(*each, optimizer._momentum_dtype)
+            for each in zip(params, buffers, strict=True)
+        ]
+        parts = [
+            Part(backend, [(*members[i], dtypes[i]) for i in index], optimizer)
+            for (backend, _), index in sgd_ops.plan_members(params, backends, dtypes).items()
+        ]
+        if len(parts) > 1:
+            for part in parts:  # within the reference's, torch's order holds
+                plans = (other.plan for other in parts if other.kernels or part.kernels)
+                part.plan.keep_clear([t for plan in plans for t in (*plan.params, *plan.buffers)])
+        return parts
 
     def _remember_state(self, optimizer: SGD) -> None:
         self.states = list(optimizer.state.values())
@@ -159,8 +176,10 @@ class Runtime:
 class Part:
     """The parameters that one backend updates, with their plan, which sees local tensors only."""
 
-    def __init__(self, backend: Backend, members: list[tuple[Tensor, int]], optimizer: SGD) -> None:
-        self.params = [p for p, _ in members]
+    def __init__(
+        self, backend: Backend, members: list[tuple[Tensor, int, torch.dtype]], optimizer: SGD
+    ) -> None:
+        self.params = [p for p, _, _ in members]
         self.sharded = any(map(is_sharded, self.params))
         self.kernels = backend != "reference"
         self.momentum_dtype = optimizer._momentum_dtype
@@ -174,8 +193,10 @@ class Part:
         self.were = self._seen(self.params)
         self.watched = self._watch(self.given)
         buffers = [
-            self._claim_buffer(i, p, g) if optimizer.param_groups[g]["momentum"] != 0 else None
-            for i, (p, g) in enumerate(members)
+            self._claim_buffer(i, *member)
+            if optimizer.param_groups[member[1]]["momentum"] != 0
+            else None
+            for i, member in enumerate(members)
         ]
         filled_next = set(self.first)
         self.plan: Any = sgd_ops.PLANS[backend](
@@ -183,7 +204,7 @@ class Part:
                 params=self._local(self.params),
                 buffers=buffers,
                 first=[i in filled_next for i in range(len(members))],
-                groups=[g for _, g in members],
+                groups=[g for _, g, _ in members],
                 segments=optimizer._segments or [()] * len(optimizer.param_groups),
                 eta_min=0.0 if optimizer.schedule is None else optimizer.schedule.eta_min,
                 momentum_dtype=self.momentum_dtype,
@@ -197,17 +218,13 @@ class Part:
         grads = list(map(_grad_of, self.params))
         return list(map(local_part, grads, self.params)) if self.sharded else grads
 
-    def _claim_buffer(self, i: int, param: Tensor, group: int) -> Tensor | None:
+    def _claim_buffer(self, i: int, param: Tensor, _: int, dtype: torch.dtype) -> Tensor | None:
         state = self.state.get(param, {})
         buffer = state.get("momentum_buffer")
-        _check_place(f"a momentum_buffer of parameter group {group}", buffer, param)
         if buffer is None and param.grad is None:
             self.waiting.append(i)
             return None
-        dtype = buffer_dtype(param, self.momentum_dtype)
         own = local_part(buffer, param)
-        if not self.kernels and own is not None and self.momentum_dtype is None:
-            dtype = own.dtype  # that of the gradients, which may be another than the parameter's
         aligned = sgd_ops.momentum_buffer_like(local_part(param, param), own, dtype)
         if buffer is None:
             self.first.append(i)
@@ -332,29 +349,26 @@ def _scaler_of(optimizer: SGD) -> tuple[Tensor | None, Tensor | None]:
     return getattr(optimizer, "grad_scale", None), found_inf
 
 
-def _backends_of(
-    params: list[Tensor], grads: list[Tensor | None], backend: Backend | None
-) -> list[Backend]:
-    """The backend of each parameter; what kernels cannot take is the reference's."""
-    backends = sgd_ops.choose_backends(params, backend)
-    times = Counter(map(id, params))
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        reason = "it is there twice" if times[id(param)] > 1 else _refuses_grad(param, grad)
-        if reason is None:
-            continue
-        if backend not in (None, "reference"):
-            raise ValueError(f"backend={backend!r} cannot take parameter {i}: {reason}")
-        backends[i] = "reference"
-    return backends
+def _held(tensor: Tensor | None) -> Tensor | None:
+    """What this process holds of it. Nothing is sent, as only one process may ask."""
+    return tensor.to_local() if tensor is not None and is_sharded(tensor) else tensor
 
 
-def _refuses_grad(param: Tensor, grad: Tensor | None) -> str | None:
-    """Why no kernel can take a parameter's gradient; None if one can."""
-    if grad is None or (grad.layout == torch.strided and grad.dtype == param.dtype):
+def _buffer(optimizer: SGD, param: Tensor, group: int) -> Tensor | None:
+    """A parameter's momentum buffer, if it has one and its group uses it."""
+    if optimizer.param_groups[group]["momentum"] == 0:
         return None
-    return (
-        f"its gradient is {grad.dtype} and {grad.layout}, expected {param.dtype} and torch.strided"
-    )
+    buffer: Tensor | None = optimizer.state.get(param, {}).get("momentum_buffer")
+    return buffer
+
+
+def _planned_dtype(
+    param: Tensor, buffer: Tensor | None, momentum_dtype: torch.dtype | None
+) -> torch.dtype:
+    """A buffer's dtype: it keeps its own, as in torch, unless ``momentum_dtype`` asks for wider."""
+    if buffer is None or (momentum_dtype is not None and buffer.dtype == param.dtype):
+        return buffer_dtype(param, momentum_dtype)
+    return buffer.dtype
 
 
 def _hyper_row(group: dict[str, Any]) -> list[float]:
