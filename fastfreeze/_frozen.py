@@ -1,50 +1,51 @@
 """What parameters went through, so that the next run on them can tell: a freeze, a plan.
 
-Both are notes beside the parameters, held weakly: a copy of a model starts without them.
+The notes are attributes of the parameters, of plain data: a weak reference would keep
+``torch.utils.swap_tensors`` from them. A deep copy and a state dict are without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor
 
 from fastfreeze.schedule import Schedule
 
-_FROZEN = WeakTensorKeyDictionary()
-_PLANNED = WeakTensorKeyDictionary()
+_FROZEN, _PLAN = "_fastfreeze_frozen", "_fastfreeze_plan"
+
+Plan = tuple[dict[str, Any] | None, float | None]
 
 
-def note_frozen(parameters: Iterable[nn.Parameter]) -> None:
+def note_frozen(parameters: Iterable[Tensor]) -> None:
     """A schedule has frozen them."""
     for parameter in parameters:
-        _FROZEN[parameter] = True
+        setattr(parameter, _FROZEN, True)
 
 
-def note_thawed(parameters: Iterable[nn.Parameter]) -> None:
+def note_thawed(parameters: Iterable[Tensor]) -> None:
     """They train again; those that were not frozen by a schedule are no error."""
     for parameter in parameters:
-        _FROZEN.pop(parameter, None)
+        parameter.__dict__.pop(_FROZEN, None)
 
 
-def frozen_by_schedule(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+def frozen_by_schedule(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Those that a schedule has frozen and that have not been thawed since, by whomever."""
-    return [p for p in parameters if p in _FROZEN and not p.requires_grad]
+    return [p for p in parameters if hasattr(p, _FROZEN) and not p.requires_grad]
 
 
-def note_plan(
-    parameters: Iterable[nn.Parameter], schedule: Schedule | None, lr: float | None
-) -> None:
+def note_plan(parameters: Iterable[Tensor], schedule: Schedule | None, lr: float | None) -> None:
     """Groups of them were made from a plan with this schedule and learning rate."""
+    plan: Plan = (None if schedule is None else schedule.config(), lr)
     for parameter in parameters:
-        _PLANNED[parameter] = (schedule, lr)
+        setattr(parameter, _PLAN, plan)
 
 
-def planned(parameters: Iterable[nn.Parameter]) -> tuple[Schedule | None, float | None] | None:
-    """Schedule and learning rate of the latest plan that gave groups of these parameters.
+def planned(parameters: Iterable[Tensor]) -> Plan | None:
+    """The schedule's configuration and the rate of the latest plan that gave groups of these.
 
     None where there was no plan, or where plans differ, as of two models in one optimizer.
     """
-    plans = [_PLANNED[p] for p in parameters if p in _PLANNED]
+    plans = [getattr(p, _PLAN) for p in parameters if hasattr(p, _PLAN)]
     return plans[0] if plans and all(plan == plans[0] for plan in plans) else None

@@ -89,7 +89,7 @@ def sgd(
     dtypes = [buffer_dtype(p, momentum_dtype) for p in params]
     for (name, _), index in plan_members(params, backends, dtypes).items():
         buffers: list[Tensor | None] = [
-            momentum_buffer_like(params[i], momentum_buffers[i], dtypes[i])
+            momentum_buffer_for(name, params[i], momentum_buffers[i], dtypes[i])
             if momentum != 0
             else None
             for i in index
@@ -260,13 +260,14 @@ def _unsuitable_with(param: Tensor, grad: Tensor | None, buffer: Tensor | None) 
     return None
 
 
-def momentum_buffer_like(param: Tensor, buffer: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``buffer`` with ``dtype`` and ``param``'s strides, copied if need be; or new memory."""
+def momentum_buffer_for(
+    backend: Backend, param: Tensor, buffer: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``buffer`` with ``dtype``, and as kernels need it, copied if need be; or new memory."""
     if buffer is None:
         return torch.empty_like(param, dtype=dtype)
-    if buffer.dtype == dtype and (
-        buffer.layout != torch.strided or (holds_values(buffer) and same_strides(param, buffer))
-    ):
+    usable = backend == "reference" or (holds_values(buffer) and same_strides(param, buffer))
+    if usable and buffer.dtype == dtype:
         return buffer
     return torch.empty_like(param, dtype=dtype).copy_(buffer)
 

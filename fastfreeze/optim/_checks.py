@@ -1,4 +1,4 @@
-"""What SGD refuses: arguments, steps, groups and loaded states. Nothing here changes anything."""
+"""What SGD refuses: arguments, steps and groups. Nothing here changes anything."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfreeze.optim._runtime import check_shape
-from fastfreeze.schedule import Schedule, Segment, check_initial_lr
+from fastfreeze.schedule import Cosine, Schedule, Segment, check_initial_lr
 
 Group = Mapping[str, Any]
 
@@ -109,38 +108,14 @@ def _check_int(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name} must be >= {minimum}, got {value}")
 
 
-def check_state(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Raise ValueError unless the state's groups and buffers fit the optimizer's groups."""
-    state, saved = state_dict.get("state"), state_dict.get("param_groups")
-    if not isinstance(state, Mapping) or not isinstance(saved, (list, tuple)):
+def schedule_of(schedule: Schedule | None, total_steps: int | None) -> Schedule | None:
+    if schedule is None:
+        return None if total_steps is None else Cosine(total_steps)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a fastfreeze Schedule, got {schedule!r}")
+    if total_steps not in (None, schedule.total_steps):
         raise ValueError(
-            "state_dict must have a dict 'state' and a list 'param_groups', as state_dict() gives "
-            f"them, got keys {list(state_dict)} with {type(state).__name__} and "
-            f"{type(saved).__name__}"
+            f"total_steps must be the schedule's {schedule.total_steps} or left out, "
+            f"got {total_steps}"
         )
-    if len(saved) != len(groups):
-        raise ValueError(
-            f"loaded state dict has a different number of parameter groups: {len(saved)}, "
-            f"expected this optimizer's {len(groups)}"
-        )
-    for g, (theirs, own) in enumerate(zip(saved, groups, strict=True)):
-        if not isinstance(theirs, Mapping) or "params" not in theirs:
-            raise ValueError(
-                f"state_dict: parameter group {g} must be a dict with 'params', got {theirs!r}"
-            )
-        if len(theirs["params"]) != len(own["params"]):
-            raise ValueError(
-                f"loaded state dict: parameter group {g} doesn't match the size of optimizer's "
-                f"group: {len(theirs['params'])} parameters, expected {len(own['params'])}"
-            )
-        for i, param in zip(theirs["params"], own["params"], strict=True):
-            _check_param_state(g, state.get(i, {}), param)
-
-
-def _check_param_state(g: int, state: Any, param: Tensor) -> None:
-    if not isinstance(state, Mapping):
-        raise ValueError(
-            f"state_dict: a parameter's state in group {g} must be a dict, got {state!r}"
-        )
-    what = f"state_dict: a momentum_buffer of parameter group {g}"
-    check_shape(what, state.get("momentum_buffer"), param)
+    return schedule

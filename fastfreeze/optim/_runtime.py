@@ -129,6 +129,10 @@ class Runtime:
         """Collect the gradients; False if a part is not as planned."""
         return all(part.collect(optimizer) for part in self.parts)
 
+    def groups_with_gradients(self) -> set[int]:
+        """Those of which a parameter has had one, when they were collected last."""
+        return {g for part in self.parts for g in compress(part.groups, part.given)}
+
     def step(self, optimizer: SGD) -> list[float]:
         """Update with the gradients collected; the groups' learning rates of the next step."""
         self._refresh_lrs(optimizer)
@@ -180,7 +184,9 @@ class Part:
         self, backend: Backend, members: list[tuple[Tensor, int, torch.dtype]], optimizer: SGD
     ) -> None:
         self.params = [p for p, _, _ in members]
+        self.groups = [g for _, g, _ in members]
         self.sharded = any(map(is_sharded, self.params))
+        self.backend = backend
         self.kernels = backend != "reference"
         self.momentum_dtype = optimizer._momentum_dtype
         self.grads: list[Tensor | None] = []
@@ -204,7 +210,7 @@ class Part:
                 params=self._local(self.params),
                 buffers=buffers,
                 first=[i in filled_next for i in range(len(members))],
-                groups=[g for _, g, _ in members],
+                groups=self.groups,
                 segments=optimizer._segments or [()] * len(optimizer.param_groups),
                 eta_min=0.0 if optimizer.schedule is None else optimizer.schedule.eta_min,
                 momentum_dtype=self.momentum_dtype,
@@ -225,7 +231,7 @@ class Part:
             self.waiting.append(i)
             return None
         own = local_part(buffer, param)
-        aligned = sgd_ops.momentum_buffer_like(local_part(param, param), own, dtype)
+        aligned = sgd_ops.momentum_buffer_for(self.backend, local_part(param, param), own, dtype)
         if buffer is None:
             self.first.append(i)
         else:
@@ -351,7 +357,7 @@ def _scaler_of(optimizer: SGD) -> tuple[Tensor | None, Tensor | None]:
 
 def _held(tensor: Tensor | None) -> Tensor | None:
     """What this process holds of it. Nothing is sent, as only one process may ask."""
-    return tensor.to_local() if tensor is not None and is_sharded(tensor) else tensor
+    return tensor.to_local() if tensor is not None and is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _buffer(optimizer: SGD, param: Tensor, group: int) -> Tensor | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from operator import is_, itemgetter
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from fastfreeze._frozen import note_frozen, note_thawed
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.ops._library import Backend, require
 from fastfreeze.ops._plans import buffer_dtype
@@ -20,10 +22,13 @@ from fastfreeze.optim._checks import (
     check_group_rate,
     check_hypers,
     check_scheduled_groups,
-    check_state,
+    schedule_of,
 )
+from fastfreeze.optim._loading import Loaded, checked_state, complete_load
+from fastfreeze.optim._notices import Notices, tell_of_earlier_run, tell_of_plan
 from fastfreeze.optim._runtime import Runtime
-from fastfreeze.schedule import Cosine, Schedule, Segment, SegmentTable
+from fastfreeze.optim._signals import SignalsDeferred
+from fastfreeze.schedule import Schedule, Segment, SegmentTable
 
 _lr_of = itemgetter("lr")
 _initial_lr_of = itemgetter("initial_lr")
@@ -40,20 +45,6 @@ _PICKLED = (
     "_shown",
     "_step_supports_amp_scaling",
 )
-
-
-class _Loaded(NamedTuple):
-    """A state that was found good, as far as torch does not load it.
-
-    Attributes:
-        groups: the optimizer's own before, for what the state's leave out;
-        steps: of each of the state's groups, None where there is none;
-        wide_momentum: buffers that torch would cast to their parameters' dtype.
-    """
-
-    groups: list[dict[str, Any]]
-    steps: list[int | None]
-    wide_momentum: dict[Tensor, Tensor]
 
 
 class SGD(Optimizer):
@@ -87,11 +78,20 @@ class SGD(Optimizer):
     a must, and do not replay an old graph after other steps. Without a schedule a graph keeps the
     learning rates it was captured with.
 
+    Several threads may step one optimizer, and read its state: one after the other. Handlers of
+    signals, and so Ctrl-C, wait for the end of a step: weights, momentum, rates and the step change
+    together.
+
     Raises:
         TypeError: an argument, or a group's layer, of the wrong type.
         ValueError: a value out of its range, a schedule that freezes without layers, or parameters
             that the backend asked for cannot take.
         BackendUnavailableError: the backend asked for cannot run here.
+
+    Warns:
+        FastfreezeWarning: groups of a plan that was made for another schedule or learning rate;
+            layers that an earlier run has frozen; in a step, frozen layers that require gradients
+            again, and layers that get none since others froze.
 
     Example:
         >>> optimizer = fastfreeze.SGD(model.parameters(), lr=0.1, momentum=0.9, total_steps=10_000)
@@ -127,7 +127,7 @@ class SGD(Optimizer):
             raise RuntimeError("foreach and fused cannot both be True")
         if backend is not None:
             require(backend)
-        self._schedule = _schedule_of(schedule, total_steps)
+        self._schedule = schedule_of(schedule, total_steps)
         self._backend = backend
         self._momentum_dtype = momentum_dtype
         self._step = 0
@@ -140,6 +140,8 @@ class SGD(Optimizer):
         self._initial_lrs: list[Any] = []  # each group's, as last checked
         self._runtime: Runtime | None = None
         self._captured: list[Runtime] = []  # graphs read their tables
+        self._lock = threading.RLock()
+        self._notices = Notices()
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -152,8 +154,10 @@ class SGD(Optimizer):
             "fused": fused,
         }
         super().__init__(params, defaults)
+        tell_of_plan(self.param_groups, self._schedule)
         if self._schedule is not None:
             self._apply_schedule(0)
+        tell_of_earlier_run(self)
         # A GradScaler then leaves the division by its scale, and the skipping, to step().
         self._step_supports_amp_scaling = True
 
@@ -172,12 +176,14 @@ class SGD(Optimizer):
             TypeError: set to what is no integer.
             ValueError: set to a step outside the schedule's ``0..total_steps``.
         """
-        self._follow_replays()
-        return self._step
+        with self._lock:
+            self._follow_replays()
+            return self._step
 
     @current_step.setter
     def current_step(self, step: int) -> None:
-        self._go_to(as_step("current_step", step, self._schedule))
+        with self._lock:
+            self._go_to(as_step("current_step", step, self._schedule))
 
     @property
     def frozen_layers(self) -> tuple[int, ...]:
@@ -210,52 +216,49 @@ class SGD(Optimizer):
                 its parameter. Nothing has been changed then.
             TypeError: an ``initial_lr`` is no number. Nothing has been changed then.
         """
-        capturing = self._is_capturing()
-        if not capturing:
-            self._follow_replays()
-        self._check_group_count()
-        if self._is_to_make_state():
-            self._make_state()
-            return None
-        self._check_schedule()
+        with self._lock:
+            capturing = self._is_capturing()
+            if not capturing:
+                self._follow_replays()
+            self._check_group_count()
+            if self._is_to_make_state():
+                self._make_state()
+                return None
+            self._check_schedule()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if capturing:
-            self._capture()
-            return loss
-        lrs = self._update()
-        self._step += 1
-        if self._schedule is not None:
-            self._advance(lrs)
+        with self._lock:
+            if capturing:
+                self._capture()
+            else:
+                self._take_step()
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in torch; a schedule counts it from the current step on."""
-        added_later = bool(self._shown)  # not while the first groups are being made
-        if added_later:
-            self._check_group_count()
-        super().add_param_group(param_group)
-        if added_later:
-            try:
-                self._apply_schedule(self._step)
-            except (TypeError, ValueError):
-                self.param_groups.pop()
-                raise
+        with self._lock:
+            added_later = bool(self._shown)  # not while the first groups are being made
+            if added_later:
+                self._check_group_count()
+            super().add_param_group(param_group)
+            if added_later:
+                try:
+                    self._apply_schedule(self._step)
+                except (TypeError, ValueError):
+                    self.param_groups.pop()
+                    raise
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, which can load it; the step is in each group, the schedule beside them."""
-        self._follow_replays()
-        self._check_group_count()
-        self._settle()
-        for group in self.param_groups:
-            group["step"] = self._step
-        try:
+        with self._lock:
+            self._follow_replays()
+            self._check_group_count()
+            self._settle()
             state: dict[str, Any] = super().state_dict()
-        finally:
-            for group in self.param_groups:
-                del group["step"]
+            for group in state["param_groups"]:
+                group["step"] = self._step
         if self._schedule is not None:
             state["schedule"] = self._schedule.config()
         return state
@@ -269,31 +272,33 @@ class SGD(Optimizer):
 
         Raises:
             TypeError: the state is not a dict, or a value in it of the wrong type.
-            ValueError: the groups do not match, a momentum buffer is no tensor of its parameter's
-                shape, a step, learning rate or layer is not one that the schedule knows, or the
-                state belongs to another schedule. Nothing has been changed then.
+            ValueError: the state is another optimizer's, the groups do not match, a momentum buffer
+                is no tensor of its parameter's shape, a step, learning rate or layer is not one
+                that the schedule knows, or the state belongs to another schedule. Nothing has been
+                changed then.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(
                 "state_dict must be a dict, as state_dict() of fastfreeze.SGD or torch.optim.SGD "
                 f"gives it, got {state_dict!r}"
             )
-        found: list[_Loaded] = []
+        found: list[Loaded] = []
         # The last hook before loading checks what the user's hooks have made of the state; the
         # first one after it completes it, so that theirs find it whole.
         hooks = [
             self.register_load_state_dict_pre_hook(
-                lambda _, state: found.append(self._checked_state(state))
+                lambda _, state: found.append(checked_state(self, state))
             ),
             self.register_load_state_dict_post_hook(
-                lambda _: self._complete_load(found[-1]), prepend=True
+                lambda _: complete_load(self, found[-1]), prepend=True
             ),
         ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with self._lock:
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                for hook in hooks:
+                    hook.remove()
         steps = list(dict.fromkeys(found[-1].steps))
         if self._schedule is not None and (len(steps) != 1 or steps[0] is None):
             what = (
@@ -309,15 +314,18 @@ class SGD(Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        self._follow_replays()
-        self._settle()
-        state: dict[str, Any] = super().__getstate__()
-        return {**state, **{name: getattr(self, name) for name in _PICKLED}}
+        with self._lock:
+            self._follow_replays()
+            self._settle()
+            state: dict[str, Any] = super().__getstate__()
+            return {**state, **{name: getattr(self, name) for name in _PICKLED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._runtime = None
         self._captured = []
+        self._lock = threading.RLock()
+        self._notices = Notices()
         self._initial_lrs = [_UNCHECKED] * len(self.param_groups)
         for group in self.param_groups:
             group.setdefault("nesterov", False)
@@ -348,14 +356,25 @@ class SGD(Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
         self._runtime = None
 
-    def _update(self) -> list[float]:
+    def _take_step(self) -> None:
+        self._check_schedule()  # another thread, or the closure, may have stepped meanwhile
+        runtime = self._collected()
+        self._notices.look(self, runtime.groups_with_gradients)
+        with SignalsDeferred():
+            lrs = runtime.step(self)
+            self._step += 1
+            if self._schedule is not None:
+                self._advance(lrs)
+
+    def _collected(self) -> Runtime:
+        """Plans that fit, with this step's gradients."""
         runtime = self._runtime
         if runtime is None or not (runtime.fits(self) and runtime.collect(self)):
             self._settle()
             runtime = self._runtime = Runtime(self)
             if not runtime.collect(self):
                 raise RuntimeError("parameters or gradients change while they are being read")
-        return runtime.step(self)
+        return runtime
 
     def _is_capturing(self) -> bool:
         runtime = self._runtime
@@ -406,56 +425,6 @@ class SGD(Optimizer):
         if self._runtime is not None and self._runtime.settle():
             self._runtime = None
 
-    def _checked_state(self, state_dict: Mapping[str, Any]) -> _Loaded:
-        """What torch will not load of a state; raises, before any change, if it does not fit."""
-        self._check_group_count()
-        check_state(state_dict, self.param_groups)
-        saved = state_dict.get("schedule")
-        if self._schedule is not None and saved is not None and saved != self._schedule.config():
-            raise ValueError(
-                f"the state was saved under schedule {saved}, this optimizer has "
-                f"{self._schedule.config()}; make it with the same schedule, or delete "
-                "state_dict['schedule'] to go on under the new one"
-            )
-        groups = state_dict["param_groups"]
-        steps = [
-            None
-            if group.get("step") is None
-            else as_step(f"state_dict: step of parameter group {g}", group["step"], self._schedule)
-            for g, group in enumerate(groups)
-        ]
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        if self._schedule is not None:
-            together = ({**mine, **theirs} for mine, theirs in zip(own, groups, strict=True))
-            check_scheduled_groups(self._schedule, together)
-        return _Loaded(own, steps, self._wide_momentum(state_dict))
-
-    def _wide_momentum(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
-        """The buffers that torch will cast to their parameters' dtype, as they were."""
-        if self._momentum_dtype is None:
-            return {}
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        buffers = {}
-        for i, p in zip(saved, own, strict=True):
-            buffer = state_dict["state"].get(i, {}).get("momentum_buffer")
-            if buffer is not None:
-                dtype = buffer_dtype(p, self._momentum_dtype)
-                buffers[p] = buffer.to(p.device, dtype, copy=True)
-        return buffers
-
-    def _complete_load(self, loaded: _Loaded) -> None:
-        """Add to what torch has loaded what it does not know; all of it has been checked."""
-        for group, before in zip(self.param_groups, loaded.groups, strict=True):
-            group.pop("step", None)
-            for key, value in before.items():  # torch's states know no layers
-                group.setdefault(key, value)
-        for p, buffer in loaded.wide_momentum.items():
-            self.state[p]["momentum_buffer"] = buffer
-        steps = set(loaded.steps)
-        step = steps.pop() if len(steps) == 1 else None
-        self._go_to(self._step if step is None else step)
-
     def _go_to(self, step: int) -> None:
         """Be at a step, which has been checked, with the groups where the schedule is then."""
         if self._schedule is not None:
@@ -465,19 +434,31 @@ class SGD(Optimizer):
 
     def _advance(self, lrs: list[float]) -> None:
         """Show the next step's learning rates, and freeze or thaw what is due at it."""
-        for group, lr in zip(self.param_groups, lrs, strict=True):
-            group["lr"] = lr
-        self._shown = lrs
-        for g, frozen in self._events.get(self._step, ()):
+        self._show(lrs)
+        events = self._events.get(self._step, ())
+        if not events:
+            return
+        had_gradients = set() if self._runtime is None else self._runtime.groups_with_gradients()
+        for g, frozen in events:
             if frozen:
                 self._freeze(g)
             else:
                 self._thaw(g)
+        self._notices.freeze(self, had_gradients)
+
+    def _show(self, lrs: list[float]) -> None:
+        """Put learning rates and the step into the groups, where users and checkpoints look."""
+        self._shown = lrs
+        for group, lr in zip(self.param_groups, lrs, strict=True):
+            group["lr"] = lr
+            group["step"] = self._step
 
     def _freeze(self, g: int) -> None:
         self._settle()
         params = self.param_groups[g]["params"]
-        self._frozen.setdefault(g, [p for p in params if p.requires_grad])
+        if g not in self._frozen:
+            self._frozen[g] = [p for p in params if p.requires_grad]
+            note_frozen(self._frozen[g])
         for p in params:
             p.requires_grad_(False)
             p.grad = None
@@ -486,8 +467,10 @@ class SGD(Optimizer):
 
     def _thaw(self, g: int) -> None:
         self._settle()
-        for p in self._frozen.pop(g, ()):
+        thawed = self._frozen.pop(g, [])
+        for p in thawed:
             p.requires_grad_(True)
+        note_thawed(thawed)
         self._runtime = None
 
     def _apply_schedule(self, step: int) -> None:
@@ -508,9 +491,9 @@ class SGD(Optimizer):
             else:
                 self._thaw(g)
         self._runtime = None
-        self._shown = self._scheduled_lrs(step)
-        for group, lr in zip(self.param_groups, self._shown, strict=True):
-            group["lr"] = lr
+        self._step = step
+        self._show(self._scheduled_lrs(step))
+        self._notices.freeze(self, set())
 
     def _scheduled_lrs(self, step: int) -> list[float]:
         if self._schedule is None:
@@ -551,26 +534,16 @@ class SGD(Optimizer):
             return
         if self._step >= self._schedule.total_steps:
             raise ValueError(
-                f"step() was called after the schedule's total_steps={self._schedule.total_steps}"
+                f"step() was called after the schedule's total_steps={self._schedule.total_steps} "
+                "steps. A step is a call of step(), one for each batch: total_steps must be epochs "
+                "x batches per epoch, as len(loader) counts them"
             )
         self._check_initial_lrs(self._schedule)
         if list(map(_lr_of, self.param_groups)) != self._shown:
             g = next(g for g, lr in enumerate(self._shown) if self.param_groups[g]["lr"] != lr)
             raise ValueError(
                 f"lr of parameter group {g} must be {self._shown[g]!r} as the schedule says, got "
-                f"{self.param_groups[g]['lr']!r}: change group['initial_lr'] instead, or make the "
-                "optimizer without a schedule"
+                f"{self.param_groups[g]['lr']!r}. If a torch.optim.lr_scheduler sets it, leave "
+                "out that scheduler's step(): the schedule sets the rates. To change one by hand, "
+                "change group['initial_lr'], or make the optimizer without a schedule"
             )
-
-
-def _schedule_of(schedule: Schedule | None, total_steps: int | None) -> Schedule | None:
-    if schedule is None:
-        return None if total_steps is None else Cosine(total_steps)
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a fastfreeze Schedule, got {schedule!r}")
-    if total_steps not in (None, schedule.total_steps):
-        raise ValueError(
-            f"total_steps must be the schedule's {schedule.total_steps} or left out, "
-            f"got {total_steps}"
-        )
-    return schedule

@@ -1,0 +1,63 @@
+"""A stretch of code that no signal's handler runs in: it comes right after."""
+
+from __future__ import annotations
+
+# What signal's functions wrap: they take 20 times as long, to make enums.
+import _signal  # type: ignore[import-not-found]
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+# Those that users give handlers: Ctrl-C, a cluster's warnings, time limits.
+_NUMBERS = tuple(
+    int(getattr(signal, name))
+    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
+
+
+class SignalsDeferred:
+    """Puts off the handlers of signals, which Python runs in the main thread alone.
+
+    ``KeyboardInterrupt`` then rises when the stretch is over, and a handler that saves a checkpoint
+    finds all of it done.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._came: list[tuple[int, FrameType | None]] = []
+        self._deferring = False
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        try:
+            for number in _NUMBERS:
+                handler = _signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    _signal.signal(number, self._handle)
+            self._deferring = True
+        except BaseException:  # a handler's own
+            self._restore()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._deferring = False
+        try:
+            self._restore()
+        finally:
+            while self._came:
+                number, frame = self._came.pop(0)
+                self._handlers[number](number, frame)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._deferring:
+            self._came.append((number, frame))
+        else:  # before or after the stretch, also if a handler's error kept one from being restored
+            self._handlers[number](number, frame)
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            _signal.signal(number, handler)

@@ -1,0 +1,159 @@
+"""What SGD tells of set-ups that train something else than they seem to, and when it is silent."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastfreeze
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.optim import SGD
+from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles
+
+X = torch.randn(4, 6)
+
+
+def net():
+    return nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(4)))
+
+
+def planned(model, schedule, lr=0.1, **kwargs):
+    return fastfreeze.split(model, layers=["0", "1", "2", "3"], schedule=schedule, lr=lr, **kwargs)
+
+
+def train(model, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+
+
+def told(act):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    return [str(w.message) for w in caught if issubclass(w.category, FastfreezeWarning)]
+
+
+FREEZING = FreezeOut(20, t_0=0.3)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"lr": 0.1}, r"split\(\) was given schedule=FreezeOut, and this optimizer has none"),
+        ({"lr": 0.1, "schedule": FreezeOut(20, t_0=0.5)}, "Pass both the same schedule"),
+        ({"lr": 0.3, "schedule": FREEZING}, r"was given lr=0.1, .* starts from lr=0.3"),
+    ],
+    ids=["no schedule", "another schedule", "another rate"],
+)
+def test_a_plan_that_is_not_followed(kwargs, message):
+    groups = planned(net(), FREEZING).param_groups()
+    with pytest.warns(FastfreezeWarning, match=message) as caught:
+        SGD(groups, **kwargs)
+    assert caught[0].filename == __file__
+
+
+def different_rates(groups):
+    return [{**group, "lr": 0.1 * (i + 1)} for i, group in enumerate(groups)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SGD(planned(net(), FREEZING).param_groups(), lr=0.1, schedule=FREEZING),
+        lambda: SGD(planned(net(), None, None).param_groups(), lr=0.1, schedule=FREEZING),
+        lambda: SGD(
+            different_rates(planned(net(), FREEZING).param_groups()), lr=0.3, schedule=FREEZING
+        ),
+        lambda: SGD(planned(net(), FREEZING).model.parameters(), lr=0.1),
+    ],
+    ids=["followed", "split without a schedule", "rates by layer", "groups of no plan"],
+)
+def test_nothing_to_tell(make):
+    assert told(make) == []
+
+
+def test_an_earlier_run_has_frozen_layers():
+    model = net()
+    groups = planned(model, FREEZING).param_groups()
+    train(model, SGD(copy.copy(groups), lr=0.1, schedule=FREEZING), 20)
+    message = r"layer 0\.\.2 will not train.*requires_grad_\(True\)"
+    for schedule in (FREEZING, Cosine(20)):
+        messages = told(lambda schedule=schedule: SGD(copy.copy(groups), lr=0.1, schedule=schedule))
+        assert re.match(message, messages[-1])
+    model.requires_grad_(True)
+    assert told(lambda: SGD(copy.copy(groups), lr=0.1, schedule=FREEZING)) == []
+
+
+def test_layers_that_the_user_fixes_are_no_earlier_runs():
+    model = net()
+    groups = planned(model, FREEZING).param_groups()
+    model[0].requires_grad_(False)
+    assert told(lambda: SGD(groups, lr=0.1, schedule=FREEZING)) == []
+
+
+def test_a_layer_is_thawed_by_hand():
+    model = net()
+    optimizer = SGD(planned(model, FREEZING).param_groups(), lr=0.1, schedule=FREEZING)
+    train(model, optimizer, 10)
+    frozen = model[0][0].weight.clone()
+    model.requires_grad_(True)
+    with pytest.warns(FastfreezeWarning, match=r"layer 0\.\.2 is frozen by the schedule"):
+        train(model, optimizer, 1)
+    assert torch.equal(frozen, model[0][0].weight)
+    assert told(lambda: train(model, optimizer, 9)) == []  # once
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.layers, self.use_reentrant = net(), use_reentrant
+
+    def forward(self, x):
+        x, *rest = self.layers[0](x), *self.layers[1:3]
+        for layer in rest:
+            x = checkpoint(layer, x, use_reentrant=self.use_reentrant)
+        return self.layers[3](x)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_layers_without_gradients_since_a_freeze_are_named(use_reentrant):
+    model, schedule = Checkpointed(use_reentrant), FreezeOut(60, t_0=0.3)
+    names = [f"layers.{i}" for i in range(4)]
+    plan = fastfreeze.split(model, layers=names, schedule=schedule, lr=0.1)
+    optimizer = SGD(plan.param_groups(), lr=0.1, schedule=schedule)
+    messages = told(lambda: train(model, optimizer, 20))
+    assert len(messages) == use_reentrant
+    for message in messages:
+        assert message.startswith("layer 1..2 should train, and has had no gradient since layers ")
+        assert "use_reentrant=False" in message
+
+
+def test_a_thaw_by_the_schedule_is_silent():
+    model, schedule = net(), FreezeOutCycles(40, num_cycles=2, composition="thaw")
+    optimizer = SGD(planned(model, schedule).param_groups(), lr=0.1, schedule=schedule)
+    assert told(lambda: train(model, optimizer, 40)) == []
+
+
+def test_gradients_in_turn_are_no_failure():
+    """As of networks that train in turn: theirs are missing for a step."""
+    model, schedule = net(), FreezeOut(60, t_0=0.3)
+    optimizer = SGD(planned(model, schedule).param_groups(), lr=0.1, schedule=schedule)
+
+    def every_other_step():
+        for step in range(40):
+            optimizer.zero_grad()
+            model(X).square().mean().backward()
+            if step % 2:
+                model[2].zero_grad()
+            optimizer.step()
+
+    assert told(every_other_step) == []

@@ -1,0 +1,204 @@
+"""A step is there as a whole or not at all: for other threads, after Ctrl-C, in a handler."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastfreeze
+from fastfreeze.optim import SGD, _signals
+from fastfreeze.optim._signals import SignalsDeferred
+from fastfreeze.schedule import Cosine, FreezeOut
+from tests.conftest import needs_cpu_kernels
+
+PACKAGE = str(Path(fastfreeze.__file__).parent)
+BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
+
+
+class Run:
+    """A network in three layers under a schedule that freezes it; its gradients are of its step."""
+
+    def __init__(self, backend, schedule=None):
+        torch.manual_seed(0)
+        self.params = [nn.Parameter(torch.randn(3)) for _ in range(3)]
+        groups = [
+            {"params": [p], "layer_index": i, "num_layers": 3} for i, p in enumerate(self.params)
+        ]
+        self.optimizer = SGD(groups, lr=0.1, momentum=0.9, schedule=schedule, backend=backend)
+
+    def give_gradients(self):
+        generator = torch.Generator().manual_seed(self.optimizer.current_step)
+        for p in self.params:
+            grad = torch.randn(3, generator=generator)
+            p.grad = grad if p.requires_grad else None
+
+    def step(self):
+        self.give_gradients()
+        self.optimizer.step()
+
+    def everything(self):
+        state = self.optimizer.state_dict()
+        weights = [p.tolist() for p in self.params]
+        buffers = {i: s["momentum_buffer"].tolist() for i, s in state["state"].items()}
+        flags = [p.requires_grad for p in self.params]
+        return weights, buffers, flags, state["param_groups"]
+
+
+def interrupted_at(count):
+    """A trace function that sends Ctrl-C at a line of the package, the ``count``-th."""
+    seen = 0
+
+    def trace(frame, event, _):
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == count:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    return trace
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ctrl_c_at_any_line_leaves_a_step_whole(backend):
+    schedule = FreezeOut(600, t_0=0.3)
+    interrupted, calm = Run(backend, schedule), Run(backend, schedule)
+    interrupted.step()
+    calm.step()
+    whole = 0
+    for line in range(1, 400):  # more than a step without a new plan has
+        interrupted.give_gradients()
+        before = interrupted.optimizer.current_step
+        sys.settrace(interrupted_at(line))
+        try:
+            interrupted.optimizer.step()
+        except KeyboardInterrupt:
+            whole += interrupted.optimizer.current_step != before
+        finally:
+            sys.settrace(None)
+        if interrupted.optimizer.current_step != before:
+            calm.step()
+        assert interrupted.everything() == calm.everything(), line
+    assert whole > 10
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_finds_a_whole_step():
+    """As one that saves a checkpoint when the cluster warns it does."""
+    run, found = Run("reference", Cosine(50)), []
+    before = signal.signal(signal.SIGTERM, lambda *_: found.append(run.everything()))
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename.startswith(PACKAGE) and event == "line":
+            signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    try:
+        run.step()
+        old = copy.deepcopy(run.everything())
+        run.give_gradients()
+        sys.settrace(trace)
+        run.optimizer.step()
+    finally:
+        sys.settrace(None)
+        signal.signal(signal.SIGTERM, before)
+    assert found
+    assert {str(f) for f in found} <= {str(old), str(run.everything())}
+
+
+def test_deferred_signals_come_in_order_once_and_leave_their_handlers(monkeypatch):
+    came = []
+    numbers = (signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.signal(n, lambda number, _: came.append(number)) for n in numbers]
+    mine = [signal.getsignal(n) for n in numbers]
+    try:
+        with SignalsDeferred():
+            for number in reversed(numbers):
+                signal.raise_signal(number)
+            with SignalsDeferred():
+                signal.raise_signal(numbers[0])
+            assert came == []
+        assert came == [numbers[1], numbers[0], numbers[0]]
+        with pytest.raises(KeyError), SignalsDeferred():  # an error of the stretch itself
+            raise KeyError
+        real = _signals._signal.signal
+
+        def interrupt_once(number, handler):
+            if number == signal.SIGUSR2:
+                monkeypatch.undo()
+                raise KeyboardInterrupt
+            return real(number, handler)
+
+        monkeypatch.setattr(_signals._signal, "signal", interrupt_once)
+        with pytest.raises(KeyboardInterrupt):
+            SignalsDeferred().__enter__()
+        assert [signal.getsignal(n) for n in numbers] == mine
+    finally:
+        monkeypatch.undo()
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_step_one_after_the_other(backend):
+    params = [nn.Parameter(torch.zeros(500)) for _ in range(20)]
+    theirs = [nn.Parameter(torch.zeros(500)) for _ in range(20)]
+    optimizer = SGD(params, lr=1.0, momentum=0.5, backend=backend)
+    expected = torch.optim.SGD(theirs, lr=1.0, momentum=0.5, foreach=False)
+    for p in params + theirs:
+        p.grad = torch.ones(500)
+    errors = []
+
+    def run(act, times):
+        try:
+            for _ in range(times):
+                act()
+        except Exception as error:
+            errors.append(error)
+
+    def look():
+        state = optimizer.state_dict()
+        assert len(state["state"]) == (0 if state["param_groups"][0]["step"] == 0 else 20)
+
+    acts = [(optimizer.step, 25)] * 4 + [(look, 25), (lambda: copy.deepcopy(optimizer), 3)]
+    threads = [threading.Thread(target=run, args=act) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    assert optimizer.current_step == 100
+    for _ in range(100):
+        expected.step()
+    for p, q in zip(params, theirs, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_threads_share_the_last_step():
+    run, errors = Run("reference", Cosine(20)), []
+    run.give_gradients()
+
+    def step():
+        try:
+            for _ in range(10):
+                run.optimizer.step()
+        except ValueError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=step) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert run.optimizer.current_step == 20
+    assert all("total_steps=20" in str(error) for error in errors)
+    assert len(errors) in (1, 2)
