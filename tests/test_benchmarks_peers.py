@@ -157,9 +157,10 @@ def test_table_by_hand():
 
 def test_some_images_are_of_all_classes():
     labels = torch.arange(10).repeat_interleave(10)
-    some = peers._some(MemoryImages(torch.zeros(100, 1, 2, 2), labels), 10)
+    some = peers._some(MemoryImages(torch.zeros(100, 1, 2, 2).byte(), labels), 10)
     assert some.labels.tolist() == list(range(10))
-    assert len(peers._some(MemoryImages(torch.zeros(3, 1, 2, 2), labels[:3]), 10).labels) == 3
+    few = MemoryImages(torch.zeros(3, 1, 2, 2).byte(), labels[:3])
+    assert len(peers._some(few, 10).labels) == 3
 
 
 @pytest.mark.parametrize(

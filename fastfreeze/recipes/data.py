@@ -7,9 +7,12 @@ nothing had happened.
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
 import shlex
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.recipes.augmentation import augment, epoch_generator, lighting
 from fastfreeze.recipes.errors import RecipeError, optional_package
+from fastfreeze.recipes.folders import class_folders, visible
 from fastfreeze.recipes.images import (
     CentreCrop,
     FileImages,
@@ -171,11 +176,13 @@ def load_data(
       these three, but does not say how far it shifts; this is CIFAR's share of the width.
     * "imagenet": ``train/<wnid>/*`` and ``val/<wnid>/*``, as torchvision unpacks them; random parts
       scaled to 224 pixels, mirroring and random colours, and tests on the centre of the image.
-    * "folder": ``train/<class>/*`` and ``test/<class>/*``, scaled to ``image_size``; shifts by an
-      eighth of that, and mirroring.
+    * "folder": ``train/<class>/*`` and ``test/<class>/*``, as
+      :func:`fastfreeze.recipes.folders.class_folders` finds them, scaled to ``image_size``; shifts
+      by an eighth of that, and mirroring.
 
     Channels are normalised by the mean and deviation of the training images; of ImageNet's for the
-    last three. (The DenseNet paper only divides SVHN's pixels by 255.)
+    last three. (The DenseNet paper only divides SVHN's pixels by 255.) How a file becomes an image
+    is in :func:`fastfreeze.recipes.images.in_rgb`.
 
     Args:
         name: one of :data:`DATA_NAMES`.
@@ -185,8 +192,11 @@ def load_data(
 
     Raises:
         RecipeError: the files or an optional package are missing; the message says which, and how
-            to get them.
+            to get them. Or they are no classes to tell apart.
         ValueError: no data set has that name.
+
+    Warns:
+        FastfreezeWarning: of folders that may not be what they are taken for.
     """
     if name not in DATA_NAMES:
         raise ValueError(f"data must be one of {', '.join(DATA_NAMES)}; got {name!r}")
@@ -294,21 +304,26 @@ def _tiny_imagenet(data_dir: Path, workers: int) -> ImageData:
         f"curl -LO http://cs231n.stanford.edu/{archive} && python -m zipfile -e {archive} ."
     )
     with _needed("tinyimagenet", data_dir, needed, how):
-        train, classes = _class_folders(root / "train", Fit(64))
+        train, classes = _class_folders(root / "train", Fit(64), "images")
         rows = (root / "val" / "val_annotations.txt").read_text().splitlines()
-        files = {path.name: path for path in (root / "val" / "images").iterdir()}
-    paths, labels = [], []
+        files = {p.name: p for p in (root / "val" / "images").iterdir() if visible(p.name)}
+    labels: dict[str, int] = {}
     for row in rows:
         file, _, rest = row.partition("\t")
         wnid = rest.partition("\t")[0]
-        if file not in files or wnid not in classes:
+        if file not in files or file in labels or wnid not in classes:
             raise RecipeError(
                 f"--data tinyimagenet: {root}/val/val_annotations.txt must give a file of "
-                f"val/images and a class of train in each row, got {row!r}"
+                f"val/images and a class of train in each row, no file twice, got {row!r}"
             )
-        paths.append(files[file])
-        labels.append(classes[wnid])
-    test = FileImages.below(root / "val", paths, labels, Fit(64))
+        labels[file] = classes[wnid]
+    if labels.keys() != files.keys():
+        raise RecipeError(
+            f"--data tinyimagenet: {root}/val/val_annotations.txt has no row for "
+            f"{some(sorted(files.keys() - labels.keys()))} of val/images"
+        )
+    paths = [files[file] for file in labels]
+    test = FileImages.below(root / "val", paths, list(labels.values()), Fit(64))
     return _in_files(train, test, len(classes), pad=8, flip=True, lighting=0.1, workers=workers)
 
 
@@ -331,15 +346,30 @@ def _folder(data_dir: Path, size: int, workers: int) -> ImageData:
     with _needed("folder", data_dir, needed, "Put your images there."):
         train, classes = _class_folders(data_dir / "train", Fit(size))
         test, test_classes = _class_folders(data_dir / "test", Fit(size))
+        _warn_of_shared(train, test)
     _check_same_classes("folder", data_dir, classes, test_classes)
     return _in_files(train, test, len(classes), pad=size // 8, flip=True, workers=workers)
 
 
-def _class_folders(root: Path, framing: Framing) -> tuple[FileImages, dict[str, int]]:
+def _class_folders(
+    root: Path, framing: Framing, inside: str = ""
+) -> tuple[FileImages, dict[str, int]]:
     """The images below one directory for each class, and the classes' numbers by name."""
-    found = optional_package("torchvision").datasets.ImageFolder(root)
-    paths, labels = zip(*found.samples, strict=True)
-    return FileImages.below(root, paths, labels, framing), found.class_to_idx
+    paths, labels, classes = class_folders(root, inside)
+    return FileImages.below(root, paths, labels, framing), classes
+
+
+def _warn_of_shared(train: FileImages, test: FileImages) -> None:
+    """Tell of a test image that has the name and the content of one of the training images."""
+    for name in map(os.fsdecode, np.intersect1d(train.names, test.names)):
+        if filecmp.cmp(Path(train.root, name), Path(test.root, name), shallow=False):
+            warnings.warn(
+                f"{train.root} and {test.root} share images, such as {name}: "
+                "the test error will be too good",
+                FastfreezeWarning,
+                stacklevel=4,
+            )
+            return
 
 
 def _check_same_classes(

@@ -15,6 +15,15 @@ from torch import Tensor
 from fastfreeze.recipes.augmentation import mixed_seed
 from fastfreeze.recipes.errors import RecipeError, optional_package
 
+# Pillow's names of the formats that are read: those that hold one picture in pixels.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def image_endings() -> tuple[str, ...]:
+    """How the names of files in :data:`FORMATS` end, in small letters."""
+    known = optional_package("PIL.Image").registered_extensions()
+    return tuple(ending for ending, kind in known.items() if kind in FORMATS)
+
 
 class Images(Protocol):
     """Labelled images, read by a list of indices."""
@@ -35,10 +44,26 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class MemoryImages:
-    """Images in memory: uint8 ``[N, C, H, W]``, labels int64 ``[N]``."""
+    """Images in memory: uint8 ``[N, C, H, W]``, labels int64 ``[N]``.
+
+    Raises:
+        ValueError: they are of another dtype or shape.
+    """
 
     pixels: Tensor
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        for name, value, dtype, shape in (
+            ("labels", self.labels, torch.int64, "[N]"),
+            ("pixels", self.pixels, torch.uint8, "[N, C, H, W]"),
+        ):
+            known = value.dtype == dtype and value.ndim == shape.count(",") + 1
+            if not known or len(value) != len(self.labels):
+                raise ValueError(
+                    f"{name} must be {dtype} {shape}, N the same for both, "
+                    f"got {value.dtype} {list(value.shape)}"
+                )
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.pixels[indices], self.labels[indices]
@@ -75,8 +100,8 @@ class CentreCrop:
     size: int
 
     def __call__(self, image: Any, seed: tuple[int, ...]) -> Any:
-        functional = optional_package("torchvision").transforms.functional
-        return functional.center_crop(functional.resize(image, self.scaled), self.size)
+        v2 = optional_package("torchvision.transforms.v2")
+        return v2.Compose([v2.Resize(self.scaled), v2.CenterCrop(self.size)])(image)
 
 
 @dataclass(frozen=True)
@@ -90,13 +115,11 @@ class RandomCrop:
     size: int
 
     def __call__(self, image: Any, seed: tuple[int, ...]) -> Any:
-        transforms = optional_package("torchvision").transforms
+        v2 = optional_package("torchvision.transforms.v2")
+        vary = v2.Compose([v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip()])
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.default_generator.manual_seed(mixed_seed(*seed))
-            part = transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
-            mirrored = bool(torch.rand(()) < 0.5)
-        image = transforms.functional.resized_crop(image, *part, [self.size, self.size])
-        return transforms.functional.hflip(image) if mirrored else image
+            return vary(image)
 
 
 @dataclass(frozen=True)
@@ -138,10 +161,48 @@ class FileImages:
 
     def _decode(self, index: int) -> Tensor:
         path = Path(self.root, os.fsdecode(bytes(self.names[index])))
+        pillow = optional_package("PIL.Image")
         try:
-            with optional_package("PIL.Image").open(path) as image:
-                pixels = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # PIL raises each for a damaged file
-            raise RecipeError(f"cannot read the image {path}: {error}") from error
+            with pillow.open(path, formats=FORMATS) as image:
+                pixels = in_rgb(image)
+        except Exception as error:  # Pillow raises all kinds for a damaged file
+            text = str(error) or type(error).__name__
+            raise RecipeError(f"cannot read the image {path}: {text}") from error
         framed = self.framing(pixels, (*self.key, index))
         return torch.from_numpy(np.array(framed)).permute(2, 0, 1).contiguous()
+
+
+def in_rgb(image: Any) -> Any:
+    """What Pillow has opened, as it is to be seen: upright, 8 bits of red, green and blue.
+
+    The first picture of several is taken. The camera's note of what is up (EXIF) is followed. Of 16
+    bits, or of TIFF's 12, the higher 8 are taken, and floats are from 0, black, to 1, white. What
+    is transparent shows white. Colour profiles are not applied.
+
+    Raises:
+        ValueError: it cannot be known which of its numbers are black and white.
+    """
+    pillow = optional_package("PIL.Image")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, by number
+    signed = 2 in tags.get(339, ())  # SampleFormat
+    white_is_zero = tags.get(262) == 0  # PhotometricInterpretation
+    has_12_bits = tags.get(258) == (12,)  # BitsPerSample
+    deep = image.mode == "F" or image.mode.startswith("I")
+    if signed or (image.mode == "I" and image.format != "PPM"):
+        raise ValueError("integers must be unsigned and have 8 or 16 bits")
+    if deep and white_is_zero:  # Pillow reads these as if zero were black
+        raise ValueError("with more than 8 bits zero must be black (PhotometricInterpretation 1)")
+    optional_package("PIL.ImageOps").exif_transpose(image, in_place=True)
+    if deep:
+        values = np.asarray(image)
+        if image.mode == "F":
+            if not (values.min() >= 0 and values.max() <= 1):  # nor if one is NaN
+                raise ValueError(f"floats must be in 0..1, got {values.min()}..{values.max()}")
+            values = np.rint(255 * values)
+        else:
+            values = values >> (4 if has_12_bits else 8)
+        return pillow.fromarray(values.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = pillow.new("RGBA", image.size, "white")
+        image = pillow.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
