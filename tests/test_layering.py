@@ -28,6 +28,7 @@ ORDER = [
     "graph",
     "report",
     "ensemble",
+    "_public",
     "integrations",
     "distributed",
     "recipes",
