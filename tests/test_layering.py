@@ -29,6 +29,7 @@ ORDER = [
     "graph",
     "report",
     "ensemble",
+    "_public",
     "integrations",
     "distributed",
     "recipes",

@@ -27,6 +27,9 @@ def predictions(rows):
     return probabilities, torch.randint(4, (rows,))
 
 
+GAPS = ("confidence above the accuracy", "accuracy above the confidence")
+
+
 def bars(axes, label):
     [container] = [c for c in axes.containers if c.get_label() == label]
     return list(container)
@@ -49,22 +52,38 @@ def test_the_bars_of_the_reliability_diagram(num_bins, rows):
             expected.append(((i + 0.5) / num_bins, accuracy, confidence - accuracy, len(binned)))
 
     ax = reliability_diagram(probabilities, labels, num_bins=num_bins)
-    accuracies, gaps = bars(ax, "accuracy"), bars(ax, "gap to the confidence")
+    parts = [bars(ax, label) for label in ("accuracy", *GAPS)]
     most = max(count for *_, count in expected)
-    for bar, gap, (centre, accuracy, difference, count) in zip(
-        accuracies, gaps, expected, strict=True
+    for drawn, (centre, accuracy, difference, count) in zip(
+        zip(*parts, strict=True), expected, strict=True
     ):
-        for drawn in (bar, gap):
-            assert drawn.get_width() == pytest.approx(count / most / num_bins)
-            assert drawn.get_x() + drawn.get_width() / 2 == pytest.approx(centre)
-        assert (bar.get_y(), bar.get_height()) == (0, pytest.approx(accuracy))
-        assert gap.get_y() == pytest.approx(accuracy)
-        assert gap.get_height() == pytest.approx(difference)
+        for bar in drawn:
+            assert bar.get_width() == pytest.approx(1 / num_bins)
+            assert bar.get_x() + bar.get_width() / 2 == pytest.approx(centre)
+            assert bar.get_alpha() is None
+            assert bar.get_facecolor()[3] == pytest.approx(0.15 + 0.85 * (count / most) ** 0.5)
+        agreed, above, below = drawn
+        assert (agreed.get_y(), agreed.get_height()) == (
+            0,
+            pytest.approx(accuracy - max(-difference, 0)),
+        )
+        for bar, height in ((above, max(difference, 0)), (below, max(-difference, 0))):
+            assert bar.get_y() == pytest.approx(agreed.get_height())  # parts do not overlap
+            assert bar.get_height() == pytest.approx(height, abs=1e-12)
+    counts = [text.get_text() for text in ax.texts]
+    assert counts == ([] if num_bins > 40 else [str(count) for *_, count in expected])
     error = expected_calibration_error(probabilities, labels, num_bins)
-    area = sum(abs(gap.get_height()) * gap.get_width() for gap in gaps)
-    assert area * most * num_bins / rows == pytest.approx(error)
-    assert ax.get_title() == f"ECE {error:.4f}"
+    assert ax.get_title() == f"ECE {error:.4f}, {rows} rows; paler: fewer rows"
     ax.figure.canvas.draw()
+
+
+def test_every_color_of_the_reliability_diagram_is_in_its_legend():
+    ax = reliability_diagram(*predictions(200))
+    found = {p.get_label(): p.get_facecolor() for p in ax.get_legend().get_patches()}
+    assert list(found) == ["accuracy", *GAPS]
+    for label, color in found.items():
+        assert color[3] == 1
+        assert {bar.get_facecolor()[:3] for bar in bars(ax, label)} == {color[:3]}
 
 
 def test_the_numbers_of_the_diversity_plot():

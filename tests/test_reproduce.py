@@ -299,9 +299,9 @@ def test_a_reproduction_can_be_plotted(finished, kind, tmp_path):
 
 
 def fake_results(methods):
-    common = {"seed": 0, "error": 0.25, "ensemble_error": 0.2, "seconds": 8.0}
+    common = {"seed": 0, "error": 0.25, "ensemble_error": 0.2, "cpu_seconds": 12.5}
     return [
-        {**common, "method": method.name, "seconds": 10.0 - 2 * i}
+        {**common, "others_share": 0.01, "method": method.name, "seconds": 10.0 - 2 * i}
         for i, method in enumerate(methods)
     ]
 
@@ -317,12 +317,13 @@ def test_ours_stands_beside_the_papers():
     ]
     asked = config(FreezeOutConfig, "densenet-bc-76", "cifar10")
     table = asked.table(fake_results(asked.methods()), "")
-    assert table.rows[0][2:] == ["-", "-", "10.0", "-", "-"]
-    assert table.rows[1][2:] == ["0.0", "3", "8.0", "20.0", "20"]
+    assert table.rows[0][2:] == ["-", "-", "10.0", "12.5", "-", "-"]
+    assert table.rows[1][2:] == ["0.0", "3", "8.0", "12.5", "20.0", "20"]
+    assert table.note.endswith("Other processes had at most 1% of the CPUs' time.")
     assert "The paper: up to 20% of the time saved, with a loss of 3% in accuracy." in table.note
     asked = config(FreezeOutConfig, "vgg16", "cifar10")
     table = asked.table(fake_results(asked.methods()), "")
-    assert table.rows[2][3:] == ["-", "6.0", "40.0", "0"]
+    assert table.rows[2][3:] == ["-", "6.0", "12.5", "40.0", "0"]
 
 
 def test_parts_are_balanced_and_the_network_is_the_papers(data):

@@ -20,14 +20,23 @@ from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.images import MemoryImages
 from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
-from fastfreeze.recipes.report import results_table
+from fastfreeze.recipes.names import METHOD_NAMES
+from fastfreeze.recipes.processors import CpuTime
+from fastfreeze.recipes.report import machine_note, results_table
 from fastfreeze.recipes.rundir import RunDir, describe, write_atomic
-from fastfreeze.recipes.train import METHOD_NAMES, TrainConfig
+from fastfreeze.recipes.train import TrainConfig
 from fastfreeze.recipes.training import StepClock, plain_sgd, predict, set_up, train_epoch
 from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, from_config
 
 CPU = torch.device("cpu")
-TIMINGS = {"seconds", "step_seconds", "seconds_per_epoch", "peak_memory_mb"}
+TIMINGS = {
+    "seconds",
+    "cpu_seconds",
+    "others_share",
+    "step_seconds",
+    "seconds_per_epoch",
+    "peak_memory_mb",
+}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -198,6 +207,7 @@ def test_methods_learn_and_tell(finished, data):
         assert result["seconds"] == pytest.approx(
             sum(s for line in epochs for s in line["step_seconds"]), abs=1e-4
         )
+        assert result["cpu_seconds"] > 0
         assert result["seconds_per_epoch"] == pytest.approx(result["seconds"] / 4)
         members = [line["step"] for line in lines if line["event"] == "snapshot"]
         assert members == ([4, 8, 12] if method in ("snapshot", "both") else [])
@@ -387,6 +397,14 @@ def test_finished_methods_are_not_run_again(finished, data, tmp_path):
     assert finished.results() == before
 
 
+def test_without_a_terminal_each_tenth_of_a_training_is_told(tmp_path, data):
+    said = []
+    config = dataclasses.replace(CONFIG, methods=("sgd",), epochs=25, cycles=1)
+    train(tmp_path / "run", data, config, say=said.append)
+    tenths = [line.partition(", ")[0] for line in said[:-1]]
+    assert tenths == [f"sgd-seed3: epoch {n} of 25" for n in (3, 5, 8, 10, 13, 15, 18, 20, 23)]
+
+
 def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
     config = dataclasses.replace(CONFIG, methods=("sgd",))
     run = create(tmp_path / "run", config)
@@ -461,7 +479,7 @@ def test_unknown_peak_memory_is_none(monkeypatch):
     assert PeakMemory(CPU).mb() is None
 
 
-def result_of(method, seed, seconds, error, ensemble_error=None):
+def result_of(method, seed, seconds, error, ensemble_error=None, others=None):
     return {
         "method": method,
         "seed": seed,
@@ -470,6 +488,8 @@ def result_of(method, seed, seconds, error, ensemble_error=None):
         "nll": 0.5,
         "ece": 0.01,
         "seconds": seconds,
+        "cpu_seconds": 1.5 * seconds,
+        "others_share": others,
         "seconds_per_epoch": seconds / 4,
         "backward_removed": 0.25,
         "peak_memory_mb": None,
@@ -491,6 +511,7 @@ def test_table():
         "NLL": "0.5000 ± 0.0000",
         "ECE": "0.0100 ± 0.0000",
         "time s": "12.0 ± 2.0",
+        "CPU s": "18.0 ± 3.0",
         "s/epoch": "3.00 ± 0.50",
         "backward removed %": "25.0 ± 0.0",
         "peak memory MB": "-",
@@ -501,6 +522,50 @@ def test_table():
     assert table.rows[1][-1] == "0.50x"
     markdown = results_table([result_of("snapshot", 0, 10, 0.02)]).markdown()
     assert markdown.splitlines()[2].endswith("| - |")
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ([None, None], ""),
+        ([0.02, None], "Other processes had at most 2% of the CPUs' time."),
+        (
+            [0.02, 0.45],
+            "The machine was busy: of the CPUs' time other processes had 2% during plain SGD, 45%",
+        ),
+    ],
+)
+def test_the_table_says_whether_the_machine_was_busy(shares, said):
+    results = [
+        result_of(method, 0, 10, 0.02, others=share)
+        for method, share in zip(("sgd", "freezeout"), shares, strict=True)
+    ]
+    assert machine_note(results).startswith(f"\n{said}" if said else "")
+    assert (machine_note(results) == "") == (said == "")
+    assert results_table(results).note.endswith(machine_note(results))
+
+
+STAT = """cpu  999 999 999 999 999 999 999 999 999 999
+cpu0 {} 20 30 4000 500 6 7 8 99 9
+cpu1 100 0 0 0 0 0 0 0 0 0
+cpu10 700 0 0 0 0 0 0 0 0 0
+intr 1 2 3
+"""
+
+
+def test_cpu_time_of_others_is_that_of_our_cpus_without_ours(monkeypatch, tmp_path):
+    stat = tmp_path / "stat"
+    monkeypatch.setattr("fastfreeze.recipes.processors.Path", lambda path: stat)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 10})
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    monkeypatch.setattr("os.times", lambda: (1.0, 2.0, 3.0, 4.0, 99.0))
+    stat.write_text(STAT.format(10))
+    cpu = CpuTime()
+    monkeypatch.setattr("os.times", lambda: (2.0, 2.5, 3.0, 4.0, 999.0))
+    stat.write_text(STAT.format(510))
+    assert (cpu.own(), cpu.others()) == (1.5, pytest.approx((5 - 1.5) / 2))
+    stat.unlink()
+    assert cpu.others() is None
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"method": "sgd", "seed": 0}]'])
@@ -519,7 +584,9 @@ def test_damaged_metrics(tmp_path, text):
         run.metrics()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"arguments": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"arguments": 3}', '{"arguments": {"seed": 0}}']
+)
 def test_damaged_config(tmp_path, text):
     run = RunDir.create(tmp_path / "run", {})
     (run.path / "config.json").write_text(text)

@@ -32,6 +32,9 @@ class _Group(click.Group):
             if error.errno == errno.EPIPE:  # the reader has gone: click ends quietly
                 raise
             raise click.ClickException(f"{type(error).__name__}: {error}") from error
+        except KeyboardInterrupt:  # click's own ending would say "Aborted!", and exit with 1
+            click.echo("Interrupted.", err=True)
+            raise click.exceptions.Exit(130) from None
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

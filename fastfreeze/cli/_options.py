@@ -1,18 +1,21 @@
-"""What the commands' options have in common."""
+"""What the commands' options have in common.
+
+torch is imported when an option needs it: ``--help`` does not.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from fastfreeze.recipes.data import DATA_NAMES
-from fastfreeze.recipes.models import MODEL_NAMES, build_model
-from fastfreeze.recipes.train import METHOD_NAMES
+from fastfreeze.recipes.names import DATA_NAMES, METHOD_NAMES, MODEL_NAMES, OTHER_MODELS
+from fastfreeze.schedule import FreezeOut, FreezeOutCycles
 
 AT_LEAST_1 = click.IntRange(min=1)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -21,10 +24,12 @@ RUN = click.Path(path_type=Path, file_okay=False, exists=True)
 
 def methods(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
     """Names of methods, with commas between; each once."""
-    names = tuple(dict.fromkeys(value.split(",")))
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
     for name in names:
         if name not in METHOD_NAMES:
-            raise click.BadParameter(f"{name!r} is none of {', '.join(METHOD_NAMES)}")
+            near = difflib.get_close_matches(name, METHOD_NAMES, 1)
+            did = f"; did you mean {near[0]}?" if near else ""
+            raise click.BadParameter(f"{name!r} is none of {', '.join(METHOD_NAMES)}{did}")
     return names
 
 
@@ -37,9 +42,10 @@ def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
 
 def model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """The name of a network."""
+    from fastfreeze.recipes.networks import check_name
+
     try:
-        with torch.device("meta"):
-            build_model(value)
+        check_name(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
     return value
@@ -47,6 +53,8 @@ def model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 def device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """A device that is here: "cpu" or "cuda:<n>"."""
+    import torch
+
     try:
         device = torch.device(value)
     except RuntimeError as error:
@@ -56,6 +64,14 @@ def device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise click.ClickException(f"--device {value}: torch sees no such device here")
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+
+
+def thread_count(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    """A number of threads that this machine can run at once."""
+    cpus = os.cpu_count()
+    if value is not None and cpus is not None and value > cpus:
+        raise click.BadParameter(f"must be at most {cpus}, the CPUs of this machine, got {value}")
+    return value
 
 
 Command = Callable[..., Any]
@@ -73,14 +89,16 @@ def freezeout_options(command: Command) -> Command:
     return with_options(
         command,
         click.option(
-            "--how-scale", type=click.Choice(["linear", "squared", "cubic"]), default="cubic"
+            "--how-scale",
+            type=click.Choice(["linear", "squared", "cubic"]),
+            default=FreezeOut.how_scale,
         ),
         click.option(
             "--t0",
             "t_0",
             type=click.FloatRange(0, 1, min_open=True),
             callback=finite,
-            default=0.5,
+            default=FreezeOut.t_0,
             help="FreezeOut: share of the run, before --how-scale, for which layer 0 trains.",
         ),
         click.option(
@@ -105,7 +123,10 @@ def training_options(command: Command) -> Command:
             "--image-size", type=click.IntRange(min=8), default=64, help="For --data folder."
         ),
         click.option(
-            "--model", callback=model_name, default="tiny-resnet20", help=", ".join(MODEL_NAMES)
+            "--model",
+            callback=model_name,
+            default="tiny-resnet20",
+            help=f"{', '.join(MODEL_NAMES)}; {' or '.join(OTHER_MODELS)}, your own.",
         ),
         click.option("--epochs", type=AT_LEAST_1, default=15),
         click.option("--batch-size", type=AT_LEAST_1, default=64),
@@ -114,7 +135,7 @@ def training_options(command: Command) -> Command:
         click.option(
             "--composition",
             type=click.Choice(["sticky", "last_k", "thaw"]),
-            default="sticky",
+            default=FreezeOutCycles.composition,
             help="How the method 'both' freezes.",
         ),
         click.option("--last-k", type=AT_LEAST_1, default=2, help="For --composition last_k."),

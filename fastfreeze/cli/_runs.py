@@ -9,18 +9,27 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
-import torch
 from click.core import ParameterSource
 
-from fastfreeze.cli._options import AT_LEAST_1, DIRECTORY, RUN, Command, device_name, with_options
-from fastfreeze.recipes.data import ImageData
+from fastfreeze.cli._options import (
+    AT_LEAST_1,
+    DIRECTORY,
+    RUN,
+    Command,
+    device_name,
+    thread_count,
+    with_options,
+)
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.papers import EMBEDDED
-from fastfreeze.recipes.report import Report
-from fastfreeze.recipes.rundir import RunDir, describe
+
+if TYPE_CHECKING:
+    from fastfreeze.recipes.data import ImageData
+    from fastfreeze.recipes.report import Report
+    from fastfreeze.recipes.rundir import RunDir
 
 
 class Config(Protocol):
@@ -52,7 +61,9 @@ def seed_options(default: int, minimum: int = 1) -> Callable[[Command], Command]
     def add(command: Command) -> Command:
         return with_options(
             command,
-            click.option("--seed", type=click.IntRange(min=0), default=0, help="The first seed."),
+            click.option(
+                "--seed", type=click.IntRange(0, 2**32), default=0, help="The first seed."
+            ),
             click.option(
                 "--seeds",
                 type=click.IntRange(min=minimum),
@@ -69,7 +80,12 @@ def run_options(command: Command) -> Command:
     return with_options(
         command,
         click.option("--device", callback=device_name, default="cpu", help="cpu, cuda, cuda:<n>."),
-        click.option("--threads", type=AT_LEAST_1, help="Threads of torch. [default: torch's own]"),
+        click.option(
+            "--threads",
+            type=AT_LEAST_1,
+            callback=thread_count,
+            help="Threads of torch. [default: torch's own]",
+        ),
         click.option(
             "--workers", type=click.IntRange(min=0), default=0, help="Processes that read images."
         ),
@@ -103,6 +119,10 @@ def run_command(
         kind: the dataclass of its configuration, whose fields are the remaining options.
         options: all of the command's options.
     """
+    import torch
+
+    from fastfreeze.recipes.rundir import RunDir, describe
+
     own = RunOptions(**{field.name: options.pop(field.name) for field in fields(RunOptions)})
     run: RunDir | None = None
     if own.resume is None:
@@ -133,6 +153,8 @@ def _arguments(config: Any) -> dict[str, Any]:
 def _load(config: Config, data_dir: Path | None, workers: int) -> ImageData:
     if config.data == EMBEDDED and data_dir is not None:
         raise click.UsageError(f"--data-dir is not for {EMBEDDED}, which needs no files")
+    import torch
+
     torch.set_num_threads(config.threads)
     data = config.load(data_dir, workers)
     try:

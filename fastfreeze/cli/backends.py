@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import click
 
-from fastfreeze.ops import _library
 from fastfreeze.text import format_table
 
 
@@ -20,6 +19,8 @@ def backends(as_json: bool) -> None:
     Example:
       fastfreeze backends
     """
+    from fastfreeze.ops import _library
+
     found = _library.backends()
     if as_json:
         click.echo(json.dumps({name: asdict(state) for name, state in found.items()}, indent=2))

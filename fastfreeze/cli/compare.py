@@ -8,8 +8,7 @@ import click
 
 from fastfreeze.cli._options import methods, training_options
 from fastfreeze.cli._runs import run_command, run_options, seed_options
-from fastfreeze.recipes.compare import CompareConfig
-from fastfreeze.recipes.train import METHOD_NAMES
+from fastfreeze.recipes.names import METHOD_NAMES
 
 
 @click.command(context_settings={"show_default": True})
@@ -30,12 +29,15 @@ def compare(ctx: click.Context, /, **options: Any) -> None:
     """Train methods with several seeds, and tell their differences from a baseline.
 
     With each seed all start from the same weights and see the same batches, so that differences
-    are paired: mean, standard deviation, and the 95% interval of the mean by Student's t.
+    are paired: mean, standard deviation, and, from three seeds on, the 95% interval of the mean by
+    Student's t. The run directory gets a picture of errors and times, comparison.png.
 
     \b
     Examples:
       fastfreeze compare --methods freezeout,both --baseline sgd --seeds 5
-      fastfreeze compare --methods freezeout --t0 0.8 --epochs 30 --json
+      fastfreeze compare --methods freezeout --t0 0.5 --epochs 30 --json
       fastfreeze compare --resume runs/2026-01-31-120000
     """
+    from fastfreeze.recipes.compare import CompareConfig
+
     run_command(ctx, "compare", CompareConfig, options)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 from click.core import ParameterSource
 
-from fastfreeze.cli._networks import Example, network_and_images
 from fastfreeze.cli._options import AT_LEAST_1, finite, freezeout_options
-from fastfreeze.freezing import LayerPlan, split
-from fastfreeze.recipes.errors import RecipeError
-from fastfreeze.saving import SavingOf, freezeout_for_saving
 from fastfreeze.schedule import FreezeOut, HowScale
+
+if TYPE_CHECKING:
+    from fastfreeze.freezing import LayerPlan
+    from fastfreeze.saving import SavingOf
 
 
 @click.command(context_settings={"show_default": True})
@@ -78,8 +76,9 @@ def plan(
         )
     if saving is None and _given(ctx, "of"):
         raise click.UsageError("--of is for --saving")
-    network, images = network_and_images(model, Example(num_classes, in_channels, image_size))
-    layers = _split(model, network, images)
+    from fastfreeze.saving import freezeout_for_saving
+
+    layers = _layers(model, num_classes, in_channels, image_size)
     schedule = FreezeOut(steps, t_0=t_0, how_scale=how_scale)
     if saving is not None:
         try:
@@ -99,18 +98,30 @@ def _given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def _split(model: str, network: torch.nn.Module, images: torch.Tensor) -> LayerPlan:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            layers = split(network, images)
-        except Exception as error:  # the network may be anyone's
-            raise RecipeError(
-                f"{model} cannot be split with images of the shape {list(images.shape)}: "
-                f"{type(error).__name__}: {error}".splitlines()[0]
-            ) from error
-    for warning in caught:
-        click.echo(f"Warning: {warning.message}", err=True)
+def _layers(
+    model: str, num_classes: int | None, in_channels: int, image_size: int | None
+) -> LayerPlan:
+    """The network's, with two images; where there are no numbers, the network decides."""
+    import torch
+
+    from fastfreeze.recipes.networks import is_own, layers_of, outline
+
+    large = model.startswith(("torchvision:", "imagenet-"))
+    size = image_size or (224 if large else 32)
+    if is_own(model) and num_classes is not None:
+        raise click.UsageError(f"--num-classes is not for {model}, which takes no arguments")
+    try:
+        network = outline(
+            model, num_classes=num_classes or (1000 if large else 10), in_channels=in_channels
+        )
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="MODEL") from error
+    device = "cpu" if is_own(model) else "meta"
+    layers, warnings = layers_of(
+        model, network, torch.zeros(2, in_channels, size, size, device=device)
+    )
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
     return layers
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import click
 
 from fastfreeze.cli._options import RUN
-from fastfreeze.recipes.plot import plot_run
-from fastfreeze.recipes.rundir import RunDir
 
 
 @click.command()
@@ -19,12 +17,15 @@ from fastfreeze.recipes.rundir import RunDir
 )
 @click.option("--json", "as_json", is_flag=True, help="The picture's path as JSON.")
 def plot(run: Path, output: Path | None, as_json: bool) -> None:
-    """Draw a run's learning rates, losses and times of a step as a PNG.
+    """Draw a run's learning rates, losses, test errors and times of a step as a PNG.
 
     \b
     Example:
       fastfreeze plot runs/2026-01-31-120000
     """
+    from fastfreeze.recipes.plot import plot_run
+    from fastfreeze.recipes.rundir import RunDir
+
     path = output or run / "plot.png"
     try:
         plot_run(RunDir.open(run), path)

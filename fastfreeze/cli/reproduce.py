@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastfreeze.cli._options import AT_LEAST_1, DIRECTORY, Command, finite, with_options
 from fastfreeze.cli._runs import run_command, run_options, seed_options
 from fastfreeze.recipes.papers import Row, freezeout_rows, snapshot_rows
-from fastfreeze.recipes.reproduce import FreezeOutConfig, ReproduceConfig, SnapshotConfig
 from fastfreeze.text import format_table
+
+if TYPE_CHECKING:
+    from fastfreeze.recipes.reproduce import ReproduceConfig
 
 
 @click.group()
@@ -27,9 +29,9 @@ def reproduce() -> None:
     """
 
 
-def _row_options(kind: type[ReproduceConfig]) -> Callable[[Command], Command]:
-    models = ", ".join(dict.fromkeys(row.model for row in kind.rows()))
-    datasets = ", ".join(dict.fromkeys(row.data for row in kind.rows()))
+def _row_options(rows: Sequence[Row]) -> Callable[[Command], Command]:
+    models = ", ".join(dict.fromkeys(row.model for row in rows))
+    datasets = ", ".join(dict.fromkeys(row.data for row in rows))
 
     def add(command: Command) -> Command:
         return with_options(
@@ -70,7 +72,7 @@ def _reproduce(ctx: click.Context, command: str, kind: type[ReproduceConfig], **
 
 @reproduce.command(context_settings={"show_default": True})
 @click.option("--table", type=click.Choice(["1"]), default="1", help="Of the paper.")
-@_row_options(SnapshotConfig)
+@_row_options(snapshot_rows())
 @seed_options(default=1)
 @run_options
 @click.pass_context
@@ -86,11 +88,13 @@ def snapshot(ctx: click.Context, /, table: str, **options: Any) -> None:
           --data-dir data --device cuda
       fastfreeze reproduce snapshot --dataset mnist5k --model densenet40 --scale 0.001
     """
+    from fastfreeze.recipes.reproduce import SnapshotConfig
+
     _reproduce(ctx, "snapshot", SnapshotConfig, **options)
 
 
 @reproduce.command(context_settings={"show_default": True})
-@_row_options(FreezeOutConfig)
+@_row_options(freezeout_rows())
 @seed_options(default=1)
 @run_options
 @click.pass_context
@@ -103,6 +107,8 @@ def freezeout(ctx: click.Context, /, **options: Any) -> None:
           --data-dir data --device cuda
       fastfreeze reproduce freezeout --dataset mnist5k --model wrn40-4 --scale 0.001
     """
+    from fastfreeze.recipes.reproduce import FreezeOutConfig
+
     _reproduce(ctx, "freezeout", FreezeOutConfig, **options)
 
 

@@ -8,7 +8,7 @@ import click
 
 from fastfreeze.cli._options import methods, training_options
 from fastfreeze.cli._runs import run_command, run_options, seed_options
-from fastfreeze.recipes.train import METHOD_NAMES, TrainConfig
+from fastfreeze.recipes.names import METHOD_NAMES
 
 
 @click.command(context_settings={"show_default": True})
@@ -31,9 +31,16 @@ def train(ctx: click.Context, /, **options: Any) -> None:
     Examples:
       fastfreeze train
       fastfreeze train --data cifar10 --data-dir data --model wrn16-2 --epochs 100 --device cuda
+      fastfreeze train --data folder --data-dir photos --model torchvision:resnet18
+      fastfreeze train --data folder --data-dir photos --model mypackage.models:make
       fastfreeze train --resume runs/2026-01-31-120000
+
+    --model takes a paper's network, a classification network of torchvision, or your own, where the
+    function takes no arguments and returns the network; it is called for each training.
 
     Ctrl-C stops a run; --resume goes on from the last finished epoch, and on a CPU ends with the
     same weights, bit for bit, as if it had not been stopped.
     """
+    from fastfreeze.recipes.train import TrainConfig
+
     run_command(ctx, "train", TrainConfig, options)

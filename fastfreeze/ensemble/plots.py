@@ -10,12 +10,16 @@ from torch import Tensor
 
 from fastfreeze.ensemble._checks import check_count
 from fastfreeze.ensemble.metrics import confidence_and_correct, ece_of_rows, sums_in_bins
+from fastfreeze.text import human_count
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 _ACCURACY_COLOR = "#4c72b0"
-_GAP_COLOR = "#c44e52"
+_ABOVE_COLOR = "#c44e52"
+_BELOW_COLOR = "#55a868"
+_PALEST = 0.15
 
 
 def reliability_diagram(
@@ -24,9 +28,10 @@ def reliability_diagram(
     """Draw accuracy against confidence (Guo et al., ICML 2017, figure 1).
 
     A bar for each bin of :func:`~fastfreeze.ensemble.expected_calibration_error` that has rows:
-    their accuracy, and the gap up or down to their mean confidence. It is as wide as the bin where
-    the rows are most, elsewhere in proportion to their number: the area of a gap is the bin's share
-    in the error, which is the title.
+    their accuracy, and by how much their mean confidence is above or below it. Under the bar stands
+    how many they are (where 40 bins or fewer leave space), and the fewer beside the fullest bin,
+    the paler the bar: what a handful of rows say is mostly chance. The title has the error, and the
+    number of all rows.
 
     Args:
         probabilities: [B, C], B >= 1, floating point, rows summing to 1.
@@ -45,30 +50,33 @@ def reliability_diagram(
     confidence, correct = confidence_and_correct(probabilities, labels)
     counts, sum_confidence, num_correct = sums_in_bins(confidence, correct, num_bins)
     ax = _axes(ax)
+    from matplotlib.patches import Patch
+
     used = counts.nonzero().squeeze(-1)
     centres = ((used + 0.5) / num_bins).tolist()
-    widths = (counts[used] / counts.max() / num_bins).tolist()
-    accuracy = num_correct[used] / counts[used]
-    gap = sum_confidence[used] / counts[used] - accuracy
-    heights = accuracy.tolist()
-    # Edges of the bars' own colour: a bin of few rows is a line, not invisible.
-    ax.bar(
-        centres, heights, widths, color=_ACCURACY_COLOR, edgecolor=_ACCURACY_COLOR, label="accuracy"
-    )
-    ax.bar(
-        centres,
-        gap.tolist(),
-        widths,
-        bottom=heights,
-        color=_GAP_COLOR,
-        edgecolor=_GAP_COLOR,
-        alpha=0.5,
-        label="gap to the confidence",
-    )
-    ax.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (width: rows)", ylabel="accuracy")
-    ax.set_title(f"ECE {ece_of_rows(confidence, correct, num_bins):.4f}")
-    ax.legend(loc="upper left", fontsize="small")
+    rows = counts[used]
+    accuracy, mean_confidence = num_correct[used] / rows, sum_confidence[used] / rows
+    agreed = torch.minimum(accuracy, mean_confidence)
+    above, below = mean_confidence - agreed, accuracy - agreed
+    alphas = (_PALEST + (1 - _PALEST) * (rows / rows.max()).sqrt()).tolist()
+    legend: list[Artist] = []
+    for bottom, height, color, label in (
+        (torch.zeros_like(agreed), agreed, _ACCURACY_COLOR, "accuracy"),
+        (agreed, above, _ABOVE_COLOR, "confidence above the accuracy"),
+        (agreed, below, _BELOW_COLOR, "accuracy above the confidence"),
+    ):
+        colors = [(color, alpha) for alpha in alphas]
+        ax.bar(centres, height.tolist(), 1 / num_bins, bottom.tolist(), color=colors, label=label)
+        legend.append(Patch(color=color, label=label))
+    legend += ax.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1, label="both equal")
+    for centre, count in zip(centres, rows.tolist(), strict=True) if num_bins <= 40 else ():
+        text = human_count(int(count))
+        ax.text(centre, -0.02, text, ha="center", va="top", rotation=90, fontsize="x-small")
+    ax.set(xlim=(0, 1), ylim=(-0.14, 1), xlabel="confidence (under each bar: its rows)")
+    ax.set(ylabel="accuracy", yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    error = ece_of_rows(confidence, correct, num_bins)
+    ax.set_title(f"ECE {error:.4f}, {len(confidence):,} rows; paler: fewer rows", fontsize="medium")
+    ax.legend(handles=legend, loc="upper left", fontsize="small")
     return ax
 
 

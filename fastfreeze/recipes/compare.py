@@ -8,23 +8,33 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from fastfreeze.files import write_atomic
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import optional_package
-from fastfreeze.recipes.report import METHOD_TITLES, Report, Table
+from fastfreeze.recipes.plot import Dots, plot_comparison, pyplot
+from fastfreeze.recipes.report import CPU_NOTE, METHOD_TITLES, Report, Table, machine_note
 from fastfreeze.recipes.rundir import Line, RunDir
 from fastfreeze.recipes.runs import Experiment, run_all
 from fastfreeze.recipes.train import TrainConfig
 
 CONFIDENCE = 0.95
+ENOUGH_SEEDS = 3  # for an interval
 _NOTE = (
-    "{n} seeds: mean ± standard deviation. difference: to {baseline} with the same seed, that is "
-    "from the same weights and on the same batches.\n"
-    "95% interval: of the mean difference or saving, by Student's t (degrees of freedom: "
-    "{freedom}).\n"
+    "{n} seeds. difference: to {baseline} with the same seed, that is from the same weights and on "
+    "the same batches.\n"
+    "{interval}\n"
     "error and NLL: of the averaged probabilities of all snapshots where a method takes them, else "
     "of the last weights.\n"
-    "time: reading batches, training and saving snapshots. time saved: 1 - time / the baseline's, "
-    "seed by seed."
+    f"time: reading batches, training and saving snapshots. {CPU_NOTE} time saved: 1 - time / the "
+    "baseline's, seed by seed."
+)
+_INTERVAL = (
+    "mean ± standard deviation. 95% interval: of the mean difference or saving, by Student's t "
+    "(degrees of freedom: {freedom})."
+)
+_NO_INTERVAL = (
+    "Two seeds give no interval that tells anything: by Student's t it would reach 12.7 standard "
+    "errors to each side. Take --seeds 3 or more."
 )
 
 
@@ -33,7 +43,7 @@ class CompareConfig(TrainConfig):
     """What a comparison is asked to do: a training, of at least two seeds.
 
     Attributes:
-        baseline: one of :data:`fastfreeze.recipes.train.METHOD_NAMES`, trained before ``methods``.
+        baseline: one of :data:`fastfreeze.recipes.names.METHOD_NAMES`, trained before ``methods``.
     """
 
     baseline: str
@@ -52,12 +62,13 @@ class CompareConfig(TrainConfig):
     def run(
         self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
     ) -> Report:
-        """Train, from where it stopped, and write the tables; see :func:`run_all`."""
-        optional_package("scipy.stats")  # before the training that it is for
+        """Train, from where it stopped, and write tables and picture; see :func:`run_all`."""
+        optional_package("scipy.stats")  # before the training that it is for, as the next
+        pyplot()
         results = run_all(self.experiment, data, run_dir, say, quiet)
         comparisons = compare(results, self.baseline)
         report = Report(
-            comparison_table(comparisons),
+            comparison_table(comparisons, machine_note(results)),
             {
                 "baseline": self.baseline,
                 "confidence": CONFIDENCE,
@@ -66,28 +77,36 @@ class CompareConfig(TrainConfig):
             },
         )
         report.write(run_dir)
+        title = f"{self.model} on {self.data}, {self.epochs} epochs, {self.seeds} seeds"
+        picture = plot_comparison(title, *panels(results, self.baseline))
+        write_atomic(run_dir.path / "comparison.png", picture)
         return report
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Values of several seeds: mean, and standard deviation (n - 1)."""
+    """Values of several seeds, in the seeds' order: mean, and standard deviation (n - 1)."""
 
+    values: list[float]
     mean: float
     sd: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """That of n >= 2 values."""
-        return cls(float(np.mean(values)), float(np.std(values, ddof=1)))
+        return cls(list(values), float(np.mean(values)), float(np.std(values, ddof=1)))
 
 
 @dataclass(frozen=True)
 class Paired(Spread):
-    """Differences seed by seed, and an interval that holds their mean with 95% confidence."""
+    """Differences seed by seed, and an interval that holds their mean with 95% confidence.
 
-    low: float
-    high: float
+    Attributes:
+        low, high: None for fewer than three seeds, which give none that tells anything.
+    """
+
+    low: float | None = None
+    high: float | None = None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Paired:
@@ -97,9 +116,11 @@ class Paired(Spread):
             RecipeError: SciPy is not installed.
         """
         spread, n = Spread.of(values), len(values)
+        if n < ENOUGH_SEEDS:
+            return cls(spread.values, spread.mean, spread.sd)
         t = float(optional_package("scipy.stats").t.ppf((1 + CONFIDENCE) / 2, n - 1))
         half = t * spread.sd / math.sqrt(n)
-        return cls(spread.mean, spread.sd, spread.mean - half, spread.mean + half)
+        return cls(spread.values, spread.mean, spread.sd, spread.mean - half, spread.mean + half)
 
 
 @dataclass(frozen=True)
@@ -111,7 +132,7 @@ class Comparison:
         n: seeds.
         error, nll: what it reaches, in 0..1 and in nats; of its ensemble, if it has one.
         error_difference, nll_difference: its value minus the baseline's.
-        seconds: of training.
+        seconds, cpu_seconds: of training.
         time_saved: share of the baseline's time, in ..1.
     """
 
@@ -122,6 +143,7 @@ class Comparison:
     nll: Spread
     nll_difference: Paired | None
     seconds: Spread
+    cpu_seconds: Spread
     time_saved: Paired | None
 
 
@@ -136,21 +158,30 @@ def compare(results: Sequence[Line], baseline: str) -> list[Comparison]:
     return [_comparison(results, method, baseline) for method in (baseline, *others)]
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """Each quantity of each method; the baseline is the first."""
+def comparison_table(comparisons: Sequence[Comparison], machine: str = "") -> Table:
+    """Each quantity of each method; the baseline is the first.
+
+    Args:
+        comparisons: as :func:`compare` gives them.
+        machine: a last line of the note.
+    """
     rows = [
         *(_row("error %", c, c.error, c.error_difference, 100, 2) for c in comparisons),
         *(_row("NLL", c, c.nll, c.nll_difference, 1, 4) for c in comparisons),
         *(_row("time s", c, c.seconds, None, 1, 1) for c in comparisons),
+        *(_row("CPU s", c, c.cpu_seconds, None, 1, 1) for c in comparisons),
         *(_saved_row(c, c.time_saved) for c in comparisons if c.time_saved is not None),
     ]
     baseline = comparisons[0]
-    note = _NOTE.format(
-        n=baseline.n,
-        baseline=METHOD_TITLES[baseline.method],
-        freedom=baseline.n - 1,
+    headers = ["", "method", "mean", "difference", "95% interval"]
+    interval = _INTERVAL.format(freedom=baseline.n - 1)
+    if baseline.n < ENOUGH_SEEDS:
+        headers[2:], rows = ["each seed", "difference"], [row[:-1] for row in rows]
+        interval = _NO_INTERVAL
+    title = METHOD_TITLES[baseline.method]
+    return Table(
+        headers, rows, _NOTE.format(n=baseline.n, baseline=title, interval=interval) + machine
     )
-    return Table(["", "method", "mean", "difference", "95% interval"], rows, note)
 
 
 def _comparison(results: Sequence[Line], method: str, baseline: str) -> Comparison:
@@ -168,7 +199,30 @@ def _comparison(results: Sequence[Line], method: str, baseline: str) -> Comparis
         Spread.of([a["nll"] for a, _ in pairs]),
         paired(lambda a, b: a["nll"] - b["nll"]),
         Spread.of([a["seconds"] for a, _ in pairs]),
+        Spread.of([a["cpu_seconds"] for a, _ in pairs]),
         paired(lambda a, b: 1 - a["seconds"] / b["seconds"]),
+    )
+
+
+def panels(results: Sequence[Line], baseline: str) -> tuple[Dots, Dots]:
+    """The table as a picture."""
+    methods = dict.fromkeys([baseline, *(result["method"] for result in results)])
+    by_seed = sorted(results, key=lambda result: int(result["seed"]))
+
+    def by_method(value: Callable[[Line], float]) -> dict[str, list[float]]:
+        return {
+            METHOD_TITLES[method]: [value(r) for r in by_seed if r["method"] == method]
+            for method in methods
+        }
+
+    error = {"error": by_method(lambda r: 100 * _error(r))}
+    cost = {
+        "clock": by_method(lambda r: float(r["seconds"])),
+        "CPU": by_method(lambda r: float(r["cpu_seconds"])),
+    }
+    return (
+        Dots("test error % (dots: seeds, bar: mean)", 2, error),
+        Dots("seconds of training", 1, cost),
     )
 
 
@@ -199,8 +253,12 @@ def _saved_row(comparison: Comparison, saved: Paired) -> list[str]:
 
 
 def _spread(spread: Spread, factor: float, form: str) -> str:
+    if len(spread.values) < ENOUGH_SEEDS:
+        return ", ".join(f"{factor * value:{form}}" for value in spread.values)
     return f"{factor * spread.mean:{form}} ± {factor * spread.sd:{form.lstrip('+')}}"
 
 
 def _interval(paired: Paired, factor: float, form: str) -> str:
+    if paired.low is None or paired.high is None:
+        return "-"
     return f"{factor * paired.low:{form}} .. {factor * paired.high:{form}}"

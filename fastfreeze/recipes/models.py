@@ -30,17 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfreeze.recipes.errors import optional_package
-
-MODEL_NAMES = (
-    "resnet<6n+2>[-w<width>]",
-    "tiny-resnet<6n+2>",
-    "wrn<6n+4>-<widening>",
-    "densenet<3n+4>[-<growth>]",
-    "densenet-bc-<6n+4>[-<growth>]",
-    "vgg16",
-    "vgg16-fc",
-    "imagenet-resnet50",
-)
+from fastfreeze.recipes.names import MODEL_NAMES
 
 
 def build_model(

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning rates, losses and times of each method; an ensemble's members."""
+"""Pictures of a run, of an ensemble's members, and of methods beside one another."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _OURS_COLOR = "#4c72b0"
 _PAPER_COLOR = "#b0b0b0"
 _FREEZE_COLOR = "#c44e52"
 _SNAPSHOT_COLOR = "#2a7f3f"
+_CPU_COLOR = "#dd8452"
 _SMOOTHING = 0.05  # of the steps, for losses and times
 
 
 def plot_run(run_dir: RunDir, path: Path) -> None:
     """Draw a run as a PNG: a column per method, of the run's first seed.
 
-    Rows: the learning rate of each layer; the training loss, with snapshots and freezes marked;
-    the time of a step.
+    Rows: the learning rate of each layer; the training loss, with snapshots and freezes marked; the
+    test error, with that of the ensemble; the time of a step.
 
     Raises:
         RecipeError: no method has finished an epoch yet, or matplotlib is not installed.
@@ -40,24 +41,26 @@ def plot_run(run_dir: RunDir, path: Path) -> None:
     if not histories:
         raise RecipeError(f"{run_dir.path} has nothing to plot yet: no epoch has finished")
     figure, axes = plt.subplots(
-        3,
+        4,
         len(histories),
-        figsize=(1.5 + 3.6 * len(histories), 7.5),
+        figsize=(1.5 + 3.6 * len(histories), 9.5),
         sharex="col",
         sharey="row",
         squeeze=False,
         layout="constrained",
     )
+    results = {r["method"]: r for r in reversed(run_dir.results())}
     for column, (method, lines) in zip(axes.T, histories.items(), strict=True):
         column[0].set_title(METHOD_TITLES[method])
         _plot_rates(column[0], lines)
         _plot_losses(column[1], lines)
-        _plot_times(column[2], lines)
-        column[2].set_xlabel("step")
+        _plot_errors(column[2], lines, results.get(method))
+        _plot_times(column[3], lines)
+        column[3].set_xlabel("step")
     usual = max(np.median(_per_step(lines, "step_seconds")) for lines in histories.values())
-    axes[2, 0].set_ylim(0, 3e3 * usual)  # a step that waited for other work would flatten the rest
+    axes[3, 0].set_ylim(0, 3e3 * usual)  # a step that waited for other work would flatten the rest
     for axis, label in zip(
-        axes[:, 0], ("learning rate", "training loss", "ms per step"), strict=True
+        axes[:, 0], ("learning rate", "training loss", "test error %", "ms per step"), strict=True
     ):
         axis.set_ylabel(label)
     arguments = run_dir.arguments
@@ -130,6 +133,74 @@ class Curves:
 
 
 Panel = Bars | Curves
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A row for each method: a dot for each seed, joined to the same seed's next, and the mean.
+
+    Attributes:
+        xlabel: what all of them are.
+        digits: of the means, behind the point.
+        series: by name and method, the values of each seed.
+    """
+
+    xlabel: str
+    digits: int
+    series: dict[str, dict[str, list[float]]]
+
+    def draw(self, axis: Any) -> None:
+        """Draw them on an axis."""
+        colors = dict(zip(self.series, (_OURS_COLOR, _CPU_COLOR), strict=False))
+        for i, (name, rows) in enumerate(self.series.items()):
+            places = np.arange(len(rows)) + 0.36 * (i - (len(self.series) - 1) / 2)
+            axis.plot(list(rows.values()), places, color=colors[name], alpha=0.2, linewidth=1)
+            for place, values in zip(places, rows.values(), strict=True):
+                mean = float(np.mean(values))
+                axis.scatter(values, [place] * len(values), color=colors[name], alpha=0.5, s=25)
+                axis.scatter(mean, place, marker="|", s=300, color=colors[name])
+                axis.annotate(
+                    f"{mean:.{self.digits}f}",
+                    (mean, place),
+                    (0, 9),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize="small",
+                    color=colors[name],
+                )
+            axis.scatter([], [], color=colors[name], label=name)
+            axis.set_yticks(range(len(rows)), list(rows))
+            axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.margins(x=0.08)
+        axis.set_xlim(left=0)
+        axis.set_xlabel(self.xlabel)
+        if len(self.series) > 1:
+            axis.legend(
+                fontsize="small",
+                loc="lower right",
+                bbox_to_anchor=(1, 1),
+                ncols=len(self.series),
+                frameon=False,
+            )
+
+
+def plot_comparison(title: str, left: Dots, right: Dots) -> bytes:
+    """A PNG of two panels with a row for each method, the same in both.
+
+    Raises:
+        RecipeError: matplotlib is not installed.
+    """
+    plt = pyplot()
+    [rows] = {len(rows) for dots in (left, right) for rows in dots.series.values()}
+    figure, axes = plt.subplots(
+        1, 2, figsize=(11, 1.5 + 0.8 * rows), sharey=True, layout="constrained"
+    )
+    figure.suptitle(title)
+    for axis, dots in zip(axes, (left, right), strict=True):
+        dots.draw(axis)
+    picture = _png(figure)
+    plt.close(figure)
+    return picture
 
 
 def plot_reproduction(run_dir: RunDir, title: str, panels: tuple[Panel, Panel]) -> bytes:
@@ -215,6 +286,25 @@ def _plot_losses(axis: Any, lines: list[Line]) -> None:
             label = f"{event}s" if i == 0 else None
             axis.axvline(step, color=color, linestyle=style, linewidth=1, label=label)
     axis.set_yscale("log")
+    axis.legend(fontsize="small")
+
+
+def _plot_errors(axis: Any, lines: list[Line], result: Line | None) -> None:
+    epochs = _events(lines, "epoch")
+    errors = [100 * line["test_error"] for line in epochs]
+    axis.plot(
+        [line["step"] for line in epochs],
+        errors,
+        color="0.15",
+        marker=".",
+        label=f"weights, at the end {errors[-1]:.2f}",
+    )
+    if result is not None and result["ensemble_error"] is not None:
+        error = 100 * result["ensemble_error"]
+        axis.axhline(error, color=_SNAPSHOT_COLOR, linestyle="--", label=f"ensemble {error:.2f}")
+    axis.set_yscale("symlog", linthresh=1)  # from above ten down to zero
+    axis.set_ylim(0, 100)
+    axis.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
     axis.legend(fontsize="small")
 
 

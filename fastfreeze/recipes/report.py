@@ -30,16 +30,19 @@ _COLUMNS = (
     ("NLL", "nll", 1, 4),
     ("ECE", "ece", 1, 4),
     ("time s", "seconds", 1, 1),
+    ("CPU s", "cpu_seconds", 1, 1),
     ("s/epoch", "seconds_per_epoch", 1, 2),
     ("backward removed %", "backward_removed", 100, 1),
     ("peak memory MB", "peak_memory_mb", 1, 0),
 )
-NOTE = (
+BUSY = 0.1  # share of the CPUs' time that other processes had, above which times are in doubt
+CPU_NOTE = "CPU: time of all threads, and of the processes that read images."
+_NOTE = (
     "±: standard error of the mean over the seeds.\n"
     "error: of the last weights. ensemble error: of the averaged probabilities of all snapshots; "
     "NLL and ECE are the ensemble's where there is one.\n"
     "time: reading batches, training and saving snapshots; evaluation and checkpoints are not "
-    "counted. vs SGD: the same time, relative.\n"
+    f"counted. {CPU_NOTE} vs SGD: time, relative.\n"
     "backward removed: share of the run's backward FLOPs. "
     "peak memory: of the process on a CPU, of torch's allocator on a GPU."
 )
@@ -109,7 +112,25 @@ def results_table(results: Sequence[Line]) -> Table:
         seconds = np.mean(_values(results, method, "seconds"))
         row.append(f"{seconds / np.mean(plain):.2f}x" if plain else "-")
         rows.append(row)
-    return Table(headers, rows, NOTE)
+    return Table(headers, rows, f"{_NOTE}{machine_note(results)}")
+
+
+def machine_note(results: Sequence[Line]) -> str:
+    """A line on what other processes took of the machine; empty where no training knows it."""
+    shares: dict[str, float] = {}
+    for result in results:
+        if result["others_share"] is not None:
+            title = METHOD_TITLES[result["method"]]
+            shares[title] = max(shares.get(title, 0.0), result["others_share"])
+    if not shares:
+        return ""
+    if max(shares.values()) <= BUSY:
+        return f"\nOther processes had at most {max(shares.values()):.0%} of the CPUs' time."
+    listed = ", ".join(f"{share:.0%} during {title}" for title, share in shares.items())
+    return (
+        f"\nThe machine was busy: of the CPUs' time other processes had {listed}. "
+        "Measure times again where nothing else runs."
+    )
 
 
 def _values(results: Sequence[Line], method: str, key: str) -> list[float]:

@@ -26,7 +26,14 @@ from fastfreeze.recipes.papers import (
     snapshot_rows,
 )
 from fastfreeze.recipes.plot import Bars, Curves, Panel, plot_reproduction
-from fastfreeze.recipes.report import METHOD_TITLES, Report, Table, cell
+from fastfreeze.recipes.report import (
+    CPU_NOTE,
+    METHOD_TITLES,
+    Report,
+    Table,
+    cell,
+    machine_note,
+)
 from fastfreeze.recipes.rundir import Line, RunDir
 from fastfreeze.recipes.runs import Experiment, run_all
 from fastfreeze.recipes.training import Method
@@ -189,6 +196,7 @@ class SnapshotConfig(ReproduceConfig):
                 "paper_error": errors.get(column),
                 "lr": next(m.lr for m in self.methods() if m.name == method),
                 "seconds": [result["seconds"] for result in _of(results, method)],
+                "cpu_seconds": [result["cpu_seconds"] for result in _of(results, method)],
             }
             for column, method, key in _SNAPSHOT_COLUMNS
         ]
@@ -201,15 +209,16 @@ class SnapshotConfig(ReproduceConfig):
                 "-" if value["paper_error"] is None else f"{100 * value['paper_error']:.2f}",
                 f"{value['lr']:g}",
                 cell(value["seconds"], 1),
+                cell(value["cpu_seconds"], 1),
             ]
             for value in self.values(results)
         ]
         return Table(
-            ["method", "error %", "paper %", "lr", "time s"],
+            ["method", "error %", "paper %", "lr", "time s", "CPU s"],
             rows,
             f"{note}\nThe single model and NoCycle are one training: a tenth of the rate after a "
             f"half and three quarters of it.\nNoCycle and Snapshot: the mean probabilities of "
-            f"{self.row.cycles} snapshots, at the same steps.",
+            f"{self.row.cycles} snapshots, at the same steps.\n{CPU_NOTE}{machine_note(results)}",
         )
 
     def panels(self, results: Sequence[Line]) -> tuple[Panel, Panel]:
@@ -279,6 +288,7 @@ class FreezeOutConfig(ReproduceConfig):
                     "time_saved": [_time_saved(*pair) for pair in pairs] if freezes else None,
                     "paper_time_saved": self.row.time_saved if freezes else None,
                     "seconds": [result["seconds"] for result in own],
+                    "cpu_seconds": [result["cpu_seconds"] for result in own],
                 }
             )
         return found
@@ -298,18 +308,19 @@ class FreezeOutConfig(ReproduceConfig):
                 percent(value["relative_loss"]),
                 percent(value["paper_relative_loss"]),
                 cell(value["seconds"], 1),
+                cell(value["cpu_seconds"], 1),
                 percent(value["time_saved"]),
                 percent(value["paper_time_saved"]),
             ]
             for value in self.values(results)
         ]
-        headers = ["method", "error %", "accuracy lost %", "paper", "time s", "time saved %"]
+        headers = ["method", "error %", "accuracy lost %", "paper", "time s", "CPU s"]
         claim = f"\nThe paper: {self.row.claim}." if self.row.claim else ""
         return Table(
-            [*headers, "paper"],
+            [*headers, "time saved %", "paper"],
             rows,
             f"{note}{claim}\nFreezeOut: cubic, scaled. Accuracy lost and time saved: relative to "
-            "plain SGD with the same seed.",
+            f"plain SGD with the same seed.\n{CPU_NOTE}{machine_note(results)}",
         )
 
     def panels(self, results: Sequence[Line]) -> tuple[Panel, Panel]:

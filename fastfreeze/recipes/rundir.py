@@ -9,6 +9,7 @@
     tensorboard/<run>/    the lines of metrics.jsonl as events, if TensorBoard is installed
     results.json          one entry per finished method and seed
     table.txt, table.md   what was printed
+    comparison.png        errors and times by seed, if it is of ``compare``
     reproduction.png      what it shows, if it is of ``reproduce``
     ensemble-<run>.txt    each snapshot and the ensemble on the test images; .png: a picture of it
     freezing-<run>.txt    what was saved as layers froze, since the run was started or resumed
@@ -31,8 +32,10 @@ import torch
 from fastfreeze._version import __version__
 from fastfreeze.files import write_atomic
 from fastfreeze.recipes.errors import RecipeError
+from fastfreeze.text import some
 
 Line = dict[str, Any]
+_OF_A_RESULT = ("method", "seed", "error", "seconds", "cpu_seconds")
 
 
 def run_name(method: str, seed: int) -> str:
@@ -87,10 +90,15 @@ class RunDir:
         """
         file = path / "config.json"
         if not file.exists():
-            raise RecipeError(f"{path} is no run directory: it holds no config.json")
+            found = sorted(str(inner.parent) for inner in path.glob("*/config.json"))
+            runs = f"; {some(found)} may be one" if found else ""
+            raise RecipeError(f"{path} is no run directory: it holds no config.json{runs}")
         config = _read_json(file)
-        if not (isinstance(config, dict) and isinstance(config.get("arguments"), dict)):
-            raise RecipeError(f"{file} does not describe a run: it holds no arguments")
+        arguments = config.get("arguments") if isinstance(config, dict) else None
+        if not (isinstance(arguments, dict) and {"model", "data", "seed"} <= set(arguments)):
+            raise RecipeError(
+                f"{path} is no run directory: config.json holds no arguments with model, data, seed"
+            )
         return cls(path, config)
 
     @property
@@ -179,9 +187,10 @@ class RunDir:
 
     def damaged(self, run: str, error: Exception) -> RecipeError:
         """What to raise if the checkpoint of a run is not one of it."""
+        said = " ".join(f"{type(error).__name__}: {error}".split())  # torch's are of many lines
         return RecipeError(
-            f"{self._checkpoint(run)} is no checkpoint of this run "
-            f"({type(error).__name__}: {error}): remove it to train {run} from its start"
+            f"{self._checkpoint(run)} is no checkpoint of this run ({said}): remove it to train "
+            f"{run} from its start"
         )
 
     def results(self) -> list[Line]:
@@ -196,7 +205,8 @@ class RunDir:
         results = _read_json(path)
         if not (isinstance(results, list) and all(map(_is_result, results))):
             raise RecipeError(
-                f"{path} is damaged: expected a list of entries with method, seed, error, seconds"
+                f"{path} is damaged, or of an older version: expected a list of entries with "
+                + ", ".join(_OF_A_RESULT)
             )
         return results
 
@@ -209,7 +219,7 @@ class RunDir:
 
 
 def _is_result(entry: Any) -> bool:
-    return isinstance(entry, dict) and {"method", "seed", "error", "seconds"} <= set(entry)
+    return isinstance(entry, dict) and set(_OF_A_RESULT) <= set(entry)
 
 
 def _read_json(path: Path) -> Any:

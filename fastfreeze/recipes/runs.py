@@ -25,8 +25,15 @@ from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError, optional_package
 from fastfreeze.recipes.events import Events
 from fastfreeze.recipes.memory import PeakMemory, release
-from fastfreeze.recipes.models import build_model
+from fastfreeze.recipes.networks import (
+    build_network,
+    check_network,
+    is_own,
+    layers_of,
+    outline,
+)
 from fastfreeze.recipes.plot import plot_ensemble
+from fastfreeze.recipes.processors import CpuTime
 from fastfreeze.recipes.rundir import Line, RunDir, run_name
 from fastfreeze.recipes.training import (
     EVALUATION_BATCH,
@@ -44,7 +51,7 @@ class Experiment:
 
     Attributes:
         methods: in the order in which they run; their names differ.
-        model, stem_stride: as in :func:`fastfreeze.recipes.models.build_model`.
+        model, stem_stride: as in :func:`fastfreeze.recipes.networks.build_network`.
         epochs, batch_size: length of each training, and images in a step; >= 1.
         seeds: each method is trained with each of them, from the same weights on the same batches.
         device: "cpu" or "cuda:<n>".
@@ -64,19 +71,30 @@ class Experiment:
 
     def build(self, data: ImageData) -> torch.nn.Module:
         """A new network, of weights that the global generator draws."""
-        return build_model(
-            self.model,
-            num_classes=data.num_classes,
-            in_channels=data.in_channels,
-            stem_stride=self.stem_stride,
-        )
+        return build_network(self.model, **self._sizes(data))
 
     def check(self, data: ImageData) -> None:
-        """Raise ValueError where values that are fine alone do not fit together."""
-        for method in self.methods:
-            method.schedule(self.total_steps(data))
-        with torch.device("meta"):
-            self.build(data)
+        """See that all can be trained, before the first step.
+
+        Raises:
+            ValueError: values that are fine alone do not fit together.
+            RecipeError: a network cannot be built, trained on these images, or split.
+        """
+        schedules = [method.schedule(self.total_steps(data)) for method in self.methods]
+        device = torch.device(self.device if is_own(self.model) else "meta")
+        network = outline(self.model, **self._sizes(data)).to(device)
+        images = data.example(device)
+        smallest = len(data.train.labels) % self.batch_size or self.batch_size
+        check_network(self.model, network, images[:smallest], data.num_classes)
+        if any(schedule.freezes for schedule in schedules):
+            layers_of(self.model, network, images)
+
+    def _sizes(self, data: ImageData) -> dict[str, int]:
+        return {
+            "num_classes": data.num_classes,
+            "in_channels": data.in_channels,
+            "stem_stride": self.stem_stride,
+        }
 
 
 def run_all(
@@ -92,7 +110,8 @@ def run_all(
         experiment: what to do; that of the run directory.
         data: the images.
         run_dir: where everything is written.
-        say: takes a line for each training that finishes.
+        say: takes a line for each training that finishes, and, where no progress bar is shown, for
+            each tenth of one.
         quiet: no progress bars.
 
     Returns:
@@ -111,7 +130,7 @@ def run_all(
         for method in experiment.methods:
             if any(r["method"] == method.name and r["seed"] == seed for r in run_dir.results()):
                 continue
-            run = _Run(method, seed, experiment, data, run_dir)
+            run = _Run(method, seed, experiment, data, run_dir, say)
             result = run.finish(quiet)
             run_dir.add_result(result)
             say(f"{run.name}: error {100 * result['error']:.2f}%, {result['seconds']:.1f} s")
@@ -129,6 +148,8 @@ class _Totals:
     Attributes:
         epoch, step: how many are done.
         seconds: training time.
+        cpu_seconds: the same by :class:`CpuTime`.
+        others: CPU time of other processes, likewise; None where it is unknown.
         removed: sum over the steps of the share of the backward that was removed.
         peak_mb: highest use of memory while training.
     """
@@ -136,6 +157,8 @@ class _Totals:
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    others: float | None = 0.0
     removed: float = 0.0
     peak_mb: float | None = None
 
@@ -144,10 +167,16 @@ class _Run:
     """One method with one seed, continued from its checkpoint if it has one."""
 
     def __init__(
-        self, method: Method, seed: int, experiment: Experiment, data: ImageData, run_dir: RunDir
+        self,
+        method: Method,
+        seed: int,
+        experiment: Experiment,
+        data: ImageData,
+        run_dir: RunDir,
+        say: Callable[[str], None],
     ) -> None:
         self.method, self.seed, self.experiment, self.data = method, seed, experiment, data
-        self.run_dir = run_dir
+        self.run_dir, self.say = run_dir, say
         self.name = run_name(method.name, seed)
         self.device = torch.device(experiment.device)
         torch.manual_seed(seed)
@@ -179,17 +208,25 @@ class _Run:
             events.add(self._unwritten)
             self._unwritten.clear()
             while totals.epoch < self.experiment.epochs:
-                self._epoch(bar.update)
+                error = self._epoch(bar.update)
+                if bar.disable:
+                    self._tell_tenths(error)
                 events.add(self._unwritten)
                 self._unwritten.clear()
             result = self._result()
             events.add_result(result, totals.step)
         return result
 
-    def _epoch(self, advance: Callable[[], Any]) -> None:
+    def _tell_tenths(self, error: float) -> None:
+        epoch, epochs = self.totals.epoch, self.experiment.epochs
+        if 10 * epoch // epochs > 10 * (epoch - 1) // epochs and epoch < epochs:
+            self.say(f"{self.name}: epoch {epoch} of {epochs}, test error {100 * error:.2f}%")
+
+    def _epoch(self, advance: Callable[[], Any]) -> float:
+        """Train for an epoch; the test error behind it."""
         totals, batch_size = self.totals, self.experiment.batch_size
         release(self.device)
-        memory = PeakMemory(self.device)
+        memory, cpu = PeakMemory(self.device), CpuTime()
         batches = self.data.train_batches(self.seed, totals.epoch, batch_size, self.device)
 
         def after_step() -> None:
@@ -203,22 +240,28 @@ class _Run:
                 raise self._diverged(f"the loss is {loss}", step)
         totals.epoch += 1
         totals.seconds += sum(seconds)
+        totals.cpu_seconds += cpu.own()
+        others = cpu.others()
+        if totals.others is not None:
+            totals.others = None if others is None else totals.others + others
         peak = memory.mb()
         if peak is not None:
             totals.peak_mb = max(totals.peak_mb or 0.0, peak)
+        error = error_rate(self._predict(), self.data.test.labels)
         self._log(
             "epoch",
             epoch=totals.epoch,
             lr=[group["lr"] for group in self.setup.optimizer.param_groups],
             frozen_layers=list(self._frozen),
             train_loss=sum(losses) / len(losses),
-            test_error=error_rate(self._predict(), self.data.test.labels),
+            test_error=error,
             seconds=totals.seconds,
             peak_memory_mb=peak,
             step_losses=[round(loss, 6) for loss in losses],
             step_seconds=[round(s, 6) for s in seconds],
         )
         self._save()
+        return error
 
     def _after_step(self) -> None:
         setup, totals = self.setup, self.totals
@@ -325,6 +368,8 @@ class _Run:
             "nll": nll(best, labels),
             "ece": expected_calibration_error(best, labels),
             "seconds": totals.seconds,
+            "cpu_seconds": totals.cpu_seconds,
+            "others_share": _share(totals.others, totals.seconds),
             "seconds_per_epoch": totals.seconds / self.experiment.epochs,
             "backward_removed": totals.removed / totals.step,
             "peak_memory_mb": totals.peak_mb,
@@ -345,6 +390,13 @@ class _Run:
         picture = plot_ensemble(evaluation, members.mean(0), self.data.test.labels)
         write_atomic(path / f"ensemble-{self.name}.png", picture)
         return members
+
+
+def _share(others: float | None, seconds: float) -> float | None:
+    """Of the CPUs' time; None where it is unknown, or less than a second, too short to measure."""
+    if others is None or seconds < 1:
+        return None
+    return min(1.0, max(0.0, others / seconds))
 
 
 class _Recorded:

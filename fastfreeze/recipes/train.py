@@ -22,17 +22,15 @@ from fastfreeze.schedule import (
     SnapshotCycles,
 )
 
-METHOD_NAMES = ("sgd", "freezeout", "snapshot", "both")
-
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What a run is asked to do.
 
     Attributes:
-        methods: some of :data:`METHOD_NAMES`, in the order in which they run.
+        methods: of :data:`fastfreeze.recipes.names.METHOD_NAMES`, in the order in which they run.
         data, image_size: as in :func:`fastfreeze.recipes.data.load_data`.
-        model: as in :func:`fastfreeze.recipes.models.build_model`.
+        model: as in :func:`fastfreeze.recipes.networks.build_network`.
         epochs, batch_size: length of the run, and images in a step; >= 1.
         lr: learning rate at the start, > 0.
         t_0, how_scale: FreezeOut's parameters, for "freezeout" and "both".

@@ -1,0 +1,74 @@
+"""The public names, which ``fastfreeze`` imports when the first of them is needed."""
+
+from fastfreeze._version import __version__
+from fastfreeze.ensemble import MemorySnapshots, Snapshot, SnapshotEnsemble, SnapshotStore
+from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
+from fastfreeze.freezing import Layer, LayerPlan, split
+from fastfreeze.graph import (
+    CacheStats,
+    CompiledStage,
+    CompiledStages,
+    FeatureCache,
+    TrimmedModel,
+    compile_stages,
+    trim,
+)
+from fastfreeze.graph.blockers import BackwardBlocker, backward_blockers
+from fastfreeze.ops._library import backends
+from fastfreeze.ops.softmax import (
+    EnsembleAverage,
+    EnsembleStatistics,
+    ensemble_softmax,
+    ensemble_statistics,
+)
+from fastfreeze.optim import SGD
+from fastfreeze.report import FreezeReport, FreezeRow
+from fastfreeze.saving import freezeout_for_saving
+from fastfreeze.schedule import (
+    Constant,
+    Cosine,
+    FreezeOut,
+    FreezeOutCycles,
+    Schedule,
+    SnapshotCycles,
+)
+from fastfreeze.views import RepeatableViews
+
+__all__ = [
+    "SGD",
+    "BackendUnavailableError",
+    "BackwardBlocker",
+    "CacheStats",
+    "CompiledStage",
+    "CompiledStages",
+    "Constant",
+    "Cosine",
+    "EnsembleAverage",
+    "EnsembleStatistics",
+    "FastfreezeWarning",
+    "FeatureCache",
+    "FreezeOut",
+    "FreezeOutCycles",
+    "FreezeReport",
+    "FreezeRow",
+    "Layer",
+    "LayerPlan",
+    "MemorySnapshots",
+    "RepeatableViews",
+    "Schedule",
+    "Snapshot",
+    "SnapshotCycles",
+    "SnapshotEnsemble",
+    "SnapshotError",
+    "SnapshotStore",
+    "TrimmedModel",
+    "__version__",
+    "backends",
+    "backward_blockers",
+    "compile_stages",
+    "ensemble_softmax",
+    "ensemble_statistics",
+    "freezeout_for_saving",
+    "split",
+    "trim",
+]
