@@ -13,8 +13,9 @@ from PIL import Image
 
 from fastfreeze.recipes import reproduce as reproduce_module
 from fastfreeze.recipes.budget import scaled
-from fastfreeze.recipes.data import DATA_NAMES, ImageData, MemoryImages, load_data
+from fastfreeze.recipes.data import ImageData, MemoryImages, load_data
 from fastfreeze.recipes.models import build_model
+from fastfreeze.recipes.names import DATA_NAMES
 from fastfreeze.recipes.papers import (
     EMBEDDED,
     SNAPSHOT_COLUMNS,

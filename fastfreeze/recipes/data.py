@@ -37,18 +37,8 @@ from fastfreeze.recipes.images import (
     MemoryImages,
     RandomCrop,
 )
+from fastfreeze.recipes.names import DATA_NAMES
 from fastfreeze.text import some
-
-DATA_NAMES = (
-    "mnist5k",
-    "cifar10",
-    "cifar100",
-    "svhn",
-    "svhn-extra",
-    "tinyimagenet",
-    "imagenet",
-    "folder",
-)
 
 
 @dataclass(frozen=True)
@@ -185,7 +175,7 @@ def load_data(
     is in :func:`fastfreeze.recipes.images.in_rgb`.
 
     Args:
-        name: one of :data:`DATA_NAMES`.
+        name: one of :data:`fastfreeze.recipes.names.DATA_NAMES`.
         data_dir: where the files are; for all but "mnist5k".
         workers: loader processes, >= 0. They decode the images of the last three.
         image_size: pixels to which the images of "folder" are scaled.
