@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastfreeze.optim import SGD
+from tests.conftest import needs_cpu_kernels
 from tests.test_optim import (
     _on_the_backends_device,  # noqa: F401 - a fixture
     assert_equal_training,
@@ -210,38 +211,122 @@ def test_a_buffer_that_is_no_tensor_is_refused(backend, value):
     assert all(torch.equal(p, q) for p, q in zip(t.params, before, strict=True))
 
 
-def negated(make):
-    """The gradient that autograd leaves for the imaginary part of a conjugated number."""
-    p = nn.Parameter(torch.tensor(1.0))
-    optimizer = make([p], lr=0.1, momentum=0.9)
-    for _ in range(2):
-        optimizer.zero_grad()
-        z = torch.complex(torch.tensor(1.0), p).conj()
-        (z * z).real.backward()
-        assert p.grad.is_neg()
+class Doubled(torch.Tensor):
+    """A subclass whose values are not those in its memory."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args = [2 * a.as_subclass(torch.Tensor) if type(a) is cls else a for a in args]
+        return function(*args, **(kwargs or {}))
+
+
+def single_negated(p, x):
+    """What autograd leaves for the imaginary part of a conjugated number."""
+    z = torch.complex(torch.ones_like(x), p).conj()
+    return torch.autograd.grad((z * z).real.sum(), [p])[0]
+
+
+STRANGE = {
+    "negated": lambda p, x: torch._neg_view(x),
+    "imaginary part of a conjugate": lambda p, x: torch.complex(x, x).conj().imag,
+    "autograd's": single_negated,
+    "zeros by a flag": lambda p, x: torch._efficientzerotensor(p.shape, device=p.device),
+    "one number expanded": lambda p, x: x.flatten()[0].expand(p.shape),
+    "with gaps": lambda p, x: torch.stack([x, -x], -1)[..., 0],
+    "the weights themselves": lambda p, x: p.detach(),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE)
+@pytest.mark.parametrize("shape", [(), (40, 50)], ids=["number", "matrix"])
+def test_a_strange_gradient(backend, strange, shape):
+    def trained(make):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for _ in range(2)]
+        optimizer = make(params, lr=0.1, momentum=0.9, weight_decay=0.1)
+        for kind in ((lambda p, x: x), strange, strange, (lambda p, x: x)):
+            for p in params:
+                x = torch.randn(shape)
+                p.grad = kind(p, x) if p is params[0] else x
+            optimizer.step()
+        return params
+
+    expected = trained(lambda p, **k: torch.optim.SGD(p, foreach=False, **k))
+    shares = strange is STRANGE["the weights themselves"]
+    if shares and backend != "reference":
+        with pytest.raises(ValueError, match="shares memory with another"):
+            trained(lambda p, **k: SGD(p, backend=backend, **k))
+        backend = None
+    torch.testing.assert_close(trained(lambda p, **k: SGD(p, backend=backend, **k)), expected)
+
+
+def test_a_gradient_of_a_subclass(backend):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.5, backend=backend)
+    for grad in (torch.ones(3), torch.ones(3).as_subclass(Doubled)):
+        p.grad = grad
         optimizer.step()
-    return p.detach()
+    assert p.tolist() == [1 - 0.5 - 1.0] * 3
 
 
-def test_a_negated_gradient(backend):
-    expected = negated(torch.optim.SGD)
-    torch.testing.assert_close(negated(lambda p, **k: SGD(p, backend=backend, **k)), expected)
+def test_a_negated_parameter_and_negated_momentum():
+    def trained(make):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch._neg_view(torch.ones(3))), nn.Parameter(torch.ones(3))]
+        optimizer = make(params, lr=0.5, momentum=0.9)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(3)
+            optimizer.step()
+            state = optimizer.state[params[1]]
+            state["momentum_buffer"] = torch._neg_view(state["momentum_buffer"])
+        return params
+
+    expected = trained(lambda p, **k: torch.optim.SGD(p, foreach=False, **k))
+    torch.testing.assert_close(trained(SGD), expected)
 
 
-def test_negated_and_empty_views_of_any_size():
-    ours, theirs = ([nn.Parameter(torch.ones(33)) for _ in range(2)] for _ in range(2))
-    o = SGD(ours, lr=0.1, weight_decay=0.1)
-    t = torch.optim.SGD(theirs, lr=0.1, weight_decay=0.1, foreach=False)
-    grad = torch.randn(33)
-    for params, optimizer in ((ours, o), (theirs, t)):
-        params[0].grad = torch._efficientzerotensor(33)
-        params[1].grad = grad.clone()
-        optimizer.step()
-    torch.testing.assert_close(ours, theirs)
-    negated = nn.Parameter(torch._neg_view(torch.ones(3)))
-    negated.grad = torch.ones(3)
-    SGD([negated], lr=0.5).step()
-    assert negated.tolist() == [-1.5] * 3
+OVERLAPPING = {  # parts of one vector, long enough for two threads
+    "tied by data": lambda flat: [flat, flat],
+    "a flat one and its parts": lambda flat: [flat, flat[:35_000], flat[35_000:]],
+    "parts and a flat one": lambda flat: [flat[:35_000], flat, flat[::2]],
+    "parts that overlap": lambda flat: [flat[:40_000], flat[30_000:], torch.randn(5)],
+}
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("kind", OVERLAPPING)
+def test_parameters_that_share_memory_are_updated_one_after_the_other(kind):
+    def trained(make):
+        torch.manual_seed(0)
+        params = [nn.Parameter(data) for data in OVERLAPPING[kind](torch.randn(70_000))]
+        groups = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)]
+        optimizer = make(groups, lr=0.1, momentum=0.9, weight_decay=0.1)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        return params
+
+    expected = trained(lambda p, **k: torch.optim.SGD(p, foreach=False, **k))
+    torch.testing.assert_close(trained(SGD), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="parameter 0: it, its gradient or its momentum shares"):
+        trained(lambda p, **k: SGD(p, backend="cpu", **k))
+
+
+@pytest.mark.parametrize("scheduled", [True, False], ids=["scheduled", "not scheduled"])
+def test_a_default_device_is_none_of_the_optimizers_business(scheduled):
+    def trained(context):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.ones(3, device="cpu"))
+        with context:
+            optimizer = SGD([p], lr=0.1, momentum=0.9, total_steps=9 if scheduled else None)
+            for _ in range(3):
+                p.grad = torch.ones(3, device="cpu")
+                optimizer.step()
+        return p.tolist()
+
+    assert trained(torch.device("meta")) == trained(torch.device("cpu"))
 
 
 def test_a_parameter_that_is_there_twice():
