@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
@@ -16,7 +15,9 @@ using torch::stable::accelerator::DeviceGuard;
 // The stream that torch's own kernels would run on.
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  // torch's own macro for this has another name in each of its versions.
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                  "torch tells no stream of CUDA device ", device);
   return static_cast<cudaStream_t>(stream);
 }
 

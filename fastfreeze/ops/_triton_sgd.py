@@ -60,6 +60,7 @@ def step(
             len(plan.runs),
             len(plan.started),
             len(plan.hypers),
+            track,
             PARAM=_DTYPES[plan.param_dtype],
             BUFFER=_DTYPES[plan.buffer_dtype],
             MATH=tl.float64 if plan.param_dtype == torch.float64 else tl.float32,
@@ -67,7 +68,6 @@ def step(
             SCALED=grad_scale is not None,
             CHECKED=found_inf is not None,
             SCHEDULED=plan.scheduled,
-            TRACK=track,
             GROUPS=_GROUPS,
             num_warps=_THREADS // warp_size,
         )
@@ -220,13 +220,12 @@ def _track_started(
         tl.store(started + tensor, after.to(tl.uint8), mask=mask)
 
 
-@triton.jit(do_not_specialize=["eta_min", "num_runs", "num_tensors", "num_groups"])
+@triton.jit(do_not_specialize=["eta_min", "num_runs", "num_tensors", "num_groups", "track"])
 def _step_kernel(
     runs, grads, hypers, states, segments, begin, tensor_groups, started, counters, grad_scale,
-    found_inf, eta_min: tl.float64, num_runs, num_tensors, num_groups,
+    found_inf, eta_min: tl.float64, num_runs, num_tensors, num_groups, track,
     PARAM: tl.constexpr, BUFFER: tl.constexpr, MATH: tl.constexpr, RUN: tl.constexpr,
-    SCALED: tl.constexpr, CHECKED: tl.constexpr, SCHEDULED: tl.constexpr, TRACK: tl.constexpr,
-    GROUPS: tl.constexpr,
+    SCALED: tl.constexpr, CHECKED: tl.constexpr, SCHEDULED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64)
     skip = 0
@@ -269,7 +268,7 @@ def _step_kernel(
     # The program that ends last, when all others have read what it writes, prepares the next step.
     tl.debug_barrier()
     if tl.atomic_add(counters + 1, 1) == tl.num_programs(0) - 1:
-        if TRACK:
+        if track:  # no constant: a captured step would compile a kernel of its own in the capture
             _track_started(
                 grads, states, tensor_groups, started, num_tensors, skip, SCHEDULED, GROUPS
             )
