@@ -228,7 +228,7 @@ class CudaPlan(DevicePlan):
         self._handle = self._make()
 
     def _make(self) -> int:
-        handle: int = torch.ops.fastfreeze.cuda_sgd_plan(
+        handle: int = torch.ops.fastfreeze.cuda_sgd_plan.default(
             self.runs,
             self.hypers,
             self.states,
@@ -246,7 +246,7 @@ class CudaPlan(DevicePlan):
         return handle
 
     def _seek(self, step: int) -> None:
-        torch.ops.fastfreeze.cuda_sgd_seek(self._handle, step)
+        torch.ops.fastfreeze.cuda_sgd_seek.default(self._handle, step)
 
     def _launch(
         self,
@@ -255,7 +255,7 @@ class CudaPlan(DevicePlan):
         found_inf: Tensor | None,
         track: bool,
     ) -> None:
-        torch.ops.fastfreeze.cuda_sgd_step(
+        torch.ops.fastfreeze.cuda_sgd_step.default(
             self._handle,
             grads.buffer_info()[0],
             self.grad_table.data_ptr() if len(grads) > self.table_from else 0,
