@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastfreeze._frozen import note_plan
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import (
     Event,
@@ -112,6 +113,7 @@ class LayerPlan:
         missing = [name for name in names if name not in held]
         if missing:
             raise ValueError(f"the plan's model must still hold the parameters {some(missing)}")
+        note_plan((held[name] for name in names), self.schedule, self.lr)
         return [
             {
                 "params": [held[name] for name in layer.trainable_names],

@@ -19,6 +19,7 @@ ORDER = [
     "views",
     "execution",
     "schedule",
+    "_frozen",
     "layer_names",
     "freezing",
     "saving",
