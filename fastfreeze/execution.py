@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -92,6 +93,8 @@ class _Recorder(TorchDispatchMode):
         self._trainable = sum(gradient_bits(model).values())
         self._upstream = WeakTensorKeyDictionary()
         self._moved = WeakTensorKeyDictionary()  # results of moves, to the parameters in them
+        self._model = model
+        self._written: dict[str, torch.Tensor] = {}  # what parameters held before
         bits = parameter_bits(model)
         for name, parameter in model.named_parameters():
             self._upstream[parameter] = bits[name]
@@ -120,7 +123,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = _tensors((args, kwargs))
+        self._keep(func, args, kwargs or {})
         first = len(self.events)
         moved = self._read(func, tensors)
         upstream = matrices = 0
@@ -136,13 +140,32 @@ class _Recorder(TorchDispatchMode):
             reading.upstream |= upstream
         event.forward_flops += flops
         event.backward_flops += flops * min(matrices, 2)
-        for result in tree_leaves(out):
-            if isinstance(result, torch.Tensor):
-                owner = _owner(result)
-                self._upstream[owner] = self._upstream.get(owner, 0) | upstream
-                if moved:
-                    self._moved[result] = moved
+        for result in _tensors(out):
+            owner = _owner(result)
+            self._upstream[owner] = self._upstream.get(owner, 0) | upstream
+            if moved:
+                self._moved[result] = moved
         return out
+
+    def restore(self) -> None:
+        """Undo what was written to parameters."""
+        for name, value in self._written.items():
+            self._model.get_parameter(name).data.copy_(value)
+
+    def _keep(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before an operation: what the parameters hold that it writes to."""
+        schema = getattr(func, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            return
+        given = [*args, *(kwargs.get(a.name) for a in schema.arguments[len(args) :])]
+        for argument, value in zip(schema.arguments, given, strict=True):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for tensor in _tensors(value):
+                owner = self._names.get(id(_owner(tensor)))
+                for name in self._moved.get(tensor, ()) if owner is None else (owner,):
+                    if name not in self._written:
+                        self._written[name] = self._model.get_parameter(name).detach().clone()
 
     def _read(self, func: Any, tensors: list[torch.Tensor]) -> list[str]:
         """Record what an operation reads; the parameters that it moves and does no more."""
@@ -157,6 +180,10 @@ class _Recorder(TorchDispatchMode):
         for tensor in carried:  # the first use gives the place
             del self._moved[tensor]
         return []
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
 def _owner(tensor: torch.Tensor) -> torch.Tensor:
@@ -190,14 +217,17 @@ def run_events(model: nn.Module, example_inputs: Any, training: bool = True) -> 
     with ExitStack() as stack:
         stack.enter_context(_left_as_found(model, training))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # the model's own, which come again when it trains
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # fused, they are not counted
             mkldnn = torch.backends.mkldnn
             stack.enter_context(mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         args, keywords = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, keywords))
         counter = FlopCounterMode(display=False)
-        counter.mod_tracker = _Nowhere()
+        counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
         recorder = _Recorder(model, stack.enter_context(counter))
+        stack.callback(recorder.restore)
         stack.enter_context(recorder.watching(model))
         stack.enter_context(recorder)
         try:

@@ -149,19 +149,15 @@ def layers_by_rule(
     if not members:
         raise ValueError(f"{type(model).__name__} runs without any of its parameters")
     uses = {
-        unit: _Uses(
-            own=_union(bits[n] for n in names if len(users.get(n, ())) == 1)
-            or _union(bits[n] for n in names),
-            upstream=upstream[unit],
-        )
+        unit: _Uses(_union(bits[n] for n in names if len(users.get(n, ())) == 1), upstream[unit])
         for unit, names in members.items()
     }
-    groups = _merged(sorted(members, key=position.__getitem__), uses)
-    if ends := _ends(groups, uses):
+    units = sorted(members, key=position.__getitem__)
+    heads = _heads(units, uses)
+    if len(heads) > 1:
         run = {by_module.get(e.module) or by_parameter.get(e.parameter or "") for e in in_eval()}
-        heads = [g for g in ends if not run or not run.isdisjoint(g)]
-        groups = [g for g in groups if g not in heads]
-        groups[-1] = [*itertools.chain(*heads), *groups[-1]]
+        heads = [h for h in heads if not run or h in run or h is heads[-1]]
+    groups = _grouped(units, heads, uses)
     homes = {name: i for i, group in enumerate(groups) for u in group for name in members[u]}
     homes |= dict.fromkeys(unused, len(groups) - 1)
     leading = [next((unit for unit in group if unit.weights), group[0]) for group in groups]
@@ -176,7 +172,7 @@ class _Uses:
     """Bits of parameters.
 
     Attributes:
-        own: of the unit, without those that are read elsewhere too, if it has others.
+        own: of the unit, that nothing else reads.
         upstream: on which its operations depend.
     """
 
@@ -188,32 +184,40 @@ def _union(bits: Iterable[int]) -> int:
     return reduce(or_, bits, 0)
 
 
-def _merged(units: list[_Unit], uses: dict[_Unit, _Uses]) -> list[list[_Unit]]:
-    """Rule 3: units without a weight join the single unit before them, or the unit after them."""
+def _heads(units: list[_Unit], uses: dict[_Unit, _Uses]) -> list[_Unit]:
+    """Units of whose values no other unit with a weight reads any, and the last of all."""
+    weighted = [unit for unit in units if unit.weights]
+    return [
+        unit
+        for i, unit in enumerate(weighted)
+        if i == len(weighted) - 1
+        or (
+            uses[unit].own
+            and not any(
+                uses[other].upstream & uses[unit].own for other in weighted if other != unit
+            )
+        )
+    ]
+
+
+def _grouped(units: list[_Unit], heads: list[_Unit], uses: dict[_Unit, _Uses]) -> list[list[_Unit]]:
+    """Rules 3 and 4: which units make up each layer; the heads and what reads them, the last."""
+    weights = _union(uses[unit].own for unit in units if unit.weights)
+    made_by_heads = _union(uses[unit].own for unit in heads)
     groups: list[list[_Unit]] = []
     waiting: list[_Unit] = []
-    weights = _union(uses[unit].own for unit in units if unit.weights)
+    last: list[_Unit] = []
     single: _Unit | None = None
     for unit in units:
         read = uses[unit].upstream & weights
-        if unit.weights:
+        behind = read & made_by_heads or heads[-1:] == [u for u in last if u.weights][-1:]
+        if unit in heads or (behind and not unit.weights):
+            last.append(unit)
+        elif unit.weights:
             groups.append([*waiting, unit])
             waiting, single = [], unit if unit.single else None
-        elif single and (not read or read & uses[single].own):
+        elif single and (not read or not uses[single].own or read & uses[single].own):
             groups[-1].append(unit)
         else:
             waiting.append(unit)
-    if waiting:
-        groups[-1:] = [[*itertools.chain(*groups[-1:]), *waiting]]
-    return groups
-
-
-def _ends(groups: list[list[_Unit]], uses: dict[_Unit, _Uses]) -> list[list[_Unit]]:
-    """The groups before the last of whose weighted unit no other group reads a value."""
-    own = [_union(uses[u].own for u in group if u.weights) for group in groups]
-    upstream = [_union(uses[u].upstream for u in group) for group in groups]
-    return [
-        group
-        for i, group in enumerate(groups[:-1])
-        if not own[i] & _union(upstream[:i] + upstream[i + 1 :])
-    ]
+    return [*groups, [*waiting, *last]]
