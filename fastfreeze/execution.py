@@ -309,6 +309,7 @@ def graph_events(model: nn.Module, training: bool = True) -> list[Event]:
     names, bits = parameter_names(model), parameter_bits(model)
     events = [Event("")]
     upstream: dict[fx.Node, int] = {}
+    written = 0
     owned = dict(model.named_parameters(remove_duplicate=False))
     attributes: dict[fx.Node, list[str]] = {}
     moved: dict[fx.Node, list[str]] = {}
@@ -325,12 +326,16 @@ def graph_events(model: nn.Module, training: bool = True) -> list[Event]:
             moved[node] = read
         if node not in moved:  # the first use gives the place
             moved |= {n: [] for n in inputs if n in moved}
-        if module != events[-1].module:  # it was returned to
-            events.append(Event(module))
-        events += [Event(module, name) for name in dict.fromkeys(read)]
-        upstream[node] = reduce(or_, (upstream[n] for n in inputs), 0)
+        upstream[node] = reduce(or_, (upstream[n] for n in inputs), written)
         upstream[node] |= reduce(or_, (bits[name] for name in read), 0)
-        events[-1].upstream |= upstream[node]
+        if node.op in ("call_function", "call_method") and not node.users:
+            written = upstream[node]  # in place, and any later node may read it
+        reading = [Event(module, name) for name in dict.fromkeys(read)]
+        if not reading and module != events[-1].module:  # it was returned to
+            reading = [Event(module)]
+        events += reading
+        for event in reading or events[-1:]:
+            event.upstream |= upstream[node]
     return events
 
 

@@ -261,27 +261,34 @@ def split(
 
     1. The model is opened from the root down. ``Sequential``, ``ModuleList`` and ``ModuleDict`` are
        always opened; so are stacks, which hold a series of two or more blocks, and wrappers, which
-       hold over 90% of the model's parameters. A block is a module with submodules and two or more
-       weights. What is not opened is a unit: a block, another composite module, a single module; a
-       parameter that an opened module owns is a unit too.
+       hold over 90% of the model's parameters. A series is one of these containers, or a module of
+       blocks of one class whose forward loops over its children. A block is a module with
+       submodules and two or more weights. What is not opened is a unit: a block, another composite
+       module, a single module; a parameter that an opened module owns is a unit too.
     2. Units are ordered by their last use. A parameter with several uses belongs to the last.
     3. Units without a weight (norms, tokens, position embeddings) join the single module before
-       them; behind a block they join the unit after them. The last layer, the head, never freezes.
-       A weight is a parameter of two or more dimensions, but not a norm's, and not one of shape
-       (1, ...) that is not called ``weight``.
+       them, if they read it or nothing; else they join the unit after them. A weight is a parameter
+       of two or more dimensions, but not a norm's, and not one of shape (1, ...) that is not called
+       ``weight``.
+    4. The last layer, the head, never freezes. It holds every unit with a weight whose values no
+       other such unit reads: with several outputs, the last unit before each. An auxiliary
+       classifier, which runs in training mode alone, is no head: once the layers before it are
+       frozen it teaches nothing, so it stays where it runs.
 
-    The order is that of the training mode, auxiliary classifiers included. It comes from one run of
-    the model on ``example_inputs``, with gradients off and single modules (norms, dropout) in eval
-    mode; without them from :func:`torch.fx.symbolic_trace`. Both leave modules, buffers and random
-    number generators as they found them.
+    A view, a copy or a ``cat`` of parameters alone is no use of them; the first use of the result
+    is. The order is that of the training mode, auxiliary classifiers included, and of the eval mode
+    where that runs more, as under LayerDrop. It comes from a run of the model on
+    ``example_inputs``, with gradients off and single modules (norms, dropout) in eval mode; without
+    them from :func:`torch.fx.symbolic_trace`. Both leave the model, its modules' attributes (lists,
+    dicts and generators in them included) and random number generators as they found them.
 
     Parameters that do not require a gradient are fixed: they never train. A training leaves them
     so where its schedule has frozen them: call ``model.requires_grad_(True)`` before the next one.
 
     Args:
         model: the model, on the device of ``example_inputs``; the meta device will do.
-        example_inputs: a tensor, a tuple of the model's positional arguments or a dict of keyword
-            arguments.
+        example_inputs: a tensor, a tuple of the model's positional arguments or a mapping of
+            keyword arguments.
         layers: the layers instead of the rule's, in the order in which they freeze. Each item is a
             name, a regular expression, or a list of these. A string that is the qualified name of a
             module or parameter means that one; any other string, and any compiled pattern, is a
@@ -294,11 +301,12 @@ def split(
         ValueError: a model without parameters, with sharded ones (``DTensor``), or whose order
             cannot be found; ``layers`` that name a parameter twice, miss one that requires a
             gradient, or match nothing.
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, a NumPy array among the inputs.
 
     Warns:
-        FastfreezeWarning: parameters that were not used (they go to the head), and parameters whose
-            sharing keeps the backward of earlier layers alive.
+        FastfreezeWarning: parameters that were not used (they go to the head), parameters whose
+            sharing keeps the backward of earlier layers alive, layers that an earlier run's
+            schedule has left fixed, and a schedule that finds all layers but the head fixed.
     """
     _check_arguments(model, schedule, lr)
     events: list[Event] | None = None
@@ -342,8 +350,8 @@ def _events(
 ) -> tuple[list[Event], Callable[[], list[Event]]]:
     """What runs when, in training mode, and a function that tells it of eval mode.
 
-    Where the training mode has left out what the eval mode runs, and no more (layers dropped at
-    random), eval mode counts for both.
+    Where the training mode has left out what the eval mode runs (layers dropped at random), the
+    order is that of eval mode, with what only the training mode reads in its places.
     """
 
     @cache
@@ -355,9 +363,23 @@ def _events(
 
     events = trace(training=True)
     read = {event.parameter for event in events}
-    if any(p.requires_grad and name not in read for name, p in model.named_parameters()):
-        events = in_eval() if read < {event.parameter for event in in_eval()} else events
+    unread = {name for name, p in model.named_parameters() if p.requires_grad} - read
+    if unread and not unread.isdisjoint(event.parameter for event in in_eval()):
+        events = _in_eval_order(events, in_eval())
     return events, in_eval
+
+
+def _in_eval_order(events: list[Event], in_eval: list[Event]) -> list[Event]:
+    known = {event.parameter for event in in_eval}
+    merged = list(in_eval)
+    place = 0
+    for event in (e for e in events if e.parameter is not None):
+        if event.parameter in known:
+            place = max(i for i, e in enumerate(merged) if e.parameter == event.parameter)
+        else:
+            merged.insert(place + 1, event)
+            place += 1
+    return merged
 
 
 def _fixed_messages(
