@@ -6,12 +6,14 @@ The order comes from a run on example inputs, or from the graph that torch.fx tr
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import Any
 
@@ -23,16 +25,25 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+_ATEN = torch.ops.aten
+# Besides views: what only moves a parameter's values is no use of it, and what reads the result is.
+_MOVES = {_ATEN.cat, _ATEN.clone, _ATEN.repeat, _ATEN.stack, _ATEN._to_copy}
+_MOVE_NAMES = {
+    *("cat", "clone", "contiguous", "detach", "expand", "expand_as", "flatten", "getitem"),
+    *("permute", "repeat", "reshape", "squeeze", "stack", "t", "to", "transpose", "unsqueeze"),
+    "view",
+}
+
 
 @dataclass
 class Event:
-    """A module started to run, or one of its operations read a parameter.
+    """A module started to run or was returned to, or one of its operations read a parameter.
 
     Attributes:
         module: the innermost module that was running.
         parameter: the parameter that was read, None where a module started.
-        upstream: bits of the trainable parameters on which the operations up to the next event
-            depend.
+        upstream: bits (:func:`parameter_bits`) of the parameters on which the operations up to the
+            next event depend.
         forward_flops, backward_flops: of the operations up to the next event.
     """
 
@@ -47,16 +58,31 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters()}
 
 
+def parameter_bits(model: nn.Module) -> dict[str, int]:
+    """A bit for each parameter."""
+    return {name: 1 << k for k, name in enumerate(parameter_names(model).values())}
+
+
 def gradient_bits(model: nn.Module) -> dict[str, int]:
-    """A bit for each parameter that requires a gradient, 0 for the others."""
-    return {
-        name: 1 << k if p.requires_grad else 0
-        for k, (name, p) in enumerate(model.named_parameters())
-    }
+    """The bits of those parameters that require a gradient, 0 for the others."""
+    bits = parameter_bits(model)
+    return {n: bits[n] if p.requires_grad else 0 for n, p in model.named_parameters()}
+
+
+class _Nowhere:
+    """For a FLOP counter, in the place of hooks on all modules, which fail on some inputs."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class _Recorder(TorchDispatchMode):
     """Records the events of one run, and follows which parameters each tensor depends on."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -64,8 +90,14 @@ class _Recorder(TorchDispatchMode):
         self._counter = counter
         self._running = [""]
         self._names = parameter_names(model)
-        self._bits = gradient_bits(model)
+        self._trainable = sum(gradient_bits(model).values())
         self._upstream = WeakTensorKeyDictionary()
+        self._moved = WeakTensorKeyDictionary()  # results of moves, to the parameters in them
+        self._model = model
+        self._written: dict[str, torch.Tensor] = {}  # what parameters held before
+        bits = parameter_bits(model)
+        for name, parameter in model.named_parameters():
+            self._upstream[parameter] = bits[name]
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -73,6 +105,7 @@ class _Recorder(TorchDispatchMode):
 
         def returned(*_: Any) -> None:
             self._running.pop()
+            self.events.append(Event(self._running[-1]))
 
         with ExitStack() as hooks:
             for name, module in model.named_modules():
@@ -90,83 +123,141 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = _tensors((args, kwargs))
+        self._keep(func, args, kwargs or {})
+        first = len(self.events)
+        moved = self._read(func, tensors)
         upstream = matrices = 0
         for tensor in tensors:
-            bits = self._upstream.get(tensor, 0)
-            name = self._names.get(id(tensor))
-            if name is not None:
-                self.events.append(Event(self._running[-1], name))
-                bits = self._bits[name]
+            bits = self._upstream.get(_owner(tensor), 0)
             upstream |= bits
-            matrices += bits != 0 and tensor.ndim >= 2
+            matrices += bits & self._trainable != 0 and tensor.ndim >= 2
         before = self._counter.get_total_flops()
         out = func(*args, **(kwargs or {}))
         flops = self._counter.get_total_flops() - before
         event = self.events[-1]
-        event.upstream |= upstream
+        for reading in self.events[first:] or [event]:
+            reading.upstream |= upstream
         event.forward_flops += flops
         event.backward_flops += flops * min(matrices, 2)
-        for result in tree_leaves(out):
-            if isinstance(result, torch.Tensor):
-                self._upstream[result] = self._upstream.get(result, 0) | upstream
+        for result in _tensors(out):
+            owner = _owner(result)
+            self._upstream[owner] = self._upstream.get(owner, 0) | upstream
+            if moved:
+                self._moved[result] = moved
         return out
+
+    def restore(self) -> None:
+        """Undo what was written to parameters."""
+        for name, value in self._written.items():
+            self._model.get_parameter(name).data.copy_(value)
+
+    def _keep(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before an operation: what the parameters hold that it writes to."""
+        schema = getattr(func, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            return
+        given = [*args, *(kwargs.get(a.name) for a in schema.arguments[len(args) :])]
+        for argument, value in zip(schema.arguments, given, strict=True):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for tensor in _tensors(value):
+                owner = self._names.get(id(_owner(tensor)))
+                for name in self._moved.get(tensor, ()) if owner is None else (owner,):
+                    if name not in self._written:
+                        self._written[name] = self._model.get_parameter(name).detach().clone()
+
+    def _read(self, func: Any, tensors: list[torch.Tensor]) -> list[str]:
+        """Record what an operation reads; the parameters that it moves and does no more."""
+        carried = [tensor for tensor in tensors if tensor in self._moved]
+        names = [name for tensor in carried for name in self._moved[tensor]]
+        own = [self._names[id(tensor)] for tensor in tensors if id(tensor) in self._names]
+        moves = len(carried) + len(own) == len(tensors) and _moves(func)
+        for name in dict.fromkeys(own if moves else names + own):
+            self.events.append(Event(self._running[-1], name))
+        if moves:
+            return names + own
+        for tensor in carried:  # the first use gives the place
+            del self._moved[tensor]
+        return []
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
+def _owner(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that a view is of: what is written to the one is read in the other."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def _moves(func: Any) -> bool:
+    return bool(getattr(func, "is_view", False)) or getattr(func, "overloadpacket", None) in _MOVES
 
 
 def arguments(name: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a model is called with, of the argument ``name`` that says so."""
+    if any(isinstance(leaf, np.ndarray) for leaf in tree_leaves(inputs)):
+        raise TypeError(f"{name} must hold tensors, got a NumPy array: use torch.from_numpy")
     if isinstance(inputs, torch.Tensor):
         return (inputs,), {}
     if isinstance(inputs, tuple):
         return inputs, {}
-    if isinstance(inputs, dict):
-        return (), inputs
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
     raise TypeError(
         f"{name} must be a tensor, a tuple of positional arguments or a dict of keyword "
         f"arguments, got {type(inputs).__name__}"
     )
 
 
-def run_events(model: nn.Module, example_inputs: Any) -> list[Event]:
+def run_events(model: nn.Module, example_inputs: Any, training: bool = True) -> list[Event]:
     """The events of a run on the inputs."""
     args, keywords = arguments("example_inputs", example_inputs)
     with ExitStack() as stack:
-        stack.enter_context(_left_as_found(model))
+        stack.enter_context(_left_as_found(model, training))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(warnings.catch_warnings())  # the FLOP counter's hooks are short-lived
-        warnings.filterwarnings("ignore", "Using `torch.compile.* global hooks")
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # the model's own, which come again when it trains
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # fused, they are not counted
             mkldnn = torch.backends.mkldnn
             stack.enter_context(mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         args, keywords = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, keywords))
-        recorder = _Recorder(model, stack.enter_context(FlopCounterMode(display=False)))
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
+        recorder = _Recorder(model, stack.enter_context(counter))
+        stack.callback(recorder.restore)
         stack.enter_context(recorder.watching(model))
         stack.enter_context(recorder)
         try:
             model(*args, **keywords)
         except Exception as error:
             raise ValueError(
-                f"model does not run on example_inputs in training mode (single modules in eval "
-                f"mode): {type(error).__name__}: {error}"
+                f"model does not run on example_inputs in {'training' if training else 'eval'} "
+                f"mode (single modules in eval mode): {type(error).__name__}: {error}"
             ) from error
     return recorder.events
 
 
 @contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Training mode without its traces: afterwards modules, buffers and generators are as before.
+def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
+    """A mode without its traces: afterwards modules, buffers and generators are as before.
 
     Only modules with submodules are in training mode: they decide what runs, while a norm in
     training mode would refuse a batch of one.
     """
     found = [(module, dict(vars(module))) for module in model.modules()]
+    restores = [restore for _, held in found for restore in map(_restore, held.values()) if restore]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
             for module, attributes in found:
-                vars(module)["training"] = any(True for _ in module.children())
+                for name, value in attributes.items():
+                    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                        vars(module)[name] = value.clone()
+                vars(module)["training"] = training and any(True for _ in module.children())
                 vars(module)["_buffers"] = {
                     name: None if buffer is None else buffer.clone()
                     for name, buffer in attributes["_buffers"].items()
@@ -178,37 +269,79 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
         for module, attributes in found:
             vars(module).clear()
             vars(module).update(attributes)
+        for restore in restores:
+            restore()
 
 
-def graph_events(model: nn.Module) -> list[Event]:
+def _restore(value: Any) -> Callable[[], None] | None:
+    """What gives a module's attribute its present contents again; None where that is known of none.
+
+    Hooks, parameters and submodules are in such attributes, too.
+    """
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, list | deque | dict | set):
+        return partial(_refill, value, copy.copy(value))
+    return None
+
+
+def _refill(container: Any, contents: Any) -> None:
+    container.clear()
+    (container.update if isinstance(container, dict | set) else container.extend)(contents)
+
+
+def graph_events(model: nn.Module, training: bool = True) -> list[Event]:
     """The events in the order of the model's graph, without FLOPs."""
     try:
-        with _left_as_found(model):
+        with _left_as_found(model, training):
             graph = fx.Tracer().trace(model)
     except Exception as error:
         raise ValueError(
             f"the order of the model's layers needs example_inputs: torch.fx cannot trace "
             f"{type(model).__name__} ({type(error).__name__}: {error})"
         ) from error
-    names, bits = parameter_names(model), gradient_bits(model)
+    names, bits = parameter_names(model), parameter_bits(model)
     events = [Event("")]
     upstream: dict[fx.Node, int] = {}
+    written = 0
     owned = dict(model.named_parameters(remove_duplicate=False))
-    attributes: dict[fx.Node, str] = {}
+    attributes: dict[fx.Node, list[str]] = {}
+    moved: dict[fx.Node, list[str]] = {}
     for node in graph.nodes:
-        target, module, read = str(node.target), _module_of(node), []
+        target, module, inputs = str(node.target), _module_of(node), node.all_input_nodes
+        read = [name for n in inputs for name in moved.get(n) or attributes.get(n, ())]
         if node.op == "get_attr" and target in owned:
-            attributes[node] = names[id(owned[target])]
+            attributes[node] = [names[id(owned[target])]]
         elif node.op == "call_module":
             module = target
             events.append(Event(module))
-            read = [names[id(p)] for p in model.get_submodule(target).parameters()]
-        read += [attributes[n] for n in node.all_input_nodes if n in attributes]
-        events += [Event(module, name) for name in read]
-        upstream[node] = reduce(or_, (upstream[n] for n in node.all_input_nodes), 0)
+            read += [names[id(p)] for p in model.get_submodule(target).parameters()]
+        elif _moves_node(node) and all(n in moved or n in attributes for n in inputs):
+            moved[node] = read
+        if node not in moved:  # the first use gives the place
+            moved |= {n: [] for n in inputs if n in moved}
+        upstream[node] = reduce(or_, (upstream[n] for n in inputs), written)
         upstream[node] |= reduce(or_, (bits[name] for name in read), 0)
-        events[-1].upstream |= upstream[node]
+        if node.op in ("call_function", "call_method") and not node.users:
+            written = upstream[node]  # in place, and any later node may read it
+        reading = [Event(module, name) for name in dict.fromkeys(read)]
+        if not reading and module != events[-1].module:  # it was returned to
+            reading = [Event(module)]
+        events += reading
+        for event in reading or events[-1:]:
+            event.upstream |= upstream[node]
     return events
+
+
+def _moves_node(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in _MOVE_NAMES
 
 
 def _module_of(node: fx.Node) -> str:

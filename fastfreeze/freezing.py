@@ -9,27 +9,28 @@ index of its layer, by the rule in :func:`split` or as the user says. The rest f
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
-from fastfreeze._frozen import note_plan
+from fastfreeze._frozen import frozen_by_schedule, note_plan, note_thawed
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import (
     Event,
     gradient_bits,
     graph_events,
+    parameter_bits,
     parameter_names,
     run_events,
 )
-from fastfreeze.layer_names import LayerHomes, LayerItem, ancestors, layers_by_name
+from fastfreeze.layer_names import LayerItem, ancestors, layers_by_name
+from fastfreeze.layers.rule import layers_by_rule
 from fastfreeze.schedule import Constant, Schedule, check_initial_lr
 from fastfreeze.text import format_table, human_count, ranges, some
 
@@ -260,27 +261,34 @@ def split(
 
     1. The model is opened from the root down. ``Sequential``, ``ModuleList`` and ``ModuleDict`` are
        always opened; so are stacks, which hold a series of two or more blocks, and wrappers, which
-       hold over 90% of the model's parameters. A block is a module with submodules and two or more
-       weights. What is not opened is a unit: a block, another composite module, a single module; a
-       parameter that an opened module owns is a unit too.
+       hold over 90% of the model's parameters. A series is one of these containers, or a module of
+       blocks of one class whose forward loops over its children. A block is a module with
+       submodules and two or more weights. What is not opened is a unit: a block, another composite
+       module, a single module; a parameter that an opened module owns is a unit too.
     2. Units are ordered by their last use. A parameter with several uses belongs to the last.
     3. Units without a weight (norms, tokens, position embeddings) join the single module before
-       them; behind a block they join the unit after them. The last layer, the head, never freezes.
-       A weight is a parameter of two or more dimensions, but not a norm's, and not one of shape
-       (1, ...) that is not called ``weight``.
+       them, if they read it or nothing; else they join the unit after them. A weight is a parameter
+       of two or more dimensions, but not a norm's, and not one of shape (1, ...) that is not called
+       ``weight``.
+    4. The last layer, the head, never freezes. It holds every unit with a weight whose values no
+       other such unit reads: with several outputs, the last unit before each. An auxiliary
+       classifier, which runs in training mode alone, is no head: once the layers before it are
+       frozen it teaches nothing, so it stays where it runs.
 
-    The order is that of the training mode, auxiliary classifiers included. It comes from one run of
-    the model on ``example_inputs``, with gradients off and single modules (norms, dropout) in eval
-    mode; without them from :func:`torch.fx.symbolic_trace`. Both leave modules, buffers and random
-    number generators as they found them.
+    A view, a copy or a ``cat`` of parameters alone is no use of them; the first use of the result
+    is. The order is that of the training mode, auxiliary classifiers included, and of the eval mode
+    where that runs more, as under LayerDrop. It comes from a run of the model on
+    ``example_inputs``, with gradients off and single modules (norms, dropout) in eval mode; without
+    them from :func:`torch.fx.symbolic_trace`. Both leave the model, its modules' attributes (lists,
+    dicts and generators in them included) and random number generators as they found them.
 
     Parameters that do not require a gradient are fixed: they never train. A training leaves them
     so where its schedule has frozen them: call ``model.requires_grad_(True)`` before the next one.
 
     Args:
         model: the model, on the device of ``example_inputs``; the meta device will do.
-        example_inputs: a tensor, a tuple of the model's positional arguments or a dict of keyword
-            arguments.
+        example_inputs: a tensor, a tuple of the model's positional arguments or a mapping of
+            keyword arguments.
         layers: the layers instead of the rule's, in the order in which they freeze. Each item is a
             name, a regular expression, or a list of these. A string that is the qualified name of a
             module or parameter means that one; any other string, and any compiled pattern, is a
@@ -293,23 +301,25 @@ def split(
         ValueError: a model without parameters, with sharded ones (``DTensor``), or whose order
             cannot be found; ``layers`` that name a parameter twice, miss one that requires a
             gradient, or match nothing.
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, a NumPy array among the inputs.
 
     Warns:
-        FastfreezeWarning: parameters that were not used (they go to the head), and parameters whose
-            sharing keeps the backward of earlier layers alive.
+        FastfreezeWarning: parameters that were not used (they go to the head), parameters whose
+            sharing keeps the backward of earlier layers alive, layers that an earlier run's
+            schedule has left fixed, and a schedule that finds all layers but the head fixed.
     """
     _check_arguments(model, schedule, lr)
     events: list[Event] | None = None
     if example_inputs is not None:
-        events = run_events(model, example_inputs)
+        events, in_eval = _events(model, partial(run_events, model, example_inputs))
     elif layers is None:
-        events = graph_events(model)
+        events, in_eval = _events(model, partial(graph_events, model))
     if layers is None:
         assert events is not None
-        names, homes, messages = _layers_by_rule(model, events)
+        names, homes, messages = layers_by_rule(model, events, in_eval)
     else:
         names, homes, messages = layers_by_name(model, layers, traced=events is not None)
+    messages += _fixed_messages(model, names, homes, schedule)
     described, sharing = _describe(model, names, homes, events, example_inputs is not None)
     for message in messages + sharing:
         warnings.warn(message, FastfreezeWarning, stacklevel=2)
@@ -335,133 +345,65 @@ def _check_arguments(model: nn.Module, schedule: Schedule | None, lr: float | No
         check_initial_lr(schedule or Constant(1), lr, "lr")
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """A piece of which layers are made: a module, or a parameter that an opened module owns."""
+def _events(
+    model: nn.Module, trace: Callable[..., list[Event]]
+) -> tuple[list[Event], Callable[[], list[Event]]]:
+    """What runs when, in training mode, and a function that tells it of eval mode.
 
-    name: str
-    weights: int
-    single: bool  # not a block: a norm right after it belongs to it
+    Where the training mode has left out what the eval mode runs (layers dropped at random), the
+    order is that of eval mode, with what only the training mode reads in its places.
+    """
 
+    @cache
+    def in_eval() -> list[Event]:
+        try:
+            return trace(training=False)
+        except ValueError:  # there may be no way to call it
+            return []
 
-def _units(model: nn.Module) -> tuple[dict[str, _Unit], dict[str, _Unit]]:
-    """The units by the names of the modules in them, and by the names of their parameters."""
-    by_module: dict[str, _Unit] = {}
-    by_parameter: dict[str, _Unit] = {}
-    names = parameter_names(model)
-    module_names = {id(module): name for name, module in model.named_modules()}
-    total = sum(p.numel() for p in model.parameters())
-
-    def visit(name: str, module: nn.Module) -> None:
-        if _is_opened(module, total, is_root=module is model):
-            for local, p in module.named_parameters(recurse=False):
-                unit = _Unit(names[id(p)], int(_is_weight(module, local, p)), single=True)
-                by_parameter.setdefault(unit.name, unit)
-            for local, child in module.named_children():
-                visit(f"{name}.{local}" if name else local, child)
-        elif any(True for _ in module.parameters()):
-            weights = _num_weights(module)
-            unit = _Unit(name, weights, single=weights < 2 or not _is_composite(module))
-            for inner in module.modules():
-                by_module.setdefault(module_names[id(inner)], unit)
-            for p in module.parameters():
-                by_parameter.setdefault(names[id(p)], unit)
-
-    visit("", model)
-    return by_module, by_parameter
+    events = trace(training=True)
+    read = {event.parameter for event in events}
+    unread = {name for name, p in model.named_parameters() if p.requires_grad} - read
+    if unread and not unread.isdisjoint(event.parameter for event in in_eval()):
+        events = _in_eval_order(events, in_eval())
+    return events, in_eval
 
 
-def _is_opened(module: nn.Module, total: int, is_root: bool) -> bool:
-    """Whether the rule looks inside a module of a model with ``total`` elements in parameters."""
-    if type(module) is nn.Sequential or isinstance(module, _LISTS) or _is_stack(module):
-        return True
-    if type(module).__module__.startswith("torch.nn.modules.") or is_parametrized(module):
-        return False
-    share = sum(p.numel() for p in module.parameters()) / total
-    return is_root or (_is_composite(module) and share > 0.9)
-
-
-_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_SERIES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-def _is_stack(module: nn.Module) -> bool:
-    """Whether the module holds a series of two or more blocks."""
-    # A bare nn.Module is what an fx.GraphModule keeps in the place of the model's own modules.
-    series = (m for m in module.modules() if isinstance(m, _SERIES) or type(m) is nn.Module)
-    return any(sum(map(_is_block, m.children())) >= 2 for m in series)
-
-
-def _is_block(module: nn.Module) -> bool:
-    return _is_composite(module) and not isinstance(module, _SERIES) and _num_weights(module) >= 2
-
-
-def _is_composite(module: nn.Module) -> bool:
-    return any(True for _ in module.children()) and not is_parametrized(module)
-
-
-def _num_weights(module: nn.Module) -> int:
-    return sum(
-        _is_weight(owner, name, p)
-        for owner in module.modules()
-        for name, p in owner.named_parameters(recurse=False)
-    )
-
-
-def _is_weight(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    if isinstance(owner, nn.LayerNorm | nn.RMSNorm) or parameter.ndim < 2:
-        return False
-    return parameter.shape[0] != 1 or name == "weight"
-
-
-def _layers_by_rule(model: nn.Module, events: list[Event]) -> LayerHomes:
-    """Layers by the rules 1 to 3 of :func:`split`."""
-    by_module, by_parameter = _units(model)
-    last_unit: dict[str, _Unit] = {}
-    sequence: list[_Unit] = []
-    for event in events:
-        unit = by_module.get(event.module)
-        if event.parameter is not None:
-            unit = last_unit[event.parameter] = unit or by_parameter[event.parameter]
-        if unit is not None:
-            sequence.append(unit)
-    position = {unit: i for i, (unit, _) in enumerate(itertools.groupby(sequence))}
-    members: dict[_Unit, list[str]] = {}
-    unused = []
-    for name in parameter_names(model).values():
-        unit = last_unit.get(name, by_parameter[name])
-        if unit in position:
-            members.setdefault(unit, []).append(name)
+def _in_eval_order(events: list[Event], in_eval: list[Event]) -> list[Event]:
+    known = {event.parameter for event in in_eval}
+    merged = list(in_eval)
+    place = 0
+    for event in (e for e in events if e.parameter is not None):
+        if event.parameter in known:
+            place = max(i for i, e in enumerate(merged) if e.parameter == event.parameter)
         else:
-            unused.append(name)
-    if not members:
-        raise ValueError(f"{type(model).__name__} runs without any of its parameters")
-    groups = _merged(sorted(members, key=position.__getitem__))
-    homes = {name: i for i, group in enumerate(groups) for u in group for name in members[u]}
-    homes |= dict.fromkeys(unused, len(groups) - 1)
-    leading = [next((unit for unit in group if unit.weights), group[0]) for group in groups]
-    names = [unit.name or type(model).__name__ for unit in leading]
-    trained = [name for name in unused if model.get_parameter(name).requires_grad]
-    message = f"parameters not used in the forward, put into the head {names[-1]!r}: "
-    return names, homes, [message + some(trained)] if trained else []
+            merged.insert(place + 1, event)
+            place += 1
+    return merged
 
 
-def _merged(units: list[_Unit]) -> list[list[_Unit]]:
-    """Rule 3: units without a weight join the single unit before them, or the unit after them."""
-    groups: list[list[_Unit]] = []
-    waiting: list[_Unit] = []
-    single = False
-    for unit in units:
-        if unit.weights:
-            groups.append([*waiting, unit])
-            waiting, single = [], unit.single
-        elif single:
-            groups[-1].append(unit)
-        else:
-            waiting.append(unit)
-    if waiting:
-        groups[-1:] = [[*itertools.chain(*groups[-1:]), *waiting]]
-    return groups
+def _fixed_messages(
+    model: nn.Module, names: list[str], homes: dict[str, int], schedule: Schedule | None
+) -> list[str]:
+    """What to say to somebody who may not know that layers are fixed."""
+    parameters = dict(model.named_parameters())
+    trained = {homes[name] for name, p in parameters.items() if p.requires_grad}
+    fixed = [i for i in range(len(names)) if i not in trained]
+    remedy = "to train them, call model.requires_grad_(True) before split"
+    note_thawed(p for p in parameters.values() if p.requires_grad)
+    marked = set(map(id, frozen_by_schedule(parameters.values())))
+    left = sorted({homes[name] for name, p in parameters.items() if id(p) in marked})
+    if left:
+        return [
+            f"layers {ranges(left)} ({some([names[i] for i in left])}) do not train: a schedule "
+            f"froze them in an earlier run on this model; {remedy}"
+        ]
+    if schedule is not None and schedule.freezes and len(names) - 1 == len(fixed) > 0:
+        return [
+            f"layers {ranges(fixed)} do not train (requires_grad is False), so that schedule has "
+            f"nothing to freeze. If an earlier run froze them: {remedy}"
+        ]
+    return []
 
 
 def _describe(
@@ -480,8 +422,10 @@ def _describe(
     placed = {name: min(found) for name, found in homes_in.items() if len(found) == 1}
     without_parameters: dict[str, int] = {}
     forward, backward, upstream = ([0] * len(names) for _ in range(3))
+    shared = _read_in_several_modules(model, events or ())
     current = 0
     for event in events or ():
+        inside = event.module in placed or event.parameter is not None
         if event.module in placed:
             current = placed[event.module]
         elif event.parameter is not None:
@@ -490,7 +434,7 @@ def _describe(
             without_parameters[event.module] = current
         forward[current] += event.forward_flops
         backward[current] += event.backward_flops
-        upstream[current] |= event.upstream
+        upstream[current] |= event.upstream if inside else event.upstream & shared
     placed |= without_parameters
     modules = [m for m in homes_in if m in placed]
     outermost = [m for m in modules if placed[m] not in (placed.get(a) for a in ancestors(m))]
@@ -510,6 +454,16 @@ def _describe(
         )
         described.append(layer)
     return tuple(described), messages
+
+
+def _read_in_several_modules(model: nn.Module, events: Sequence[Event]) -> int:
+    """Bits of the parameters that are."""
+    readers: dict[str, set[str]] = {}
+    for event in events:
+        if event.parameter is not None:
+            readers.setdefault(event.parameter, set()).add(event.module)
+    bits = parameter_bits(model)
+    return sum(bits[name] for name, modules in readers.items() if len(modules) > 1)
 
 
 def _sharing(

@@ -21,6 +21,7 @@ ORDER = [
     "schedule",
     "_frozen",
     "layer_names",
+    "layers",
     "freezing",
     "saving",
     "layer_costs",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from fastfreeze.errors import FastfreezeWarning
@@ -29,6 +30,11 @@ _END: Any = object()
 _NOT_FROM_OUTSIDE = (
     "a trimmed model cannot be compiled from outside, where a moved cut would be missed: use "
     "fastfreeze.compile_stages(network, plan, inputs), and no torch.compile around its call"
+)
+_RESET_NORMS = (
+    "runs untrimmed while torch's update_bn estimates the statistics of all norms, which it has "
+    "reset in frozen layers too; fastfreeze.ensemble.reestimate_norms(network.model, batches, "
+    "snapshot=...) leaves these alone"
 )
 _UNCOMPILED = (
     "runs uncompiled: compile_stages has compiled no stage with these requires_grad flags, called "
@@ -118,6 +124,8 @@ class TrimmedModel(nn.Module):
       go unnoticed.
     * If an input requires grad, or a module has hooks, autograd stays on in the prefix, and it is
       not run first.
+    * While ``torch.optim.swa_utils.update_bn`` estimates statistics anew, which it resets in frozen
+      norms too, ``model`` itself runs, and that is announced.
     * ``torch.compile`` does not take it; :func:`fastfreeze.compile_stages` compiles what trains.
     * A model without a graph is announced by a :class:`~fastfreeze.errors.FastfreezeWarning` and
       trimmed at module level: a module whose parameters are all frozen runs in eval mode, with
@@ -143,6 +151,8 @@ class TrimmedModel(nn.Module):
             vars(self)[name] = getattr(model, name)
         vars(self)["model"] = model
         self._options = options
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self._norms = [norm for norm in norms if norm.momentum is not None]
         self._graphs: Graphs | None = None
         self._ahead: Ahead | None = None
         self._compiled = False
@@ -264,6 +274,12 @@ class TrimmedModel(nn.Module):
         if "model" in vars(self):  # nn.Module sets it before there is one
             self.model.training = mode
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(f"{error}; the model is network.model") from None
+
     def train(self, mode: bool = True) -> TrimmedModel:
         self.model.train(mode)
         return self
@@ -293,8 +309,8 @@ class TrimmedModel(nn.Module):
     def _begin(self, args: Any, kwargs: Any, stacklevel: int = 4) -> Call:
         """What a call will do; announcements point ``stacklevel`` frames up."""
         graphs = self._now()
-        if not self.model.training or (all(graphs.flags) and not self._compiled):
-            return self._begin_untrimmed(graphs, args, kwargs)
+        if untrimmed := self._begin_untrimmed(graphs, args, kwargs, stacklevel):
+            return untrimmed
         try:
             graph, tensors = graphs.graph_for(args, kwargs)
             if self._compiled and not graph.compiled:
@@ -313,10 +329,18 @@ class TrimmedModel(nn.Module):
             return Call(lambda: self._run_hooked(graphs, graph, tensors, stacklevel), graph.unsplit)
         return Call(lambda: graph.run(tensors), graph.unsplit, tensors, graph)
 
-    def _begin_untrimmed(self, graphs: Graphs, args: Any, kwargs: Any) -> Call:
-        if self.model.training:
+    def _begin_untrimmed(
+        self, graphs: Graphs, args: Any, kwargs: Any, stacklevel: int
+    ) -> Call | None:
+        """What a call will do for which the model itself runs; None for others."""
+        if not self.model.training:
+            return Call(lambda: self.model(*args, **kwargs), "the model is in eval mode")
+        if all(graphs.flags) and not self._compiled:
             return Call(lambda: graphs.run_untrimmed(args, kwargs), "nothing is frozen")
-        return Call(lambda: self.model(*args, **kwargs), "the model is in eval mode")
+        if any(norm.momentum is None for norm in self._norms):
+            self._warn(_RESET_NORMS, stacklevel + 1)
+            return Call(lambda: self.model(*args, **kwargs), _RESET_NORMS)
+        return None
 
     def _run_hooked(
         self, graphs: Graphs, graph: TrimmedGraph, tensors: list[Tensor], stacklevel: int
