@@ -632,7 +632,7 @@ class Sequences(nn.Module):
 
 
 BODIES = {
-    "lstm": lambda: nn.LSTM(4, 6, proj_size=4, batch_first=True),
+    "lstm": lambda: nn.LSTM(4, 4, batch_first=True),
     "gru": lambda: nn.GRU(4, 2, 2, bidirectional=True, batch_first=True),
     "rnn": lambda: nn.RNN(4, 4, bias=False, batch_first=True),
     "attention": Attending,
@@ -659,7 +659,8 @@ def test_modules_that_hold_tensors_in_their_own_way(body):
     assert len(in_common) == len(list(ensemble.members[0].body.parameters())) + 2 * again
     torch.testing.assert_close(ensemble.as_module(x)(x[:2]), ensemble(x[:2]))
     ensemble.how = "vmap"
-    with pytest.raises(ValueError, match=r"body.read holds a") if again else nullcontext():
+    refusal = {Listing: r"body\.read holds a parameter", Guarded: "_thread.lock"}.get(body)
+    with pytest.raises(ValueError, match=refusal) if refusal else nullcontext():
         assert_right(ensemble, x)
     ensemble.how = None
     with torch.no_grad():

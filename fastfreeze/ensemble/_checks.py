@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.ops._softmax_arguments import kind_of
+from fastfreeze.ops.reference import sum_dtype
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by name
 
@@ -71,7 +72,7 @@ def logits_of(output: Any) -> Any:
 
 def warn_of_probabilities(logits: Tensor, dim: int | None) -> None:
     """Warn if all rows are what a softmax gives. Zeros and ones alone are of another origin."""
-    values = logits.detach().double()
+    values = logits.detach().to(sum_dtype(logits.dtype))
     tolerance = max(1e-4, torch.finfo(logits.dtype).eps)
     sums_to_1 = (values.sum(-1 if dim is None else dim) - 1).abs() <= tolerance
     inside = (values > 0) & (values < 1)

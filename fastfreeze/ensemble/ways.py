@@ -56,8 +56,8 @@ class Stacked:
             raise ValueError(f"how='vmap' cannot run: {name} has hooks")
         if what := difference(list(members)):
             raise ValueError(f"how='vmap' cannot run: {what}")
-        own = chain(members[0].parameters(), members[0].buffers())
-        if names := [name for t in own if (name := held_again(members[0]).get(id(t)))]:
+        again, own = held_again(members[0]), chain(members[0].parameters(), members[0].buffers())
+        if names := [again[id(t)] for t in own if id(t) in again]:
             raise ValueError(f"how='vmap' cannot run: {names[0]} holds a parameter or buffer again")
         try:
             self._skeleton = copy_of(members[0])  # also what all members have in common

@@ -58,10 +58,10 @@ def ensemble_softmax(
     ``torch.compile``.
 
     Args:
-        members: logits of M >= 1 members, as one tensor [M, ..., C] or a sequence of M tensors
-            [..., C] of one shape, dtype and device: at least one batch dimension, of any size, and
-            C >= 2 classes. float16, bfloat16, float32 or float64. Rows of unit stride are read in
-            place, whatever lies between them. ``-inf`` masks a class.
+        members: logits, not probabilities, of M >= 1 members, as one tensor [M, ..., C] or a
+            sequence of M tensors [..., C] of one shape, dtype and device: at least one batch
+            dimension, of any size, and C >= 2 classes. float16, bfloat16, float32 or float64. Rows
+            of unit stride are read in place, whatever lies between them. ``-inf`` masks a class.
         weights: M finite numbers >= 0, of which the sum is > 0: the members' shares, which are
             divided by the sum. None: equal shares.
         temperature: 1e-30..1e30; logits are divided by it.
@@ -156,9 +156,15 @@ def ensemble_statistics(
         operator = _operator(chosen, "ensemble_statistics")
         results = operator([z.detach() for z in logits], shares, temperature, classes)
     check_rows(results[0], logits, "members[{}]")
-    probabilities, *others, nll = results
-    of_labels = None if labels is None else nll
-    return EnsembleStatistics(classes_back(probabilities, dim), *others, of_labels)
+    probabilities, maximum, argmax, entropy, information, nll = results
+    return EnsembleStatistics(
+        probabilities=classes_back(probabilities, dim),
+        max_probability=maximum,
+        argmax=argmax,
+        entropy=entropy,
+        mutual_information=information,
+        nll=None if labels is None else nll,
+    )
 
 
 class EnsembleAverage:
