@@ -10,7 +10,7 @@ import torch
 NAN, INF = math.nan, math.inf
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # [B, C]: a row to a lane up to 16 classes, groups of rows up to 2048, blocks above.
-SHAPES = [(0, 10), (1, 1), (33, 2), (33, 10), (3, 16), (33, 17), (1, 31), (33, 32), (3, 33)]
+SHAPES = [(0, 10), (1, 2), (33, 2), (33, 10), (3, 16), (33, 17), (1, 31), (33, 32), (3, 33)]
 SHAPES += [(33, 100), (3, 1000), (1, 2047), (3, 2048), (1, 2049), (3, 4097)]
 # Weights of 4 members, and a temperature.
 OPTIONS = {

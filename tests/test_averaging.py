@@ -479,6 +479,10 @@ class TestReestimateNorms:
             reestimate_norms(model, [])
         with pytest.raises(ValueError, match=r"batches\[1\] must hold the model's input, got \(\)"):
             reestimate_norms(model, [*images(1), ()])
+        with pytest.raises(
+            TypeError, match=r"batches\[1\] must hold tensors, got a NumPy .*from_nu"
+        ):
+            reestimate_norms(model, [*images(1), images(1)[0].numpy()])
         for count, error in ((0, ValueError), (1.0, TypeError)):
             with pytest.raises(error, match=f"num_batches must be .* got {count}"):
                 reestimate_norms(model, images(1), num_batches=count)
@@ -510,6 +514,8 @@ class TestReestimateNorms:
             ((x, labels, labels), x),
             (((x, y), labels), x + y),
             ([[x, y], labels], x + y),
+            ({"a": x, "b": y, "labels": labels}, x + y),
+            (({"a": x}, labels), x),
         ]:
             reestimate_norms(model, [batch])
             torch.testing.assert_close(model.norm.running_mean, expected.mean(0))

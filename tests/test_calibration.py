@@ -106,7 +106,6 @@ BOUNDED = {
     "half wrong": (torch.tensor([[3.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 1]), 100.0),
     "uniform": (torch.full((3, 4), 7.0), LABELS, 1.0),
     "uniform where not masked": (torch.tensor([[0.5, 0.5, -math.inf]]), LABELS[:1], 1.0),
-    "one class": (torch.randn(4, 1), torch.zeros(4, dtype=torch.int64), 1.0),
     "tied for the highest": (torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([1]), 0.01),
 }
 
@@ -137,7 +136,8 @@ INF = math.inf
 REFUSED = {
     "integers": (GOOD.long(), Y, TypeError, "logits must be a floating-point .*int64"),
     "one dimension": (GOOD[0], Y, ValueError, r"logits must have shape \[B, C\].*\(2,\)"),
-    "no rows": (GOOD[:0], Y[:0], ValueError, r"B and C >= 1, got \(0, 2\)"),
+    "one column": (GOOD[:, :1], Y, ValueError, r"C >= 2, got .*logits z by torch.cat"),
+    "no rows": (GOOD[:0], Y[:0], ValueError, r"B >= 1 and C >= 2, got \(0, 2\)"),
     "nan": (torch.tensor([[0.0, 0.0], [0.0, math.nan]]), Y, ValueError, r"logits\[1\] .*got nan"),
     "inf": (torch.tensor([[0.0, INF], [0.0, 0.0]]), Y, ValueError, r"logits\[0\] .*got inf"),
     "all masked": (torch.tensor([[0.0, 0.0], [-INF, -INF]]), Y, ValueError, r"logits\[1\] .*-inf"),
@@ -175,7 +175,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5, tor
 
 @every_dtype
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 8.0])
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (31, 33), (2, 3, 5), (7,)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (1, 2), (31, 33), (2, 3, 5), (7,)], ids=str)
 def test_forward(dtype, temperature, shape):
     probabilities = torch.rand(shape, dtype=torch.float64).add(0.01)
     probabilities = (probabilities / probabilities.sum(-1, keepdim=True)).to(dtype)
@@ -243,6 +243,15 @@ def test_a_fit_that_fails_changes_nothing(probabilities, labels):
     with pytest.raises(ValueError, match=r"probabilities|labels"):
         scaling.fit(probabilities, labels)
     assert scaling.temperature == 1.5
+
+
+def test_forward_along_another_dimension():
+    scaling, p = TemperatureScaling(), torch.rand(2, 5, 3, 4).softmax(1)
+    scaling.temperature.fill_(2.0)
+    torch.testing.assert_close(scaling(p, dim=1), p.log().div(2).softmax(1))
+    for arguments in ((p,), (p[:, :1, 0, 0],)):
+        with pytest.raises(ValueError, match=r"dim must say where|must have C >= 2"):
+            scaling(*arguments)
 
 
 @pytest.mark.parametrize("bad", [[0.5, 0.5], torch.tensor([1, 0])], ids=["list", "integers"])

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune, weight_norm
 
 from fastfreeze.ensemble import (
     MemorySnapshots,
     SnapshotEnsemble,
     SnapshotStore,
+    select_members,
 )
-from fastfreeze.errors import SnapshotError
+from fastfreeze.ensemble._checks import logits_of
+from fastfreeze.errors import FastfreezeWarning, SnapshotError
 from tests.test_snapshots import assert_same_state, filled_store, small_model, states, tied_model
 
 
@@ -150,7 +157,212 @@ class Pair(nn.Module):
         return self.linear(x), x
 
 
+def ran(module):
+    """With what a training leaves in its attributes."""
+    model = nn.Sequential(module, nn.ReLU(), nn.Linear(6, 3))
+    model(torch.randn(5, 4)).sum().backward()
+    return model
+
+
+class Observed(nn.Module):
+    """A hook that is a method, a generator, and a result kept from the latest call."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.generator = nn.Linear(4, 3), torch.Generator()
+        self.linear.register_forward_hook(self.keep)
+
+    def keep(self, module, args, output):
+        self.latest = output
+
+    def forward(self, x):
+        self.linear(x)
+        return self.latest
+
+
+HARD_TO_COPY = {
+    "weight norm": lambda: ran(weight_norm(nn.Linear(4, 6))),
+    "spectral norm": lambda: ran(nn.utils.spectral_norm(nn.Linear(4, 6))),
+    "pruned": lambda: ran(prune.l1_unstructured(nn.Linear(4, 6), "weight", 0.5)),
+    "parametrized": lambda: ran(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))),
+    "observed": lambda: ran(nn.Sequential(Observed(), nn.Linear(3, 6))),
+}
+
+
+@pytest.mark.parametrize("make", HARD_TO_COPY.values(), ids=HARD_TO_COPY)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_models_that_ran_in_training(make):
+    models, x = [make() for _ in range(3)], torch.randn(5, 4)
+    store = MemorySnapshots()
+    for i, model in enumerate(models):
+        store.save(model, step=i, cycle=i)
+    expected = mean_of(models, x)
+    for model in (models[0], make):
+        ensemble = SnapshotEnsemble.from_store(model, store)
+        for _ in range(2):
+            torch.testing.assert_close(ensemble(x).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+class Locked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.lock = nn.Linear(4, 3), threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            return self.linear(x)
+
+
+def with_a_closure():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    model[0].register_forward_hook(lambda module, args, output: model[1](output))
+    return model
+
+
+def always(model):
+    return lambda: model
+
+
+REFUSED_MODELS = {
+    "lock": (Locked, TypeError, "model cannot be copied .*lock.*: give a function that makes"),
+    "closure": (with_a_closure, TypeError, "the function in 0._forward_hooks would use the orig"),
+    "no model": (lambda: None, TypeError, "model must be an nn.Module, or .* got NoneType"),
+    "another's": (lambda: always(small_model()), ValueError, "new tensors .* got '0.weight'"),
+    "nothing": (lambda: always(3), TypeError, "model must be an nn.Module, or .* got int"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "match"), REFUSED_MODELS.values(), ids=REFUSED_MODELS)
+def test_refused_models(make, error, match):
+    model = make()
+    state = model.state_dict() if isinstance(model, nn.Module) else small_model().state_dict()
+    with pytest.raises(error, match=match):
+        SnapshotEnsemble(model, [state, state])
+
+
+@pytest.mark.parametrize("make", [Locked, with_a_closure])
+def test_members_made_by_a_function(make):
+    models, x = [make() for _ in range(3)], torch.randn(5, 4)
+    ensemble = SnapshotEnsemble(make, [m.state_dict() for m in models])
+    torch.testing.assert_close(ensemble(x).double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
+    if make is Locked:
+        torch.testing.assert_close(ensemble.as_module(x)(x), ensemble(x))
+
+
+@pytest.mark.parametrize("last", [None, 3])
+def test_members_by_their_positions(last):
+    models, _ = models_and_ensemble(4)
+    store, x = MemorySnapshots(), torch.randn(5, 4)
+    for i, model in enumerate(models):
+        store.save(model, step=i, cycle=i)
+    labels, there = torch.randint(3, (5,)), models[-(last or 4) :]
+    every = SnapshotEnsemble.from_store(small_model(), store, last)
+    found = select_members(list(every.member_probabilities(x)), labels, replace=True)
+    for members in (found.indices, found.picks):
+        ensemble = SnapshotEnsemble.from_store(small_model(), store, last, members=members)
+        expected = mean_of([there[m] for m in members], x)
+        torch.testing.assert_close(ensemble(x).double(), expected, rtol=1e-5, atol=1e-7)
+    for members, error, match in [
+        ([0, 4], ValueError, r"members\[1\] must be below .*, the snapshots there are, got 4"),
+        ([-1], ValueError, r"members\[0\] must be >= 0, got -1"),
+        ([0.5], TypeError, r"members\[0\] must be an int >= 0, got 0.5"),
+        ([], ValueError, "must hold at least one state dict"),
+    ]:
+        with pytest.raises(error, match=match):
+            SnapshotEnsemble.from_store(small_model(), store, last, members=members)
+
+
+class Output(nn.Module):
+    """What a function makes of a linear layer's result."""
+
+    def __init__(self, change, classes=3):
+        super().__init__()
+        self.linear, self.change = nn.Linear(4, classes), change
+
+    def forward(self, x):
+        return self.change(self.linear(x))
+
+
+def ensemble_of(change, classes=3, **options):
+    states = [Output(change, classes).state_dict() for _ in range(3)]
+    return SnapshotEnsemble(Output(change, classes), states, **options)
+
+
+def channels_first(z):
+    return z.movedim(-1, 1)
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("how", [None, "loop", "graph", "vmap", "compiled"])
+@pytest.mark.parametrize("kind", ["dict", "object", "images"])
+def test_kinds_of_outputs(how, kind, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="aot_eager"))
+    change, dim, x = {
+        "dict": (lambda z: {"loss": None, "logits": z}, None, torch.randn(5, 4)),
+        "object": (Answer, None, torch.randn(5, 4)),
+        "images": (channels_first, 1, torch.randn(2, 5, 6, 4)),
+    }[kind]
+    ensemble = ensemble_of(change, how=how, dim=dim)
+    expected = [logits_of(change(m.linear(x))).softmax(1) for m in ensemble.members]
+    expected = torch.stack(expected)
+    torch.testing.assert_close(ensemble(x), expected.mean(0))
+    torch.testing.assert_close(torch.stack(list(ensemble.member_probabilities(x))), expected)
+    if how == "graph":
+        torch.testing.assert_close(ensemble.as_module(x)(x), expected.mean(0))
+
+
+@pytest.mark.parametrize("how", ["loop", "graph", "vmap", "compiled"])
+def test_no_silent_softmax(how):
+    """Of one logit, or over the width of images."""
+    x = torch.randn(2, 5, 6, 4)
+    for change, classes, given, match in [
+        (None, 1, x[0, 0], "logits must have C >= 2 .*softmax of one logit is 1, whatever it is"),
+        (channels_first, 3, x, r"dim must say where the classes are .* \(2, 3, 5, 6\)"),
+    ]:
+        ensemble = ensemble_of(change or torch.clone, classes, how=how)
+        for name in ("forward", "as_module", "member_probabilities"):
+            with pytest.raises(ValueError, match=match):
+                list(getattr(ensemble, name)(given))
+
+
+@pytest.mark.parametrize("how", [None, "vmap", "compiled"])
+def test_probabilities_are_announced_once(how):
+    x = torch.randn(5, 4)
+    ensemble = ensemble_of(lambda z: z.softmax(-1), how=how)
+    with pytest.warns(FastfreezeWarning, match="model returns probabilities, not logits") as seen:
+        ensemble.as_module(x) if how == "compiled" else ensemble(x)
+    assert len(seen) == 1
+    ensemble.as_module(x)
+    list(ensemble.member_probabilities(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z,
+        lambda z: z.abs(),
+        lambda z: z.log_softmax(-1),
+        lambda z: z * 0,
+        lambda z: F.one_hot(z.argmax(-1), 3).float(),
+        lambda z: torch.cat([z.softmax(-1)[:-1], z[-1:]]),
+    ],
+    ids=["logits", "positive", "logarithms", "zeros", "one-hot", "all rows but one"],
+)
+def test_no_false_alarm(change):
+    ensemble_of(change)(torch.randn(5, 4))
+
+
 REFUSED_ENSEMBLES = {
+    "an array": (
+        lambda: ensemble_of(torch.clone)(np.ones((2, 4))),
+        TypeError,
+        "inputs must hold tensors, got a NumPy array, of which torch.from_numpy makes",
+    ),
     "none": (lambda: SnapshotEnsemble(Pair(), []), ValueError, "at least one state dict"),
     "last": (
         lambda: SnapshotEnsemble(Pair(), [Pair().state_dict()], last=2),
@@ -171,7 +383,7 @@ REFUSED_ENSEMBLES = {
     "not logits": (
         lambda: SnapshotEnsemble(Pair(), [Pair().state_dict()])(torch.ones(1, 2)),
         TypeError,
-        "logits must be a tensor, got tuple",
+        "logits must be a tensor: the model must return one, .* got tuple",
     ),
 }
 

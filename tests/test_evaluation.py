@@ -161,12 +161,36 @@ def test_one_pass_that_keeps_no_predictions():
     assert len(seen) == 5
 
 
+def test_batches_by_name():
+    """As a tokenizer's and a Trainer's collator give them, for models that return such outputs."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, values, mask=None):
+            return {"loss": None, "logits": self.linear(values if mask is None else values * mask)}
+
+    ensemble = SnapshotEnsemble(Named(), [Named().state_dict() for _ in range(3)])
+    x, mask, y = torch.randn(7, 3), torch.randint(2, (7, 3)), torch.randint(4, (7,))
+    expected = evaluate(
+        Given(), [(torch.stack(list(ensemble.member_probabilities(x, mask)), 1), y)]
+    )
+    for batch in ({"values": x, "labels": y, "mask": mask}, ({"values": x, "mask": mask}, y)):
+        assert evaluate(ensemble, [batch]).to_dict() == expected.to_dict()
+    with pytest.raises(TypeError, match=r"batches must give .* got a dict of 'values', 'mask'"):
+        evaluate(ensemble, [{"values": x, "mask": mask}])
+
+
 HALF = torch.full((2, 2, 2), 0.5)
 Y = torch.tensor([0, 1])
 REFUSED = {
     "no batch": ([], ValueError, "batches must give at least one batch, got none"),
-    "no labels": ([HALF], TypeError, r"pairs \(inputs, labels\), got a Tensor"),
-    "a triple": ([(HALF, Y, Y)], TypeError, r"pairs \(inputs, labels\), got a tuple of 3"),
+    "no labels": ([HALF], TypeError, r"pairs \(inputs, labels\), or .* got a Tensor"),
+    "a triple": ([(HALF, Y, Y)], TypeError, r"pairs \(inputs, labels\), or .* got a tuple of 3"),
+    "an array": ([(HALF.numpy(), Y)], TypeError, r"batches\[0\] must hold tensors, got a NumPy"),
+    "labels in an array": ([(HALF, Y), (HALF, Y.numpy())], TypeError, r"batches\[1\] .*from_numpy"),
     "no members": ([(HALF[:, :0], Y)], ValueError, "ensemble must have at least one member"),
     "fewer members": (
         [(HALF, Y), (HALF[:, :1], Y)],

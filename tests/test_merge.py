@@ -8,8 +8,10 @@ import itertools
 import pickle
 import random
 import re
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -548,11 +550,126 @@ def test_members_that_are_changed(how, change, first_called):
 
 def test_members_that_differ_in_other_state():
     ensemble = SnapshotEnsemble(Derived(), chain(Derived, ("",), 3))
-    assert_right(ensemble, torch.randn(4, 3))
-    assert "member 1 differs from the first in plain" in ensemble.plan
-    ensemble.members[2].plain.add_(1)
-    ensemble.members[1].slope = 3.0
-    assert_right(ensemble, torch.randn(4, 3))
+    x = torch.randn(4, 3)
+    for change, plan in [
+        (lambda first, *_: first.plain, "one graph, 3 of 9 nodes run"),  # a tensor, alike in all
+        (lambda *members: [m.plain.add_(1) for m in members], "one graph, 3 of 9 nodes run"),
+        (lambda *members: members[2].plain.add_(1), "member 2 differs from the first in plain"),
+        (lambda *members: setattr(members[1], "slope", 3.0), "member 1 differs from the first in"),
+    ]:
+        change(*ensemble.members)
+        assert_right(ensemble, x)
+        assert plan in ensemble.plan
+
+
+def test_a_graph_is_kept_while_nothing_changes():
+    ensemble, x = SnapshotEnsemble(Derived(), chain(Derived, (), 2)), torch.randn(4, 3)
+    ensemble(x)
+    (plan,) = ensemble._plans.values()
+    ensemble(x)
+    assert list(ensemble._plans.values()) == [plan]
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(9, 4)
+
+    def forward(self, x):
+        return self.bag((x[..., 0].abs() * 3).long().clamp(max=8))[:, None], None
+
+
+class Powers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(4, 4), torch.randn(4, 4)])
+
+    def forward(self, x):
+        return sum(x @ w for w in self.weights), None
+
+
+class Listing(nn.Module):
+    """Reads its parameters from a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.read = [self.linear.weight]
+
+    def forward(self, x):
+        return F.linear(x, self.read[0], self.linear.bias), None
+
+
+class Guarded(nn.Module):
+    """Cannot be copied, and is parametrized, by a class of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+        self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x):
+        with self.lock:
+            return self.linear(x), None
+
+
+class Sequences(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.head = body, nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x)[0].mean(1))
+
+
+BODIES = {
+    "lstm": lambda: nn.LSTM(4, 4, batch_first=True),
+    "gru": lambda: nn.GRU(4, 2, 2, bidirectional=True, batch_first=True),
+    "rnn": lambda: nn.RNN(4, 4, bias=False, batch_first=True),
+    "attention": Attending,
+    "embedding bag": Counts,
+    "parameter list": Powers,
+    "own list": Listing,
+    "lock and weight norm": Guarded,
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_modules_that_hold_tensors_in_their_own_way(body):
+    """They are shared where frozen, run once, exported, run in a batch or say why not, and load."""
+
+    def make():
+        return Sequences(body())
+
+    ensemble, x = SnapshotEnsemble(make, chain(make, ("body",), 3)), torch.randn(3, 5, 4)
+    assert_right(ensemble, x)
+    ran, whole = map(int, re.search(r"as one graph, (\d+) of (\d+) nodes", ensemble.plan).groups())
+    assert ran == whole // 3 + 2  # the head's own
+    in_common = {id(p) for m in ensemble.members for p in m.body.parameters()}
+    again = body is Listing  # what is read elsewhere too is each member's own
+    assert len(in_common) == len(list(ensemble.members[0].body.parameters())) + 2 * again
+    torch.testing.assert_close(ensemble.as_module(x)(x[:2]), ensemble(x[:2]))
+    ensemble.how = "vmap"
+    refusal = {Listing: r"body\.read holds a parameter", Guarded: "_thread.lock"}.get(body)
+    with pytest.raises(ValueError, match=refusal) if refusal else nullcontext():
+        assert_right(ensemble, x)
+    ensemble.how = None
+    with torch.no_grad():
+        for p in ensemble.members[1].body.parameters():
+            p.mul_(1.5)
+    assert_right(ensemble, x)
+    other = SnapshotEnsemble(make, chain(make, (), 3))
+    ensemble.load_state_dict(other.state_dict())
+    torch.testing.assert_close(ensemble(x), other(x))
 
 
 def test_fold_may_be_set():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -217,7 +218,15 @@ REFUSED_PREDICTIONS = {
     "integers": (torch.tensor([[1, 0], [0, 1]]), Y, TypeError, "floating-point .*int64"),
     "a list": ([[0.5, 0.5]], Y, TypeError, "probabilities must be a .* tensor, got list"),
     "one dimension": (torch.tensor([1.0]), Y, ValueError, r"shape \[B, C\].*\(1,\)"),
-    "no rows": (torch.ones(0, 2), Y[:0], ValueError, r"B and C >= 1, got \(0, 2\)"),
+    "one column": (torch.ones(2, 1), Y[:2], ValueError, r"C >= 2, got \(2, 1\). One column p"),
+    "an array": (np.ones((2, 2)), Y[:2], TypeError, "got a NumPy array, of which torch.from_numpy"),
+    "array of labels": (
+        torch.eye(2),
+        np.arange(2),
+        TypeError,
+        "labels must .* got a NumPy array, of which torch.from_numpy",
+    ),
+    "no rows": (torch.ones(0, 2), Y[:0], ValueError, r"B >= 1 and C >= 2, got \(0, 2\)"),
     "float labels": (GOOD, Y.float(), TypeError, "labels must be .*integers, got torch.float32"),
     "bool labels": (GOOD, Y.bool(), TypeError, "labels must be .*integers, got torch.bool"),
     "list of labels": (GOOD, [0, 1], TypeError, "labels must be .*integers, got list"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fastfreeze.errors import BackendUnavailableError
 from fastfreeze.ops import _library, softmax
 from fastfreeze.ops._softmax_arguments import choose_backend
-from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
+from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax, ensemble_statistics
 from tests.conftest import needs_cpu_kernels
 from tests.guard import guarded
 from tests.softmax_cases import (
@@ -146,8 +148,9 @@ def test_layouts(layout, classes):
     members = [layout(4, classes) for _ in range(3)]
     for z in members:
         z.copy_(torch.randn(z.shape))
-    mean = ensemble_softmax(members, backend="cpu")
-    assert torch.equal(mean, ensemble_softmax([z.contiguous() for z in members], backend="cpu"))
+    mean = ensemble_softmax(members, dim=-1, backend="cpu")
+    close_by = [z.contiguous() for z in members]
+    assert torch.equal(mean, ensemble_softmax(close_by, dim=-1, backend="cpu"))
     assert_near(mean, members)
 
 
@@ -165,7 +168,7 @@ def test_one_row_for_all():
 def test_nothing_past_the_end_is_read_or_written(isa, classes, dtype):
     """A stray access ends the process."""
     rows = [guarded(z) for z in make((3, classes), 2, dtype)]
-    assert_near(ensemble_softmax(rows, backend="cpu"), rows)
+    assert_near(torch.ops.fastfreeze.ensemble_softmax(rows, None, 1.0, False), rows)
     total_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     total = guarded(torch.rand(3, classes, dtype=total_dtype))
     out = guarded(torch.full_like(total, NAN))
@@ -409,6 +412,24 @@ def test_compiles_in_one_graph(backend, device, log, dynamic):
         assert compiled(*members).isnan().any(-1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dim", [1, -3])
+def test_classes_in_another_dimension(dim):
+    members = [torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    labels = torch.randint(5, (2, 3, 4))
+    expected = torch.stack(members).softmax(2).mean(0)
+    assert torch.autograd.gradcheck(lambda *z: ensemble_softmax(z, dim=dim), members)
+    torch.testing.assert_close(ensemble_softmax(torch.stack(members), dim=dim), expected)
+    torch.testing.assert_close(ensemble_softmax(members, dim=dim, log=True), expected.log())
+    average = EnsembleAverage(dim=dim, statistics=True)
+    for z in members:
+        average.update(z)
+    torch.testing.assert_close(average.mean(), expected.detach())
+    for found in (ensemble_statistics(members, labels, dim=dim), average.statistics(labels)):
+        torch.testing.assert_close(found.probabilities, expected.detach())
+        torch.testing.assert_close(found.argmax, expected.argmax(1))
+        torch.testing.assert_close(found.nll, F.nll_loss(expected.log(), labels, reduction="none"))
+
+
 REFUSED = {
     "empty list": ([], ValueError, "members must hold at least one member"),
     "no members": (torch.rand(0, 2, 3), ValueError, "members must hold at least one member"),
@@ -417,7 +438,11 @@ REFUSED = {
     "not tensors": ([[0.0, 1.0]], TypeError, r"members\[0\] must be a tensor, got list"),
     "not all tensors": ([torch.rand(2, 3), None], TypeError, r"members\[1\] must be a tensor"),
     "no batch": ([torch.rand(3)], ValueError, r"members\[0\] must have shape \[\.\.\., C\]"),
-    "no classes": ([torch.rand(3, 0)], ValueError, "C >= 1"),
+    "no classes": ([torch.rand(3, 0)], ValueError, r"C >= 2 classes, got shape \(3, 0\)"),
+    "one logit": (torch.rand(2, 3, 1), ValueError, "softmax of one logit is 1, whatever it is"),
+    "images": ([torch.rand(2, 3, 4, 5)], ValueError, r"dim must say .* \(2, 3, 4, 5\)"),
+    "arrays": (np.ones((2, 2, 3)), TypeError, "members must .* got a NumPy array, .*from_numpy"),
+    "an array": ([np.ones((2, 3))], TypeError, r"members\[0\] must .* NumPy array, .*from_numpy"),
     "integers": ([torch.ones(2, 3, dtype=torch.int64)], TypeError, "must be float16.*int64"),
     "sparse": ([torch.rand(2, 3).to_sparse()], TypeError, "must be a dense tensor"),
     "shapes": (
@@ -454,6 +479,8 @@ REFUSED_OPTIONS = {
     "all 0": ({"weights": [0.0, 0.0]}, ValueError, "weights must have a finite sum > 0"),
     "sum too large": ({"weights": [1e308, 1e308]}, ValueError, "a finite sum > 0"),
     "no number": ({"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
+    "no such dimension": ({"dim": 2}, ValueError, "dim must be a dimension of .* got 2"),
+    "no dimension": ({"dim": "C"}, TypeError, "dim must be an int or None, got 'C'"),
     "zero": ({"temperature": 0}, ValueError, "temperature must be from 1e-30 to 1e30, got 0"),
     "below zero": ({"temperature": -1.0}, ValueError, "temperature must be from"),
     "nan temperature": ({"temperature": NAN}, ValueError, "temperature must be from"),

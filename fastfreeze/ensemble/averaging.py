@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from fastfreeze.ensemble._checks import check_count
+from fastfreeze.ensemble._checks import call_and_labels, check_count
 from fastfreeze.ensemble._manifest import Signature, check_signature, signature_of
 from fastfreeze.ensemble._packs import same_bits
 from fastfreeze.ensemble._states import check_state
@@ -229,9 +229,10 @@ def reestimate_norms(
     Args:
         model: holds the average; not what :func:`fastfreeze.trim` makes of it. What is compiled in
             it runs uncompiled.
-        batches: tensors, or tuples or lists of which the first item is the model's input, as a
-            ``DataLoader`` gives, on the model's device. A tuple or list of inputs is passed as
-            several arguments. Take training data, in batches as large as in training.
+        batches: tensors, tuples or lists of which the first item is the model's input, or dicts,
+            as a ``DataLoader`` gives, on the model's device. A tuple or list of inputs is passed as
+            several arguments, a dict by name, without its "labels". Take training data, in batches
+            as large as in training.
         snapshot: state dict of one of the averaged snapshots. A norm whose statistics are the same
             bits there and in the model was frozen in all of them. None: no norm was.
         num_batches: read at most so many, >= 1. None: all.
@@ -295,10 +296,8 @@ def _norms_to_reestimate(
 def _run(model: nn.Module, batches: Iterable[Any]) -> None:
     count = 0
     for batch in batches:
-        if isinstance(batch, (tuple, list)) and len(batch) == 0:
-            raise ValueError(f"batches[{count}] must hold the model's input, got {batch!r}")
-        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+        (inputs, keywords), _ = call_and_labels(f"batches[{count}]", batch)
+        model(*inputs, **keywords)
         count += 1
     if count == 0:
         raise ValueError("batches must give at least one batch, got none")

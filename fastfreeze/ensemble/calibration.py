@@ -16,6 +16,7 @@ from fastfreeze.ensemble.metrics import (
     checked_labels,
     checked_predictions,
 )
+from fastfreeze.ops._softmax_arguments import check_classes, kind_of
 from fastfreeze.ops.reference import sum_dtype
 
 MIN_TEMPERATURE = 0.01
@@ -31,7 +32,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Computed in float64. The NLL is convex in 1 / T, so there is one minimum.
 
     Args:
-        logits: [B, C], B and C >= 1, floating point: logits or logarithms of probabilities.
+        logits: [B, C], B >= 1, C >= 2, floating point: logits or logarithms of probabilities.
             ``-inf`` masks a class.
         labels: [B], integers in 0..C-1, of classes that are not masked.
 
@@ -124,8 +125,8 @@ class TemperatureScaling(nn.Module):
         :func:`~fastfreeze.ensemble.nll`.
 
         Args:
-            probabilities: [B, C], B >= 1, floating point, rows summing to 1, of data on which the
-                members were not trained.
+            probabilities: [B, C], B >= 1, C >= 2, floating point, rows summing to 1, of data on
+                which the members were not trained.
             labels: [B], integers in 0..C-1.
 
         Returns:
@@ -141,7 +142,9 @@ class TemperatureScaling(nn.Module):
             self.temperature.fill_(temperature)
         return self
 
-    def forward(self, probabilities: Tensor, log: bool = False) -> Tensor:
+    def forward(
+        self, probabilities: Tensor, log: bool = False, *, dim: int | None = None
+    ) -> Tensor:
         """The probabilities at the fitted temperature.
 
         Computed in float32 (float64 for float64 probabilities) and rounded once. A probability of
@@ -151,20 +154,23 @@ class TemperatureScaling(nn.Module):
             probabilities: [..., C], floating point, on the module's device, each row with one > 0.
                 Their values are not looked at: a row with a negative one comes out NaN.
             log: return their logarithms.
+            dim: of the classes, C >= 2, as in :func:`~fastfreeze.ensemble_softmax`.
 
         Returns:
             [..., C], of the dtype of ``probabilities``.
 
         Raises:
-            TypeError: ``probabilities`` is not a floating-point tensor.
+            TypeError: ``probabilities`` is not a floating-point tensor, or ``dim`` no int.
+            ValueError: ``dim`` is missing or none of theirs, or there is one class alone.
         """
         if not isinstance(probabilities, Tensor) or not probabilities.is_floating_point():
-            found = getattr(probabilities, "dtype", type(probabilities).__name__)
+            found = kind_of(probabilities)
             raise TypeError(f"probabilities must be a floating-point tensor, got {found}")
+        check_classes("probabilities", probabilities, dim)
         dtype = sum_dtype(probabilities.dtype)
         scaled = probabilities.to(dtype).log() / self.temperature.to(dtype)
         softmax = torch.log_softmax if log else torch.softmax
-        return softmax(scaled, dim=-1).to(probabilities.dtype)
+        return softmax(scaled, dim=-1 if dim is None else dim).to(probabilities.dtype)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature.item():.4g}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble._checks import check_count
+from fastfreeze.ensemble._checks import call_and_labels, check_count
 from fastfreeze.ensemble.metrics import (
     ace_of_rows,
     brier_of_rows,
@@ -26,8 +26,9 @@ from fastfreeze.text import format_table
 class GivesMemberProbabilities(Protocol):
     """What can be evaluated: a SnapshotEnsemble, or anything with this method."""
 
-    def member_probabilities(self, *inputs: Any) -> Iterable[Tensor]:
-        """The probabilities [B, C] of each member in turn."""
+    @property
+    def member_probabilities(self) -> Callable[..., Iterable[Tensor]]:
+        """A method that gives the probabilities [B, C] of each member in turn."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,9 @@ def evaluate(
         ensemble: anything whose ``member_probabilities(*inputs)`` gives the probabilities [B, C] of
             each member in turn, as those of :func:`~fastfreeze.ensemble.error_rate`: always the
             same members.
-        batches: pairs (inputs, labels), on the ensemble's device, such as a ``DataLoader`` gives;
-            labels are integers [B] in 0..C-1. A tuple or list of inputs is passed as several
-            arguments.
+        batches: pairs (inputs, labels), or dicts of which one item is "labels", on the ensemble's
+            device, such as a ``DataLoader`` gives; labels are integers [B] in 0..C-1. A tuple or
+            list of inputs is passed as several arguments, a dict by name.
         num_bins: of the calibration errors, >= 1.
 
     Raises:
@@ -130,9 +131,14 @@ def evaluate(
     """
     check_count("num_bins", num_bins, minimum=1)
     totals: _Totals | None = None
-    for batch in batches:
-        inputs, labels = _inputs_and_labels(batch)
-        members = list(ensemble.member_probabilities(*inputs))
+    for i, batch in enumerate(batches):
+        (inputs, keywords), labels = call_and_labels(f"batches[{i}]", batch)
+        if labels is None:
+            raise TypeError(
+                f'batches must give pairs (inputs, labels), or dicts with "labels", '
+                f"got {_described(batch)}"
+            )
+        members = list(ensemble.member_probabilities(*inputs, **keywords))
         if totals is None:
             totals = _Totals(len(members))
         totals.add(members, labels)
@@ -141,14 +147,11 @@ def evaluate(
     return totals.evaluation(num_bins)
 
 
-def _inputs_and_labels(batch: Any) -> tuple[tuple[Any, ...], Tensor]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-        raise TypeError(
-            f"batches must give pairs (inputs, labels), got a {type(batch).__name__}{length}"
-        )
-    inputs, labels = batch
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), labels
+def _described(batch: Any) -> str:
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        return f"a {kind} of {', '.join(map(repr, batch))}"
+    return f"a {kind} of {len(batch)}" if isinstance(batch, (tuple, list)) else f"a {kind}"
 
 
 class _Totals:

@@ -7,7 +7,6 @@ their weights begin to differ.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,14 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from fastfreeze.ensemble._members import Owners
+from fastfreeze.ensemble._checks import logits_of
+from fastfreeze.ensemble._members import CannotCopyError, Owners, copy_of
 from fastfreeze.graph.cut import Dataflow, called_name
 from fastfreeze.graph.fold import CannotFoldError, Folded, fold
 from fastfreeze.graph.rewrite import Piece, Program, compiled
 from fastfreeze.graph.split import draws_random_numbers
 from fastfreeze.graph.trace import IN_PLACE_FUNCTIONS, Trace
+from fastfreeze.ops._softmax_arguments import classes_back, classes_last
 from fastfreeze.ops.reference import softmax_add_reference
 
 
@@ -62,15 +63,22 @@ def merge(members: Sequence[nn.Module], trace: Trace, owners: Owners) -> Merged:
     return _write(flow, _leaders(flow, owners, len(members)), len(members))
 
 
-def merged_module(merged: Merged, ensemble: nn.Module) -> fx.GraphModule:
+def merged_module(merged: Merged, ensemble: nn.Module) -> nn.Module:
     """A module of plain torch operations that returns the mean of the members' probabilities.
 
     It holds copies of the tensors of ``ensemble``, each once.
+
+    Raises:
+        CannotMergeError: a member's module has no copy.
     """
     root, members = nn.Module(), cast(nn.ModuleList, ensemble.members)
-    root.members, root.plus, root.mean = members, _Plus(), _Mean(len(members))
+    dim = cast(int | None, ensemble.dim)
+    root.members, root.plus, root.mean = members, _Plus(dim), _Mean(len(members), dim)
     root.in_place = nn.ModuleDict({f.__name__: _InPlace(f.__name__) for f in IN_PLACE_FUNCTIONS})
-    return copy.deepcopy(fx.GraphModule(root, _with_average(merged)).eval())
+    try:
+        return copy_of(fx.GraphModule(root, _with_average(merged)).eval())
+    except CannotCopyError as error:
+        raise CannotMergeError(error) from error
 
 
 def write_merged(merged: Merged) -> Program:
@@ -213,10 +221,14 @@ def _taken(take: Callable[[Any], None], result: Any) -> None:
 
 
 class _Plus(nn.Module):
-    """A sum of probabilities with one more member's; fx does not look into it."""
+    """A sum of probabilities with one more member's, classes last; fx does not look into it."""
+
+    def __init__(self, dim: int | None) -> None:
+        super().__init__()
+        self.dim = dim
 
     def forward(self, logits: Tensor, total: Tensor | None = None) -> Tensor:
-        return softmax_add_reference(total, logits, 1.0, 1.0)
+        return softmax_add_reference(total, classes_last(logits, self.dim), 1.0, 1.0)
 
 
 class _InPlace(nn.Module):
@@ -231,12 +243,12 @@ class _InPlace(nn.Module):
 
 
 class _Mean(nn.Module):
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, dim: int | None) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.dim = count, dim
 
     def forward(self, total: Tensor, logits: Tensor) -> Tensor:
-        return (total / self.count).to(logits.dtype)
+        return classes_back((total / self.count).to(logits.dtype), self.dim)
 
 
 def _with_average(merged: Merged) -> fx.Graph:
@@ -248,9 +260,9 @@ def _with_average(merged: Merged) -> fx.Graph:
     for node in others:
         if node.target is _taken:
             result = node.args[1]
-            if not isinstance(result, fx.Node):
-                raise CannotMergeError("the model returns more than one tensor")
-            logits = copies[result]
+            logits = map_arg(result, copies.__getitem__)
+            if not isinstance(result, fx.Node) or isinstance(result.target, type):
+                logits = graph.call_function(logits_of, (logits,))
             total = graph.call_module("plus", (logits, total))
         elif node.target in IN_PLACE_FUNCTIONS:
             args = map_arg(node.args, copies.__getitem__)

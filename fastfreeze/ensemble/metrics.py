@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from fastfreeze.ensemble._checks import check_count
+from fastfreeze.ops._softmax_arguments import kind_of
 
 
 def error_rate(probabilities: Tensor, labels: Tensor) -> float:
     """Share of rows, in 0..1, whose most probable class (the first, if tied) is not the label.
 
     Args:
-        probabilities: [B, C], B >= 1, floating point, rows summing to 1.
+        probabilities: [B, C], B >= 1, C >= 2, floating point, rows summing to 1. Of one column p,
+            as a sigmoid gives, ``torch.cat([1 - p, p], 1)`` makes two.
         labels: [B], integers in 0..C-1.
 
     Raises:
@@ -196,17 +198,19 @@ def checked_predictions(
 def check_matrix(name: str, matrix: Tensor) -> None:
     """Raise unless it is a floating-point tensor [B, C] that is not empty."""
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        found = getattr(matrix, "dtype", type(matrix).__name__)
-        raise TypeError(f"{name} must be a floating-point tensor, got {found}")
-    if matrix.dim() != 2 or matrix.numel() == 0:
-        raise ValueError(f"{name} must have shape [B, C], B and C >= 1, got {tuple(matrix.shape)}")
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(matrix)}")
+    if matrix.dim() != 2 or len(matrix) < 1 or matrix.shape[1] < 2:
+        raise ValueError(
+            f"{name} must have shape [B, C], B >= 1 and C >= 2, got {tuple(matrix.shape)}. One "
+            f"column p is made two by torch.cat([1 - p, p], 1), of logits z by "
+            f"torch.cat([0 * z, z], 1)"
+        )
 
 
 def checked_labels(labels: Tensor, matrix: Tensor) -> Tensor:
     """The labels of the rows of a matrix [B, C] as int64."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        found = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"labels must be a tensor of integers, got {found}")
+        raise TypeError(f"labels must be a tensor of integers, got {kind_of(labels)}")
     if labels.shape != matrix.shape[:1] or labels.device != matrix.device:
         raise ValueError(
             f"labels must have shape [{len(matrix)}] on {matrix.device}, "

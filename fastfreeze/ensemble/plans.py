@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fastfreeze.ensemble._members import MembersState, difference, share
 from fastfreeze.ensemble.merge import (
@@ -77,6 +77,7 @@ class Plan:
         self.text, self.program, self.folded = text, program, folded
         self._state, self._traced, self._merged = state, traced, merged
         self._module: nn.Module | None = None
+        self._looked = False
         self._compiled: Callable[..., Tensor] | None = None
         self._captured: dict[Any, Captured] = {}
         self._lock = threading.Lock()  # of what is captured
@@ -95,11 +96,22 @@ class Plan:
             return self.program
         return self.folded.program
 
-    def module(self, ensemble: nn.Module) -> fx.GraphModule:
+    def look(
+        self, ensemble: nn.Module, tensors: Sequence[Tensor], check: Callable[[Any], Any]
+    ) -> None:
+        """Have what members return for a call looked at, once: :meth:`module` looks at nothing."""
+        if self.program is not None and not self._looked:
+            members = cast(nn.ModuleList, ensemble.members)
+            with preserved(members), torch.no_grad():
+                for output in _outputs(self.program, ensemble, tensors):
+                    check(output)
+            self._looked = True
+
+    def module(self, ensemble: nn.Module) -> nn.Module:
         """The graph and the average as a module of its own.
 
         Raises:
-            ValueError: there is no graph, or its value is not one tensor.
+            ValueError: there is no graph, or a part of it has no copy.
         """
         if self._merged is None:
             raise ValueError(f"the ensemble cannot be one graph: {self.text}")

@@ -5,7 +5,6 @@ Source of the method: Snapshot Ensembles (Huang et al., ICLR 2017).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastfreeze.ensemble._members import share, unshare
+from fastfreeze.ensemble._checks import (
+    check_count,
+    check_no_arrays,
+    logits_of,
+    warn_of_probabilities,
+)
+from fastfreeze.ensemble._members import new_member, share, unshare
 from fastfreeze.ensemble._states import last_of, load_into
 from fastfreeze.ensemble.memory import MemorySnapshots
 from fastfreeze.ensemble.plans import MAX_KEPT, Key, Plan, make_plan, one_by_one
 from fastfreeze.ensemble.snapshots import SnapshotStore
 from fastfreeze.ensemble.ways import WAYS, Measured, Stacked, Way, checked_way, measure, on_streams
 from fastfreeze.graph.trace import UntraceableError
+from fastfreeze.ops._softmax_arguments import check_logits
 from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
 
 _Take = Callable[[Any], None]
@@ -35,12 +41,16 @@ class SnapshotEnsemble(nn.Module):
     a member's tensors is noticed at the next call, except through ``.data``. The first call of a
     kind (of these arguments and image size; any batch size) traces the model, and runs members to
     compare, which is for one thread alone: make it before several threads call at once; for CUDA
-    graphs of each batch size.
+    graphs of each batch size. If the first outputs ever are probabilities, it warns.
 
     Args:
-        model: a model of the snapshots' architecture, of whatever weights; it is not changed.
+        model: a model of the snapshots' architecture, of whatever weights, which is copied and not
+            changed; or a function that makes a new one at each call, such as its class: for models
+            that cannot be copied, since they hold a lock or a file, or functions that use them.
         snapshots: state dicts, the latest last.
         last: use only so many, the latest. Early snapshots of short cycles can hurt.
+        dim: the dimension of the classes in the model's output, 1 for [B, C, H, W]. None: the last,
+            of outputs of up to three dimensions; of more it has to be given.
         how: in which way members run, see below.
         fold: fold norms into convolutions, and so on, as :func:`fastfreeze.trim` does: faster, and
             equal up to rounding. False: the bits of the members called one by one.
@@ -56,17 +66,20 @@ class SnapshotEnsemble(nn.Module):
             it.
 
     Raises:
-        TypeError: one of ``snapshots`` is not a state dict.
-        ValueError: no snapshot, or fewer than ``last``; ``how`` is none of these.
+        TypeError: one of ``snapshots`` is not a state dict; ``model`` cannot be copied, or is not
+            what it is to be.
+        ValueError: no snapshot, or fewer than ``last``; ``how`` is none of these; ``model`` gives
+            tensors that it gave before.
         SnapshotError: a snapshot of another architecture.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[], nn.Module],
         snapshots: Iterable[Mapping[str, Tensor]],
         *,
         last: int | None = None,
+        dim: int | None = None,
         fold: bool = True,
         how: Way | None = None,
     ) -> None:
@@ -76,13 +89,14 @@ class SnapshotEnsemble(nn.Module):
         self.members = nn.ModuleList()
         with torch.inference_mode(False):  # else writes to the tensors would go unnoticed
             for i, state in enumerate(chosen):
-                member = copy.deepcopy(model)
+                member = new_member(model, list(self.members))
                 load_into(member, state, f"snapshots[{i}]")
                 self.members.append(member.eval().requires_grad_(False))
             if not self.members:
                 raise ValueError("snapshots must hold at least one state dict, got none")
             share(list(self.members))
-        self.fold, self.how = fold, how
+        self.fold, self.how, self.dim = fold, how, dim
+        self._looked = False
         self._stacked: Stacked | None = None
         self._plans: dict[Key, Plan] = {}
         self._text = f"{len(self.members)} members, not called yet"
@@ -90,16 +104,29 @@ class SnapshotEnsemble(nn.Module):
     @classmethod
     def from_store(
         cls,
-        model: nn.Module,
+        model: nn.Module | Callable[[], nn.Module],
         store: SnapshotStore | MemorySnapshots,
         last: int | None = None,
         *,
+        members: Iterable[int] | None = None,
+        dim: int | None = None,
         fold: bool = True,
         how: Way | None = None,
     ) -> SnapshotEnsemble:
-        """The ensemble of a store's snapshots, or of its ``last`` ones."""
+        """The ensemble of a store's snapshots, or of its ``last`` ones.
+
+        Args:
+            members: which of these, by their positions from 0: ``select_members(...).indices``, or
+                ``picks``, in which a member that comes again weighs more. None: all.
+
+        Raises:
+            TypeError, ValueError: one of ``members`` is no position of a snapshot.
+        """
         chosen = tuple(store) if last is None else last_of("last", last, tuple(store))
-        return cls(model, (store.load(snapshot) for snapshot in chosen), fold=fold, how=how)
+        if members is not None:
+            chosen = tuple(_at(chosen, f"members[{i}]", m) for i, m in enumerate(members))
+        states = (store.load(snapshot) for snapshot in chosen)
+        return cls(model, states, dim=dim, fold=fold, how=how)
 
     @property
     def plan(self) -> str:
@@ -113,27 +140,28 @@ class SnapshotEnsemble(nn.Module):
         gradients are to flow to the inputs.
 
         Args:
-            inputs, keywords: the model's; it must return logits [..., C].
+            inputs, keywords: the model's; it must return logits [..., C], or an object or a dict in
+                which they are ``logits``.
 
         Returns:
-            Probabilities [..., C], of the logits' dtype.
+            Probabilities [..., C], of the logits' shape and dtype.
 
         Raises:
             TypeError, ValueError: the model's output is not what
                 :func:`~fastfreeze.ensemble_softmax` takes.
         """
         if self.how in ("compiled", "cuda_graph") and not torch.compiler.is_compiling():
-            plan, tensors = self._plan(inputs, keywords)
+            plan, tensors = self._plan_of_module(inputs, keywords)
             if self.how == "compiled":
                 return plan.compiled(self)(*tensors)
             return plan.captured(self, tensors)(tensors)
-        average = EnsembleAverage()
+        average = EnsembleAverage(dim=self.dim)
         logits: list[Tensor] = []
         # A strict export takes no change of grad mode, which the running average makes.
         exporting = torch.compiler.is_exporting()
 
-        def take(z: Any) -> None:
-            if exporting or logits or (isinstance(z, Tensor) and z.requires_grad):
+        def take(z: Tensor) -> None:
+            if exporting or logits or z.requires_grad:
                 logits.append(z)
             else:
                 average.update(z)
@@ -141,7 +169,7 @@ class SnapshotEnsemble(nn.Module):
         self._run(take, inputs, keywords)
         if not logits:
             return average.mean()
-        mean = ensemble_softmax(logits)
+        mean = ensemble_softmax(logits, dim=self.dim)
         if average.count:  # members before the first that needs gradients
             share = len(logits) / (len(logits) + average.count)
             mean = share * mean + (1 - share) * average.mean()
@@ -150,7 +178,8 @@ class SnapshotEnsemble(nn.Module):
     def member_probabilities(self, *inputs: Any, **keywords: Any) -> Iterator[Tensor]:
         """The probabilities [..., C] of each member in turn."""
         found: list[Tensor] = []
-        self._run(lambda z: found.append(torch.softmax(z, dim=-1)), inputs, keywords)
+        dim = -1 if self.dim is None else self.dim
+        self._run(lambda z: found.append(torch.softmax(z, dim=dim)), inputs, keywords)
         yield from found
 
     def as_module(self, *inputs: Any, **keywords: Any) -> nn.Module:
@@ -169,8 +198,9 @@ class SnapshotEnsemble(nn.Module):
 
         Raises:
             ValueError: the members cannot be had as one graph; the message says why.
+            TypeError, ValueError: as from :meth:`forward`, for this example.
         """
-        plan, _ = self._plan(inputs, keywords)
+        plan, _ = self._plan_of_module(inputs, keywords)
         return plan.module(self)
 
     def train(self, mode: bool = True) -> SnapshotEnsemble:
@@ -229,25 +259,35 @@ class SnapshotEnsemble(nn.Module):
         return measured
 
     def _run(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Have each member's output taken in turn."""
+        """Have each member's logits taken in turn."""
+        check_no_arrays("inputs", [*inputs, *keywords.values()])
         # When compiled a member's values cannot be looked at, which a plan does.
         how = "loop" if torch.compiler.is_compiling() else checked_way(self.how)
         if how == "vmap":
             self._text = f"{len(self.members)} members in one call, by torch.func.vmap"
             for output in self._stack()(inputs, keywords):
-                take(output)
+                take(self._logits(output))
         elif how == "streams":
             self._text = f"{len(self.members)} members, each in a stream of its own"
             for output in on_streams(list(self.members), inputs, keywords):
-                take(output)
+                take(self._logits(output))
         elif how == "loop" or not self._run_graph(take, inputs, keywords):
             if how == "loop":
                 self._text = f"{len(self.members)} members, one by one, as asked for"
             *others, last = self.members
             for member in others:  # each on inputs that no other member has written to
                 args, kwargs = tree_map_only(Tensor, torch.clone, (inputs, keywords))
-                take(member(*args, **kwargs))
-            take(last(*inputs, **keywords))
+                take(self._logits(member(*args, **kwargs)))
+            take(self._logits(last(*inputs, **keywords)))
+
+    def _logits(self, output: Any) -> Tensor:
+        """The logits in a member's output, checked; the first ever are looked at."""
+        logits: Tensor = logits_of(output)
+        check_logits("logits", logits, self.dim)
+        if not (self._looked or logits.is_meta or torch.compiler.is_compiling()):
+            self._looked = True  # once: on a GPU, to look is to wait
+            warn_of_probabilities(logits, self.dim)
+        return logits
 
     def _run_graph(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
         """Run the members as one graph; False if there is none, and none was asked for."""
@@ -257,8 +297,17 @@ class SnapshotEnsemble(nn.Module):
             if self.how is not None:
                 raise ValueError(f"how={self.how!r} cannot run: {plan.text}")
             return False
-        program(self, [take, *tensors])
+        program(self, [lambda output: take(self._logits(output)), *tensors])
         return True
+
+    def _plan_of_module(
+        self, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[Plan, list[Tensor]]:
+        """A plan and the call's tensors, for which its module can be had."""
+        check_no_arrays("inputs", [*inputs, *keywords.values()])
+        plan, tensors = self._plan(inputs, keywords)
+        plan.look(self, tensors, self._logits)
+        return plan, tensors
 
     def _plan(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Plan, list[Tensor]]:
         try:
@@ -288,3 +337,12 @@ class SnapshotEnsemble(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}, "_stacked": None}
+
+
+def _at(snapshots: tuple[Any, ...], name: str, position: int) -> Any:
+    check_count(name, position)
+    if position >= len(snapshots):
+        raise ValueError(
+            f"{name} must be below {len(snapshots)}, the snapshots there are, got {position}"
+        )
+    return snapshots[position]

@@ -65,8 +65,8 @@ def select_members(
 
     Args:
         members: probabilities of M >= 1 members on data that they were not trained on, as one
-            tensor [M, B, C] or a sequence of M tensors [B, C] of one shape and device; B and
-            C >= 1, floating point, rows summing to 1.
+            tensor [M, B, C] or a sequence of M tensors [B, C] of one shape and device; B >= 1 and
+            C >= 2, floating point, rows summing to 1.
         labels: [B], integers in 0..C-1.
         max_members: at most so many picks, >= 1. None: as many as lower the metric.
         replace: members may be picked again, which gives them weight.
@@ -78,8 +78,7 @@ def select_members(
 
     Example:
         >>> chosen = select_members(list(ensemble.member_probabilities(x_valid)), y_valid)
-        >>> best = [snapshots[i] for i in sorted(chosen.indices)]
-        >>> smaller = fastfreeze.SnapshotEnsemble(model, best)
+        >>> smaller = fastfreeze.SnapshotEnsemble.from_store(model, store, members=chosen.indices)
     """
     scored = _Scored(members, labels, metric)
     if max_members is not None:

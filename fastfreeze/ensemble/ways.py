@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map_only
 
 from fastfreeze.clock import Clock
-from fastfreeze.ensemble._members import MembersState, difference
+from fastfreeze.ensemble._checks import logits_of
+from fastfreeze.ensemble._members import (
+    CannotCopyError,
+    MembersState,
+    copy_of,
+    difference,
+    held_again,
+    owners_of,
+)
 from fastfreeze.graph._state import tensors_in
 from fastfreeze.text import format_table
 
@@ -36,10 +44,10 @@ class Stacked:
     """All members in one batched call of one of them, by ``torch.func.vmap``.
 
     Pays where a call is short beside its overhead: batches of few samples. Holds copies of the
-    members' tensors.
+    members' tensors, of those that are equal in all one.
 
     Raises:
-        ValueError: members have hooks, or differ in more than parameters and buffers.
+        ValueError: members have hooks, differ in more than parameters and buffers, or have no copy.
     """
 
     def __init__(self, members: nn.ModuleList) -> None:
@@ -48,9 +56,22 @@ class Stacked:
             raise ValueError(f"how='vmap' cannot run: {name} has hooks")
         if what := difference(list(members)):
             raise ValueError(f"how='vmap' cannot run: {what}")
+        again, own = held_again(members[0]), chain(members[0].parameters(), members[0].buffers())
+        if names := [again[id(t)] for t in own if id(t) in again]:
+            raise ValueError(f"how='vmap' cannot run: {names[0]} holds a parameter or buffer again")
+        try:
+            self._skeleton = copy_of(members[0])  # also what all members have in common
+        except CannotCopyError as error:
+            raise ValueError(f"how='vmap' cannot run: {error}") from error
+        held = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in members]
+        owners = owners_of(list(members))
         with torch.no_grad():
-            self._state = stack_module_state(list(members))
-        self._skeleton = copy.deepcopy(members[0])
+            self._state = {
+                name: torch.stack([tensors[name] for tensors in held])
+                for name in held[0]
+                if any(owners[name])
+            }
+        self._numbers = torch.arange(len(members))  # batched where nothing else is
         self._lock = threading.Lock()  # a call puts tensors into the skeleton
 
     def fits(self, members: nn.ModuleList) -> bool:
@@ -58,14 +79,15 @@ class Stacked:
         return self._members_state.lasts(members)
 
     def __call__(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-        """The members' outputs [M, ...]."""
+        """The members' logits [M, ...]."""
 
-        def call(state: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Tensor:
-            output: Tensor = functional_call(self._skeleton, state, inputs, keywords)
-            return output
+        def call(state: dict[str, Tensor], _: Tensor) -> Tensor:
+            output = functional_call(self._skeleton, state, inputs, keywords)
+            logits: Tensor = logits_of(output)
+            return logits
 
         with self._lock:
-            stacked: Tensor = vmap(call, randomness="different")(self._state)
+            stacked: Tensor = vmap(call, randomness="different")(self._state, self._numbers)
         return stacked
 
 

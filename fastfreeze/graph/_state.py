@@ -165,7 +165,7 @@ class AttributeReads:
     def changed(self) -> bool:
         try:
             return any(
-                attributes.get(name, _MISSING) != seen
+                (now := attributes.get(name, _MISSING)) is not seen and now != seen
                 for (_, name), (attributes, seen) in self._seen.items()
             )
         except (RuntimeError, TypeError, ValueError):  # two tensors or arrays have no single truth

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _CUDA_MEMBERS = 128  # at most: a launch's arguments hold their addresses
 
 
-def member_list(members: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The logits of each member, checked to be alike."""
+def member_list(members: Tensor | Sequence[Tensor], dim: int | None = None) -> list[Tensor]:
+    """The logits of each member, their classes last, checked to be alike."""
     if isinstance(members, Tensor):
         if members.dim() < 3:
             raise ValueError(
@@ -30,30 +31,68 @@ def member_list(members: Tensor | Sequence[Tensor]) -> list[Tensor]:
         logits = list(members)
     else:
         raise TypeError(
-            f"members must be a tensor, or a list or tuple of tensors, got {type(members).__name__}"
+            f"members must be a tensor, or a list or tuple of tensors, got {kind_of(members)}"
         )
     if not logits:
         raise ValueError("members must hold at least one member, got none")
-    check_logits("members[0]", logits[0])
+    check_logits("members[0]", logits[0], dim)
     _check_alike(logits)
-    return logits
+    return [classes_last(z, dim) for z in logits]
 
 
-def check_logits(label: str, logits: Tensor) -> None:
-    """Raise unless ``logits`` is a dense floating-point tensor [..., C] with a batch."""
+def kind_of(value: object) -> str:
+    """What was given where a tensor of another kind is expected, for messages."""
+    if isinstance(value, np.ndarray):
+        return "a NumPy array, of which torch.from_numpy makes a tensor"
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_logits(label: str, logits: Tensor, dim: int | None = None) -> None:
+    """Raise unless it is a dense floating-point tensor with a batch and, in ``dim``, classes."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"{label} must be a tensor, got {type(logits).__name__}")
+        raise TypeError(f"{label} must be a tensor, got {kind_of(logits)}")
     if logits.dtype not in _DTYPES:
         raise TypeError(
             f"{label} must be float16, bfloat16, float32 or float64, got {logits.dtype}"
         )
     if logits.layout != torch.strided:
         raise TypeError(f"{label} must be a dense tensor, got layout {logits.layout}")
-    if logits.dim() < 2 or logits.shape[-1] < 1:
+    if logits.dim() < 2:
         raise ValueError(
-            f"{label} must have shape [..., C] with a batch dimension and C >= 1, "
-            f"got {tuple(logits.shape)}"
+            f"{label} must have shape [..., C] with a batch dimension, got {tuple(logits.shape)}"
         )
+    check_classes(label, logits, dim)
+
+
+def check_classes(label: str, values: Tensor, dim: int | None) -> None:
+    """Raise unless ``dim``, which None leaves to be the last, is one of two or more classes."""
+    if dim is None and values.dim() > 3:
+        raise ValueError(
+            f"dim must say where the classes are in more than three dimensions, -1 or, in "
+            f"[B, C, H, W], 1: {label} has shape {tuple(values.shape)}"
+        )
+    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
+        raise TypeError(f"dim must be an int or None, got {dim!r}")
+    if dim is not None and not -values.dim() <= dim < values.dim():
+        raise ValueError(
+            f"dim must be a dimension of {label}, of shape {tuple(values.shape)}, got {dim}"
+        )
+    if values.dim() == 0 or values.shape[-1 if dim is None else dim] < 2:
+        raise ValueError(
+            f"{label} must have C >= 2 classes, got shape {tuple(values.shape)}: the softmax of "
+            f"one logit is 1, whatever it is. The ensemble of sigmoids or of regressions is the "
+            f"mean of the members' own outputs"
+        )
+
+
+def classes_last(values: Tensor, dim: int | None) -> Tensor:
+    """With the dimension of the classes last."""
+    return values if dim in (None, -1) else values.movedim(dim, -1)
+
+
+def classes_back(values: Tensor, dim: int | None) -> Tensor:
+    """The inverse of :func:`classes_last`."""
+    return values if dim in (None, -1) else values.movedim(-1, dim)
 
 
 def _check_alike(members: list[Tensor]) -> None:
@@ -61,7 +100,7 @@ def _check_alike(members: list[Tensor]) -> None:
     shape, dtype, device = first.shape, first.dtype, first.device
     for m, logits in enumerate(members):
         if not isinstance(logits, Tensor):
-            raise TypeError(f"members[{m}] must be a tensor, got {type(logits).__name__}")
+            raise TypeError(f"members[{m}] must be a tensor, got {kind_of(logits)}")
         if logits.shape != shape or logits.dtype != dtype or logits.device != device:
             raise ValueError(
                 f"members[{m}] must be like members[0]: expected "
@@ -113,8 +152,7 @@ def checked_labels(labels: Tensor | None, logits: Tensor) -> Tensor | None:
     if labels is None:
         return None
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
-        found = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"labels must be a tensor of integers, got {found}")
+        raise TypeError(f"labels must be a tensor of integers, got {kind_of(labels)}")
     rows, classes = logits.shape[:-1], logits.shape[-1]
     if labels.shape != rows or labels.device != logits.device:
         raise ValueError(

@@ -24,6 +24,8 @@ from fastfreeze.ops._softmax_arguments import (
     checked_labels,
     checked_temperature,
     choose_backend,
+    classes_back,
+    classes_last,
     described,
     member_list,
     normalised_weights,
@@ -45,6 +47,7 @@ def ensemble_softmax(
     weights: Sequence[float] | None = None,
     temperature: float = 1.0,
     log: bool = False,
+    dim: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Mean over the members of an ensemble of their softmax probabilities.
@@ -55,31 +58,34 @@ def ensemble_softmax(
     ``torch.compile``.
 
     Args:
-        members: logits of M >= 1 members, as one tensor [M, ..., C] or a sequence of M tensors
-            [..., C] of one shape, dtype and device: at least one batch dimension, of any size, and
-            C >= 1 classes, last. float16, bfloat16, float32 or float64. Rows of unit stride are
-            read in place, whatever lies between them. ``-inf`` masks a class.
+        members: logits, not probabilities, of M >= 1 members, as one tensor [M, ..., C] or a
+            sequence of M tensors [..., C] of one shape, dtype and device: at least one batch
+            dimension, of any size, and C >= 2 classes. float16, bfloat16, float32 or float64. Rows
+            of unit stride are read in place, whatever lies between them. ``-inf`` masks a class.
         weights: M finite numbers >= 0, of which the sum is > 0: the members' shares, which are
             divided by the sum. None: equal shares.
         temperature: 1e-30..1e30; logits are divided by it.
         log: return the logarithm of the mean, finite and accurate where the mean underflows.
+        dim: the dimension of the classes in each member, 1 for [B, C, H, W]. None: the last, of
+            members of up to three dimensions; of more it has to be given.
         backend: "cuda", "triton", "cpu" or "reference"; None chooses the fastest that can take the
             members.
 
     Returns:
-        Probabilities [..., C], or their logarithms, contiguous, of the members' dtype. The CPU's
-        are the same bits for every number of threads.
+        Probabilities [..., C], or their logarithms, of the members' shape and dtype; contiguous if
+        the classes are last. The CPU's are the same bits for every number of threads.
 
     Raises:
         TypeError: ``members`` is not made of dense floating-point tensors, or an option is not of
             its type.
-        ValueError: shapes, dtypes or devices do not go together; an option is outside its range; a
-            row with NaN or +inf, or with nothing but -inf (not looked for on a GPU, where that
-            would wait for it, nor under ``torch.compile``: there such a row comes out NaN); or
-            members that the backend asked for cannot take.
+        ValueError: shapes, dtypes or devices do not go together; one class alone, of which the
+            softmax is 1 whatever the model says; an option is outside its range; a row with NaN or
+            +inf, or with nothing but -inf (not looked for on a GPU, where that would wait for it,
+            nor under ``torch.compile``: there such a row comes out NaN); or members that the
+            backend asked for cannot take.
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    logits = member_list(members)
+    logits = member_list(members, dim)
     shares = normalised_weights(weights, len(logits))
     temperature = checked_temperature(temperature)
     chosen = choose_backend(backend, "members[0]", logits)
@@ -88,7 +94,7 @@ def ensemble_softmax(
     else:
         mean = _operator(chosen, "ensemble_softmax")(logits, shares, temperature, log)
     check_rows(mean, logits, "members[{}]")
-    return mean
+    return classes_back(mean, dim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +128,7 @@ def ensemble_statistics(
     *,
     weights: Sequence[float] | None = None,
     temperature: float = 1.0,
+    dim: int | None = None,
     backend: Backend | None = None,
 ) -> EnsembleStatistics:
     """:func:`ensemble_softmax` with statistics of its predictions, in one pass over the members.
@@ -129,8 +136,8 @@ def ensemble_statistics(
     Gradients do not flow through it.
 
     Args:
-        members, weights, temperature, backend: as in :func:`ensemble_softmax`.
-        labels: integers [...], the classes 0..C-1 of the rows.
+        members, weights, temperature, dim, backend: as in :func:`ensemble_softmax`.
+        labels: integers [...], the classes 0..C-1 of the rows: [B, H, W] of [B, C, H, W].
 
     Raises:
         TypeError, ValueError: as :func:`ensemble_softmax`, and for labels of another shape or
@@ -138,7 +145,7 @@ def ensemble_statistics(
             NLL is NaN).
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    logits = member_list(members)
+    logits = member_list(members, dim)
     shares = normalised_weights(weights, len(logits))
     temperature = checked_temperature(temperature)
     classes = checked_labels(labels, logits[0])
@@ -149,7 +156,15 @@ def ensemble_statistics(
         operator = _operator(chosen, "ensemble_statistics")
         results = operator([z.detach() for z in logits], shares, temperature, classes)
     check_rows(results[0], logits, "members[{}]")
-    return EnsembleStatistics(*results[:-1], None if labels is None else results[-1])
+    probabilities, maximum, argmax, entropy, information, nll = results
+    return EnsembleStatistics(
+        probabilities=classes_back(probabilities, dim),
+        max_probability=maximum,
+        argmax=argmax,
+        entropy=entropy,
+        mutual_information=information,
+        nll=None if labels is None else nll,
+    )
 
 
 class EnsembleAverage:
@@ -162,7 +177,7 @@ class EnsembleAverage:
     Args:
         temperature: as in :func:`ensemble_softmax`.
         statistics: whether :meth:`statistics` will be asked for.
-        backend: as in :func:`ensemble_softmax`.
+        dim, backend: as in :func:`ensemble_softmax`.
 
     Example:
         >>> average = EnsembleAverage()
@@ -176,12 +191,14 @@ class EnsembleAverage:
         *,
         temperature: float = 1.0,
         statistics: bool = False,
+        dim: int | None = None,
         backend: Backend | None = None,
     ) -> None:
         if backend is not None:
             _library.require(backend)
         self._temperature = checked_temperature(temperature)
         self._backend = backend
+        self._dim = dim
         self._has_statistics = statistics
         self._total: Tensor | None = None
         self._spare: Tensor | None = None  # the next sum's memory: a bad member leaves the total
@@ -206,8 +223,9 @@ class EnsembleAverage:
         Raises:
             TypeError, ValueError: as :func:`ensemble_softmax`; the average is left as it was.
         """
-        check_logits("logits", logits)
+        check_logits("logits", logits, self._dim)
         check_weight("weight", weight)
+        logits = classes_last(logits, self._dim)
         if self._total is not None:
             expected = (self._total.shape, self._dtype, self._total.device)
             if expected != (logits.shape, logits.dtype, logits.device):
@@ -249,7 +267,7 @@ class EnsembleAverage:
         Raises:
             RuntimeError: there was no member yet, or none with a weight > 0.
         """
-        return self._mean().to(self._dtype)
+        return classes_back(self._mean().to(self._dtype), self._dim)
 
     def _mean(self) -> Tensor:
         if self._total is None or self._weight == 0:
@@ -281,7 +299,7 @@ class EnsembleAverage:
             tiny = torch.finfo(mean.dtype).tiny
             nll = -of_label_reference(mean, classes).clamp(min=tiny).log()
         return EnsembleStatistics(
-            probabilities=mean.to(self._dtype),
+            probabilities=classes_back(mean.to(self._dtype), self._dim),
             max_probability=max_probability,
             argmax=argmax,
             entropy=entropy,
