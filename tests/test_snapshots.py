@@ -616,10 +616,26 @@ def test_a_damaged_snapshot_is_never_loaded(tmp_path):
     assert_same_state(loaded, expected)  # not a view of the file
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda p: os.truncate(p, 99)], ids=["gone", "cut"])
+def rot(path):
+    """Change every tensor in a pack, which keeps its size and its header."""
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(data[:begin] + bytes(b ^ 1 for b in data[begin:]))
+
+
+def move_out(path):
+    """As an archive might bring it: a link out of the store."""
+    path.rename(path.parent.parent / "outside")
+    path.symlink_to(path.parent.parent / "outside")
+
+
+LOSSES = {"gone": Path.unlink, "cut": lambda p: os.truncate(p, 99), "rotten": rot, "link": move_out}
+
+
+@pytest.mark.parametrize("damage", LOSSES.values(), ids=LOSSES)
 def test_a_lost_pack_is_written_again(tmp_path, damage):
     """When its tensors are saved again: later snapshots do not inherit the damage."""
-    chain = sticky_chain(3)
+    chain, tmp_path = sticky_chain(3), tmp_path / "store"
     store = SnapshotStore(tmp_path)
     first, second = (store.save(state, step=i, cycle=i) for i, state in enumerate(chain[:2]))
     damage(tmp_path / manifest_of(tmp_path)["packs"][0]["file"])
@@ -637,6 +653,57 @@ def test_a_lost_pack_is_written_again(tmp_path, damage):
     store.remove(first)
     assert_same_state(store.load(third), chain[2])
     assert bytes_in_packs(tmp_path) == distinct_bytes(chain[2])
+
+
+def offsets(*found):
+    """Have each tensor there."""
+
+    def forge(header):
+        return {name: {**entry, "data_offsets": list(found)} for name, entry in header.items()}
+
+    return forge
+
+
+FORGED_HEADERS = {
+    "a list": lambda header: [header],
+    "nothing": lambda header: {},
+    "no places": lambda header: {name: {} for name in header},
+    "beyond the end": offsets(10**6, 10**6 + 24),
+    "huge": offsets(0, 2**70),
+    "negative": offsets(-24, 0),
+    "backwards": offsets(24, 0),
+    "one number": offsets(0),
+    "floats": offsets(0.0, 24.0),
+    "all in one place": offsets(0, 24),
+    "deep": lambda header: json.loads("[" * 500 + "]" * 500),
+}
+
+
+@pytest.mark.parametrize("forge", FORGED_HEADERS.values(), ids=FORGED_HEADERS)
+def test_a_forged_header_is_refused(tmp_path, forge):
+    store, saved = filled_store(tmp_path, 1)
+    (path,), (snapshot,) = packs_in(tmp_path), store
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(forge(json.loads(data[8:begin]))).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[begin:])
+    with pytest.raises(
+        SnapshotError, match=rf"{path.name} is truncated or altered, at '0\.weight'"
+    ):
+        store.load(snapshot)
+    again = store.save(saved[0], step=10, cycle=0)
+    assert_same_state(store.load(again), saved[0])
+
+
+@pytest.mark.parametrize("length", [0, 2**63, 2**64 - 1], ids=str)
+def test_a_forged_length_of_a_header_is_refused(tmp_path, length):
+    store, _ = filled_store(tmp_path, 1)
+    (path,), (snapshot,) = packs_in(tmp_path), store
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(
+        SnapshotError, match=rf"{path.name} is truncated or altered, at '0\.weight'"
+    ):
+        store.load(snapshot)
 
 
 @pytest.fixture(scope="module")
@@ -884,6 +951,43 @@ def test_a_manifest_that_is_not_json_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(SnapshotError, match=r"manifest\.json is not a manifest of snapshots"):
         SnapshotStore(tmp_path)
+
+
+def linked(path, outside):
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def in_its_place(make):
+    def replaced(path, outside):
+        path.unlink()
+        make(path)
+
+    return replaced
+
+
+PLACES = {
+    "link": (linked, "a symbolic link, which might lead anywhere, is not followed"),
+    "broken link": (in_its_place(lambda p: p.symlink_to("nowhere")), "a symbolic link, which"),
+    "directory": (in_its_place(Path.mkdir), "not a file"),
+    "pipe": (in_its_place(os.mkfifo), "not a file"),
+}
+
+
+@pytest.mark.parametrize(("replace", "match"), PLACES.values(), ids=PLACES)
+def test_a_manifest_that_is_no_file_is_neither_read_nor_replaced(tmp_path, replace, match):
+    directory, outside = tmp_path / "store", tmp_path / "outside"
+    store, saved = filled_store(directory)
+    replace(directory / "manifest.json", outside)
+    before = sorted((p, p.lstat().st_mtime_ns) for p in tmp_path.rglob("*"))
+    for act in (
+        lambda: SnapshotStore(directory),
+        lambda: store.save(saved[0], step=99, cycle=9),
+        lambda: store.prune(keep=[]),
+    ):
+        with pytest.raises(SnapshotError, match=rf"manifest\.json cannot be read: .*{match}"):
+            act()
+    assert sorted((p, p.lstat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 
 
 def test_a_snapshot_made_up_by_hand_is_refused(tmp_path):
@@ -1326,6 +1430,91 @@ def test_an_interpreter_that_exits_loses_nothing(tmp_path):
     assert len(SnapshotStore(tmp_path / "full")) == 0
     assert done.stderr.count("a snapshot was not saved, ") == 1
     assert "No space left" in done.stderr
+
+
+def saves_and_waits(directory, told):
+    store = SnapshotStore(directory)
+    store.save(small_model(), step=1, cycle=0)
+    told.send("saved")
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_second_process_that_writes_is_refused(tmp_path, wait):
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+    writer = multiprocessing.get_context("fork").Process(
+        target=saves_and_waits, args=(tmp_path, sender), daemon=True
+    )
+    writer.start()
+    assert receiver.recv() == "saved"
+    store, before = SnapshotStore(tmp_path), files_in(tmp_path)
+    (snapshot,) = store
+    for act in (
+        lambda: store.save(small_model(), step=2, cycle=0, wait=wait),
+        lambda: store.prune(keep=[]),
+        lambda: store.remove(snapshot),
+    ):
+        with pytest.raises(SnapshotError, match=f"^{tmp_path} is in use by another process"):
+            act()
+    assert len(store.load(snapshot)) == len(small_model().state_dict())
+    assert files_in(tmp_path) == before
+    writer.kill()
+    writer.join()
+    store.save(small_model(), step=2, cycle=0, wait=wait)
+    assert [s.step for s in store] == [1, 2]
+
+
+def saves_as_a_child(store, told):
+    try:
+        store.save(small_model(), step=9, cycle=0)
+    except SnapshotError as error:
+        told.send(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_of_a_writer_is_refused(tmp_path, held_back):
+    store = SnapshotStore(tmp_path)
+    store.save(small_model(), step=1, cycle=0, wait=False)  # a thread is in the middle of it
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(
+        target=saves_as_a_child, args=(store, sender), daemon=True
+    )
+    child.start()
+    assert "in use by another process" in receiver.recv()
+    child.join()
+    held_back.set()
+    store.save(small_model(), step=2, cycle=0)
+    assert [s.step for s in store] == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.* holds snapshots of later steps")
+def test_stores_of_one_directory_in_one_process_lose_nothing(tmp_path):
+    saved = states(16)
+    stores = [SnapshotStore(path) for path in (tmp_path, tmp_path / ".." / tmp_path.name)]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        done = [
+            threads.submit(stores[i % 2].save, state, step=i, cycle=0, wait=i % 3 == 0)
+            for i, state in enumerate(saved)
+        ]
+        for future in done:
+            future.result()
+    for store in stores:
+        store.flush()
+    del stores[0]  # the other one still has its turn
+    stores[0].prune(keep_last=12)
+    found = SnapshotStore(tmp_path)
+    assert [s.step for s in found] == list(range(4, 16))
+    for snapshot in found:
+        assert_same_state(found.load(snapshot), saved[snapshot.step])
+
+
+def test_a_directory_that_is_replaced_while_it_is_in_use(tmp_path):
+    directory = tmp_path / "store"
+    store, saved = filled_store(directory)
+    shutil.rmtree(directory)
+    snapshot = store.save(saved[1], step=20, cycle=1)
+    assert list(store) == [snapshot]
+    assert_same_state(SnapshotStore(directory).load(snapshot), saved[1])
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks")
