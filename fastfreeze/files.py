@@ -16,8 +16,8 @@ import threading
 import warnings
 import weakref
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from fastfreeze.errors import FastfreezeWarning
 
@@ -82,7 +82,7 @@ def append(path: Path, line: bytes) -> None:
         os.close(fd)
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """A file to read from.
 
     Raises:

@@ -214,7 +214,7 @@ def _parsed_signature(content: list[Any]) -> Signature:
         _check_fields(where, tensor, _TENSOR)
         name, shape, dtype = tensor["name"], tensor["shape"], tensor["dtype"]
         _check(f"{where}.name", "differ from the others", name not in signature, name)
-        found = getattr(torch, dtype, None)
+        found: Any = getattr(torch, dtype, None)
         known = isinstance(found, torch.dtype) and dtype_name(found) == dtype
         _check(f"{where}.dtype", "be the name of a dtype", known, dtype)
         sizes = all(type(n) is int and n >= 0 for n in shape)

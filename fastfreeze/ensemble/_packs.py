@@ -9,8 +9,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -62,14 +63,14 @@ class PackReader:
 
     def __init__(self, directory: Path, pack_of: Mapping[str, Pack]) -> None:
         self._directory, self._pack_of = directory, pack_of
-        self._open: dict[Path, tuple[BinaryIO, int, Any]] = {}
+        self._open: dict[Path, tuple[BufferedReader, int, Any]] = {}
 
     def __enter__(self) -> PackReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file, _, _ in self._open.values():
-            file.close()
+        for opened in self._open.values():
+            opened[0].close()
 
     def holds(self, wanted: str, name: str, spec: Spec) -> bool:
         """Whether a tensor is there as it was written; see :meth:`read`."""
@@ -105,7 +106,7 @@ class PackReader:
         return tensor
 
 
-def _opened(path: Path) -> tuple[BinaryIO, int, Any]:
+def _opened(path: Path) -> tuple[BufferedReader, int, Any]:
     """A safetensors file, where its tensors begin, and its header."""
     file = open_file(path)
     try:
@@ -118,7 +119,7 @@ def _opened(path: Path) -> tuple[BinaryIO, int, Any]:
         raise
 
 
-def _tensor_at(file: BinaryIO, begin: int, header: Any, wanted: str, spec: Spec) -> Tensor:
+def _tensor_at(file: BufferedReader, begin: int, header: Any, wanted: str, spec: Spec) -> Tensor:
     shape, dtype = torch.Size(spec[0]), getattr(torch, spec[1])
     try:
         start, end = (operator.index(i) for i in header[wanted]["data_offsets"])
@@ -127,7 +128,7 @@ def _tensor_at(file: BinaryIO, begin: int, header: Any, wanted: str, spec: Spec)
     size = os.fstat(file.fileno()).st_size - begin
     if not 0 <= start <= end <= size or end - start != shape.numel() * dtype.itemsize:
         raise ValueError(f"of {size} bytes, {start} to {end} are not a {spec[1]} {list(shape)}")
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     file.seek(begin + start)
     if file.readinto(bits(tensor).numpy()) != end - start:
         raise ValueError("it ends too early")

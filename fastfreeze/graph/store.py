@@ -16,7 +16,7 @@ import re
 import shutil
 import stat
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -162,7 +162,7 @@ class RowStore:
         self._budget = budget
         self._stamps = _Memory(torch.int64, 3)
         self._stamps_file: _File | None = None
-        self._columns: list[_Memory] | list[_File]
+        self._columns: Sequence[_Memory | _File]
         if path is None:
             self._columns = [_Memory(*column) for column in columns]
         else:
@@ -261,7 +261,7 @@ class RowStore:
         self._slots.update((keys[i], start + n) for n, i in enumerate(chosen))
         return len(chosen)
 
-    def discard(self, slots: Sequence[int]) -> None:
+    def discard(self, slots: Collection[int]) -> None:
         """Remove rows; others may then have other slots."""
         gone = set(slots)
         for key in self._stamps.rows[sorted(gone), _KEY].tolist() if gone else []:
@@ -431,10 +431,10 @@ class _File:
 
     def read(self, slots: Sequence[int]) -> Tensor:
         """Copies of rows, ``[n, numel]`` of ``held``."""
-        data = torch.empty(len(slots), self._width, dtype=torch.uint8)
+        data = torch.empty(len(slots), self._width, dtype=torch.uint8, device="cpu")
         rows = data.numpy()
         for run in _runs(slots):
-            left, at = memoryview(rows[run]).cast("B"), slots[run.start] * self._width
+            left, at = rows[run].data.cast("B"), slots[run.start] * self._width
             with suppress(OSError):
                 while left and (n := os.preadv(self._fd, [left], at)):
                     left, at = left[n:], at + n
@@ -445,7 +445,7 @@ class _File:
         """Replace rows by values of ``held`` on the CPU; the slots differ."""
         rows = values.contiguous().view(torch.uint8).numpy()
         for run in _runs(slots):
-            left, at = memoryview(rows[run]).cast("B"), slots[run.start] * self._width
+            left, at = rows[run].data.cast("B"), slots[run.start] * self._width
             with suppress(OSError):
                 while left:
                     n = os.pwrite(self._fd, left, at)
