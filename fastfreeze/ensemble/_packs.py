@@ -130,7 +130,7 @@ def _tensor_at(file: BufferedReader, begin: int, header: Any, wanted: str, spec:
         raise ValueError(f"of {size} bytes, {start} to {end} are not a {spec[1]} {list(shape)}")
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     file.seek(begin + start)
-    if file.readinto(bits(tensor).numpy()) != end - start:
+    if file.readinto(bits(tensor).numpy().data) != end - start:
         raise ValueError("it ends too early")
     return tensor
 

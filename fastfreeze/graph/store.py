@@ -348,7 +348,7 @@ class RowStore:
 
     def _find_rows(self, stamps_file: _File) -> None:
         """Take over what earlier processes have left, as far as the budget goes."""
-        found = min(array.capacity for array in (stamps_file, *self._columns))
+        found = min(array.capacity for array in self._all() if isinstance(array, _File))
         self._budget.free(found * self.row_bytes, self)
         kept = min(found, self._budget.left() // self.row_bytes)
         for array in self._all():
