@@ -10,4 +10,4 @@ class BackendUnavailableError(RuntimeError):
 
 
 class SnapshotError(ValueError):
-    """A snapshot file or store is damaged, altered, or belongs to another model."""
+    """A snapshot file or store is damaged, altered, in use, or belongs to another model."""

@@ -886,6 +886,19 @@ def test_damaged_files(tmp_path, seed):
         assert cache.stats().rows == 24
 
 
+def test_files_that_are_cut_short_while_they_are_in_use(tmp_path):
+    with on(network("a", "b"), directory=tmp_path) as cache:
+        epochs(cache, images())
+        for size in (100, 0):
+            for file in tmp_path.rglob("*.rows"):
+                os.truncate(file, size)
+            check(cache, images()[:6], torch.arange(6))  # finds out
+            assert "rows of a file were damaged while it was in use" in cache.reason
+            epochs(cache, images())
+            assert cache.active
+            assert cache.stats().rows == 24
+
+
 def test_killed_in_a_training_and_begun_again(tmp_path):
     data = Numbered(TensorDataset(images(40), torch.arange(40) % 5))
     expected = training(data, 8)

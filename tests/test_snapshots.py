@@ -38,7 +38,7 @@ from fastfreeze.ensemble import (
     SnapshotEnsemble,
     SnapshotStore,
 )
-from fastfreeze.ensemble._packs import can_be_stored, content_hash, read_pack
+from fastfreeze.ensemble._packs import PackReader, can_be_stored, content_hash
 from fastfreeze.ensemble.memory import MemorySnapshots
 from fastfreeze.errors import FastfreezeWarning, SnapshotError
 from fastfreeze.files import write_atomic
@@ -334,6 +334,7 @@ class Odd(Constant):
         ({"step": 1.0}, TypeError, "step must be an int"),
         ({"cycle": True}, TypeError, "cycle must be an int"),
         ({"metrics": {"loss": "low"}}, TypeError, r"metrics\['loss'\] must be a number, got 'low'"),
+        ({"metrics": {"loss": 10**400}}, ValueError, r"metrics\['loss'\] must fit into a float"),
         ({"model": {"a": [1.0]}}, TypeError, r"model\['a'\] must be a tensor, got list"),
         ({"model": 3}, TypeError, "model must be a state dict, got int"),
         ({"model": {1: torch.ones(1)}}, TypeError, "model must have strings for names, got 1"),
@@ -360,6 +361,7 @@ class Odd(Constant):
         "float step",
         "bool cycle",
         "metric",
+        "huge metric",
         "entry",
         "model",
         "name",
@@ -614,10 +616,26 @@ def test_a_damaged_snapshot_is_never_loaded(tmp_path):
     assert_same_state(loaded, expected)  # not a view of the file
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda p: os.truncate(p, 99)], ids=["gone", "cut"])
+def rot(path):
+    """Change every tensor in a pack, which keeps its size and its header."""
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(data[:begin] + bytes(b ^ 1 for b in data[begin:]))
+
+
+def move_out(path):
+    """As an archive might bring it: a link out of the store."""
+    path.rename(path.parent.parent / "outside")
+    path.symlink_to(path.parent.parent / "outside")
+
+
+LOSSES = {"gone": Path.unlink, "cut": lambda p: os.truncate(p, 99), "rotten": rot, "link": move_out}
+
+
+@pytest.mark.parametrize("damage", LOSSES.values(), ids=LOSSES)
 def test_a_lost_pack_is_written_again(tmp_path, damage):
     """When its tensors are saved again: later snapshots do not inherit the damage."""
-    chain = sticky_chain(3)
+    chain, tmp_path = sticky_chain(3), tmp_path / "store"
     store = SnapshotStore(tmp_path)
     first, second = (store.save(state, step=i, cycle=i) for i, state in enumerate(chain[:2]))
     damage(tmp_path / manifest_of(tmp_path)["packs"][0]["file"])
@@ -635,6 +653,57 @@ def test_a_lost_pack_is_written_again(tmp_path, damage):
     store.remove(first)
     assert_same_state(store.load(third), chain[2])
     assert bytes_in_packs(tmp_path) == distinct_bytes(chain[2])
+
+
+def offsets(*found):
+    """Have each tensor there."""
+
+    def forge(header):
+        return {name: {**entry, "data_offsets": list(found)} for name, entry in header.items()}
+
+    return forge
+
+
+FORGED_HEADERS = {
+    "a list": lambda header: [header],
+    "nothing": lambda header: {},
+    "no places": lambda header: {name: {} for name in header},
+    "beyond the end": offsets(10**6, 10**6 + 24),
+    "huge": offsets(0, 2**70),
+    "negative": offsets(-24, 0),
+    "backwards": offsets(24, 0),
+    "one number": offsets(0),
+    "floats": offsets(0.0, 24.0),
+    "all in one place": offsets(0, 24),
+    "deep": lambda header: json.loads("[" * 500 + "]" * 500),
+}
+
+
+@pytest.mark.parametrize("forge", FORGED_HEADERS.values(), ids=FORGED_HEADERS)
+def test_a_forged_header_is_refused(tmp_path, forge):
+    store, saved = filled_store(tmp_path, 1)
+    (path,), (snapshot,) = packs_in(tmp_path), store
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(forge(json.loads(data[8:begin]))).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[begin:])
+    with pytest.raises(
+        SnapshotError, match=rf"{path.name} is truncated or altered, at '0\.weight'"
+    ):
+        store.load(snapshot)
+    again = store.save(saved[0], step=10, cycle=0)
+    assert_same_state(store.load(again), saved[0])
+
+
+@pytest.mark.parametrize("length", [0, 2**63, 2**64 - 1], ids=str)
+def test_a_forged_length_of_a_header_is_refused(tmp_path, length):
+    store, _ = filled_store(tmp_path, 1)
+    (path,), (snapshot,) = packs_in(tmp_path), store
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(
+        SnapshotError, match=rf"{path.name} is truncated or altered, at '0\.weight'"
+    ):
+        store.load(snapshot)
 
 
 @pytest.fixture(scope="module")
@@ -795,32 +864,67 @@ def swapped(content):
     return content
 
 
-BAD_MANIFESTS = {
-    "a list": (lambda content: [content], "list indices"),
-    "null": (lambda content: None, "not subscriptable"),
-    "the version before": (edited(format_version=1), "format_version must be 2, got 1"),
-    "future version": (edited(format_version=3), "format_version must be 2, got 3"),
-    "no version": (lambda c: {k: v for k, v in c.items() if k != "format_version"}, "KeyError"),
-    "no tensors": (edited(tensors=[]), "is not that of its tensors"),
-    "odd dtype": (edited(tensor={"dtype": "nn"}), "AttributeError"),
-    "no snapshots": (lambda c: {**c, "snapshots": 3}, "TypeError"),
-    "escaping path": (edited(pack={"file": "../../etc/passwd"}), "file must be 'pack-"),
-    "absolute path": (edited(pack={"file": "/etc/passwd"}), "file must be 'pack-"),
-    "odd hash": (edited(pack={"hashes": ["/../../a"]}), "a hash must be 64 hexadecimal"),
-    "hash as number": (edited(pack={"hashes": [5]}), "TypeError"),
-    "size as text": (edited(pack={"bytes": "1"}), "bytes must be an int"),
-    "another pack": (edited(pack={"hashes": ["0" * 64]}), "file must be 'pack-"),
-    "two tensors for each other": (swapped, "is not that of its tensors"),
-    "a tensor too few": (edited({"tensors": [0]}), "is not that of its tensors"),
-    "a tensor beyond": (edited({"tensors": [10**6]}), "IndexError"),
-    "negative step": (edited({"step": -1}), "step must be >= 0"),
-    "step as text": (edited({"step": "10"}), "step must be an int"),
-    "sha256 as number": (edited({"sha256": 5}), "the sha256 of step 10 is not that of"),
-    "metrics as list": (edited({"metrics": [1]}), "AttributeError"),
-    "unknown entry": (edited({"pickle": "x"}), "TypeError.*pickle"),
+def metric(value):
+    return edited({"metrics": {"loss": value}})
+
+
+OLD = r"format_version must be 2, got "
+BAD_MANIFESTS = {  # what is forged in, and the field that is named
+    "a list": (lambda content: [content], r"it must be of type dict, got \[{"),
+    "null": (lambda content: None, "it must be of type dict, got None"),
+    "the version before": (edited(format_version=1), OLD + "1"),
+    "future version": (edited(format_version=3), OLD + "3"),
+    "a version like ours": (edited(format_version=2.0), "format_version must be of type int"),
+    "no version": (lambda c: {k: v for k, v in c.items() if k != "format_version"}, OLD + "None"),
+    "another field": (edited(more=1), "it must have the fields format_version, tensors"),
+    "no tensors": (edited(tensors=[]), r"snapshots\[0\].sha256 must be that of"),
+    "a tensor as list": (edited(tensors=[[]]), r"tensors\[0\] must be of type dict, got \[\]"),
+    "a dtype of another kind": (edited(tensor={"dtype": "nn"}), r"tensors\[0\].dtype must be the"),
+    "another word for it": (edited(tensor={"dtype": "float"}), r"tensors\[0\].dtype must be the"),
+    "a layout for a dtype": (edited(tensor={"dtype": "strided"}), r"tensors\[0\].dtype must be"),
+    "a huge shape": (edited(tensor={"shape": [10**30]}), r"tensors\[0\].shape .*, got \[10000"),
+    "a huge product": (edited(tensor={"shape": [2**40, 2**40]}), r"tensors\[0\].shape must be"),
+    "a huge empty shape": (edited(tensor={"shape": [0, 2**64]}), r"tensors\[0\].shape must be"),
+    "a negative size": (edited(tensor={"shape": [-6, -4]}), r"tensors\[0\].shape must be sizes"),
+    "a size as float": (edited(tensor={"shape": [6.0, 4]}), r"tensors\[0\].shape must be sizes"),
+    "a size as bool": (edited(tensor={"shape": [True, 24]}), r"tensors\[0\].shape must be sizes"),
+    "a name as number": (edited(tensor={"name": 1}), r"tensors\[0\].name must be of type str"),
+    "twice the same name": (
+        edited(tensor={"name": "0.bias"}),
+        r"tensors\[1\].name must differ from the others, got '0.bias'",
+    ),
+    "no snapshots": (edited(snapshots=3), "snapshots must be of type list, got 3"),
+    "a snapshot as list": (edited(snapshots=[[]]), r"snapshots\[0\] must be of type dict"),
+    "escaping path": (edited(pack={"file": "../../etc/passwd"}), r"packs\[0\].file must be 'pack-"),
+    "absolute path": (edited(pack={"file": "/etc/passwd"}), r"packs\[0\].file must be 'pack-"),
+    "odd hash": (edited(pack={"hashes": ["/../../a"]}), r"packs\[0\].hashes\[0\] must be 64 hex"),
+    "hash as number": (edited(pack={"hashes": [5]}), r"packs\[0\].hashes\[0\] must be .* got 5"),
+    "equal hashes": (edited(pack={"hashes": ["0" * 64] * 2}), r"packs\[0\].hashes must differ"),
+    "size as text": (edited(pack={"bytes": "1"}), r"packs\[0\].bytes must be of type int, got '1'"),
+    "negative size of a pack": (edited(pack={"bytes": -1}), r"packs\[0\].bytes must be >= 0"),
+    "another pack": (edited(pack={"hashes": ["0" * 64]}), r"packs\[0\].file must be 'pack-"),
+    "twice the same pack": (
+        lambda c: {**c, "packs": [*c["packs"], c["packs"][0]]},
+        "packs must name each file once",
+    ),
+    "two tensors for each other": (swapped, r"snapshots\[0\].sha256 must be that of"),
+    "a tensor too few": (edited({"tensors": [0]}), r"snapshots\[0\].sha256 must be that of"),
+    "a tensor beyond": (edited({"tensors": [10**6]}), r"snapshots\[0\].tensors must be positions"),
+    "a tensor from the end": (edited({"tensors": [-1]}), r"snapshots\[0\].tensors must be posit"),
+    "negative step": (edited({"step": -1}), r"snapshots\[0\].step must be >= 0, got -1"),
+    "step as text": (edited({"step": "10"}), r"snapshots\[0\].step must be of type int"),
+    "step not a number": (edited({"step": math.nan}), r"snapshots\[0\].step must be of type int"),
+    "cycle as bool": (edited({"cycle": True}), r"snapshots\[0\].cycle must be of type int"),
+    "time as number": (edited({"time": 5}), r"snapshots\[0\].time must be of type str, got 5"),
+    "sha256 as number": (edited({"sha256": 5}), r"snapshots\[0\].sha256 must be of type str"),
+    "schedule as list": (edited({"schedule": []}), r"snapshots\[0\].schedule must be of type dict"),
+    "metrics as list": (edited({"metrics": [1]}), r"snapshots\[0\].metrics must be of type dict"),
+    "metric as text": (metric("1"), r"snapshots\[0\].metrics\['loss'\] must be of type int or"),
+    "a huge metric": (metric(10**400), r"snapshots\[0\].metrics\['loss'\] must fit into a float"),
+    "unknown entry": (edited({"pickle": "x"}), r"snapshots\[0\] must have the fields step, cycle"),
     "twice the same step": (
         lambda c: {**c, "snapshots": [*c["snapshots"], dict(c["snapshots"][0])]},
-        "steps must rise",
+        "snapshots must have steps that rise",
     ),
 }
 
@@ -839,12 +943,51 @@ def test_a_bad_manifest_is_refused(tmp_path, edit, match):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[" * 100_000, "\xff\xfe"], ids=["", "{", "[[[", "bytes"]
+    "text",
+    ["", "{", "[" * 100_000, '{"a":' * 100_000, "\xff\xfe", '{"a": 1, "a": 1}', "9" * 10_000],
+    ids=["", "{", "[[[", "{{{", "bytes", "repeated", "digits"],
 )
 def test_a_manifest_that_is_not_json_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(SnapshotError, match=r"manifest\.json is not a manifest of snapshots"):
         SnapshotStore(tmp_path)
+
+
+def linked(path, outside):
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def in_its_place(make):
+    def replaced(path, outside):
+        path.unlink()
+        make(path)
+
+    return replaced
+
+
+PLACES = {
+    "link": (linked, "a symbolic link, which might lead anywhere, is not followed"),
+    "broken link": (in_its_place(lambda p: p.symlink_to("nowhere")), "a symbolic link, which"),
+    "directory": (in_its_place(Path.mkdir), "not a file"),
+    "pipe": (in_its_place(os.mkfifo), "not a file"),
+}
+
+
+@pytest.mark.parametrize(("replace", "match"), PLACES.values(), ids=PLACES)
+def test_a_manifest_that_is_no_file_is_neither_read_nor_replaced(tmp_path, replace, match):
+    directory, outside = tmp_path / "store", tmp_path / "outside"
+    store, saved = filled_store(directory)
+    replace(directory / "manifest.json", outside)
+    before = sorted((p, p.lstat().st_mtime_ns) for p in tmp_path.rglob("*"))
+    for act in (
+        lambda: SnapshotStore(directory),
+        lambda: store.save(saved[0], step=99, cycle=9),
+        lambda: store.prune(keep=[]),
+    ):
+        with pytest.raises(SnapshotError, match=rf"manifest\.json cannot be read: .*{match}"):
+            act()
+    assert sorted((p, p.lstat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 
 
 def test_a_snapshot_made_up_by_hand_is_refused(tmp_path):
@@ -862,7 +1005,7 @@ def test_a_signature_that_is_not_the_tensors_is_refused(tmp_path):
     content = manifest_of(tmp_path)
     content["tensors"][0]["shape"] = [4, 6]
     (tmp_path / "manifest.json").write_text(forged(content))
-    with pytest.raises(SnapshotError, match=r"unlike: '0.weight': float32 \[6, 4\], expected"):
+    with pytest.raises(SnapshotError, match=r"altered, at '0.weight': the tensor's sha256 is"):
         store.load(store.last(1)[0])
 
 
@@ -870,11 +1013,16 @@ def test_leftovers_are_ignored_and_removed_on_the_next_save(tmp_path):
     store, saved = filled_store(tmp_path, 1)
     leftovers = [
         tmp_path / f"pack-{'0' * 32}.safetensors",
-        tmp_path / f".pack-{'0' * 32}.safetensors.tmp",
-        tmp_path / ".manifest.json.tmp",
+        tmp_path / f".fastfreeze-{'0' * 16}.tmp",
     ]
-    foreign = [tmp_path / "model.safetensors", tmp_path / "notes.tmp"]
-    for path in leftovers + foreign:
+    directories = [
+        tmp_path / f"pack-{'1' * 32}.safetensors",
+        tmp_path / f".fastfreeze-{'1' * 16}.tmp",
+    ]
+    foreign = [tmp_path / "model.safetensors", tmp_path / "notes.tmp", *directories]
+    for path in directories:
+        path.mkdir()
+    for path in leftovers + foreign[:2]:
         path.write_bytes(b"x")
     assert len(SnapshotStore(tmp_path)) == 1
     store.save(saved[0], step=20, cycle=1)
@@ -1055,7 +1203,7 @@ def test_weights_may_change_right_after_a_save_that_does_not_wait(tmp_path, held
         assert store.save(model, step=step, cycle=0, wait=False) is None
         for tensor in model.state_dict().values():
             tensor.zero_().add_(step)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
     held_back.set()
     assert [s.step for s in store] == [0, 1]
     for snapshot, state in zip(store, expected, strict=True):
@@ -1211,12 +1359,12 @@ def test_packs_that_are_written_anew_while_they_are_read_are_found(tmp_path, mon
     writer, reader = SnapshotStore(tmp_path), SnapshotStore(tmp_path)
     first, second = (writer.save(state, step=i, cycle=i) for i, state in enumerate(chain))
 
-    def read_late(path, wanted):
-        monkeypatch.setattr(snapshots_module, "read_pack", read_pack)
+    def read_late(*arguments):
+        monkeypatch.setattr(snapshots_module, "PackReader", PackReader)
         writer.remove(first)
-        return read_pack(path, wanted)
+        return PackReader(*arguments)
 
-    monkeypatch.setattr(snapshots_module, "read_pack", read_late)
+    monkeypatch.setattr(snapshots_module, "PackReader", read_late)
     assert_same_state(reader.load(second), chain[1])
     assert list(reader) == [second]
 
@@ -1282,6 +1430,91 @@ def test_an_interpreter_that_exits_loses_nothing(tmp_path):
     assert len(SnapshotStore(tmp_path / "full")) == 0
     assert done.stderr.count("a snapshot was not saved, ") == 1
     assert "No space left" in done.stderr
+
+
+def saves_and_waits(directory, told):
+    store = SnapshotStore(directory)
+    store.save(small_model(), step=1, cycle=0)
+    told.send("saved")
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_second_process_that_writes_is_refused(tmp_path, wait):
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+    writer = multiprocessing.get_context("fork").Process(
+        target=saves_and_waits, args=(tmp_path, sender), daemon=True
+    )
+    writer.start()
+    assert receiver.recv() == "saved"
+    store, before = SnapshotStore(tmp_path), files_in(tmp_path)
+    (snapshot,) = store
+    for act in (
+        lambda: store.save(small_model(), step=2, cycle=0, wait=wait),
+        lambda: store.prune(keep=[]),
+        lambda: store.remove(snapshot),
+    ):
+        with pytest.raises(SnapshotError, match=f"^{tmp_path} is in use by another process"):
+            act()
+    assert len(store.load(snapshot)) == len(small_model().state_dict())
+    assert files_in(tmp_path) == before
+    writer.kill()
+    writer.join()
+    store.save(small_model(), step=2, cycle=0, wait=wait)
+    assert [s.step for s in store] == [1, 2]
+
+
+def saves_as_a_child(store, told):
+    try:
+        store.save(small_model(), step=9, cycle=0)
+    except SnapshotError as error:
+        told.send(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_of_a_writer_is_refused(tmp_path, held_back):
+    store = SnapshotStore(tmp_path)
+    store.save(small_model(), step=1, cycle=0, wait=False)  # a thread is in the middle of it
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(
+        target=saves_as_a_child, args=(store, sender), daemon=True
+    )
+    child.start()
+    assert "in use by another process" in receiver.recv()
+    child.join()
+    held_back.set()
+    store.save(small_model(), step=2, cycle=0)
+    assert [s.step for s in store] == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.* holds snapshots of later steps")
+def test_stores_of_one_directory_in_one_process_lose_nothing(tmp_path):
+    saved = states(16)
+    stores = [SnapshotStore(path) for path in (tmp_path, tmp_path / ".." / tmp_path.name)]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        done = [
+            threads.submit(stores[i % 2].save, state, step=i, cycle=0, wait=i % 3 == 0)
+            for i, state in enumerate(saved)
+        ]
+        for future in done:
+            future.result()
+    for store in stores:
+        store.flush()
+    del stores[0]  # the other one still has its turn
+    stores[0].prune(keep_last=12)
+    found = SnapshotStore(tmp_path)
+    assert [s.step for s in found] == list(range(4, 16))
+    for snapshot in found:
+        assert_same_state(found.load(snapshot), saved[snapshot.step])
+
+
+def test_a_directory_that_is_replaced_while_it_is_in_use(tmp_path):
+    directory = tmp_path / "store"
+    store, saved = filled_store(directory)
+    shutil.rmtree(directory)
+    snapshot = store.save(saved[1], step=20, cycle=1)
+    assert list(store) == [snapshot]
+    assert_same_state(SnapshotStore(directory).load(snapshot), saved[1])
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks")

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -451,6 +452,81 @@ def test_stores_of_other_columns_are_made_anew(tmp_path):
     assert held(store, [3], COLUMNS[:2]) == {3}
 
 
+def cut(file):
+    os.truncate(file, file.stat().st_size * 5 // 12 + 1)
+
+
+def emptied(file):
+    os.truncate(file, 0)
+
+
+def with_a_hole(file):
+    size = file.stat().st_size
+    os.truncate(file, 0)
+    os.truncate(file, size)
+
+
+def altered(file):
+    with file.open("r+b") as opened:
+        opened.write(random.Random(0).randbytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, with_a_hole, altered])
+@pytest.mark.parametrize("files", [[0], [1], [3], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("again", [False, True], ids=["written", "found"])
+def test_files_that_are_damaged_while_they_are_in_use(tmp_path, damage, files, again):
+    """A row is right, or gone with a word; the process goes on."""
+    columns = ((torch.float32, 3000), *COLUMNS[1:])  # more than a page each
+    store = RowStore(columns, Budget(PLENTY), tmp_path / NAME)
+    add(store, range(12), columns)
+    store.shrink()
+    if again:
+        store.close()
+        store = RowStore(columns, Budget(PLENTY), tmp_path / NAME)
+    slots = range(12) if again else store.find(range(12))
+    for i in files:
+        damage(tmp_path / NAME / f"{i}.rows")
+    assert add(store, [12], columns) == 1  # which makes the files longer again
+    if files != [0] and not again:
+        with pytest.raises(CannotKeepError, match="rows of a file were damaged while it was in"):
+            store.get(slots)
+    left = held(store, range(12), columns)
+    assert (left == set(range(12))) == (files == [0])  # stamps are also in memory
+    add(store, range(13), columns)
+    assert held(store, range(13), columns) == set(range(13))
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to], ids=["symbolic", "hard"])
+def test_files_that_are_also_elsewhere_are_not_written_to(tmp_path, link):
+    outside = tmp_path / "precious"
+    file = next(f for f in written(tmp_path) if f.name == "1.rows")
+    outside.write_bytes(file.read_bytes())
+    before = outside.read_bytes()
+    file.unlink()
+    link(file, outside)
+    store = RowStore(COLUMNS, Budget(PLENTY), tmp_path / NAME)
+    assert len(store) == 0
+    add(store, range(3, 20))
+    assert held(store, range(20)) == set(range(3, 20))
+    assert outside.read_bytes() == before
+
+
+def test_a_directory_elsewhere_is_no_store(tmp_path):
+    written(tmp_path)
+    outside, link = tmp_path / NAME, tmp_path / "cache" / NAME
+    before = sorted(outside.iterdir())
+    directory = StoreDirectory(tmp_path / "cache")
+    link.symlink_to(outside)
+    assert directory.other_bytes() == 0
+    assert not directory.remove_oldest()
+    store = RowStore(COLUMNS, Budget(PLENTY), directory.open(NAME))
+    assert len(store) == 0
+    add(store, [1])
+    assert not link.is_symlink()
+    assert sorted(outside.iterdir()) == before
+    directory.close()
+
+
 def killed(run, *arguments, after=0.0):
     """Run a function in another process, to be killed ``after`` seconds once it calls ``ready``."""
     reading, writing = os.pipe()
@@ -510,10 +586,20 @@ def stop_at(monkeypatch, nth):
             raise KeyboardInterrupt
         real(self, index, value)
 
+    real_write = os.pwrite
+
+    def pwrite(*arguments):
+        nonlocal count
+        count += 1
+        if count == nth:
+            raise KeyboardInterrupt
+        return real_write(*arguments)
+
     monkeypatch.setattr(torch.Tensor, "__setitem__", setitem)
+    monkeypatch.setattr(os, "pwrite", pwrite)
 
 
-@pytest.mark.parametrize("nth", range(1, 13))
+@pytest.mark.parametrize("nth", range(1, 30))
 def test_stopped_at_any_write(tmp_path, nth, monkeypatch, small_chunks):
     store = RowStore(COLUMNS, Budget(PLENTY), tmp_path / NAME)
     add(store, range(10))
@@ -532,7 +618,7 @@ def test_stopped_at_any_write(tmp_path, nth, monkeypatch, small_chunks):
     assert len(again) == len(found)
 
 
-@pytest.mark.parametrize("nth", range(1, 13))
+@pytest.mark.parametrize("nth", range(1, 30, 2))
 def test_going_on_after_an_interrupt(path, nth, monkeypatch, small_chunks):
     store = RowStore(COLUMNS, Budget(PLENTY), path)
     add(store, range(10))

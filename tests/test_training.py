@@ -2,7 +2,10 @@
 
 import dataclasses
 import importlib.util
-import json
+import os
+import signal
+import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -576,16 +579,35 @@ def test_damaged_results(tmp_path, text):
         run.results()
 
 
-@pytest.mark.parametrize("text", ["3", '{"method": "sgd"}', "[]"])
+LINE = '{"method": "sgd", "seed": 0, "step": 0}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3",
+        '{"method": "sgd"}',
+        "[]",
+        "{",
+        "[" * 100_000,
+        LINE.replace("0}", '"0"}'),
+        LINE.replace("sgd", "../sgd"),
+        f"{LINE[:9]}\n{LINE}",
+    ],
+)
 def test_damaged_metrics(tmp_path, text):
     run = RunDir.create(tmp_path / "run", {})
-    (run.path / "metrics.jsonl").write_text(f"{text}\n")
-    with pytest.raises(RecipeError, match=r"metrics.jsonl is damaged: line 1 is"):
+    (run.path / "metrics.jsonl").write_text(f"{LINE}\n{text}\n")
+    with pytest.raises(RecipeError, match=r"metrics.jsonl is damaged: line 2 is"):
         run.metrics()
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"arguments": 3}', '{"arguments": {"seed": 0}}']
+    "text",
+    [
+        *("{", "[]", "{}", '{"arguments": 3}', '{"arguments": {"seed": 0}}', "[" * 10**5),
+        '{"arguments": {"model": "m", "data": "d", "seed": 0}, "data_dir": 3}',
+    ],
 )
 def test_damaged_config(tmp_path, text):
     run = RunDir.create(tmp_path / "run", {})
@@ -617,6 +639,40 @@ def test_half_a_metrics_line_ends_the_metrics(tmp_path):
     assert run.metrics() == [{"method": "sgd", "seed": 0, "step": 0}]
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "checkpoints/sgd-seed0.pt"])
+def test_links_out_of_a_run_directory_are_not_followed(tmp_path, name):
+    run, outside = RunDir.create(tmp_path / "run", {}), tmp_path / "outside"
+    outside.write_text("[]")
+    (run.path / name).symlink_to(outside)
+    with pytest.raises(RecipeError, match="a symbolic link, which might lead anywhere, is not"):
+        run.metrics(), run.results(), run.load_checkpoint("sgd-seed0")
+    with pytest.raises(OSError, match="metrics") if "metrics" in name else nullcontext():
+        run.log({"method": "sgd", "seed": 0, "step": 0})
+    assert outside.read_text() == "[]"
+
+
+def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
+    run = RunDir.create(tmp_path / "run", {})
+    left = [run.path / f".fastfreeze-{'0' * 16}.tmp", run.path / "checkpoints" / "x.pt"]
+    for path in left:
+        path.touch()
+    child = os.fork()
+    if child == 0:
+        run.rewind()
+        (tmp_path / "locked").touch()
+        time.sleep(60)
+        os._exit(0)
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.01)
+    with pytest.raises(RecipeError, match="run is in use by another process"):
+        run.rewind()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    run.rewind()
+    run.rewind()
+    assert [path.exists() for path in left] == [False, True]
+
+
 def test_rewind_keeps_what_checkpoints_cover(tmp_path):
     run = RunDir.create(tmp_path / "run", {})
     lines = [
@@ -640,23 +696,3 @@ def test_damaged_checkpoint(tmp_path):
         RecipeError, match=r"is no checkpoint of this run .*: remove it to train sgd-seed0 from"
     ):
         run.load_checkpoint("sgd-seed0")
-
-
-def test_write_atomic_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file.json"
-    write_atomic(path, b"old")
-
-    def full(descriptor):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        write_atomic(path, json.dumps("new").encode())
-    assert path.read_bytes() == b"old"
-
-
-def test_write_atomic_names_the_file_that_was_asked_for(tmp_path):
-    path = tmp_path / "nowhere" / "file.json"
-    with pytest.raises(FileNotFoundError) as error:
-        write_atomic(path, b"new")
-    assert error.value.filename == str(path)

@@ -180,6 +180,8 @@ def _saved_config(
         raise RecipeError(f"{run.path}/config.json is not of this version: {error}") from error
     for parameter in ctx.command.params:
         name = str(parameter.name)
+        if name in saved:
+            _check_saved(ctx, run, parameter, saved[name])
         if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         if name == "run_dir":
@@ -190,6 +192,19 @@ def _saved_config(
                 f"{saved[name]}: a resumed run keeps its options"
             )
     return config
+
+
+def _check_saved(ctx: click.Context, run: RunDir, parameter: click.Parameter, value: Any) -> None:
+    """Raise if an option does not take a value that config.json holds."""
+    try:
+        text = ",".join(value) if isinstance(value, tuple) else value
+        taken = parameter.process_value(ctx, text)
+    except (click.BadParameter, TypeError) as error:
+        raise RecipeError(
+            f"{run.path}/config.json is damaged: {parameter.name}: {error}"
+        ) from error
+    if taken != value:
+        raise RecipeError(f"{run.path}/config.json is damaged: {parameter.name} is {value!r}")
 
 
 def _run(config: Config, data: ImageData, run: RunDir, command: str, quiet: bool) -> Report:

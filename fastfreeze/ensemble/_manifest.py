@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble._checks import check_count
-from fastfreeze.ensemble._packs import Pack, dtype_name
+from fastfreeze.ensemble._packs import Pack, Spec, dtype_name
 from fastfreeze.errors import SnapshotError
 
 _FORMAT_VERSION = 2
 _HASH = re.compile("[0-9a-f]{64}")
 _NAMED_AT_MOST = 3  # tensors of a kind in an error message
+_MAX_TEXT = 200  # of a value in an error message
+_MAX_BYTES = 2**63 - 1  # of a tensor
 
 # Name of each tensor, in the state dict's order: its shape and its dtype's name.
-Signature = dict[str, tuple[tuple[int, ...], str]]
+Signature = dict[str, Spec]
 
 
 @dataclass(frozen=True)
@@ -110,17 +114,25 @@ def check_signature(label: str, found: Signature, expected: Signature) -> None:
         raise SnapshotError(f"{label} is of another model: " + "; ".join(differences))
 
 
-def _described(spec: tuple[tuple[int, ...], str]) -> str:
+def _described(spec: Spec) -> str:
     return f"{spec[1]} {list(spec[0])}"
 
 
-def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+def checked_metrics(metrics: Mapping[str, float], label: str = "metrics") -> dict[str, float]:
+    """As Python's floats.
+
+    Raises:
+        TypeError: one is not a number.
+        ValueError: one is larger than any float.
+    """
     numbers = {}
     for name, value in metrics.items():
         try:
             numbers[str(name)] = float(value)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}") from error
+            raise TypeError(f"{label}[{name!r}] must be a number, got {value!r}") from error
+        except OverflowError as error:
+            raise ValueError(f"{label}[{name!r}] must fit into a float: {error}") from error
     return numbers
 
 
@@ -145,46 +157,134 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """What :func:`manifest_bytes` wrote; otherwise one of the errors that bad data provokes."""
-    content = json.loads(data)
-    if content["format_version"] != _FORMAT_VERSION:
+    """What :func:`manifest_bytes` wrote.
+
+    Raises:
+        ValueError: it is something else; the message names the field.
+        RecursionError: it is something else.
+    """
+    content = json.loads(data, object_pairs_hook=_without_repeats)
+    _check_type("it", content, dict)
+    if content.get("format_version") != _FORMAT_VERSION:
         raise ValueError(
-            f"format_version must be {_FORMAT_VERSION}, got {content['format_version']!r}"
+            f"format_version must be {_FORMAT_VERSION}, got {_short(content.get('format_version'))}"
         )
+    _check_fields("", content, _FIELDS)
     checksum = content.pop("checksum")
     if checksum != _sha256(content):
-        raise ValueError(f"checksum must be {_sha256(content)}, got {checksum!r}: it was altered")
-    signature = {t["name"]: (tuple(t["shape"]), t["dtype"]) for t in content["tensors"]}
-    signature_bytes(signature)
-    packs = tuple(_parse_pack(pack) for pack in content["packs"])
+        raise ValueError(f"checksum must be {_sha256(content)}, got {_short(checksum)}: altered")
+    signature = _parsed_signature(content["tensors"])
+    packs = tuple(_parsed_pack(f"packs[{i}]", p) for i, p in enumerate(content["packs"]))
+    _check("packs", "name each file once", len({p.file for p in packs}) == len(packs))
     hashes = [h for pack in packs for h in pack.hashes]
-    entries = tuple(_parse_entry(entry, signature, hashes) for entry in content["snapshots"])
+    entries = tuple(
+        _parsed_entry(f"snapshots[{i}]", entry, signature, hashes)
+        for i, entry in enumerate(content["snapshots"])
+    )
     steps = [e.snapshot.step for e in entries]
-    if steps != sorted(set(steps)):
-        raise ValueError(f"steps must rise, got {steps}")
+    _check("snapshots", "have steps that rise", steps == sorted(set(steps)))
     return Manifest(signature, packs, entries)
 
 
-def _parse_pack(content: Any) -> Pack:
-    for found in content["hashes"]:
-        if not _HASH.fullmatch(found):
-            raise ValueError(f"a hash must be 64 hexadecimal digits, got {found!r}")
-    check_count("bytes", content["bytes"])
-    pack = Pack(tuple(content["hashes"]), content["bytes"])
-    if content["file"] != pack.file:  # so that a name never leads out of the directory
-        raise ValueError(f"file must be {pack.file!r}, got {content['file']!r}")
+_Types = type | tuple[type, ...]
+_FIELDS: dict[str, _Types] = {
+    "format_version": int,
+    "tensors": list,
+    "packs": list,
+    "snapshots": list,
+    "checksum": str,
+}
+_TENSOR: dict[str, _Types] = {"name": str, "shape": list, "dtype": str}
+_PACK: dict[str, _Types] = {"file": str, "bytes": int, "hashes": list}
+_SNAPSHOT: dict[str, _Types] = {
+    "step": int,
+    "cycle": int,
+    "metrics": dict,
+    "time": str,
+    "sha256": str,
+    "schedule": (dict, NoneType),
+    "tensors": list,
+}
+
+
+def _parsed_signature(content: list[Any]) -> Signature:
+    signature: Signature = {}
+    for i, tensor in enumerate(content):
+        where = f"tensors[{i}]"
+        _check_fields(where, tensor, _TENSOR)
+        name, shape, dtype = tensor["name"], tensor["shape"], tensor["dtype"]
+        _check(f"{where}.name", "differ from the others", name not in signature, name)
+        found: Any = getattr(torch, dtype, None)
+        known = isinstance(found, torch.dtype) and dtype_name(found) == dtype
+        _check(f"{where}.dtype", "be the name of a dtype", known, dtype)
+        sizes = all(type(n) is int and n >= 0 for n in shape)
+        fits = sizes and math.prod(n or 1 for n in shape) * found.itemsize <= _MAX_BYTES
+        _check(f"{where}.shape", "be sizes that fit into memory", fits, shape)
+        signature[name] = (tuple(shape), dtype)
+    return signature
+
+
+def _parsed_pack(where: str, content: Any) -> Pack:
+    _check_fields(where, content, _PACK)
+    hashes = content["hashes"]
+    for i, found in enumerate(hashes):
+        fits = isinstance(found, str) and _HASH.fullmatch(found)
+        _check(f"{where}.hashes[{i}]", "be 64 hexadecimal digits", fits, found)
+    _check(f"{where}.hashes", "differ", len(set(hashes)) == len(hashes))
+    _check(f"{where}.bytes", "be >= 0", content["bytes"] >= 0, content["bytes"])
+    pack = Pack(tuple(hashes), content["bytes"])
+    # So that a name never leads out of the directory.
+    _check(f"{where}.file", f"be {pack.file!r}", content["file"] == pack.file, content["file"])
     return pack
 
 
-def _parse_entry(content: Any, signature: Signature, hashes: Sequence[str]) -> Entry:
-    own = tuple(hashes[i] for i in content.pop("tensors"))
-    snapshot = Snapshot(**content)
-    check_count("step", snapshot.step)
-    check_count("cycle", snapshot.cycle)
-    checked_metrics(snapshot.metrics)
-    if len(own) != len(signature) or snapshot.sha256 != state_hash(signature, own):
-        raise ValueError(f"the sha256 of step {snapshot.step} is not that of its tensors")
-    return Entry(snapshot, own)
+def _parsed_entry(where: str, content: Any, signature: Signature, hashes: Sequence[str]) -> Entry:
+    _check_fields(where, content, _SNAPSHOT)
+    for name in ("step", "cycle"):
+        _check(f"{where}.{name}", "be >= 0", content[name] >= 0, content[name])
+    for name, value in content["metrics"].items():
+        _check_type(f"{where}.metrics[{name!r}]", value, (int, float))
+    metrics = checked_metrics(content["metrics"], f"{where}.metrics")
+    places = content.pop("tensors")
+    fits = all(type(i) is int and 0 <= i < len(hashes) for i in places)
+    _check(f"{where}.tensors", f"be positions among {len(hashes)} hashes", fits, places)
+    own = tuple(hashes[i] for i in places)
+    same = len(own) == len(signature) and content["sha256"] == state_hash(signature, own)
+    _check(f"{where}.sha256", "be that of the snapshot's tensors", same, content["sha256"])
+    return Entry(Snapshot(**{**content, "metrics": metrics}), own)
+
+
+def _check(where: str, what: str, holds: object, *found: object) -> None:
+    if not holds:
+        got = "".join(f", got {_short(value)}" for value in found)
+        raise ValueError(f"{where} must {what}{got}")
+
+
+def _check_type(where: str, value: object, types: _Types) -> None:
+    """JSON's types have no subclasses but bool, which is no number here."""
+    types = types if isinstance(types, tuple) else (types,)
+    names = " or ".join(t.__name__ for t in types)
+    _check(where, f"be of type {names}", type(value) in types, value)
+
+
+def _check_fields(where: str, value: Any, fields: Mapping[str, _Types]) -> None:
+    _check_type(where, value, dict)
+    same = value.keys() == fields.keys()
+    _check(where or "it", f"have the fields {', '.join(fields)}", same, list(value))
+    for name, types in fields.items():
+        _check_type(f"{where}.{name}".lstrip("."), value[name], types)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    _check("an object", "name each field once", len(content) == len(pairs), [k for k, _ in pairs])
+    return content
+
+
+def _short(value: object) -> str:
+    """A value that may be of any length."""
+    text = reprlib.repr(value)
+    return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "..."
 
 
 def _sha256(value: Any) -> str:

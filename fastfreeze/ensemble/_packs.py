@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import operator
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from fastfreeze.errors import SnapshotError
-from fastfreeze.files import write_atomic
+from fastfreeze.files import open_file, write_atomic
+
+_MAX_HEADER_BYTES = 100_000_000  # as the library safetensors has it
+
+Spec = tuple[tuple[int, ...], str]  # a tensor's shape and its dtype's name
 
 
 @dataclass(frozen=True)
@@ -43,33 +51,88 @@ def write_pack(directory: Path, tensors: Mapping[str, Tensor]) -> Pack:
     return pack
 
 
-def read_pack(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors of a pack, by hash, that share no memory with the file.
+class PackReader:
+    """Reads tensors of a store's packs by their hashes; each file is opened once.
+
+    Files are read, not mapped into memory: one that is cut short meanwhile would kill the process.
 
     Args:
-        path: the pack.
-        wanted: the hash of each tensor, and what errors call it.
-
-    Raises:
-        SnapshotError: one of them is not there as it was written.
+        directory: of the packs.
+        pack_of: the pack that holds each hash.
     """
-    found = {}
-    expected = next(iter(wanted))
+
+    def __init__(self, directory: Path, pack_of: Mapping[str, Pack]) -> None:
+        self._directory, self._pack_of = directory, pack_of
+        self._open: dict[Path, tuple[BufferedReader, int, Any]] = {}
+
+    def __enter__(self) -> PackReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in self._open.values():
+            opened[0].close()
+
+    def holds(self, wanted: str, name: str, spec: Spec) -> bool:
+        """Whether a tensor is there as it was written; see :meth:`read`."""
+        try:
+            self.read(wanted, name, spec)
+        except (KeyError, SnapshotError):
+            return False
+        return True
+
+    def read(self, wanted: str, name: str, spec: Spec) -> Tensor:
+        """A tensor.
+
+        Args:
+            wanted: its hash.
+            name: what errors call it.
+            spec: its shape and its dtype's name.
+
+        Raises:
+            KeyError: no pack is known to hold it.
+            SnapshotError: it is not there as it was written.
+        """
+        path = self._directory / self._pack_of[wanted].file
+        try:
+            if path not in self._open:
+                self._open[path] = _opened(path)
+            tensor = _tensor_at(*self._open[path], wanted, spec)
+            if content_hash(tensor) != wanted:
+                raise ValueError("the tensor's sha256 is another")
+        except OSError as error:
+            raise SnapshotError(f"{path} cannot be read, it holds {name!r}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise SnapshotError(f"{path} is truncated or altered, at {name!r}: {error}") from error
+        return tensor
+
+
+def _opened(path: Path) -> tuple[BufferedReader, int, Any]:
+    """A safetensors file, where its tensors begin, and its header."""
+    file = open_file(path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            for expected in wanted:
-                found[expected] = file.get_tensor(expected).clone()
-                if content_hash(found[expected]) != expected:
-                    raise ValueError("the tensor's sha256 is another")
-    except OSError as error:
-        raise SnapshotError(
-            f"{path} cannot be read, it holds {wanted[expected]!r}: {error}"
-        ) from error
-    except Exception as error:  # its own error, or any that odd bytes provoke
-        raise SnapshotError(
-            f"{path} is truncated or altered, at {wanted[expected]!r}: {error}"
-        ) from error
-    return found
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(os.fstat(file.fileno()).st_size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"a header of {size} bytes does not fit")
+        return file, 8 + size, json.loads(file.read(size))
+    except BaseException:
+        file.close()
+        raise
+
+
+def _tensor_at(file: BufferedReader, begin: int, header: Any, wanted: str, spec: Spec) -> Tensor:
+    shape, dtype = torch.Size(spec[0]), getattr(torch, spec[1])
+    try:
+        start, end = (operator.index(i) for i in header[wanted]["data_offsets"])
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"its header does not tell where {wanted} is") from error
+    size = os.fstat(file.fileno()).st_size - begin
+    if not 0 <= start <= end <= size or end - start != shape.numel() * dtype.itemsize:
+        raise ValueError(f"of {size} bytes, {start} to {end} are not a {spec[1]} {list(shape)}")
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    file.seek(begin + start)
+    if file.readinto(bits(tensor).numpy().data) != end - start:
+        raise ValueError("it ends too early")
+    return tensor
 
 
 def content_hash(tensor: Tensor) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,16 +28,16 @@ from fastfreeze.ensemble._manifest import (
     signature_of,
     state_hash,
 )
-from fastfreeze.ensemble._packs import content_hash, copy_of, read_pack, write_pack
+from fastfreeze.ensemble._packs import PackReader, content_hash, copy_of, write_pack
 from fastfreeze.ensemble._states import Snapshots, checked_to_save, facts_of
 from fastfreeze.errors import FastfreezeWarning, SnapshotError
-from fastfreeze.files import write_atomic
+from fastfreeze.files import FileLock, lock_file, read_file, remove_temporaries, write_atomic
 from fastfreeze.schedule import Schedule
 from fastfreeze.text import some
 
 _MANIFEST = "manifest.json"
 _PACK = re.compile(r"pack-[0-9a-f]{32}\.safetensors")
-_TEMPORARY = re.compile(r"\.(pack-[0-9a-f]{32}\.safetensors|manifest\.json)\.tmp")
+_LOCK = ".lock"
 _CPU = torch.device("cpu")
 _MAX_COPIES = 2  # of the weights, that wait to be written or are being written
 
@@ -51,7 +51,9 @@ class SnapshotStore(Snapshots):
     manifest names them, and each file is replaced in one instant: whenever a run is killed, what
     was saved before is still there. Reading checks the hash of each tensor, and unpickles nothing.
 
-    One process at a time may write, with any number of threads; any number may read.
+    One process at a time may write, with any number of threads and stores of the directory; others
+    are refused. Its turn ends when it ends, or when none of its stores that have written is left.
+    Any number may read. Files that are symbolic links are not read, and never written through.
 
     A directory that is not empty is gone on with: what an earlier run has left stays in the store,
     and comes into its ensembles, unless a save of the same step replaces it. A new run takes a
@@ -62,8 +64,8 @@ class SnapshotStore(Snapshots):
 
     Raises:
         TypeError: ``directory`` is no path.
-        SnapshotError: the manifest is there, but damaged, or of another version; or the directory
-            is a file.
+        SnapshotError: the manifest is there, but damaged, no plain file, or of another version; or
+            the directory is a file.
 
     Example:
         >>> store = SnapshotStore("run/snapshots")
@@ -79,7 +81,7 @@ class SnapshotStore(Snapshots):
         if not isinstance(directory, str | os.PathLike):
             raise TypeError(f"directory must be a path, got {directory!r}")
         self.directory = Path(directory).absolute()  # the working directory may change
-        self._lock = threading.RLock()  # held by the one thread that writes
+        self._lock: FileLock | None = None  # once it has written
         self._background = Background()
         self._has_begun = False  # a save has looked at what earlier runs have left
         self._read()
@@ -147,7 +149,8 @@ class SnapshotStore(Snapshots):
             TypeError, ValueError: a step or cycle that is not a count, a metric that is not a
                 number, a schedule that is none, or a state dict's entry that is not a tensor, or
                 not one that safetensors can hold.
-            SnapshotError: the store holds snapshots of a model with other tensors, or is damaged.
+            SnapshotError: the store holds snapshots of a model with other tensors, is damaged, or
+                is in use by another process that writes to it.
             OSError: it cannot be written to; what was saved before is still there.
 
         Warns:
@@ -219,8 +222,8 @@ class SnapshotStore(Snapshots):
         """Once, before the first save: tell of snapshots that the run to come has not made."""
         if self._has_begun:
             return
-        with self._lock:  # or a thread would take another's first snapshot for an earlier run's
-            manifest = self._read()
+        # In turn, or a thread would take another's first snapshot for an earlier run's.
+        with self._writing() as manifest:
             self._check_model(signature, manifest)
             begun, self._has_begun = self._has_begun, True
         later = [str(e.snapshot.step) for e in manifest.entries if e.snapshot.step > step]
@@ -242,19 +245,14 @@ class SnapshotStore(Snapshots):
     def _load(self, manifest: Manifest, snapshot: Snapshot) -> dict[str, Tensor]:
         entries: dict[Hashable, Entry] = {self._key(e.snapshot): e for e in manifest.entries}
         hashes = self._own(entries, snapshot).hashes
-        pack_of = manifest.pack_of()
-        wanted: dict[str, dict[str, str]] = {}
-        for name, h in zip(manifest.signature, hashes, strict=True):
-            wanted.setdefault(pack_of[h].file, {}).setdefault(h, name)
-        found: dict[str, Tensor] = {}
-        for file, names in wanted.items():
-            found |= read_pack(self.directory / file, names)
         state: dict[str, Tensor] = {}
-        given: set[str] = set()
-        for name, h in zip(manifest.signature, hashes, strict=True):
-            state[name] = found[h].clone() if h in given else found[h]
-            given.add(h)
-        check_signature(f"{snapshot!r}", signature_of(state), manifest.signature)
+        found: dict[str, Tensor] = {}
+        with PackReader(self.directory, manifest.pack_of()) as packs:
+            for (name, spec), h in zip(manifest.signature.items(), hashes, strict=True):
+                if h in found:
+                    state[name] = found[h].clone()
+                else:
+                    state[name] = found[h] = packs.read(h, name, spec)
         return state
 
     def _write_later(
@@ -268,38 +266,55 @@ class SnapshotStore(Snapshots):
             event.synchronize()
         self._write(copies.items(), signature, facts)
 
+    @contextmanager
+    def _writing(self) -> Iterator[Manifest]:
+        """What is there, which nobody else changes meanwhile."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = lock_file(self.directory / _LOCK)
+        except BlockingIOError as error:
+            raise SnapshotError(
+                f"{self.directory} is in use by another process, and one at a time may write to it:"
+                " take another directory, or wait until that process ends"
+            ) from error
+        with self._lock.mutex:
+            yield self._read()
+
     def _write(
         self, tensors: Iterable[tuple[str, Tensor]], signature: Signature, facts: Snapshot
     ) -> Snapshot:
-        """Save tensors that nobody else writes to; of those that are stored, none is held on to."""
-        with self._lock:
-            manifest = self._read()
+        """Save tensors that nobody else writes to; of those that are stored, none is held on to.
+
+        Those that are stored are read, too: a damaged one is written anew.
+        """
+        with self._writing() as manifest:
             self._check_model(signature, manifest)
             if manifest.entries:
                 signature = manifest.signature
-            held = {h for p in manifest.packs if self._is_there(p.file, p.nbytes) for h in p.hashes}
             hashes: dict[str, str] = {}
             new: dict[str, Tensor] = {}
-            for name, tensor in tensors:
-                hashes[name] = content_hash(tensor)
-                if hashes[name] not in held:
-                    new.setdefault(hashes[name], tensor)
+            seen: set[str] = set()
+            with PackReader(self.directory, manifest.pack_of()) as packs:
+                for name, tensor in tensors:
+                    h = hashes[name] = content_hash(tensor)
+                    if h not in seen and not packs.holds(h, name, signature[name]):
+                        new[h] = tensor
+                    seen.add(h)
             row = tuple(hashes[name] for name in signature)
             entry = Entry(replace(facts, sha256=state_hash(signature, row)), row)
             others = [e for e in manifest.entries if e.snapshot.step != facts.step]
             entries = tuple(sorted([*others, entry], key=lambda e: e.snapshot.step))
             self._begin(manifest)
-            packs = manifest.packs
+            files = manifest.packs
             if new:
                 pack = write_pack(self.directory, new)
-                packs = (*(p for p in packs if p.file != pack.file), pack)
-            self._commit(Manifest(signature, packs, entries))
+                files = (*(p for p in files if p.file != pack.file), pack)
+            self._commit(Manifest(signature, files, entries))
             return entry.snapshot
 
     def _discard(self, gone: Sequence[Snapshot]) -> None:
         """Packs of which only a part is still needed are written anew."""
-        with self._lock:
-            manifest = self._read()
+        with self._writing() as manifest:
             keys = {self._key(s) for s in gone}
             entries = tuple(e for e in manifest.entries if self._key(e.snapshot) not in keys)
             names = {
@@ -312,7 +327,11 @@ class SnapshotStore(Snapshots):
                 used = [h for h in pack.hashes if h in names]
                 left = {h: names[h] for h in used if pack_of[h] is pack}
                 if left and len(used) < len(pack.hashes):
-                    tensors = read_pack(self.directory / pack.file, left)
+                    with PackReader(self.directory, pack_of) as reader:
+                        tensors = {
+                            h: reader.read(h, name, manifest.signature[name])
+                            for h, name in left.items()
+                        }
                     packs.append(write_pack(self.directory, tensors))
                 else:
                     packs.append(pack)
@@ -320,7 +339,6 @@ class SnapshotStore(Snapshots):
 
     def _begin(self, manifest: Manifest) -> None:
         """Make room for new packs."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / _MANIFEST
         if not path.exists():  # packs without a manifest are a store that has lost it
             write_atomic(path, manifest_bytes(manifest))
@@ -338,36 +356,37 @@ class SnapshotStore(Snapshots):
     def _remove_leftovers(self, manifest: Manifest) -> None:
         """Remove what no longer is, or never became, a part of the store."""
         keep = {pack.file for pack in manifest.packs}
-        for path in [*self._files(_PACK), *self._files(_TEMPORARY)]:
+        for path in self._packs():
             if path.name not in keep:
                 path.unlink()
+        remove_temporaries(self.directory)
 
     def _read(self) -> Manifest:
         path = self.directory / _MANIFEST
         try:
-            data = path.read_bytes()
+            try:
+                data = read_file(path)
+            except FileNotFoundError:
+                if not self._packs():
+                    return Manifest({})
+                data = read_file(path)  # a first save may have begun meanwhile
         except NotADirectoryError as error:
             raise SnapshotError(f"{self.directory} must be a directory: {error}") from error
         except FileNotFoundError:
-            if not self._files(_PACK):
-                return Manifest({})
-            try:
-                data = path.read_bytes()  # a first save may have begun meanwhile
-            except FileNotFoundError:
-                raise SnapshotError(f"{path} is missing, though there are snapshots") from None
+            raise SnapshotError(f"{path} is missing, though there are snapshots") from None
+        except OSError as error:
+            raise SnapshotError(f"{path} cannot be read: {error}") from error
         try:
             return parse_manifest(data)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise SnapshotError(f"{path} is not a manifest of snapshots: {error!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise SnapshotError(f"{path} is not a manifest of snapshots: {error}") from error
 
-    def _is_there(self, file: str, nbytes: int) -> bool:
-        path = self.directory / file
-        return path.exists() and path.stat().st_size == nbytes
-
-    def _files(self, pattern: re.Pattern[str]) -> list[Path]:
+    def _packs(self) -> list[Path]:
+        """All files that are called as packs are."""
         if not self.directory.is_dir():
             return []
-        return [p for p in self.directory.iterdir() if pattern.fullmatch(p.name)]
+        found = [p for p in self.directory.iterdir() if _PACK.fullmatch(p.name)]
+        return [p for p in found if p.is_symlink() or not p.is_dir()]
 
 
 def _copied(

@@ -48,7 +48,10 @@ def hash_rows(tensor: Tensor) -> Tensor:
         padded[:, :width] = rows.view(torch.uint8) if width else 0
         rows = padded
     words = rows.view(torch.int64)
-    return (words * _factors(words.shape[1], words.device)).sum(1)
+    factors = _factors(words.shape[1], words.device)
+    if words.device.type == "cpu":
+        return words @ factors
+    return (words * factors).sum(1)  # no other device multiplies matrices of integers
 
 
 @lru_cache(maxsize=64)

@@ -4,23 +4,27 @@ A store is a few arrays, one for each column and one for the *stamps*: the key o
 that came with it, and a checksum of it all. They are dense: where a row goes, the last one takes
 its place. A row is written before its stamp, and is whole if its checksum says so: a process may be
 killed at any moment, and files may be cut short or altered; a row is then there or it is not.
+
+Files are read and written, not mapped into memory: to touch what is cut off would end the process.
 """
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import re
 import shutil
+import stat
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastfreeze.graph.rows import hash_rows
+from fastfreeze.files import FileLock, lock_file, read_file, write_atomic
+from fastfreeze.graph.rows import CannotKeepError, hash_rows
 
 _VERSION = 1
 _KEY, _DIGEST, _CHECKSUM = range(3)
@@ -70,7 +74,7 @@ class Budget:
 class StoreDirectory:
     """A directory of stores that one process uses at a time.
 
-    It is locked until :meth:`close`, or the process ends in whatever way; processes that it has
+    It is locked until ``close()``, or the process ends in whatever way; processes that it has
     forked do not hold the lock.
 
     Args:
@@ -80,21 +84,16 @@ class StoreDirectory:
         RuntimeError: it is in use.
     """
 
-    _locked: dict[Path, int] = {}  # noqa: RUF012  # closing a lock's file twice would unlock it
-
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path.resolve()
-        if StoreDirectory._locked.get(self.path) == os.getpid():
-            raise RuntimeError(f"{path} is in use by another cache of this process")
-        fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
+            lock = lock_file(self.path / _LOCK)
+        except BlockingIOError as error:
             raise RuntimeError(f"{path} is in use by another process") from error
-        StoreDirectory._locked[self.path] = os.getpid()
-        self._unlock = weakref.finalize(self, _unlock, self.path, fd)
+        if not lock.mutex.acquire(blocking=False):
+            raise RuntimeError(f"{path} is in use by another cache of this process")
+        self.close = weakref.finalize(self, _release, lock)
         self._opened: set[str] = set()
         self._others: dict[str, int] | None = None
 
@@ -107,8 +106,7 @@ class StoreDirectory:
 
     def remove(self, name: str) -> None:
         """Delete a store's files."""
-        (self.path / name / _HEADER).unlink(missing_ok=True)  # what is left of it is not a store
-        shutil.rmtree(self.path / name, ignore_errors=True)
+        _remove(self.path / name)
         self._opened.discard(name)
         self._others = None
 
@@ -125,25 +123,25 @@ class StoreDirectory:
         self.remove(oldest)
         return oldest not in self._other_stores()
 
-    def close(self) -> None:
-        self._unlock()
-
     def _other_stores(self) -> dict[str, int]:
         if self._others is None:
             found = [p for p in self.path.iterdir() if _STORE.fullmatch(p.name)]
-            found = [p for p in found if p.is_dir() and p.name not in self._opened]
-            self._others = {p.name: sum(f.stat().st_size for f in p.iterdir()) for p in found}
+            found = [p for p in found if _is_directory(p) and p.name not in self._opened]
+            self._others = {p.name: sum(f.lstat().st_size for f in p.iterdir()) for p in found}
         return self._others
 
 
 def _last_write(path: Path) -> float:
-    return max((file.stat().st_mtime for file in path.iterdir()), default=0.0)
+    return max((file.lstat().st_mtime for file in path.iterdir()), default=0.0)
 
 
-def _unlock(path: Path, fd: int) -> None:
-    if StoreDirectory._locked.get(path) == os.getpid():
-        del StoreDirectory._locked[path]
-    os.close(fd)
+def _is_directory(path: Path) -> bool:
+    """Not by a symbolic link, through which a deletion would reach other files."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _release(lock: FileLock) -> None:
+    lock.mutex.release()
 
 
 class RowStore:
@@ -161,16 +159,21 @@ class RowStore:
 
     def __init__(self, columns: Sequence[Column], budget: Budget, path: Path | None = None) -> None:
         self.row_bytes = _STAMP_BYTES + sum(d.itemsize * numel for d, numel in columns)
-        self._budget, self._lasts = budget, path is not None
-        if path is not None:
+        self._budget = budget
+        self._stamps = _Memory(torch.int64, 3)
+        self._stamps_file: _File | None = None
+        self._columns: Sequence[_Memory | _File]
+        if path is None:
+            self._columns = [_Memory(*column) for column in columns]
+        else:
             _prepare(path, columns)
-        files = [None if path is None else path / f"{i}.rows" for i in range(len(columns) + 1)]
-        self._stamps = _Array(torch.int64, 3, files[0])
-        self._columns = [_Array(*c, file) for c, file in zip(columns, files[1:], strict=True)]
+            self._stamps_file = _File(torch.int64, 3, path / "0.rows")
+            self._columns = [_File(*c, path / f"{i}.rows") for i, c in enumerate(columns, 1)]
         self._slots: dict[int, int] = {}
         self._state = bytearray()
         self._capacity = 0
-        self._find_rows()
+        if self._stamps_file is not None:
+            self._find_rows(self._stamps_file)
         budget.register(self)
 
     def __len__(self) -> int:
@@ -187,13 +190,9 @@ class RowStore:
         unread = sorted({s for s in slots if s >= 0 and self._state[s] == _UNREAD})
         if not unread:
             return slots
-        expected = self._checksums(torch.tensor(unread))
-        found = self._stamps.rows[unread, _CHECKSUM]
+        damaged = self._damaged(unread, [column.read(unread) for column in self._columns])
         for slot in unread:
             self._state[slot] = _READ
-        damaged = [
-            s for s, same in zip(unread, (expected == found).tolist(), strict=True) if not same
-        ]
         if not damaged:
             return slots
         self.discard(damaged)
@@ -214,9 +213,17 @@ class RowStore:
         return self._stamps.rows[list(slots), _DIGEST]
 
     def get(self, slots: Sequence[int]) -> list[Tensor]:
-        """Copies of rows, ``[n, numel]`` of each column."""
-        index = torch.tensor(slots, dtype=torch.int64)
-        return [column.rows.index_select(0, index).view(column.dtype) for column in self._columns]
+        """Copies of rows, ``[n, numel]`` of each column.
+
+        Raises:
+            CannotKeepError: a file was cut short or altered since they were found; what it has cost
+                is gone.
+        """
+        values = [column.read(slots) for column in self._columns]
+        if self._stamps_file is not None and (damaged := self._damaged(slots, values)):
+            self.discard(damaged)
+            raise CannotKeepError(f"{len(damaged)} rows of a file were damaged while it was in use")
+        return [v.view(column.dtype) for v, column in zip(values, self._columns, strict=True)]
 
     def add(self, keys: Sequence[int], digests: Tensor, values: Sequence[Tensor]) -> int:
         """Add rows whose keys are not there yet, as far as there is room.
@@ -237,20 +244,24 @@ class RowStore:
         chosen = chosen[: max(self._reserve(start + len(chosen)) - start, 0)]
         if not chosen:
             return 0
-        at, index = slice(start, start + len(chosen)), torch.tensor(chosen)
+        at, index = range(start, start + len(chosen)), torch.tensor(chosen)
+        if len(chosen) < len(keys):
+            values = [value.index_select(0, index.to(value.device)) for value in values]
+        if self._stamps_file is not None:
+            values = [v.to("cpu", c.held) for v, c in zip(values, self._columns, strict=True)]
         for column, value in zip(self._columns, values, strict=True):
-            rows = (
-                value if len(chosen) == len(keys) else value.index_select(0, index.to(value.device))
-            )
-            column.rows[at] = rows
+            column.write(at, value)
         self._state.extend(bytes(len(chosen)))
-        self._stamps.rows[at, _KEY] = torch.tensor([keys[i] for i in chosen])
-        self._stamps.rows[at, _DIGEST] = digests[index]
-        self._stamps.rows[at, _CHECKSUM] = self._checksums(at) if self._lasts else 1
+        stamps = torch.ones(len(chosen), 3, dtype=torch.int64)
+        stamps[:, _KEY] = torch.tensor([keys[i] for i in chosen])
+        stamps[:, _DIGEST] = digests[index]
+        if self._stamps_file is not None:
+            stamps[:, _CHECKSUM] = _checksums(stamps, values)
+        self._stamp(at, stamps)
         self._slots.update((keys[i], start + n) for n, i in enumerate(chosen))
         return len(chosen)
 
-    def discard(self, slots: Sequence[int]) -> None:
+    def discard(self, slots: Collection[int]) -> None:
         """Remove rows; others may then have other slots."""
         gone = set(slots)
         for key in self._stamps.rows[sorted(gone), _KEY].tolist() if gone else []:
@@ -260,7 +271,7 @@ class RowStore:
         movers = [s for s in range(length, len(self)) if s not in gone]
         self._move(movers, holes)
         if gone:
-            self._stamps.rows[length : len(self), _CHECKSUM] = 0
+            self._clear(range(length, len(self)))
         del self._state[length:]
         if (self._capacity - length) * self.row_bytes > 3 * _CHUNK_BYTES:
             self._resize(length + _CHUNK_BYTES // self.row_bytes)
@@ -282,25 +293,36 @@ class RowStore:
     def _move(self, movers: list[int], holes: list[int]) -> None:
         if not movers:
             return
-        source, target = torch.tensor(movers), torch.tensor(holes)
-        self._stamps.rows[target, _CHECKSUM] = 0
-        for array in (*self._columns, self._stamps):
-            array.rows.index_copy_(0, target, array.rows.index_select(0, source))
-        keys = self._stamps.rows[target, _KEY].tolist()
+        self._clear(holes)
+        for column in self._columns:
+            column.write(holes, column.read(movers))
+        self._stamp(holes, self._stamps.read(movers))
+        keys = self._stamps.rows[holes, _KEY].tolist()
         for key, mover, hole in zip(keys, movers, holes, strict=True):
             self._state[hole] = self._state[mover]
             if self._slots.get(key) == mover:  # not what an interrupted call has left
                 self._slots[key] = hole
 
-    def _checksums(self, at: slice | Tensor) -> Tensor:
-        """Of rows as they are now; never 0, which marks a slot as empty."""
-        total = hash_rows(self._stamps.rows[at][:, :_CHECKSUM])
-        for column in self._columns:
-            total = total * 3 + hash_rows(column.rows[at])
-        return total | 1
+    def _stamp(self, slots: Sequence[int], stamps: Tensor) -> None:
+        self._stamps.write(slots, stamps)
+        if self._stamps_file is not None:
+            self._stamps_file.write(slots, stamps)
 
-    def _all(self) -> tuple[_Array, ...]:
-        return (self._stamps, *self._columns)
+    def _clear(self, slots: Sequence[int]) -> None:
+        """Have no row there, for those who find the files."""
+        stamps = self._stamps.read(slots)
+        stamps[:, _CHECKSUM] = 0
+        self._stamp(slots, stamps)
+
+    def _damaged(self, slots: Sequence[int], values: Sequence[Tensor]) -> set[int]:
+        """Those of some slots whose rows are not these values."""
+        stamps = self._stamps.read(slots)
+        same = (_checksums(stamps, values) == stamps[:, _CHECKSUM]).tolist()
+        return {slot for slot, whole in zip(slots, same, strict=True) if not whole}
+
+    def _all(self) -> tuple[_Memory | _File, ...]:
+        files = () if self._stamps_file is None else (self._stamps_file,)
+        return (self._stamps, *files, *self._columns)
 
     def _reserve(self, length: int) -> int:
         """Grow to hold ``length`` rows and some more, if possible; returns the capacity."""
@@ -318,28 +340,29 @@ class RowStore:
                 array.resize(capacity)
         except OSError:  # no space on the device: no more is added
             for array in self._all():
-                array.resize(before)
+                with suppress(OSError):  # of a file that was cut short meanwhile
+                    array.resize(before)
             return
         self._capacity = capacity
         self._budget.used += (capacity - before) * self.row_bytes
 
-    def _find_rows(self) -> None:
+    def _find_rows(self, stamps_file: _File) -> None:
         """Take over what earlier processes have left, as far as the budget goes."""
-        found = min(array.capacity for array in self._all())
+        found = min(array.capacity for array in self._all() if isinstance(array, _File))
         self._budget.free(found * self.row_bytes, self)
         kept = min(found, self._budget.left() // self.row_bytes)
         for array in self._all():
             array.resize(kept)
         self._capacity = kept
         self._budget.used += self.nbytes
-        full = (
-            (self._stamps.rows[:kept, _CHECKSUM] != 0).nonzero().flatten().tolist() if kept else []
-        )
+        stamps = stamps_file.read(range(kept))
+        self._stamps.write(range(kept), stamps)
+        full = (stamps[:, _CHECKSUM] != 0).nonzero().flatten().tolist()
         length = full[-1] + 1 if full else 0
         self._state = bytearray([_UNREAD]) * length
         whole = set(full)
         superfluous = [s for s in range(length) if s not in whole]
-        keys = self._stamps.rows[:length, _KEY].tolist() if length else []
+        keys = stamps[:, _KEY].tolist()
         for slot in full:
             if self._slots.setdefault(keys[slot], slot) != slot:
                 superfluous.append(slot)
@@ -348,25 +371,30 @@ class RowStore:
         self.discard(superfluous)
 
 
-class _Array:
-    """``[capacity, numel]`` of a dtype, in mapped memory or a mapped file; of changing length.
+class _Memory:
+    """``[capacity, numel]`` of a dtype, in mapped memory; of changing length.
 
     Attributes:
-        rows: the array, as bytes where the dtype is bool, whose copies may differ in their bits.
+        held: the dtype that is held: bytes for bool, whose copies may differ in their bits.
+        rows: the array.
     """
 
-    def __init__(self, dtype: torch.dtype, numel: int, path: Path | None) -> None:
+    def __init__(self, dtype: torch.dtype, numel: int) -> None:
         self.dtype, self._numel = dtype, numel
-        self._held = torch.uint8 if dtype == torch.bool else dtype
+        self.held = torch.uint8 if dtype == torch.bool else dtype
         self._width = dtype.itemsize * numel
-        if path is None:
-            self._fd = os.memfd_create("fastfreeze")
-        else:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.memfd_create("fastfreeze")
         self.close = weakref.finalize(self, os.close, self._fd)
         self._map: mmap.mmap | None = None
-        self.capacity = os.fstat(self._fd).st_size // self._width
-        self.rows = torch.empty(0, numel, dtype=self._held)
+        self.rows = torch.empty(0, numel, dtype=self.held)
+
+    def read(self, slots: Sequence[int]) -> Tensor:
+        """Copies of rows, ``[n, numel]`` of :attr:`held`."""
+        return self.rows.index_select(0, torch.tensor(slots, dtype=torch.int64))
+
+    def write(self, slots: Sequence[int], values: Tensor) -> None:
+        """Replace rows by values on any device; the slots differ."""
+        self.rows[_index(slots)] = values
 
     def resize(self, capacity: int) -> None:
         """Have ``capacity`` rows; earlier views of :attr:`rows` are void.
@@ -374,28 +402,118 @@ class _Array:
         Raises:
             OSError: there is no space.
         """
-        size, before = capacity * self._width, os.fstat(self._fd).st_size
-        if size > before:  # not only promised: a write to a full disk would kill the process
-            os.posix_fallocate(self._fd, before, size - before)
-        self.rows = torch.empty(0, self._numel, dtype=self._held)
+        _set_size(self._fd, capacity * self._width)
+        self.rows = torch.empty(0, self._numel, dtype=self.held)
         self._map = None
-        os.ftruncate(self._fd, size)
-        self.capacity = capacity
         if capacity:
-            self._map = mmap.mmap(self._fd, size)
-            self.rows = torch.frombuffer(self._map, dtype=self._held).view(capacity, self._numel)
+            self._map = mmap.mmap(self._fd, capacity * self._width)
+            self.rows = torch.frombuffer(self._map, dtype=self.held).view(capacity, self._numel)
+
+
+class _File:
+    """As :class:`_Memory`, in a file that others may cut short or alter at any moment.
+
+    What cannot be read is zero, and what cannot be written is not there: a checksum tells.
+    """
+
+    def __init__(self, dtype: torch.dtype, numel: int, path: Path) -> None:
+        self.dtype = dtype
+        self.held = torch.uint8 if dtype == torch.bool else dtype
+        self._width = dtype.itemsize * numel
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(path, flags, 0o666)
+        self.close = weakref.finalize(self, os.close, self._fd)
+
+    @property
+    def capacity(self) -> int:
+        """Whole rows that the file has room for."""
+        return os.fstat(self._fd).st_size // self._width
+
+    def read(self, slots: Sequence[int]) -> Tensor:
+        """Copies of rows, ``[n, numel]`` of ``held``."""
+        data = torch.empty(len(slots), self._width, dtype=torch.uint8, device="cpu")
+        rows = data.numpy()
+        for run in _runs(slots):
+            left, at = rows[run].data.cast("B"), slots[run.start] * self._width
+            with suppress(OSError):
+                while left and (n := os.preadv(self._fd, [left], at)):
+                    left, at = left[n:], at + n
+            left[:] = bytes(len(left))
+        return data.view(self.held)
+
+    def write(self, slots: Sequence[int], values: Tensor) -> None:
+        """Replace rows by values of ``held`` on the CPU; the slots differ."""
+        rows = values.contiguous().view(torch.uint8).numpy()
+        for run in _runs(slots):
+            left, at = rows[run].data.cast("B"), slots[run.start] * self._width
+            with suppress(OSError):
+                while left:
+                    n = os.pwrite(self._fd, left, at)
+                    left, at = left[n:], at + n
+
+    def resize(self, capacity: int) -> None:
+        """Have room for ``capacity`` rows.
+
+        Raises:
+            OSError: there is no space.
+        """
+        _set_size(self._fd, capacity * self._width)
+
+
+def _checksums(stamps: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Of rows and what else their stamps say; never 0, which marks a slot as empty."""
+    total = hash_rows(stamps[:, :_CHECKSUM])
+    for value in values:
+        total = total * 3 + hash_rows(value)
+    return total | 1
+
+
+def _index(slots: Sequence[int]) -> slice | Tensor:
+    if isinstance(slots, range):
+        return slice(slots.start, slots.stop)
+    return torch.tensor(slots, dtype=torch.int64)
+
+
+def _runs(slots: Sequence[int]) -> Iterator[slice]:
+    """Positions of slots that follow one another."""
+    start = 0
+    for i in range(1, len(slots) + 1):
+        if i == len(slots) or slots[i] != slots[i - 1] + 1:
+            yield slice(start, i)
+            start = i
+
+
+def _set_size(fd: int, size: int) -> None:
+    before = os.fstat(fd).st_size
+    if size > before:  # not only promised, or the disk may be full when it is needed
+        os.posix_fallocate(fd, before, size - before)
+    os.ftruncate(fd, size)
 
 
 def _prepare(path: Path, columns: Sequence[Column]) -> None:
     """Make ``path`` the directory of a store of these columns."""
     header = f"fastfreeze rows {_VERSION}\n" + "".join(f"{d} {numel}\n" for d, numel in columns)
-    try:
-        fits = (path / _HEADER).read_text() == header
-    except (OSError, ValueError):
-        fits = False
-    if not fits:
-        shutil.rmtree(path, ignore_errors=True)
+    if not _is_store(path, header.encode()):
+        _remove(path)
         path.mkdir(parents=True)
-        temporary = path / f"{_HEADER}.tmp"
-        temporary.write_text(header)
-        temporary.replace(path / _HEADER)
+        write_atomic(path / _HEADER, header.encode())
+
+
+def _is_store(path: Path, header: bytes) -> bool:
+    """Whether it has this header, and files that nothing else refers to: they are written to."""
+    try:
+        found = [file.lstat() for file in path.iterdir()]
+        own = all(stat.S_ISREG(f.st_mode) and f.st_nlink == 1 for f in found)
+        return own and _is_directory(path) and read_file(path / _HEADER) == header
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Delete a store's files, or what is in their place, as far as that is possible."""
+    with suppress(OSError):
+        if not _is_directory(path):
+            path.unlink()
+        else:
+            (path / _HEADER).unlink(missing_ok=True)  # what is left of it is not a store
+            shutil.rmtree(path, ignore_errors=True)

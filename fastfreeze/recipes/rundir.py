@@ -15,7 +15,8 @@
     freezing-<run>.txt    what was saved as layers froze, since the run was started or resumed
 
 A checkpoint is written after the lines that lead up to it. What a killed process has written after
-its last checkpoint is dropped by :meth:`RunDir.rewind`.
+its last checkpoint is dropped by :meth:`RunDir.rewind`. One process at a time writes there. No file
+is read or written through a symbolic link.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from typing import Any
 import torch
 
 from fastfreeze._version import __version__
-from fastfreeze.files import write_atomic
+from fastfreeze.files import (
+    FileLock,
+    append,
+    lock_file,
+    open_file,
+    read_file,
+    remove_temporaries,
+    write_atomic,
+)
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.text import some
 
@@ -62,6 +71,7 @@ class RunDir:
     def __init__(self, path: Path, config: Line) -> None:
         self.path = path
         self.config = config
+        self._lock: FileLock | None = None  # once it writes
 
     @classmethod
     def create(cls, path: Path, config: Line) -> RunDir:
@@ -99,6 +109,8 @@ class RunDir:
             raise RecipeError(
                 f"{path} is no run directory: config.json holds no arguments with model, data, seed"
             )
+        if not isinstance(config.get("data_dir"), str | None):
+            raise RecipeError(f"{file} is damaged: data_dir is {config['data_dir']!r}")
         return cls(path, config)
 
     @property
@@ -127,31 +139,44 @@ class RunDir:
 
     def log(self, line: Line) -> None:
         """Append a line to metrics.jsonl; ``method``, ``seed`` and ``step`` must be in it."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.path / "metrics.jsonl", (json.dumps(line) + "\n").encode())
 
     def metrics(self) -> list[Line]:
-        """The lines of metrics.jsonl, up to the first that was not written to its end.
+        """The lines of metrics.jsonl, but for a last one that was not written to its end.
 
         Raises:
             RecipeError: a line was never one of ours.
         """
         path = self.path / "metrics.jsonl"
-        lines: list[Line] = []
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-            if not (isinstance(lines[-1], dict) and {"method", "seed", "step"} <= set(lines[-1])):
-                raise RecipeError(f"{path} is damaged: line {len(lines)} is {text[:60]!r}")
-        return lines
+        try:
+            *texts, last = read_file(path).split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RecipeError(f"cannot read {path}: {error}") from error
+        lines = [_parsed_line(text) for text in texts]
+        if None in lines:
+            i = lines.index(None)
+            raise RecipeError(f"{path} is damaged: line {i + 1} is {texts[i][:60]!r}")
+        return [line for line in [*lines, _parsed_line(last)] if line is not None]
 
     def rewind(self) -> None:
-        """Drop the lines that were written after the checkpoint of their method and seed.
+        """Take the directory over, and drop what was written after the last checkpoints.
 
-        Those of what has finished stay, whether or not its checkpoint is still there.
+        That is the lines after the checkpoint of their method and seed. Those of what has finished
+        stay, whether or not its checkpoint is still there.
+
+        Raises:
+            RecipeError: another process writes to it, or a file is damaged.
         """
+        try:
+            self._lock = lock_file(self.path / ".lock")
+        except BlockingIOError as error:
+            raise RecipeError(f"{self.path} is in use by another process") from error
+        checkpoints = self.path / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        for directory in (self.path, checkpoints):
+            remove_temporaries(directory)
         reached = {run_name(r["method"], r["seed"]): math.inf for r in self.results()}
         kept = []
         for line in self.metrics():
@@ -175,12 +200,12 @@ class RunDir:
         Raises:
             RecipeError: the file is damaged.
         """
-        path = self._checkpoint(run)
-        if not path.exists():
-            return None
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with open_file(self._checkpoint(run)) as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
             int(state["step"])
+        except FileNotFoundError:
+            return None
         except Exception as error:  # torch raises many kinds for a damaged file
             raise self.damaged(run, error) from error
         return dict(state)
@@ -219,13 +244,30 @@ class RunDir:
 
 
 def _is_result(entry: Any) -> bool:
-    return isinstance(entry, dict) and set(_OF_A_RESULT) <= set(entry)
+    return _is_of_a_run(entry) and set(_OF_A_RESULT) <= set(entry)
+
+
+def _is_of_a_run(entry: Any) -> bool:
+    """Whether it names a method and a seed, of which files are called."""
+    if not isinstance(entry, dict):
+        return False
+    method, seed = entry.get("method"), entry.get("seed")
+    return isinstance(method, str) and "/" not in method and isinstance(seed, int)
+
+
+def _parsed_line(text: bytes) -> Line | None:
+    """A line of metrics.jsonl; None if it is none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if _is_of_a_run(line) and isinstance(line.get("step"), int) else None
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_file(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
 
 

@@ -118,7 +118,8 @@ def run_all(
         The results, an entry per method and seed.
 
     Raises:
-        RecipeError: a loss is not finite, a file cannot be read, or a package is not installed.
+        RecipeError: a loss is not finite, a file cannot be read, a package is not installed, or
+            another process writes to the directory.
     """
     schedules = [m.schedule(experiment.total_steps(data)) for m in experiment.methods]
     if any(isinstance(schedule, SnapshotCycles) for schedule in schedules):
@@ -335,7 +336,7 @@ class _Run:
         ]
         try:
             self._load(state)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # of the many kinds that odd values provoke
             raise self.run_dir.damaged(self.name, error) from error
 
     def _forget_later_snapshots(self) -> None:

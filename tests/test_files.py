@@ -1,0 +1,271 @@
+"""Files are written whole or not at all, no link is followed, a lock ends with its process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gc
+import os
+import resource
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import fastfreeze.files as files_module
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.files import (
+    append,
+    lock_file,
+    open_file,
+    read_file,
+    remove_temporaries,
+    write_atomic,
+)
+
+
+@contextmanager
+def files_of_at_most(size):
+    """What a full disk does: a write ends in the middle."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+# --- files that are replaced whole ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "x" * 255, " ", "a\nb", "ä" * 127, os.fsdecode(b"\xff"), ".fastfreeze-.tmp", "-rf"],
+)
+def test_a_file_of_any_name_is_replaced(tmp_path, name):
+    for content in (b"old", b"", bytes(10**6)):
+        write_atomic(tmp_path / name, content)
+        assert read_file(tmp_path / name) == content
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_permissions_are_those_of_an_ordinary_open(tmp_path, umask):
+    path = tmp_path / "file"
+    for mode in (0o640, 0o600, 0o755):
+        if mode != 0o640:
+            path.chmod(mode)
+        write_atomic(path, b"x")
+        assert path.stat().st_mode & 0o7777 == mode
+    append(tmp_path / "lines", b"x\n")
+    assert (tmp_path / "lines").stat().st_mode & 0o7777 == 0o640
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to], ids=["symbolic", "hard"])
+def test_what_a_link_leads_to_is_left_alone(tmp_path, link):
+    outside, path = tmp_path / "precious", tmp_path / "file"
+    outside.write_bytes(b"precious")
+    link(path, outside)
+    write_atomic(path, b"new")
+    assert (outside.read_bytes(), path.read_bytes()) == (b"precious", b"new")
+    assert not path.is_symlink()
+
+
+def test_a_link_in_the_place_of_the_temporary_file(tmp_path, monkeypatch):
+    """Though nobody can foresee its name."""
+    monkeypatch.setattr(files_module.secrets, "token_hex", lambda n: "0" * 2 * n)
+    outside, link = tmp_path / "precious", tmp_path / f".fastfreeze-{'0' * 16}.tmp"
+    outside.write_bytes(b"precious")
+    link.symlink_to(outside)
+    with pytest.raises(FileExistsError, match="file'"):
+        write_atomic(tmp_path / "file", b"new")
+    assert outside.read_bytes() == b"precious"
+    assert link.is_symlink()
+
+
+def missing(path):
+    return path / "missing" / "file"
+
+
+def beyond_a_file(path):
+    (path / "plain").touch()
+    return path / "plain" / "file"
+
+
+def a_directory(path):
+    (path / "directory").mkdir()
+    return path / "directory"
+
+
+def too_long(path):
+    return path / ("x" * 256)
+
+
+@pytest.mark.parametrize("make", [missing, beyond_a_file, a_directory, too_long])
+def test_a_failure_names_the_file_and_leaves_nothing(tmp_path, make):
+    path = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match=r"\[Errno \d+\]") as error:
+        write_atomic(path, b"new")
+    assert error.value.filename == str(path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    with files_of_at_most(1000), pytest.raises(OSError, match=f"{path}") as error:
+        write_atomic(path, bytes(10_000))
+    assert error.value.errno == errno.EFBIG
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_what_killed_writers_leave_is_removed_and_nothing_else(tmp_path):
+    temporaries = [tmp_path / f".fastfreeze-{c * 16}.tmp" for c in "0af"]
+    others = [tmp_path / ".fastfreeze-0.tmp", tmp_path / "x.tmp", temporaries[2]]
+    outside = tmp_path / "outside"
+    for path in (temporaries[0], *others[:2], outside):
+        path.touch()
+    temporaries[1].symlink_to(outside)
+    temporaries[2].mkdir()
+    remove_temporaries(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([*others, outside])
+
+
+# --- files that grow, and that are read ----------------------------------------------------------
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "lines"
+    append(path, b"first\n")
+    with files_of_at_most(1000), pytest.raises(OSError, match=r"\[Errno 27\]"):
+        append(path, b"x" * 2000 + b"\n")
+    append(path, b"second\n")
+    assert path.read_bytes() == b"first\nsecond\n"
+
+
+ODD = {
+    "link": (lambda p, outside: p.symlink_to(outside), "symbolic link, which might lead"),
+    "broken link": (lambda p, outside: p.symlink_to("nowhere"), "symbolic link, which might lead"),
+    "directory": (lambda p, outside: p.mkdir(), "not a file"),
+    "pipe": (lambda p, outside: os.mkfifo(p), "not a file"),
+    "absent": (lambda p, outside: None, "No such file"),
+}
+
+
+@pytest.mark.parametrize(("make", "match"), ODD.values(), ids=ODD)
+def test_what_is_no_file_is_neither_read_nor_added_to(tmp_path, make, match):
+    path, outside = tmp_path / "file", tmp_path / "precious"
+    outside.write_bytes(b"precious")
+    make(path, outside)
+    with pytest.raises(OSError, match=match) as error:
+        open_file(path)
+    assert error.value.filename == str(path)
+    if match != "No such file":
+        with pytest.raises(OSError, match=str(path)):
+            append(path, b"x\n")
+    assert outside.read_bytes() == b"precious"
+    assert not (tmp_path / "nowhere").exists()
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+
+def forked(run):
+    """A child process that has called ``run``, and now waits to be killed."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            kept = run()
+            os.write(writing, b"y")
+        except BlockingIOError:
+            os.write(writing, b"n")
+        time.sleep(60)
+        os._exit(kept is None)
+    os.close(writing)
+    done = os.read(reading, 1) == b"y"
+    os.close(reading)
+    return child, done
+
+
+def killed(child):
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def free(path):
+    """Whether another process could take the lock."""
+    child, done = forked(lambda: lock_file(path))
+    killed(child)
+    return done
+
+
+def test_one_process_holds_a_lock_for_as_long_as_it_is_referred_to(tmp_path):
+    path = tmp_path / "lock"
+    first = lock_file(path)
+    assert lock_file(tmp_path / "." / "lock") is first
+    assert lock_file(tmp_path / "other") is not first
+    assert not free(path)
+    second = lock_file(path)
+    del first
+    gc.collect()
+    path.read_bytes()  # that a file is closed unlocks some kinds of lock
+    assert not free(path)
+    del second
+    gc.collect()
+    assert free(path)
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    path = tmp_path / "lock"
+    child, done = forked(lambda: lock_file(path))
+    assert done
+    with pytest.raises(BlockingIOError):
+        lock_file(path)
+    killed(child)
+    assert lock_file(path)
+
+
+def test_a_forked_process_holds_no_lock(tmp_path):
+    path = tmp_path / "lock"
+    lock = lock_file(path)
+    with lock.mutex:  # as if another thread were writing
+        child, done = forked(lambda: lock_file(path))
+    assert not done
+    del lock
+    gc.collect()
+    assert free(path)  # though the child is still there
+    killed(child)
+
+
+def test_a_lock_file_that_was_replaced_is_another_lock(tmp_path):
+    path = tmp_path / "lock"
+    first = lock_file(path)
+    path.unlink()
+    assert lock_file(path) is not first
+
+
+def test_a_lock_is_no_link(tmp_path):
+    (tmp_path / "lock").symlink_to(tmp_path / "made")
+    with pytest.raises(OSError, match="lock'"):
+        lock_file(tmp_path / "lock")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
+    def flock(fd, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(FastfreezeWarning, match=r"lock cannot be locked \(Function not impl"):
+        lock = lock_file(tmp_path / "lock")
+    assert lock_file(tmp_path / "lock") is lock
