@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
+# Neither how fast a machine is nor what an earlier run found may decide a test.
+hypothesis.settings.register_profile(
+    "fastfreeze",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fastfreeze")
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # before the first import of triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
