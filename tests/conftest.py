@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import hypothesis
@@ -40,6 +41,12 @@ def pytest_configure(config):
         interpreter.install()
         # NumPy's, where a GPU says nothing.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime")
+
+
+def pytest_collection_finish():
+    # What the imports made stays: no gc.collect() of a test has to look through it again.
+    gc.collect()
+    gc.freeze()
 
 
 def kernel(backend, device):

@@ -59,7 +59,7 @@ class Ranks:
                     self.close()
                     self._connect(world, Path(folder) / "second")
                 values = self._call(job, [args] * world, seconds)
-                # Not before all are done: it would end what the others still have to do together.
+                # Not before all are done: it would break what the others still exchange.
                 self._call(dist.destroy_process_group, [()] * world, CONNECT)
                 return values
         except BaseException:
