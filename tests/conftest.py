@@ -49,6 +49,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # libraries count what is left when Python ends
+
+
 def kernel(backend, device):
     """A parameter (backend, device), skipped with the reason where it cannot run."""
     state = fastfreeze.backends()[backend]
