@@ -138,7 +138,7 @@ def _functions(sass: str) -> Iterator[tuple[str, str]]:
 
 def _demangled(names: list[str]) -> list[str]:
     done = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, timeout=120, check=True
     )
     return done.stdout.splitlines()
 
@@ -147,7 +147,8 @@ def _cuobjdump(binary: Path, *options: str) -> str:
     program = find_cuobjdump()
     assert program is not None
     command = [program, *options, str(binary)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
 
 
 def _in_package(package: str, path: str) -> str | None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
+import hypothesis
 import pytest
 import torch
 
+# Neither how fast a machine is nor what an earlier run found may decide a test.
+hypothesis.settings.register_profile(
+    "fastfreeze",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fastfreeze")
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # before the first import of triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -31,6 +41,16 @@ def pytest_configure(config):
         interpreter.install()
         # NumPy's, where a GPU says nothing.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime")
+
+
+def pytest_collection_finish():
+    # What the imports made stays: no gc.collect() of a test has to look through it again.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # libraries count what is left when Python ends
 
 
 def kernel(backend, device):

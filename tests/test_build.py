@@ -83,6 +83,7 @@ def build(tree, **environment):
         env={**os.environ, **TOOLKIT, "FASTFREEZE_BUILD_CUDA": "0", **environment},
         capture_output=True,
         text=True,
+        timeout=300,
         check=False,
     )
     built = sorted(p.name for p in (tree / "out").rglob("*.so"))
@@ -97,6 +98,7 @@ def wheel_of(tree, **environment):
         env={**os.environ, "FASTFREEZE_BUILD_CUDA": "0", **environment},
         capture_output=True,
         text=True,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -301,7 +303,7 @@ def test_the_source_distribution_holds_every_source(tree):
         shutil.copy(ROOT / name, tree)
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "dist"]
     environment = {**os.environ, "FASTFREEZE_BUILD_CUDA": "0"}
-    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, timeout=120)
     with tarfile.open(next((tree / "dist").glob("*.tar.gz"))) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import signal
-import time
 from collections import OrderedDict
 from functools import partial
 
@@ -20,6 +18,7 @@ import fastfreeze
 from fastfreeze import FeatureCache, RepeatableViews, trim
 from fastfreeze.graph import kept, store
 from fastfreeze.graph.prefix import Prefix
+from tests.killed import killed
 
 on = partial(FeatureCache, enabled=True)
 
@@ -899,22 +898,17 @@ def test_files_that_are_cut_short_while_they_are_in_use(tmp_path):
             assert cache.stats().rows == 24
 
 
+def trained_on_and_on(data, cached, ready):
+    ready()
+    while True:
+        training(data, 8, cached)
+
+
 def test_killed_in_a_training_and_begun_again(tmp_path):
     data = Numbered(TensorDataset(images(40), torch.arange(40) % 5))
     expected = training(data, 8)
+    cached = partial(on, directory=tmp_path / "cache")
     for seconds in (0.05, 0.15, 0.4):
-        child = os.fork()
-        if child == 0:
-            try:
-                torch.set_num_threads(1)
-                (tmp_path / "begun").touch()
-                training(data, 8, partial(on, directory=tmp_path / "cache"))
-            finally:
-                os._exit(0)
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.01)
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    found = training(data, 8, partial(on, directory=tmp_path / "cache"))
+        killed(trained_on_and_on, data, cached, after=seconds)
+    found = training(data, 8, cached)
     assert_equal_trainings(found, expected)

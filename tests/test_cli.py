@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -127,15 +128,20 @@ def test_plot_before_the_first_epoch(tmp_path):
     assert "nothing to plot yet" in result.stderr
 
 
-def start(arguments):
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
+@contextmanager
+def started(arguments):
+    process = subprocess.Popen(
         [sys.executable, "-m", "fastfreeze", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
 
 
 def wait_for(process, path):
@@ -152,7 +158,7 @@ def without_times(lines):
     return [{k: v for k, v in line.items() if k not in timed.split()} for line in lines]
 
 
-LONG = ("--methods=both", "--epochs=60", "--cycles=3")
+LONG = ("--methods=both", "--epochs=24", "--cycles=3")
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +179,10 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(
     images, tmp_path, uninterrupted, signal_number, exit_code
 ):
     run = tmp_path / "my run"
-    process = start(train_arguments(images, run, *LONG))
-    wait_for(process, run / "checkpoints" / "both-seed0.pt")
-    process.send_signal(signal_number)
-    _, errors = process.communicate(timeout=60)
+    with started(train_arguments(images, run, *LONG)) as process:
+        wait_for(process, run / "checkpoints" / "both-seed0.pt")
+        process.send_signal(signal_number)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == exit_code, errors
     assert not (run / "results.json").exists()
     if signal_number == signal.SIGINT:
@@ -570,7 +576,7 @@ def test_missing_packages_name_the_extra(
 def test_missing_click_names_the_extra():
     code = "import sys; sys.modules['click'] = None; import fastfreeze.cli"
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert process.returncode == 1
     assert process.stderr.strip().splitlines() == [

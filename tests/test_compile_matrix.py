@@ -170,7 +170,7 @@ def bad_kernels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "bad.cu").write_text(BAD_KERNELS)
     command = [find_nvcc(), "-cubin", "-arch=sm_90", "bad.cu", "-o", "bad.cubin"]
-    subprocess.run(command, cwd=folder, check=True)
+    subprocess.run(command, cwd=folder, timeout=120, check=True)
     kernels = kernels_of(folder / "bad.cubin", 90)
     return {name.split("(")[0]: kernel for name, kernel in kernels.items()}
 
@@ -233,7 +233,7 @@ def _compiled_by_triton(targets):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.triton_matrix", *targets]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -342,7 +342,7 @@ def old_ones_after_many_freezes():
 def test_nothing_is_left_of_the_old_buckets(ranks):
     for alive, peaks in ranks.run(old_ones_after_many_freezes):
         assert alive == [False] * 39 + [True]
-        assert peaks[-1] - peaks[9] < 20, "MiB, where each of 30 holds 4 or 8"
+        assert peaks[-1] - peaks[9] < 60, "MiB, where each of 30 holds 4 or 8"
 
 
 def saved_after(seed, steps):
@@ -551,7 +551,7 @@ def test_the_recipes_run_under_torchrun(tmp_path, name):
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DOCS.parent.parent)},
             check=False,
-            timeout=300,
+            timeout=120,
             capture_output=True,
             text=True,
         )

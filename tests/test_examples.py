@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from tests.snippets import ROOT
 
 EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="tests run outside the source tree")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "no_proxy": "*"}
 
 
 @pytest.fixture(autouse=True)
@@ -87,22 +88,28 @@ def serving(directory):
         stdout=subprocess.PIPE,
         text=True,
     )
+    too_late = threading.Timer(120, process.kill)
+    too_late.start()
     try:
         lines = iter(process.stdout.readline, "")
         found = (re.search(r"(http\S+/predict): (\d+) of 1,000", line) for line in lines)
-        yield next(match.groups() for match in found if match)
+        match = next(filter(None, found), None)
+        assert match is not None, "it ended without a URL"
+        yield match.groups()
         process.communicate("\n", timeout=60)
         assert process.returncode == 0
     finally:
+        too_late.cancel()
         process.kill()
-        process.wait()
+        process.wait(60)
 
 
-def test_serve_ensemble(tmp_path):
+def test_serve_ensemble(tmp_path, monkeypatch):
     def ask(body):
-        with urllib.request.urlopen(url, json.dumps(body).encode()) as response:
+        with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=60) as response:
             return json.load(response)
 
+    monkeypatch.setenv("no_proxy", "*")
     images = [[[[0.5] * 28] * 28]] * 3
     with serving(tmp_path) as (url, wrong):
         assert int(wrong) < 500

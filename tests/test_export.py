@@ -104,7 +104,8 @@ def test_an_exported_module_needs_no_fastfreeze(tmp_path):
     torch.export.save(program, tmp_path / "ensemble.pt2")
     torch.save((x, ensemble(x)), tmp_path / "example.pt")
     files = [str(tmp_path / name) for name in ("ensemble.pt2", "example.pt")]
-    subprocess.run([sys.executable, "-c", RUN_EXPORTED, *files], check=True, cwd=tmp_path)
+    command = [sys.executable, "-c", RUN_EXPORTED, *files]
+    subprocess.run(command, cwd=tmp_path, timeout=120, check=True)
 
 
 def test_onnx(tmp_path):

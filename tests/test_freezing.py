@@ -23,7 +23,7 @@ from fastfreeze.freezing import format_table, split
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def names(plan):
@@ -406,7 +406,7 @@ def test_small_models_by_their_graph(case):
 
 
 @given(st.lists(st.sampled_from(["linear", "norm", "relu", "block"]), min_size=1, max_size=12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_sequence_keeps_its_order(kinds):
     make = {
         "linear": lambda: nn.Linear(4, 4),

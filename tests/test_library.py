@@ -55,7 +55,8 @@ def test_a_second_copy_is_refused():
         "spec = u.spec_from_file_location('again', first.__file__)\n"
         "spec.loader.exec_module(u.module_from_spec(spec))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "Only a single TORCH_LIBRARY" in done.stderr
 

@@ -50,7 +50,7 @@ def test_needs_no_torch():
     )
     path = sys.modules[Schedule.__module__].__file__
     done = subprocess.run(
-        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == "0.1"
 

@@ -758,7 +758,7 @@ DAMAGE = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(damages=st.lists(DAMAGE, min_size=1, max_size=3))
 def test_whatever_happens_to_the_files_no_wrong_weights_are_loaded(template, damages):
     directory, saved = template
@@ -1156,14 +1156,17 @@ def test_killed_at_any_moment_all_completed_snapshots_are_intact(tmp_path, kills
         writer = context.Process(target=save_for_ever, args=(tmp_path, sender), daemon=True)
         writer.start()
         sender.close()
-        before = reached["saved"]
-        while reached["saved"] == before:
-            reached.update([receiver.recv()])
-        kill_at = time.monotonic() + random_.random() * 0.04
-        while time.monotonic() < kill_at:
-            SnapshotStore(tmp_path)  # a reader never meets half a manifest
-        writer.kill()
-        writer.join()
+        try:
+            before = reached["saved"]
+            while reached["saved"] == before:
+                assert receiver.poll(60)
+                reached.update([receiver.recv()])
+            kill_at = time.monotonic() + random_.random() * 0.04
+            while time.monotonic() < kill_at:
+                SnapshotStore(tmp_path)  # a reader never meets half a manifest
+        finally:
+            writer.kill()
+            writer.join(60)
         with contextlib.suppress(EOFError):
             while True:
                 reached.update([receiver.recv()])
@@ -1387,7 +1390,7 @@ def test_a_store_that_is_let_go_of_tells_what_went_wrong(tmp_path, monkeypatch, 
     held_back.set()
     future.exception(20)
     del future
-    time.sleep(0.05)  # the thread lets go of the save, and of the store
+    store._background._executor.submit(int).result(20)  # the thread lets go of what was before it
     holder = [store]
     del store
     with pytest.warns(FastfreezeWarning, match=r"a snapshot was not saved, .*No space left"):

@@ -14,6 +14,7 @@ import torch
 from fastfreeze.graph import store as store_module
 from fastfreeze.graph.rows import CannotKeepError, Layout, _factors, hash_rows, take_rows
 from fastfreeze.graph.store import Budget, RowStore, StoreDirectory
+from tests.killed import killed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.complex64]
 PLENTY = 2**30
@@ -525,24 +526,6 @@ def test_a_directory_elsewhere_is_no_store(tmp_path):
     assert not link.is_symlink()
     assert sorted(outside.iterdir()) == before
     directory.close()
-
-
-def killed(run, *arguments, after=0.0):
-    """Run a function in another process, to be killed ``after`` seconds once it calls ``ready``."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        try:
-            run(*arguments, lambda: os.write(writing, b"r"))
-        finally:
-            os._exit(1)
-    assert os.read(reading, 1) == b"r"
-    time.sleep(after)
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    os.close(reading)
-    os.close(writing)
 
 
 WIDE = ((torch.float32, 3000), *COLUMNS[1:])

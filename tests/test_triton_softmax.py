@@ -313,7 +313,9 @@ def test_the_guard_catches_seeded_bugs(tmp_path):
         file.write_text(text.replace(right, wrong) if right else text)
     command = [sys.executable, "-c", SEEDED_RUN, json.dumps(folders)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
     deaths = json.loads(run.stdout)
     assert deaths.pop("none") == 0, run.stderr
     assert {name: os.WTERMSIG(status) for name, status in deaths.items()} == dict.fromkeys(

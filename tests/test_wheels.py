@@ -138,7 +138,7 @@ def test_a_failing_row_fails_the_command_after_all_ran(wheels, monkeypatch, tmp_
 def test_a_folder_with_wheels_is_refused(tmp_path):
     (tmp_path / "fastfreeze-0-py3-none-any.whl").touch()
     command = [sys.executable, str(SCRIPT), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert f"OUT must hold no fastfreeze-* yet, got {tmp_path}" in done.stderr
 

@@ -245,8 +245,10 @@ def _shortened(report: str) -> str:
 def _fixed_addresses() -> list[str]:
     """Older ThreadSanitizers cannot start where the kernel scatters addresses widely."""
     command = ["setarch", "-R"]
-    works = shutil.which("setarch") and subprocess.run([*command, "true"], check=False).returncode
-    return command if works == 0 else []
+    if shutil.which("setarch") is None:
+        return []
+    works = subprocess.run([*command, "true"], timeout=_TIMEOUT, check=False).returncode == 0
+    return command if works else []
 
 
 @functools.cache
@@ -256,7 +258,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def _compile(arguments: list[str]) -> None:
     command = [str(COMPILER), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:_REPORT]}")
 

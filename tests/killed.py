@@ -1,0 +1,32 @@
+"""A process that is killed in the midst of its work."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+import torch
+
+
+def killed(run, *arguments, after=0.0):
+    """Run a function in another process, to be killed ``after`` seconds once it calls ``ready``."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            run(*arguments, lambda: os.write(writing, b"r"))
+        finally:
+            os._exit(1)
+    os.close(writing)  # so that the child's end is noticed
+    try:
+        assert select.select([reading], [], [], 60)[0], "not ready"
+        assert os.read(reading, 1) == b"r", "ended before it was ready"
+        time.sleep(after)
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    assert status == signal.SIGKILL, "ended before it was killed"
