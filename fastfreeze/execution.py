@@ -176,7 +176,7 @@ class _Recorder(TorchDispatchMode):
         if moves:
             return names + own
         for tensor in carried:  # the first use gives the place
-            del self._moved[tensor]
+            self._moved.pop(tensor, None)
         return []
 
 
