@@ -125,7 +125,6 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         tensors = _tensors((args, kwargs))
         self._keep(func, args, kwargs or {})
-        first = len(self.events)
         moved = self._read(func, tensors)
         upstream = matrices = 0
         for tensor in tensors:
@@ -136,8 +135,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         flops = self._counter.get_total_flops() - before
         event = self.events[-1]
-        for reading in self.events[first:] or [event]:
-            reading.upstream |= upstream
+        event.upstream |= upstream
         event.forward_flops += flops
         event.backward_flops += flops * min(matrices, 2)
         for result in _tensors(out):
@@ -178,7 +176,7 @@ class _Recorder(TorchDispatchMode):
         if moves:
             return names + own
         for tensor in carried:  # the first use gives the place
-            del self._moved[tensor]
+            self._moved.pop(tensor, None)
         return []
 
 
@@ -273,7 +271,7 @@ def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
             restore()
 
 
-def _restore(value: Any) -> Callable[[], None] | None:
+def _restore(value: Any) -> Callable[[], object] | None:
     """What gives a module's attribute its present contents again; None where that is known of none.
 
     Hooks, parameters and submodules are in such attributes, too.
@@ -315,7 +313,7 @@ def graph_events(model: nn.Module, training: bool = True) -> list[Event]:
     moved: dict[fx.Node, list[str]] = {}
     for node in graph.nodes:
         target, module, inputs = str(node.target), _module_of(node), node.all_input_nodes
-        read = [name for n in inputs for name in moved.get(n) or attributes.get(n, ())]
+        read = [name for n in inputs for name in moved.get(n) or attributes.get(n, [])]
         if node.op == "get_attr" and target in owned:
             attributes[node] = [names[id(owned[target])]]
         elif node.op == "call_module":
@@ -330,12 +328,10 @@ def graph_events(model: nn.Module, training: bool = True) -> list[Event]:
         upstream[node] |= reduce(or_, (bits[name] for name in read), 0)
         if node.op in ("call_function", "call_method") and not node.users:
             written = upstream[node]  # in place, and any later node may read it
-        reading = [Event(module, name) for name in dict.fromkeys(read)]
-        if not reading and module != events[-1].module:  # it was returned to
-            reading = [Event(module)]
-        events += reading
-        for event in reading or events[-1:]:
-            event.upstream |= upstream[node]
+        if module != events[-1].module:  # it was returned to
+            events.append(Event(module))
+        events += [Event(module, name) for name in dict.fromkeys(read)]
+        events[-1].upstream |= upstream[node]
     return events
 
 

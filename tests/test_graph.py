@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
@@ -1584,3 +1585,37 @@ def test_the_training_flag_is_the_models():
     assert model[1].training
     model.eval()
     assert not network.training
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_update_bn_of_torch_estimates_what_it_has_reset(averaged):
+    torch.manual_seed(0)
+    parts = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4)]
+    model = nn.Sequential(*parts)
+    model[:2].requires_grad_(False)
+    batches = [torch.randn(8, 4) + 1 for _ in range(3)]
+    expected = copy.deepcopy(model)
+    update_bn(batches, expected)
+    network = graph.trim(model)
+    network(batches[0])
+    network = AveragedModel(network) if averaged else network
+    with pytest.warns(FastfreezeWarning, match=r"update_bn .*reestimate_norms") as caught:
+        update_bn(batches, network)
+    assert len(caught) == 1
+    found = network.module.model if averaged else model
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=0)
+    trimmed = network.module if averaged else network
+    before = copy.deepcopy(found[1].state_dict())
+    trimmed.train()(batches[0])  # as ever again: what is frozen stays
+    assert all(torch.equal(found[1].state_dict()[name], before[name]) for name in before)
+
+
+def test_what_the_model_has_is_asked_of_the_model():
+    network = graph.trim(nn.Linear(2, 2))
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'in_features'; the model is network\.m"
+    ):
+        _ = network.in_features
+    assert not hasattr(network, "in_features")
+    assert network.weight is network.model.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 
@@ -329,8 +330,10 @@ def test_snapshots_of_an_earlier_fit_are_announced(loader, tmp_path):
 def test_a_second_fit_of_a_module_trains_all_of_it_again(loader, tmp_path):
     module = Module(network())
     trained = []
-    for _ in range(3):
-        trainer(tmp_path, FastfreezeCallback()).fit(module, loader)
+    for again in (False, True, False):
+        told = pytest.warns(FastfreezeWarning, match="do not train")
+        with told if again else contextlib.nullcontext():
+            trainer(tmp_path, FastfreezeCallback()).fit(module, loader)
         trained.append(len(module.plan.param_groups()))
         if len(trained) > 1:
             module.model.requires_grad_(True)

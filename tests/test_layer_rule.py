@@ -65,7 +65,13 @@ def stacked_at_first(m, x):
     return m.b(m.a(x) @ w[0])
 
 
+def squared(m, x):
+    w = m.w.t()
+    return m.b(m.a(x) @ (w * w))
+
+
 READS = {
+    "twice in one operation": squared,
     "view": lambda m, x: m.b(m.a(x) @ m.w.view(4, 4)),
     "index": lambda m, x: m.b(m.a(x) @ m.w[[3, 2, 1, 0]]),
     "cat": lambda m, x: m.b(m.a(x) @ torch.cat([m.w[:1], m.w[1:]])),

@@ -129,14 +129,18 @@ def layers_by_rule(
     users: dict[str, set[_Unit]] = {}
     upstream: dict[_Unit, int] = {}
     sequence: list[_Unit] = []
-    for event in events:
+    depends = [event.upstream for event in events]
+    for i in reversed(range(len(events) - 1)):
+        if events[i].parameter is not None:  # one of several that an operation reads
+            depends[i] = depends[i] or depends[i + 1]
+    for event, bits_above in zip(events, depends, strict=True):
         unit = by_module.get(event.module)
         if event.parameter is not None:
             unit = last_unit[event.parameter] = unit or by_parameter[event.parameter]
             users.setdefault(event.parameter, set()).add(unit)
         if unit is not None:
             sequence.append(unit)
-            upstream[unit] = upstream.get(unit, 0) | event.upstream
+            upstream[unit] = upstream.get(unit, 0) | bits_above
     position = {unit: i for i, (unit, _) in enumerate(itertools.groupby(sequence))}
     members: dict[_Unit, list[str]] = {}
     unused = []
