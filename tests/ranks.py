@@ -51,8 +51,8 @@ class Ranks:
         Raises:
             AssertionError: with what each rank says that has raised, died, or is not done in time.
         """
-        try:
-            with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
                 try:
                     self._connect(world, Path(folder) / "first")
                 except AssertionError:
@@ -62,9 +62,9 @@ class Ranks:
                 # Not before all are done: it would break what the others still exchange.
                 self._call(dist.destroy_process_group, [()] * world, CONNECT)
                 return values
-        except BaseException:
-            self.close()
-            raise
+            except BaseException:
+                self.close()
+                raise
 
     def close(self):
         for process, pipe in self._workers:
