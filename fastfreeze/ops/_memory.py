@@ -64,11 +64,17 @@ class Gaps:
         # The gap in which each was last: most stay there, and need not be searched for.
         self._low = np.zeros(len(params), np.int64)
         self._high = np.zeros(len(params), np.int64)
+        self._outside: array[int] | None = None  # addresses found so last
 
     def hold_addresses(self, addresses: array[int]) -> bool:
         """Whether dense gradients at these addresses, 0 for none, are outside."""
+        if addresses == self._outside:
+            return True
         begins = np.frombuffer(addresses, np.int64)
-        return self._hold(begins, begins + self._sizes)
+        if not self._hold(begins, begins + self._sizes):
+            return False
+        self._outside = addresses
+        return True
 
     def hold(self, grads: Sequence[Tensor | None]) -> bool:
         """The same of any gradients."""

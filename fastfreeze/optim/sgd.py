@@ -224,7 +224,8 @@ class SGD(Optimizer):
             if self._is_to_make_state():
                 self._make_state()
                 return None
-            self._check_schedule()
+            if capturing or closure is not None:
+                self._check_schedule()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -326,6 +327,7 @@ class SGD(Optimizer):
         self._captured = []
         self._lock = threading.RLock()
         self._notices = Notices()
+        self._notices.freeze(self, set())
         self._initial_lrs = [_UNCHECKED] * len(self.param_groups)
         for group in self.param_groups:
             group.setdefault("nesterov", False)
@@ -357,7 +359,7 @@ class SGD(Optimizer):
         self._runtime = None
 
     def _take_step(self) -> None:
-        self._check_schedule()  # another thread, or the closure, may have stepped meanwhile
+        self._check_schedule()
         runtime = self._collected()
         self._notices.look(self, runtime.groups_with_gradients)
         with SignalsDeferred():
@@ -493,6 +495,7 @@ class SGD(Optimizer):
         self._runtime = None
         self._step = step
         self._show(self._scheduled_lrs(step))
+        self._notices = Notices()
         self._notices.freeze(self, set())
 
     def _scheduled_lrs(self, step: int) -> list[float]:
