@@ -122,10 +122,12 @@ class FileLock:
 
     Attributes:
         mutex: for the threads of this process to take turns.
+        owner: the thread whose turn it is, if it says so.
     """
 
     def __init__(self, fd: int) -> None:
         self.mutex = threading.Lock()
+        self.owner: int | None = None
         self.close = weakref.finalize(self, os.close, fd)
         self.close.atexit = False  # threads may still be writing
 

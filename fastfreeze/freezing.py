@@ -398,9 +398,10 @@ def _fixed_messages(
             f"layers {ranges(left)} ({some([names[i] for i in left])}) do not train: a schedule "
             f"froze them in an earlier run on this model; {remedy}"
         ]
-    if schedule is not None and schedule.freezes and len(names) - 1 == len(fixed) > 0:
+    all_but_the_head = list(range(len(names) - 1))
+    if schedule is not None and schedule.freezes and fixed and fixed == all_but_the_head:
         return [
-            f"layers {ranges(fixed)} do not train (requires_grad is False), so that schedule has "
+            f"layers {ranges(fixed)} do not train (requires_grad is False), and the schedule has "
             f"nothing to freeze. If an earlier run froze them: {remedy}"
         ]
     return []

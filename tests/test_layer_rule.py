@@ -277,7 +277,7 @@ FREEZING = FreezeOut(10, t_0=0.5)
             r"layers 0 \(0\) do not train: a schedule froze them in an earlier run",
         ),
         (["0", "1"], ["0"], FREEZING, r"layers 0 \(0\) do not train: .*requires_grad_\(True\) bef"),
-        (["0", "1"], [], FREEZING, r"layers 0..1 do not train .* so that schedule has nothing to"),
+        (["0", "1"], [], FREEZING, r"layers 0..1 do not train .* and the schedule has nothing to"),
         (["0", "1"], [], Cosine(10), None),  # a head that is trained alone
         (["0"], [], FREEZING, None),  # a frozen prefix, by hand
         ([], ["0"], FREEZING, None),  # thawed by hand

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
 import sys
 import threading
@@ -130,6 +131,9 @@ def test_deferred_signals_come_in_order_once_and_leave_their_handlers(monkeypatc
         assert came == [numbers[1], numbers[0], numbers[0]]
         with pytest.raises(KeyError), SignalsDeferred():  # an error of the stretch itself
             raise KeyError
+        with pytest.raises(KeyboardInterrupt), SignalsDeferred():  # a handler's error
+            [signal.raise_signal(number) for number in (signal.SIGINT, numbers[1])]
+        assert came[3:] == [numbers[1]]
         real = _signals._signal.signal
 
         def interrupt_once(number, handler):
@@ -202,3 +206,54 @@ def test_threads_share_the_last_step():
     assert run.optimizer.current_step == 20
     assert all("total_steps=20" in str(error) for error in errors)
     assert len(errors) in (1, 2)
+
+
+def test_a_forked_child_needs_no_thread_of_its_parents():
+    run = Run("reference", Cosine(20))
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with run.optimizer._lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        run.optimizer.state_dict()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    done.set()
+    thread.join()
+    assert status == 0
+
+
+def test_a_load_keeps_other_threads_out():
+    run, seen = Run("reference", Cosine(20)), []
+    state = Run("reference", Cosine(20)).optimizer.state_dict()
+
+    def step_elsewhere(_):
+        thread = threading.Thread(target=lambda: seen.append(run.optimizer.state_dict()))
+        thread.start()
+        thread.join(0.2)
+        assert seen == []
+        threads.append(thread)
+
+    threads = []
+    run.optimizer.register_load_state_dict_post_hook(step_elsewhere)
+    run.optimizer.load_state_dict(state)
+    threads[0].join(60)
+    assert len(seen) == 1
+
+
+def test_hooks_may_give_another_state():
+    run = Run("reference", Cosine(20))
+    found = []
+    run.optimizer.register_state_dict_post_hook(
+        lambda _, state: found.append(state["param_groups"][0]["step"]) or {"mine": state}
+    )
+    assert run.optimizer.state_dict()["mine"]["schedule"]["name"] == "Cosine"
+    assert found == [0]

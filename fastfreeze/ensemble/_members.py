@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastfreeze.ensemble._packs import same_bits
 from fastfreeze.graph._state import Held, HeldState, tensors_in
@@ -53,17 +53,22 @@ def _uses(module: nn.Module, others: set[int]) -> str:
     """The name of an attribute with a function whose closure holds one of these modules."""
     for prefix, owner in module.named_modules():
         for name, value in vars(owner).items():
-            for function in value.values() if isinstance(value, dict) else [value]:
+            for function in tree_leaves(value):
                 if any(id(getattr(v, "__self__", v)) in others for v in _closure(function)):
                     return f"{prefix}.{name}".lstrip(".")
     return ""
 
 
 def _closure(function: Any) -> list[Any]:
-    """What a function written in Python takes from around it."""
-    if not isinstance(function, FunctionType):
-        return []
-    return [c.cell_contents for c in function.__closure__ or () if c != CellType()]
+    """What a function written in Python takes from around it, and so do the functions in that."""
+    found: list[Any] = []
+    functions = [function]
+    for each in functions:  # which grows
+        cells = getattr(each, "__closure__", None) if isinstance(each, FunctionType) else None
+        held = [c.cell_contents for c in cells or () if c != CellType()]
+        found += held
+        functions += [v for v in held if isinstance(v, FunctionType) and v not in functions]
+    return found
 
 
 def new_member(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -277,8 +278,18 @@ class SnapshotStore(Snapshots):
                 f"{self.directory} is in use by another process, and one at a time may write to it:"
                 " take another directory, or wait until that process ends"
             ) from error
+        me = threading.get_ident()
+        if self._lock.owner == me:
+            raise SnapshotError(
+                f"{self.directory} is being written to by this very thread, as where a signal's "
+                "handler saves in the middle of a save: let it set a flag for the training loop"
+            )
         with self._lock.mutex:
-            yield self._read()
+            self._lock.owner = me
+            try:
+                yield self._read()
+            finally:
+                self._lock.owner = None
 
     def _write(
         self, tensors: Iterable[tuple[str, Tensor]], signature: Signature, facts: Snapshot

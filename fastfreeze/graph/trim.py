@@ -278,7 +278,9 @@ class TrimmedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            raise AttributeError(f"{error}; the model is network.model") from None
+            raise AttributeError(
+                f"{error}; the wrapped model, which may have it, is the attribute .model"
+            ) from None
 
     def train(self, mode: bool = True) -> TrimmedModel:
         self.model.train(mode)

@@ -71,7 +71,7 @@ class Gaps:
         if addresses == self._outside:
             return True
         begins = np.frombuffer(addresses, np.int64)
-        if not self._hold(begins, begins + self._sizes):
+        if not self._hold(begins, begins + self._sizes * (begins != 0)):
             return False
         self._outside = addresses
         return True

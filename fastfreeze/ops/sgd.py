@@ -208,7 +208,10 @@ def choose_backends(
     for i, (param, grad, buffer) in enumerate(members):
         reason = _unsuitable(param) or _unsuitable_with(param, grad, buffer)
         if reason is None and i in shared:
-            reason = "it, its gradient or its momentum shares memory with another of these tensors"
+            reason = (
+                "it, its gradient or its momentum shares memory with another of these tensors, or "
+                "lies between another's elements"
+            )
         if backend is not None:
             reason = _library.refuses_device(backend, param.device) or reason
             if reason:

@@ -65,7 +65,7 @@ def _wide_momentum(optimizer: SGD, state_dict: Mapping[str, Any]) -> dict[Tensor
     buffers = {}
     for i, p in zip(saved, own, strict=True):
         buffer = state_dict["state"].get(i, {}).get("momentum_buffer")
-        if buffer is not None:
+        if isinstance(buffer, Tensor):
             dtype = buffer_dtype(p, optimizer._momentum_dtype)
             buffers[p] = buffer.to(p.device, dtype, copy=True)
     return buffers

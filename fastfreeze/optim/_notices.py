@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from fastfreeze.optim.sgd import SGD
 
 _requires_grad_of = attrgetter("requires_grad")
-_PATIENCE = 3  # steps without a gradient until a group is named
+_PATIENCE = 25  # steps without a gradient until a group is named: some train in turns
 
 
 def tell_of_plan(groups: list[dict[str, Any]], schedule: Schedule | None) -> None:
     """Warn if the groups come from a plan that was made for another schedule or learning rate."""
     plan = planned(p for group in groups for p in group["params"])
-    if plan is None:
+    if plan is None or not all("layer_index" in group for group in groups):  # not its groups
         return
     config, lr = plan
     if config is not None and schedule is None:
@@ -44,7 +44,7 @@ def tell_of_plan(groups: list[dict[str, Any]], schedule: Schedule | None) -> Non
         )
 
 
-def tell_of_earlier_run(optimizer: SGD) -> None:
+def _tell_of_earlier_run(optimizer: SGD) -> None:
     """Warn if layers that should train are as an earlier run's schedule has frozen them."""
     fixed = {
         g
@@ -53,7 +53,7 @@ def tell_of_earlier_run(optimizer: SGD) -> None:
     }
     if fixed:
         _warn(
-            f"{_layers(optimizer, fixed)} will not train: the schedule of an earlier run has "
+            f"{_layers(optimizer, fixed)} do not train: the schedule of an earlier run has "
             "frozen parameters of theirs. Call model.requires_grad_(True) before a new run"
         )
 
@@ -65,7 +65,7 @@ class Notices:
         self._frozen: list[Tensor] = []  # a parameter of each frozen group
         self._silent: set[int] = set()  # groups without a gradient since a freeze
         self._since = 0  # the step of that freeze
-        self._told_of_thaw = False
+        self._has_begun = self._told_of_thaw = False
 
     def freeze(self, optimizer: SGD, had_gradients: set[int]) -> None:
         """Groups have frozen or thawed; ``had_gradients``: those that had some at the last step."""
@@ -76,36 +76,39 @@ class Notices:
 
     def look(self, optimizer: SGD, groups_with_gradients: Any) -> None:
         """Before a step. ``groups_with_gradients``: a function that tells which have some."""
+        if not self._has_begun:  # a checkpoint may have been loaded until now
+            self._has_begun = True
+            _tell_of_earlier_run(optimizer)
         if any(map(_requires_grad_of, self._frozen)):
             self._tell_of_thaw(optimizer)
         if not self._silent:
             return
         self._silent -= groups_with_gradients() | set(optimizer._frozen)
         if optimizer._step >= self._since + _PATIENCE - 1:
-            if self._silent:
+            silent, self._silent = self._silent, set()
+            if silent:
                 _warn(
-                    f"{_layers(optimizer, self._silent)} should train, and has had no gradient "
-                    f"since layers froze at step {self._since}. If the model uses "
+                    f"{_layers(optimizer, silent)} should train, and have had no gradient since "
+                    f"layers froze at step {self._since}. If the model uses "
                     "torch.utils.checkpoint, pass it use_reentrant=False: the reentrant kind gives "
                     "no gradients behind a frozen input"
                 )
-            self._silent = set()
 
     def _tell_of_thaw(self, optimizer: SGD) -> None:
         thawed = {
             g for g, params in optimizer._frozen.items() if any(map(_requires_grad_of, params))
         }
-        _warn(
-            f"{_layers(optimizer, thawed)} is frozen by the schedule, and parameters of it require "
-            "gradients again: they are computed for nothing. requires_grad_(True) does not thaw a "
-            "layer; a schedule that thaws, or an optimizer without one, trains it"
-        )
         self._frozen, self._told_of_thaw = [], True
+        _warn(
+            f"{_layers(optimizer, thawed)} are frozen by the schedule, and require gradients "
+            "again, which are computed for nothing. requires_grad_(True) does not thaw a layer; a "
+            "schedule that thaws, or an optimizer without one, trains it"
+        )
 
 
 def _layers(optimizer: SGD, groups: set[int]) -> str:
     indices = {optimizer.param_groups[g].get("layer_index", g) for g in groups}
-    return f"layer {ranges(sorted(indices))}"
+    return f"layers {ranges(sorted(indices))}"
 
 
 def _warn(message: str) -> None:

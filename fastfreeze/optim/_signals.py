@@ -39,6 +39,8 @@ class SignalsDeferred:
                     self._handlers[number] = handler
                     _signal.signal(number, self._handle)
             self._deferring = True
+        except ValueError:  # an embedded Python's main thread is not the runtime's
+            self._handlers.clear()
         except BaseException:  # a handler's own
             self._restore()
             raise
@@ -48,9 +50,16 @@ class SignalsDeferred:
         try:
             self._restore()
         finally:
-            while self._came:
-                number, frame = self._came.pop(0)
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Call the handlers whose signals came, each of them, whatever one before it raises."""
+        if self._came:
+            number, frame = self._came.pop(0)
+            try:
                 self._handlers[number](number, frame)
+            finally:
+                self._catch_up()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._deferring:

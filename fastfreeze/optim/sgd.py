@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from operator import is_, itemgetter
 from typing import Any, overload
@@ -25,7 +27,7 @@ from fastfreeze.optim._checks import (
     schedule_of,
 )
 from fastfreeze.optim._loading import Loaded, checked_state, complete_load
-from fastfreeze.optim._notices import Notices, tell_of_earlier_run, tell_of_plan
+from fastfreeze.optim._notices import Notices, tell_of_plan
 from fastfreeze.optim._runtime import Runtime
 from fastfreeze.optim._signals import SignalsDeferred
 from fastfreeze.schedule import Schedule, Segment, SegmentTable
@@ -45,6 +47,27 @@ _PICKLED = (
     "_shown",
     "_step_supports_amp_scaling",
 )
+
+
+_LOCKED: weakref.WeakSet[SGD] = weakref.WeakSet()
+
+
+def _unlock_all() -> None:
+    """In a forked child, which has none of the threads that may have held a lock."""
+    for optimizer in _LOCKED:
+        optimizer._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_unlock_all)
+
+
+def _complete_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Add to a state what torch does not know: the step, and the schedule beside the groups."""
+    assert isinstance(optimizer, SGD)
+    for group in state["param_groups"]:
+        group["step"] = optimizer._step
+    if optimizer._schedule is not None:
+        state["schedule"] = optimizer._schedule.config()
 
 
 class SGD(Optimizer):
@@ -141,6 +164,7 @@ class SGD(Optimizer):
         self._runtime: Runtime | None = None
         self._captured: list[Runtime] = []  # graphs read their tables
         self._lock = threading.RLock()
+        _LOCKED.add(self)
         self._notices = Notices()
         defaults = {
             "lr": lr,
@@ -157,7 +181,6 @@ class SGD(Optimizer):
         tell_of_plan(self.param_groups, self._schedule)
         if self._schedule is not None:
             self._apply_schedule(0)
-        tell_of_earlier_run(self)
         # A GradScaler then leaves the division by its scale, and the skipping, to step().
         self._step_supports_amp_scaling = True
 
@@ -176,9 +199,10 @@ class SGD(Optimizer):
             TypeError: set to what is no integer.
             ValueError: set to a step outside the schedule's ``0..total_steps``.
         """
-        with self._lock:
-            self._follow_replays()
-            return self._step
+        if self._captured:
+            with self._lock:
+                self._follow_replays()
+        return self._step
 
     @current_step.setter
     def current_step(self, step: int) -> None:
@@ -257,11 +281,12 @@ class SGD(Optimizer):
             self._follow_replays()
             self._check_group_count()
             self._settle()
-            state: dict[str, Any] = super().state_dict()
-            for group in state["param_groups"]:
-                group["step"] = self._step
-        if self._schedule is not None:
-            state["schedule"] = self._schedule.config()
+            # The first hook, so that the users' find the state whole.
+            hook = self.register_state_dict_post_hook(_complete_state, prepend=True)
+            try:
+                state: dict[str, Any] = super().state_dict()
+            finally:
+                hook.remove()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -284,17 +309,17 @@ class SGD(Optimizer):
                 f"gives it, got {state_dict!r}"
             )
         found: list[Loaded] = []
-        # The last hook before loading checks what the user's hooks have made of the state; the
-        # first one after it completes it, so that theirs find it whole.
-        hooks = [
-            self.register_load_state_dict_pre_hook(
-                lambda _, state: found.append(checked_state(self, state))
-            ),
-            self.register_load_state_dict_post_hook(
-                lambda _: complete_load(self, found[-1]), prepend=True
-            ),
-        ]
         with self._lock:
+            # The last hook before loading checks what the user's hooks have made of the state; the
+            # first one after it completes it, so that theirs find it whole.
+            hooks = [
+                self.register_load_state_dict_pre_hook(
+                    lambda _, state: found.append(checked_state(self, state))
+                ),
+                self.register_load_state_dict_post_hook(
+                    lambda _: complete_load(self, found[-1]), prepend=True
+                ),
+            ]
             try:
                 super().load_state_dict(state_dict)
             finally:
@@ -325,7 +350,9 @@ class SGD(Optimizer):
         super().__setstate__(state)
         self._runtime = None
         self._captured = []
-        self._lock = threading.RLock()
+        if "_lock" not in self.__dict__:  # not in a load, which holds it
+            self._lock = threading.RLock()
+            _LOCKED.add(self)
         self._notices = Notices()
         self._notices.freeze(self, set())
         self._initial_lrs = [_UNCHECKED] * len(self.param_groups)
@@ -432,7 +459,8 @@ class SGD(Optimizer):
         if self._schedule is not None:
             self._check_group_count()
             self._apply_schedule(step)
-        self._step = step
+        else:
+            self._step = step
 
     def _advance(self, lrs: list[float]) -> None:
         """Show the next step's learning rates, and freeze or thaw what is due at it."""
