@@ -65,11 +65,13 @@ def own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     (tmp_path / "train_own.py").write_text(OWN)
-    for split, count in (("train", 8), ("test", 4)):
+    for split, count, blue in (("train", 8, 10), ("test", 4, 9)):
         for k, kind in enumerate(("dark", "light")):
             (tmp_path / "images" / split / kind).mkdir(parents=True)
             for i in range(count):
-                image = Image.new("RGB", (8, 8), (40 + 90 * k + 5 * i, 60 + 90 * k, 10 * i))
+                image = Image.new(
+                    "RGB", (8, 8), (40 + 90 * k + 5 * i, 60 + 90 * k, blue * i + blue)
+                )
                 image.save(tmp_path / "images" / split / kind / f"{i}.png")
     yield
     sys.modules.pop("train_own", None)
