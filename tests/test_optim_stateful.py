@@ -288,6 +288,7 @@ def test_random_sequences():
             max_examples=int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "100")),
             stateful_step_count=15,
             deadline=None,
+            derandomize="HYPOTHESIS_MAX_EXAMPLES" not in os.environ,
             suppress_health_check=list(HealthCheck),
         ),
     )

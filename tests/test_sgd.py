@@ -276,7 +276,7 @@ def test_bumps_the_version_counter(backend, device):
         ),
         pytest.param(
             [torch.ones(4)], [torch.ones(4).to_sparse()], [None], "cpu",
-            "parameter 0: its gradient is torch.float32 and torch.sparse_coo", marks=needs_cpu_kernels,
+            "0: its gradient is torch.float32 and torch.sparse_coo", marks=needs_cpu_kernels,
         ),
     ],
 )  # fmt: skip
