@@ -31,8 +31,15 @@ def note_thawed(parameters: Iterable[Tensor]) -> None:
 
 
 def frozen_by_schedule(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Those that a schedule has frozen and that have not been thawed since, by whomever."""
-    return [p for p in parameters if hasattr(p, _FROZEN) and not p.requires_grad]
+    """Those that a schedule has frozen, unless the user has thawed some of them since.
+
+    What is frozen then is so on purpose.
+    """
+    marked = [p for p in parameters if hasattr(p, _FROZEN)]
+    if any(p.requires_grad for p in marked):
+        note_thawed(marked)
+        return []
+    return marked
 
 
 def note_plan(parameters: Iterable[Tensor], schedule: Schedule | None, lr: float | None) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fastfreeze._frozen import frozen_by_schedule, note_plan, note_thawed
+from fastfreeze._frozen import frozen_by_schedule, note_plan
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import (
     Event,
@@ -390,7 +390,6 @@ def _fixed_messages(
     trained = {homes[name] for name, p in parameters.items() if p.requires_grad}
     fixed = [i for i in range(len(names)) if i not in trained]
     remedy = "to train them, call model.requires_grad_(True) before split"
-    note_thawed(p for p in parameters.values() if p.requires_grad)
     marked = set(map(id, frozen_by_schedule(parameters.values())))
     left = sorted({homes[name] for name, p in parameters.items() if id(p) in marked})
     if left:

@@ -15,8 +15,10 @@ def test_a_mark_lasts_until_a_thaw_by_anyone():
     note_frozen([a, b, c])
     note_thawed([b, d])
     c.requires_grad_(True)
-    assert frozen_by_schedule([a, b, c, d]) == [a]
+    assert frozen_by_schedule([a, b, d]) == [a]
     assert not frozen_by_schedule([copy.deepcopy(a)])
+    assert not frozen_by_schedule([a, b, c, d])  # one was thawed by hand: the user knows
+    assert not frozen_by_schedule([a])
 
 
 def test_the_latest_plan_counts_and_two_plans_are_none():

@@ -90,6 +90,19 @@ def test_another_optimizers_state_is_refused(make):
     assert str(ours.state_dict()) == before
 
 
+def test_a_schedules_state_needs_a_schedule():
+    model = net()
+    scheduled = with_layers(model, Cosine(10))
+    train(model, scheduled, 10)
+    plain = SGD(layer_groups(model), lr=0.5)
+    state = scheduled.state_dict()
+    with pytest.raises(ValueError, match="this optimizer has none"):
+        plain.load_state_dict(state)
+    assert plain.param_groups[0]["lr"] == 0.5
+    del state["schedule"]
+    plain.load_state_dict(state)
+
+
 DTYPES = {
     "to float16": [torch.float16],
     "to bfloat16": [torch.bfloat16],

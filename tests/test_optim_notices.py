@@ -73,6 +73,7 @@ def plain_sgd_after_a_plan():
     [
         lambda: SGD(planned(net(), FREEZING).param_groups(), lr=0.1, schedule=FREEZING),
         lambda: SGD(planned(net(), None, None).param_groups(), lr=0.1, schedule=FREEZING),
+        lambda: SGD(planned(net(), None).param_groups(), lr=torch.tensor(0.1)),
         lambda: SGD(
             different_rates(planned(net(), FREEZING).param_groups()), lr=0.3, schedule=FREEZING
         ),
@@ -82,6 +83,7 @@ def plain_sgd_after_a_plan():
     ids=[
         "followed",
         "split without a schedule",
+        "a tensor's rate",
         "rates by layer",
         "groups of no plan",
         "a later run",
@@ -118,6 +120,20 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_no_second_run():
         train(model, second, 10)
 
     assert told(resume) == []
+
+
+def test_layers_fixed_by_hand_after_a_thaw_are_no_earlier_runs():
+    model = net()
+    train(model, SGD(planned(model, FREEZING).param_groups(), lr=0.1, schedule=FREEZING), 20)
+    model.requires_grad_(True)
+    model[0].requires_grad_(False)
+    assert told(lambda: planned(model, FREEZING)) == []
+    assert told(lambda: train(model, SGD(model.parameters(), lr=0.1), 1)) == []
+
+
+def test_a_plan_is_no_list_of_parameters():
+    with pytest.raises(TypeError, match=r"pass its groups, as plan\.param_groups\(\) gives them"):
+        SGD(planned(net(), FREEZING), lr=0.1)
 
 
 def test_layers_that_the_user_fixes_are_no_earlier_runs():

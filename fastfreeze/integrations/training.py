@@ -143,7 +143,8 @@ def _optimizer_of(network: nn.Module, name: str, optimizers: Iterable[Any]) -> t
             return optimizer, optimizer.schedule
     found = ", ".join(f"{type(o).__module__}.{type(o).__name__}" for o in unwrapped) or "none"
     raise ValueError(
-        f"the optimizer of {name!r} must be a fastfreeze.SGD with a schedule, got {found}"
+        f"the optimizer of {name!r} must be a fastfreeze.SGD with a schedule, over parameters that "
+        f"train, got {found}"
     )
 
 

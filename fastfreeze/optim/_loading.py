@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from fastfreeze.optim.sgd import SGD
 
 _SGDS_OWN = ("momentum", "dampening", "nesterov")  # in torch.optim.SGD's groups, and in no other's
+_PLANS = (
+    ". A plan has no groups for layers that were fixed at the split: call "
+    "model.requires_grad_(True) before it"
+)
 
 
 class Loaded(NamedTuple):
@@ -36,6 +40,12 @@ def checked_state(optimizer: SGD, state_dict: Mapping[str, Any]) -> Loaded:
     optimizer._check_group_count()
     _check_state(state_dict, optimizer.param_groups)
     schedule, saved = optimizer.schedule, state_dict.get("schedule")
+    if schedule is None and saved is not None:
+        raise ValueError(
+            f"the state was saved under schedule {saved}, this optimizer has none, and its rates "
+            "would stay where the schedule had them: make it with that schedule, or delete "
+            "state_dict['schedule'] and set each group's lr after loading"
+        )
     if schedule is not None and saved is not None and saved != schedule.config():
         raise ValueError(
             f"the state was saved under schedule {saved}, this optimizer has "
@@ -98,7 +108,7 @@ def _check_state(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) ->
     if len(saved) != len(groups):
         raise ValueError(
             f"loaded state dict has a different number of parameter groups: {len(saved)}, "
-            f"expected this optimizer's {len(groups)}"
+            f"expected this optimizer's {len(groups)}{_PLANS if 'layer_index' in groups[0] else ''}"
         )
     for g, (theirs, own) in enumerate(zip(saved, groups, strict=True)):
         if not isinstance(theirs, Mapping) or "params" not in theirs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -37,20 +38,26 @@ def tell_of_plan(groups: list[dict[str, Any]], schedule: Schedule | None) -> Non
             f"{schedule.config()}: the plan tells of another run. Pass both the same schedule"
         )
     rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
-    if lr is not None and len(rates) == 1 and lr not in rates:
+    if (
+        lr is not None
+        and len(rates) == 1
+        and not math.isclose(lr, rate := rates.pop(), rel_tol=1e-6)
+    ):
         _warn(
-            f"split() was given lr={lr}, and this optimizer starts from lr={rates.pop()}, which is "
+            f"split() was given lr={float(lr)}, and this optimizer starts from lr={rate}, which is "
             "what counts: the plan's table shows rates that no layer has. Pass both the same lr"
         )
 
 
 def _tell_of_earlier_run(optimizer: SGD) -> None:
     """Warn if layers that should train are as an earlier run's schedule has frozen them."""
-    fixed = {
-        g
+    groups = {
+        g: group["params"]
         for g, group in enumerate(optimizer.param_groups)
-        if g not in optimizer._frozen and frozen_by_schedule(group["params"])
+        if g not in optimizer._frozen
     }
+    frozen = set(map(id, frozen_by_schedule(p for params in groups.values() for p in params)))
+    fixed = {g for g, params in groups.items() if not frozen.isdisjoint(map(id, params))}
     if fixed:
         _warn(
             f"{_layers(optimizer, fixed)} do not train: the schedule of an earlier run has "

@@ -150,6 +150,11 @@ class SGD(Optimizer):
             raise RuntimeError("foreach and fused cannot both be True")
         if backend is not None:
             require(backend)
+        if hasattr(params, "param_groups"):
+            raise TypeError(
+                f"params must be parameters or groups, got {params!r}: pass its groups, "
+                "as plan.param_groups() gives them"
+            )
         self._schedule = schedule_of(schedule, total_steps)
         self._backend = backend
         self._momentum_dtype = momentum_dtype

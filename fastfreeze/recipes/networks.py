@@ -191,7 +191,7 @@ def _own_network(name: str) -> nn.Module:
             found = found()
     if not isinstance(found, nn.Module):
         raise RecipeError(f"{name}() must return an nn.Module, got {type(found).__name__}")
-    with _told(f"{name} cannot be copied"):
+    with _told(f"{name} cannot be copied, which a training does with it (give it __deepcopy__)"):
         return copy.deepcopy(found)
 
 
