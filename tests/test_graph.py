@@ -1614,7 +1614,8 @@ def test_update_bn_of_torch_estimates_what_it_has_reset(averaged):
 def test_what_the_model_has_is_asked_of_the_model():
     network = graph.trim(nn.Linear(2, 2))
     with pytest.raises(
-        AttributeError, match=r"no attribute 'in_features'; the model is network\.m"
+        AttributeError,
+        match=r"no attribute 'in_features'; the wrapped model, .* is the attribute \.model",
     ):
         _ = network.in_features
     assert not hasattr(network, "in_features")

@@ -315,7 +315,7 @@ def unknown_part(run, _):
     ("mistake", "message"),
     [
         (without_scheduler, "must be an IdleScheduler, got LambdaLR"),
-        (other_optimizer, "fastfreeze.SGD with a schedule, got torch.optim.sgd.SGD"),
+        (other_optimizer, "with a schedule, over parameters that train, got torch.optim.sgd.SGD"),
         (more_epochs, "total_steps=18, the training 21"),
         (unknown_part, r"BertForSequenceClassification \(bert, dropout, classifier\), got 'vit'"),
     ],

@@ -27,12 +27,14 @@ class Loaded(NamedTuple):
     Attributes:
         groups: the optimizer's own before, for what the state's leave out;
         steps: of each of the state's groups, None where there is none;
-        wide_momentum: buffers that torch would cast to their parameters' dtype.
+        wide_momentum: buffers that torch would cast to their parameters' dtype;
+        schedule: the configuration of the one it was saved under, if there was one.
     """
 
     groups: list[dict[str, Any]]
     steps: list[int | None]
     wide_momentum: dict[Tensor, Tensor]
+    schedule: Any
 
 
 def checked_state(optimizer: SGD, state_dict: Mapping[str, Any]) -> Loaded:
@@ -40,12 +42,6 @@ def checked_state(optimizer: SGD, state_dict: Mapping[str, Any]) -> Loaded:
     optimizer._check_group_count()
     _check_state(state_dict, optimizer.param_groups)
     schedule, saved = optimizer.schedule, state_dict.get("schedule")
-    if schedule is None and saved is not None:
-        raise ValueError(
-            f"the state was saved under schedule {saved}, this optimizer has none, and its rates "
-            "would stay where the schedule had them: make it with that schedule, or delete "
-            "state_dict['schedule'] and set each group's lr after loading"
-        )
     if schedule is not None and saved is not None and saved != schedule.config():
         raise ValueError(
             f"the state was saved under schedule {saved}, this optimizer has "
@@ -63,7 +59,7 @@ def checked_state(optimizer: SGD, state_dict: Mapping[str, Any]) -> Loaded:
     if schedule is not None:
         together = ({**mine, **theirs} for mine, theirs in zip(own, groups, strict=True))
         check_scheduled_groups(schedule, together)
-    return Loaded(own, steps, _wide_momentum(optimizer, state_dict))
+    return Loaded(own, steps, _wide_momentum(optimizer, state_dict), saved)
 
 
 def _wide_momentum(optimizer: SGD, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:

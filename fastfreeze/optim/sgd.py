@@ -330,6 +330,14 @@ class SGD(Optimizer):
             finally:
                 for hook in hooks:
                     hook.remove()
+        if self._schedule is None and found[-1].schedule is not None:
+            warnings.warn(
+                f"the loaded state was saved under schedule {found[-1].schedule}, and this "
+                "optimizer has none: its learning rates stay where that had them, layers at 0 "
+                "among them. Make it with the schedule, or set each group's lr",
+                FastfreezeWarning,
+                stacklevel=2,
+            )
         steps = list(dict.fromkeys(found[-1].steps))
         if self._schedule is not None and (len(steps) != 1 or steps[0] is None):
             what = (
