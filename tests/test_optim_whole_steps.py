@@ -23,6 +23,14 @@ PACKAGE = str(Path(fastfreeze.__file__).parent)
 BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts():
+    """As in a terminal; where tests run in the background it may be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Run:
     """A network in three layers under a schedule that freezes it; its gradients are of its step."""
 

@@ -201,7 +201,8 @@ void hold_no_values(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(false);
 }
 
-void implement_for_no_values(torch::stable::detail::StableLibrary& m) {
+template <typename Library>
+void implement_for_no_values(Library& m) {
   m.impl("placements", TORCH_BOX(&placements_of_no_values));
   m.impl("placements_hold", &hold_no_values);
   m.impl("placements_gather", &hold_no_values);
