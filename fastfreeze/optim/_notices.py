@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastfreeze.optim.sgd import SGD
 
 _requires_grad_of = attrgetter("requires_grad")
-_PATIENCE = 25  # steps without a gradient until a group is named: some train in turns
+_PATIENCE = 10  # steps without a gradient until a group is named: some train in turns
 
 
 def tell_of_plan(groups: list[dict[str, Any]], schedule: Schedule | None) -> None:
