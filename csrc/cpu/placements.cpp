@@ -93,14 +93,14 @@ Facts facts_of(AtenTensorHandle t) {
   return facts;
 }
 
-// Whether a tensor has the dtype, device, sizes and strides of those facts. A stride that leads
-// from an element to none does not count.
+// Whether a tensor has the dtype, sizes and strides of those facts. A stride that leads from an
+// element to none does not count.
 bool is_like(AtenTensorHandle t, const int64_t* facts) {
-  const auto [dtype, device_type, device_index, dim] = facts_of(t);
-  if (!is_strided(t) || dtype != facts[1] || device_type != facts[2] || device_index != facts[3] ||
-      dim != facts[4]) {
-    return false;
-  }
+  int32_t dtype;
+  int64_t dim;
+  check(aoti_torch_get_dtype(t, &dtype));
+  check(aoti_torch_get_dim(t, &dim));
+  if (!is_strided(t) || dtype != facts[1] || dim != facts[4]) return false;
   int64_t *sizes, *strides;
   check(aoti_torch_get_sizes(t, &sizes));
   check(aoti_torch_get_strides(t, &strides));
@@ -126,6 +126,14 @@ int64_t placements(std::vector<Tensor> tensors, bool keep) {
   }
   if (keep) made->kept = std::move(tensors);
   return Handles<Placements>::all().add(std::move(made));
+}
+
+// The device, too; where addresses are compared they tell it.
+bool is_on_device(AtenTensorHandle t, const int64_t* facts) {
+  int32_t type, index;
+  check(aoti_torch_get_device_type(t, &type));
+  check(aoti_torch_get_device_index(t, &index));
+  return type == facts[2] && index == facts[3];
 }
 
 bool is_in_place(AtenTensorHandle t, const int64_t* facts) {
@@ -156,7 +164,8 @@ bool gather(const Placements& known, const TensorList& tensors, const int64_t* i
   const size_t count = tensors.size();
   for (size_t i = 0; i < count; ++i) {
     const Item t = tensors[i];
-    if (!is_like(t.get(), known.facts.data() + known.begin[index[i]])) return false;
+    const int64_t* facts = known.facts.data() + known.begin[index[i]];
+    if (!is_like(t.get(), facts) || !is_on_device(t.get(), facts)) return false;
     const int64_t address = address_of(t.get());
     if (!has_memory(t.get(), address)) return false;
     addresses[index[i]] = address;
