@@ -1,4 +1,4 @@
-"""A process that is killed in the midst of its work."""
+"""A process that is killed in the midst of its work, and what its run must then agree in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ import signal
 import time
 
 import torch
+
+# The fields of a run's lines that no two runs share.
+TIMINGS = {
+    "seconds",
+    "cpu_seconds",
+    "others_share",
+    "step_seconds",
+    "seconds_per_epoch",
+    "peak_memory_mb",
+}
+
+
+def untimed(lines):
+    """A run's results or metrics without times and memory."""
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
 def killed(run, *arguments, after=0.0):

@@ -28,6 +28,7 @@ from fastfreeze.recipes.plot import plot_run
 from fastfreeze.recipes.reproduce import FreezeOutConfig, SnapshotConfig
 from fastfreeze.recipes.rundir import RunDir, describe
 from fastfreeze.schedule import SnapshotCycles, StepDecay, from_config
+from tests.killed import untimed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = (*snapshot_rows(), *freezeout_rows())
@@ -195,11 +196,6 @@ def run(path, data, asked):
     else:
         run_dir = RunDir.create(path, describe("reproduce", dataclasses.asdict(asked), None))
     return run_dir, asked.run(data, run_dir, lambda line: None, quiet=True)
-
-
-def untimed(lines):
-    timed = {"seconds", "step_seconds", "seconds_per_epoch", "peak_memory_mb"}
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -30,16 +30,9 @@ from fastfreeze.recipes.rundir import RunDir, describe, write_atomic
 from fastfreeze.recipes.train import TrainConfig
 from fastfreeze.recipes.training import StepClock, plain_sgd, predict, set_up, train_epoch
 from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, from_config
+from tests.killed import untimed
 
 CPU = torch.device("cpu")
-TIMINGS = {
-    "seconds",
-    "cpu_seconds",
-    "others_share",
-    "step_seconds",
-    "seconds_per_epoch",
-    "peak_memory_mb",
-}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,10 +88,6 @@ def train(path, data, config=CONFIG, say=lambda line: None):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data):
     return train(tmp_path_factory.mktemp("runs") / "run", data)
-
-
-def untimed(lines):
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
 def events(run, name):
