@@ -97,35 +97,6 @@ def segments_lr(
     return lrs
 
 
-class SegmentTable:
-    """The segments of many groups, for all their learning rates at a step at once.
-
-    Args:
-        segments: of each group, by start.
-        eta_min: lower bound of the learning rate of a group that trains.
-    """
-
-    def __init__(self, segments: Sequence[tuple[Segment, ...]], eta_min: float) -> None:
-        longest = max(map(len, segments), default=0)
-        padding = Segment(-1, math.inf)
-        rows = [
-            [(s.start, s.length, s.scale) for s in (*group, *[padding] * (longest - len(group)))]
-            for group in segments
-        ]
-        table = np.array(rows, dtype=np.float64).reshape(len(rows), longest, 3)
-        self._start, self._length, self._scale = np.moveaxis(table, 2, 0)
-        self._start[self._start < 0] = np.inf
-        self._eta_min = eta_min
-
-    def lrs(self, step: int, initial_lr: npt.ArrayLike) -> list[float]:
-        """Each group's :func:`cosine_lr` at ``step`` on the segment that holds it."""
-        rows = np.arange(len(self._start))
-        at = (self._start <= step).sum(1) - 1
-        start, length, scale = (a[rows, at] for a in (self._start, self._length, self._scale))
-        lrs: list[float] = cosine_lr(step, start, length, scale, initial_lr, self._eta_min).tolist()
-        return lrs
-
-
 @dataclass(frozen=True)
 class Schedule(ABC):
     """What every schedule can answer. Layers count from 0, the one nearest the input.

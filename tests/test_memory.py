@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
+import contextlib
 
 import pytest
 import torch
 
 from fastfreeze.ops._memory import Gaps, sharing, stretch_of
+from fastfreeze.ops._placements import Given, Look
 
 FLAT = torch.randn(100)
 ROWS = {
@@ -48,13 +49,14 @@ def test_gaps_agree_with_every_pair(seed):
 
     written = cuts(3)
     params = [torch.empty(n) for n in (0, 1, 4)]
-    gaps = Gaps(written, params)
+    gaps, look = Gaps(written), Look(params, written)
     for _ in range(30):
         begins = torch.randint(0, 90, (3,), generator=generator).tolist()
         grads = [FLAT[b : b + p.numel()] for b, p in zip(begins, params, strict=True)]
         apart = all(not sharing([[w], [g]]) for w in written for g in grads)
-        assert gaps.hold_addresses(array("q", [g.data_ptr() for g in grads])) == apart
         assert gaps.hold(grads) == apart
+        with contextlib.nullcontext() if apart else pytest.raises(ValueError, match="memory of"):
+            assert look.find(params, grads, Given(grads)) is not None
         assert gaps.hold([None, *grads[1:]]) == all(
             not sharing([[w], [g]]) for w in written for g in grads[1:]
         )

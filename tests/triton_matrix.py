@@ -24,6 +24,7 @@ from triton.runtime.jit import KernelInterface
 
 from fastfreeze.ops import _triton_sgd, _triton_softmax
 from fastfreeze.ops._device_sgd import TritonPlan
+from fastfreeze.ops._placements import Given
 from fastfreeze.ops._plans import PlanSpec
 from fastfreeze.schedule import Cosine
 from tests import compiled
@@ -72,7 +73,9 @@ def sgd_step(dtype, momentum_dtype=None, scaled=False, scheduled=True):
     spec = PlanSpec([param], [buffer], [True], [0], [segments], 0.0, momentum_dtype)
     amp = torch.ones(()) if scaled else None
     plan = TritonPlan(spec)
-    plan.step(plan.align([grad]), torch.zeros(1, 7).double().numpy(), 0, amp, amp)
+    plan.step(
+        plan.align([param], [grad], Given([grad])), torch.zeros(1, 7).double().numpy(), 0, amp, amp
+    )
 
 
 def softmax(dtype, rows, classes, log=False):

@@ -5,9 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <memory>
 #include <vector>
 
+#include "checks.h"
 #include "handles.h"
 
 namespace fastfreeze {
@@ -93,14 +96,14 @@ Facts facts_of(AtenTensorHandle t) {
   return facts;
 }
 
-// Whether a tensor has the dtype, sizes and strides of those facts. A stride that leads from an
-// element to none does not count.
+// Whether a strided tensor has the dtype, sizes and strides of those facts. A stride that leads
+// from an element to none does not count.
 bool is_like(AtenTensorHandle t, const int64_t* facts) {
   int32_t dtype;
   int64_t dim;
   check(aoti_torch_get_dtype(t, &dtype));
   check(aoti_torch_get_dim(t, &dim));
-  if (!is_strided(t) || dtype != facts[1] || dim != facts[4]) return false;
+  if (dtype != facts[1] || dim != facts[4]) return false;
   int64_t *sizes, *strides;
   check(aoti_torch_get_sizes(t, &sizes));
   check(aoti_torch_get_strides(t, &strides));
@@ -137,16 +140,25 @@ bool is_on_device(AtenTensorHandle t, const int64_t* facts) {
 }
 
 bool is_in_place(AtenTensorHandle t, const int64_t* facts) {
-  return is_like(t, facts) && address_of(t) == facts[0];
+  return is_strided(t) && address_of(t) == facts[0] && is_like(t, facts);
 }
 
-// tensors: a TensorList, or those that are kept.
-template <typename Tensors>
-bool hold(const Placements& known, const Tensors& tensors) {
-  if (tensors.size() != known.begin.size()) return false;
-  for (size_t i = 0; i < known.begin.size(); ++i) {
-    const auto& t = tensors[i];
-    if (!is_in_place(t.get(), known.facts.data() + known.begin[i])) return false;
+// Whether the tensors that were kept are unmoved. A strided one stays strided.
+bool kept_hold(const Placements& known) {
+  for (size_t i = 0; i < known.kept.size(); ++i) {
+    const AtenTensorHandle t = known.kept[i].get();
+    const int64_t* facts = known.facts.data() + known.begin[i];
+    if (address_of(t) != facts[0] || !is_like(t, facts)) return false;
+  }
+  return true;
+}
+
+// Whether tensors are those remembered, unmoved. index: which of them each is.
+bool hold(const Placements& known, const TensorList& tensors, const int64_t* index) {
+  const size_t count = tensors.size();
+  for (size_t i = 0; i < count; ++i) {
+    const Item t = tensors[i];
+    if (!is_in_place(t.get(), known.facts.data() + known.begin[index[i]])) return false;
   }
   return true;
 }
@@ -159,13 +171,16 @@ bool has_memory(AtenTensorHandle t, int64_t address) {
   return numel == 0;
 }
 
+// Whether tensors are like those remembered, wherever they are. addresses: by that index, theirs.
 bool gather(const Placements& known, const TensorList& tensors, const int64_t* index,
             int64_t* addresses) {
   const size_t count = tensors.size();
   for (size_t i = 0; i < count; ++i) {
     const Item t = tensors[i];
     const int64_t* facts = known.facts.data() + known.begin[index[i]];
-    if (!is_like(t.get(), facts) || !is_on_device(t.get(), facts)) return false;
+    if (!is_strided(t.get()) || !is_like(t.get(), facts) || !is_on_device(t.get(), facts)) {
+      return false;
+    }
     const int64_t address = address_of(t.get());
     if (!has_memory(t.get(), address)) return false;
     addresses[index[i]] = address;
@@ -173,28 +188,87 @@ bool gather(const Placements& known, const TensorList& tensors, const int64_t* i
   return true;
 }
 
-// placements_hold(int handle, Tensor[] tensors) -> bool: whether these are the tensors, unmoved.
+// The memory that a step writes, as stretches by their begins, and the gap between two of them in
+// which each gradient was last: most stay there, and need not be searched for.
+struct Gaps {
+  static constexpr const char* kName = "record of gaps";
+  std::vector<int64_t> begins;
+  std::vector<int64_t> ends;   // of all stretches before and with each
+  std::vector<int64_t> sizes;  // of the gradients, in bytes
+  std::vector<int64_t> low, high;
+};
+
+// written: int64 [n, 2], begins and ends by begin; sizes: int64 [gradients, 1].
+int64_t gaps(Tensor written, Tensor sizes) {
+  check_table(written, "written", ScalarType::Long, 2, true);
+  check_table(sizes, "sizes", ScalarType::Long, 1, true);
+  auto made = std::make_shared<Gaps>();
+  const auto* stretch = static_cast<const int64_t*>(written.data_ptr());
+  int64_t end = 0;
+  for (int64_t i = 0; i < written.size(0); ++i, stretch += 2) {
+    made->begins.push_back(stretch[0]);
+    made->ends.push_back(end = std::max(end, stretch[1]));
+  }
+  const auto* size = static_cast<const int64_t*>(sizes.data_ptr());
+  made->sizes.assign(size, size + sizes.size(0));
+  made->low.resize(made->sizes.size());
+  made->high.resize(made->sizes.size());
+  return Handles<Gaps>::all().add(std::move(made));
+}
+
+void gaps_free(int64_t handle) { Handles<Gaps>::all().remove(handle); }
+
+// Whether dense gradients at these addresses, 0 for none, lie outside of what is written.
+bool are_clear(Gaps& gaps, const int64_t* addresses) {
+  for (size_t i = 0; i < gaps.sizes.size(); ++i) {
+    const int64_t begin = addresses[i], end = begin + gaps.sizes[i];
+    if (begin == 0 || begin == end || (gaps.low[i] <= begin && end <= gaps.high[i])) continue;
+    const auto next = std::upper_bound(gaps.begins.begin(), gaps.begins.end(), begin);
+    const size_t before = next - gaps.begins.begin();
+    gaps.low[i] = before == 0 ? 0 : gaps.ends[before - 1];
+    gaps.high[i] = next == gaps.begins.end() ? INT64_MAX : *next;
+    if (begin < gaps.low[i] || end > gaps.high[i]) return false;
+  }
+  return true;
+}
+
+// What a look before a step finds; fastfreeze/ops/_plans.py names them likewise.
+enum Found : int64_t { kAsPlanned, kMoved, kOtherGradients, kNotClear };
+
+Found look(const Placements& planned, const Placements& buffers, Gaps& gaps,
+           const TensorList& params, const TensorList& grads, const int64_t* index,
+           int64_t* addresses) {
+  if (!hold(planned, params, index) || !kept_hold(buffers)) return kMoved;
+  if (!gather(planned, grads, index, addresses)) return kOtherGradients;
+  return are_clear(gaps, addresses) ? kAsPlanned : kNotClear;
+}
+
+// placements_hold(int handle, Tensor[] tensors, int index) -> bool. index: address of int64
+// [tensors], which of those remembered each is.
 void placements_hold(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList tensors(stack[1]);
   const auto known = Handles<Placements>::all().get(to<int64_t>(stack[0]));
-  stack[0] = from(hold(*known, tensors));
-}
-
-// placements_gather(int handle, Tensor[] tensors, int index, int addresses) -> bool: whether
-// these are like those remembered, but elsewhere. index: address of int64 [tensors], which of them
-// each is like; addresses: address of int64, by that index, which receives theirs.
-void placements_gather(StableIValue* stack, uint64_t, uint64_t) {
-  const TensorList tensors(stack[1]);
-  const auto known = Handles<Placements>::all().get(to<int64_t>(stack[0]));
   const auto* index = reinterpret_cast<const int64_t*>(to<int64_t>(stack[2]));
-  auto* addresses = reinterpret_cast<int64_t*>(to<int64_t>(stack[3]));
-  stack[0] = from(gather(*known, tensors, index, addresses));
+  stack[0] = from(hold(*known, tensors, index));
 }
 
-// Whether the tensors that were kept are unmoved.
+// placements_look(int planned, int buffers, int gaps, Tensor[] params, Tensor[] grads, int index,
+// int addresses) -> int, a Found. planned: placements of all parameters; buffers: of momentum
+// buffers, kept; params, grads: of the parameters that index names; addresses: address of int64
+// [parameters], receives the gradients'.
+void placements_look(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorList params(stack[3]), grads(stack[4]);
+  const auto planned = Handles<Placements>::all().get(to<int64_t>(stack[0]));
+  const auto buffers = Handles<Placements>::all().get(to<int64_t>(stack[1]));
+  const auto gaps = Handles<Gaps>::all().get(to<int64_t>(stack[2]));
+  const auto* index = reinterpret_cast<const int64_t*>(to<int64_t>(stack[5]));
+  auto* addresses = reinterpret_cast<int64_t*>(to<int64_t>(stack[6]));
+  stack[0] =
+      from(static_cast<int64_t>(look(*planned, *buffers, *gaps, params, grads, index, addresses)));
+}
+
 bool placements_kept_hold(int64_t handle) {
-  const auto known = Handles<Placements>::all().get(handle);
-  return hold(*known, known->kept);
+  return kept_hold(*Handles<Placements>::all().get(handle));
 }
 
 void placements_free(int64_t handle) { Handles<Placements>::all().remove(handle); }
@@ -210,11 +284,17 @@ void hold_no_values(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(false);
 }
 
+// Whether it is a parameter or a gradient, Python has to find out.
+void look_at_no_values(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorList params(stack[3]), grads(stack[4]);
+  stack[0] = from(static_cast<int64_t>(kOtherGradients));
+}
+
 template <typename Library>
 void implement_for_no_values(Library& m) {
   m.impl("placements", TORCH_BOX(&placements_of_no_values));
   m.impl("placements_hold", &hold_no_values);
-  m.impl("placements_gather", &hold_no_values);
+  m.impl("placements_look", &look_at_no_values);
 }
 
 }  // namespace
@@ -227,7 +307,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastfreeze, ZeroTensor, m) { fastfreeze::implement_for
 STABLE_TORCH_LIBRARY_IMPL(fastfreeze, CompositeExplicitAutograd, m) {
   m.impl("placements", TORCH_BOX(&fastfreeze::placements));
   m.impl("placements_hold", &fastfreeze::placements_hold);
-  m.impl("placements_gather", &fastfreeze::placements_gather);
+  m.impl("placements_look", &fastfreeze::placements_look);
   m.impl("placements_kept_hold", TORCH_BOX(&fastfreeze::placements_kept_hold));
   m.impl("placements_free", TORCH_BOX(&fastfreeze::placements_free));
+  m.impl("gaps", TORCH_BOX(&fastfreeze::gaps));
+  m.impl("gaps_free", TORCH_BOX(&fastfreeze::gaps_free));
 }

@@ -24,10 +24,9 @@ from fastfreeze.ops._plans import (
     PointerPlan,
     buffer_dtype,
     lrs_at,
-    note_writes,
     segment_table,
 )
-from fastfreeze.schedule import SegmentTable
+from fastfreeze.ops._rates import SegmentTable
 
 # A row of the table of runs; SgdRun in csrc/cuda/fused_sgd.cuh.
 _RUN = np.dtype(
@@ -110,7 +109,7 @@ class DevicePlan(PointerPlan):
             self._spare = self._pinned()
         self._run(grads, grad_scale, found_inf, track=self._unsure or bool(self._unstarted))
         if found_inf is None and not self._unsure:
-            self._started_now(grads)
+            self._started_now()
         else:
             self._unsure = self._unsure or bool(self._unstarted)
         self._position = step + 1
@@ -177,10 +176,10 @@ class DevicePlan(PointerPlan):
         if len(grad_addresses) > self.table_from:
             self._set_grads(grad_addresses)
         self._launch(grad_addresses, self._scalar(grad_scale), self._scalar(found_inf), track)
-        note_writes(self.params, grads)
+        self._note_step()
 
     def _set_hypers(self, hypers: Hypers) -> None:
-        if self._hypers is not None and np.array_equal(self._hypers, hypers):
+        if self._hypers is not None and self._hypers.tobytes() == hypers.tobytes():
             return
         self._hypers = hypers.copy()
         self.hypers.copy_(torch.from_numpy(self._hypers), non_blocking=True)

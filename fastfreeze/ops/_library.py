@@ -22,10 +22,15 @@ OLDEST_CAPABILITY = (7, 5)  # of CUDA devices that the kernels are compiled for
 _LIBRARY = torch.library.Library("fastfreeze", "DEF")
 _LIBRARY.define("cpu_isa(int level) -> int")
 _LIBRARY.define("placements(Tensor[] tensors, bool keep) -> int")
-_LIBRARY.define("placements_hold(int handle, Tensor[] tensors) -> bool")
-_LIBRARY.define("placements_gather(int handle, Tensor[] tensors, int index, int addresses) -> bool")
+_LIBRARY.define("placements_hold(int handle, Tensor[] tensors, int index) -> bool")
+_LIBRARY.define(
+    "placements_look(int planned, int buffers, int gaps, Tensor[] params, Tensor[] grads, "
+    "int index, int addresses) -> int"
+)
 _LIBRARY.define("placements_kept_hold(int handle) -> bool")
 _LIBRARY.define("placements_free(int handle) -> ()")
+_LIBRARY.define("gaps(Tensor written, Tensor sizes) -> int")
+_LIBRARY.define("gaps_free(int handle) -> ()")
 _LIBRARY.define(
     "sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, float eta_min) -> int"
 )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -51,43 +49,18 @@ class Gaps:
 
     Args:
         written: what the step writes.
-        params: whose gradients are asked about.
     """
 
-    def __init__(self, written: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
-        found = sorted(s for s in map(stretch_of, written) if s is not None)
+    def __init__(self, written: Sequence[Tensor | None]) -> None:
+        self.stretches = sorted(s for s in map(stretch_of, written) if s is not None)
         highest = np.iinfo(np.int64).max
-        self._begins = np.array([begin for begin, _ in found] + [highest], np.int64)
-        ends = np.array([0] + [end for _, end in found], np.int64)
+        self._begins = np.array([begin for begin, _ in self.stretches] + [highest], np.int64)
+        ends = np.array([0] + [end for _, end in self.stretches], np.int64)
         self._ends = np.maximum.accumulate(ends)
-        self._sizes = np.array([p.numel() * p.element_size() for p in params], np.int64)
-        # The gap in which each was last: most stay there, and need not be searched for.
-        self._low = np.zeros(len(params), np.int64)
-        self._high = np.zeros(len(params), np.int64)
-        self._outside: array[int] | None = None  # addresses found so last
-
-    def hold_addresses(self, addresses: array[int]) -> bool:
-        """Whether dense gradients at these addresses, 0 for none, are outside."""
-        if addresses == self._outside:
-            return True
-        begins = np.frombuffer(addresses, np.int64)
-        if not self._hold(begins, begins + self._sizes * (begins != 0)):
-            return False
-        self._outside = addresses
-        return True
 
     def hold(self, grads: Sequence[Tensor | None]) -> bool:
-        """The same of any gradients."""
-        stretches = np.array([stretch_of(g) or (0, 0) for g in grads], np.int64).reshape(-1, 2)
-        return self._hold(stretches[:, 0], stretches[:, 1])
-
-    def _hold(self, begins: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> bool:
-        if self._are_between(begins, ends):
-            return True
-        begins, ends = begins * (begins < ends), ends * (begins < ends)  # the empty are nowhere
+        """Whether these gradients, of any layout, are outside."""
+        found = np.array([s for s in map(stretch_of, grads) if s is not None], np.int64)
+        begins, ends = found.reshape(-1, 2).T
         gap = np.searchsorted(self._begins, begins, side="right")
-        self._low, self._high = self._ends[gap], self._begins[gap]
-        return self._are_between(begins, ends)
-
-    def _are_between(self, begins: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> bool:
-        return bool(((self._low <= begins) & (ends <= self._high)).all())
+        return bool(((self._ends[gap] <= begins) & (ends <= self._begins[gap])).all())

@@ -5,18 +5,45 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Sequence
-from itertools import compress, repeat
-from operator import attrgetter, is_, is_not
-from typing import ClassVar, cast
+from itertools import compress
+from operator import attrgetter
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastfreeze.ops import _library
+from fastfreeze.ops._memory import Gaps
 
 kind_of = attrgetter("layout", "dtype", "shape")
 # Types whose memory is their own; None is for gradients.
 PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)))
+
+
+class Given:
+    """Which parameters have a gradient, and whether these are tensors like all others.
+
+    Attributes:
+        flags: of each parameter, whether it has one.
+        index: which have one, rising.
+        plain: whether all are of torch's own types, which hold their memory themselves.
+    """
+
+    def __init__(self, grads: Sequence[Tensor | None]) -> None:
+        self._types = list(map(type, grads))
+        self.flags = [t is not type(None) for t in self._types]
+        self.index = array("q", compress(range(len(grads)), self.flags))
+        self.plain = PLAIN.issuperset(self._types)
+        self._everyone = all(self.flags)
+
+    def hold(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether it is so of these gradients too."""
+        return list(map(type, grads)) == self._types
+
+    def of(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The values of the parameters that have one."""
+        return values if self._everyone else list(compress(values, self.flags))
 
 
 class Placements:
@@ -30,49 +57,33 @@ class Placements:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._every = array("q", range(len(tensors)))
-        self._handle: int | None = None
-        if _has_library():
-            self._handle = torch.ops.fastfreeze.placements(tensors, self._keep)
-            weakref.finalize(self, torch.ops.fastfreeze.placements_free, self._handle)
+        self.handle: int | None = None
+        if has_library():
+            self.handle = torch.ops.fastfreeze.placements.default(tensors, self._keep)
+            weakref.finalize(self, torch.ops.fastfreeze.placements_free.default, self.handle)
         else:
-            self._facts = [_facts_of(t) for t in tensors]
-            self._addresses = addresses_of(tensors)
+            self._places = list(map(place_of, tensors))
 
-    def hold(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors, unmoved."""
-        if self._handle is None:
-            return (
-                list(map(_facts_of, tensors)) == self._facts
-                and all(map(holds_values, tensors))
-                and addresses_of(tensors) == self._addresses
+    def hold(self, tensors: Sequence[Tensor], index: array[int] | None = None) -> bool:
+        """Whether these are the tensors, or those of them that ``index`` names, unmoved."""
+        index = self._every if index is None else index
+        if len(tensors) != len(index):
+            return False
+        if self.handle is None:
+            return list(map(place_of, tensors)) == [self._places[i] for i in index] and all(
+                map(holds_values, tensors)
             )
-        unmoved: bool = torch.ops.fastfreeze.placements_hold.default(self._handle, tensors)
+        unmoved: bool = torch.ops.fastfreeze.placements_hold.default(
+            self.handle, tensors, index.buffer_info()[0]
+        )
         return unmoved
 
-    def gather(self, tensors: Sequence[Tensor | None]) -> array[int] | None:
-        """Addresses of tensors that differ in nothing else from those remembered, 0 for None.
-
-        None if one does differ, or if its memory does not hold its values.
-        """
-        if not PLAIN.issuperset(map(type, tensors)):
-            return None
-        flags = given(tensors)
-        index, present = self._every, cast("Sequence[Tensor]", tensors)
-        if not all(flags):
-            index = array("q", compress(self._every, flags))
-            present = list(compress(present, flags))
-        if self._handle is None:
-            if any(
-                _facts_of(t) != self._facts[i] or not holds_values(t)
-                for i, t in zip(index, present, strict=True)
-            ):
-                return None
-            return addresses_of(tensors)
-        addresses = array("q", bytes(8 * len(tensors)))
-        gathered = torch.ops.fastfreeze.placements_gather.default(
-            self._handle, present, index.buffer_info()[0], addresses.buffer_info()[0]
+    def resemble(self, tensors: Sequence[Tensor], index: array[int]) -> bool:
+        """Whether tensors differ from those that ``index`` names in nothing but the address."""
+        return all(
+            holds_values(t) and _facts_of(t) == self._places[i][1:]
+            for i, t in zip(index, tensors, strict=True)
         )
-        return addresses if gathered else None
 
 
 class KeptPlacements(Placements):
@@ -85,18 +96,102 @@ class KeptPlacements(Placements):
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__(tensors)
-        self._tensors = list(tensors)
+        self._tensors = tensors
 
-    def hold(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same objects, unmoved."""
-        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-        if not same or self._handle is None:
-            return same and super().hold(tensors)
-        unmoved: bool = torch.ops.fastfreeze.placements_kept_hold.default(self._handle)
+    def unmoved(self) -> bool:
+        """Whether they are where they were."""
+        if self.handle is None:
+            return self.hold(self._tensors)
+        unmoved: bool = torch.ops.fastfreeze.placements_kept_hold.default(self.handle)
         return unmoved
 
 
-def _has_library() -> bool:
+class Look:
+    """All that has to hold of a plan's tensors before a step, in one call.
+
+    Args:
+        params: the plan's, dense.
+        written: what the step writes: no gradient may lie there.
+    """
+
+    def __init__(self, params: Sequence[Tensor], written: Sequence[Tensor | None]) -> None:
+        self._planned = Placements(params)
+        self._kept = KeptPlacements([])
+        self._sizes = [p.numel() * p.element_size() for p in params]
+        self.keep_clear(written)
+
+    def keep_clear(self, written: Sequence[Tensor | None]) -> None:
+        """From now on, this is what the step writes."""
+        self._gaps = Gaps(written)
+        self._gaps_handle: int | None = None
+        if has_library():
+            self._gaps_handle = torch.ops.fastfreeze.gaps.default(
+                _table(self._gaps.stretches, 2), _table(self._sizes, 1)
+            )
+            weakref.finalize(self._gaps, torch.ops.fastfreeze.gaps_free.default, self._gaps_handle)
+
+    def watch(self, buffers: Sequence[Tensor]) -> None:
+        """From now on, these momentum buffers must not move."""
+        self._kept = KeptPlacements(buffers)
+
+    def hold(self, params: Sequence[Tensor]) -> bool:
+        """Whether the parameters, each of them, are where they were."""
+        return self._planned.hold(params)
+
+    def find(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
+    ) -> array[int] | None:
+        """Addresses of the gradients, 0 for none; None if one is laid out unlike its parameter.
+
+        Args:
+            params: as they are now, those that have a gradient.
+            grads: one per parameter, or None.
+            given: which have one.
+
+        Raises:
+            ValueError: something has moved, or a gradient lies in what the step writes.
+        """
+        if not given.plain or self._planned.handle is None:
+            return self._find_slowly(params, grads, given)
+        addresses = array("q", bytes(8 * len(grads)))
+        found = torch.ops.fastfreeze.placements_look.default(
+            self._planned.handle,
+            self._kept.handle,
+            self._gaps_handle,
+            params,
+            given.of(grads),
+            given.index.buffer_info()[0],
+            addresses.buffer_info()[0],
+        )
+        if found == _AS_PLANNED:
+            return addresses
+        if found == _OTHER_GRADIENTS:
+            return self._find_slowly(params, grads, given)
+        raise ValueError(_MOVED_WORDS if found == _MOVED else _NOT_CLEAR_WORDS)
+
+    def _find_slowly(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
+    ) -> array[int] | None:
+        if not (self._planned.hold(params, given.index) and self._kept.unmoved()):
+            raise ValueError(_MOVED_WORDS)
+        if not self._gaps.hold(grads):
+            raise ValueError(_NOT_CLEAR_WORDS)
+        if self._planned.handle is None and self._planned.resemble(given.of(grads), given.index):
+            return addresses_of(grads)
+        return None
+
+
+# What fastfreeze::placements_look finds.
+_AS_PLANNED, _MOVED, _OTHER_GRADIENTS = range(3)
+_MOVED_WORDS = "a parameter or a momentum buffer is not where it was"
+_NOT_CLEAR_WORDS = "a gradient lies in the memory of a parameter or of a momentum buffer"
+
+
+def _table(rows: Sequence[Any], columns: int) -> Tensor:
+    return torch.from_numpy(np.array(rows, np.int64).reshape(-1, columns))
+
+
+def has_library() -> bool:
     return _library.backends()["cpu"].available
 
 
@@ -123,12 +218,8 @@ def holds_values(tensor: Tensor) -> bool:
 
 def place_of(tensor: Tensor) -> tuple[object, ...]:
     """What Placements know of one tensor."""
-    return tensor.data_ptr(), *_facts_of(tensor)
-
-
-def given(tensors: Sequence[Tensor | None]) -> list[bool]:
-    """Which of the tensors are there."""
-    return list(map(is_not, tensors, repeat(None)))
+    address = tensor.data_ptr() if tensor.layout == torch.strided else None
+    return address, *_facts_of(tensor)
 
 
 def addresses_of(tensors: Sequence[Tensor | None]) -> array[int]:

@@ -9,7 +9,6 @@ import weakref
 from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from operator import attrgetter
 from typing import ClassVar, Protocol
 
@@ -19,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fastfreeze.ops._memory import Gaps
-from fastfreeze.ops._placements import Placements, addresses_of, given, holds_values, kind_of
+from fastfreeze.ops._placements import Given, Look, addresses_of, holds_values, kind_of
+from fastfreeze.ops._rates import SegmentTable
 from fastfreeze.ops.reference import sgd_reference
-from fastfreeze.schedule import Segment, SegmentTable
+from fastfreeze.schedule import Segment
 
 # Columns of a plan's table of hyperparameters, as csrc/sgd_tables.h reads them.
 HYPERS = (
@@ -86,12 +86,25 @@ class SgdPlan(Protocol):
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         """From now on, ``align`` refuses gradients in the memory of these tensors."""
 
-    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def watch(self, buffers: Sequence[Tensor]) -> None:
+        """From now on, ``align`` refuses to go on if one of these momentum buffers has moved."""
+
+    def hold(self, params: Sequence[Tensor]) -> bool:
+        """Whether these, as many as the plan's, are the plan's parameters as it knows them."""
+
+    def align(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
+    ) -> Sequence[Tensor | None]:
         """The gradients as the next ``step`` needs them: themselves, or copies in another layout.
+
+        Args:
+            params: those that have a gradient, as they are now.
+            grads: one per parameter of the plan, or None.
+            given: which have one.
 
         Raises:
             ValueError: a gradient that this backend cannot take, one that does not match its
-                parameter, or one in memory that the step writes.
+                parameter, or one in memory that the step writes; a parameter or buffer has moved.
         """
 
     def step(
@@ -124,21 +137,28 @@ class PointerPlan:
 
     def __init__(self, spec: PlanSpec) -> None:
         self.params, self.buffers = spec.params, spec.buffers
-        self._like = Placements(spec.params)
-        self.keep_clear([*spec.params, *spec.buffers])
+        self._look = Look(spec.params, [*spec.params, *spec.buffers])
+        self._given = Given([])
         self._addresses: array[int] | None = None  # of the gradients that were aligned last
         self._unstarted = {i for i, first in enumerate(spec.first) if first}
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
-        self._gaps = Gaps(written, self.params)
+        self._look.keep_clear(written)
 
-    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def watch(self, buffers: Sequence[Tensor]) -> None:
+        self._look.watch(buffers)
+
+    def hold(self, params: Sequence[Tensor]) -> bool:
+        return self._look.hold(params)
+
+    def align(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
+    ) -> Sequence[Tensor | None]:
         """The gradients with their parameters' strides; their addresses are noted for the step."""
-        self._addresses = self._like.gather(grads)
+        self._given = given
+        self._addresses = self._look.find(params, grads, given)
         if self._addresses is not None:
-            check_clear(self._gaps.hold_addresses(self._addresses))
             return grads
-        check_clear(self._gaps.hold(grads))
         aligned = [
             g if g is None else self._aligned(p, g) for p, g in zip(self.params, grads, strict=True)
         ]
@@ -161,9 +181,16 @@ class PointerPlan:
             raise RuntimeError("align() comes before step()")
         return self._addresses
 
-    def _started_now(self, grads: Sequence[Tensor | None]) -> None:
+    def _note_step(self) -> None:
+        """Tell PyTorch that the parameters with a gradient were written to, and no others.
+
+        A frozen one must look as it is: unchanged. What is folded from it would be made anew.
+        """
+        torch.autograd.graph.increment_version(self._given.of(self.params))
+
+    def _started_now(self) -> None:
         if self._unstarted:
-            self._unstarted = {i for i in self._unstarted if grads[i] is None}
+            self._unstarted.difference_update(self._given.index)
 
 
 class CpuPlan(PointerPlan):
@@ -219,8 +246,8 @@ class CpuPlan(PointerPlan):
             grad_scale is not None,
             self._lrs_address,
         )
-        note_writes(self.params, grads)
-        self._started_now(grads)
+        self._note_step()
+        self._started_now()
         lrs: list[float] = self._lrs.tolist()
         return lrs
 
@@ -228,24 +255,8 @@ class CpuPlan(PointerPlan):
         return self._unstarted
 
 
-def check_clear(outside: bool) -> None:
-    """Raise ValueError unless gradients lie outside of what the step writes."""
-    if not outside:
-        raise ValueError("a gradient lies in the memory of a parameter or of a momentum buffer")
-
-
 def _in_words(kind: tuple[torch.layout, torch.dtype, torch.Size]) -> str:
     return f"{kind[0]}, {kind[1]}, {tuple(kind[2])}"
-
-
-def note_writes(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Tell PyTorch that the parameters with a gradient were written to, and no others.
-
-    A frozen one must look as it is: unchanged. What is folded from it would be made anew.
-    """
-    flags = given(grads)
-    written = params if all(flags) else list(compress(params, flags))
-    torch.autograd.graph.increment_version(written)
 
 
 class ReferencePlan:
@@ -261,20 +272,30 @@ class ReferencePlan:
             [i for i, g in enumerate(spec.groups) if g == k] for k in range(len(spec.segments))
         ]
         self._rates = SegmentTable(spec.segments, spec.eta_min) if spec.scheduled else None
-        self._shapes = list(map(_shape_of, spec.params))
-        self.keep_clear([])
+        self._kinds = list(map(kind_of, spec.params))
+        self._gaps: Gaps | None = None
 
     @staticmethod
     def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
         return None
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
-        self._gaps = Gaps(written, self.params) if written else None
+        self._gaps = Gaps(written)
 
-    def align(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        check_clear(self._gaps is None or self._gaps.hold(grads))
-        flags = given(grads)
-        if list(map(_shape_of, compress(grads, flags))) != list(compress(self._shapes, flags)):
+    def watch(self, buffers: Sequence[Tensor]) -> None:
+        """It keeps no address."""
+
+    def hold(self, params: Sequence[Tensor]) -> bool:
+        return list(map(kind_of, params)) == self._kinds
+
+    def align(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
+    ) -> Sequence[Tensor | None]:
+        if list(map(kind_of, params)) != given.of(self._kinds):
+            raise ValueError("a parameter has another layout, dtype or shape than it had")
+        if self._gaps is not None and not self._gaps.hold(grads):
+            raise ValueError("a gradient lies in memory that another plan writes")
+        if list(map(_shape_of, given.of(grads))) != list(map(_shape_of, params)):
             raise ValueError("a gradient has another shape than its parameter")
         return grads
 

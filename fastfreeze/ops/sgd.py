@@ -13,7 +13,7 @@ from fastfreeze.ops import _library
 from fastfreeze.ops._device_sgd import CudaPlan, TritonPlan
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops._memory import sharing
-from fastfreeze.ops._placements import PLAIN, holds_values
+from fastfreeze.ops._placements import PLAIN, Given, holds_values
 from fastfreeze.ops._plans import (
     HYPERS,
     KERNEL_DTYPES,
@@ -106,7 +106,8 @@ def sgd(
             )
         )
         own_grads = [grads[i] for i in index]
-        aligned = plan.align(own_grads)
+        given = Given(own_grads)
+        aligned = plan.align(given.of([params[i] for i in index]), own_grads, given)
         plan.step(aligned, row, 0, grad_scale, None)
         copy_back(aligned, own_grads)
         for i, buffer in zip(index, plan.buffers, strict=True):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import chain, compress
+from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._library import Backend
-from fastfreeze.ops._placements import KeptPlacements, Placements, given, place_of
+from fastfreeze.ops._placements import Given, kind_of, place_of
 from fastfreeze.ops._plans import HYPERS, PlanSpec, buffer_dtype
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
 
@@ -28,40 +29,6 @@ _scheduled_hypers_of = itemgetter(*_HYPERS, "initial_lr")
 _lr_of = itemgetter("lr")
 _buffer_of = itemgetter("momentum_buffer")
 _LR = HYPERS.index("lr")
-
-
-class _Identities:
-    """Tensors whose addresses nobody keeps: what :class:`Placements` are to the others."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._signs = [(id(t), t.shape, t.dtype) for t in tensors]
-
-    def hold(self, tensors: list[Tensor]) -> bool:
-        return [(id(t), t.shape, t.dtype) for t in tensors] == self._signs
-
-
-class _Watched(NamedTuple):
-    """The parameters that had a gradient at the last step, and how they must be found again.
-
-    Attributes:
-        params: themselves.
-        were: where and how they are laid out.
-        states: what holds their momentum buffers.
-        buffers_were: where and how these are laid out.
-    """
-
-    params: list[Tensor]
-    were: Placements | _Identities
-    states: list[dict[str, Any]]
-    buffers_were: Placements | _Identities
-
-    def hold(self, params: list[Tensor]) -> bool:
-        """Whether all is as it was. ``params``: as the kernels see them."""
-        try:
-            buffers = list(map(_buffer_of, self.states))
-            return self.were.hold(params) and self.buffers_were.hold(buffers)
-        except (KeyError, AttributeError, TypeError, RuntimeError):  # what was a buffer is none
-            return False
 
 
 class Runtime:
@@ -131,7 +98,7 @@ class Runtime:
 
     def groups_with_gradients(self) -> set[int]:
         """Those of which a parameter has had one, when they were collected last."""
-        return {g for part in self.parts for g in compress(part.groups, part.given)}
+        return {g for part in self.parts for g in part.given.of(part.groups)}
 
     def step(self, optimizer: SGD) -> list[float]:
         """Update with the gradients collected; the groups' learning rates of the next step."""
@@ -195,9 +162,6 @@ class Part:
         self.first: list[int] = []  # whose buffer the next step fills
         # By parameter: the state that holds its momentum buffer, the buffer, and where that was.
         self.kept: dict[int, tuple[dict[str, Any], Tensor, object]] = {}
-        self.given: list[bool] = []  # who had a gradient: only they are looked at
-        self.were = self._seen(self.params)
-        self.watched = self._watch(self.given)
         buffers = [
             self._claim_buffer(i, *member)
             if optimizer.param_groups[member[1]]["momentum"] != 0
@@ -207,7 +171,7 @@ class Part:
         filled_next = set(self.first)
         self.plan: Any = sgd_ops.PLANS[backend](
             PlanSpec(
-                params=self._local(self.params),
+                params=list(self._local(self.params)),
                 buffers=buffers,
                 first=[i in filled_next for i in range(len(members))],
                 groups=self.groups,
@@ -216,8 +180,9 @@ class Part:
                 momentum_dtype=self.momentum_dtype,
             )
         )
+        self._watch(Given([None] * len(members)))  # until gradients are collected
 
-    def _local(self, params: list[Tensor]) -> list[Tensor]:
+    def _local(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         return [local_part(p, p) for p in params] if self.sharded else params
 
     def _local_grads(self) -> list[Tensor | None]:
@@ -243,54 +208,48 @@ class Part:
         self.kept[i] = state, buffer, self._place(buffer)
 
     def _place(self, buffer: Tensor) -> object:
-        if self._keeps_addresses():
-            return place_of(buffer)
-        return id(buffer)
-
-    def _keeps_addresses(self) -> bool:
-        """Whether kernels keep the buffers': sparse and sharded ones have none of their own."""
-        return self.kernels and not self.sharded
+        # Kernels keep addresses; sparse and sharded ones have none of their own.
+        return place_of(buffer) if self.kernels and not self.sharded else id(buffer)
 
     def collect(self, optimizer: SGD) -> bool:
         """Collect the gradients; False if storages, buffers or layouts are not as planned."""
         grads = self._local_grads()
-        flags = given(grads)
-        if flags != self.given:
-            if any(flags[i] for i in self.waiting) or not self._are_in_place():
+        if not self.given.hold(grads):
+            given = Given(grads)
+            if any(given.flags[i] for i in self.waiting) or not self._are_in_place():
                 return False
-            self.given, self.watched = flags, self._watch(flags)
-        params = self._as_seen(self.watched.params)
-        if optimizer.state is not self.state or not self.watched.hold(params):
+            self._watch(given)
+        if optimizer.state is not self.state or not self._has_buffers():
             return False
         try:
-            self.grads = self.plan.align(grads)
-        except ValueError:  # sparse where it was dense, or of another dtype or shape
+            self.grads = self.plan.align(self._local(self.watched), grads, self.given)
+        except ValueError:  # moved, sparse where it was dense, or of another dtype or shape
             return False
         return True
 
     def _are_in_place(self) -> bool:
         """Whether parameters and buffers are as planned, those not looked at among them."""
-        return self.were.hold(self._as_seen(self.params)) and all(
+        return self.plan.hold(self._local(self.params)) and all(
             self._place(buffer) == place for _, buffer, place in self.kept.values()
         )
 
-    def _watch(self, flags: list[bool]) -> _Watched:
-        params = list(compress(self.params, flags))
-        kept = [self.kept[i] for i in compress(range(len(flags)), flags) if i in self.kept]
-        buffers = [buffer for _, buffer, _ in kept]
-        everyone = len(params) == len(self.params)
-        return _Watched(
-            params=params,
-            were=self.were if everyone else self._seen(params),
-            states=[state for state, _, _ in kept],
-            buffers_were=(KeptPlacements if self._keeps_addresses() else _Identities)(buffers),
-        )
+    def _watch(self, given: Given) -> None:
+        """From now on, look at the parameters that have a gradient, and at their buffers."""
+        self.given = given
+        self.watched = given.of(self.params)
+        kept = [self.kept[i] for i in given.index if i in self.kept]
+        self.states = [state for state, _, _ in kept]
+        self.buffers = [buffer for _, buffer, _ in kept]
+        self.kinds = list(map(kind_of, self.buffers)) if self.sharded or not self.kernels else None
+        self.plan.watch([] if self.kinds else self.buffers)
 
-    def _seen(self, params: list[Tensor]) -> Placements | _Identities:
-        return (Placements if self.kernels else _Identities)(self._as_seen(params))
-
-    def _as_seen(self, params: list[Tensor]) -> list[Tensor]:
-        return self._local(params) if self.kernels else params
+    def _has_buffers(self) -> bool:
+        """Whether the state holds the buffers that are looked at, if not where."""
+        try:
+            same = all(map(is_, map(_buffer_of, self.states), self.buffers))
+            return same and (self.kinds is None or list(map(kind_of, self.buffers)) == self.kinds)
+        except (KeyError, AttributeError, TypeError):  # what was a buffer is none
+            return False
 
     def step(
         self,
@@ -302,13 +261,13 @@ class Part:
         """Update with the gradients collected; the groups' learning rates of the next step."""
         lrs: list[float] = self.plan.step(self.grads, hypers, step, grad_scale, found_inf)
         self.restore_grads(grad_scale)
-        started = [i for i in self.first if self.given[i]]
+        started = [i for i in self.first if self.given.flags[i]]
         for i in started:
             param = self.params[i]
             self._keep(i, self.state[param], sharded_as(self.plan.buffers[i], param))
         if started:
-            self.first = [i for i in self.first if not self.given[i]]
-            self.watched = self._watch(self.given)
+            self.first = [i for i in self.first if not self.given.flags[i]]
+            self._watch(self.given)
         return lrs
 
     def restore_grads(self, grad_scale: Tensor | float | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from operator import is_, itemgetter
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
@@ -19,6 +20,7 @@ from fastfreeze._frozen import note_frozen, note_thawed
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.ops._library import Backend, require
 from fastfreeze.ops._plans import buffer_dtype
+from fastfreeze.ops._rates import SegmentTable
 from fastfreeze.optim._checks import (
     as_step,
     check_group_rate,
@@ -30,7 +32,7 @@ from fastfreeze.optim._loading import Loaded, checked_state, complete_load
 from fastfreeze.optim._notices import Notices, tell_of_plan
 from fastfreeze.optim._runtime import Runtime
 from fastfreeze.optim._signals import SignalsDeferred
-from fastfreeze.schedule import Schedule, Segment, SegmentTable
+from fastfreeze.schedule import Schedule, Segment
 
 _lr_of = itemgetter("lr")
 _initial_lr_of = itemgetter("initial_lr")
@@ -543,7 +545,7 @@ class SGD(Optimizer):
         if self._schedule is None:
             return []
         table = SegmentTable(self._segments, self._schedule.eta_min)
-        return table.lrs(step, [group["initial_lr"] for group in self.param_groups])
+        return table.lrs(step, np.array([g["initial_lr"] for g in self.param_groups], float))
 
     def _check_initial_lrs(self, schedule: Schedule) -> None:
         """Raise unless each group's ``initial_lr``, which the user may change, is a rate."""
