@@ -81,8 +81,8 @@ def test_a_row_too_long_is_caught(monkeypatch):
     install(monkeypatch, "address")
     from fastfreeze.ops import _device_sgd
 
-    def longer(spec, run_elements):
-        rows = make_runs(spec, run_elements)
+    def longer(*args):
+        rows = make_runs(*args)
         rows.view(_device_sgd._RUN)["size"][-1] += 1
         return rows
 
