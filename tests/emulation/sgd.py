@@ -54,7 +54,11 @@ class EmulatedPlan(CudaPlan):
 
 
 def install(monkeypatch, sanitizer=None, multiprocessors=0):
-    """Until the test's end, backend="cuda" takes tensors of the CPU and runs emulated."""
+    """Until the test's end, backend="cuda" takes tensors of the CPU and runs emulated; its plan.
+
+    Args:
+        multiprocessors: of the device, each with room for 16 runs.
+    """
     build("sgd_harness.cpp", sanitizer)  # or skip
     facts = {"sanitizer": sanitizer, "multiprocessors": multiprocessors}
     plan = type("EmulatedPlan", (EmulatedPlan,), facts)
@@ -65,3 +69,4 @@ def install(monkeypatch, sanitizer=None, multiprocessors=0):
     monkeypatch.setattr(
         _library, "refuses_device", lambda b, d: None if b == "cuda" else refuses(b, d)
     )
+    return plan
