@@ -29,14 +29,25 @@ struct GroupRate {
   bool frozen;
 };
 
-FASTFREEZE_HOST_DEVICE inline GroupRate group_rate(const SegmentTable& table, int64_t group,
-                                                   const double* hyper_row, int64_t step) {
+FASTFREEZE_HOST_DEVICE inline const Segment* segment_of(const SegmentTable& table, int64_t group,
+                                                        double step) {
   const int64_t begin = table.begin[group];
   const int64_t count = table.begin[group + 1] - begin;
-  if (count == 0) return {hyper_row[kLr], false};
+  return count == 0 ? nullptr : &segment_at(table.segments + begin, count, step);
+}
+
+FASTFREEZE_HOST_DEVICE inline bool group_frozen(const SegmentTable& table, int64_t group,
+                                                int64_t step) {
+  const Segment* segment = segment_of(table, group, static_cast<double>(step));
+  return segment != nullptr && segment->length == 0;
+}
+
+FASTFREEZE_HOST_DEVICE inline GroupRate group_rate(const SegmentTable& table, int64_t group,
+                                                   const double* hyper_row, int64_t step) {
   const double at = static_cast<double>(step);
-  const Segment& segment = segment_at(table.segments + begin, count, at);
-  return {segment_lr(segment, at, hyper_row[kInitialLr], table.eta_min), segment.length == 0};
+  const Segment* segment = segment_of(table, group, at);
+  if (segment == nullptr) return {hyper_row[kLr], false};
+  return {segment_lr(*segment, at, hyper_row[kInitialLr], table.eta_min), segment->length == 0};
 }
 
 template <typename T>

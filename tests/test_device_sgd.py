@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastfreeze.ops import sgd as sgd_ops
+from fastfreeze.ops._plans import PlanSpec
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles, SnapshotCycles
 from tests.conftest import HAS_GPU, device_kernels, resolved
@@ -159,6 +161,36 @@ def test_a_layer_that_thaws_behind_a_graphs_back_is_an_error(backend, device, gr
         _ = optimizer.current_step
 
 
+# What has been trained before, and whether replays must look who has started.
+CAPTURES = {
+    "cosine": ("cosine", 1, False, False),
+    "layers freeze for good": ("freezeout", 1, False, False),
+    "layers will thaw": ("thaw", 1, False, True),
+    "all thaws are over": ("thaw", TOTAL // 2 + 1, False, False),
+    "no step of a scaler's has been seen": ("cosine", 1, True, True),
+    "a scaler comes late": ("cosine", 2, True, False),
+}
+
+
+@pytest.mark.skipif(HAS_GPU, reason="looks at what is launched")
+@pytest.mark.parametrize(("schedule", "steps", "scaler", "tracks"), CAPTURES.values(), ids=CAPTURES)
+def test_a_graph_looks_who_has_started_where_that_may_change(
+    backend, device, graph, schedule, steps, scaler, tracks
+):
+    params = parameters(device)
+    optimizer = make(params, SCHEDULES[schedule], backend)
+    for step in range(steps):
+        set_grads(params, step)
+        if scaler and step == steps - 1:
+            optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.ones(())
+        optimizer.step()
+    set_grads(params, steps)
+    graph.capture(optimizer)
+    assert [args[-1] for _, args in graph.launches] == [tracks]
+    unstarted = [part.plan.unstarted() for part in optimizer._runtime.parts]
+    assert unstarted == [set()]
+
+
 @pytest.mark.parametrize("change", ["hyperparameter", "gradient", "storage", "no step"])
 def test_what_needs_a_step_before_a_capture(backend, device, graph, monkeypatch, change):
     params = parameters(device)
@@ -239,14 +271,71 @@ def test_more_tensors_than_a_launch_has_arguments(backend, device):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def plan_of(backend, sizes, device="cpu"):
+    params = [torch.rand(n, device=device) for n in sizes]
+    buffers = [torch.rand_like(p) for p in params]
+    first, groups = [i % 2 == 0 for i in range(len(params))], [i % 3 for i in range(len(params))]
+    segments = [Cosine(TOTAL).segments()] * 3
+    return sgd_ops.PLANS[backend](PlanSpec(params, buffers, first, groups, segments, 0.1, None))
+
+
+def test_the_tables_come_in_one_copy(backend, device):
+    plan = plan_of(backend, [7, 5000, 1], device)
+    tables = [plan.runs, plan.hypers, plan.segments, plan.segment_begin, plan.tensor_groups]
+    tables += [plan.started, plan.counters, plan.grad_table]
+    assert len({t.untyped_storage().data_ptr() for t in tables}) == 1
+    assert all(t.data_ptr() % 16 == 0 and t.is_contiguous() for t in tables)
+    assert plan.segments.tolist() == [[0, TOTAL, 1]] * 3
+    assert plan.segment_begin.flatten().tolist() == [0, 1, 2, 3]
+    assert plan.tensor_groups.flatten().tolist() == [0, 1, 2]
+    assert plan.started.flatten().tolist() == [0, 1, 0]
+    assert [b.any().item() for b in plan.buffers] == [False, True, False]
+    assert plan.runs[:, 1].min() >= min(b.data_ptr() for b in plan.buffers)
+
+
+class Stream:
+    """A CUDA stream's part in what the plan asks."""
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a stub of a stream")
+def test_tables_are_kept_for_each_stream_that_steps(backend, device, monkeypatch):
+    plan = plan_of(backend, [7])
+    side, kept = Stream(), []
+    plan.runs = type("Runs", (), {"record_stream": kept.append})
+    for stream in (None, side, side, None):
+        plan._keep_for(stream)
+    assert kept == [side]
+    monkeypatch.setattr(plan, "_capturing", lambda: True)
+    plan._keep_for(Stream())
+    assert kept == [side]
+
+
+def test_the_operator_is_not_for_cuda_graphs():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.fastfreeze.sgd_.default.tags
+
+
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-def test_a_step_does_not_wait_for_the_device(backend, device):
+@pytest.mark.parametrize("schedule", ["cosine", "freezeout"])
+def test_a_step_does_not_wait_for_the_device(backend, device, schedule):
+    """Nor do the first one and a freeze, which make tables."""
+    params = parameters(device)
+    optimizer = make(params, SCHEDULES[schedule], backend)
+    for step in range(TOTAL):
+        set_grads(params, step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_an_overflow_is_not_waited_for(backend, device):
     params = parameters(device)
     optimizer = make(params, Cosine(TOTAL), backend)
     optimizer.found_inf = torch.zeros((), device=device)
     optimizer.grad_scale = torch.ones((), device=device)
     set_grads(params, 0)
-    optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()

@@ -1,7 +1,7 @@
 """The CUDA kernels of SGD, emulated under the sanitizers: memory, undefined behaviour, races.
 
-What they compute is checked by test_sgd.py, test_optim.py and test_device_sgd.py, through the same
-emulation without sanitizers. None of it is a GPU run.
+What they compute is checked here for each length of runs, and by test_sgd.py, test_optim.py and
+test_device_sgd.py, through the same emulation without sanitizers. None of it is a GPU run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from tests.emulation import EmulationError
 from tests.emulation.sgd import install
 from tests.test_sgd import TOLERANCE
 
-pytestmark = pytest.mark.slow
 # One run each, and two: a sanitized launch of more would take long.
 SIZES = [1, 33, 2048, 2049]
 CASES = {
@@ -35,18 +34,25 @@ CASES = {
 
 @pytest.fixture(params=["address", "thread"])
 def sanitizer(request, monkeypatch):
-    install(monkeypatch, request.param)
+    install(monkeypatch, request.param, multiprocessors=1)  # runs of 512
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize(("dtype", "hyper"), CASES.values(), ids=CASES)
 def test_a_step(sanitizer, dtype, hyper, offset):
     def tensors(make):
         return [make(n + offset).to(dtype)[offset:] for n in SIZES]
 
-    params, buffers = tensors(torch.rand), [None] * len(SIZES)
-    truth, true_buffers = [p.double() for p in params], [None] * len(SIZES)
+    assert_steps_right(tensors, dtype, hyper)
+
+
+def assert_steps_right(tensors, dtype, hyper):
+    """tensors: takes what makes one of so many elements, and makes some."""
+    params = tensors(torch.rand)
+    buffers, true_buffers = [None] * len(params), [None] * len(params)
+    truth = [p.double() for p in params]
     for _ in range(2):  # a buffer's first step, and one after it
         grads = tensors(torch.randn)
         wide = [g.double() for g in grads]
@@ -57,6 +63,33 @@ def test_a_step(sanitizer, dtype, hyper, offset):
         assert error.max() <= TOLERANCE[dtype]
 
 
+# How many tensors of each size, and the length of the runs that all find one of 16 places: there
+# are 11 of 512 for each, 7 of 1024, 5 of 2048.
+RUNS = {"512": (1, 512), "1024": (2, 1024), "2048": (3, 2048)}
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize(("many", "elements"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(("dtype", "hyper"), CASES.values(), ids=CASES)
+def test_runs_of_each_length(monkeypatch, dtype, hyper, many, elements, offset):
+    made, around = [], []
+
+    def tensors(make):
+        poisoned = [torch.full((n + 9,), torch.nan, dtype=dtype) for n in SIZES * many]
+        around.extend(poisoned)
+        for flat in poisoned:
+            flat[offset : flat.numel() - 9 + offset] = make(flat.numel() - 9)
+        return [flat[offset : flat.numel() - 9 + offset] for flat in poisoned]
+
+    plan = install(monkeypatch, multiprocessors=1)
+    make = plan._make
+    monkeypatch.setattr(plan, "_make", lambda self: (made.append(self.run_elements), make(self))[1])
+    assert_steps_right(tensors, dtype, hyper)
+    assert made == [elements] * 2
+    assert all(flat.isnan().sum() == 9 for flat in around)
+
+
+@pytest.mark.slow
 def test_a_schedule_and_an_overflow(sanitizer):
     def train(backend):
         torch.manual_seed(0)
@@ -76,13 +109,14 @@ def test_a_schedule_and_an_overflow(sanitizer):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_row_too_long_is_caught(monkeypatch):
     """The address sanitizer does see the tables' tensors: a run past one's end is reported."""
     install(monkeypatch, "address")
     from fastfreeze.ops import _device_sgd
 
-    def longer(spec, run_elements):
-        rows = make_runs(spec, run_elements)
+    def longer(*args):
+        rows = make_runs(*args)
         rows.view(_device_sgd._RUN)["size"][-1] += 1
         return rows
 

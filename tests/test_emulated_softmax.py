@@ -203,6 +203,59 @@ def test_unaligned_output_and_total(plain):
     torch.testing.assert_close(found["out"].double(), expected, rtol=4e-6, atol=0)
 
 
+# Elements from a multiple of 16 bytes to the first member, the second, the output and what is added
+# to; and from one row of a member to the next beside its classes.
+OFFSETS = {
+    "all even": ((0, 0), 0, 0, 0),
+    "all alike": ((1, 1), 1, 1, 0),
+    "members alike": ((3, 3), 0, 0, 0),
+    "a member apart": ((2, 5), 2, 2, 0),
+    "output apart": ((0, 0), 3, 0, 0),
+    "total apart": ((5, 5), 5, 3, 0),
+    "padded rows": ((7, 7), 1, 0, 3),
+    "even rows": ((4, 4), 0, 0, None),
+}
+# Just below and above what a kernel takes, less a vector's worth: 128, 512, 1024, 12288 and a part.
+EDGES = [129, 509, 1021, 2001, 12285, 12289, 18433]
+
+
+def placed(values, offset, gap=0):
+    """The same values at an offset from a multiple of 16 bytes, NaN around them; and all of it."""
+    rows, columns = values.shape
+    unit = 16 // values.element_size()
+    width = columns + (-columns % unit if gap is None else gap)
+    flat = poisoned((rows * width + 2 * unit,), values.dtype)
+    start = (-flat.data_ptr() // values.element_size()) % unit + offset
+    view = flat[start : start + rows * width].as_strided((rows, columns), (width, 1))
+    return view.copy_(values), flat
+
+
+@pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
+@pytest.mark.parametrize("classes", EDGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_between_vectors(plain, classes, dtype, offsets):
+    (first, second), of_out, of_total, gap = offsets
+    rows = 9 if classes < 2000 else 2
+    logits = make((rows, classes), 2, dtype)
+    members = [placed(z, o, gap)[0] for z, o in zip(logits, (first, second), strict=True)]
+    out, around = placed(poisoned((rows, classes), dtype), of_out)
+    labels = torch.randint(classes, (rows,))
+    names = ("max_probability", "entropy", "mutual_information", "nll")
+    found = {name: poisoned((rows,), torch.float32) for name in names}
+    found |= {"out": out, "argmax": torch.full((rows,), -1)}
+    launch(plain, STATISTICS, members, {**found, "labels": labels})
+    outside = around.numel() - rows * classes
+    assert around.isnan().sum() == outside
+    ours = EnsembleStatistics(probabilities=found.pop("out"), **found)
+    assert_statistics_near(ours, true_statistics(logits, labels), dtype)
+    result, around = placed(poisoned((rows, classes), torch.float32), of_out % 4)
+    total, _ = placed(torch.rand(rows, classes), of_total % 4)
+    launch(plain, SUM, members[:1], {"out": result, "before": total})
+    assert around.isnan().sum() == around.numel() - rows * classes
+    expected = total.double() + truth(logits[:1])
+    assert ((result.double() - expected).abs() <= TOLERANCE[torch.float32][0] * expected).all()
+
+
 def test_sums_over_many_classes_stay_accurate(plain):
     members = [torch.rand(2, 50257) for _ in range(2)]  # nearly uniform: all terms count
     assert_near(mean_of(plain, members), members)

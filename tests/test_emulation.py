@@ -149,7 +149,8 @@ def test_random_schedule_shows_missing_barrier(bugs, sanitizer, name):
 
 # Of several blocks: buffers out, finished, parts, x.
 BETWEEN_BLOCKS = ["blocks_count_themselves", "misses_a_fence", "misses_an_atomic"]
-BETWEEN_BLOCKS += ["fences_too_early"]
+BETWEEN_BLOCKS += ["fences_too_early", "misses_the_fence_after"]
+BETWEEN_BLOCKS += ["releases_alone", "acquires_alone"]
 
 
 def run_grid_bug(program, name, broken):

@@ -77,17 +77,6 @@ __device__ __forceinline__ double log_of(double x) { return log(x); }
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
-// For sums of p log(p) with p <= 1. CUDA's fast logarithm is off by at most 2^-21 (1 + |log p|),
-// so the sum by as much of its own size: what fp32 sums lose anyway.
-__device__ __forceinline__ float log_of_share(float p) {
-#ifdef __CUDACC__
-  return __logf(p);
-#else
-  return logf(p);
-#endif
-}
-__device__ __forceinline__ double log_of_share(double p) { return log(p); }
-
 // log(e^a + e^b), NaN if one of them is.
 template <typename T>
 __device__ __forceinline__ T log_add(T a, T b) {
@@ -150,16 +139,51 @@ __device__ __forceinline__ int place_of(int i, const Group& group) {
   return (i * Group::kLanes + group.lane()) * kVec;
 }
 
-// Of a stretch of which `count` are in the row; the others are masked.
+// Part of a row, by places: those of whole vectors, aligned where the row of the first member is.
+// Where that begins between two vectors all moves on by `shift`: places before the row's first
+// class are masked, as are those from `count` on.
+struct Stretch {
+  int64_t begin;  // the class at place `shift`
+  int shift, count;
+
+  __device__ __forceinline__ int64_t first() const { return begin - shift; }
+  __device__ __forceinline__ bool holds(int place) const {
+    return (begin > 0 || place >= shift) && place < count;
+  }
+  template <int kVec>
+  __device__ __forceinline__ bool whole(int place) const {
+    return (begin > 0 || place >= shift) && place + kVec <= count;
+  }
+};
+
+template <int kVec, typename In>
+__device__ __forceinline__ Stretch stretch_at(const In* row, int64_t begin, int64_t classes,
+                                              int size) {
+  const auto element = reinterpret_cast<uintptr_t>(row) / sizeof(In);
+  const int shift = static_cast<int>(element % kVec);
+  const int64_t left = classes - begin + shift;
+  return {begin, shift, static_cast<int>(left < size ? left : size)};
+}
+
+// row: the row's class 0.
 template <int kVec, int kCount, typename In, typename Group>
-__device__ __forceinline__ void load_items(Vec<In, kVec> (&items)[kCount], const In* p, int count,
-                                           const Group& group) {
+__device__ __forceinline__ void load_items(Vec<In, kVec> (&items)[kCount], const In* row,
+                                           const Stretch& stretch, const Group& group) {
+  const In* p = row + stretch.first();
+  const bool vectors = kVec == 1 || aligned16(p);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
 #pragma unroll
     for (int v = 0; v < kVec; ++v) items[i][v] = from_math<In>(-INFINITY);
     const int c = place_of<kVec>(i, group);
-    if (c < count) items[i] = load_vec<In, kVec>(p + c);
+    if (vectors && stretch.whole<kVec>(c)) {
+      items[i] = load_vec<In, kVec>(p + c);
+    } else if (kVec > 1) {
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+        if (stretch.holds(c + v)) items[i][v] = *as_global(p + c + v);
+      }
+    }
   }
 }
 
@@ -169,44 +193,62 @@ __device__ __forceinline__ void widen(const Vec<In, kVec> (&items)[kCount], T (&
   for (int i = 0; i < kCount * kVec; ++i) z[i] = to_math<T>(items[i / kVec][i % kVec]);
 }
 
-// What the sum starts from. `before` is null, or the stretch's.
+// What the sum starts from. before: the row's, or null.
 template <SoftmaxMode kMode, int kVec, int kItems, typename T, typename Group>
-__device__ __forceinline__ void start_total(T (&total)[kItems], const T* before, int count,
-                                            const Group& group) {
+__device__ __forceinline__ void start_total(T (&total)[kItems], const T* before,
+                                            const Stretch& stretch, const Group& group) {
 #pragma unroll
   for (int i = 0; i < kItems; ++i) total[i] = kMode == SoftmaxMode::log ? -T(INFINITY) : T(0);
   if (before == nullptr) return;
+  const T* p = before + stretch.first();
+  const bool vectors = kVec == 1 || aligned16(p);
 #pragma unroll
   for (int i = 0; i < kItems / kVec; ++i) {
     const int c = place_of<kVec>(i, group);
-    if (c >= count) continue;
-    const Vec<T, kVec> vec = load_vec<T, kVec>(before + c);
+    if (vectors && stretch.whole<kVec>(c)) {
+      const Vec<T, kVec> vec = load_vec<T, kVec>(p + c);
 #pragma unroll
-    for (int v = 0; v < kVec; ++v) total[i * kVec + v] = vec[v];
+      for (int v = 0; v < kVec; ++v) total[i * kVec + v] = vec[v];
+    } else if (kVec > 1) {
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+        if (stretch.holds(c + v)) total[i * kVec + v] = *as_global(p + c + v);
+      }
+    }
   }
 }
 
 template <typename Out, int kVec, int kItems, typename T, typename Group>
-__device__ __forceinline__ void store_items(const T (&total)[kItems], Out* out, int count,
-                                            const Group& group) {
+__device__ __forceinline__ void store_items(const T (&total)[kItems], Out* row,
+                                            const Stretch& stretch, const Group& group) {
+  Out* p = row + stretch.first();
+  const bool vectors = kVec == 1 || aligned16(p);
 #pragma unroll
   for (int i = 0; i < kItems / kVec; ++i) {
     Vec<Out, kVec> vec;
 #pragma unroll
     for (int v = 0; v < kVec; ++v) vec[v] = from_math<Out>(total[i * kVec + v]);
     const int c = place_of<kVec>(i, group);
-    if (c < count) store_vec(out + c, vec);
+    if (vectors && stretch.whole<kVec>(c)) {
+      store_vec(p + c, vec);
+    } else if (kVec > 1) {
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+        if (stretch.holds(c + v)) *as_global(p + c + v) = vec[v];
+      }
+    }
   }
 }
 
-// `count` elements of the output from `offset` on.
+// The output's part of a row.
 template <typename In, int kVec, int kItems, typename T, typename Group>
 __device__ __forceinline__ void store_total(const SoftmaxJob<T>& job, const T (&total)[kItems],
-                                            int64_t offset, int count, const Group& group) {
+                                            int64_t row, const Stretch& stretch,
+                                            const Group& group) {
   if (std::is_same_v<In, T> || job.out_is_sum) {
-    store_items<T, kVec>(total, static_cast<T*>(job.out) + offset, count, group);
+    store_items<T, kVec>(total, static_cast<T*>(job.out) + row * job.classes, stretch, group);
   } else {
-    store_items<In, kVec>(total, static_cast<In*>(job.out) + offset, count, group);
+    store_items<In, kVec>(total, static_cast<In*>(job.out) + row * job.classes, stretch, group);
   }
 }
 
@@ -251,6 +293,11 @@ __device__ __forceinline__ const In* member_row(const SoftmaxJob<T>& job, int m,
   return static_cast<const In*>(job.data[m]) + row * job.stride[m];
 }
 
+template <typename T>
+__device__ __forceinline__ const T* before_row(const SoftmaxJob<T>& job, int64_t row) {
+  return job.before == nullptr ? nullptr : job.before + row * job.classes;
+}
+
 // Sums over members of what statistics need beside the mean.
 template <typename T>
 struct MemberTerms {
@@ -274,7 +321,7 @@ __device__ __forceinline__ T label_logit(const SoftmaxJob<T>& job, int m, int64_
   return to_math<T>(*as_global(member_row<In>(job, m, row) + label));
 }
 
-// base: the class that the stretch begins with. Every thread of the group gets the result.
+// base: the class at place 0. Every thread of the group gets the result.
 template <int kVec, int kItems, typename T, typename Group>
 __device__ __forceinline__ MeanSummary<T> summarise(const T (&mean)[kItems], int base,
                                                     Group& group) {
@@ -287,7 +334,7 @@ __device__ __forceinline__ MeanSummary<T> summarise(const T (&mean)[kItems], int
       best = p;
       index = place_of<kVec>(i / kVec, group) + i % kVec;
     }
-    entropy -= p == 0 ? p : p * log_of_share(p);
+    entropy -= p == 0 ? p : p * log_of(p);
   }
   const T highest_of_all = group.max(best);
   const T first = group.max(best == highest_of_all ? -static_cast<T>(base + index) : -T(INFINITY));
@@ -315,19 +362,18 @@ template <typename In, SoftmaxMode kMode, int kVec, int kItems, typename T, type
 __device__ __forceinline__ void softmax_row(const SoftmaxJob<T>& job, int64_t row, bool store,
                                             Group& group) {
   constexpr bool kStatistics = kMode == SoftmaxMode::statistics;
-  const int first = group.warp() * kItems * 32;
-  const int count = static_cast<int>(job.classes) - first;
-  const int64_t offset = row * job.classes + first;
+  constexpr int kSize = kItems * 32;  // of a warp's part; lanes that share a warp have it all
+  const Stretch stretch =
+      stretch_at<kVec>(member_row<In>(job, 0, row), group.warp() * kSize, job.classes, kSize);
   Vec<In, kVec> next[kItems / kVec];
   T z[kItems], total[kItems];
   MemberTerms<T> terms;
-  load_items(next, member_row<In>(job, 0, row) + first, count, group);
-  start_total<kMode, kVec>(total, job.before == nullptr ? nullptr : job.before + offset, count,
-                           group);
+  load_items(next, member_row<In>(job, 0, row), stretch, group);
+  start_total<kMode, kVec>(total, before_row(job, row), stretch, group);
   for (int m = 0; m < job.num_members; ++m) {
     widen(next, z);
     if (m + 1 < job.num_members) {
-      load_items(next, member_row<In>(job, m + 1, row) + first, count, group);
+      load_items(next, member_row<In>(job, m + 1, row), stretch, group);
     }
     const T label = kStatistics ? label_logit<In>(job, m, row) : T(0);
     const T top = group.max(highest(z));
@@ -339,11 +385,11 @@ __device__ __forceinline__ void softmax_row(const SoftmaxJob<T>& job, int64_t ro
     s.weighted = group.sum(s.weighted);
     terms.add(job.weight[m], s, label, job.inverse_temperature);
   }
-  if (store) store_total<In, kVec>(job, total, offset, count, group);
+  if (store) store_total<In, kVec>(job, total, row, stretch, group);
   if (!kStatistics) return;
   const bool writer = store && group.lane() == 0 && group.warp() == 0;
   if (job.max_probability != nullptr) {
-    const MeanSummary<T> mean = summarise<kVec>(total, first, group);
+    const MeanSummary<T> mean = summarise<kVec>(total, static_cast<int>(stretch.first()), group);
     if (writer) write_mean(job, row, mean, terms);
   }
   if (job.entropy_sum != nullptr && writer) *as_global(job.entropy_sum + row) += terms.entropy;

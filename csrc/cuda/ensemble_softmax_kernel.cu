@@ -81,7 +81,7 @@ void run(const Request& request) {
   job.inverse_temperature = static_cast<T>(request.inverse_temperature);
   job.classes = num_classes(first);
   job.rows = first.numel() / job.classes;
-  job.splits = softmax_splits<In>(job.classes);
+  job.splits = softmax_splits<In>(job);
   if (job.rows == 0) return;
   if (job.splits > 0) {
     const std::vector<int64_t> size = {workspace_bytes(job)};

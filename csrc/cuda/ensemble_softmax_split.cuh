@@ -50,17 +50,11 @@ __device__ __forceinline__ MemberSum<T> sum_of_splits(const SoftmaxJob<T>& job, 
 }
 
 // A warp's stretch of a part of a row.
-struct Stretch {
-  int64_t first;
-  int count;  // of classes; none where it is not above 0
-};
-
-template <typename In, typename T>
-__device__ __forceinline__ Stretch stretch_of(const SoftmaxJob<T>& job, int64_t split, int warp) {
+template <int kVec, typename In>
+__device__ __forceinline__ Stretch stretch_of(const In* row, int64_t split, int warp,
+                                              int64_t classes) {
   constexpr int kSize = kBlockItems<In> * 32;
-  const int64_t first = split * kSplitClasses<In> + warp * kSize;
-  const int64_t left = job.classes - first;
-  return {first, static_cast<int>(left < kSize ? left : kSize)};
+  return stretch_at<kVec>(row, split * kSplitClasses<In> + warp * kSize, classes, kSize);
 }
 
 template <typename In, int kVec>
@@ -75,10 +69,11 @@ __global__ void __launch_bounds__(kSplitThreads, kMinSplitBlocks<In>)
     const int64_t row_and_member = block / job.splits;
     const int64_t row = row_and_member / job.num_members;
     const int m = static_cast<int>(row_and_member % job.num_members);
-    const Stretch stretch = stretch_of<In>(job, block % job.splits, group.warp());
+    const In* data = member_row<In>(job, m, row);
+    const Stretch stretch = stretch_of<kVec>(data, block % job.splits, group.warp(), job.classes);
     Vec<In, kVec> items[kItems / kVec];
     T z[kItems];
-    load_items(items, member_row<In>(job, m, row) + stretch.first, stretch.count, group);
+    load_items(items, data, stretch, group);
     widen(items, z);
     const T top = group.max(highest(z));
     // Where all of a part is masked, its sums are 0: other parts decide.
@@ -101,13 +96,12 @@ __global__ void __launch_bounds__(kSplitThreads, kMinSplitBlocks<In>)
   const int64_t blocks = job.rows * job.splits;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int64_t row = block / job.splits;
-    const Stretch stretch = stretch_of<In>(job, block % job.splits, group.warp());
-    const int64_t offset = row * job.classes + stretch.first;
+    const Stretch stretch = stretch_of<kVec>(member_row<In>(job, 0, row), block % job.splits,
+                                             group.warp(), job.classes);
     Vec<In, kVec> next[kItems / kVec];
     T z[kItems], total[kItems];
-    load_items(next, member_row<In>(job, 0, row) + stretch.first, stretch.count, group);
-    start_total<kMode, kVec>(total, job.before == nullptr ? nullptr : job.before + offset,
-                             stretch.count, group);
+    load_items(next, member_row<In>(job, 0, row), stretch, group);
+    start_total<kMode, kVec>(total, before_row(job, row), stretch, group);
     __syncthreads();  // the block before has read its factors
     for (int m = group.warp(); m < job.num_members; m += kSplitThreads / 32) {
       const MemberSum<T> s = sum_of_splits(job, row, m);
@@ -121,15 +115,16 @@ __global__ void __launch_bounds__(kSplitThreads, kMinSplitBlocks<In>)
     for (int m = 0; m < job.num_members; ++m) {
       widen(next, z);
       if (m + 1 < job.num_members) {
-        load_items(next, member_row<In>(job, m + 1, row) + stretch.first, stretch.count, group);
+        load_items(next, member_row<In>(job, m + 1, row), stretch, group);
       }
       exponentiate<kMode>(z, tops[m], job.inverse_temperature);
       add_member<kMode>(total, z, factors[m]);
     }
-    store_total<In, kVec>(job, total, offset, stretch.count, group);
+    store_total<In, kVec>(job, total, row, stretch, group);
     if (kLog || job.max_probability == nullptr) continue;
-    MeanSummary<T> mean = summarise<kVec>(total, group.warp() * kItems * 32, group);
-    mean.index += block % job.splits * kSplitClasses<In>;
+    const int64_t begin = block % job.splits * kSplitClasses<In>;
+    MeanSummary<T> mean = summarise<kVec>(total, static_cast<int>(stretch.first() - begin), group);
+    mean.index += begin;
     if (threadIdx.x == 0) job.mean_summaries[block] = mean;
   }
 }

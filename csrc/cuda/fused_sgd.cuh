@@ -2,17 +2,24 @@
 // fastfreeze/ops/_device_sgd.py makes the tables, once; a launch brings the gradients' addresses.
 #pragma once
 
+#ifdef __CUDACC__
+#include <cuda/atomic>
+#endif
+
 #include "cuda/device.cuh"
 #include "sgd_tables.h"
 
 namespace fastfreeze {
 
-constexpr int kSgdRun = 2048;  // elements to a warp; a run never spans two tensors
 constexpr int kSgdThreads = 128;
-constexpr int kSgdBlocks = 5;       // on a multiprocessor at least: up to 96 registers a thread
 constexpr int kSgdArguments = 480;  // gradients' addresses that fit a launch's 4 KB of arguments
+// On a multiprocessor at least: 96 registers a thread, or 128. Four have 98 KB on their way to it,
+// twice what an H200 needs.
+template <typename P>
+constexpr int kSgdBlocks = sizeof(P) == 2 ? 5 : 4;
 
-// A row of the table of runs. The static half of what a warp needs comes in two 16-byte loads.
+// A row of the table of runs: the static half of what a warp needs, in two 16-byte loads. A run
+// never spans two tensors.
 struct alignas(16) SgdRun {
   int64_t param;   // addresses of the run's first elements
   int64_t buffer;  // 0: no momentum
@@ -22,30 +29,23 @@ struct alignas(16) SgdRun {
   int32_t size;
 };
 
-struct GroupState {
-  double lr;
-  double frozen;  // 0 or 1
-};
-
 struct SgdTables {
   const SgdRun* runs;
   const double* hypers;  // [groups, kHyperColumns]
-  GroupState* states;    // [groups], of the step that comes next
   SegmentTable segments;
   const int32_t* tensor_groups;  // [tensors]
   uint8_t* started;              // [tensors]: the momentum buffer has had its first step
-  int64_t* step;
-  unsigned* finished;  // blocks of this launch that are done; 0 between launches
+  int64_t* step;                 // of the next launch
+  unsigned* arrived;  // blocks of this launch that have read `started` and `step`; 0 between two
   int64_t num_runs;
+  int32_t run_elements;  // of all runs but a tensor's last
   int32_t num_tensors;
-  int32_t num_groups;
-  bool scheduled;  // else the learning rates are the hyperparameters', and `states` say nothing
 };
 
 struct SgdCall {
   const float* found_inf;   // nullptr, or not 0 there: nothing is updated
   const float* grad_scale;  // nullptr, or what the gradients are divided by, in place
-  bool track;  // who has started, and which groups are frozen, is known to the device alone
+  bool track;               // `started` may change
 };
 
 // The gradients' addresses, 0 for none: in the launch's arguments, or in device memory.
@@ -59,8 +59,27 @@ struct GradTable {
   __device__ int64_t operator[](int tensor) const { return address[tensor]; }
 };
 
+static_assert(sizeof(SgdTables) + sizeof(GradArguments) + sizeof(SgdCall) <= 4096,
+              "what a launch's arguments may be");
+
 template <typename P>
 using SgdMath = std::conditional_t<std::is_same_v<P, double>, double, float>;
+
+// The first elements of a run.
+template <typename P, typename M>
+struct RunMemory {
+  P* param;
+  P* grad;
+  M* buffer;  // nullptr: no momentum
+};
+
+// What a run's step depends on beside its elements.
+template <typename T>
+struct RunStep {
+  SgdHyper<T> hyper;
+  Momentum momentum;
+  bool frozen;
+};
 
 template <Momentum kMomentum, typename P, typename M>
 __device__ __forceinline__ void update_one(P& param, P& grad, M& buffer,
@@ -74,103 +93,81 @@ __device__ __forceinline__ void update_one(P& param, P& grad, M& buffer,
   if (kMomentum != Momentum::none) buffer = from_math<M>(b);
 }
 
-// kUnroll vectors 32 apart, all loads before the first use. kFull: none is past the end.
-template <Momentum kMomentum, bool kFull, int kUnroll, typename P, typename M>
-__device__ __forceinline__ void update_vectors(P* param, P* grad, M* buffer, int first, int count,
-                                               const SgdHyper<SgdMath<P>>& hyper, bool store_grad) {
-  constexpr int kVec = 16 / sizeof(P);
-  Vec<P, kVec> p[kUnroll], g[kUnroll];
-  Vec<M, kVec> b[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int i = first + u * 32;
-    if (!kFull && i >= count) continue;
-    p[u] = load_vec<P, kVec>(param + i * kVec);
-    g[u] = load_vec<P, kVec>(grad + i * kVec);
-    if (kMomentum == Momentum::running) b[u] = load_vec<M, kVec>(buffer + i * kVec);
-  }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int i = first + u * 32;
-    if (!kFull && i >= count) continue;
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) update_one<kMomentum>(p[u][v], g[u][v], b[u][v], hyper);
-    store_vec(param + i * kVec, p[u]);
-    if (store_grad) store_vec(grad + i * kVec, g[u]);
-    if (kMomentum != Momentum::none) store_vec(buffer + i * kVec, b[u]);
-  }
-}
+// kUnroll vectors of a run, 32 apart, in a lane's registers. Those from `count` on are not there.
+template <typename P, typename M, int kVec, int kUnroll>
+struct Chunk {
+  Vec<P, kVec> param[kUnroll], grad[kUnroll];
+  Vec<M, kVec> buffer[kUnroll];
 
-template <Momentum kMomentum, typename P, typename M>
-__device__ __forceinline__ void update_elements(P* param, P* grad, M* buffer, int size,
-                                                const SgdHyper<SgdMath<P>>& hyper,
-                                                bool store_grad) {
-  constexpr int kVec = 16 / sizeof(P);
-  constexpr int kUnroll = sizeof(P) == 2 ? 2 : 4;  // 16-bit elements take twice their registers
-  const int lane = threadIdx.x % 32;
-  int done = 0;
-  if (aligned16(param) && aligned16(grad) && aligned16(buffer)) {
-    const int count = size / kVec;
-    if (size == kSgdRun) {
-      for (int i = lane; i < kSgdRun / kVec; i += 32 * kUnroll) {
-        update_vectors<kMomentum, true, kUnroll>(param, grad, buffer, i, count, hyper, store_grad);
-      }
-    } else {
-      for (int i = lane; i < count; i += 32 * kUnroll) {
-        update_vectors<kMomentum, false, kUnroll>(param, grad, buffer, i, count, hyper, store_grad);
-      }
+  __device__ __forceinline__ void load(const RunMemory<P, M>& run, int first, int count) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = first + u * 32;
+      if (i >= count) continue;
+      param[u] = load_vec<P, kVec>(run.param + i * kVec);
+      grad[u] = load_vec<P, kVec>(run.grad + i * kVec);
+      if (run.buffer != nullptr) buffer[u] = load_vec<M, kVec>(run.buffer + i * kVec);
     }
-    done = count * kVec;
   }
-#pragma unroll 4
-  for (int i = done + lane; i < size; i += 32) {
-    P p = *as_global(param + i), g = *as_global(grad + i);
-    M b = kMomentum == Momentum::running ? *as_global(buffer + i) : from_math<M>(0.0f);
-    update_one<kMomentum>(p, g, b, hyper);
-    *as_global(param + i) = p;
-    if (store_grad) *as_global(grad + i) = g;
-    if (kMomentum != Momentum::none) *as_global(buffer + i) = b;
-  }
-}
 
-template <typename P, typename M, typename Grads>
-__device__ __forceinline__ void update_run(const SgdTables& tables, const Grads& grads,
-                                           const SgdCall& call, int64_t index) {
-  const SgdRun run = tables.runs[index];
-  const int64_t address = grads[run.tensor];
+  template <Momentum kMomentum>
+  __device__ __forceinline__ void update(const RunMemory<P, M>& run, int first, int count,
+                                         const SgdHyper<SgdMath<P>>& hyper, bool store_grad) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = first + u * 32;
+      if (i >= count) continue;
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+        update_one<kMomentum>(param[u][v], grad[u][v], buffer[u][v], hyper);
+      }
+      store_vec(run.param + i * kVec, param[u]);
+      if (store_grad) store_vec(run.grad + i * kVec, grad[u]);
+      if (kMomentum != Momentum::none) store_vec(run.buffer + i * kVec, buffer[u]);
+    }
+  }
+
+  __device__ __forceinline__ void update(const RunMemory<P, M>& run, int first, int count,
+                                         const RunStep<SgdMath<P>>& step, bool store_grad) {
+    if (step.momentum == Momentum::none) {
+      update<Momentum::none>(run, first, count, step.hyper, store_grad);
+    } else if (step.momentum == Momentum::first) {
+      update<Momentum::first>(run, first, count, step.hyper, store_grad);
+    } else {
+      update<Momentum::running>(run, first, count, step.hyper, store_grad);
+    }
+  }
+
+  // The vectors from `first` on, which are loaded, and all that follow.
+  __device__ __forceinline__ void update_all(const RunMemory<P, M>& run, int first, int count,
+                                             const RunStep<SgdMath<P>>& step, bool store_grad) {
+    for (int i = first; i < count; i += 32 * kUnroll) {
+      update(run, i, count, step, store_grad);
+      load(run, i + 32 * kUnroll, count);
+    }
+  }
+};
+
+// All that one load tells where to find is asked for before the schedule is worked out.
+template <typename T>
+__device__ __forceinline__ RunStep<T> step_of(const SgdTables& tables, const SgdCall& call,
+                                              const SgdRun& run, int64_t step) {
   const double* row = tables.hypers + static_cast<int64_t>(run.group) * kHyperColumns;
-  const GroupState state = tables.scheduled ? tables.states[run.group] : GroupState{row[kLr], 0.0};
-  if (address == 0 || state.frozen != 0) return;
+  const bool first = run.buffer != 0 && tables.started[run.tensor] == 0;
   const double inv_scale = call.grad_scale == nullptr ? 1.0 : 1.0 / *call.grad_scale;
-  const auto hyper = hyper_of<SgdMath<P>>(row, state.lr, inv_scale);
-  const bool store_grad = call.grad_scale != nullptr;
-  P* param = reinterpret_cast<P*>(run.param);
-  P* grad = reinterpret_cast<P*>(address) + static_cast<int64_t>(run.index) * kSgdRun;
-  M* buffer = reinterpret_cast<M*>(run.buffer);
-  if (run.buffer == 0) {
-    update_elements<Momentum::none>(param, grad, buffer, run.size, hyper, store_grad);
-  } else if (tables.started[run.tensor] == 0) {
-    update_elements<Momentum::first>(param, grad, buffer, run.size, hyper, store_grad);
-  } else {
-    update_elements<Momentum::running>(param, grad, buffer, run.size, hyper, store_grad);
-  }
+  SgdHyper<T> hyper = hyper_of<T>(row, 0.0, inv_scale);
+  const GroupRate rate = group_rate(tables.segments, run.group, row, step);
+  hyper.lr = static_cast<T>(rate.lr);
+  const Momentum momentum = first ? Momentum::first : Momentum::running;
+  return {hyper, run.buffer == 0 ? Momentum::none : momentum, rate.frozen};
 }
 
-__device__ __forceinline__ void set_states(const SgdTables& tables, int64_t step) {
-  if (!tables.scheduled) return;
-  for (int g = threadIdx.x; g < tables.num_groups; g += blockDim.x) {
-    const double* row = tables.hypers + static_cast<int64_t>(g) * kHyperColumns;
-    const GroupRate rate = group_rate(tables.segments, g, row, step);
-    tables.states[g] = {rate.lr, rate.frozen ? 1.0 : 0.0};
-  }
-}
-
-// A frozen layer has no momentum: should it thaw, its buffers start anew.
+// A warp's work. A frozen layer has no momentum: should it thaw, its buffers start anew.
 template <typename Grads>
 __device__ __forceinline__ void track_started(const SgdTables& tables, const Grads& grads,
-                                              bool skip) {
-  for (int i = threadIdx.x; i < tables.num_tensors; i += blockDim.x) {
-    if (tables.scheduled && tables.states[tables.tensor_groups[i]].frozen != 0) {
+                                              int64_t step, bool skip) {
+  for (int i = threadIdx.x % 32; i < tables.num_tensors; i += 32) {
+    if (group_frozen(tables.segments, tables.tensor_groups[i], step)) {
       tables.started[i] = 0;
     } else if (!skip && grads[i] != 0) {
       tables.started[i] = 1;
@@ -178,42 +175,65 @@ __device__ __forceinline__ void track_started(const SgdTables& tables, const Gra
   }
 }
 
-// The block that ends last, when all others have read what it writes, prepares the next launch.
+using SgdArrivals = cuda::atomic_ref<unsigned, cuda::thread_scope_device>;
+
+// The first warp's work: of the block that arrived last, when all others have read what it writes.
+// before: in thread 0, how many had arrived before its block.
 template <typename Grads>
 __device__ __forceinline__ void finish_step(const SgdTables& tables, const Grads& grads,
-                                            const SgdCall& call, bool skip) {
-  __shared__ bool last;
-  __syncthreads();
+                                            const SgdCall& call, int64_t step, bool skip,
+                                            unsigned before) {
+  if (__shfl_sync(kAllLanes, before, 0) != gridDim.x - 1) return;
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(tables.finished, gridDim.x - 1) == gridDim.x - 1;
+    cuda::atomic_thread_fence(cuda::memory_order_acquire, cuda::thread_scope_device);
+    *tables.step = step + 1;
+    SgdArrivals(*tables.arrived).store(0, cuda::memory_order_relaxed);
   }
-  __syncthreads();
-  if (!last) return;
-  if (call.track) track_started(tables, grads, skip);
-  const int64_t next = *tables.step + 1;
-  __syncthreads();
-  set_states(tables, next);
-  if (threadIdx.x == 0) *tables.step = next;
+  __syncwarp();
+  if (call.track) track_started(tables, grads, step, skip);
 }
 
+// Elements, hyperparameters and schedule are on their way together. A block arrives before it
+// stores anything: neither it nor the last one waits for stores.
 template <typename P, typename M, typename Grads>
-__global__ void __launch_bounds__(kSgdThreads, kSgdBlocks)
+__global__ void __launch_bounds__(kSgdThreads, kSgdBlocks<P>)
     sgd_kernel(const __grid_constant__ SgdTables tables, const __grid_constant__ Grads grads,
                const __grid_constant__ SgdCall call) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kSgdThreads + threadIdx.x;
+  constexpr int kVec = 16 / sizeof(P);
+  constexpr int kUnroll = sizeof(P) == 2 ? 2 : 4;  // 16-bit elements take twice their registers
+  const int lane = threadIdx.x % 32;
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kSgdThreads + threadIdx.x) / 32;
+  const int64_t step = *tables.step;
   const bool skip = call.found_inf != nullptr && *call.found_inf != 0;
-  if (!skip && thread / 32 < tables.num_runs) {
-    update_run<P, M>(tables, grads, call, thread / 32);
+  const bool store_grad = call.grad_scale != nullptr;
+  const SgdRun run = index < tables.num_runs ? tables.runs[index] : SgdRun{};
+  const int64_t address = index < tables.num_runs && !skip ? grads[run.tensor] : 0;
+  const RunMemory<P, M> memory{
+      reinterpret_cast<P*>(run.param),
+      reinterpret_cast<P*>(address) + static_cast<int64_t>(run.index) * tables.run_elements,
+      reinterpret_cast<M*>(run.buffer)};
+  int size = address == 0 ? 0 : run.size;
+  const bool aligned =
+      aligned16(memory.param) && aligned16(memory.grad) && aligned16(memory.buffer);
+  int count = aligned ? size / kVec : 0;
+  Chunk<P, M, kVec, kUnroll> chunk;
+  chunk.load(memory, lane, count);
+  RunStep<SgdMath<P>> run_step{};
+  if (size > 0) {
+    run_step = step_of<SgdMath<P>>(tables, call, run, step);
+    if (run_step.frozen) size = count = 0;
   }
-  finish_step(tables, grads, call, skip);
-}
-
-// One block: the tables as they are before `step`.
-__global__ void __launch_bounds__(kSgdThreads)
-    sgd_seek_kernel(const __grid_constant__ SgdTables tables, int64_t step) {
-  set_states(tables, step);
-  if (threadIdx.x == 0) *tables.step = step;
+  __syncthreads();
+  unsigned before = 0;
+  if (threadIdx.x == 0) {
+    before = SgdArrivals(*tables.arrived).fetch_add(1, cuda::memory_order_release);
+  }
+  chunk.update_all(memory, lane, count, run_step, store_grad);
+  Chunk<P, M, 1, 4> rest;
+  const int done = count * kVec + lane;
+  rest.load(memory, done, size);
+  rest.update_all(memory, done, size, run_step, store_grad);
+  if (threadIdx.x < 32) finish_step(tables, grads, call, step, skip, before);
 }
 
 }  // namespace fastfreeze

@@ -22,32 +22,29 @@ struct CudaPlan {
   int32_t device;
 };
 
-// runs: int64 [r, 4], rows of SgdRun; hypers: float64 [g, kHyperColumns]; states: float64 [g, 2];
-// segments: float64 [s, 3]; segment_begin: int64 [g + 1, 1]; tensor_groups: int32 [n, 1];
-// started: uint8 [n, 1]; counters: int64 [2, 1], the step and the blocks that have finished.
-int64_t cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor states, Tensor segments,
-                      Tensor segment_begin, Tensor tensor_groups, Tensor started, Tensor counters,
-                      double eta_min, bool scheduled, int64_t param_dtype, int64_t buffer_dtype) {
+// runs: int64 [r, 4], rows of SgdRun; hypers: float64 [g, kHyperColumns]; segments: float64 [s, 3];
+// segment_begin: int64 [g + 1, 1]; tensor_groups: int32 [n, 1]; started: uint8 [n, 1]; counters:
+// int64 [2, 1], the step and the blocks that have arrived.
+int64_t cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor segments, Tensor segment_begin,
+                      Tensor tensor_groups, Tensor started, Tensor counters, int64_t run_elements,
+                      double eta_min, int64_t param_dtype, int64_t buffer_dtype) {
   static_assert(sizeof(SgdRun) == 4 * sizeof(int64_t));
-  static_assert(sizeof(GroupState) == 2 * sizeof(double));
   check_table(runs, "runs", ScalarType::Long, 4);
   check_table(hypers, "hypers", ScalarType::Double, kHyperColumns);
-  check_table(states, "states", ScalarType::Double, 2);
   check_table(segments, "segments", ScalarType::Double, 3);
   check_table(segment_begin, "segment_begin", ScalarType::Long, 1);
   check_table(tensor_groups, "tensor_groups", ScalarType::Int, 1);
   check_table(started, "started", ScalarType::Byte, 1);
   check_table(counters, "counters", ScalarType::Long, 1);
-  const int64_t groups = hypers.size(0), tensors = started.size(0);
-  STD_TORCH_CHECK(states.size(0) == groups && segment_begin.size(0) == groups + 1,
-                  "hypers, states and segment_begin must agree on the number of groups");
+  const int64_t tensors = started.size(0);
+  STD_TORCH_CHECK(segment_begin.size(0) == hypers.size(0) + 1,
+                  "hypers and segment_begin must agree on the number of groups");
   STD_TORCH_CHECK(tensor_groups.size(0) == tensors, "tensor_groups and started must agree");
   STD_TORCH_CHECK(counters.size(0) == 2, "counters must have shape [2, 1]");
   auto plan = std::make_shared<CudaPlan>();
   auto* counter = static_cast<int64_t*>(counters.data_ptr());
   plan->tables = {static_cast<const SgdRun*>(runs.data_ptr()),
                   static_cast<const double*>(hypers.data_ptr()),
-                  static_cast<GroupState*>(states.data_ptr()),
                   {static_cast<const Segment*>(segments.data_ptr()),
                    static_cast<const int64_t*>(segment_begin.data_ptr()), eta_min},
                   static_cast<const int32_t*>(tensor_groups.data_ptr()),
@@ -55,9 +52,8 @@ int64_t cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor states, Tensor segments
                   counter,
                   reinterpret_cast<unsigned*>(counter + 1),
                   runs.size(0),
-                  static_cast<int32_t>(tensors),
-                  static_cast<int32_t>(groups),
-                  scheduled};
+                  static_cast<int32_t>(run_elements),
+                  static_cast<int32_t>(tensors)};
   plan->param = static_cast<ScalarType>(param_dtype);
   plan->buffer = static_cast<ScalarType>(buffer_dtype);
   plan->device = runs.get_device_index();
@@ -113,13 +109,6 @@ void cuda_sgd_step(int64_t handle, int64_t grads, int64_t grad_table, int64_t fo
   launch(*plan, arguments, call);
 }
 
-void cuda_sgd_seek(int64_t handle, int64_t step) {
-  const std::shared_ptr<CudaPlan> plan = Handles<CudaPlan>::all().get(handle);
-  const DeviceGuard guard(plan->device);
-  sgd_seek_kernel<<<1, kSgdThreads, 0, current_stream(plan->device)>>>(plan->tables, step);
-  check_launch("sgd_seek_kernel");
-}
-
 void cuda_sgd_plan_free(int64_t handle) { Handles<CudaPlan>::all().remove(handle); }
 
 }  // namespace
@@ -128,6 +117,5 @@ void cuda_sgd_plan_free(int64_t handle) { Handles<CudaPlan>::all().remove(handle
 STABLE_TORCH_LIBRARY_IMPL(fastfreeze, CompositeExplicitAutograd, m) {
   m.impl("cuda_sgd_plan", TORCH_BOX(&fastfreeze::cuda_sgd_plan));
   m.impl("cuda_sgd_step", TORCH_BOX(&fastfreeze::cuda_sgd_step));
-  m.impl("cuda_sgd_seek", TORCH_BOX(&fastfreeze::cuda_sgd_seek));
   m.impl("cuda_sgd_plan_free", TORCH_BOX(&fastfreeze::cuda_sgd_plan_free));
 }

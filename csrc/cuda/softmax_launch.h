@@ -10,11 +10,27 @@ static_assert(sizeof(SoftmaxJob<double>) <= 4096, "what a launch's arguments may
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Into how many parts a row is split; 0: not at all.
+// Elements that are loaded at once, of long rows.
 template <typename In>
-int64_t softmax_splits(int64_t classes) {
-  if (classes <= static_cast<int64_t>(kMaxBlockThreads) * kBlockItems<In>) return 0;
-  return ceil_div(classes, kSplitClasses<In>);
+constexpr int kVecOf = sizeof(In) < 8 ? 16 / sizeof(In) : 1;
+
+// Places that a row takes at most: a vector more where one may begin between two of them.
+template <typename In, typename T>
+int64_t softmax_places(const SoftmaxJob<T>& job) {
+  bool even = true;
+  for (int m = 0; m < job.num_members; ++m) {
+    even = even && aligned16(static_cast<const char*>(job.data[m])) &&
+           (job.rows == 1 || job.stride[m] % kVecOf<In> == 0);
+  }
+  return job.classes + (even ? 0 : kVecOf<In> - 1);
+}
+
+// Into how many parts a row is split; 0: not at all.
+template <typename In, typename T>
+int64_t softmax_splits(const SoftmaxJob<T>& job) {
+  const int64_t places = softmax_places<In>(job);
+  if (places <= static_cast<int64_t>(kMaxBlockThreads) * kBlockItems<In>) return 0;
+  return ceil_div(places, kSplitClasses<In>);
 }
 
 // Bytes of workspace that a job with `splits` wants.
@@ -31,19 +47,6 @@ void set_workspace(SoftmaxJob<T>& job, void* memory) {
   job.member_sums = reinterpret_cast<MemberSum<T>*>(job.mean_summaries + job.rows * job.splits);
 }
 
-// Whether every row begins at a multiple of 16 bytes and is whole vectors.
-template <typename In, typename T>
-bool takes_vectors(const SoftmaxJob<T>& job) {
-  constexpr int64_t kVec = 16 / sizeof(In);
-  bool aligned = job.classes % kVec == 0 && aligned16(static_cast<const char*>(job.out)) &&
-                 aligned16(job.before);
-  for (int m = 0; m < job.num_members; ++m) {
-    aligned = aligned && aligned16(static_cast<const char*>(job.data[m])) &&
-              (job.rows == 1 || job.stride[m] % kVec == 0);
-  }
-  return aligned;
-}
-
 template <typename In, SoftmaxMode kMode, int kVec, int kLanes, int kItems, typename T,
           typename Launch>
 void launch_lanes(const SoftmaxJob<T>& job, const Launch& launch) {
@@ -56,12 +59,13 @@ template <typename In, SoftmaxMode kMode, int kVec, typename T, typename Launch>
 void launch_wide(const SoftmaxJob<T>& job, const Launch& launch) {
   constexpr int kItems = kLaneItems<In>;
   constexpr bool kLog = kMode == SoftmaxMode::log;
+  const int64_t places = softmax_places<In>(job);
   if constexpr (!kLog) {
-    if (job.classes <= 32 * 16) return launch_lanes<In, kMode, kVec, 32, 16>(job, launch);
+    if (places <= 32 * 16) return launch_lanes<In, kMode, kVec, 32, 16>(job, launch);
   }
-  if (job.classes <= 32 * kItems) return launch_lanes<In, kMode, kVec, 32, kItems>(job, launch);
+  if (places <= 32 * kItems) return launch_lanes<In, kMode, kVec, 32, kItems>(job, launch);
   if (job.splits == 0) {
-    const int64_t warps = ceil_div(job.classes, kBlockItems<In> * 32);
+    const int64_t warps = ceil_div(places, kBlockItems<In> * 32);
     return launch(softmax_block_kernel<In, kMode, kVec>, job.rows, static_cast<int>(warps) * 32,
                   job);
   }
@@ -80,11 +84,7 @@ template <typename In, SoftmaxMode kMode, typename T, typename Launch>
 void launch_softmax(const SoftmaxJob<T>& job, const Launch& launch) {
   if (job.classes <= 4 * 4) return launch_lanes<In, kMode, 1, 4, 4>(job, launch);
   if (job.classes <= 8 * 16) return launch_lanes<In, kMode, 1, 8, 16>(job, launch);
-  if constexpr (kMode != SoftmaxMode::log && sizeof(In) < 8) {
-    constexpr int kVec = 16 / sizeof(In);
-    if (takes_vectors<In>(job)) return launch_wide<In, kMode, kVec>(job, launch);
-  }
-  launch_wide<In, kMode, 1>(job, launch);
+  launch_wide<In, kMode, kMode == SoftmaxMode::log ? 1 : kVecOf<In>>(job, launch);
 }
 
 template <typename In, typename T, typename Launch>

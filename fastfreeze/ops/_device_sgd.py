@@ -1,6 +1,6 @@
 """SGD plans whose tables live on the device: a step is one launch, and may be captured in a graph.
 
-The device counts the steps and computes the next one's learning rates itself, so that a captured
+The device counts the steps and computes their learning rates where it uses them, so that a captured
 step replays a schedule. Gradients' addresses are all that a step brings.
 """
 
@@ -10,12 +10,15 @@ import weakref
 from abc import abstractmethod
 from array import array
 from collections.abc import Hashable, Sequence
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastfreeze.ops._library import current
 from fastfreeze.ops._plans import (
     HYPERS,
     SCALAR_TYPES,
@@ -27,6 +30,7 @@ from fastfreeze.ops._plans import (
     segment_table,
 )
 from fastfreeze.ops._rates import SegmentTable
+from fastfreeze.schedule import Segment
 
 # A row of the table of runs; SgdRun in csrc/cuda/fused_sgd.cuh.
 _RUN = np.dtype(
@@ -41,6 +45,10 @@ _RUN = np.dtype(
 )
 
 
+_RUN_ELEMENTS = (512, 1024, 2048)
+_WARPS = 16  # of the CUDA kernel on a multiprocessor, at least
+
+
 class DevicePlan(PointerPlan):
     """The tables that both device backends read.
 
@@ -48,13 +56,15 @@ class DevicePlan(PointerPlan):
         run_elements: how many elements are updated together; a run never spans two tensors.
         runs: int64 [num_runs, 4], rows of ``_RUN``.
         hypers: float64 [num_groups, len(HYPERS)].
-        states: float64 [num_groups, 2], learning rate and whether frozen, of the next step.
+        segments: float64 [num_segments, 3], start, length and scale, of one group after the other.
+        segment_begin: int64 [num_groups + 1, 1], where each group's segments begin.
+        tensor_groups: int32 [num_tensors, 1].
         started: uint8 [num_tensors, 1], whether a momentum buffer has had its first step.
-        counters: int64 [2, 1], the next step, and how many blocks have finished this one.
+        counters: int64 [2, 1], the next step, and how many blocks have read the tables for it.
+        grad_table: int64 [num_tensors], addresses of gradients, where a launch cannot bring them.
     """
 
     on_device: ClassVar[bool] = True
-    run_elements: ClassVar[int] = 2048
     table_from: ClassVar[int] = 0  # number of tensors above which gradients need a device table
 
     def __init__(self, spec: PlanSpec) -> None:
@@ -65,17 +75,30 @@ class DevicePlan(PointerPlan):
             (b.dtype for b in spec.buffers if b is not None),
             buffer_dtype(spec.params[0], spec.momentum_dtype),
         )
-        self.eta_min, self.scheduled = spec.eta_min, spec.scheduled
-        self.runs = self._upload(_runs(spec, self.run_elements))
+        self.eta_min = spec.eta_min
+        sizes = np.array([p.numel() for p in spec.params], np.int64)
+        self.run_elements = self._run_elements(sizes)
         segments, begin = segment_table(spec.segments)
-        self.segments, self.segment_begin = segments.to(self.device), begin.to(self.device)
-        groups, tensors = len(spec.segments), len(spec.params)
-        self.tensor_groups = self._upload(np.array(spec.groups, np.int32).reshape(-1, 1))
-        self.hypers = torch.zeros(groups, len(HYPERS), dtype=torch.float64, device=self.device)
-        self.states = torch.zeros(groups, 2, dtype=torch.float64, device=self.device)
-        self.started = self._upload(np.array(spec.first, np.uint8).reshape(-1, 1) ^ 1)
-        self.counters = torch.zeros(2, 1, dtype=torch.int64, device=self.device)
-        self.grad_table = torch.zeros(tensors, dtype=torch.int64, device=self.device)
+        (
+            self.runs,
+            self.hypers,
+            self.segments,
+            self.segment_begin,
+            self.tensor_groups,
+            self.started,
+            self.counters,
+            self.grad_table,
+        ) = _copied_to(
+            self.device,
+            _runs(spec, sizes, self.run_elements),
+            np.zeros((len(spec.segments), len(HYPERS))),
+            segments.numpy(),
+            begin.numpy(),
+            np.array(spec.groups, np.int32).reshape(-1, 1),
+            np.array(spec.first, np.uint8).reshape(-1, 1) ^ 1,
+            np.zeros((2, 1), np.int64),
+            np.zeros(len(sizes), np.int64),
+        )
         # A buffer that an overflow leaves without its first step is then zeros, not garbage.
         fresh = [b for b, f in zip(spec.buffers, spec.first, strict=True) if f and b is not None]
         if fresh:
@@ -83,12 +106,16 @@ class DevicePlan(PointerPlan):
         self._rates = SegmentTable(spec.segments, spec.eta_min) if spec.scheduled else None
         self._hypers: Hypers | None = None  # as uploaded
         self._grads = array("q")  # as uploaded
-        # The device's step, as far as the host knows.
-        self._position: int | None = None if self.scheduled else 0
+        self._position = 0  # the device's step, as far as the host knows
+        self._last_thaw = max((_last_thaw(spec.segments[g]) for g in set(spec.groups)), default=0)
         self._unsure = False  # whether only the device knows who has started
-        self._replays = False  # whether there is a graph that may step without the host
+        self._replays = False  # whether there is a graph that may change that without the host
         self._captured: list[Tensor] = []  # host memory that graphs read
         self._spare = self._pinned()
+        self._streams = {self._stream()}  # that the tables' memory is kept for
+
+    def _run_elements(self, sizes: npt.NDArray[np.int64]) -> int:
+        return _RUN_ELEMENTS[-1]
 
     @staticmethod
     def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
@@ -104,10 +131,10 @@ class DevicePlan(PointerPlan):
     ) -> list[float]:
         self._set_hypers(hypers)
         if step != self._position:
-            self.seek(step)
+            self.counters[0].fill_(step)
         if self._spare is None:
             self._spare = self._pinned()
-        self._run(grads, grad_scale, found_inf, track=self._unsure or bool(self._unstarted))
+        self._run(grads, grad_scale, found_inf, track=self._may_start())
         if found_inf is None and not self._unsure:
             self._started_now()
         else:
@@ -131,8 +158,11 @@ class DevicePlan(PointerPlan):
             raise RuntimeError(
                 "hyperparameters have changed since the last step: take a step before capturing one"
             )
-        self._run(grads, grad_scale, found_inf, track=True)
-        self._replays = self._unsure = True
+        # A layer that freezes and thaws by itself has its momentum start anew.
+        track = self._may_start() or self._position < self._last_thaw
+        self._run(grads, grad_scale, found_inf, track)
+        self._replays = self._replays or track
+        self._unsure = self._unsure or track
 
     def unstarted(self) -> set[int]:
         if self._unsure:
@@ -148,13 +178,8 @@ class DevicePlan(PointerPlan):
         self._position = int(self.counters[0].item())
         return self._position
 
-    def seek(self, step: int) -> None:
-        """Go to a step of the schedule."""
-        self._seek(step)
-        self._position = step
-
-    @abstractmethod
-    def _seek(self, step: int) -> None: ...
+    def _may_start(self) -> bool:
+        return self._unsure or bool(self._unstarted)
 
     @abstractmethod
     def _launch(
@@ -175,6 +200,7 @@ class DevicePlan(PointerPlan):
         grad_addresses = self._gathered()
         if len(grad_addresses) > self.table_from:
             self._set_grads(grad_addresses)
+        self._keep_for(self._stream())
         self._launch(grad_addresses, self._scalar(grad_scale), self._scalar(found_inf), track)
         self._note_step()
 
@@ -182,9 +208,7 @@ class DevicePlan(PointerPlan):
         if self._hypers is not None and self._hypers.tobytes() == hypers.tobytes():
             return
         self._hypers = hypers.copy()
-        self.hypers.copy_(torch.from_numpy(self._hypers), non_blocking=True)
-        if self.scheduled:
-            self._position = None  # the device's rates were computed from the old ones
+        self.hypers.copy_(self._staged(torch.from_numpy(self._hypers)), non_blocking=True)
 
     def _set_grads(self, grads: array[int]) -> None:
         """Write the table of gradients' addresses; a captured graph writes it at each replay."""
@@ -196,6 +220,8 @@ class DevicePlan(PointerPlan):
             self._captured.append(host)
         elif grads == self._grads and not self._captured:
             return
+        else:
+            host = self._staged(host)
         self.grad_table.copy_(host, non_blocking=True)
         self._grads = grads
 
@@ -205,16 +231,28 @@ class DevicePlan(PointerPlan):
         return torch.full((), value, dtype=torch.float32, device=self.device)
 
     def _capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        with current(self.device):
+            return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _staged(self, host: Tensor) -> Tensor:
+        """Where a copy to the device can read it later; torch keeps that memory until it has."""
+        return host.pin_memory() if self.device.type == "cuda" else host
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+    def _keep_for(self, stream: torch.cuda.Stream | None) -> None:
+        """Let the tables' memory wait for this stream too, when they are given up."""
+        if stream is None or stream in self._streams or self._capturing():
+            return  # a graph's optimizer keeps its plans
+        self.runs.record_stream(stream)  # and all that lies in the same memory
+        self._streams.add(stream)
 
     def _pinned(self) -> Tensor | None:
         """Memory for the addresses that a graph will read; there is no way to get it in one."""
         if len(self.params) <= self.table_from or self.device.type != "cuda":
             return None
         return torch.empty(len(self.params), dtype=torch.int64, device="cpu", pin_memory=True)
-
-    def _upload(self, table: np.ndarray) -> Tensor:
-        return torch.from_numpy(table).to(self.device)
 
 
 class CudaPlan(DevicePlan):
@@ -226,26 +264,31 @@ class CudaPlan(DevicePlan):
         super().__init__(spec)
         self._handle = self._make()
 
+    def _run_elements(self, sizes: npt.NDArray[np.int64]) -> int:
+        """The fewest with which all warps find room on the device at once, or the most."""
+        room = self._multiprocessors() * _WARPS
+        fit = (n for n in _RUN_ELEMENTS if (-(-sizes // n)).sum() <= room)
+        return next(fit, _RUN_ELEMENTS[-1])
+
+    def _multiprocessors(self) -> int:
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
+
     def _make(self) -> int:
         handle: int = torch.ops.fastfreeze.cuda_sgd_plan.default(
             self.runs,
             self.hypers,
-            self.states,
             self.segments,
             self.segment_begin,
             self.tensor_groups,
             self.started,
             self.counters,
+            self.run_elements,
             self.eta_min,
-            self.scheduled,
             SCALAR_TYPES[self.param_dtype],
             SCALAR_TYPES[self.buffer_dtype],
         )
-        weakref.finalize(self, torch.ops.fastfreeze.cuda_sgd_plan_free, handle)
+        weakref.finalize(self, torch.ops.fastfreeze.cuda_sgd_plan_free.default, handle)
         return handle
-
-    def _seek(self, step: int) -> None:
-        torch.ops.fastfreeze.cuda_sgd_seek.default(self._handle, step)
 
     def _launch(
         self,
@@ -267,11 +310,6 @@ class CudaPlan(DevicePlan):
 class TritonPlan(DevicePlan):
     """One launch of the kernel in fastfreeze/ops/_triton_sgd.py."""
 
-    def _seek(self, step: int) -> None:
-        from fastfreeze.ops import _triton_sgd
-
-        _triton_sgd.seek(self, step)
-
     def _launch(
         self,
         grads: array[int],
@@ -284,9 +322,8 @@ class TritonPlan(DevicePlan):
         _triton_sgd.step(self, grad_scale, found_inf, track)
 
 
-def _runs(spec: PlanSpec, run_elements: int) -> np.ndarray:
+def _runs(spec: PlanSpec, sizes: npt.NDArray[np.int64], run_elements: int) -> np.ndarray:
     """The table of runs: int64 [num_runs, 4]."""
-    sizes = np.array([p.numel() for p in spec.params], np.int64)
     counts = -(-sizes // run_elements)
     tensor = np.repeat(np.arange(len(sizes)), counts)
     first = np.repeat(np.cumsum(counts) - counts, counts)
@@ -300,3 +337,27 @@ def _runs(spec: PlanSpec, run_elements: int) -> np.ndarray:
         item = np.array([0 if t is None else t.element_size() for t in tensors], np.int64)[tensor]
         table[name] = base + index * run_elements * item
     return table.view(np.int64).reshape(-1, 4)
+
+
+def _copied_to(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """The arrays in one piece of the device's memory, by one copy that nobody waits for."""
+    tables = list(map(torch.from_numpy, arrays))
+    ends = np.cumsum([-(-t.nbytes // 16) * 16 for t in tables]).tolist()
+    pinned = device.type == "cuda"
+    host = torch.zeros(ends[-1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
+
+    def parts(memory: Tensor) -> list[Tensor]:
+        return [
+            memory[begin : begin + t.nbytes].view(t.dtype).view(t.shape)
+            for begin, t in zip([0, *ends], tables, strict=False)
+        ]
+
+    for part, table in zip(parts(host), tables, strict=True):
+        part.copy_(table)
+    return parts(host.to(device, non_blocking=True))
+
+
+def _last_thaw(segments: Sequence[Segment]) -> int:
+    """The last step at which a group goes on to train; 0 if it never does."""
+    thaws = [b.start for a, b in pairwise(segments) if a.frozen and not b.frozen]
+    return max(thaws, default=0)

@@ -40,15 +40,14 @@ _LIBRARY.define(
 )
 _LIBRARY.define("sgd_plan_free(int handle) -> ()")
 _LIBRARY.define(
-    "cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor(a!) states, Tensor segments, "
-    "Tensor segment_begin, Tensor tensor_groups, Tensor(b!) started, Tensor(c!) counters, "
-    "float eta_min, bool scheduled, int param_dtype, int buffer_dtype) -> int"
+    "cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor segments, Tensor segment_begin, "
+    "Tensor tensor_groups, Tensor(a!) started, Tensor(b!) counters, int run_elements, "
+    "float eta_min, int param_dtype, int buffer_dtype) -> int"
 )
 _LIBRARY.define(
     "cuda_sgd_step(int handle, int grads, int grad_table, int found_inf, int grad_scale, "
     "bool track) -> ()"
 )
-_LIBRARY.define("cuda_sgd_seek(int handle, int step) -> ()")
 _LIBRARY.define("cuda_sgd_plan_free(int handle) -> ()")
 _LIBRARY.define(
     "affine_relu_cat(Tensor[] parts, Tensor scale, Tensor shift, bool channels_last, bool relu) "

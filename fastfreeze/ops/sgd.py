@@ -115,7 +115,11 @@ def sgd(
                 momentum_buffers[i] = buffer
 
 
-@torch.library.custom_op("fastfreeze::sgd_", mutates_args=("params", "grads", "momentum_buffers"))
+@torch.library.custom_op(
+    "fastfreeze::sgd_",
+    mutates_args=("params", "grads", "momentum_buffers"),
+    tags=torch.Tag.cudagraph_unsafe,  # each call makes a plan, whose tables it copies
+)
 def _sgd_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -5,7 +5,8 @@
 // its accesses; it says nothing of speed, of registers, or of the last bit of CUDA's own expf.
 // Stricter than a GPU: a block's threads must all come to every __syncthreads, a mask's lanes to
 // every warp operation, at one place in the source; only __syncthreads and __syncwarp order the
-// memory of a block's threads; only __threadfence and then an atomic order that of two blocks.
+// memory of a block's threads; only a fence and then an atomic, there an atomic and then a fence,
+// order that of two blocks.
 // Blocks run one after the other, in any order: a kernel may not wait for another block.
 // ThreadSanitizer remembers the last few accesses to a place: a race with one of many readers can
 // go unseen. Let some blocks read what others do not.
@@ -131,7 +132,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_SITE) {
       emulation::meet(emulation::Wait::ballot, mask, vote, emulation::lane(), {file, line}));
 }
 
-inline void __threadfence(EMULATION_SITE) { emulation::fence({file, line}); }
+inline void __threadfence(EMULATION_SITE) {
+  emulation::release_fence({file, line});
+  emulation::acquire_fence();
+}
 
 inline int atomicAdd(int* address, int value, EMULATION_SITE) {
   return emulation::update_atomic(address, {file, line}, [&](int old) { return old + value; });
@@ -145,5 +149,45 @@ inline unsigned atomicInc(unsigned* address, unsigned limit, EMULATION_SITE) {
   return emulation::update_atomic(address, {file, line},
                                   [&](unsigned old) { return old >= limit ? 0 : old + 1; });
 }
+
+namespace cuda {
+
+enum thread_scope { thread_scope_device };
+enum memory_order {
+  memory_order_relaxed = 0,
+  memory_order_acquire = 1,
+  memory_order_release = 2,
+  memory_order_acq_rel = 3
+};
+
+inline void atomic_thread_fence(memory_order order, thread_scope, EMULATION_SITE) {
+  if ((order & memory_order_release) != 0) emulation::release_fence({file, line});
+  if ((order & memory_order_acquire) != 0) emulation::acquire_fence();
+}
+
+template <typename T, thread_scope kScope>
+class atomic_ref {
+ public:
+  explicit atomic_ref(T& value) : address_(&value) {}
+
+  T fetch_add(T value, memory_order order, EMULATION_SITE) const {
+    const emulation::Site site{file, line};
+    if ((order & memory_order_release) != 0) emulation::release_fence(site);
+    const T old = emulation::update_atomic(address_, site, [&](T old) { return old + value; });
+    if ((order & memory_order_acquire) != 0) emulation::acquire_fence();
+    return old;
+  }
+
+  void store(T value, memory_order order, EMULATION_SITE) const {
+    const emulation::Site site{file, line};
+    if ((order & memory_order_release) != 0) emulation::release_fence(site);
+    emulation::update_atomic(address_, site, [&](T) { return value; });
+  }
+
+ private:
+  T* address_;
+};
+
+}  // namespace cuda
 
 #undef EMULATION_SITE

@@ -37,7 +37,10 @@ struct Fiber {
   uint64_t value = 0;
   unsigned source = 0;
   uint64_t result = 0;
-  const char* fence = nullptr;  // the last one; nullptr: none
+  const char* fence = nullptr;  // the last that released; nullptr: none
+  // Of its last atomic operation: where, and how much had been published before.
+  const void* seen_at = nullptr;
+  size_t num_seen = 0;
 };
 
 struct Publication {
@@ -126,6 +129,8 @@ void start_fiber(Fiber& fiber, unsigned thread, Identities& identities) {
   fiber.thread = thread;
   fiber.wait = Wait::none;
   fiber.fence = nullptr;
+  fiber.seen_at = nullptr;
+  fiber.num_seen = 0;
   char name[64];
   std::snprintf(name, sizeof name, "block (%u, %u) thread %u", blockIdx.x, blockIdx.y, thread);
   fiber.sanitizer.start(fiber.stack, kStack, identities, name);
@@ -326,7 +331,7 @@ uint64_t meet(Wait operation, unsigned mask, uint64_t value, unsigned source, Si
   return self.result;
 }
 
-void fence(Site site) {
+void release_fence(Site site) {
   Machine& m = machine();
   if (!kWatchesOrder) return;
   if (m.num_fences == kMaxFences) fail("more fences than the emulation keeps", site);
@@ -334,19 +339,27 @@ void fence(Site site) {
   release(m.current->fence);
 }
 
+void acquire_fence() {
+  Machine& m = machine();
+  if (!kWatchesOrder) return;
+  for (size_t i = 0; i < m.current->num_seen; ++i) {
+    if (m.published[i].address == m.current->seen_at) acquire(m.published[i].fence);
+  }
+}
+
 void order_atomic(const void* address, Site site) {
   Machine& m = machine();
   if (!kWatchesOrder) return;
-  const char* fence = m.current->fence;
-  bool known = fence == nullptr;
+  Fiber& self = *m.current;
+  self.seen_at = address;
+  self.num_seen = m.num_published;
+  bool known = self.fence == nullptr;
   for (size_t i = 0; i < m.num_published; ++i) {
-    if (m.published[i].address != address) continue;
-    acquire(m.published[i].fence);
-    known |= m.published[i].fence == fence;
+    known |= m.published[i].address == address && m.published[i].fence == self.fence;
   }
   if (known) return;
   if (m.num_published == kMaxFences) fail("more fences than the emulation keeps", site);
-  m.published[m.num_published++] = {address, fence};
+  m.published[m.num_published++] = {address, self.fence};
 }
 
 unsigned lane() { return threadIdx.x % kWarp; }

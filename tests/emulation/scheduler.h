@@ -32,11 +32,12 @@ void barrier(Site site);
 // whose value is not 0.
 uint64_t meet(Wait operation, unsigned mask, uint64_t value, unsigned source, Site site);
 
-void fence(Site site);
-
-// To be called before an atomic operation at `address`: it shows what its thread had fenced, and
-// sees what others had fenced before an earlier operation there. Nothing else orders two blocks.
+// To be called before an atomic operation at `address`: it shows what its thread had done before
+// its last release_fence; an acquire_fence that follows it sees what others had, before an earlier
+// operation there. Nothing else orders two blocks.
 void order_atomic(const void* address, Site site);
+void release_fence(Site site);
+void acquire_fence();
 
 unsigned lane();
 

@@ -178,17 +178,18 @@ __global__ void blocks_count_themselves(float* out, unsigned* finished, float*, 
 }
 
 // The block that finishes last reads what the others wrote.
-template <bool kFence, bool kAtomic>
+template <bool kRelease, bool kAtomic, bool kAcquire>
 __global__ void last_block_sums(float* out, unsigned* finished, float* parts, const float* x) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
     parts[blockIdx.x] = x[blockIdx.x];
-    if (kFence) __threadfence();
+    if (kRelease) __threadfence();
     if (kAtomic) {
       last = atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;
     } else {
       last = (*finished)++ == gridDim.x - 1;
     }
+    if (kAcquire) __threadfence();
   }
   __syncthreads();
   if (!last || threadIdx.x != 1) return;
@@ -205,9 +206,23 @@ __global__ void fences_too_early(float* out, unsigned* finished, float* parts, c
   __threadfence();
   if (kBroken) parts[blockIdx.x] = x[blockIdx.x];
   if (atomicInc(finished, gridDim.x - 1) != gridDim.x - 1) return;
+  __threadfence();
   float sum = 0;
   for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
   *out = sum;
+}
+
+// The same with an atomic that is ordered itself, in both directions or in one.
+template <cuda::memory_order kOrder>
+__global__ void last_block_adds(float* out, unsigned* finished, float* parts, const float* x) {
+  if (threadIdx.x != 0) return;
+  parts[blockIdx.x] = x[blockIdx.x];
+  cuda::atomic_ref<unsigned, cuda::thread_scope_device> counter(*finished);
+  if (counter.fetch_add(1, kOrder) != gridDim.x - 1) return;
+  float sum = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
+  *out = sum;
+  counter.store(0, cuda::memory_order_relaxed);
 }
 
 using Kernel = void (*)(float*, const float*, int);
@@ -256,9 +271,20 @@ EMULATED(blocks_count_themselves) {
   launch_grid(args, blocks_count_themselves<false>, blocks_count_themselves<true>);
 }
 EMULATED(misses_a_fence) {
-  launch_grid(args, last_block_sums<true, true>, last_block_sums<false, true>);
+  launch_grid(args, last_block_sums<true, true, true>, last_block_sums<false, true, true>);
 }
 EMULATED(misses_an_atomic) {
-  launch_grid(args, last_block_sums<true, true>, last_block_sums<true, false>);
+  launch_grid(args, last_block_sums<true, true, true>, last_block_sums<true, false, true>);
+}
+EMULATED(misses_the_fence_after) {
+  launch_grid(args, last_block_sums<true, true, true>, last_block_sums<true, true, false>);
+}
+EMULATED(releases_alone) {
+  launch_grid(args, last_block_adds<cuda::memory_order_acq_rel>,
+              last_block_adds<cuda::memory_order_release>);
+}
+EMULATED(acquires_alone) {
+  launch_grid(args, last_block_adds<cuda::memory_order_acq_rel>,
+              last_block_adds<cuda::memory_order_acquire>);
 }
 EMULATED(fences_too_early) { launch_grid(args, fences_too_early<false>, fences_too_early<true>); }

@@ -15,23 +15,24 @@ class EmulatedPlan(CudaPlan):
 
     sanitizer: str | None = None
     seed = 0
+    multiprocessors = 0
 
     def _make(self):
         self.program = build("sgd_harness.cpp", self.sanitizer)
         return 0
 
+    def _multiprocessors(self):
+        return self.multiprocessors
+
     def _run_harness(self, function, extra_buffers, scalars):
         type(self).seed += 1
-        buffers = [self.runs, self.hypers, self.states, self.segments, self.segment_begin]
+        buffers = [self.runs, self.hypers, self.segments, self.segment_begin]
         buffers += [self.tensor_groups, self.started, self.counters, *extra_buffers]
         if self.sanitizer is not None:  # another process: addresses must be translated
             buffers[0] = Addresses(self.runs, columns=(0, 1))
             buffers += [*self.params, *(b for b in self.buffers if b is not None)]
-        scalars = [self.scheduled, float(self.eta_min), *scalars]
+        scalars = [self.run_elements, float(self.eta_min), *scalars]
         self.program.run(function, buffers, scalars, self.seed)
-
-    def _seek(self, step):
-        self._run_harness("sgd_seek", [], [step])
 
     def _launch(self, grads, grad_scale, found_inf, track):
         addresses = torch.tensor(list(grads), dtype=torch.int64)
@@ -52,10 +53,15 @@ class EmulatedPlan(CudaPlan):
         super()._run(grads, grad_scale, found_inf, track)
 
 
-def install(monkeypatch, sanitizer=None):
-    """Until the test's end, backend="cuda" takes tensors of the CPU and runs emulated."""
+def install(monkeypatch, sanitizer=None, multiprocessors=0):
+    """Until the test's end, backend="cuda" takes tensors of the CPU and runs emulated; its plan.
+
+    Args:
+        multiprocessors: of the device, each with room for 16 runs.
+    """
     build("sgd_harness.cpp", sanitizer)  # or skip
-    plan = type("EmulatedPlan", (EmulatedPlan,), {"sanitizer": sanitizer})
+    facts = {"sanitizer": sanitizer, "multiprocessors": multiprocessors}
+    plan = type("EmulatedPlan", (EmulatedPlan,), facts)
     refuses = _library.refuses_device
     emulated = {**_library.backends(), "cuda": _library.Availability(True, "emulated")}
     monkeypatch.setitem(sgd_ops.PLANS, "cuda", plan)
@@ -63,3 +69,4 @@ def install(monkeypatch, sanitizer=None):
     monkeypatch.setattr(
         _library, "refuses_device", lambda b, d: None if b == "cuda" else refuses(b, d)
     )
+    return plan

@@ -12,30 +12,28 @@ using namespace fastfreeze;
 
 namespace {
 
-// Buffers 0..7, the tables of DevicePlan. Scalars: 0 scheduled, 1 eta_min.
+// Buffers 0..6, the tables of DevicePlan. Scalars: 0 run_elements, 1 eta_min.
 SgdTables tables_of(const emulation::Arguments& args) {
-  int64_t* counters = args.buffer<int64_t>(7);
+  int64_t* counters = args.buffer<int64_t>(6);
   return {args.buffer<const SgdRun>(0),
           args.buffer<const double>(1),
-          args.buffer<GroupState>(2),
-          {args.buffer<const Segment>(3), args.buffer<const int64_t>(4), args.real(1)},
-          args.buffer<const int32_t>(5),
-          args.buffer<uint8_t>(6),
+          {args.buffer<const Segment>(2), args.buffer<const int64_t>(3), args.real(1)},
+          args.buffer<const int32_t>(4),
+          args.buffer<uint8_t>(5),
           counters,
           reinterpret_cast<unsigned*>(counters + 1),
           args.count<SgdRun>(0),
-          static_cast<int32_t>(args.count<uint8_t>(6)),
-          static_cast<int32_t>(args.count<GroupState>(2)),
-          args.integer(0) != 0};
+          static_cast<int32_t>(args.integer(0)),
+          static_cast<int32_t>(args.count<uint8_t>(5))};
 }
 
 template <typename P, typename M>
 void launch(const emulation::Arguments& args, bool track, bool in_arguments) {
   const SgdTables tables = tables_of(args);
-  const SgdCall call{args.buffer<const float>(9), args.buffer<const float>(10), track};
+  const SgdCall call{args.buffer<const float>(8), args.buffer<const float>(9), track};
   const int64_t blocks = (tables.num_runs + kSgdThreads / 32 - 1) / (kSgdThreads / 32);
   const int64_t grid = std::max<int64_t>(1, blocks);
-  const auto* grads = args.buffer<const int64_t>(8);
+  const auto* grads = args.buffer<const int64_t>(7);
   if (in_arguments) {
     GradArguments arguments{};
     std::copy_n(grads, tables.num_tensors, arguments.address);
@@ -49,7 +47,7 @@ void launch(const emulation::Arguments& args, bool track, bool in_arguments) {
 
 }  // namespace
 
-// Buffer 8, the gradients' addresses; 9 found_inf; 10 grad_scale. Scalars: 2 the parameters' dtype,
+// Buffer 7, the gradients' addresses; 8 found_inf; 9 grad_scale. Scalars: 2 the parameters' dtype,
 // 3 whether their momentum is wide, 4 track, 5 whether the addresses travel as arguments.
 EMULATED(sgd_step) {
   const bool track = args.integer(4) != 0, in_arguments = args.integer(5) != 0;
@@ -59,10 +57,4 @@ EMULATED(sgd_step) {
     if constexpr (sizeof(P) == 2) return launch<P, float>(args, track, in_arguments);
     throw std::runtime_error("wide momentum is for 16-bit parameters");
   });
-}
-
-// Scalar 2: the step.
-EMULATED(sgd_seek) {
-  emulation::emulate(1, 1, kSgdThreads, args.seed, sgd_seek_kernel, tables_of(args),
-                     args.integer(2));
 }

@@ -56,7 +56,7 @@ EMULATED(softmax) {
   emulation::with_type(args.integer(0), [&](auto zero) {
     using In = decltype(zero);
     auto job = job_of<SoftmaxMath<In>>(args);
-    job.splits = softmax_splits<In>(job.classes);
+    job.splits = softmax_splits<In>(job);
     std::vector<unsigned char> workspace(workspace_bytes(job), 0xff);  // NaN
     if (job.splits > 0) set_workspace(job, workspace.data());
     launch_softmax<In>(static_cast<SoftmaxMode>(args.integer(1)), job,
