@@ -56,7 +56,6 @@ def installed(wheels, monkeypatch, tmp_path):
     (clone / "tests").mkdir(parents=True)
     (clone / "docs").mkdir()
     (clone / "pyproject.toml").touch()
-    monkeypatch.setattr(wheels, "SHORT_TESTS", ("few",))
     said["tests"] = clone / "tests/test_few.py"
     said["tests"].write_text("def test_one(): pass\n")
     compiled = Path("compiled.whl")
@@ -65,8 +64,8 @@ def installed(wheels, monkeypatch, tmp_path):
 
 
 def row(wheels, name="some", file="fastfreeze-0-py3-none-any.whl", cpu_torch=False):
-    needs = ("torch==2.10.*",)
-    return wheels.Row(name, Path(sys.executable), Path(file), needs, ABSENT, cpu_torch=cpu_torch)
+    here, needs = Path(sys.executable), ("torch==2.10.*",)
+    return wheels.Row(name, here, Path(file), needs, ABSENT, ("few",), cpu_torch=cpu_torch)
 
 
 def result_of(wheels, installed, tmp_path, **kwargs):
@@ -96,7 +95,8 @@ def test_a_row_without_all_tests_passed_fails(wheels, installed, tmp_path, text,
     assert result_of(wheels, installed, tmp_path).outcome == f"FAILED: {why}"
 
 
-def test_rows_of_the_same_packages_share_an_environment(wheels, installed, tmp_path):
+def test_rows_of_the_same_packages_share_an_environment(wheels, installed, tmp_path, monkeypatch):
+    monkeypatch.setattr(wheels, "run_tests", lambda *_: None)
     todo = [row(wheels), row(wheels, file="fastfreeze-0.tar.gz"), row(wheels)]
     todo[2] = replace(todo[2], packages=("torch==2.11.*",))
     results = wheels.test(todo, installed["builder"], tmp_path / "work")
@@ -199,9 +199,11 @@ def test_the_rows_are_the_oldest_the_newest_and_without(wheels):
     assert [r.python for r in rows[:2]] == [old, old]
     assert rows[3].python == new
     assert [r.long for r in rows] == [True] + [False] * 5
+    assert [r.tests for r in rows[1:3]] == [wheels.FEW_TESTS] * 2
+    assert [r.tests for r in rows[3:]] == [wheels.SHORT_TESTS] * 3
     shared = [a.surroundings() == b.surroundings() for a, b in pairwise(rows)]
     assert shared == [True, False, False, False, True]
-    named = {*wheels.LONG_TESTS, *wheels.SHORT_TESTS}
+    named = {name for row in rows for name in row.tests}
     assert not [name for name in named if not (ROOT / f"tests/test_{name}.py").exists()]
 
 
