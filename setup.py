@@ -1,7 +1,8 @@
 """Builds the C++ and CUDA libraries of fastfreeze against the LibTorch stable ABI.
 
 FASTFREEZE_BUILD_CPP and FASTFREEZE_BUILD_CUDA are "auto" (the default: built when a compiler is
-there and, for CUDA, a device), "1" (built, or the installation fails) or "0" (left out).
+there and, for CUDA, a device; what fails is left out with a warning, and the rest is installed),
+"1" (built, or the installation fails) or "0" (left out).
 TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", chooses the CUDA architectures; without it "auto"
 builds for this machine's devices, and "1" for all that the toolkit knows. With SOURCE_DATE_EPOCH
 two builds of the same sources by the same compilers and torch are equal, wherever they are made.
@@ -51,6 +52,11 @@ def switch(name: str) -> str:
     return value
 
 
+def warn(text: str) -> None:
+    """Tell of what is not as a user may expect it."""
+    print(f"fastfreeze: warning: {text}", file=sys.stderr, flush=True)
+
+
 def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME, or on the PATH."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -90,9 +96,11 @@ def wanted_architectures() -> str:
         return asked
     try:
         import torch
-    except ImportError:
+
+        devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    except Exception as error:  # such as of a driver too old for this torch
+        warn(f"CUDA's devices cannot be asked for what they are: {error}")
         return ""
-    devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     return ";".join(sorted({f"{major}.{minor}" for major, minor in devices}))
 
 
@@ -177,13 +185,20 @@ class BuildLibraries(build_ext):
         super().finalize_options()
         self.parallel = self.parallel or len(self.extensions)  # g++ beside nvcc
 
-    def run(self) -> None:
+    def build_extensions(self) -> None:
+        """All, side by side; then `extensions` are those that were built."""
         self.left_out: list[Extension] = []
-        super().run()
+        super().build_extensions()
+        self.extensions = [ext for ext in self.extensions if ext not in self.left_out]
+        if self.left_out:
+            missing = ", ".join(ext.name for ext in self.left_out)
+            built = ", ".join(ext.name for ext in self.extensions) or "no compiled library"
+            warn(f"goes on without {missing}, with {built}")
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable install: what was built, without what was left out."""
-        self.extensions = [e for e in self.extensions if e not in self.left_out]
+        """For an editable install: what was built, and nothing older of what was left out."""
+        for ext in self.left_out:
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         super().copy_extensions_to_source()
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -194,13 +209,16 @@ class BuildLibraries(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cuda = ext.sources[0].endswith(".cu")
-        wanted = switch("FASTFREEZE_BUILD_CUDA" if cuda else "FASTFREEZE_BUILD_CPP")
+        name = "FASTFREEZE_BUILD_CUDA" if cuda else "FASTFREEZE_BUILD_CPP"
+        Path(self._target(ext)).unlink(missing_ok=True)  # of an earlier build
         try:
             (self._build_cuda if cuda else self._build_cpp)(ext)
         except Exception as error:
-            if wanted == "1" or isinstance(error, BuildError):
+            if switch(name) == "1" or isinstance(error, BuildError):
                 raise
-            print(f"fastfreeze: {ext.name} was not built and is left out: {error}", file=sys.stderr)
+            warn(
+                f"{ext.name} was not built and is left out ({name}=1 makes this an error): {error}"
+            )
             self.left_out.append(ext)
 
     def _build_cpp(self, ext: Extension) -> None:

@@ -76,9 +76,9 @@ def copy_tree(tmp_path):
     return tmp_path
 
 
-def build(tree, **environment):
+def build(tree, *options, **environment):
     done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", "out"],
+        [sys.executable, "setup.py", "build_ext", "--build-lib", "out", *options],
         cwd=tree,
         env={**os.environ, **TOOLKIT, "FASTFREEZE_BUILD_CUDA": "0", **environment},
         capture_output=True,
@@ -222,16 +222,62 @@ def test_two_reproducible_builds_are_equal(tmp_path):
     assert probe(ctypes.create_string_buffer(8)) == b"csrc/cuda/probe.cu"
 
 
-def test_without_a_compiler_the_library_is_left_out_aloud(tree):
-    code, built, output = build(tree, **NO_COMPILER)
-    assert (code, built) == (0, [])
-    assert "libfastfreeze_cpu was not built and is left out" in output
+NOT_C = "#error seeded"
+KEPT = {
+    # sources, FASTFREEZE_BUILD_CUDA, whether nvcc works; exit status, what is built
+    "CUDA fails": (TELLS_ITS_PLACE, "auto", False, 0, ["libfastfreeze_cpu.so"]),
+    "CUDA fails, demanded": (TELLS_ITS_PLACE, "1", False, 1, None),
+    "C++ fails": (NOT_C, "auto", True, 0, ["libfastfreeze_cuda.so"]),
+    "both fail": (NOT_C, "auto", False, 0, []),
+}
+
+
+@pytest.mark.parametrize(("cpp", "cuda", "works", "status", "kept"), KEPT.values(), ids=KEPT)
+def test_what_fails_does_not_take_the_rest_with_it(tree, cpp, cuda, works, status, kept):
+    if torch.version.cuda is None:
+        pytest.skip("torch is a CPU build")
+    only_source(tree, "cpu/probe.cpp", cpp)
+    only_source(tree, "cuda/probe.cu", "")
+    major = torch.version.cuda.split(".")[0]
+    compiles = 'for last; do :; done; : > "$last"' if works else "echo seeded >&2; exit 1"
+    fake_nvcc(tree, f'echo "release {major}.0"; test "$1" = --version || {{ {compiles}; }}')
+    for stale in ("out/fastfreeze", "fastfreeze"):
+        (tree / stale).mkdir(parents=True, exist_ok=True)
+        (tree / stale / "libfastfreeze_cuda.so").touch()
+        (tree / stale / "libfastfreeze_cpu.so").touch()
+    environment = {"CUDA_HOME": str(tree / "toolkit"), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    code, built, output = build(tree, "--inplace", FASTFREEZE_BUILD_CUDA=cuda, **environment)
+    assert code == status
+    if kept is None:
+        return
+    assert built == sorted(p.name for p in (tree / "fastfreeze").glob("*.so")) == kept
+    for name in {"libfastfreeze_cpu", "libfastfreeze_cuda"} - {name[:-3] for name in kept}:
+        assert f"warning: fastfreeze.{name} was not built and is left out" in output
+    assert f"with {kept[0][:-3] if kept else 'no compiled library'}" in output.replace(
+        "fastfreeze.", ""
+    )
 
 
 def test_the_switch_turns_leaving_out_into_an_error(tree):
+    code, built, output = build(tree, **NO_COMPILER)
+    assert (code, built) == (0, [])
+    assert "FASTFREEZE_BUILD_CPP=1 makes this an error" in output
     code, built, _ = build(tree, FASTFREEZE_BUILD_CPP="1", **NO_COMPILER)
     assert code != 0
     assert built == []
+
+
+def test_a_device_that_cannot_be_asked_is_none(setup, monkeypatch, capsys):
+    def refuse(_):
+        raise RuntimeError("the driver is too old")
+
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setenv("FASTFREEZE_BUILD_CUDA", "auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    monkeypatch.setattr(setup, "find_nvcc", lambda: "nvcc")
+    assert [ext.name for ext in setup.extensions()] == ["fastfreeze.libfastfreeze_cpu"]
+    assert "the driver is too old" in capsys.readouterr().err
 
 
 def test_the_switch_leaves_out(tree):

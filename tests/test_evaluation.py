@@ -46,6 +46,17 @@ def entropy(p):
     return -(p * p.log()).sum(-1)
 
 
+def test_a_default_device_changes_nothing():
+    given, labels = exact_probabilities(16, 3, 4), torch.randint(4, (16,))
+    expected = evaluate(Given(), in_batches(given, labels, [7, 9]))
+    with torch.device("meta"):
+        found = evaluate(Given(), in_batches(given, labels, [7, 9]))
+        assert expected_calibration_error(given.mean(1), labels) == expected.ensemble.ece
+        assert adaptive_calibration_error(given.mean(1), labels) == expected.ensemble.ace
+    assert (found.members, found.ensemble) == (expected.members, expected.ensemble)
+    assert torch.equal(found.disagreement, expected.disagreement)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("sizes", [[1], [33], [1, 31, 32, 33]], ids=str)

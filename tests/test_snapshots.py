@@ -122,6 +122,16 @@ def test_what_was_saved_is_what_is_loaded(tmp_path):
     assert_same_state(other.state_dict(), expected[1])
 
 
+def test_a_default_device_changes_nothing(place):
+    model = small_model()
+    can_be_stored.cache_clear()
+    with torch.device("meta"):
+        place.save(model, step=1, cycle=1)
+        (snapshot,) = place
+        found = place.load(snapshot)
+    assert_same_state(found, model.state_dict())
+
+
 def test_the_last_snapshots(tmp_path):
     store, _ = filled_store(tmp_path)
     assert [s.step for s in store.last(2)] == [20, 30]

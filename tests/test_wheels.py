@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,36 +36,40 @@ def wheels(monkeypatch):
 @pytest.fixture
 def installed(wheels, monkeypatch, tmp_path):
     """Environments that need no installation: this one, with what `said` tells about it."""
-    said = {"versions": "2.10.0 None", "backends": {"cuda": "absent", "cpu": "absent"}}
+    said = {"calls": [], "versions": "2.10.0 None", "backends": {"cuda": "absent", "cpu": "absent"}}
 
     def output(command, cwd=None):
         if "backends()" in command[-1]:
             return wheels.json.dumps(said["backends"])
         return said["versions"] if "import torch" in command[-1] else "3.10.1"
 
-    monkeypatch.setattr(wheels, "environment", lambda *_: Path(sys.executable))
-    monkeypatch.setattr(wheels, "call", lambda *_: None)
+    def environment(folder, *_):
+        said["made"] = said.get("made", 0) + 1
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin/python").symlink_to(sys.executable)
+
+    monkeypatch.setattr(wheels, "environment", environment)
+    monkeypatch.setattr(wheels, "call", said["calls"].append)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # pytest's, for that Python
     monkeypatch.setattr(wheels, "output", output)
     clone = tmp_path / "clone"
     (clone / "tests").mkdir(parents=True)
     (clone / "docs").mkdir()
     (clone / "pyproject.toml").touch()
-    monkeypatch.setattr(wheels, "SHORT_TESTS", ("few",))
     said["tests"] = clone / "tests/test_few.py"
     said["tests"].write_text("def test_one(): pass\n")
-    said["clone"] = clone
+    compiled = Path("compiled.whl")
+    said["builder"] = SimpleNamespace(clone=clone, compiled_by=lambda *_: compiled)
     return said
 
 
-def row(wheels, name="some", cpu_torch=False):
-    wheel = Path("fastfreeze-0-py3-none-any.whl")
-    needs = ("torch==2.10.*",)
-    here = Path(sys.executable)
-    return wheels.Row(name, here, wheel, needs, ABSENT, cpu_torch=cpu_torch)
+def row(wheels, name="some", file="fastfreeze-0-py3-none-any.whl", cpu_torch=False):
+    here, needs = Path(sys.executable), ("torch==2.10.*",)
+    return wheels.Row(name, here, Path(file), needs, ABSENT, ("few",), cpu_torch=cpu_torch)
 
 
 def result_of(wheels, installed, tmp_path, **kwargs):
-    (result,) = wheels.test([row(wheels, **kwargs)], installed["clone"], tmp_path / "work")
+    (result,) = wheels.test([row(wheels, **kwargs)], installed["builder"], tmp_path / "work")
     return result
 
 
@@ -87,6 +95,21 @@ def test_a_row_without_all_tests_passed_fails(wheels, installed, tmp_path, text,
     assert result_of(wheels, installed, tmp_path).outcome == f"FAILED: {why}"
 
 
+def test_rows_of_the_same_packages_share_an_environment(wheels, installed, tmp_path, monkeypatch):
+    monkeypatch.setattr(wheels, "run_tests", lambda *_: None)
+    todo = [row(wheels), row(wheels, file="fastfreeze-0.tar.gz"), row(wheels)]
+    todo[2] = replace(todo[2], packages=("torch==2.11.*",))
+    results = wheels.test(todo, installed["builder"], tmp_path / "work")
+    assert [result.outcome for result in results] == ["passed"] * 3
+    assert [result.cells()[3] for result in results] == ["pure", "compiled here", "pure"]
+    assert installed["made"] == 2
+    assert not (tmp_path / "work/environment").exists()
+    pip = [[*map(str, command[3:])] for command in installed["calls"]]
+    files = [str(todo[0].file), "compiled.whl", str(todo[2].file)]
+    uninstall = ["uninstall", "-y", "fastfreeze"]
+    assert pip == [words for file in files for words in (uninstall, ["install", file])]
+
+
 def test_a_row_whose_library_does_not_load_fails(wheels, installed, tmp_path):
     installed["backends"]["cpu"] = "libfastfreeze_cpu.so does not load: no such symbol"
     result = result_of(wheels, installed, tmp_path)
@@ -110,7 +133,6 @@ def test_a_failing_row_fails_the_command_after_all_ran(wheels, monkeypatch, tmp_
 
     class Builder:
         seconds = {}  # noqa: RUF012
-        clone = None
 
         def __init__(self, work, out, python):
             self.out = out
@@ -170,13 +192,18 @@ def test_source_distributions_are_compared_but_for_setuptools_list(wheels, tmp_p
 
 
 def test_the_rows_are_the_oldest_the_newest_and_without(wheels):
-    compiled, pure = Path("compiled.whl"), Path("pure.whl")
+    sdist, compiled, pure = map(Path, ("sources.tar.gz", "compiled.whl", "pure.whl"))
     old, new = Path("python3.10"), Path("python3.14")
-    rows = wheels.rows(compiled, pure, [old, new])
-    assert [(r.python, r.wheel) for r in rows[:2]] == [(old, compiled), (new, compiled)]
-    assert [r.long for r in rows] == [True, False, False, False]
-    assert [r.wheel for r in rows[2:]] == [compiled, pure]
-    named = {*wheels.LONG_TESTS, *wheels.SHORT_TESTS}
+    rows = wheels.rows(sdist, compiled, pure, [old, new])
+    assert [r.file for r in rows] == [compiled, sdist, sdist, compiled, compiled, pure]
+    assert [r.python for r in rows[:2]] == [old, old]
+    assert rows[3].python == new
+    assert [r.long for r in rows] == [True] + [False] * 5
+    assert [r.tests for r in rows[1:3]] == [wheels.FEW_TESTS] * 2
+    assert [r.tests for r in rows[3:]] == [wheels.SHORT_TESTS] * 3
+    shared = [a.surroundings() == b.surroundings() for a, b in pairwise(rows)]
+    assert shared == [True, False, False, False, True]
+    named = {name for row in rows for name in row.tests}
     assert not [name for name in named if not (ROOT / f"tests/test_{name}.py").exists()]
 
 

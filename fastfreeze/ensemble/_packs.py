@@ -170,7 +170,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def can_be_stored(dtype: torch.dtype) -> bool:
     """Whether safetensors, here, takes tensors of this dtype and gives them back."""
     try:
-        tensor = copy_of(torch.empty(2, dtype=dtype), torch.device("cpu"))
+        tensor = copy_of(torch.empty(2, dtype=dtype, device="cpu"), torch.device("cpu"))
         found = safetensors.torch.load(safetensors.torch.save({"tensor": tensor}))["tensor"]
         return found.dtype == dtype and same_bits(found, tensor)
     except Exception:  # of many kinds

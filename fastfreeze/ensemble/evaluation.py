@@ -162,9 +162,10 @@ class _Totals:
             raise ValueError("ensemble must have at least one member, got none")
         self._num_members = num_members
         self._num_rows = 0
-        self._sums = torch.zeros(num_members + 1, 3, dtype=torch.float64)
+        self._sums = torch.zeros(num_members + 1, 3, dtype=torch.float64, device="cpu")
         self._mutual_information = 0.0
-        self._num_differing = torch.zeros(num_members, num_members, dtype=torch.int64)
+        pairs = (num_members, num_members)
+        self._num_differing = torch.zeros(pairs, dtype=torch.int64, device="cpu")
         self._confidence: list[Tensor] = []  # of each batch, [M + 1, B]
         self._correct: list[Tensor] = []
 

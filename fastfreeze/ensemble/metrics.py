@@ -148,8 +148,8 @@ def sums_in_bins(
     confidence: Tensor, correct: Tensor, num_bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, sum of confidence and rows that are right, each [num_bins], of equal bins of 0..1."""
-    inner_edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)[1:-1]
-    bins = torch.bucketize(confidence, inner_edges)
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=confidence.device)
+    bins = torch.bucketize(confidence, edges[1:-1])
     return (
         torch.bincount(bins, minlength=num_bins),
         torch.bincount(bins, confidence, num_bins),
@@ -168,7 +168,7 @@ def ace_of_rows(confidence: Tensor, correct: Tensor, num_bins: int) -> float:
     values, tie, counts = confidence.unique(return_inverse=True, return_counts=True)
     accuracy = torch.bincount(tie, correct.double()) / counts
     gap = (accuracy - values).repeat_interleave(counts)  # of each row, in the order of confidence
-    bins = torch.arange(len(gap)) * num_bins // len(gap)
+    bins = torch.arange(len(gap), device=gap.device) * num_bins // len(gap)
     return torch.bincount(bins, gap).abs().sum().item() / len(gap)
 
 
