@@ -21,12 +21,13 @@ import fastfreeze
 from benchmarks.case import OURS, Rivals, Run, compiled_run
 from benchmarks.clock import captured
 from benchmarks.kernel_cases import eager_statistics, statistics_fields
-from benchmarks.sgd_cases import GATE_STEPS, SGD_VALUES, TOTAL_STEPS, torch_step, with_scheduler
+from benchmarks.sgd_cases import SGD_VALUES, TOTAL_STEPS, torch_step, with_scheduler
 from benchmarks.shapes import Shapes
 from fastfreeze.ops.softmax import ensemble_softmax, ensemble_statistics
 
 # Of an element or of all elements' root mean square, whichever is larger.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+GATE_STEPS = 4  # of an optimizer; of a graph's, the first one is taken before the capture
 GRAPH, CONSTANT, COMPILED = "graph", "constant lr", "torch.compile"
 
 

@@ -1,0 +1,122 @@
+"""Commands in processes of their own, several at a time, with a limit and one log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command.
+
+    Attributes:
+        name: in the results and the log.
+        command: the program and its arguments.
+        environment: what differs from ours.
+        folder: where it runs.
+        again: asked with the exit status when the command has failed: whether to run it once more.
+    """
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    folder: Path = Path()
+    again: Callable[[int], bool] = lambda status: False
+
+
+class Running:
+    """A job that has been started; its children end with it."""
+
+    def __init__(self, job: Job, log: Path) -> None:
+        self.job, self._log, self._start = job, log, time.monotonic()
+        self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        self._process = self._started()
+        self.runs = 1
+
+    def _started(self) -> subprocess.Popen:
+        with Path(self._output.name).open("ab") as writing:
+            return subprocess.Popen(
+                self.job.command,
+                cwd=self.job.folder,
+                env={**os.environ, **self.job.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=writing,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def ended(self) -> bool:
+        """Whether it has; copies what it has written so far to the log."""
+        status = self._process.poll()
+        text = self._output.read()
+        if text:
+            with self._log.open("ab") as log:
+                log.write(f"--- {self.job.name}\n".encode() + text.rstrip(b"\n") + b"\n")
+        if status and self.job.again(status):
+            self._process, self.runs = self._started(), self.runs + 1
+            return False
+        return status is not None
+
+    def result(self) -> dict:
+        """Of one that has ended, or has to, now."""
+        cut_off = self._process.poll() is None
+        self.kill()
+        self.ended()
+        status = "cut off" if cut_off else "ok" if self._process.returncode == 0 else "failed"
+        found = {"status": status, "seconds": round(time.monotonic() - self._start, 1)}
+        if status == "failed":
+            found["exit_status"] = self._process.returncode
+        return found if self.runs == 1 else {**found, "runs": self.runs}
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    seconds: float,
+    log: Path,
+    tick: Callable[[], None] = lambda: None,
+    at_once: int = 1,
+) -> dict:
+    """Run jobs in their order, at most so long; ``tick`` is called about once a second.
+
+    Returns:
+        The status of all ("ok", "failed", "cut off"), seconds, and each job's.
+    """
+    start = time.monotonic()
+    waiting, running, results = list(jobs), [], {}
+    try:
+        while (waiting or running) and time.monotonic() < start + seconds:
+            while waiting and len(running) < at_once:
+                running.append(Running(waiting.pop(0), log))
+            next_tick = time.monotonic() + 1
+            while time.monotonic() < min(next_tick, start + seconds):
+                for one in [one for one in running if one.ended()]:
+                    running.remove(one)
+                    results[one.job.name] = one.result()
+                if not running:
+                    break
+                time.sleep(0.05)
+            tick()
+    finally:
+        for one in running:
+            results[one.job.name] = one.result()
+    results |= {job.name: {"status": "cut off", "seconds": 0.0} for job in waiting}
+    tick()
+    found = {result["status"] for result in results.values()}
+    status = "cut off" if "cut off" in found else "failed" if "failed" in found else "ok"
+    return {
+        "status": status,
+        "seconds": round(time.monotonic() - start, 1),
+        "jobs": {job.name: results[job.name] for job in jobs},
+    }
