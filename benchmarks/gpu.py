@@ -74,7 +74,7 @@ class Run:
 
     def log(self, stage: str) -> Path:
         """Few files travel more easily: stages of a kind share one."""
-        return self.report.path.parent / f"{stage.split('-')[0]}.log"
+        return self.report.path.parent / f"{stage.partition('-')[0]}.log"
 
     def tell(self, stage: str, found: dict) -> None:
         """Note what is known of a stage, and of the build in the background."""
@@ -191,9 +191,10 @@ def tools(run: Run, seconds: float) -> dict:
     sections = ["SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy"]
     commands = {
         "ncu": [
-            *("--clock-control", "none", "--kernel-name", "regex:sgd_kernel|softmax_.*_kernel"),
+            *("--clock-control", "none"),
+            *("--kernel-id", "::regex:sgd_kernel|softmax_.*_kernel:2"),  # the second of each
             *(part for name in sections for part in ("--section", name)),
-            *("--launch-count", "4", *profiled),
+            *profiled,
         ],
         "compute-sanitizer": [
             *("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20", *checked),
@@ -223,14 +224,14 @@ Stage = Callable[[Run, float], dict]
 # Name, seconds, what runs. A stage may take what those before it have left over; after the smoke,
 # a failed stage does not keep the next from running.
 PLAN: list[tuple[str, float, Stage]] = [
-    ("build", 100, install),
-    ("smoke", 50, smoke),
-    ("tests-cuda", 70, tests("tests-cuda")),
+    ("build", 90, install),
+    ("smoke", 45, smoke),
+    ("tests-cuda", 65, tests("tests-cuda")),
     ("kernels", 80, bench("kernels", "kernels")),
     ("steps", 110, bench("steps", "steps")),
     ("tests-triton", 80, tests("tests-triton")),
-    ("tools", 25, tools),
-    ("kernels-rest", 40, bench("kernels-rest", "rest")),
+    ("tools", 40, tools),
+    ("kernels-rest", 35, bench("kernels-rest", "rest")),
 ]
 
 
@@ -366,6 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_plan(run, plan, arguments.minutes * 60)
         finally:
             run.end_background()
+            if report.results["status"] == "running":
+                report.results["status"] = "cut off"
+                report.save()
     bad = failures(report.results)
     print(*bad, f"{report.results['status']}; results: {out}", sep="\n")
     return 0 if not bad and report.results["status"] == "complete" else 1

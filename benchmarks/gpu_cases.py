@@ -340,7 +340,8 @@ def _tensor_lr(groups: Groups, device: str) -> Run:
 
     def rates() -> None:
         lr = SGD_VALUES["lr"] / 2 * (1 + math.cos(math.pi * next(steps) / TOTAL_STEPS))
-        lrs.copy_(torch.full((len(groups),), lr))
+        host = torch.full((len(groups),), lr, device="cpu", pin_memory=device == "cuda")
+        lrs.copy_(host, non_blocking=True)
 
     return InTwoParts(rates, optimizer.step)
 

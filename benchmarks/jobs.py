@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+LOG_SECONDS = 5
+
 
 @dataclass(frozen=True)
 class Job:
@@ -38,7 +40,8 @@ class Running:
         self.job, self._log, self._start = job, log, time.monotonic()
         self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115
         self._process = self._started()
-        self.runs = 1
+        self._logged_at = self._start
+        self._failed: list[int] = []  # exit statuses
 
     def _started(self) -> subprocess.Popen:
         with Path(self._output.name).open("ab") as writing:
@@ -53,27 +56,34 @@ class Running:
             )
 
     def ended(self) -> bool:
-        """Whether it has; copies what it has written so far to the log."""
+        """Whether it has; copies what it has written to the log, every few seconds."""
         status = self._process.poll()
-        text = self._output.read()
+        if status is not None or time.monotonic() > self._logged_at + LOG_SECONDS:
+            self._log_output()
+        if not status:
+            return status is not None
+        self._failed.append(status)
+        again = self.job.again(status)
+        if again:
+            self._process = self._started()
+        return not again
+
+    def _log_output(self) -> None:
+        self._logged_at = time.monotonic()
+        text = self._output.read().rstrip()
         if text:
             with self._log.open("ab") as log:
-                log.write(f"--- {self.job.name}\n".encode() + text.rstrip(b"\n") + b"\n")
-        if status and self.job.again(status):
-            self._process, self.runs = self._started(), self.runs + 1
-            return False
-        return status is not None
+                log.write(f"--- {self.job.name}\n".encode() + text + b"\n")
 
     def result(self) -> dict:
         """Of one that has ended, or has to, now."""
-        cut_off = self._process.poll() is None
+        last = self._process.poll()
         self.kill()
-        self.ended()
-        status = "cut off" if cut_off else "ok" if self._process.returncode == 0 else "failed"
+        self._log_output()
+        failed = self._failed or [status for status in [last] if status]
+        status = "cut off" if last is None else "failed" if failed else "ok"
         found = {"status": status, "seconds": round(time.monotonic() - self._start, 1)}
-        if status == "failed":
-            found["exit_status"] = self._process.returncode
-        return found if self.runs == 1 else {**found, "runs": self.runs}
+        return {**found, "exit_statuses": failed} if failed else found
 
     def kill(self) -> None:
         if self._process.poll() is None:
