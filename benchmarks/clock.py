@@ -135,7 +135,7 @@ def measure(clock: Clock, runs: dict[str, Run], rounds: int, seconds: float = 10
             for kind, value in zip(kinds, (host, wall, cold, warm), strict=True):
                 of[kind].append(value)
             late[name] += (not cold_in_time) + (not warm_in_time)
-    profile = clock.profile(runs)
+    profile = _profiled(clock, runs)
     return {
         name: {
             **{kind: asdict(quartiles(values)) for kind, values in of.items()},
@@ -157,7 +157,7 @@ def measure_loop(
         for name in names:
             for values, value in zip(times[name], clock.host(runs[name], repeats), strict=True):
                 values.append(value / repeats)
-    profile = clock.profile(runs)
+    profile = _profiled(clock, runs)
     return {
         name: {
             "host_s": asdict(quartiles(host)),
@@ -167,6 +167,14 @@ def measure_loop(
         }
         for name, (host, wall) in times.items()
     }
+
+
+def _profiled(clock: Clock, runs: dict[str, Run]) -> dict[str, dict]:
+    """What the profile says; times that are known do without it."""
+    try:
+        return clock.profile(runs)
+    except Exception as error:
+        return {name: {"no_profile": repr(error)} for name in runs}
 
 
 def _turns(names: list[str], rounds: int, seconds: float) -> Iterator[list[str]]:

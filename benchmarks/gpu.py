@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.clock import output_of
 from benchmarks.gpu_tests import DRY_SELECTIONS, SELECTIONS, collected, run_tests
-from benchmarks.jobs import Job, Running, run_jobs
+from benchmarks.jobs import Job, Running, run_jobs, while_it_gets_on
 from benchmarks.results import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -90,11 +90,16 @@ class Run:
     def python(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", *arguments]
 
-    def module(self, stage: str, seconds: float, *arguments: str, tell: bool = True) -> dict:
-        """One of our modules, which writes its results to a file, as a stage."""
+    def module(self, stage: str, seconds: float, *arguments: str) -> dict:
+        """One of our modules, which writes its results to a file, as a stage.
+
+        If it dies of a case, a new process goes on from what is in the file.
+        """
         part = self.scratch / f"{stage}.json"
         command = self.python(*arguments, "--device", self.device, "--out", str(part))
-        job = Job(stage, command, {**self.environment, "PYTHONUNBUFFERED": "1"}, self.folder)
+        environment = {**self.environment, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        gets_on = while_it_gets_on(lambda: len(read_json(part).get("cases", {})))
+        job = Job(stage, command, environment, self.folder, gets_on)
         tick = lambda: self.tell(stage, read_json(part))  # noqa: E731
         done = run_jobs([job], seconds, self.log(stage), tick)
         return {**done["jobs"][stage], **read_json(part)}

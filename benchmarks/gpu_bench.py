@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ import fastfreeze
 from benchmarks.clock import Clock, CpuClock, CudaClock, ground, measure, measure_loop
 from benchmarks.gpu_cases import GpuCase, sgd_case, softmax_case, statistics_case
 from benchmarks.gpu_steps import Work, ensemble_case, freeze_events, training_case
-from benchmarks.results import write_json
+from benchmarks.outcomes import context_is_broken
+from benchmarks.results import read_json, write_json
 from benchmarks.shapes import Shapes, shapes_of
 
 PARTS = ("kernels", "steps", "rest", "profiled")
@@ -205,18 +207,27 @@ def measured(entry: Entry, bench: Bench) -> dict:
 
 
 def run_all(cases: Cases, bench: Bench, facts: dict, out: Path, deadline: float) -> dict:
-    """Measure the cases in turn until the deadline, and write after each what there is."""
-    results = {**facts, "cases": {}}
+    """Measure the cases in turn until the deadline, and write before and after each what there is.
+
+    Those that the file has already are left as they are: an earlier process has measured them, or
+    died of them.
+
+    Raises:
+        SystemExit: a case has broken the CUDA context. Another process can do the rest.
+    """
+    results = {**facts, "cases": read_json(out).get("cases", {})}
     for name, entry in cases.items():
+        if name in results["cases"]:
+            continue
         start = time.monotonic()
-        if start > deadline:
-            case = {"status": "no time left"}
-        else:
-            case = measured(entry, bench)
-            case["seconds"] = round(time.monotonic() - start, 1)
-        results["cases"][name] = case
+        results["cases"][name] = {"status": "has not ended"}
+        write_json(out, results)
+        case = {"status": "no time left"} if start > deadline else measured(entry, bench)
+        results["cases"][name] = {**case, "seconds": round(time.monotonic() - start, 1)}
         write_json(out, results)
         print(name, case["status"], case.get("left_out", case.get("traceback", "")), flush=True)
+        if context_is_broken():
+            sys.exit(f"{name} has broken the CUDA context")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.jobs import Job, run_jobs
+from benchmarks.jobs import Job, run_jobs, while_it_gets_on
 from benchmarks.outcomes import outcomes, summary
 
 
@@ -58,7 +59,7 @@ SELECTIONS = {
         },
     ),
 }
-# As many processes as one GPU's machine has room for; stand-ins, so that the machinery runs.
+# Stand-ins, so that the machinery runs.
 DRY_SELECTIONS = {
     "tests-cuda": Selection("cpu-cpu", {"test_sgd.py": 2, "test_statistics.py": 1}, share=12),
     "tests-triton": Selection("cpu-cpu", {"test_optim.py": 1}, share=12),
@@ -92,20 +93,15 @@ def pytest_command(keyword: str, files: list[str]) -> list[str]:
     return [*command, "-k", keyword, *files]
 
 
-def again_where_tests_are_left(lines: Path):
+def again_where_tests_are_left(lines: Path) -> Callable[[int], bool]:
     """After a crash or a broken context: while that leaves tests, and each run begins some."""
-    begun_before = 0
 
-    def again(status: int) -> bool:
-        nonlocal begun_before
-        if status == 1:  # tests have failed, and that is all
-            return False
-        counts = Counter(line["outcome"] for line in outcomes([lines]).values())
-        left = counts.pop("collected", 0)
-        more, begun_before = counts.total() > begun_before, counts.total()
-        return left > 0 and more
+    def counts() -> Counter[str]:
+        return Counter(line["outcome"] for line in outcomes([lines]).values())
 
-    return again
+    gets_on = while_it_gets_on(lambda: counts().total() - counts()["collected"])
+    # Status 1: tests have failed, and that is all.
+    return lambda status: status != 1 and counts()["collected"] > 0 and gets_on(status)
 
 
 def run_tests(
@@ -115,7 +111,7 @@ def run_tests(
     environment: dict[str, str],
     log: Path,
     scratch: Path,
-    tell,
+    tell: Callable[[dict], None],
 ) -> dict:
     """All processes of a selection; ``tell`` is given what is known, about once a second."""
     scratch.mkdir()

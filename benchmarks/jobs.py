@@ -91,6 +91,19 @@ class Running:
             self._process.wait()
 
 
+def while_it_gets_on(done: Callable[[], int]) -> Callable[[int], bool]:
+    """For :attr:`Job.again`: as long as each run has done something, as ``done`` counts."""
+    before = 0
+
+    def again(status: int) -> bool:
+        nonlocal before
+        now = done()
+        more, before = now > before, now
+        return more
+
+    return again
+
+
 def run_jobs(
     jobs: Sequence[Job],
     seconds: float,

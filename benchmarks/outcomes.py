@@ -43,7 +43,7 @@ class _Log:
             return
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         self._write(report.nodeid, _outcome(report), reason[-LONGEST_REASON:])
-        if report.failed and self._session is not None and _context_is_broken():
+        if report.failed and self._session is not None and context_is_broken():
             self._session.shouldstop = "the CUDA context is broken"
 
     def pytest_collectreport(self, report) -> None:
@@ -59,7 +59,8 @@ def pytest_configure(config) -> None:
     config.pluginmanager.register(_Log(Path(os.environ["FASTFREEZE_OUTCOMES"])))
 
 
-def _context_is_broken() -> bool:
+def context_is_broken() -> bool:
+    """Whether an error on the device has made this process's CUDA context useless."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False

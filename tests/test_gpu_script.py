@@ -194,8 +194,29 @@ def test_cases_after_the_deadline_are_named(tmp_path):
 
     out = tmp_path / "out.json"
     results = gpu_bench.run_all({"late": never}, BENCH, {}, out, time.monotonic() - 1)
-    assert results["cases"] == {"late": {"status": "no time left"}}
+    assert results["cases"]["late"]["status"] == "no time left"
     assert read_json(out) == results
+
+
+def test_a_case_that_breaks_the_context_is_not_measured_again(tmp_path, monkeypatch):
+    out, deadline = tmp_path / "out.json", time.monotonic() + 60
+    cases = dict.fromkeys(["fatal", "next"], lambda bench: {"status": "measured"})
+    monkeypatch.setattr(gpu_bench, "context_is_broken", lambda: True)
+    with pytest.raises(SystemExit, match="fatal has broken the CUDA context"):
+        gpu_bench.run_all(cases, BENCH, {}, out, deadline)
+    monkeypatch.undo()
+    cases["fatal"] = None
+    results = gpu_bench.run_all(cases, BENCH, {}, out, deadline)["cases"]
+    assert [results[name]["status"] for name in cases] == ["measured", "measured"]
+
+
+def test_a_job_runs_again_while_it_gets_on(tmp_path):
+    lines = tmp_path / "lines"
+    code = f"open({str(lines)!r}, 'a').write('x'); raise SystemExit(3)"
+    again = jobs.while_it_gets_on(lambda: min(2, len(lines.read_text())))
+    job = jobs.Job("a", [sys.executable, "-c", code], again=again)
+    done = jobs.run_jobs([job], 60, tmp_path / "log")["jobs"]["a"]
+    assert (done["status"], done["exit_statuses"]) == ("failed", [3, 3, 3])
 
 
 @needs_cpu_kernels
