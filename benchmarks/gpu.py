@@ -115,7 +115,8 @@ def install(run: Run, seconds: float) -> dict:
     job = Job("install", pip_command(site, source), environment, run.scratch)
     done = run_jobs([job], seconds, run.log("build"))
     run.folder = outside_the_sources(run.scratch / "tree")
-    run.environment = {"PYTHONPATH": str(site)}
+    paths = [str(site), os.environ.get("PYTHONPATH", "")]
+    run.environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return done["jobs"]["install"]
 
 
