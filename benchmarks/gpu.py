@@ -230,14 +230,14 @@ Stage = Callable[[Run, float], dict]
 # Name, seconds, what runs. A stage may take what those before it have left over; after the smoke,
 # a failed stage does not keep the next from running.
 PLAN: list[tuple[str, float, Stage]] = [
-    ("build", 90, install),
+    ("build", 120, install),
     ("smoke", 45, smoke),
     ("tests-cuda", 65, tests("tests-cuda")),
     ("kernels", 80, bench("kernels", "kernels")),
     ("steps", 110, bench("steps", "steps")),
     ("tests-triton", 80, tests("tests-triton")),
     ("tools", 40, tools),
-    ("kernels-rest", 35, bench("kernels-rest", "rest")),
+    ("kernels-rest", 30, bench("kernels-rest", "rest")),
 ]
 
 
