@@ -18,6 +18,7 @@ import torch
 import fastfreeze
 from benchmarks.gpu_bench import BACKENDS
 from benchmarks.gpu_cases import GpuCase, sgd_case, softmax_case, statistics_case
+from benchmarks.outcomes import context_is_broken
 from benchmarks.results import write_json
 from benchmarks.shapes import Shapes
 
@@ -74,6 +75,9 @@ def main() -> int:
         results["checks"][name] = found
         write_json(arguments.out, results)
         print(name, found, flush=True)
+        if context_is_broken():
+            print("the CUDA context is broken: nothing more can be checked")
+            break
     return 0 if good else 1
 
 
