@@ -78,7 +78,7 @@ def difference(
     return None
 
 
-def compiled_run(run: Run) -> Run:
+def compiled_run(run: Run, **options: str) -> Run:
     """For these shapes alone, and not as one more version of another case's function."""
     torch._dynamo.reset()
-    return torch.compile(run, dynamic=False)
+    return torch.compile(run, dynamic=False, **options)

@@ -20,6 +20,9 @@ hypothesis.settings.load_profile("fastfreeze")
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # before the first import of triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Results of two ways are compared closely, and a GPU may round inputs to TF32 in one of them alone.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
 
 import fastfreeze  # noqa: E402
 from tests.emulation.sgd import install  # noqa: E402
