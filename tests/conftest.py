@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import partial
 
 import hypothesis
 import pytest
@@ -18,6 +19,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fastfreeze")
 HAS_GPU = torch.cuda.is_available()
+torch.backends.cudnn.allow_tf32 = False  # or convolutions would be compared in 10 bits
+torch.backends.cudnn.deterministic = True
 if not HAS_GPU:  # before the first import of triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -28,6 +31,9 @@ HAS_CPU_KERNELS = fastfreeze.backends()["cpu"].available
 needs_cpu_kernels = pytest.mark.skipif(
     not HAS_CPU_KERNELS, reason=str(fastfreeze.backends()["cpu"])
 )
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
+on_a_gpu = partial(pytest.param, "cuda", marks=needs_gpu)  # (id=...): a row of a table by device
+every_device = pytest.mark.parametrize("device", ["cpu", on_a_gpu(id="cuda-on_a_gpu")])
 
 
 def pytest_configure(config):

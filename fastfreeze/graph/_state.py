@@ -37,6 +37,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
+def record_stream(value: Any, stream: torch.cuda.Stream) -> None:
+    """Keep the memory of tensors in ``value`` for what ``stream`` does with them."""
+    for tensor in tensors_in(value):
+        if tensor.is_cuda:  # others, such as a number on the CPU, have no streams
+            tensor.record_stream(stream)
+
+
 def requires_grad(value: Any) -> bool:
     """Whether a tensor in ``value`` requires grad."""
     return any(tensor.requires_grad for tensor in tensors_in(value))
