@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from functools import partial
 
 import hypothesis
 import pytest
@@ -32,8 +31,15 @@ needs_cpu_kernels = pytest.mark.skipif(
     not HAS_CPU_KERNELS, reason=str(fastfreeze.backends()["cpu"])
 )
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
-on_a_gpu = partial(pytest.param, "cuda", marks=needs_gpu)  # (id=...): a row of a table by device
-every_device = pytest.mark.parametrize("device", ["cpu", on_a_gpu(id="cuda-on_a_gpu")])
+ON_A_GPU = pytest.param("cuda", marks=needs_gpu, id="cuda-on_a_gpu")
+every_device = pytest.mark.parametrize("device", ["cpu", ON_A_GPU])
+
+
+def rows_by_device(names, on_a_gpu):
+    """Rows (name, device): each name on the CPU, some on a GPU too."""
+    rows = [(name, "cpu", name, ()) for name in names]
+    rows += [(name, "cuda", f"{name}-cuda-on_a_gpu", needs_gpu) for name in on_a_gpu]
+    return [pytest.param(name, device, id=id_, marks=marks) for name, device, id_, marks in rows]
 
 
 def pytest_configure(config):

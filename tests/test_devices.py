@@ -12,7 +12,7 @@ from torch import nn
 
 from fastfreeze import FeatureCache, compile_stages, split, trim
 from fastfreeze.ensemble import SnapshotEnsemble
-from tests.conftest import needs_gpu, on_a_gpu
+from tests.conftest import ON_A_GPU, needs_gpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 on = partial(FeatureCache, enabled=True)
@@ -120,7 +120,7 @@ def members(model, batches, path):
 PARTS = [trimmed, ahead, cached, kept_narrow, staged, members]
 
 
-@pytest.mark.parametrize("default", ["meta", on_a_gpu(id="cuda-on_a_gpu")])
+@pytest.mark.parametrize("default", ["meta", ON_A_GPU])
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
 def test_a_default_device_changes_nothing(part, default, tmp_path):
     model, batches = Net(), data()

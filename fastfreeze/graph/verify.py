@@ -113,7 +113,20 @@ def _error(a: Tensor | None, b: Tensor | None, floor: float) -> tuple[float, flo
     if not error:  # but for NaN, of which there are as many
         return 0.0, 1.0
     scale = max(_magnitude(b), floor)
-    return (error / scale if scale else math.inf), math.sqrt(torch.finfo(b.dtype).eps)
+    return (error / scale if scale else math.inf), math.sqrt(_epsilon(b))
+
+
+def _epsilon(tensor: Tensor) -> float:
+    """What one rounding may change, relatively: by default a GPU's convolutions keep 10 bits."""
+    epsilon = torch.finfo(tensor.dtype).eps
+    return max(epsilon, 2.0**-10) if _may_take_tf32(tensor) else epsilon
+
+
+def _may_take_tf32(tensor: Tensor) -> bool:
+    if not tensor.is_cuda or tensor.dtype != torch.float32:
+        return False
+    convolutions = torch.backends.cudnn.conv.fp32_precision
+    return convolutions == "tf32" or torch.get_float32_matmul_precision() != "highest"
 
 
 def _magnitude(tensor: Tensor) -> float:
