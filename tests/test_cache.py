@@ -749,7 +749,7 @@ def test_inside_transforms_of_torch_func():
 def test_a_measurement_decides(step, pays, monkeypatch):
     ticks = itertools.count()
     clock = itertools.accumulate(step(i) for i in ticks)
-    monkeypatch.setattr(kept.Kept, "now", lambda self: next(clock))
+    monkeypatch.setattr(kept.Kept, "now", lambda *_: next(clock))
     cache, x = FeatureCache(network("a")), images(48)
     for i, rows in enumerate(torch.arange(48).split(6)):
         check(cache, x[rows], rows)
@@ -814,6 +814,21 @@ def test_autocast_has_entries_of_its_own():
             check(cache, x, torch.arange(6))
         assert cache.active
     assert cache.stats().rows == 12
+
+
+def test_precisions_of_fp32_have_entries_of_their_own():
+    """Set as torch now wants it: for each kind of operation."""
+    cache, x = on(network("a")), images(6)
+    try:
+        for kind in (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul):
+            for precision in ("bf16", "ieee", "none"):
+                kind.fp32_precision = precision
+                check(cache, x, torch.arange(6))
+                assert cache.active
+        assert cache.stats().rows == 30
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = "none"
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 def test_other_image_sizes_have_entries_of_their_own():

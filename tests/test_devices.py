@@ -256,6 +256,18 @@ def test_a_sample_on_a_gpu_that_has_changed_is_never_taken_from_the_cache():
     assert "sample 2, view 0, came with other inputs than before" in cache.reason
 
 
+@needs_gpu
+def test_a_network_moved_to_a_gpu_and_back_finds_its_rows():
+    network, batches = trim(Net()), data()
+    cache = on(network)
+    for device in ("cpu", "cuda", "cpu", "cuda"):
+        network.to(device)
+        for x, samples in batches:
+            assert torch.equal(cache(x.to(device), samples=samples), network(x.to(device)))
+            assert cache.active
+    assert cache.stats().rows == cache.stats().hits == 48
+
+
 class Scaled(Net):
     def forward(self, x, scale):
         return super().forward(x * scale.to(x.device))

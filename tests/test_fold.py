@@ -283,7 +283,7 @@ def test_the_papers_models_in_tf32(name, device, monkeypatch):
     monkeypatch.setattr(folding, "winograd_pays", lambda *_: False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     if device == "cpu":
-        monkeypatch.setattr(verify, "_may_take_tf32", lambda _: True)
+        monkeypatch.setattr(verify, "fp32_precision", lambda _: ("tf32", "none"))
     model = frozen(build_model(name)).to(device)
     for parameter in list(model.parameters())[-3:]:
         parameter.requires_grad_(True)

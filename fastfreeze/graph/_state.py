@@ -49,6 +49,15 @@ def requires_grad(value: Any) -> bool:
     return any(tensor.requires_grad for tensor in tensors_in(value))
 
 
+def fp32_precision(device: torch.device) -> tuple[str, str]:
+    """In what torch computes convolutions and matrix products of fp32: "tf32", "bf16" or fp32."""
+    # One by one: asked for all at once, torch raises where they have been set one by one.
+    backends, on_gpu = torch.backends, device.type == "cuda"
+    convolutions = (backends.cudnn if on_gpu else backends.mkldnn).conv
+    products = (backends.cuda if on_gpu else backends.mkldnn).matmul
+    return convolutions.fp32_precision, products.fp32_precision
+
+
 def call_in_eval(call: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``call(*args, **kwargs)`` while ``module`` and all in it are in eval mode.
 

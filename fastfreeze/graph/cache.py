@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
+from fastfreeze.graph._state import fp32_precision
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.kept import Batch, Kept, Rows, assembled, pick, same_bits
 from fastfreeze.graph.prefix import Prefix, Values
@@ -191,8 +192,8 @@ class FeatureCache:
             raise CannotKeepError(
                 f"a batch of {len(keys)} gives other bits than one of {kept.size}"
             )
-        slots = kept.rows.find(keys)
-        flat = kept.get(slots) if min(slots) >= 0 else []  # is copied while the digests are
+        slots = kept.rows.find(keys)  # at once, so that rows are copied while the digests are
+        flat = kept.get(slots, batch.device) if min(slots) >= 0 else []
         slots = self._find(kept, batch, range(len(keys)))
         missing = [i for i, slot in enumerate(slots) if slot < 0]
         if not missing:
@@ -210,22 +211,20 @@ class FeatureCache:
                 return kept.values(flat)
             parts.append((rows, flat))
         if found := [i for i, slot in enumerate(slots) if slot >= 0]:
-            parts.append((found, kept.get([slots[i] for i in found])))
+            parts.append((found, kept.get([slots[i] for i in found], batch.device)))
             self._counts.hits += len(found)
         return kept.values(assembled(parts))
 
     def _form(self, batch: Batch) -> str:
         """What else values depend on, or how they are kept; in words."""
-        device = batch.call.inputs[0].device
-        on_gpu = device.type == "cuda"
+        device = batch.device
         return "\n".join(
             (
                 *(f"{t.dtype} {t.shape[1:]} {row_strides(t)}" for t in batch.call.inputs),
                 f"{torch.is_autocast_enabled(device.type)} {torch.get_autocast_dtype(device.type)}",
-                f"{self._dtype} {torch.get_float32_matmul_precision()} {torch.get_num_threads()}",
+                f"{self._dtype} {fp32_precision(device)} {torch.get_num_threads()}",
                 f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {device.type}",
-                torch.cuda.get_device_name(device) if on_gpu else "",
-                torch.backends.cudnn.conv.fp32_precision if on_gpu else "",
+                torch.cuda.get_device_name(device) if device.type == "cuda" else "",
             )
         )
 
@@ -251,8 +250,10 @@ class FeatureCache:
         self._kept[name] = kept
         slots = self._find(kept, batch, range(n))
         known = [i for i in range(n) if slots[i] >= 0]
-        if known and not same_bits(kept.get([slots[i] for i in known]), pick(flat, known)):
-            kept.rows.discard(range(len(kept.rows)))
+        if known:
+            found = kept.get([slots[i] for i in known], batch.device)
+            if not same_bits(found, pick(flat, known)):
+                kept.rows.discard(range(len(kept.rows)))
         for earlier in self._earlier(kept):
             self._carry_on(earlier, kept, batch, range(n), flat)
         kept.rows.add(batch.keys, batch.digests.wait(), flat)
@@ -286,13 +287,13 @@ class FeatureCache:
         size = next((s for s in kept.sizes_for(len(missing)) if kept.agrees(batch, s)), n)
         whole = size >= n
         rows = list(range(n)) if whole else missing
-        start = kept.now()
+        start = kept.now(batch.device)
         flat = kept.compute(batch) if whole else kept.compute(batch, rows, size)
-        computed = kept.now()
+        computed = kept.now(batch.device)
         kept.rows.add([batch.keys[i] for i in rows], batch.digests.wait()[rows], flat)
         self._counts.misses += len(rows)
         if kept.measures and whole:
-            self._measure(kept, batch, computed - start, kept.now() - computed)
+            self._measure(kept, batch, computed - start, kept.now(batch.device) - computed)
         return rows, flat
 
     def _measure(self, kept: Kept, batch: Batch, computing: float, storing: float) -> None:
@@ -300,11 +301,11 @@ class FeatureCache:
         if not len(kept.rows):
             return
         slots = [i * 7919 % len(kept.rows) for i in range(len(batch.keys))]
-        start = kept.now()
+        start = kept.now(batch.device)
         _digests(batch.call.inputs).wait()
         kept.rows.digests(slots)
-        kept.get(slots)
-        kept.times.append((computing, storing + kept.now() - start))
+        kept.get(slots, batch.device)
+        kept.times.append((computing, storing + kept.now(batch.device) - start))
         if len(kept.times) < _TRIALS:
             return
         kept.measures = False

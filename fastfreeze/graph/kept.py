@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ class Batch:
     prefix_key: str
     keys: list[int]
     digests: Fetched
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are, and what is computed of them."""
+        return self.call.inputs[0].device
 
 
 class Kept:
@@ -60,22 +66,20 @@ class Kept:
         self.times: list[tuple[float, float]] = []
         self.constants: dict[int, tuple[Any, ...]] = {}
         self._agreeing = {self.size: True}
-        self._device = batch.call.inputs[0].device
-        on_gpu = self._device.type == "cuda"
-        self._beside = torch.cuda.Stream(self._device) if on_gpu else None  # for copies
 
-    def get(self, slots: Sequence[int]) -> Rows:
-        """Kept rows, on the inputs' device.
+    def get(self, slots: Sequence[int], device: torch.device) -> Rows:
+        """Kept rows, on ``device``.
 
         To a GPU they go beside what it does, out of pinned memory. Torch keeps that, and uses it
         again when the copy is done.
         """
-        if self._beside is None:
-            return [column.to(self._device) for column in self.rows.get(slots)]
-        pinned, now = self.rows.get(slots, pinned=True), torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._beside):
-            columns = [column.to(self._device, non_blocking=True) for column in pinned]
-        now.wait_stream(self._beside)
+        if device.type != "cuda":
+            return [column.to(device) for column in self.rows.get(slots)]
+        pinned, now = self.rows.get(slots, pinned=True), torch.cuda.current_stream(device)
+        beside = _stream_for_copies(device)
+        with torch.cuda.stream(beside):
+            columns = [column.to(device, non_blocking=True) for column in pinned]
+        now.wait_stream(beside)
         record_stream(columns, now)
         return columns
 
@@ -140,16 +144,17 @@ class Kept:
         self, earlier: Kept, batch: Batch, rows: Sequence[int], slots: Sequence[int]
     ) -> Rows:
         """Values of this cut from the rows of an earlier one, the first of them the batch's."""
-        values = earlier.values(earlier.get([slots[i % len(slots)] for i in range(self.size)]))
+        again = [slots[i % len(slots)] for i in range(self.size)]
+        values = earlier.values(earlier.get(again, batch.device))
         reads = self.reads_inputs[earlier.name]
         tensors = self._taken(batch, rows, self.size) if reads else batch.call.tensors
         flat = self.layout.flat(self.prefix.advance(earlier.prefix, tensors, values))
         return [column[: len(slots)] for column in flat]
 
-    def now(self) -> float:
+    def now(self, device: torch.device) -> float:
         """Seconds on a clock; while this is measured, when the device has done what was asked."""
-        if self.measures and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.measures and device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def _taken(self, batch: Batch, rows: Sequence[int], size: int) -> list[Tensor]:
@@ -159,6 +164,11 @@ class Kept:
         for i in self.prefix.inputs:
             tensors[i] = take_rows(tensors[i], row_numbers(chosen, tensors[i].device))
         return tensors
+
+
+@cache
+def _stream_for_copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def pick(flat: Rows, rows: Sequence[int]) -> Rows:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.graph._state import preserved, tensors_in
+from fastfreeze.graph._state import fp32_precision, preserved, tensors_in
 
 Tensors = dict[str, Tensor | None]
+_EPSILONS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,9 @@ def _error(a: Tensor | None, b: Tensor | None, floor: float) -> tuple[float, flo
 
 def _epsilon(tensor: Tensor) -> float:
     """What one rounding may change, relatively: by default a GPU's convolutions keep 10 bits."""
-    epsilon = torch.finfo(tensor.dtype).eps
-    return max(epsilon, 2.0**-10) if _may_take_tf32(tensor) else epsilon
-
-
-def _may_take_tf32(tensor: Tensor) -> bool:
-    if not tensor.is_cuda or tensor.dtype != torch.float32:
-        return False
-    convolutions = torch.backends.cudnn.conv.fp32_precision
-    return convolutions == "tf32" or torch.get_float32_matmul_precision() != "highest"
+    precisions = fp32_precision(tensor.device) if tensor.dtype == torch.float32 else ()
+    epsilons = [torch.finfo(tensor.dtype).eps, *(_EPSILONS.get(p, 0.0) for p in precisions)]
+    return max(epsilons)
 
 
 def _magnitude(tensor: Tensor) -> float:
