@@ -12,19 +12,19 @@ class Clock:
     """The time at which work on a device is done: the host's, or events in the GPU's stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._gpu = device if device.type == "cuda" else None
 
     def now(self) -> Any:
         """A reading, after all work that was queued so far."""
-        if not self._cuda:
+        if self._gpu is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._gpu))
         return event
 
     def seconds(self, start: Any, end: Any) -> float:
         """Seconds between two readings; waits until the device has come to the second."""
-        if not self._cuda:
+        if self._gpu is None:
             return float(end - start)
         end.synchronize()
         return float(start.elapsed_time(end) / 1e3)

@@ -18,6 +18,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fastfreeze")
 HAS_GPU = torch.cuda.is_available()
+torch.backends.cudnn.allow_tf32 = False  # or convolutions would be compared in 10 bits
+torch.backends.cudnn.deterministic = True
 if not HAS_GPU:  # before the first import of triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Results of two ways are compared closely, and a GPU may round inputs to TF32 in one of them alone.
@@ -31,6 +33,16 @@ HAS_CPU_KERNELS = fastfreeze.backends()["cpu"].available
 needs_cpu_kernels = pytest.mark.skipif(
     not HAS_CPU_KERNELS, reason=str(fastfreeze.backends()["cpu"])
 )
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
+ON_A_GPU = pytest.param("cuda", marks=needs_gpu, id="cuda-on_a_gpu")
+every_device = pytest.mark.parametrize("device", ["cpu", ON_A_GPU])
+
+
+def rows_by_device(names, on_a_gpu):
+    """Rows (name, device): each name on the CPU, some on a GPU too."""
+    rows = [(name, "cpu", name, ()) for name in names]
+    rows += [(name, "cuda", f"{name}-cuda-on_a_gpu", needs_gpu) for name in on_a_gpu]
+    return [pytest.param(name, device, id=id_, marks=marks) for name, device, id_, marks in rows]
 
 
 def pytest_configure(config):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastfreeze.ops.affine import affine_relu, affine_relu_cat
-from tests.conftest import needs_cpu_kernels
+from tests.conftest import every_device, needs_cpu_kernels
 from tests.guard import every_side, guarded
 
 NAN = float("nan")
@@ -65,11 +65,12 @@ def test_kernel_against_fp64(isa, shape, kind, dtype):
         assert_near(y, parts, scale, shift, relu)
 
 
+@every_device
 @every_dtype
 @every_format
-def test_one_tensor_and_vectors_of_its_dtype(kind, dtype):
-    (x,) = make(((19,), 6, 5), dtype, kind)
-    scale, shift = affine_of([x], dtype)
+def test_one_tensor_and_vectors_of_its_dtype(kind, dtype, device):
+    x = make(((19,), 6, 5), dtype, kind)[0].to(device)
+    scale, shift = (v.to(device) for v in affine_of([x], dtype))
     y = affine_relu(x, scale, shift)
     assert y.is_contiguous(memory_format=kind)
     assert_near(y, [x], scale, shift)

@@ -1,4 +1,4 @@
-"""The next batch's frozen prefix, run ahead; on the CPU, where it runs in turn."""
+"""The next batch's frozen prefix, run ahead: on the CPU in turn, on a GPU beside the backward."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph import trim
 from fastfreeze.graph.prefix import Prefix
+from tests.conftest import every_device
 
 
 def network():
@@ -22,8 +23,9 @@ def network():
     return model.train()
 
 
-def batches(count=6):
-    return [(torch.randn(4, 3, 9, 9), torch.randn(4, 2, 3, 3)) for _ in range(count)]
+def batches(count=6, device="cpu"):
+    pairs = [(torch.randn(4, 3, 9, 9), torch.randn(4, 2, 3, 3)) for _ in range(count)]
+    return [(x.to(device), y.to(device)) for x, y in pairs]
 
 
 def train(model, trimmed, data, between=lambda i: None):
@@ -71,9 +73,10 @@ def disturbances(model):
     return {"nothing": lambda i: None, "freeze": freeze_more, "thaw": thaw, "write": overwrite}
 
 
+@every_device
 @pytest.mark.parametrize("what", ["nothing", "freeze", "thaw", "write"])
-def test_losses_are_the_same_to_the_bit(what, runs):
-    model, data = network(), batches()
+def test_losses_are_the_same_to_the_bit(what, device, runs):
+    model, data = network().to(device), batches(device=device)
     other = copy.deepcopy(model)
     expected = train(other, trim(other), data, disturbances(other)[what])
     runs.clear()
@@ -126,8 +129,9 @@ def test_other_tensors_than_announced_are_told():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_batch_written_to_in_between():
-    model, data = network(), batches(3)
+@every_device
+def test_a_batch_written_to_in_between(device):
+    model, data = network().to(device), batches(3, device)
     trimmed = trim(model)
     for i, (x, _) in enumerate(trimmed.ahead(data)):
         assert torch.equal(trimmed(x), trim(model)(x))

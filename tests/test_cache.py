@@ -18,6 +18,7 @@ import fastfreeze
 from fastfreeze import FeatureCache, RepeatableViews, trim
 from fastfreeze.graph import kept, store
 from fastfreeze.graph.prefix import Prefix
+from tests.conftest import every_device
 from tests.killed import killed
 
 on = partial(FeatureCache, enabled=True)
@@ -56,25 +57,24 @@ def frozen(model, *names):
     return model
 
 
-def network(*names, seed=0, **options):
+def network(*names, seed=0, device="cpu", **options):
     """A trimmed net in training mode with frozen parts, its statistics not those of a new one."""
     torch.manual_seed(seed)
     model = Net()
     with torch.no_grad():
         model(torch.randn(50, 3, 8, 8) * 2 + 1)
-    return trim(frozen(model, *names), **options)
+    return trim(frozen(model, *names).to(device), **options)
 
 
-def images(n=24, seed=0):
-    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+def images(n=24, seed=0, device="cpu"):
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def both(cache, x, samples, *args):
     """The cache's output, and that of the network alone, with the same random numbers."""
     cache.network(x, *args)  # the first call compares
-    state = torch.get_rng_state()
-    found = cache(x, *args, samples=samples)
-    torch.set_rng_state(state)
+    with torch.random.fork_rng():
+        found = cache(x, *args, samples=samples)
     return found, cache.network(x, *args)
 
 
@@ -432,8 +432,9 @@ def test_inputs_that_are_read_behind_an_earlier_cut(two):
         assert "came with other inputs" in cache.reason
 
 
-def test_thaw_and_freeze():
-    cache, x = on(network("a", "b")), images()
+@every_device
+def test_thaw_and_freeze(device):
+    cache, x = on(network("a", "b", device=device)), images(device=device)
     epochs(cache, x)
     model = cache.network.model
     model.b.requires_grad_(True)
@@ -460,7 +461,8 @@ def load_others(model):
 
 
 def replace_weight(model):
-    model.a.conv.weight = nn.Parameter(torch.randn(8, 3, 3, 3), requires_grad=False)
+    new = torch.randn_like(model.a.conv.weight)
+    model.a.conv.weight = nn.Parameter(new, requires_grad=False)
 
 
 def write_statistics(model):
@@ -468,14 +470,15 @@ def write_statistics(model):
 
 
 def write_data(model):
-    model.a.conv.weight.data = torch.randn(8, 3, 3, 3)
+    model.a.conv.weight.data = torch.randn_like(model.a.conv.weight)
 
 
+@every_device
 @pytest.mark.parametrize(
     "change", [load_others, replace_weight, write_statistics, write_data], ids=lambda c: c.__name__
 )
-def test_changed_weights_are_never_missed(change):
-    cache, x = on(network("a")), images()
+def test_changed_weights_are_never_missed(change, device):
+    cache, x = on(network("a", device=device)), images(device=device)
     epochs(cache, x)
     change(cache.network.model)
     epochs(cache, x)
@@ -513,8 +516,9 @@ def test_data_that_do_not_repeat():
     assert not cache.active
 
 
-def test_data_that_do_not_repeat_after_the_cut_has_moved():
-    cache, x = on(network("a")), images()
+@every_device
+def test_data_that_do_not_repeat_after_the_cut_has_moved(device):
+    cache, x = on(network("a", device=device)), images(device=device)
     epochs(cache, x)
     frozen(cache.network.model, "b")
     check(cache, x[:6], torch.arange(6))
@@ -745,7 +749,7 @@ def test_inside_transforms_of_torch_func():
 def test_a_measurement_decides(step, pays, monkeypatch):
     ticks = itertools.count()
     clock = itertools.accumulate(step(i) for i in ticks)
-    monkeypatch.setattr(kept.Kept, "now", lambda self: next(clock))
+    monkeypatch.setattr(kept.Kept, "now", lambda *_: next(clock))
     cache, x = FeatureCache(network("a")), images(48)
     for i, rows in enumerate(torch.arange(48).split(6)):
         check(cache, x[rows], rows)
@@ -770,9 +774,11 @@ def test_real_measurements():
 # --- storage dtype -----------------------------------------------------------------------------
 
 
+@every_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_storage(dtype, rows_run):
-    cache, wide, x = on(network("a"), dtype=dtype), on(network("a")), images()
+def test_narrow_storage(dtype, device, rows_run):
+    cache, wide = (on(network("a", device=device), dtype=dtype) for dtype in (dtype, None))
+    x = images(device=device)
     cache.network.model.dropout.p = wide.network.model.dropout.p = 0.0
     first = [cache(x[rows], samples=rows) for rows in torch.arange(24).split(6)]
     again = [cache(x[rows], samples=rows) for rows in torch.arange(24).split(6)]
@@ -810,6 +816,21 @@ def test_autocast_has_entries_of_its_own():
     assert cache.stats().rows == 12
 
 
+def test_precisions_of_fp32_have_entries_of_their_own():
+    """Set as torch now wants it: for each kind of operation."""
+    cache, x = on(network("a")), images(6)
+    try:
+        for kind in (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul):
+            for precision in ("bf16", "ieee", "none"):
+                kind.fp32_precision = precision
+                check(cache, x, torch.arange(6))
+                assert cache.active
+        assert cache.stats().rows == 30
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = "none"
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
 def test_other_image_sizes_have_entries_of_their_own():
     cache, x = on(network("a")), images(6)
     for _ in range(3):
@@ -821,9 +842,9 @@ def test_other_image_sizes_have_entries_of_their_own():
 # --- files -------------------------------------------------------------------------------------
 
 
-def fill(tmp_path, names=("a", "b"), seed=0, **options):
-    with on(network(*names, seed=seed), directory=tmp_path, **options) as cache:
-        epochs(cache, images())
+def fill(tmp_path, names=("a", "b"), seed=0, device="cpu"):
+    with on(network(*names, seed=seed, device=device), directory=tmp_path) as cache:
+        epochs(cache, images(device=device))
         return cache.stats()
 
 
@@ -840,11 +861,12 @@ def test_restart(tmp_path, rows_run):
         assert cache.stats().misses == 6
 
 
-def test_restart_with_other_weights(tmp_path):
-    fill(tmp_path)
-    stats = fill(tmp_path, seed=1)
+@every_device
+def test_restart_with_other_weights(tmp_path, device):
+    fill(tmp_path, device=device)
+    stats = fill(tmp_path, seed=1, device=device)
     assert (stats.misses, stats.rows) == (24, 24)
-    assert fill(tmp_path).misses == 6  # the first are still there
+    assert fill(tmp_path, device=device).misses == 6  # the first are still there
 
 
 def test_restart_with_other_data(tmp_path):

@@ -26,6 +26,7 @@ from fastfreeze import (
     trim,
 )
 from fastfreeze.graph import compiled
+from tests.conftest import every_device
 
 
 class Block(nn.Module):
@@ -62,11 +63,11 @@ def _no_programs(one_thread):
     counters.clear()
 
 
-def made(schedule, model=None):
+def made(schedule, model=None, device="cpu"):
     """A network, its plan and optimizer, the same each time."""
     torch.manual_seed(3)
-    model = model or Net()
-    plan = split(model, X, schedule=schedule, lr=0.1)
+    model = (model or Net()).to(device)
+    plan = split(model, X.to(device), schedule=schedule, lr=0.1)
     optimizer = SGD(plan.param_groups(), lr=0.1, momentum=0.9, schedule=schedule)
     return trim(model), plan, optimizer
 
@@ -76,7 +77,7 @@ def train(network, optimizer, steps, inputs=X):
     losses, trained = [], []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = F.cross_entropy(network(inputs), LABELS[: len(inputs)])
+        loss = F.cross_entropy(network(inputs), LABELS[: len(inputs)].to(inputs.device))
         loss.backward()
         groups = [group["params"] for group in optimizer.param_groups]
         trained.append([[p.grad is not None for p in group] for group in groups])
@@ -95,20 +96,21 @@ def assert_same_state(a, b):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def check_training(schedule, programs, backend="aot_eager"):
+def check_training(schedule, programs, backend="aot_eager", device="cpu"):
     """A whole run trains as uncompiled, and compiles nothing."""
-    network, plan, optimizer = made(schedule)
-    twin, _, twins_optimizer = made(schedule)
-    done = compile_stages(network, plan, X, backend=backend)
+    network, plan, optimizer = made(schedule, device=device)
+    twin, _, twins_optimizer = made(schedule, device=device)
+    x = X.to(device)
+    done = compile_stages(network, plan, x, backend=backend)
     assert len(done.stages) == programs == graphs()
     assert [s.frozen for s in done.stages] == sorted((s.frozen for s in done.stages), key=len)
     kept = [stage.saved_bytes for stage in done.stages]
     assert kept == sorted(set(kept), reverse=True)
     assert all(stage.seconds > 0 for stage in done.stages)
     assert done.seconds == pytest.approx(sum(stage.seconds for stage in done.stages))
-    losses, trained = train(network, optimizer, schedule.total_steps)
+    losses, trained = train(network, optimizer, schedule.total_steps, x)
     assert graphs() == programs
-    twins_losses, twins_trained = train(twin, twins_optimizer, schedule.total_steps)
+    twins_losses, twins_trained = train(twin, twins_optimizer, schedule.total_steps, x)
     assert losses == pytest.approx(twins_losses, rel=1e-3)
     assert trained == twins_trained
     assert_same_state(network, twin)
@@ -116,8 +118,9 @@ def check_training(schedule, programs, backend="aot_eager"):
     return done
 
 
-def test_a_run_trains_as_uncompiled_and_compiles_nothing():
-    done = check_training(FreezeOut(12, t_0=0.5, stages=2), programs=3)
+@every_device
+def test_a_run_trains_as_uncompiled_and_compiles_nothing(device):
+    done = check_training(FreezeOut(12, t_0=0.5, stages=2), programs=3, device=device)
     assert [stage.steps for stage in done.stages] == [(0,), (3,), (9,)]
     assert str(done).splitlines()[0].split() == [
         *("stage", "from", "step", "frozen", "layers", "kept", "seconds")
@@ -160,9 +163,11 @@ def test_each_step_runs_its_program(schedule, expected):
     assert ran == expected
 
 
+@every_device
 @pytest.mark.slow
-def test_a_run_trains_as_uncompiled_in_inductor():
-    check_training(FreezeOut(12, t_0=0.5, stages=2), programs=3, backend="inductor")
+def test_a_run_trains_as_uncompiled_in_inductor(device):
+    schedule = FreezeOut(12, t_0=0.5, stages=2)
+    check_training(schedule, programs=3, backend="inductor", device=device)
 
 
 def test_compiling_leaves_everything_as_it_was():
@@ -283,15 +288,17 @@ def test_under_autocast_and_with_a_part_in_eval_mode():
     assert not network.norm.num_batches_tracked
 
 
-def test_kept_features_and_batches_ahead():
-    network, plan, optimizer = made(FreezeOut(12, t_0=0.5, stages=2))
-    twin, _, twins_optimizer = made(FreezeOut(12, t_0=0.5, stages=2))
-    compile_stages(network, plan, X, backend="eager")
+@every_device
+def test_kept_features_and_batches_ahead(device):
+    x = X.to(device)
+    network, plan, optimizer = made(FreezeOut(12, t_0=0.5, stages=2), device=device)
+    twin, _, twins_optimizer = made(FreezeOut(12, t_0=0.5, stages=2), device=device)
+    compile_stages(network, plan, x, backend="eager")
     cache = FeatureCache(network, enabled=True)
-    for batch, _ in zip(network.ahead([(X,)] * 20), range(6), strict=False):
+    for batch, _ in zip(network.ahead([(x,)] * 20), range(6), strict=False):
         train(network, optimizer, 1, *batch)
-    train(lambda x: cache(x, samples=torch.arange(5)), optimizer, 6)
-    train(twin, twins_optimizer, 12)
+    train(lambda x: cache(x, samples=torch.arange(5)), optimizer, 6, x)
+    train(twin, twins_optimizer, 12, x)
     assert_same_state(network, twin)
     assert cache.stats().hits > 0
     assert graphs() == 3

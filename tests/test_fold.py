@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph import fold as folding
 from fastfreeze.graph import prefix as prefixes
-from fastfreeze.graph import trim
+from fastfreeze.graph import trim, verify
 from fastfreeze.optim import SGD
 from fastfreeze.recipes.models import build_model
+from tests.conftest import every_device, needs_gpu, rows_by_device
 
 
 class Net(nn.Module):
@@ -179,6 +182,8 @@ def chain(m, x):
     return F.relu(m.norm(m.a(x)))
 
 
+# Of fp32; cuDNN may take algorithms that lose more.
+ROUNDING = {"cpu": 2e-6, "cuda": 1e-5}
 # What runs, and how many norms, sums and cats are left over as such.
 BODIES = {
     "chain": (chain, {}),
@@ -213,18 +218,21 @@ BODIES = {
 }
 
 
+SOME = ["residual", "preactivation of one", "dense", "depthwise", "layout for a view"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", BODIES)
-def test_folded_is_as_close_to_the_truth_as_unfolded(name, dtype):
+@pytest.mark.parametrize(("name", "device"), rows_by_device(BODIES, SOME))
+def test_folded_is_as_close_to_the_truth_as_unfolded(name, device, dtype):
     body, own = BODIES[name]
-    model = frozen(Net(body, **copy.deepcopy(parts(**own)))).to(dtype)
-    x = images().to(dtype)
+    model = frozen(Net(body, **copy.deepcopy(parts(**own)))).to(device, dtype)
+    x = images().to(device, dtype)
     trimmed, plain = trim(model), trim(model, fold=False)
     call, prefix = prefix_of(trimmed, x)
     found = call.finish(prefix.run(call.tensors))
     assert prefix.unfolded == ""
     expected = plain(x)
-    bound = 2e-6 if dtype == torch.float32 else 1e-13
+    bound = 1e-13 if dtype == torch.float64 else ROUNDING[device]
     if name != "no statistics":
         assert relative_error(found, in_double(model, x)) < bound
     assert relative_error(found, expected) < 2 * bound
@@ -257,6 +265,32 @@ def test_norms_sums_and_cats_are_gone(body, gone):
 
 
 FAMILIES = ("resnet20", "wrn16-2", "densenet-bc-40", "vgg16")
+
+
+class Tf32(TorchDispatchMode):
+    """Convolutions with inputs and weights of 10 bits, as a GPU's are by default."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() == "aten::convolution":
+            bits = [t.contiguous().view(torch.int32) for t in args[:2]]
+            args = (*((b + 2**12 & -(2**13)).view(torch.float32) for b in bits), *args[2:])
+        return function(*args, **(kwargs or {}))
+
+
+@every_device
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_papers_models_in_tf32(name, device, monkeypatch):
+    monkeypatch.setattr(folding, "winograd_pays", lambda *_: False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    if device == "cpu":
+        monkeypatch.setattr(verify, "fp32_precision", lambda _: ("tf32", "none"))
+    model = frozen(build_model(name)).to(device)
+    for parameter in list(model.parameters())[-3:]:
+        parameter.requires_grad_(True)
+    trimmed = trim(model)
+    with Tf32() if device == "cpu" else nullcontext():
+        trimmed(images(4, 3, 32, 32).to(device))
+    assert "nodes run first, folded" in trimmed.prefix
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7])
@@ -414,13 +448,14 @@ def test_images_that_the_model_writes_to_stay_the_callers():
     assert torch.equal(x, 2 * before)
 
 
+@every_device
 @pytest.mark.parametrize("change", ["load_state_dict", "assign", "in place", "statistics", "data"])
-def test_never_stale(change):
-    model = frozen(Net(residual, **parts()))
+def test_never_stale(change, device):
+    model = frozen(Net(residual, **parts())).to(device)
     trimmed = trim(model)
-    x = images()
+    x = images().to(device)
     trimmed(x)
-    other = frozen(Net(residual, **parts()))
+    other = frozen(Net(residual, **parts())).to(device)
     if change == "load_state_dict":
         model.load_state_dict(other.state_dict())
     elif change == "assign":
@@ -433,7 +468,20 @@ def test_never_stale(change):
         model.norm.running_var.mul_(3)
     else:
         model.a.weight.data = other.a.weight.data.clone()
-    assert relative_error(trimmed(x), in_double(model, x)) < 2e-6
+    assert relative_error(trimmed(x), in_double(model, x)) < ROUNDING[device]
+
+
+@needs_gpu
+def test_never_stale_on_a_gpu_after_the_cpu():
+    """Where its convolutions may be of a kind that a GPU does not have."""
+    model = frozen(Net(chain, channels=32, a=conv(32, 32), norm=nn.BatchNorm2d(32)))
+    trimmed, x = trim(model), images(3, 32, 16, 16)
+    for device in ("cpu", "cuda", "cpu"):
+        trimmed.to(device)
+        for _ in range(2):
+            found = trimmed(x.to(device))
+            assert relative_error(found, in_double(model, x.to(device))) < 1e-5
+        assert "folded" in trimmed.prefix
 
 
 def frozen_flags(model):
@@ -627,11 +675,12 @@ def test_weights_that_change_in_each_call(monkeypatch):
 # --- a smaller dtype ---------------------------------------------------------------------------
 
 
+@every_device
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtype(dtype, fold):
-    model = frozen(Net(residual, **parts()))
-    x = images()
+def test_dtype(dtype, fold, device):
+    model = frozen(Net(residual, **parts())).to(device)
+    x = images().to(device)
     trimmed = trim(model, dtype=dtype, max_error=0.05, fold=fold)
     call, prefix = prefix_of(trimmed, x)
     (value,) = prefix.run(call.tensors)

@@ -28,6 +28,7 @@ from torchvision.models.maxvit import MaxVit
 from fastfreeze import graph
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph.verify import excess
+from tests.conftest import every_device, rows_by_device
 
 trim = partial(graph.trim, fold=False)  # bits are compared here; folding has its own tests
 
@@ -95,7 +96,8 @@ def step(model, call, *inputs, steps=1):
     for _ in range(steps):
         model.zero_grad()
         outputs = tensors(call(*inputs))
-        loss = sum((t * torch.arange(t.numel()).cos().view_as(t)).sum() for t in outputs)
+        weights = [torch.arange(t.numel(), device=t.device).cos().view_as(t) for t in outputs]
+        loss = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
         if loss.requires_grad:
             loss.backward()
     result = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
@@ -574,15 +576,18 @@ MODELS = {
 }
 
 
-def small(name):
+def small(name, device="cpu"):
     make, frozen, inputs = MODELS[name]
-    model = freeze(make(), *frozen)
-    return model, [torch.randn(4, 3, 8, 8) for _ in range(inputs)]
+    model = freeze(make(), *frozen).to(device)
+    return model, [torch.randn(4, 3, 8, 8).to(device) for _ in range(inputs)]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_small_models(name):
-    model, inputs = small(name)
+SOME = ["chain", "reads after write", "writes to frozen", "two outputs", "shared modules"]
+
+
+@pytest.mark.parametrize(("name", "device"), rows_by_device(MODELS, SOME))
+def test_small_models(name, device):
+    model, inputs = small(name, device)
     trimmed = assert_trims_exactly(model, *inputs)
     assert trimmed.cut.mode == "fx"
     trimmed.verify(*inputs)
@@ -776,8 +781,9 @@ def test_freezing_and_thawing_equals_fresh_trims(monkeypatch):
     assert len(traces) == 1 + len(STAGES)  # the fresh ones for ``cut``
 
 
-def test_frozen_parts_keep_every_bit():
-    model = Net(chain)
+@every_device
+def test_frozen_parts_keep_every_bit(device):
+    model = Net(chain).to(device)
     trimmed = trim(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for epoch in range(4):
@@ -787,11 +793,11 @@ def test_frozen_parts_keep_every_bit():
                 parameter.requires_grad_(False)
             frozen = copy.deepcopy(model.a.state_dict())
         for _ in range(2):
-            trimmed(inputs()).square().sum().backward()
+            trimmed(inputs().to(device)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         (trimmed if epoch % 2 else model).eval()
-        assert torch.equal(trimmed(x := inputs()), model(x))
+        assert torch.equal(trimmed(x := inputs().to(device)), model(x))
     after = model.a.state_dict()
     assert all(torch.equal(after[name], frozen[name]) for name in frozen)
     assert int(model.b[1].num_batches_tracked) == 8

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from fastfreeze.ensemble import SnapshotEnsemble, ways
-from tests.conftest import HAS_GPU
+from tests.conftest import needs_gpu
 from tests.test_merge import Branching, Many, Net, Noisy, assert_right, chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ON_CUDA = ("streams", "cuda_graph")
 ON_CPU = tuple(way for way in ways.WAYS if way not in ON_CUDA)
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
 
 
 @pytest.fixture(autouse=True)

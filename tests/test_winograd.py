@@ -9,7 +9,7 @@ from fastfreeze.errors import BackendUnavailableError
 from fastfreeze.ops import _library
 from fastfreeze.ops.reference import winograd_conv2d_reference
 from fastfreeze.ops.winograd import pays, transform_weight, winograd_conv2d
-from tests.conftest import needs_cpu_kernels
+from tests.conftest import needs_cpu_kernels, needs_gpu
 from tests.guard import every_side, guarded
 
 NAN = float("nan")
@@ -275,6 +275,18 @@ REFUSED = {
 def test_refuses(change, match):
     with pytest.raises(RuntimeError, match=match):
         winograd_conv2d(**{"input": X, "transformed": U, "padding": (1, 1), **change})
+
+
+@needs_gpu
+@needs_cpu_kernels
+@pytest.mark.parametrize("names", [["input"], ["transformed"], ["input", "transformed"]])
+def test_refuses_what_is_on_a_gpu(names):
+    given = {"input": X, "transformed": U}
+    given |= {name: given[name].cuda() for name in names}
+    with pytest.raises(RuntimeError, match="'fastfreeze::winograd_conv2d'"):
+        winograd_conv2d(**given, padding=(1, 1))
+    with pytest.raises(ValueError, match="weight must be on the CPU, got cuda:0"):
+        transform_weight(torch.zeros(4, 4, 3, 3).cuda())
 
 
 @needs_cpu_kernels

@@ -26,7 +26,7 @@ from fastfreeze.ensemble._members import (
     held_again,
     owners_of,
 )
-from fastfreeze.graph._state import tensors_in
+from fastfreeze.graph._state import record_stream, tensors_in
 from fastfreeze.text import format_table
 
 Way = Literal["loop", "graph", "vmap", "compiled", "streams", "cuda_graph"]
@@ -107,14 +107,12 @@ def on_streams(
     with _no_autocast_cache():  # else one stream would read the weights that another casts
         for member, stream, (args, kwargs) in zip(members, streams, calls, strict=True):
             stream.wait_stream(now)
+            record_stream((args, kwargs), stream)
             with torch.cuda.stream(stream):
                 outputs.append(member(*args, **kwargs))
-            for tensor in tensors_in((args, kwargs)):
-                tensor.record_stream(stream)
     for stream in streams:
         now.wait_stream(stream)
-    for tensor in tensors_in(outputs):
-        tensor.record_stream(now)
+    record_stream(outputs, now)
     return outputs
 
 
@@ -139,7 +137,8 @@ class Captured:
                 for _ in range(_WARM_UPS):
                     module(*self._inputs)
             now.wait_stream(beside)
-            with torch.cuda.graph(self._graph):
+            # Other threads, such as a loader's that pins memory, go on meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output: Tensor = module(*self._inputs)
         self._module = module  # whose weights the graph reads
         self._device = device

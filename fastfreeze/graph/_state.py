@@ -37,9 +37,25 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
+def record_stream(value: Any, stream: torch.cuda.Stream) -> None:
+    """Keep the memory of tensors in ``value`` for what ``stream`` does with them."""
+    for tensor in tensors_in(value):
+        if tensor.is_cuda:  # others, such as a number on the CPU, have no streams
+            tensor.record_stream(stream)
+
+
 def requires_grad(value: Any) -> bool:
     """Whether a tensor in ``value`` requires grad."""
     return any(tensor.requires_grad for tensor in tensors_in(value))
+
+
+def fp32_precision(device: torch.device) -> tuple[str, str]:
+    """In what torch computes convolutions and matrix products of fp32: "tf32", "bf16" or fp32."""
+    # One by one: asked for all at once, torch raises where they have been set one by one.
+    backends, on_gpu = torch.backends, device.type == "cuda"
+    convolutions = (backends.cudnn if on_gpu else backends.mkldnn).conv
+    products = (backends.cuda if on_gpu else backends.mkldnn).matmul
+    return convolutions.fp32_precision, products.fp32_precision
 
 
 def call_in_eval(call: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:

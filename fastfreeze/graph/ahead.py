@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph._state import HeldState, tensors_in
+from fastfreeze.graph._state import HeldState, record_stream
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.prefix import Prefix, Values, autocasts
 
@@ -69,8 +69,7 @@ class Ahead:
         if begun.done is not None:
             stream = torch.cuda.current_stream(begun.inputs[0].device)
             stream.wait_event(begun.done)
-            for value in tensors_in(begun.values):
-                value.record_stream(stream)
+            record_stream(begun.values, stream)
         return call.finish(begun.values)
 
     def _start(self, call: Call) -> _Begun | None:
@@ -92,8 +91,7 @@ class Ahead:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             values = prefix.run(tensors)
-            for tensor in tensors:
-                tensor.record_stream(self._stream)
+            record_stream(tensors, self._stream)
             return values, self._stream.record_event()
 
 

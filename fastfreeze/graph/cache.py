@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
+from fastfreeze.graph._state import fp32_precision
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.kept import Batch, Kept, Rows, assembled, pick, same_bits
 from fastfreeze.graph.prefix import Prefix, Values
-from fastfreeze.graph.rows import CannotKeepError, Layout, hash_rows, row_strides
+from fastfreeze.graph.rows import CannotKeepError, Fetched, Layout, hash_rows, row_strides
 from fastfreeze.graph.store import Budget, RowStore, StoreDirectory
 from fastfreeze.graph.trim import TrimmedModel
 
@@ -124,7 +125,8 @@ class FeatureCache:
         Args:
             samples: int64 ``[B]``, the index of each sample, in 0..2**43 - 1; or ``[B, 2]``, index
                 and view, in 0..2**20 - 1, as :class:`~fastfreeze.RepeatableViews` gives them. The
-                same sample and view always mean the same inputs.
+                same sample and view always mean the same inputs. They belong on the CPU: others are
+                waited for.
 
         Raises:
             TypeError, ValueError: ``samples`` is not as above, or not of the inputs' length.
@@ -190,10 +192,12 @@ class FeatureCache:
             raise CannotKeepError(
                 f"a batch of {len(keys)} gives other bits than one of {kept.size}"
             )
+        slots = kept.rows.find(keys)  # at once, so that rows are copied while the digests are
+        flat = kept.get(slots, batch.device) if min(slots) >= 0 else []
         slots = self._find(kept, batch, range(len(keys)))
         missing = [i for i, slot in enumerate(slots) if slot < 0]
         if not missing:
-            return self._whole(kept, batch, slots)
+            return self._whole(kept, batch, flat)
         parts = []
         for earlier in self._earlier(kept):
             if not missing:
@@ -207,18 +211,18 @@ class FeatureCache:
                 return kept.values(flat)
             parts.append((rows, flat))
         if found := [i for i, slot in enumerate(slots) if slot >= 0]:
-            parts.append((found, kept.get([slots[i] for i in found])))
+            parts.append((found, kept.get([slots[i] for i in found], batch.device)))
             self._counts.hits += len(found)
         return kept.values(assembled(parts))
 
     def _form(self, batch: Batch) -> str:
         """What else values depend on, or how they are kept; in words."""
-        device = batch.call.inputs[0].device
+        device = batch.device
         return "\n".join(
             (
                 *(f"{t.dtype} {t.shape[1:]} {row_strides(t)}" for t in batch.call.inputs),
                 f"{torch.is_autocast_enabled(device.type)} {torch.get_autocast_dtype(device.type)}",
-                f"{self._dtype} {torch.get_float32_matmul_precision()} {torch.get_num_threads()}",
+                f"{self._dtype} {fp32_precision(device)} {torch.get_num_threads()}",
                 f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {device.type}",
                 torch.cuda.get_device_name(device) if device.type == "cuda" else "",
             )
@@ -246,11 +250,13 @@ class FeatureCache:
         self._kept[name] = kept
         slots = self._find(kept, batch, range(n))
         known = [i for i in range(n) if slots[i] >= 0]
-        if known and not same_bits(kept.get([slots[i] for i in known]), pick(flat, known)):
-            kept.rows.discard(range(len(kept.rows)))
+        if known:
+            found = kept.get([slots[i] for i in known], batch.device)
+            if not same_bits(found, pick(flat, known)):
+                kept.rows.discard(range(len(kept.rows)))
         for earlier in self._earlier(kept):
             self._carry_on(earlier, kept, batch, range(n), flat)
-        kept.rows.add(batch.keys, batch.digests, flat)
+        kept.rows.add(batch.keys, batch.digests.wait(), flat)
         self._counts.misses += n
         return kept.values(flat)
 
@@ -265,15 +271,14 @@ class FeatureCache:
         if self._num_changes > _MAX_CHANGES:
             self._give_up("what is frozen changes again and again")
 
-    def _whole(self, kept: Kept, batch: Batch, slots: list[int]) -> Values:
+    def _whole(self, kept: Kept, batch: Batch, flat: Rows) -> Values:
         """A batch that is there."""
-        flat = kept.get(slots)
         if kept.unchecked:
             kept.unchecked -= 1
             if not same_bits(flat, kept.compute(batch)):
                 self._refuse(kept, "the frozen prefix does not always give the same bits")
                 raise CannotKeepError(self._refusals[kept.name])
-        self._counts.hits += len(slots)
+        self._counts.hits += len(batch.keys)
         return kept.values(flat)
 
     def _compute(self, kept: Kept, batch: Batch, missing: list[int]) -> tuple[list[int], Rows]:
@@ -282,13 +287,13 @@ class FeatureCache:
         size = next((s for s in kept.sizes_for(len(missing)) if kept.agrees(batch, s)), n)
         whole = size >= n
         rows = list(range(n)) if whole else missing
-        start = kept.now()
+        start = kept.now(batch.device)
         flat = kept.compute(batch) if whole else kept.compute(batch, rows, size)
-        computed = kept.now()
-        kept.rows.add([batch.keys[i] for i in rows], batch.digests[rows], flat)
+        computed = kept.now(batch.device)
+        kept.rows.add([batch.keys[i] for i in rows], batch.digests.wait()[rows], flat)
         self._counts.misses += len(rows)
         if kept.measures and whole:
-            self._measure(kept, batch, computed - start, kept.now() - computed)
+            self._measure(kept, batch, computed - start, kept.now(batch.device) - computed)
         return rows, flat
 
     def _measure(self, kept: Kept, batch: Batch, computing: float, storing: float) -> None:
@@ -296,11 +301,11 @@ class FeatureCache:
         if not len(kept.rows):
             return
         slots = [i * 7919 % len(kept.rows) for i in range(len(batch.keys))]
-        start = kept.now()
-        _digests(batch.call.inputs)
+        start = kept.now(batch.device)
+        _digests(batch.call.inputs).wait()
         kept.rows.digests(slots)
-        kept.get(slots)
-        kept.times.append((computing, storing + kept.now() - start))
+        kept.get(slots, batch.device)
+        kept.times.append((computing, storing + kept.now(batch.device) - start))
         if len(kept.times) < _TRIALS:
             return
         kept.measures = False
@@ -313,12 +318,20 @@ class FeatureCache:
             )
 
     def _find(self, kept: Kept, batch: Batch, rows: Sequence[int]) -> list[int]:
-        """Slots of rows of the batch, -1 where there is none; their inputs are the same as then."""
+        """Slots of rows of the batch, -1 where there is none; their inputs are the same as then.
+
+        This is the one wait for a GPU in front of what trains, and only where rows are found. Later
+        would be too late: a step on rows of other inputs cannot be taken back, and nothing else
+        tells that a sample came with the same inputs again.
+        """
         keys = [batch.keys[i] for i in rows]
         slots = kept.rows.find(keys)
         found = [(i, slot) for i, slot in zip(rows, slots, strict=True) if slot >= 0]
+        if not found:
+            return slots
         here = [slot for _, slot in found]
-        differs = (kept.rows.digests(here) != batch.digests[[i for i, _ in found]]).tolist()
+        digests = batch.digests.wait()[[i for i, _ in found]]
+        differs = (kept.rows.digests(here) != digests).tolist()
         if not any(differs):
             return slots
         inherited = kept.rows.found_here(here)
@@ -435,11 +448,13 @@ def _check_inputs(inputs: Sequence[Tensor], n: int) -> None:
                 f"the frozen prefix reads an input of shape {list(tensor.shape)}, which has no row "
                 f"for each of {n} samples"
             )
+    if len(devices := {str(tensor.device) for tensor in inputs}) > 1:
+        raise CannotKeepError(f"the frozen prefix reads inputs on {' and '.join(sorted(devices))}")
 
 
-def _digests(inputs: Sequence[Tensor]) -> Tensor:
-    """int64 ``[B]`` on the CPU: one number for the bits of each sample's inputs."""
+def _digests(inputs: Sequence[Tensor]) -> Fetched:
+    """int64 ``[B]``: one number for the bits of each sample's inputs."""
     total = hash_rows(inputs[0])
     for tensor in inputs[1:]:
         total = total * 3 + hash_rows(tensor)
-    return total.cpu()
+    return Fetched(total)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastfreeze.graph._state import record_stream
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.prefix import Prefix, Values
-from fastfreeze.graph.rows import Layout, take_rows
+from fastfreeze.graph.rows import Fetched, Layout, row_numbers, take_rows
 from fastfreeze.graph.split import CannotSplitError, find_stretch
 from fastfreeze.graph.store import RowStore
 
@@ -29,7 +31,12 @@ class Batch:
     prefix: Prefix
     prefix_key: str
     keys: list[int]
-    digests: Tensor
+    digests: Fetched
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are, and what is computed of them."""
+        return self.call.inputs[0].device
 
 
 class Kept:
@@ -59,11 +66,22 @@ class Kept:
         self.times: list[tuple[float, float]] = []
         self.constants: dict[int, tuple[Any, ...]] = {}
         self._agreeing = {self.size: True}
-        self._device = batch.call.inputs[0].device
 
-    def get(self, slots: Sequence[int]) -> Rows:
-        """Kept rows, on the inputs' device."""
-        return [column.to(self._device) for column in self.rows.get(slots)]
+    def get(self, slots: Sequence[int], device: torch.device) -> Rows:
+        """Kept rows, on ``device``.
+
+        To a GPU they go beside what it does, out of pinned memory. Torch keeps that, and uses it
+        again when the copy is done.
+        """
+        if device.type != "cuda":
+            return [column.to(device) for column in self.rows.get(slots)]
+        pinned, now = self.rows.get(slots, pinned=True), torch.cuda.current_stream(device)
+        beside = _stream_for_copies(device)
+        with torch.cuda.stream(beside):
+            columns = [column.to(device, non_blocking=True) for column in pinned]
+        now.wait_stream(beside)
+        record_stream(columns, now)
+        return columns
 
     def values(self, flat: Rows) -> Values:
         """The values that cross, for the rows of a whole batch."""
@@ -126,25 +144,31 @@ class Kept:
         self, earlier: Kept, batch: Batch, rows: Sequence[int], slots: Sequence[int]
     ) -> Rows:
         """Values of this cut from the rows of an earlier one, the first of them the batch's."""
-        values = earlier.values(earlier.get([slots[i % len(slots)] for i in range(self.size)]))
+        again = [slots[i % len(slots)] for i in range(self.size)]
+        values = earlier.values(earlier.get(again, batch.device))
         reads = self.reads_inputs[earlier.name]
         tensors = self._taken(batch, rows, self.size) if reads else batch.call.tensors
         flat = self.layout.flat(self.prefix.advance(earlier.prefix, tensors, values))
         return [column[: len(slots)] for column in flat]
 
-    def now(self) -> float:
-        """Seconds on a clock, when the device has done what was asked."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def now(self, device: torch.device) -> float:
+        """Seconds on a clock; while this is measured, when the device has done what was asked."""
+        if self.measures and device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def _taken(self, batch: Batch, rows: Sequence[int], size: int) -> list[Tensor]:
         """The call's tensors for some rows, again and again, up to ``size``."""
-        chosen = torch.tensor([rows[i % len(rows)] for i in range(size)])
+        chosen = [rows[i % len(rows)] for i in range(size)]
         tensors = list(batch.call.tensors)
         for i in self.prefix.inputs:
-            tensors[i] = take_rows(tensors[i], chosen.to(tensors[i].device))
+            tensors[i] = take_rows(tensors[i], row_numbers(chosen, tensors[i].device))
         return tensors
+
+
+@cache
+def _stream_for_copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def pick(flat: Rows, rows: Sequence[int]) -> Rows:
@@ -159,9 +183,8 @@ def same_bits(a: Rows, b: Rows) -> bool:
 
 def assembled(parts: Sequence[tuple[Sequence[int], Rows]]) -> Rows:
     """Parts of a batch, in the batch's order."""
-    order = torch.tensor([i for rows, _ in parts for i in rows])
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order))
+    order = [i for rows, _ in parts for i in rows]
     columns = zip(*(flat for rows, flat in parts if rows), strict=True)
     joined = [torch.cat(column) for column in columns]
-    return [column.index_select(0, back.to(column.device)) for column in joined]
+    back = row_numbers(sorted(range(len(order)), key=order.__getitem__), joined[0].device)
+    return [column.index_select(0, back) for column in joined]

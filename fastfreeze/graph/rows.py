@@ -27,6 +27,28 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return taken.as_strided((len(rows), *tensor.shape[1:]), tensor.stride())
 
 
+def row_numbers(rows: Sequence[int], device: torch.device) -> Tensor:
+    """int64 on ``device``; the host does not wait for it."""
+    on_gpu = device.type == "cuda"
+    numbers = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+    return numbers.to(device, non_blocking=on_gpu)
+
+
+class Fetched:
+    """A tensor on its way to the host: what is queued before it on a GPU need not be waited for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        on_gpu = tensor.device.type == "cuda"
+        self._tensor = tensor.to("cpu", non_blocking=on_gpu)  # in pinned memory, if from a GPU
+        self._copied = torch.cuda.current_stream(tensor.device).record_event() if on_gpu else None
+
+    def wait(self) -> Tensor:
+        """The tensor, on the CPU."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor
+
+
 def row_strides(tensor: Tensor) -> list[int]:
     """The strides that tell where the elements of a row lie."""
     pairs = zip(tensor.stride()[1:], tensor.shape[1:], strict=True)
@@ -57,7 +79,7 @@ def hash_rows(tensor: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _factors(count: int, device: torch.device) -> Tensor:
     """Odd numbers, the same ever after: they are part of the format of files."""
-    x = torch.arange(1, count + 1) * -0x61C8864680B583EB
+    x = torch.arange(1, count + 1, device="cpu") * -0x61C8864680B583EB
     x = (x ^ (x >> 31 & _LOW_BITS)) * -0x40A7B892E31B1A47
     return ((x ^ (x >> 31 & _LOW_BITS)) | 1).to(device)
 
@@ -119,6 +141,8 @@ class Layout:
                     f"a value of shape {tuple(value.shape)} crosses, without a row for each of "
                     f"{batch_size} samples"
                 )
+        if len(devices := {str(tensor.device) for tensor in (*given, *tensors)}) > 1:
+            raise CannotKeepError(f"inputs and what crosses are on {' and '.join(sorted(devices))}")
         for i, value in enumerate(tensors):
             if any(_share_memory(value, other) for other in (*given, *tensors[:i])):
                 raise CannotKeepError("values that cross share memory")
@@ -183,7 +207,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
         return False
     if a.dtype != b.dtype:
         return True
-    mine = torch.zeros(storage.nbytes() // a.element_size(), dtype=torch.bool)
+    mine = torch.zeros(storage.nbytes() // a.element_size(), dtype=torch.bool, device="cpu")
     mine.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
     return bool(mine.as_strided(b.shape, b.stride(), b.storage_offset()).any())
 

@@ -212,14 +212,14 @@ class RowStore:
         """int64 ``[n]``: what came with each row."""
         return self._stamps.rows[list(slots), _DIGEST]
 
-    def get(self, slots: Sequence[int]) -> list[Tensor]:
-        """Copies of rows, ``[n, numel]`` of each column.
+    def get(self, slots: Sequence[int], pinned: bool = False) -> list[Tensor]:
+        """Copies of rows, ``[n, numel]`` of each column; in pinned memory, or not.
 
         Raises:
             CannotKeepError: a file was cut short or altered since they were found; what it has cost
                 is gone.
         """
-        values = [column.read(slots) for column in self._columns]
+        values = [column.read(slots, pinned) for column in self._columns]
         if self._stamps_file is not None and (damaged := self._damaged(slots, values)):
             self.discard(damaged)
             raise CannotKeepError(f"{len(damaged)} rows of a file were damaged while it was in use")
@@ -244,7 +244,7 @@ class RowStore:
         chosen = chosen[: max(self._reserve(start + len(chosen)) - start, 0)]
         if not chosen:
             return 0
-        at, index = range(start, start + len(chosen)), torch.tensor(chosen)
+        at, index = range(start, start + len(chosen)), torch.tensor(chosen, device="cpu")
         if len(chosen) < len(keys):
             values = [value.index_select(0, index.to(value.device)) for value in values]
         if self._stamps_file is not None:
@@ -252,8 +252,8 @@ class RowStore:
         for column, value in zip(self._columns, values, strict=True):
             column.write(at, value)
         self._state.extend(bytes(len(chosen)))
-        stamps = torch.ones(len(chosen), 3, dtype=torch.int64)
-        stamps[:, _KEY] = torch.tensor([keys[i] for i in chosen])
+        stamps = torch.ones(len(chosen), 3, dtype=torch.int64, device="cpu")
+        stamps[:, _KEY] = torch.tensor([keys[i] for i in chosen], device="cpu")
         stamps[:, _DIGEST] = digests[index]
         if self._stamps_file is not None:
             stamps[:, _CHECKSUM] = _checksums(stamps, values)
@@ -386,11 +386,14 @@ class _Memory:
         self._fd = os.memfd_create("fastfreeze")
         self.close = weakref.finalize(self, os.close, self._fd)
         self._map: mmap.mmap | None = None
-        self.rows = torch.empty(0, numel, dtype=self.held)
+        self.rows = torch.empty(0, numel, dtype=self.held, device="cpu")
 
-    def read(self, slots: Sequence[int]) -> Tensor:
-        """Copies of rows, ``[n, numel]`` of :attr:`held`."""
-        return self.rows.index_select(0, torch.tensor(slots, dtype=torch.int64))
+    def read(self, slots: Sequence[int], pinned: bool = False) -> Tensor:
+        """Copies of rows, ``[n, numel]`` of :attr:`held`; in pinned memory, or not."""
+        shape = len(slots), self._numel
+        copies = torch.empty(shape, dtype=self.held, device="cpu", pin_memory=pinned)
+        index = torch.tensor(slots, dtype=torch.int64, device="cpu")
+        return torch.index_select(self.rows, 0, index, out=copies)
 
     def write(self, slots: Sequence[int], values: Tensor) -> None:
         """Replace rows by values on any device; the slots differ."""
@@ -403,7 +406,7 @@ class _Memory:
             OSError: there is no space.
         """
         _set_size(self._fd, capacity * self._width)
-        self.rows = torch.empty(0, self._numel, dtype=self.held)
+        self.rows = torch.empty(0, self._numel, dtype=self.held, device="cpu")
         self._map = None
         if capacity:
             self._map = mmap.mmap(self._fd, capacity * self._width)
@@ -429,9 +432,10 @@ class _File:
         """Whole rows that the file has room for."""
         return os.fstat(self._fd).st_size // self._width
 
-    def read(self, slots: Sequence[int]) -> Tensor:
+    def read(self, slots: Sequence[int], pinned: bool = False) -> Tensor:
         """Copies of rows, ``[n, numel]`` of ``held``."""
-        data = torch.empty(len(slots), self._width, dtype=torch.uint8, device="cpu")
+        shape = len(slots), self._width
+        data = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         rows = data.numpy()
         for run in _runs(slots):
             left, at = rows[run].data.cast("B"), slots[run.start] * self._width
@@ -471,7 +475,7 @@ def _checksums(stamps: Tensor, values: Sequence[Tensor]) -> Tensor:
 def _index(slots: Sequence[int]) -> slice | Tensor:
     if isinstance(slots, range):
         return slice(slots.start, slots.stop)
-    return torch.tensor(slots, dtype=torch.int64)
+    return torch.tensor(slots, dtype=torch.int64, device="cpu")
 
 
 def _runs(slots: Sequence[int]) -> Iterator[slice]:

@@ -64,8 +64,9 @@ def trim(
             when it is first called while something is frozen.
         fold: run the prefix in its fastest form: norms folded into convolutions, channels_last. It
             is compared with the prefix as it is when the cut moves, and used if no value differs by
-            more than the square root of its dtype's epsilon, relative to the tensor's greatest
-            element. Without, the prefix computes bit for bit as in eval mode.
+            more than the square root of its dtype's epsilon (of TF32's or bf16's where torch may
+            take that), relative to the tensor's greatest element. Without, the prefix computes bit
+            for bit as in eval mode.
         dtype: ``torch.bfloat16`` or ``torch.float16``, for the prefix to run in (under autocast,
             and with folded weights of that dtype); what it hands on is in the model's own dtype.
         max_error: > 0; of a ``dtype``: by how much values may differ, relative to the tensor's
@@ -247,8 +248,8 @@ class TrimmedModel(nn.Module):
 
         Raises:
             RuntimeError: they differ by more than rounding: relative to the tensor's greatest
-                element, by more than the square root of its dtype's epsilon. The message names
-                the worst.
+                element, by more than the square root of its dtype's epsilon (of TF32's or
+                bf16's where torch may take that). The message names the worst.
         """
         with preserved(self.model):
             if not self.model.training:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.graph._state import preserved, tensors_in
+from fastfreeze.graph._state import fp32_precision, preserved, tensors_in
 
 Tensors = dict[str, Tensor | None]
+_EPSILONS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,14 @@ def _error(a: Tensor | None, b: Tensor | None, floor: float) -> tuple[float, flo
     if not error:  # but for NaN, of which there are as many
         return 0.0, 1.0
     scale = max(_magnitude(b), floor)
-    return (error / scale if scale else math.inf), math.sqrt(torch.finfo(b.dtype).eps)
+    return (error / scale if scale else math.inf), math.sqrt(_epsilon(b))
+
+
+def _epsilon(tensor: Tensor) -> float:
+    """What one rounding may change, relatively: by default a GPU's convolutions keep 10 bits."""
+    precisions = fp32_precision(tensor.device) if tensor.dtype == torch.float32 else ()
+    epsilons = [torch.finfo(tensor.dtype).eps, *(_EPSILONS.get(p, 0.0) for p in precisions)]
+    return max(epsilons)
 
 
 def _magnitude(tensor: Tensor) -> float:
