@@ -288,8 +288,8 @@ def test_a_training_that_does_something_else_gets_no_numbers(monkeypatch, change
     class Changed(gpu_steps.Side):
         name = "torch, changed"
 
-        def make(self, work, frozen):
-            training = make(self, work, frozen)
+        def make(self, work, start):
+            training = make(self, work, start)
             change(training)
             return training
 
