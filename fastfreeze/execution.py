@@ -220,7 +220,9 @@ def run_events(model: nn.Module, example_inputs: Any, training: bool = True) -> 
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # fused, they are not counted
             mkldnn = torch.backends.mkldnn
             stack.enter_context(mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            # Not cudnn.flags(), which raises where precisions were set one by one.
+            stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+            torch.backends.cudnn.enabled = False
         args, keywords = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, keywords))
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = _Nowhere()  # type: ignore[assignment]

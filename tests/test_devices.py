@@ -257,7 +257,7 @@ def test_a_sample_on_a_gpu_that_has_changed_is_never_taken_from_the_cache():
 
 
 @needs_gpu
-def test_a_network_moved_to_a_gpu_and_back_finds_its_rows():
+def test_a_network_on_a_gpu_and_on_the_cpu_finds_rows_of_both():
     network, batches = trim(Net()), data()
     cache = on(network)
     for device in ("cpu", "cuda", "cpu", "cuda"):
