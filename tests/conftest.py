@@ -18,13 +18,12 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fastfreeze")
 HAS_GPU = torch.cuda.is_available()
-torch.backends.cudnn.allow_tf32 = False  # or convolutions would be compared in 10 bits
-torch.backends.cudnn.deterministic = True
 if not HAS_GPU:  # before the first import of triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Results of two ways are compared closely, and a GPU may round inputs to TF32 in one of them alone.
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
 
 import fastfreeze  # noqa: E402
 from tests.emulation.sgd import install  # noqa: E402
