@@ -45,8 +45,8 @@ VECTOR_ARGUMENT = {
     "softmax_split_sum_kernel": 1,
     "softmax_split_mean_kernel": 2,
 }
-# A step reads parameter and gradient without, at first and with momentum, then the buffer too.
-SGD_LOADS, SGD_STORES = 7, 5
+# A step reads parameter, gradient and buffer, and writes the first and the last.
+SGD_LOADS, SGD_STORES = 3, 2
 
 needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason=NO_CUOBJDUMP)
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)

@@ -187,7 +187,7 @@ __device__ __forceinline__ void finish_step(const SgdTables& tables, const Grads
   if (threadIdx.x == 0) {
     cuda::atomic_thread_fence(cuda::memory_order_acquire, cuda::thread_scope_device);
     *tables.step = step + 1;
-    SgdArrivals(*tables.arrived).store(0, cuda::memory_order_relaxed);
+    SgdArrivals(*tables.arrived).exchange(0, cuda::memory_order_relaxed);
   }
   __syncwarp();
   if (call.track) track_started(tables, grads, step, skip);

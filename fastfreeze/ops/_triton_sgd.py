@@ -21,7 +21,7 @@ _DTYPES: dict[torch.dtype, Any] = {
     torch.float64: tl.float64,
 }
 _TENSORS = 128  # that have started or not, looked at together
-_THREADS = 256  # 8 elements a thread: with 16, sm_75 spills
+_THREADS = 256  # 8 elements a thread, 4 of fp64: with twice as many, some targets spill
 warp_size = 64 if torch.version.hip else 32
 
 # Columns of the tables, as in csrc/sgd_tables.h and SgdRun.
@@ -62,7 +62,7 @@ def step(
             SCALED=grad_scale is not None,
             CHECKED=found_inf is not None,
             TENSORS=_TENSORS,
-            num_warps=_THREADS // warp_size,
+            num_warps=_THREADS * (2 if plan.param_dtype == torch.float64 else 1) // warp_size,
         )
 
 

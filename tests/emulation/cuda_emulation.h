@@ -171,20 +171,22 @@ class atomic_ref {
   explicit atomic_ref(T& value) : address_(&value) {}
 
   T fetch_add(T value, memory_order order, EMULATION_SITE) const {
-    const emulation::Site site{file, line};
+    return update(order, {file, line}, [&](T old) { return old + value; });
+  }
+
+  T exchange(T value, memory_order order, EMULATION_SITE) const {
+    return update(order, {file, line}, [&](T) { return value; });
+  }
+
+ private:
+  template <typename Function>
+  T update(memory_order order, emulation::Site site, const Function& function) const {
     if ((order & memory_order_release) != 0) emulation::release_fence(site);
-    const T old = emulation::update_atomic(address_, site, [&](T old) { return old + value; });
+    const T old = emulation::update_atomic(address_, site, function);
     if ((order & memory_order_acquire) != 0) emulation::acquire_fence();
     return old;
   }
 
-  void store(T value, memory_order order, EMULATION_SITE) const {
-    const emulation::Site site{file, line};
-    if ((order & memory_order_release) != 0) emulation::release_fence(site);
-    emulation::update_atomic(address_, site, [&](T) { return value; });
-  }
-
- private:
   T* address_;
 };
 

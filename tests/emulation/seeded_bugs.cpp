@@ -222,7 +222,7 @@ __global__ void last_block_adds(float* out, unsigned* finished, float* parts, co
   float sum = 0;
   for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
   *out = sum;
-  counter.store(0, cuda::memory_order_relaxed);
+  counter.exchange(0, cuda::memory_order_relaxed);
 }
 
 using Kernel = void (*)(float*, const float*, int);
