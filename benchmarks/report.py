@@ -28,12 +28,18 @@ from fastfreeze.files import write_atomic
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCS = REPOSITORY / "docs"
-KERNEL_TITLES = {"sgd": "Optimizer step", "step": "Training step"}  # by how a case's name begins
+KERNEL_TITLES = {  # by how a case's name begins
+    "sgd": "Optimizer step",
+    "host": "Host time of an optimizer step on a GPU",
+    "step": "Training step",
+}
 OTHER_KERNELS = "Kernels"
 ENSEMBLES, TRAININGS, PEERS = "Ensembles", "Whole trainings", "Snapshot ensembles and their peers"
 ACCURACY = "Whole trainings to equal accuracy"
 FLOORS = {
     "Optimizer step": "updating as many elements in one flat tensor",
+    "Host time of an optimizer step on a GPU": "not known; nothing is launched, and torch's "
+    "launches, one for each group, are not counted",
     "Training step": "torch's step of the layers that train alone, fed with what the others give, "
     "in channels_last: another layout may pass it. Known where the network is a chain",
     OTHER_KERNELS: "the case's bytes at the bandwidth of a large copy",

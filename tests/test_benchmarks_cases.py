@@ -11,7 +11,7 @@ import torch
 
 case_module = pytest.importorskip("benchmarks.case", reason="tests run outside the source tree")
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import compare, sgd_cases, step_cases  # noqa: E402
+from benchmarks import compare, host_cases, sgd_cases, step_cases  # noqa: E402
 from benchmarks.case import Case, Rivals, difference  # noqa: E402
 from benchmarks.cases import ALL_CASES, CASES  # noqa: E402
 from benchmarks.shapes import shapes_of  # noqa: E402
@@ -171,6 +171,17 @@ def test_a_step_that_freezes_nothing_is_refused(monkeypatch):
 def test_what_counts_as_the_same(found, wrong):
     message = difference([torch.tensor(found)], [torch.tensor([1.0, 2.0])])
     assert message is None if wrong is None else wrong in message
+
+
+def test_a_step_on_the_host_is_that_of_a_device_plan_without_its_launch(monkeypatch):
+    launched = []
+    monkeypatch.setattr(host_cases.HostPlan, "_launch", lambda self, *_: launched.append(self))
+    case = host_cases.host_case("resnet20", 20)
+    assert not case.refused
+    launched.clear()
+    for run in case.runs.values():
+        run()
+    assert [type(plan) for plan in launched] == [host_cases.HostPlan] * 2  # with the schedule, too
 
 
 def test_empty_tensors_are_the_same():

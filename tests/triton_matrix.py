@@ -118,7 +118,6 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"sgd {name}": lambda d=d: sgd_step(d) for name, d in FLOATS.items()},
     "sgd bf16, momentum fp32": lambda: sgd_step(torch.bfloat16, torch.float32),
     "sgd fp32, scaled": lambda: sgd_step(torch.float32, scaled=True),
-    "sgd fp32, no schedule": lambda: sgd_step(torch.float32, scheduled=False),
     **{f"softmax {name}": lambda d=d: softmax(d, 64, 1024) for name, d in FLOATS.items()},
     "softmax fp32, few classes": lambda: softmax(torch.float32, 256, 16),
     "softmax fp32, many classes": lambda: softmax(torch.float32, 8, 50304),

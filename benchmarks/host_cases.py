@@ -1,0 +1,63 @@
+"""What an optimizer's step costs the host where a GPU does the rest.
+
+As many tensors as a network has, but without elements, on the CPU: torch's fused kernel then finds
+nothing to do, and ours, whose plan is that of a CUDA device, is not launched. What torch's launches
+cost, one for each group, is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import torch
+
+import fastfreeze
+from benchmarks.case import OURS, Case
+from benchmarks.sgd_cases import SGD_VALUES, TOTAL_STEPS
+from benchmarks.shapes import Shapes, shapes_of
+from fastfreeze.ops import sgd
+from fastfreeze.ops._device_sgd import DevicePlan
+
+
+class HostPlan(DevicePlan):
+    """All of a CUDA plan's step that the host does."""
+
+    table_from = 480
+
+    def _launch(self, *_: object) -> None:
+        pass
+
+
+def host_case(model_name: str, num_groups: int) -> Case:
+    """A step of a network's parameters, in so many groups."""
+    shapes = [(0, *shape[1:]) for shape in shapes_of(model_name)]
+
+    def groups() -> list[dict]:
+        made = Shapes(shapes, num_groups).groups("cpu", torch.float32)
+        return [{"params": group["params"]} for group in made]
+
+    schedule = fastfreeze.Cosine(TOTAL_STEPS)
+    optimizers = {
+        OURS: fastfreeze.SGD(groups(), **SGD_VALUES),
+        f"{OURS}, schedule": fastfreeze.SGD(groups(), **SGD_VALUES, schedule=schedule),
+        "torch fused": torch.optim.SGD(groups(), **SGD_VALUES, fused=True),
+        "torch foreach": torch.optim.SGD(groups(), **SGD_VALUES, foreach=True),
+    }
+    with mock.patch.dict(sgd.PLANS, cpu=HostPlan):
+        for optimizer in optimizers.values():
+            optimizer.step()  # plans and momentum are made
+    in_groups = f", {num_groups} groups" if num_groups > 1 else ""
+    return Case(
+        name=f"host time of a step, {model_name}, {len(shapes)} tensors{in_groups}",
+        runs={name: optimizer.step for name, optimizer in optimizers.items()},
+    )
+
+
+HOST_CASES: dict[str, Callable[[], Case]] = {
+    "host-resnet110": partial(host_case, "resnet110", 1),
+    "host-resnet110-layers": partial(host_case, "resnet110", 110),
+    "host-resnet50": partial(host_case, "resnet50", 1),
+    "host-vgg16": partial(host_case, "vgg16", 1),
+}
