@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastfreeze.schedule import Schedule
 
-_FROZEN, _PLAN = "_fastfreeze_frozen", "_fastfreeze_plan"
+_FROZEN, _PLAN, _DRIVEN = "_fastfreeze_frozen", "_fastfreeze_plan", "_fastfreeze_driven"
 
 Plan = tuple[dict[str, Any] | None, float | None]
 
@@ -56,3 +57,13 @@ def planned(parameters: Iterable[Tensor]) -> Plan | None:
     """
     plans = [getattr(p, _PLAN) for p in parameters if hasattr(p, _PLAN)]
     return plans[0] if plans and all(plan == plans[0] for plan in plans) else None
+
+
+def note_driven(optimizer: Optimizer) -> None:
+    """A scheduler freezes its layers, and tells of what an earlier run has frozen."""
+    setattr(optimizer, _DRIVEN, True)
+
+
+def is_driven(optimizer: Optimizer) -> bool:
+    """Whether one does."""
+    return hasattr(optimizer, _DRIVEN)

@@ -14,6 +14,7 @@ from fastfreeze.graph import (
     trim,
 )
 from fastfreeze.graph.blockers import BackwardBlocker, backward_blockers
+from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.ops._library import backends
 from fastfreeze.ops.softmax import (
     EnsembleAverage,
@@ -51,6 +52,7 @@ __all__ = [
     "FreezeOutCycles",
     "FreezeReport",
     "FreezeRow",
+    "FreezeScheduler",
     "Layer",
     "LayerPlan",
     "MemorySnapshots",

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.optim import SGD
 from fastfreeze.text import some
 
@@ -46,7 +47,8 @@ class DataParallel(nn.Module):
 
     Args:
         module: the model, or what :func:`fastfreeze.trim` made of it; on its device already.
-        optimizer: what freezes it.
+        optimizer: what freezes it: a :class:`fastfreeze.SGD`, or a
+            :class:`fastfreeze.FreezeScheduler` for another optimizer.
         ddp_keywords: for ``DistributedDataParallel``, each time it is made.
 
     Raises:
@@ -62,12 +64,17 @@ class DataParallel(nn.Module):
 
     module: nn.Module
 
-    def __init__(self, module: nn.Module, optimizer: SGD, **ddp_keywords: Any) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: SGD | FreezeScheduler, **ddp_keywords: Any
+    ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        if not isinstance(optimizer, SGD):
-            raise TypeError(f"optimizer must be a fastfreeze.SGD, got {type(optimizer).__name__}")
+        if not isinstance(optimizer, (SGD, FreezeScheduler)):
+            raise TypeError(
+                "optimizer must be a fastfreeze.SGD or a fastfreeze.FreezeScheduler, got "
+                f"{type(optimizer).__name__}"
+            )
         for name in _LEAVE_HOOKS:
             if ddp_keywords.get(name) is not None:
                 raise ValueError(
@@ -167,7 +174,8 @@ class DataParallel(nn.Module):
         optimizer, schedule = self._optimizer, self._optimizer.schedule
         lines = [f"step {optimizer.current_step}"]
         lines.append(f"schedule {None if schedule is None else schedule.config()}")
-        for g, group in enumerate(optimizer.param_groups):
+        groups = optimizer if isinstance(optimizer, SGD) else optimizer.optimizer
+        for g, group in enumerate(groups.param_groups):
             options = {k: v for k, v in group.items() if k != "params"}
             lines.append(f"parameter group {g}: {len(group['params'])} parameters, {options}")
         for name, p in self.module.named_parameters():

@@ -94,12 +94,17 @@ class LayerPlan:
     schedule: Schedule | None = None
     lr: float | None = None
 
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self, no_decay: bool = False) -> list[dict[str, Any]]:
         """One parameter group for each layer that trains, in order.
 
         The parameters are those that the model holds now under the layers' names: ``fully_shard``
         of FSDP2 (:mod:`fastfreeze.distributed`), ``to_empty`` and ``load_state_dict(assign=True)``
         put others in the place of those that were split.
+
+        Args:
+            no_decay: two groups for a layer where it has both kinds: one of its weights, and one of
+                its biases and norms (parameters of one dimension or none), with
+                ``weight_decay=0``.
 
         Returns:
             Dicts of ``params``, ``layer_index``, ``layer_name`` and ``num_layers``, which counts
@@ -115,16 +120,21 @@ class LayerPlan:
         if missing:
             raise ValueError(f"the plan's model must still hold the parameters {some(missing)}")
         note_plan((held[name] for name in names), self.schedule, self.lr)
-        return [
-            {
-                "params": [held[name] for name in layer.trainable_names],
+        groups = []
+        for layer in self.layers:
+            params = [held[name] for name in layer.trainable_names]
+            kinds: list[tuple[list[nn.Parameter], dict[str, Any]]] = [(params, {})]
+            if no_decay:
+                weights = [p for p in params if p.dim() > 1]
+                others = [p for p in params if p.dim() <= 1]
+                kinds = [(weights, {}), (others, {"weight_decay": 0.0})]
+            place = {
                 "layer_index": layer.index,
                 "layer_name": layer.name,
                 "num_layers": len(self.layers),
             }
-            for layer in self.layers
-            if layer.trainable
-        ]
+            groups += [{"params": kind, **place, **options} for kind, options in kinds if kind]
+        return groups
 
     def backward_share(self, layer_index: int) -> float | None:
         """The layer's share of the backward FLOPs, in 0..1; None without an example input."""

@@ -138,6 +138,31 @@ def test_processes_train_as_one_does(ranks, seed, parts, trimmed, keywords):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
 
 
+def trained_with_a_scheduler(seed):
+    model = net(seed)
+    plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
+    optimizer = torch.optim.AdamW(plan.param_groups(), lr=0.01)
+    scheduler = fastfreeze.FreezeScheduler(optimizer, freezing())
+    network = fastfreeze.trim(model)
+    if dist.is_initialized():
+        network = DataParallel(network, scheduler)
+    frozen = []
+    for step in range(STEPS):
+        train(network, optimizer, [step], seed)
+        scheduler.step()
+        frozen.append(scheduler.frozen_layers)
+    return weights(model), frozen
+
+
+def test_another_optimizer_freezes_in_all_processes(ranks, seed):
+    expected, frozen = trained_with_a_scheduler(seed)
+    assert frozen[6] == (0, 1, 2)
+    assert frozen[7] == ()
+    for found, their_frozen in ranks.run(trained_with_a_scheduler, seed):
+        assert their_frozen == frozen
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
 def trained_in_stages(seed):
     model, inputs = net(seed), torch.ones(BATCH // 2, SIZES[0]).double()
     schedule = FreezeOut(STEPS, t_0=0.5, stages=2)
@@ -401,7 +426,7 @@ def refused(arguments):
 
 REFUSED = {
     "module": ({"module": "net"}, "TypeError: module must be a torch.nn.Module, got str"),
-    "optimizer": ({"optimizer": None}, "TypeError: optimizer must be a fastfreeze.SGD"),
+    "optimizer": ({"optimizer": None}, "TypeError: optimizer must be a fastfreeze.SGD or a"),
     "mixed precision": ({"mixed_precision": "bf16"}, "ValueError: mixed_precision must be left"),
     "unknown": ({"bucket_size": 3}, "TypeError: .*bucket_size"),
 }

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastfreeze.layers.groups import SegmentTable
 from fastfreeze.ops._library import current
 from fastfreeze.ops._plans import (
     HYPERS,
@@ -29,7 +30,6 @@ from fastfreeze.ops._plans import (
     lrs_at,
     segment_table,
 )
-from fastfreeze.ops._rates import SegmentTable
 from fastfreeze.schedule import Segment
 
 # A row of the table of runs; SgdRun in csrc/cuda/fused_sgd.cuh.

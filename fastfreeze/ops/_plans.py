@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastfreeze.layers.groups import SegmentTable
 from fastfreeze.ops._memory import Gaps
 from fastfreeze.ops._placements import Given, Look, addresses_of, holds_values, kind_of
-from fastfreeze.ops._rates import SegmentTable
 from fastfreeze.ops.reference import sgd_reference
 from fastfreeze.schedule import Segment
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from fastfreeze.layers.groups import as_step, check_scheduled_groups
 from fastfreeze.ops._plans import buffer_dtype
-from fastfreeze.optim._checks import as_step, check_scheduled_groups
 from fastfreeze.optim._runtime import check_shape
 
 if TYPE_CHECKING:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastfreeze._frozen import frozen_by_schedule, planned
+from fastfreeze._frozen import is_driven
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.schedule import Schedule
-from fastfreeze.text import ranges
+from fastfreeze.layers.groups import earlier_run_message, layers_in_words
 
 if TYPE_CHECKING:
     from fastfreeze.optim.sgd import SGD
@@ -21,48 +19,13 @@ _requires_grad_of = attrgetter("requires_grad")
 _PATIENCE = 10  # steps without a gradient until a group is named: some train in turns
 
 
-def tell_of_plan(groups: list[dict[str, Any]], schedule: Schedule | None) -> None:
-    """Warn if the groups come from a plan that was made for another schedule or learning rate."""
-    plan = planned(p for group in groups for p in group["params"])
-    if plan is None or not all("layer_index" in group for group in groups):  # not its groups
-        return
-    config, lr = plan
-    if config is not None and schedule is None:
-        _warn(
-            f"split() was given schedule={config['name']}, and this optimizer has none: no layer "
-            "will freeze. Pass schedule=plan.schedule to the optimizer too"
-        )
-    elif config is not None and schedule is not None and config != schedule.config():
-        _warn(
-            f"split() was given schedule {config}, and this optimizer follows "
-            f"{schedule.config()}: the plan tells of another run. Pass both the same schedule"
-        )
-    rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
-    if (
-        lr is not None
-        and len(rates) == 1
-        and not math.isclose(lr, rate := rates.pop(), rel_tol=1e-6)
-    ):
-        _warn(
-            f"split() was given lr={float(lr)}, and this optimizer starts from lr={rate}, which is "
-            "what counts: the plan's table shows rates that no layer has. Pass both the same lr"
-        )
-
-
 def _tell_of_earlier_run(optimizer: SGD) -> None:
     """Warn if layers that should train are as an earlier run's schedule has frozen them."""
-    groups = {
-        g: group["params"]
-        for g, group in enumerate(optimizer.param_groups)
-        if g not in optimizer._frozen
-    }
-    frozen = set(map(id, frozen_by_schedule(p for params in groups.values() for p in params)))
-    fixed = {g for g, params in groups.items() if not frozen.isdisjoint(map(id, params))}
-    if fixed:
-        _warn(
-            f"{_layers(optimizer, fixed)} do not train: the schedule of an earlier run has "
-            "frozen parameters of theirs. Call model.requires_grad_(True) before a new run"
-        )
+    if is_driven(optimizer):
+        return
+    message = earlier_run_message(optimizer.param_groups, optimizer._frozen)
+    if message:
+        _warn(message)
 
 
 class Notices:
@@ -114,8 +77,7 @@ class Notices:
 
 
 def _layers(optimizer: SGD, groups: set[int]) -> str:
-    indices = {optimizer.param_groups[g].get("layer_index", g) for g in groups}
-    return f"layers {ranges(sorted(indices))}"
+    return layers_in_words(optimizer.param_groups, groups)
 
 
 def _warn(message: str) -> None:

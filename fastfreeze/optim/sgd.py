@@ -18,18 +18,18 @@ from torch.optim import Optimizer
 
 from fastfreeze._frozen import note_frozen, note_thawed
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.ops._library import Backend, require
-from fastfreeze.ops._plans import buffer_dtype
-from fastfreeze.ops._rates import SegmentTable
-from fastfreeze.optim._checks import (
+from fastfreeze.layers.groups import (
+    SegmentTable,
     as_step,
     check_group_rate,
-    check_hypers,
     check_scheduled_groups,
-    schedule_of,
+    tell_of_plan,
 )
+from fastfreeze.ops._library import Backend, require
+from fastfreeze.ops._plans import buffer_dtype
+from fastfreeze.optim._checks import check_hypers, schedule_of
 from fastfreeze.optim._loading import Loaded, checked_state, complete_load
-from fastfreeze.optim._notices import Notices, tell_of_plan
+from fastfreeze.optim._notices import Notices
 from fastfreeze.optim._runtime import Runtime
 from fastfreeze.optim._signals import SignalsDeferred
 from fastfreeze.schedule import Schedule, Segment

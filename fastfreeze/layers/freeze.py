@@ -1,0 +1,263 @@
+"""A schedule's learning rates and freezing, for any optimizer of torch."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastfreeze._frozen import frozen_by_schedule, note_driven, note_frozen, note_thawed
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.layers.groups import (
+    SegmentTable,
+    as_step,
+    check_scheduled_groups,
+    earlier_run_message,
+    tell_of_plan,
+)
+from fastfreeze.schedule import Schedule
+
+
+class FreezeScheduler(LRScheduler):
+    """Sets each group's learning rate, and freezes and thaws layers, as a schedule says.
+
+    A scheduler like torch's, for every optimizer of torch and those derived from it: call ``step``
+    after each of the optimizer's. It goes into PyTorch Lightning's ``configure_optimizers`` and
+    into ``optimizers=(optimizer, scheduler)`` of transformers' ``Trainer``, too.
+
+    A layer that freezes gets ``requires_grad=False``; its gradients and its optimizer state are
+    released. The optimizer passes over it from then on. Should it thaw, its state starts anew.
+
+    The schedule's steps are those that the optimizer has taken. A call of ``step`` without one in
+    between changes nothing: where a GradScaler skips a step, the schedule waits, and calls from
+    several processes, as accelerate makes them, count as one. Called once an epoch, it takes the
+    schedule to where the optimizer is.
+
+    Args:
+        optimizer: its groups' ``lr``, or ``initial_lr`` where an earlier scheduler has left it, are
+            the initial learning rates. A schedule that freezes needs groups with a ``layer_index``:
+            ``fastfreeze.split(model).param_groups()``.
+        schedule: learning rates and freezing as a function of the step.
+
+    Attributes:
+        schedule: as given.
+        last_epoch: the step of the schedule, torch's name for it.
+
+    Raises:
+        TypeError: an argument, or a group's layer, of the wrong type; an optimizer whose ``state``
+            is no dict, so that nothing of it can be released.
+        ValueError: a rate out of its range, a schedule that freezes without layers, or an optimizer
+            that has a schedule of its own.
+
+    Warns:
+        FastfreezeWarning: groups of a plan that was made for another schedule or learning rate;
+            in ``step``, once, that somebody else changes the rates, and layers that an earlier run
+            has frozen.
+
+    Example:
+        >>> import torch
+        >>> plan = fastfreeze.split(model)
+        >>> optimizer = torch.optim.AdamW(plan.param_groups(), lr=1e-3)
+        >>> schedule = fastfreeze.FreezeOut(total_steps=10_000, t_0=0.5)
+        >>> scheduler = fastfreeze.FreezeScheduler(optimizer, schedule)
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: Schedule) -> None:
+        _check_optimizer(optimizer)
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a fastfreeze Schedule, got {schedule!r}")
+        self.schedule = schedule
+        segments = check_scheduled_groups(schedule, optimizer.param_groups)
+        self._rates = SegmentTable(segments, schedule.eta_min)
+        self._frozen: dict[int, list[Tensor]] = {}  # group: what freezing switched off
+        self._taken = 0  # the optimizer's steps
+        self._told = False
+        self._has_begun = False
+        tell_of_plan(optimizer.param_groups, schedule)
+        note_driven(optimizer)
+        super().__init__(optimizer)  # which takes the first step
+        self._listen()
+
+    @property
+    def current_step(self) -> int:
+        """The step of the schedule that the groups are at."""
+        return self.last_epoch
+
+    @property
+    def frozen_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that are frozen now, rising."""
+        groups = self.optimizer.param_groups
+        return tuple(sorted({groups[g].get("layer_index", g) for g in self._frozen}))
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Each group's learning rate at the current step, a float."""
+        initial = np.array([float(lr) for lr in self.base_lrs])
+        return list(self._rates.lrs(self.last_epoch, initial))
+
+    def step(self, epoch: int | None = None) -> None:
+        """Follow the optimizer to the step it is at.
+
+        Args:
+            epoch: go to that step instead.
+
+        Raises:
+            ValueError: the optimizer has taken more than the schedule's ``total_steps``, ``epoch``
+                is out of the schedule, or groups came or went. Nothing has been changed then.
+        """
+        if epoch is not None:
+            self._taken = as_step("epoch", epoch, self.schedule)
+        if self._taken > self.schedule.total_steps:
+            raise ValueError(
+                f"the optimizer has taken {self._taken} steps, and the schedule's total_steps is "
+                f"{self.schedule.total_steps}. A step is a call of the optimizer's step(): "
+                "total_steps must be epochs x batches per epoch / batches accumulated"
+            )
+        if len(self.base_lrs) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"param_groups must be the {len(self.base_lrs)} groups that the schedule knows, "
+                f"got {len(self.optimizer.param_groups)}: make a new scheduler for others"
+            )
+        if self._taken == self.last_epoch:
+            return
+        if self.last_epoch >= 0:
+            self._tell_of_earlier_run()
+            self._tell_of_another()
+        self._step_count += 1
+        self._go_to(self._taken)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step and the initial rates, in plain numbers, and the schedule's configuration."""
+        return {
+            "last_epoch": self.last_epoch,
+            "base_lrs": [float(lr) for lr in self.base_lrs],
+            "schedule": self.schedule.config(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the step of a state, and freeze what is frozen there.
+
+        The optimizer's own state may be loaded before or after it.
+
+        Raises:
+            TypeError: the state is no dict, or a value in it of the wrong type.
+            ValueError: it is another scheduler's, of another schedule, or of other groups. Nothing
+                has been changed then.
+        """
+        if not isinstance(state_dict, Mapping) or "schedule" not in state_dict:
+            raise TypeError(f"state_dict must be one of a FreezeScheduler, got {state_dict!r}")
+        if state_dict["schedule"] != self.schedule.config():
+            raise ValueError(
+                f"state_dict must be of schedule {self.schedule.config()}, got one of "
+                f"{state_dict['schedule']}"
+            )
+        step = as_step("last_epoch of state_dict", state_dict.get("last_epoch"), self.schedule)
+        rates = state_dict.get("base_lrs")
+        if not isinstance(rates, list) or len(rates) != len(self.base_lrs):
+            raise ValueError(
+                f"base_lrs of state_dict must be {len(self.base_lrs)} rates, got {rates!r}"
+            )
+        groups = self.optimizer.param_groups
+        check_scheduled_groups(
+            self.schedule,
+            [{**group, "initial_lr": lr} for group, lr in zip(groups, rates, strict=True)],
+        )
+        self.base_lrs = list(rates)
+        self._taken, self._step_count = step, step + 1
+        self._go_to(step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Count the optimizer's steps, which keeps no scheduler alive for it."""
+        mine = weakref.ref(self)
+
+        def count(*_: Any) -> None:
+            scheduler = mine()
+            if scheduler is not None:
+                scheduler._taken += 1
+
+        self.optimizer.register_step_post_hook(count)
+
+    def _go_to(self, step: int) -> None:
+        """Be at a step that has been checked: rates first, then what is frozen."""
+        self.last_epoch = step
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            if isinstance(group["lr"], Tensor):  # captured graphs and compiled steps read it
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        frozen = self._rates.frozen(min(step, self.schedule.total_steps - 1))
+        for g in sorted(frozen):
+            self._freeze(g)
+        for g in sorted(set(self._frozen) - frozen):
+            thawed = self._frozen.pop(g)
+            for p in thawed:
+                p.requires_grad_(True)
+            note_thawed(thawed)
+
+    def _freeze(self, g: int) -> None:
+        params = self.optimizer.param_groups[g]["params"]
+        if g not in self._frozen:
+            earlier = set(map(id, frozen_by_schedule(params)))  # by the run that this one resumes
+            self._frozen[g] = [p for p in params if p.requires_grad or id(p) in earlier]
+            note_frozen(self._frozen[g])
+            for p in params:
+                p.requires_grad_(False)
+                p.grad = None
+        for p in params:  # also what has been loaded since
+            self.optimizer.state.pop(p, None)
+
+    def _tell_of_earlier_run(self) -> None:
+        """Warn, once training has begun, of layers that do not train for no reason of today."""
+        if self._has_begun:  # a checkpoint may have been loaded until then
+            return
+        self._has_begun = True
+        message = earlier_run_message(self.optimizer.param_groups, self._frozen)
+        if message:
+            warnings.warn(message, FastfreezeWarning, stacklevel=3)
+
+    def _tell_of_another(self) -> None:
+        """Warn, once, if the rates are not those that were set last."""
+        for g, (group, lr) in enumerate(
+            zip(self.optimizer.param_groups, self._last_lr, strict=True)
+        ):
+            if self._told or isinstance(group["lr"], Tensor) or group["lr"] == lr:
+                continue
+            self._told = True
+            warnings.warn(
+                f"lr of parameter group {g} is {group['lr']!r}, and was set to {lr!r}: another "
+                "scheduler or a loaded state changes it. FreezeScheduler sets the schedule's rate "
+                "again; to change one, change the schedule or the initial rate",
+                FastfreezeWarning,
+                stacklevel=3,
+            )
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    if not isinstance(optimizer.state, MutableMapping):
+        raise TypeError(
+            f"optimizer.state must be a dict, whose entries a freeze can release, got "
+            f"{type(optimizer.state).__name__}"
+        )
+    own = getattr(optimizer, "schedule", None)
+    if own is not None:
+        raise ValueError(
+            f"optimizer must be without a schedule of its own, got {type(optimizer).__name__} with "
+            f"{own!r}: it freezes by itself, and needs no FreezeScheduler"
+        )

@@ -1,0 +1,197 @@
+"""Parameter groups under a schedule: what they must be, and their learning rates."""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastfreeze._frozen import frozen_by_schedule, planned
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.schedule import Schedule, Segment, check_initial_lr, cosine_lr
+from fastfreeze.text import ranges
+
+Group = Mapping[str, Any]
+_AHEAD = 32  # steps computed at once: NumPy takes hardly longer for them than for one
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless it is a number, a NumPy scalar or a tensor of one element."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must have one element, got shape {tuple(value.shape)}")
+        return
+    try:
+        if isinstance(value, (str, bytes)):  # float() would read '0.1'
+            raise TypeError
+        float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+
+
+def as_step(name: str, value: Any, schedule: Schedule | None) -> int:
+    """The step as an int; TypeError or ValueError unless it is an integer within the schedule."""
+    wanted = ">= 0" if schedule is None else f"in 0..{schedule.total_steps}"
+    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    try:
+        step = None if is_bool else operator.index(value)
+    except TypeError:
+        step = None
+    if step is None:
+        raise TypeError(f"{name} must be an integer {wanted}, got {value!r}")
+    if step < 0 or (schedule is not None and step > schedule.total_steps):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return step
+
+
+def check_group_rate(schedule: Schedule, g: int, name: str, value: Any) -> None:
+    """Raise unless it can be group ``g``'s learning rate at the start of the schedule."""
+    check_number(f"{name} of parameter group {g}", value)
+    try:
+        check_initial_lr(schedule, float(value))
+    except ValueError as error:
+        raise ValueError(f"parameter group {g}: {error}") from None
+
+
+def check_scheduled_groups(
+    schedule: Schedule, groups: Iterable[Group]
+) -> list[tuple[Segment, ...]]:
+    """The segments of each group; raises unless all can follow the schedule."""
+    groups = list(groups)
+    for g, group in enumerate(groups):
+        name = "initial_lr" if "initial_lr" in group else "lr"
+        check_group_rate(schedule, g, name, group[name])
+    if not schedule.freezes:
+        return [schedule.segments()] * len(groups)
+    for g, group in enumerate(groups):
+        if "layer_index" not in group:
+            raise ValueError(
+                f"schedule {type(schedule).__name__} freezes layer by layer, but parameter group "
+                f"{g} has no 'layer_index': pass fastfreeze.split(model).param_groups()"
+            )
+        _check_int(f"layer_index of parameter group {g}", group["layer_index"], minimum=0)
+    most = max((group["layer_index"] for group in groups), default=0) + 1
+    return [schedule.segments(*_layer_of(g, group, most)) for g, group in enumerate(groups)]
+
+
+def _layer_of(g: int, group: Group, most: int) -> tuple[int, int]:
+    layer, layers = group["layer_index"], group.get("num_layers", most)
+    _check_int(f"num_layers of parameter group {g}", layers, minimum=1)
+    if layer >= layers:
+        raise ValueError(
+            f"layer_index of parameter group {g} must be in 0..{layers - 1}, as its num_layers is "
+            f"{layers}, got {layer}"
+        )
+    return layer, layers
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= {minimum}, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be >= {minimum}, got {value}")
+
+
+def tell_of_plan(groups: Sequence[Group], schedule: Schedule | None) -> None:
+    """Warn if the groups come from a plan that was made for another schedule or learning rate."""
+    plan = planned(p for group in groups for p in group["params"])
+    if plan is None or not all("layer_index" in group for group in groups):  # not its groups
+        return
+    config, lr = plan
+    if config is not None and schedule is None:
+        _warn(
+            f"split() was given schedule={config['name']}, and this optimizer has none: no layer "
+            "will freeze. Pass schedule=plan.schedule to the optimizer too"
+        )
+    elif config is not None and schedule is not None and config != schedule.config():
+        _warn(
+            f"split() was given schedule {config}, and this optimizer follows "
+            f"{schedule.config()}: the plan tells of another run. Pass both the same schedule"
+        )
+    rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
+    if (
+        lr is not None
+        and len(rates) == 1
+        and not math.isclose(lr, rate := rates.pop(), rel_tol=1e-6)
+    ):
+        _warn(
+            f"split() was given lr={float(lr)}, and this optimizer starts from lr={rate}, which is "
+            "what counts: the plan's table shows rates that no layer has. Pass both the same lr"
+        )
+
+
+def earlier_run_message(groups: Sequence[Group], frozen_now: Iterable[int]) -> str | None:
+    """Which layers should train and are as an earlier run's schedule has frozen them, if any."""
+    trains = {g: groups[g]["params"] for g in set(range(len(groups))) - set(frozen_now)}
+    frozen = set(map(id, frozen_by_schedule(p for params in trains.values() for p in params)))
+    fixed = {g for g, params in trains.items() if not frozen.isdisjoint(map(id, params))}
+    if not fixed:
+        return None
+    return (
+        f"{layers_in_words(groups, fixed)} do not train: the schedule of an earlier run has "
+        "frozen parameters of theirs. Call model.requires_grad_(True) before a new run"
+    )
+
+
+def layers_in_words(groups: Sequence[Group], chosen: Iterable[int]) -> str:
+    """The layers of some groups, such as "layers 0..3"."""
+    return f"layers {ranges(sorted({groups[g].get('layer_index', g) for g in chosen}))}"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FastfreezeWarning, stacklevel=4)  # who makes the optimizer
+
+
+class SegmentTable:
+    """The segments of many groups, for all their learning rates at a step at once.
+
+    Args:
+        segments: of each group, by start.
+        eta_min: lower bound of the learning rate of a group that trains.
+    """
+
+    def __init__(self, segments: Sequence[tuple[Segment, ...]], eta_min: float) -> None:
+        longest = max(map(len, segments), default=0)
+        padding = Segment(-1, math.inf)
+        rows = [
+            [(s.start, s.length, s.scale) for s in (*group, *[padding] * (longest - len(group)))]
+            for group in segments
+        ]
+        table = np.array(rows, dtype=np.float64).reshape(len(rows), longest, 3)
+        self._start, self._length, self._scale = np.moveaxis(table, 2, 0)
+        self._start[self._start < 0] = np.inf
+        self._eta_min = eta_min
+        self._known: list[list[float]] = []  # rates of the steps from _first on
+        self._first, self._initial = 0, b""
+
+    def lrs(self, step: int, initial_lr: npt.NDArray[np.float64]) -> list[float]:
+        """Each group's :func:`cosine_lr` at ``step`` on the segment that holds it."""
+        initial = initial_lr.tobytes()
+        if initial != self._initial or not 0 <= step - self._first < len(self._known):
+            self._known = self._rates(np.arange(step, step + _AHEAD)[:, None], initial_lr).tolist()
+            self._first, self._initial = step, initial
+        return self._known[step - self._first]
+
+    def frozen(self, step: int) -> set[int]:
+        """The groups that are frozen at ``step``."""
+        return set(np.flatnonzero(self._length[self._at(step)] == 0).tolist())
+
+    def _at(self, steps: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where the segments are that hold each group's ``steps`` [..., 1] or number."""
+        rows = np.arange(len(self._start))
+        return rows, (self._start <= np.asarray(steps)[..., None]).sum(-1) - 1
+
+    def _rates(
+        self, steps: npt.NDArray[np.int64], initial_lr: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """Rates [steps, groups] at ``steps`` [steps, 1]."""
+        at = self._at(steps)
+        start, length, scale = (a[at] for a in (self._start, self._length, self._scale))
+        return cosine_lr(steps, start, length, scale, initial_lr, self._eta_min)

@@ -1,0 +1,401 @@
+"""FreezeScheduler: any optimizer does what a loop by hand over the schedule's functions does."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastfreeze
+from fastfreeze import Constant, Cosine, FreezeOut, FreezeOutCycles, FreezeScheduler, SnapshotCycles
+from fastfreeze.errors import FastfreezeWarning
+
+TOTAL = 12
+OPTIMIZERS = {
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1),
+    "Adam amsgrad": lambda groups: torch.optim.Adam(groups, lr=0.02, amsgrad=True),
+    "AdamW fused": lambda groups: torch.optim.AdamW(groups, lr=0.02, fused=True),
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, centered=True),
+    "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.05),
+    "NAdam": lambda groups: torch.optim.NAdam(groups, lr=0.01),
+    "fastfreeze.SGD": lambda groups: fastfreeze.SGD(groups, lr=0.1, momentum=0.9),
+}
+SCHEDULES = {
+    "FreezeOut": FreezeOut(TOTAL, t_0=0.25),
+    "FreezeOut unscaled": FreezeOut(TOTAL, t_0=0.25, scale_lr=False),
+    "Cosine": Cosine(TOTAL),
+    "cycles": SnapshotCycles(TOTAL, num_cycles=3),
+    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.3, composition="thaw"),
+}
+FREEZING = SCHEDULES["FreezeOut"]
+
+
+def net():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(8, 3))
+
+
+def groups_of(model, schedule=None, **options):
+    return fastfreeze.split(model, torch.zeros(1, 6), schedule=schedule).param_groups(**options)
+
+
+def made(schedule, optimizer="AdamW"):
+    model = net()
+    optimizer = OPTIMIZERS[optimizer](groups_of(model))
+    return model, optimizer, FreezeScheduler(optimizer, schedule)
+
+
+def backward(model, step):
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(5, 6, generator=generator)
+    loss = (model(images) - torch.randn(5, 3, generator=generator)).square().mean()
+    if loss.requires_grad:
+        loss.backward()
+
+
+def train(model, optimizer, scheduler, steps):
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+
+def train_by_hand(model, optimizer, schedule):
+    """The same with the schedule's own functions, and parameters that are passed over."""
+    initial = [group["lr"] for group in optimizer.param_groups]
+    for step in range(TOTAL):
+        for group, lr in zip(optimizer.param_groups, initial, strict=True):
+            place = group["layer_index"], group["num_layers"]
+            group["lr"] = schedule.lr(step, lr, *place)
+            frozen = schedule.is_frozen(step, *place)
+            for p in group["params"]:
+                p.requires_grad_(not frozen)
+                if frozen:
+                    optimizer.state.pop(p, None)
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_equal(a, b):
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_does_what_a_loop_by_hand_does(name, schedule):
+    model, optimizer, scheduler = made(schedule, name)
+    train(model, optimizer, scheduler, range(TOTAL))
+    expected = net()
+    train_by_hand(expected, OPTIMIZERS[name](groups_of(expected)), schedule)
+    if name == "fastfreeze.SGD":  # its kernel's last bit is not the reference's in every step
+        torch.testing.assert_close(model.state_dict(), expected.state_dict())
+    else:
+        assert_equal(model, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_frozen_layer_keeps_its_weights_and_nothing_else(name):
+    model, optimizer, scheduler = made(FREEZING, name)
+    first = optimizer.param_groups[0]["params"]
+    train(model, optimizer, scheduler, range(3))
+    before = [p.detach().clone() for p in first]
+    assert scheduler.frozen_layers == (0, 1)
+    assert all(p.grad is None and not p.requires_grad and p not in optimizer.state for p in first)
+    train(model, optimizer, scheduler, range(3, TOTAL))
+    assert all(map(torch.equal, first, before))
+    assert scheduler.frozen_layers == (0, 1, 2)
+
+
+def test_a_thawed_layer_starts_with_new_state():
+    schedule = SCHEDULES["thaws"]
+    model, optimizer, scheduler = made(schedule)
+    first = optimizer.param_groups[0]["params"]
+    train(model, optimizer, scheduler, range(TOTAL // 2))
+    assert scheduler.frozen_layers == ()
+    assert all(p.requires_grad and p not in optimizer.state for p in first)
+    backward(model, 6)
+    optimizer.step()
+    assert [optimizer.state[p]["step"] for p in first] == [1, 1]
+    assert [optimizer.state[p]["step"] for p in optimizer.param_groups[3]["params"]] == [7, 7]
+
+
+def test_what_was_fixed_by_hand_stays_so():
+    model = net()
+    model[0].bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW(groups_of(model), lr=0.01)
+    scheduler = FreezeScheduler(optimizer, SCHEDULES["thaws"])
+    train(model, optimizer, scheduler, range(TOTAL // 2))
+    assert model[0].weight.requires_grad
+    assert not model[0].bias.requires_grad
+
+
+def written(*objects):
+    file = io.BytesIO()
+    torch.save([o.state_dict() for o in objects], file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("scheduler_first", [False, True])
+@pytest.mark.parametrize("at", [2, 5, 7, TOTAL])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_ends_like_an_uninterrupted_one(name, at, scheduler_first):
+    schedule = SCHEDULES["thaws"]
+    expected = made(schedule, name)
+    train(*expected, range(at))
+    states = written(*expected)
+    train(*expected, range(at, TOTAL))
+    again = model, optimizer, scheduler = made(schedule, name)
+    for which in [0, 2, 1] if scheduler_first else [0, 1, 2]:
+        again[which].load_state_dict(states[which])
+    assert scheduler.current_step == at
+    train(*again, range(at, TOTAL))
+    assert_equal(model, expected[0])
+    assert scheduler.state_dict() == expected[2].state_dict()
+    assert scheduler.frozen_layers == expected[2].frozen_layers
+    assert len(optimizer.state) == len(expected[1].state)
+
+
+def test_going_back_thaws():
+    model, optimizer, scheduler = made(FREEZING)
+    start = scheduler.state_dict()
+    train(model, optimizer, scheduler, range(TOTAL))
+    scheduler.load_state_dict(start)
+    assert scheduler.frozen_layers == ()
+    assert all(p.requires_grad for p in model.parameters())
+    assert [group["lr"] for group in optimizer.param_groups] == made(FREEZING)[2].get_last_lr()
+
+
+def test_only_steps_of_the_optimizer_count():
+    model, optimizer, scheduler = made(FREEZING)
+    for _ in range(3):
+        scheduler.step()
+    assert scheduler.current_step == 0
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+        for _ in range(2):  # as accelerate does with two processes
+            scheduler.step()
+    assert scheduler.current_step == scheduler.last_epoch == 4
+    for step in range(4, 9):  # as once an epoch
+        backward(model, step)
+        optimizer.step()
+    scheduler.step()
+    assert scheduler.current_step == 9
+    others = [schedule_lr(group, 9) for group in optimizer.param_groups]
+    assert scheduler.get_last_lr() == pytest.approx(others)
+    assert others == pytest.approx([group["lr"] for group in optimizer.param_groups])
+
+
+def schedule_lr(group, step):
+    return FREEZING.lr(step, group["initial_lr"], group["layer_index"], group["num_layers"])
+
+
+def test_a_step_that_a_scaler_skips_does_not_count():
+    model, optimizer, scheduler = made(FREEZING)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    for step in range(4):
+        backward(model, step)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(torch.inf if step == 1 else 4.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scheduler.step()
+    assert scheduler.current_step == 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: s], ids=["copy", "itself"])
+def test_a_copy_goes_on_with_its_own_optimizer(copied):
+    model, optimizer, scheduler = made(FREEZING)
+    train(model, optimizer, scheduler, range(4))
+    model, scheduler = copied((model, scheduler))
+    train(model, scheduler.optimizer, scheduler, range(4, TOTAL))
+    expected = made(FREEZING)
+    train(*expected, range(TOTAL))
+    assert_equal(model, expected[0])
+
+
+def test_rates_in_tensors_stay_the_same_tensors():
+    rate = torch.tensor(0.01)
+    model = net()
+    optimizer = torch.optim.AdamW(groups_of(model), lr=rate, capturable=False, foreach=False)
+    held = [group["lr"] for group in optimizer.param_groups]
+    scheduler = FreezeScheduler(optimizer, Cosine(TOTAL))
+    train(model, optimizer, scheduler, range(5))
+    assert all(group["lr"] is h for group, h in zip(optimizer.param_groups, held, strict=True))
+    assert held[0].item() == pytest.approx(
+        Cosine(TOTAL).lr(5, scheduler.state_dict()["base_lrs"][0])
+    )
+
+
+def test_biases_and_norms_form_groups_of_their_layers():
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    groups = groups_of(model, no_decay=True)
+    assert [(g["layer_index"], g.get("weight_decay")) for g in groups] == [
+        (0, None),
+        (0, 0.0),
+        (1, None),
+    ]
+    assert [len(g["params"]) for g in groups] == [1, 3, 1]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+    scheduler = FreezeScheduler(optimizer, FreezeOut(TOTAL, t_0=0.25))
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0, 0.1]
+    train(model, optimizer, scheduler, range(6))
+    assert scheduler.frozen_layers == (0,)
+    assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True]
+
+
+def test_it_is_told_that_somebody_else_changes_the_rates():
+    model, optimizer, scheduler = made(FREEZING)
+    train(model, optimizer, scheduler, range(2))
+    other = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    backward(model, 2)
+    optimizer.step()
+    other.step()
+    with pytest.warns(FastfreezeWarning, match="lr of parameter group 2 is .* was set to"):
+        scheduler.step()
+    backward(model, 3)
+    optimizer.step()
+    other.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()  # once
+
+
+def test_a_plan_for_another_schedule_is_told():
+    groups = groups_of(net(), FREEZING)
+    with pytest.warns(FastfreezeWarning, match="the plan tells of another run"):
+        FreezeScheduler(torch.optim.AdamW(groups), Cosine(TOTAL))
+
+
+def test_layers_that_an_earlier_run_has_frozen_are_told():
+    model, optimizer, scheduler = made(FREEZING)
+    train(model, optimizer, scheduler, range(TOTAL))
+    optimizer = torch.optim.AdamW(optimizer.param_groups)
+    scheduler = FreezeScheduler(optimizer, Cosine(TOTAL))
+    with pytest.warns(FastfreezeWarning, match=r"layers 0\.\.2 do not train"):
+        train(model, optimizer, scheduler, range(1))
+
+
+def test_a_run_resumed_in_the_same_process_thaws_what_the_first_one_froze():
+    schedule = SCHEDULES["thaws"]
+    model, optimizer, scheduler = made(schedule)
+    train(model, optimizer, scheduler, range(3))
+    state, frozen = scheduler.state_dict(), scheduler.frozen_layers
+    optimizer = torch.optim.AdamW(optimizer.param_groups)
+    scheduler = FreezeScheduler(optimizer, schedule)
+    scheduler.load_state_dict(state)
+    assert scheduler.frozen_layers == frozen == (0, 1, 2)
+    train(model, optimizer, scheduler, range(3, 6))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def plain():
+    return torch.optim.AdamW(net().parameters(), lr=0.1)
+
+
+class Odd(torch.optim.SGD):
+    """An optimizer that keeps its state elsewhere."""
+
+    def __init__(self):
+        super().__init__(net().parameters(), lr=0.1)
+        self.state = object()
+
+
+@pytest.mark.parametrize(
+    ("make", "schedule", "error", "words"),
+    [
+        (net, FREEZING, TypeError, "optimizer must be a torch.optim.Optimizer"),
+        (plain, 100, TypeError, "schedule must be a fastfreeze Schedule, got 100"),
+        (plain, FREEZING, ValueError, "group 0 has no 'layer_index'"),
+        (Odd, Cosine(TOTAL), TypeError, "optimizer.state must be a dict"),
+        (
+            lambda: fastfreeze.SGD(net().parameters(), lr=0.1, total_steps=3),
+            Cosine(TOTAL),
+            ValueError,
+            "without a schedule of its own, got SGD",
+        ),
+        (
+            lambda: torch.optim.SGD(net().parameters(), lr=0.01),
+            Cosine(TOTAL, eta_min=0.1),
+            ValueError,
+            "parameter group 0",
+        ),
+    ],
+)
+def test_what_is_refused(make, schedule, error, words):
+    with pytest.raises(error, match=words):
+        FreezeScheduler(make(), schedule)
+
+
+def test_more_steps_than_the_schedule_has_are_refused():
+    model, optimizer, scheduler = made(FREEZING)
+    train(model, optimizer, scheduler, range(TOTAL))
+    backward(model, TOTAL)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"taken 13 steps, and the schedule's total_steps is 12"):
+        scheduler.step()
+    with pytest.raises(ValueError, match=r"epoch must be in 0\.\.12, got 13"):
+        scheduler.step(13)
+
+
+def test_groups_that_came_later_are_refused():
+    model, optimizer, scheduler = made(FREEZING)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    backward(model, 0)
+    optimizer.step()
+    with pytest.raises(ValueError, match="must be the 4 groups that the schedule knows, got 5"):
+        scheduler.step()
+
+
+def changed(**entries):
+    return lambda state: {**state, **entries}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda state: [state], TypeError, "must be one of a FreezeScheduler"),
+        (lambda _: torch.optim.lr_scheduler.StepLR(plain(), 1).state_dict(), TypeError, "one of a"),
+        (changed(schedule=Cosine(TOTAL).config()), ValueError, "must be of schedule"),
+        (changed(last_epoch=TOTAL + 1), ValueError, r"must be in 0\.\.12, got 13"),
+        (changed(last_epoch="3"), TypeError, "must be an integer"),
+        (changed(base_lrs=[0.1]), ValueError, "must be 4 rates"),
+        (changed(base_lrs=[0.1, 0.1, 0.1, "x"]), TypeError, "must be a number"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, error, words):
+    model, optimizer, scheduler = made(FREEZING)
+    train(model, optimizer, scheduler, range(5))
+    state, rates = scheduler.state_dict(), [g["lr"] for g in optimizer.param_groups]
+    with pytest.raises(error, match=words):
+        scheduler.load_state_dict(change(made(FREEZING)[2].state_dict()))
+    assert scheduler.state_dict() == state
+    assert [g["lr"] for g in optimizer.param_groups] == rates
+
+
+def test_a_constant_schedule_leaves_rates_as_they_are():
+    model, optimizer, scheduler = made(Constant(TOTAL))
+    train(model, optimizer, scheduler, range(3))
+    assert [g["lr"] for g in optimizer.param_groups] == [0.02] * 4
+
+
+def test_a_trimmed_network_follows():
+    model, optimizer, scheduler = made(FREEZING)
+    network = fastfreeze.trim(model)
+    train(network, optimizer, scheduler, range(TOTAL))
+    expected = made(FREEZING)
+    train(*expected, range(TOTAL))
+    torch.testing.assert_close(model.state_dict(), expected[0].state_dict())
