@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import sys
 
@@ -90,6 +91,20 @@ def module_of(lightning):
 Module, Manual = module_of(lightning)
 
 
+class WithAdamW(Module):
+    """Another optimizer, and a scheduler that freezes."""
+
+    def configure_optimizers(self):
+        optimizer, scheduler = adamw(self.model)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def adamw(model):
+    groups = fastfreeze.split(model, torch.zeros(1, 2, 6, 6)).param_groups()
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    return optimizer, fastfreeze.FreezeScheduler(optimizer, fastfreeze.FreezeOut(STEPS, t_0=0.3))
+
+
 @pytest.fixture
 def loader():
     images, labels = torch.randn(4 * BATCHES, 2, 6, 6), torch.randint(3, (4 * BATCHES,))
@@ -126,6 +141,25 @@ def train_by_hand(model, loader):
             if optimizer.current_step in schedule.cycle_ends:
                 snapshots.save(model, step=optimizer.current_step, cycle=len(snapshots))
     return snapshots
+
+
+def test_another_optimizer_freezes_by_a_scheduler(loader, tmp_path):
+    expected = network()
+    module = WithAdamW(copy.deepcopy(expected))
+    run = trainer(tmp_path)
+    run.fit(module, loader)
+    optimizer, scheduler = adamw(expected)
+    for epoch in range(EPOCHS):
+        for index, (images, labels) in enumerate(loader):
+            torch.manual_seed(1000 * epoch + index)
+            optimizer.zero_grad()
+            F.cross_entropy(expected(images), labels).backward()
+            optimizer.step()
+            scheduler.step()
+    (found,) = [config.scheduler for config in run.lr_scheduler_configs]
+    assert found.current_step == STEPS
+    assert found.frozen_layers == scheduler.frozen_layers == (0, 1, 2)
+    assert_same_bits(module.model.state_dict(), expected.state_dict())
 
 
 def assert_same_bits(a, b):

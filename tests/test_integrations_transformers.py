@@ -239,6 +239,36 @@ def test_a_checkpoint_resumes_bit_for_bit(make, inputs, options, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulation"]
+)
+def test_another_optimizer_freezes_by_a_scheduler(options, tmp_path):
+    data, start = samples(texts()), bert().state_dict()
+    half = 6 if options else 9
+
+    def train(name, checkpoint=None):
+        model = bert()
+        model.load_state_dict(start)
+        options_of_run = {"save_strategy": "steps", "save_steps": half, **options}
+        run, _, _ = trainer(model, data, tmp_path / name, **options_of_run)
+        schedule = fastfreeze.FreezeOut(total_steps(run), t_0=0.3)
+        example = tuple(v[None] for name, v in data[0].items() if name != "labels")
+        groups = fastfreeze.split(model, example).param_groups(no_decay=True)
+        run.callback_handler.pop_callback(FastfreezeCallback)
+        run.optimizer = torch.optim.AdamW(groups, lr=0.01)
+        run.lr_scheduler = scheduler = fastfreeze.FreezeScheduler(run.optimizer, schedule)
+        run.train(resume_from_checkpoint=checkpoint)
+        return model, scheduler
+
+    model, scheduler = train("whole")
+    assert scheduler.current_step == 2 * half
+    assert scheduler.frozen_layers == tuple(range(len(scheduler.frozen_layers))) != ()
+    again, resumed = train("resumed", str(tmp_path / "whole" / f"checkpoint-{half}"))
+    assert resumed.current_step == scheduler.current_step
+    assert resumed.frozen_layers == scheduler.frozen_layers
+    assert_same_bits(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
     ("options", "steps"),
     [
         pytest.param({}, 18, id="epochs"),
