@@ -34,6 +34,7 @@ CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.c
 HEADERS = sorted(
     str(p.relative_to(ROOT)) for suffix in ("h", "cuh") for p in ROOT.glob(f"csrc/**/*.{suffix}")
 )
+CPU_LIBRARY, CUDA_LIBRARY = "fastfreeze.libfastfreeze_cpu", "fastfreeze.libfastfreeze_cuda"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 
 # What a CUDA toolkit of each major version can build for; the last also as PTX for newer devices.
@@ -195,11 +196,24 @@ class BuildLibraries(build_ext):
             built = ", ".join(ext.name for ext in self.extensions) or "no compiled library"
             warn(f"goes on without {missing}, with {built}")
 
+    def run(self) -> None:
+        """Nothing of an earlier build stays where a library is not built now."""
+        tried = {ext.name for ext in self.extensions or []}
+        for name in (CPU_LIBRARY, CUDA_LIBRARY):
+            if name not in tried:
+                self._remove(name, Path(self.build_lib))
+                if self.inplace or self.editable_mode:
+                    self._remove(name, ROOT)
+        super().run()
+
     def copy_extensions_to_source(self) -> None:
         """For an editable install: what was built, and nothing older of what was left out."""
         for ext in self.left_out:
-            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+            self._remove(ext.name, ROOT)
         super().copy_extensions_to_source()
+
+    def _remove(self, name: str, folder: Path) -> None:
+        (folder / self.get_ext_filename(name)).unlink(missing_ok=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
@@ -278,13 +292,13 @@ def extensions() -> list[Extension]:
     """The libraries to try, as the switches say."""
     found = []
     if switch("FASTFREEZE_BUILD_CPP") != "0":
-        found.append(Extension("fastfreeze.libfastfreeze_cpu", CPP_SOURCES, depends=HEADERS))
+        found.append(Extension(CPU_LIBRARY, CPP_SOURCES, depends=HEADERS))
     cuda = switch("FASTFREEZE_BUILD_CUDA")
     if cuda == "1" and not CUDA_SOURCES:
         raise BuildError("FASTFREEZE_BUILD_CUDA=1, but this version has no CUDA sources yet")
     possible = cuda == "auto" and find_nvcc() is not None and wanted_architectures() != ""
     if CUDA_SOURCES and (cuda == "1" or possible):
-        found.append(Extension("fastfreeze.libfastfreeze_cuda", CUDA_SOURCES, depends=HEADERS))
+        found.append(Extension(CUDA_LIBRARY, CUDA_SOURCES, depends=HEADERS))
     return found
 
 

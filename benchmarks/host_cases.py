@@ -1,8 +1,8 @@
 """What an optimizer's step costs the host where a GPU does the rest.
 
 As many tensors as a network has, but without elements, on the CPU: torch's fused kernel then finds
-nothing to do, and ours, whose plan is that of a CUDA device, is not launched. What torch's launches
-cost, one for each group, is not in it.
+nothing to do, and ours, whose plan is that of a CUDA device, is not launched. What launches and
+questions about streams cost is not in it: of torch's one launch for each group, of ours one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastfreeze.ops._device_sgd import DevicePlan
 
 
 class HostPlan(DevicePlan):
-    """All of a CUDA plan's step that the host does."""
+    """A CUDA plan's step up to its launch."""
 
     table_from = 480
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -65,6 +66,7 @@ class Running:
         self._failed.append(status)
         again = self.job.again(status)
         if again:
+            self.kill()
             self._process = self._started()
         return not again
 
@@ -86,9 +88,9 @@ class Running:
         return {**found, "exit_statuses": failed} if failed else found
 
     def kill(self) -> None:
-        if self._process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # its children may outlive it
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
 
 
 def while_it_gets_on(done: Callable[[], int]) -> Callable[[int], bool]:

@@ -8,6 +8,7 @@ after which all others would fail. FASTFREEZE_SHARE=1/3 takes the second of each
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -22,6 +23,8 @@ LONGEST_REASON = 6000  # characters
 class _Log:
     def __init__(self, path: Path) -> None:
         self._path = path
+        # Whoever was killed in the midst of a line has left half of one.
+        self._gap = "" if not path.exists() or path.read_bytes()[-1:] in (b"", b"\n") else "\n"
         self._known = {t for t, x in outcomes([path]).items() if x["outcome"] != "collected"}
         self._session: pytest.Session | None = None
 
@@ -51,8 +54,10 @@ class _Log:
             self._write(report.nodeid, "error", str(report.longrepr)[-LONGEST_REASON:])
 
     def _write(self, test: str, outcome: str, reason: str = "") -> None:
+        line = json.dumps({"test": test, "outcome": outcome, "reason": reason})
         with self._path.open("a") as file:
-            file.write(json.dumps({"test": test, "outcome": outcome, "reason": reason}) + "\n")
+            file.write(f"{self._gap}{line}\n")
+        self._gap = ""
 
 
 def pytest_configure(config) -> None:
@@ -80,8 +85,12 @@ def _outcome(report) -> str:
 
 
 def _lines(path: Path) -> list[dict]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # half a line
+            found.append(json.loads(line))
+    return found
 
 
 def outcomes(paths: list[Path]) -> dict[str, dict]:

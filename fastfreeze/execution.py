@@ -220,9 +220,10 @@ def run_events(model: nn.Module, example_inputs: Any, training: bool = True) -> 
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # fused, they are not counted
             mkldnn = torch.backends.mkldnn
             stack.enter_context(mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32))
-            # Not cudnn.flags(), which raises where precisions were set one by one.
-            stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
-            torch.backends.cudnn.enabled = False
+            # cudnn.flags() raises where precisions were set one by one, cudnn.enabled = False where
+            # torch's flags are frozen: this is what both call.
+            stack.callback(torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled())
+            torch._C._set_cudnn_enabled(False)
         args, keywords = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, keywords))
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = _Nowhere()  # type: ignore[assignment]

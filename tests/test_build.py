@@ -281,6 +281,9 @@ def test_a_device_that_cannot_be_asked_is_none(setup, monkeypatch, capsys):
 
 
 def test_the_switch_leaves_out(tree):
+    for stale in ("out/fastfreeze", "fastfreeze"):  # of an earlier build
+        (tree / stale).mkdir(parents=True, exist_ok=True)
+        (tree / stale / "libfastfreeze_cpu.so").touch()
     assert build(tree, FASTFREEZE_BUILD_CPP="0")[:2] == (0, [])
 
 

@@ -305,7 +305,7 @@ def test_tables_are_kept_for_each_stream_that_steps(backend, device, monkeypatch
     for stream in (None, side, side, None):
         plan._keep_for(stream)
     assert kept == [side]
-    monkeypatch.setattr(plan, "_capturing", lambda: True)
+    monkeypatch.setattr("fastfreeze.ops._device_sgd.is_capturing", lambda _: True)
     plan._keep_for(Stream())
     assert kept == [side]
 

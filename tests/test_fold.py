@@ -281,9 +281,10 @@ class Tf32(TorchDispatchMode):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_papers_models_in_tf32(name, device, monkeypatch):
     monkeypatch.setattr(folding, "winograd_pays", lambda *_: False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     if device == "cpu":
-        monkeypatch.setattr(verify, "fp32_precision", lambda _: ("tf32", "none"))
+        monkeypatch.setattr(verify, "fp32_precision", lambda _: ("tf32", "none", "none"))
+    else:
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
     model = frozen(build_model(name)).to(device)
     for parameter in list(model.parameters())[-3:]:
         parameter.requires_grad_(True)

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from fastfreeze.optim import SGD
 from tests.conftest import needs_cpu_kernels
@@ -267,6 +268,38 @@ def test_a_gradient_of_a_subclass(backend):
         p.grad = grad
         optimizer.step()
     assert p.tolist() == [1 - 0.5 - 1.0] * 3
+
+
+class Wrapped(torch.Tensor):
+    """A tensor around another one, which takes no operators but torch's."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.namespace != "aten":
+            return NotImplemented
+        plain = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+        result = function(*plain[0], **plain[1])
+        return args[0] if function._schema.is_mutable else tree_map_only(torch.Tensor, cls, result)
+
+
+def test_a_parameter_that_becomes_a_wrapper_goes_to_the_reference():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.5)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    p.grad = None
+    torch.utils.swap_tensors(p, nn.Parameter(Wrapped(torch.full((3,), 5.0))))
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(p.inner, torch.full((3,), 4.5))
 
 
 def test_a_negated_parameter_and_negated_momentum():

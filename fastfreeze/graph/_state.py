@@ -49,13 +49,16 @@ def requires_grad(value: Any) -> bool:
     return any(tensor.requires_grad for tensor in tensors_in(value))
 
 
-def fp32_precision(device: torch.device) -> tuple[str, str]:
-    """In what torch computes convolutions and matrix products of fp32: "tf32", "bf16" or fp32."""
+def fp32_precision(device: torch.device) -> tuple[str, str, str]:
+    """In what torch computes convolutions, matrix products and recurrent layers of fp32.
+
+    "tf32" or "bf16"; in fp32 where it is another word.
+    """
     # One by one: asked for all at once, torch raises where they have been set one by one.
     backends, on_gpu = torch.backends, device.type == "cuda"
-    convolutions = (backends.cudnn if on_gpu else backends.mkldnn).conv
+    library = backends.cudnn if on_gpu else backends.mkldnn
     products = (backends.cuda if on_gpu else backends.mkldnn).matmul
-    return convolutions.fp32_precision, products.fp32_precision
+    return tuple(x.fp32_precision for x in (library.conv, products, library.rnn))
 
 
 def call_in_eval(call: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:

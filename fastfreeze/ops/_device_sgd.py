@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastfreeze.layers.groups import SegmentTable
-from fastfreeze.ops._library import current
+from fastfreeze.ops._library import is_capturing
 from fastfreeze.ops._plans import (
     HYPERS,
     SCALAR_TYPES,
@@ -213,7 +213,7 @@ class DevicePlan(PointerPlan):
     def _set_grads(self, grads: array[int]) -> None:
         """Write the table of gradients' addresses; a captured graph writes it at each replay."""
         host = torch.frombuffer(grads, dtype=torch.int64)
-        if self._capturing():
+        if is_capturing(self.device):
             if self._spare is None:
                 raise RuntimeError("take a step between two captures of this optimizer's step")
             host, self._spare = self._spare.copy_(host), None
@@ -230,10 +230,6 @@ class DevicePlan(PointerPlan):
             return None if value is None else value.to(self.device, torch.float32)
         return torch.full((), value, dtype=torch.float32, device=self.device)
 
-    def _capturing(self) -> bool:
-        with current(self.device):
-            return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
     def _staged(self, host: Tensor) -> Tensor:
         """Where a copy to the device can read it later; torch keeps that memory until it has."""
         return host.pin_memory() if self.device.type == "cuda" else host
@@ -243,7 +239,7 @@ class DevicePlan(PointerPlan):
 
     def _keep_for(self, stream: torch.cuda.Stream | None) -> None:
         """Let the tables' memory wait for this stream too, when they are given up."""
-        if stream is None or stream in self._streams or self._capturing():
+        if stream is None or stream in self._streams or is_capturing(self.device):
             return  # a graph's optimizer keeps its plans
         self.runs.record_stream(stream)  # and all that lies in the same memory
         self._streams.add(stream)

@@ -176,6 +176,14 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what ``device`` is given now goes into a graph."""
+    if device.type != "cuda":
+        return False
+    with current(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 # Not for torch.compile to trace: a device stays what it is.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,7 @@ class Runtime:
             _check_place(f"a momentum_buffer of parameter group {g}", _buffer(optimizer, p, g), p)
         params = [local_part(p, p) for p, _ in members]
         self.parts = self._plan(members, params, optimizer)
-        self.on_cuda = any(p.is_cuda for p in params)
+        self.cuda_devices = cuda_devices(params)
         self._remember_state(optimizer)
 
     def _plan(
@@ -214,16 +214,18 @@ class Part:
     def collect(self, optimizer: SGD) -> bool:
         """Collect the gradients; False if storages, buffers or layouts are not as planned."""
         grads = self._local_grads()
-        if not self.given.hold(grads):
-            given = Given(grads)
-            if any(given.flags[i] for i in self.waiting) or not self._are_in_place():
-                return False
-            self._watch(given)
-        if optimizer.state is not self.state or not self._has_buffers():
-            return False
         try:
+            if not self.given.hold(grads):
+                given = Given(grads)
+                if any(given.flags[i] for i in self.waiting) or not self._are_in_place():
+                    return False
+                self._watch(given)
+            if optimizer.state is not self.state or not self._has_buffers():
+                return False
             self.grads = self.plan.align(self._local(self.watched), grads, self.given)
-        except ValueError:  # moved, sparse where it was dense, or of another dtype or shape
+        except (ValueError, RuntimeError):
+            # Moved, sparse where it was dense, of another dtype or shape; or a tensor has become
+            # one of a kind that operators cannot look at. A new plan takes it, or says why not.
             return False
         return True
 
@@ -284,6 +286,11 @@ class Part:
             if not self.state[p]:
                 del self.state[p]
         return bool(known)
+
+
+def cuda_devices(params: Iterable[Tensor]) -> set[torch.device]:
+    """The CUDA devices on which they are."""
+    return {p.device for p in params if p.is_cuda}
 
 
 def check_shape(what: str, tensor: Any, param: Tensor) -> None:

@@ -25,12 +25,12 @@ from fastfreeze.layers.groups import (
     check_scheduled_groups,
     tell_of_plan,
 )
-from fastfreeze.ops._library import Backend, require
+from fastfreeze.ops._library import Backend, is_capturing, require
 from fastfreeze.ops._plans import buffer_dtype
 from fastfreeze.optim._checks import check_hypers, schedule_of
 from fastfreeze.optim._loading import Loaded, checked_state, complete_load
 from fastfreeze.optim._notices import Notices
-from fastfreeze.optim._runtime import Runtime
+from fastfreeze.optim._runtime import Runtime, cuda_devices
 from fastfreeze.optim._signals import SignalsDeferred
 from fastfreeze.schedule import Schedule, Segment
 
@@ -421,12 +421,11 @@ class SGD(Optimizer):
         return runtime
 
     def _is_capturing(self) -> bool:
-        runtime = self._runtime
-        if runtime is None:
-            on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
+        if self._runtime is None:
+            devices = cuda_devices(p for group in self.param_groups for p in group["params"])
         else:
-            on_cuda = runtime.on_cuda
-        return on_cuda and torch.cuda.is_current_stream_capturing()
+            devices = self._runtime.cuda_devices
+        return any(map(is_capturing, devices))
 
     def _capture(self) -> None:
         runtime = self._runtime
