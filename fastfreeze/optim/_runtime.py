@@ -223,7 +223,7 @@ class Part:
             if optimizer.state is not self.state or not self._has_buffers():
                 return False
             self.grads = self.plan.align(self._local(self.watched), grads, self.given)
-        except (ValueError, RuntimeError):
+        except (ValueError, TypeError, RuntimeError):
             # Moved, sparse where it was dense, of another dtype or shape; or a tensor has become
             # one of a kind that operators cannot look at. A new plan takes it, or says why not.
             return False
