@@ -118,7 +118,7 @@ def sgd(
 @torch.library.custom_op(
     "fastfreeze::sgd_",
     mutates_args=("params", "grads", "momentum_buffers"),
-    tags=torch.Tag.cudagraph_unsafe,  # each call makes a plan, whose tables it copies
+    tags=(torch.Tag.cudagraph_unsafe,),  # each call makes a plan, whose tables it copies
 )
 def _sgd_(
     params: Sequence[Tensor],
