@@ -54,7 +54,7 @@ def step(
             plan.eta_min,
             len(plan.runs),
             len(plan.started),
-            track,
+            int(track),  # older interpreters take no bool
             PARAM=_DTYPES[plan.param_dtype],
             BUFFER=_DTYPES[plan.buffer_dtype],
             MATH=tl.float64 if plan.param_dtype == torch.float64 else tl.float32,
