@@ -200,8 +200,9 @@ def schedule_lr(group, step):
     return FREEZING.lr(step, group["initial_lr"], group["layer_index"], group["num_layers"])
 
 
-def test_a_step_that_a_scaler_skips_does_not_count():
-    model, optimizer, scheduler = made(FREEZING)
+@pytest.mark.parametrize("name", ["AdamW", "AdamW fused"])
+def test_a_step_that_a_scaler_skips_does_not_count(name):
+    model, optimizer, scheduler = made(FREEZING, name)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.zeros(()))
     for step in range(4):
@@ -228,16 +229,43 @@ def test_a_copy_goes_on_with_its_own_optimizer(copied):
 
 
 def test_rates_in_tensors_stay_the_same_tensors():
-    rate = torch.tensor(0.01)
     model = net()
-    optimizer = torch.optim.AdamW(groups_of(model), lr=rate, capturable=False, foreach=False)
-    held = [group["lr"] for group in optimizer.param_groups]
-    scheduler = FreezeScheduler(optimizer, Cosine(TOTAL))
+    optimizer = torch.optim.AdamW(
+        groups_of(model), lr=torch.tensor(0.02), weight_decay=0.1, foreach=False
+    )
+    scheduler = FreezeScheduler(optimizer, FREEZING)
+    held = [group["lr"] for group in optimizer.param_groups]  # torch has one for all of them
     train(model, optimizer, scheduler, range(5))
     assert all(group["lr"] is h for group, h in zip(optimizer.param_groups, held, strict=True))
-    assert held[0].item() == pytest.approx(
-        Cosine(TOTAL).lr(5, scheduler.state_dict()["base_lrs"][0])
-    )
+    expected = made(FREEZING)
+    train(*expected, range(5))
+    assert [h.item() for h in held] == pytest.approx(expected[2].get_last_lr())
+    torch.testing.assert_close(model.state_dict(), expected[0].state_dict())
+
+
+def test_a_warm_up_comes_before_it(tmp_path):
+    def run():
+        model = net()
+        optimizer = torch.optim.AdamW(groups_of(model), lr=0.02)
+        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3)
+        scheduler = FreezeScheduler(optimizer, FREEZING)
+        return (
+            model,
+            optimizer,
+            torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, scheduler], [3]),
+        )
+
+    whole = run()
+    train(*whole, range(2))
+    states = [o.state_dict() for o in copy.deepcopy(whole)]
+    train(*whole, range(2, TOTAL + 3))
+    again = run()
+    for part, state in zip(again, states, strict=True):
+        part.load_state_dict(state)
+    train(*again, range(2, TOTAL + 3))
+    assert again[2]._schedulers[1].current_step == TOTAL
+    assert again[2]._schedulers[1].frozen_layers == (0, 1, 2)
+    assert_equal(again[0], whole[0])
 
 
 def test_biases_and_norms_form_groups_of_their_layers():
@@ -314,6 +342,14 @@ class Odd(torch.optim.SGD):
         self.state = object()
 
 
+class Around(torch.optim.SGD):
+    """An optimizer that wraps another one."""
+
+    def __init__(self):
+        super().__init__(net().parameters(), lr=0.1)
+        self.inner = plain()
+
+
 @pytest.mark.parametrize(
     ("make", "schedule", "error", "words"),
     [
@@ -321,6 +357,7 @@ class Odd(torch.optim.SGD):
         (plain, 100, TypeError, "schedule must be a fastfreeze Schedule, got 100"),
         (plain, FREEZING, ValueError, "group 0 has no 'layer_index'"),
         (Odd, Cosine(TOTAL), TypeError, "optimizer.state must be a dict"),
+        (Around, Cosine(TOTAL), TypeError, "got Around around another optimizer"),
         (
             lambda: fastfreeze.SGD(net().parameters(), lr=0.1, total_steps=3),
             Cosine(TOTAL),
@@ -349,6 +386,40 @@ def test_more_steps_than_the_schedule_has_are_refused():
         scheduler.step()
     with pytest.raises(ValueError, match=r"epoch must be in 0\.\.12, got 13"):
         scheduler.step(13)
+
+
+def test_what_somebody_switches_on_is_switched_off_again():
+    model, optimizer, scheduler = made(FREEZING)
+    train(model, optimizer, scheduler, range(3))
+    before = model[0].weight.detach().clone()
+    model.requires_grad_(True)
+    train(model, optimizer, scheduler, range(3, 5))
+    assert torch.equal(model[0].weight, before)
+    assert not model[0].weight.requires_grad
+    assert model[0].weight not in optimizer.state
+
+
+def test_a_copied_model_resumes_and_thaws():
+    schedule = SCHEDULES["thaws"]
+    model, optimizer, scheduler = made(schedule)
+    train(model, optimizer, scheduler, range(4))
+    model, optimizer = copy.deepcopy((model, optimizer))
+    again = FreezeScheduler(optimizer, schedule)
+    again.load_state_dict(scheduler.state_dict())
+    train(model, optimizer, again, range(4, 6))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_steps_that_have_not_been_followed_are_saved():
+    model, optimizer, scheduler = made(FREEZING)
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+    again = made(FREEZING)[2]
+    again.load_state_dict(scheduler.state_dict())
+    assert again.current_step == 0
+    again.step()
+    assert again.current_step == 4
 
 
 def test_groups_that_came_later_are_refused():

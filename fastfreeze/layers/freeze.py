@@ -51,7 +51,7 @@ class FreezeScheduler(LRScheduler):
 
     Raises:
         TypeError: an argument, or a group's layer, of the wrong type; an optimizer whose ``state``
-            is no dict, so that nothing of it can be released.
+            is no dict, or that wraps another one, so that nothing of it can be released.
         ValueError: a rate out of its range, a schedule that freezes without layers, or an optimizer
             that has a schedule of its own.
 
@@ -64,7 +64,7 @@ class FreezeScheduler(LRScheduler):
         >>> import torch
         >>> plan = fastfreeze.split(model)
         >>> optimizer = torch.optim.AdamW(plan.param_groups(), lr=1e-3)
-        >>> schedule = fastfreeze.FreezeOut(total_steps=10_000, t_0=0.5)
+        >>> schedule = fastfreeze.FreezeOut(total_steps=10_000, t_0=0.5, scale_lr=False)
         >>> scheduler = fastfreeze.FreezeScheduler(optimizer, schedule)
     """
 
@@ -110,31 +110,35 @@ class FreezeScheduler(LRScheduler):
             ValueError: the optimizer has taken more than the schedule's ``total_steps``, ``epoch``
                 is out of the schedule, or groups came or went. Nothing has been changed then.
         """
-        if epoch is not None:
-            self._taken = as_step("epoch", epoch, self.schedule)
-        if self._taken > self.schedule.total_steps:
+        taken = self._taken if epoch is None else as_step("epoch", epoch, self.schedule)
+        if taken > self.schedule.total_steps:
             raise ValueError(
-                f"the optimizer has taken {self._taken} steps, and the schedule's total_steps is "
+                f"the optimizer has taken {taken} steps, and the schedule's total_steps is "
                 f"{self.schedule.total_steps}. A step is a call of the optimizer's step(): "
                 "total_steps must be epochs x batches per epoch / batches accumulated"
             )
-        if len(self.base_lrs) != len(self.optimizer.param_groups):
-            raise ValueError(
-                f"param_groups must be the {len(self.base_lrs)} groups that the schedule knows, "
-                f"got {len(self.optimizer.param_groups)}: make a new scheduler for others"
-            )
-        if self._taken == self.last_epoch:
+        self._check_group_count()
+        self._taken = taken
+        if taken == self.last_epoch:
             return
-        if self.last_epoch >= 0:
-            self._tell_of_earlier_run()
+        begins = self.last_epoch < 0
+        if not begins:
             self._tell_of_another()
         self._step_count += 1
-        self._go_to(self._taken)
+        self._go_to(taken)
+        if not begins:
+            self._tell_of_earlier_run()
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        """What ``SequentialLR`` calls when this scheduler's turn comes."""
+        self.step(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step and the initial rates, in plain numbers, and the schedule's configuration."""
+        """The steps, initial rates and what is frozen, in plain numbers; and the schedule."""
         return {
             "last_epoch": self.last_epoch,
+            "taken": self._taken,
+            "switched_off": [[g, self._indices(g)] for g in sorted(self._frozen)],
             "base_lrs": [float(lr) for lr in self.base_lrs],
             "schedule": self.schedule.config(),
         }
@@ -156,7 +160,11 @@ class FreezeScheduler(LRScheduler):
                 f"state_dict must be of schedule {self.schedule.config()}, got one of "
                 f"{state_dict['schedule']}"
             )
-        step = as_step("last_epoch of state_dict", state_dict.get("last_epoch"), self.schedule)
+        self._check_group_count()
+        step = state_dict.get("last_epoch")
+        waits = step == -1  # its turn in a SequentialLR has not come
+        step = as_step("last_epoch of state_dict", 0 if waits else step, self.schedule)
+        taken = as_step("taken of state_dict", state_dict.get("taken", step), self.schedule)
         rates = state_dict.get("base_lrs")
         if not isinstance(rates, list) or len(rates) != len(self.base_lrs):
             raise ValueError(
@@ -168,7 +176,14 @@ class FreezeScheduler(LRScheduler):
             [{**group, "initial_lr": lr} for group, lr in zip(groups, rates, strict=True)],
         )
         self.base_lrs = list(rates)
-        self._taken, self._step_count = step, step + 1
+        for group, lr in zip(groups, rates, strict=True):
+            group["initial_lr"] = lr
+        self._taken, self._step_count = taken, step + 1
+        if waits:
+            self.last_epoch = -1
+            return
+        for g, indices in state_dict.get("switched_off", []):
+            note_frozen(p for i, p in enumerate(groups[g]["params"]) if i in indices)
         self._go_to(step)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,9 +197,10 @@ class FreezeScheduler(LRScheduler):
         """Count the optimizer's steps, which keeps no scheduler alive for it."""
         mine = weakref.ref(self)
 
-        def count(*_: Any) -> None:
+        def count(optimizer: Optimizer, *_: Any) -> None:
             scheduler = mine()
-            if scheduler is not None:
+            found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused ones
+            if scheduler is not None and not (found_inf is not None and found_inf.item()):
                 scheduler._taken += 1
 
         self.optimizer.register_step_post_hook(count)
@@ -193,8 +209,12 @@ class FreezeScheduler(LRScheduler):
         """Be at a step that has been checked: rates first, then what is frozen."""
         self.last_epoch = step
         self._last_lr = self.get_lr()
+        seen: set[int] = set()
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             if isinstance(group["lr"], Tensor):  # captured graphs and compiled steps read it
+                if id(group["lr"]) in seen:  # torch gives all groups the same one
+                    group["lr"] = group["lr"].clone()
+                seen.add(id(group["lr"]))
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
@@ -213,11 +233,23 @@ class FreezeScheduler(LRScheduler):
             earlier = set(map(id, frozen_by_schedule(params)))  # by the run that this one resumes
             self._frozen[g] = [p for p in params if p.requires_grad or id(p) in earlier]
             note_frozen(self._frozen[g])
-            for p in params:
-                p.requires_grad_(False)
-                p.grad = None
-        for p in params:  # also what has been loaded since
+        for p in params:  # each time: somebody may have switched it on, or loaded state for it
+            p.requires_grad_(False)
+            p.grad = None
             self.optimizer.state.pop(p, None)
+
+    def _indices(self, g: int) -> list[int]:
+        """Which of a frozen group's parameters freezing has switched off."""
+        switched_off = set(map(id, self._frozen[g]))
+        params = self.optimizer.param_groups[g]["params"]
+        return [i for i, p in enumerate(params) if id(p) in switched_off]
+
+    def _check_group_count(self) -> None:
+        if len(self.base_lrs) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"param_groups must be the {len(self.base_lrs)} groups that the schedule knows, "
+                f"got {len(self.optimizer.param_groups)}: make a new scheduler for others"
+            )
 
     def _tell_of_earlier_run(self) -> None:
         """Warn, once training has begun, of layers that do not train for no reason of today."""
@@ -249,6 +281,11 @@ def _check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    if any(isinstance(held, Optimizer) for held in vars(optimizer).values()):
+        raise TypeError(
+            f"optimizer must hold its state itself, got {type(optimizer).__name__} around another "
+            "optimizer: make the scheduler for that one, before it is wrapped"
         )
     if not isinstance(optimizer.state, MutableMapping):
         raise TypeError(
