@@ -132,15 +132,21 @@ def train_by_hand(model, loader):
     plan = fastfreeze.split(model, torch.zeros(1, 2, 6, 6), schedule=schedule, lr=0.1)
     optimizer = fastfreeze.SGD(plan.param_groups(), 0.1, **HYPERS, schedule=schedule)
     trimmed, snapshots = fastfreeze.trim(model), fastfreeze.MemorySnapshots()
+    for _ in steps_by_hand(trimmed, optimizer, loader):
+        if optimizer.current_step in schedule.cycle_ends:
+            snapshots.save(model, step=optimizer.current_step, cycle=len(snapshots))
+    return snapshots
+
+
+def steps_by_hand(network, optimizer, loader):
+    """Takes the steps of a training; yields after each."""
     for epoch in range(EPOCHS):
         for index, (images, labels) in enumerate(loader):
             torch.manual_seed(1000 * epoch + index)
             optimizer.zero_grad()
-            F.cross_entropy(trimmed(images), labels).backward()
+            F.cross_entropy(network(images), labels).backward()
             optimizer.step()
-            if optimizer.current_step in schedule.cycle_ends:
-                snapshots.save(model, step=optimizer.current_step, cycle=len(snapshots))
-    return snapshots
+            yield
 
 
 def test_another_optimizer_freezes_by_a_scheduler(loader, tmp_path):
@@ -149,13 +155,8 @@ def test_another_optimizer_freezes_by_a_scheduler(loader, tmp_path):
     run = trainer(tmp_path)
     run.fit(module, loader)
     optimizer, scheduler = adamw(expected)
-    for epoch in range(EPOCHS):
-        for index, (images, labels) in enumerate(loader):
-            torch.manual_seed(1000 * epoch + index)
-            optimizer.zero_grad()
-            F.cross_entropy(expected(images), labels).backward()
-            optimizer.step()
-            scheduler.step()
+    for _ in steps_by_hand(expected, optimizer, loader):
+        scheduler.step()
     (found,) = [config.scheduler for config in run.lr_scheduler_configs]
     assert found.current_step == STEPS
     assert found.frozen_layers == scheduler.frozen_layers == (0, 1, 2)

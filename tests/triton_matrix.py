@@ -65,11 +65,11 @@ class Recorder:
         KernelInterface.__getitem__ = launcher
 
 
-def sgd_step(dtype, momentum_dtype=None, scaled=False, scheduled=True):
+def sgd_step(dtype, momentum_dtype=None, scaled=False):
     """A step, with what its plan's making launches."""
     param, grad = torch.zeros(5000, dtype=dtype), torch.ones(5000, dtype=dtype)
     buffer = torch.zeros(5000, dtype=momentum_dtype or dtype)
-    segments = Cosine(100).segments() if scheduled else ()
+    segments = Cosine(100).segments()
     spec = PlanSpec([param], [buffer], [True], [0], [segments], 0.0, momentum_dtype)
     amp = torch.ones(()) if scaled else None
     plan = TritonPlan(spec)

@@ -19,6 +19,7 @@ from fastfreeze.layers.groups import (
     as_step,
     check_scheduled_groups,
     earlier_run_message,
+    layers_of,
     tell_of_plan,
 )
 from fastfreeze.schedule import Schedule
@@ -92,8 +93,7 @@ class FreezeScheduler(LRScheduler):
     @property
     def frozen_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are frozen now, rising."""
-        groups = self.optimizer.param_groups
-        return tuple(sorted({groups[g].get("layer_index", g) for g in self._frozen}))
+        return tuple(layers_of(self.optimizer.param_groups, self._frozen))
 
     def get_lr(self) -> list[float | Tensor]:
         """Each group's learning rate at the current step, a float."""
@@ -185,9 +185,6 @@ class FreezeScheduler(LRScheduler):
         for g, indices in state_dict.get("switched_off", []):
             note_frozen(p for i, p in enumerate(groups[g]["params"]) if i in indices)
         self._go_to(step)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

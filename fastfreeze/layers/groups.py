@@ -142,7 +142,12 @@ def earlier_run_message(groups: Sequence[Group], frozen_now: Iterable[int]) -> s
 
 def layers_in_words(groups: Sequence[Group], chosen: Iterable[int]) -> str:
     """The layers of some groups, such as "layers 0..3"."""
-    return f"layers {ranges(sorted({groups[g].get('layer_index', g) for g in chosen}))}"
+    return f"layers {ranges(layers_of(groups, chosen))}"
+
+
+def layers_of(groups: Sequence[Group], chosen: Iterable[int]) -> list[int]:
+    """Indices of the layers of some groups, rising; a group that names none is one itself."""
+    return sorted({groups[g].get("layer_index", g) for g in chosen})
 
 
 def _warn(message: str) -> None:

@@ -134,7 +134,7 @@ class DevicePlan(PointerPlan):
             self.counters[0].fill_(step)
         if self._spare is None:
             self._spare = self._pinned()
-        self._run(grads, grad_scale, found_inf, track=self._may_start())
+        self._run(grad_scale, found_inf, track=self._may_start())
         if found_inf is None and not self._unsure:
             self._started_now()
         else:
@@ -154,13 +154,13 @@ class DevicePlan(PointerPlan):
         Raises:
             RuntimeError: a table would have to change, which needs a step outside the capture.
         """
-        if self._hypers is None or not np.array_equal(self._hypers, hypers):
+        if not self._has(hypers):
             raise RuntimeError(
                 "hyperparameters have changed since the last step: take a step before capturing one"
             )
         # A layer that freezes and thaws by itself has its momentum start anew.
         track = self._may_start() or self._position < self._last_thaw
-        self._run(grads, grad_scale, found_inf, track)
+        self._run(grad_scale, found_inf, track)
         self._replays = self._replays or track
         self._unsure = self._unsure or track
 
@@ -191,11 +191,7 @@ class DevicePlan(PointerPlan):
     ) -> None: ...
 
     def _run(
-        self,
-        grads: Sequence[Tensor | None],
-        grad_scale: Tensor | float | None,
-        found_inf: Tensor | None,
-        track: bool,
+        self, grad_scale: Tensor | float | None, found_inf: Tensor | None, track: bool
     ) -> None:
         grad_addresses = self._gathered()
         if len(grad_addresses) > self.table_from:
@@ -204,8 +200,12 @@ class DevicePlan(PointerPlan):
         self._launch(grad_addresses, self._scalar(grad_scale), self._scalar(found_inf), track)
         self._note_step()
 
+    def _has(self, hypers: Hypers) -> bool:
+        """Whether these are on the device."""
+        return self._hypers is not None and self._hypers.tobytes() == hypers.tobytes()
+
     def _set_hypers(self, hypers: Hypers) -> None:
-        if self._hypers is not None and self._hypers.tobytes() == hypers.tobytes():
+        if self._has(hypers):
             return
         self._hypers = hypers.copy()
         self.hypers.copy_(self._staged(torch.from_numpy(self._hypers)), non_blocking=True)

@@ -23,6 +23,7 @@ from fastfreeze.layers.groups import (
     as_step,
     check_group_rate,
     check_scheduled_groups,
+    layers_of,
     tell_of_plan,
 )
 from fastfreeze.ops._library import Backend, is_capturing, require
@@ -220,7 +221,7 @@ class SGD(Optimizer):
     def frozen_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are frozen now, rising."""
         self._check_group_count()
-        return tuple(sorted({self.param_groups[g].get("layer_index", g) for g in self._frozen}))
+        return tuple(layers_of(self.param_groups, self._frozen))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -456,7 +457,7 @@ class SGD(Optimizer):
         for step in steps:
             thawed = {g for g, freezes in self._events.get(step, ()) if not freezes} & left_out
             if thawed:
-                layers = sorted(self.param_groups[g].get("layer_index", g) for g in thawed)
+                layers = layers_of(self.param_groups, thawed)
                 raise RuntimeError(
                     f"layers {layers}, which were frozen when the step was captured, have thawed "
                     f"at step {step}, and the graph has not trained them since: capture anew at "
