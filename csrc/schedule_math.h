@@ -6,11 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTFREEZE_HOST_DEVICE __host__ __device__
-#else
-#define FASTFREEZE_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace fastfreeze {
 
