@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfreeze
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.optim import SGD
 from fastfreeze.layers.freeze import FreezeScheduler
+from fastfreeze.optim import SGD
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles, Frozen, GradualUnfreezing
 
 X = torch.randn(4, 6)

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from fastfreeze.schedule._checks import check_int, check_number, check_rate
 from fastfreeze.schedule.segments import FloatArray, Segment, segment_index, segments_lr
 
-
 # Arguments that came later: where they have no effect, a config is as in older checkpoints.
 _LATER: dict[str, Any] = {"stages": None, "warmup_steps": 0, "layer_decay": 1.0}
 

@@ -15,8 +15,8 @@ from fastfreeze.schedule.segments import Segment
 class Frozen(Schedule):
     """The first layers never train; the others do, by :class:`Cosine`.
 
-    A name or a share is for a plan to resolve: give the schedule to ``split``, and ``plan.schedule``
-    to the optimizer.
+    A name or a share is for a plan to resolve: give the schedule to ``split``, and the schedule of
+    the plan that it returns (``plan.schedule``) to the optimizer.
 
     Args:
         total_steps, warmup_steps, layer_decay: as in :class:`Schedule`.

@@ -44,8 +44,8 @@ def cosine_lr(
     """Learning rates at steps on segments, all arguments broadcast together.
 
     ``eta_min + (scale * initial_lr - eta_min) * (0.5 * (1 + cos(pi * (step - start) / length)))``,
-    held at its minimum once ``length`` steps have gone by; times ``(step + 1) / warmup_steps`` where
-    that is below 1; 0 where ``length`` is 0 (frozen).
+    held at its minimum once ``length`` steps have gone by, times ``min(1, (step + 1) /
+    warmup_steps)`` where ``warmup_steps`` is not 0; 0 where ``length`` is 0 (frozen).
 
     Returns:
         float64, of the broadcast shape.
@@ -81,8 +81,9 @@ def segments_lr(
     steps = np.asarray(step)
     rows = np.array([(s.start, s.length, s.scale) for s in segments])
     start, length, scale = rows[segment_index(segments, steps)].T
-    lrs = cosine_lr(steps.T, start, length, scale, initial_lr, eta_min, warmup_steps)
-    return lrs.T
+    lrs: FloatArray
+    lrs = cosine_lr(steps.T, start, length, scale, initial_lr, eta_min, warmup_steps).T
+    return lrs
 
 
 def segment_index(

@@ -15,17 +15,17 @@ namespace {
 // Buffers 0..6, the tables of DevicePlan. Scalars: 0 run_elements, 1 eta_min, 2 warmup_steps.
 SgdTables tables_of(const emulation::Arguments& args) {
   int64_t* counters = args.buffer<int64_t>(6);
-  return {args.buffer<const SgdRun>(0),
-          args.buffer<const double>(1),
-          {args.buffer<const Segment>(2), args.buffer<const int64_t>(3), args.real(1),
-           args.real(2)},
-          args.buffer<const int32_t>(4),
-          args.buffer<uint8_t>(5),
-          counters,
-          reinterpret_cast<unsigned*>(counters + 1),
-          args.count<SgdRun>(0),
-          static_cast<int32_t>(args.integer(0)),
-          static_cast<int32_t>(args.count<uint8_t>(5))};
+  return {
+      args.buffer<const SgdRun>(0),
+      args.buffer<const double>(1),
+      {args.buffer<const Segment>(2), args.buffer<const int64_t>(3), args.real(1), args.real(2)},
+      args.buffer<const int32_t>(4),
+      args.buffer<uint8_t>(5),
+      counters,
+      reinterpret_cast<unsigned*>(counters + 1),
+      args.count<SgdRun>(0),
+      static_cast<int32_t>(args.integer(0)),
+      static_cast<int32_t>(args.count<uint8_t>(5))};
 }
 
 template <typename P, typename M>
