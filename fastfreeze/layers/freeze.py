@@ -58,7 +58,7 @@ class FreezeScheduler(LRScheduler):
 
     Warns:
         FastfreezeWarning: groups of a plan that was made for another schedule or learning rate;
-            in ``step``, once, that somebody else changes the rates, and layers that an earlier run
+            layers that the schedule starts at over 10 times the rate; in ``step``, once, that somebody else changes the rates, and layers that an earlier run
             has frozen.
 
     Example:
