@@ -58,8 +58,8 @@ class FreezeScheduler(LRScheduler):
 
     Warns:
         FastfreezeWarning: groups of a plan that was made for another schedule or learning rate;
-            layers that the schedule starts at over 10 times the rate; in ``step``, once, that somebody else changes the rates, and layers that an earlier run
-            has frozen.
+            layers that start at over 10 times the rate; in ``step``, once, that somebody else
+            changes the rates, and layers that an earlier run has frozen.
 
     Example:
         >>> import torch

@@ -117,8 +117,8 @@ class SGD(Optimizer):
     Warns:
         FastfreezeWarning: groups of a plan that was made for another schedule or learning rate;
             layers that start at over 10 times the rate; layers that an earlier run has frozen; in
-            a step, frozen layers that require gradients
-            again, and layers that get none since others froze.
+            a step, frozen layers that require gradients again, and layers that get none since
+            others froze.
 
     Example:
         >>> optimizer = fastfreeze.SGD(model.parameters(), lr=0.1, momentum=0.9, total_steps=10_000)
