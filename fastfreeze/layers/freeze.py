@@ -58,8 +58,8 @@ class FreezeScheduler(LRScheduler):
 
     Warns:
         FastfreezeWarning: groups of a plan that was made for another schedule or learning rate;
-            in ``step``, once, that somebody else changes the rates, and layers that an earlier run
-            has frozen.
+            layers that start at over 10 times the rate; in ``step``, once, that somebody else
+            changes the rates, and layers that an earlier run has frozen.
 
     Example:
         >>> import torch
@@ -75,7 +75,7 @@ class FreezeScheduler(LRScheduler):
             raise TypeError(f"schedule must be a fastfreeze Schedule, got {schedule!r}")
         self.schedule = schedule
         segments = check_scheduled_groups(schedule, optimizer.param_groups)
-        self._rates = SegmentTable(segments, schedule.eta_min)
+        self._rates = SegmentTable(segments, schedule.eta_min, schedule.warmup_steps)
         self._frozen: dict[int, list[Tensor]] = {}  # group: what freezing switched off
         self._taken = 0  # the optimizer's steps
         self._told = False
