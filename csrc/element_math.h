@@ -1,17 +1,7 @@
-// What the formulas of elements and schedules are written with, for CPU and CUDA.
+// What the formulas of elements are written with.
 #pragma once
 
-#ifdef __CUDACC__
-#define FASTFREEZE_HOST_DEVICE __host__ __device__
-#else
-#define FASTFREEZE_HOST_DEVICE
-#endif
-
-#if defined(__GNUC__) || defined(__clang__)
-#define FASTFREEZE_INLINE inline __attribute__((always_inline))
-#else
-#define FASTFREEZE_INLINE inline
-#endif
+#include "host_device.h"
 
 namespace fastfreeze {
 

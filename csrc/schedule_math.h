@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "element_math.h"
+#include "host_device.h"
 
 namespace fastfreeze {
 
