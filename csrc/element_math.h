@@ -1,13 +1,7 @@
-// What the formulas of elements are written with, for CPU and CUDA.
+// What the formulas of elements are written with.
 #pragma once
 
 #include "host_device.h"
-
-#if defined(__GNUC__) || defined(__clang__)
-#define FASTFREEZE_INLINE inline __attribute__((always_inline))
-#else
-#define FASTFREEZE_INLINE inline
-#endif
 
 namespace fastfreeze {
 
