@@ -155,6 +155,13 @@ Call call_of(const Plan& plan, const int64_t* grads, const double* hypers, int64
   return call;
 }
 
+// At a tensor's first step its moments are 0, whatever their memory holds.
+void clear(const Elements& e, int64_t state_item_size) {
+  for (void* moment : {e.mean, e.square, e.max_square}) {
+    if (moment != nullptr) std::memset(moment, 0, e.size * state_item_size);
+  }
+}
+
 char* moved(char* base, int64_t bytes) { return base == nullptr ? nullptr : base + bytes; }
 
 // grads: address of int64 [n], 0 where a tensor has no gradient; hypers: address of float64
@@ -171,9 +178,17 @@ void adam_step(int64_t handle, int64_t grads, int64_t hypers, int64_t step, doub
     if (which == Call::kNone) return;
     const PlannedTensor& t = plan->tensors[run.tensor];
     const int64_t at = run.offset * t.item_size, state_at = run.offset * t.state_item_size;
-    update({t.param + at, reinterpret_cast<char*>(grad[run.tensor]) + at, t.mean + state_at,
-            t.square + state_at, moved(t.max_square, state_at), run.size, t.dtype, t.wide_state},
-           call.steps[which]);
+    const Elements elements{t.param + at,
+                            reinterpret_cast<char*>(grad[run.tensor]) + at,
+                            t.mean + state_at,
+                            t.square + state_at,
+                            moved(t.max_square, state_at),
+                            run.size,
+                            t.dtype,
+                            t.wide_state};
+    const TensorStep& tensor_step = call.steps[which];
+    if (tensor_step.k == 1) clear(elements, t.state_item_size);
+    update(elements, tensor_step);
   });
   for (size_t i = 0; i < plan->tensors.size(); ++i) {
     if (call.of_tensor[i] != Call::kNone) plan->steps[i] = call.steps[call.of_tensor[i]].k;
