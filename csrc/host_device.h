@@ -7,6 +7,12 @@
 #define FASTFREEZE_HOST_DEVICE
 #endif
 
+#if defined(__GNUC__) || defined(__clang__)
+#define FASTFREEZE_INLINE inline __attribute__((always_inline))
+#else
+#define FASTFREEZE_INLINE inline
+#endif
+
 namespace fastfreeze {
 
 // A pointer read from a table is generic until a device's compiler knows better.
