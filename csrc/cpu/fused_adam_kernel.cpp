@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -83,6 +84,9 @@ struct Elements {
 #include "cpu/each_isa.h"
 
 using UpdateFn = void (*)(const Elements&, const TensorStep&);
+
+// As in fused_sgd_kernel.cpp, wider loops gain nothing.
+UpdateFn update_for(Isa isa) { return FASTFREEZE_OF_ISA(std::min(isa, Isa::avx2), update); }
 
 void add_tensor(Plan& plan, const int64_t* row) {
   PlannedTensor t;
@@ -172,7 +176,7 @@ void adam_step(int64_t handle, int64_t grads, int64_t hypers, int64_t step, doub
   const auto* grad = reinterpret_cast<const int64_t*>(grads);
   const auto* rows = reinterpret_cast<const double*>(hypers);
   const Call call = call_of(*plan, grad, rows, step, inv_grad_scale, store_grad);
-  const UpdateFn update = FASTFREEZE_OF_ISA(current_isa(), update);
+  const UpdateFn update = update_for(current_isa());
   plan->for_each([&](const Run& run) {
     const int64_t which = call.of_tensor[run.tensor];
     if (which == Call::kNone) return;
