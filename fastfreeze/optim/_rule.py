@@ -44,9 +44,9 @@ class Planned:
 class UpdateRule(ABC):
     """One update rule: its hyperparameters, what it keeps of a parameter, and its plans."""
 
-    name: str  # torch's and ours
+    name: ClassVar[str]  # torch's and ours
     required: ClassVar[Sequence[str]]  # keys of groups by which a state is known as this rule's
-    added_since: Mapping[str, Any]  # keys that older states lack, and what they meant
+    added_since: ClassVar[Mapping[str, Any]]  # keys that older states lack, and what they meant
     keys: ClassVar[Sequence[str]]  # what the update depends on in a group, without lr
     hypers: ClassVar[Sequence[str]]  # columns of its plans' table of hyperparameters
     plans: ClassVar[Mapping[Backend, Any]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class SgdRule(UpdateRule):
 
     name = "SGD"
     required = ("momentum", "dampening", "nesterov")
-    added_since: Mapping[str, Any] = {
+    added_since: ClassVar[Mapping[str, Any]] = {
         "maximize": False,
         "foreach": None,
         "differentiable": False,
@@ -33,7 +33,7 @@ class SgdRule(UpdateRule):
     hypers = HYPERS
     plans = sgd_ops.PLANS
     takes_sparse = True
-    moments: Mapping[str, str] = {"momentum_buffer": "buffers"}
+    moments: ClassVar[Mapping[str, str]] = {"momentum_buffer": "buffers"}
 
     def kept(self, group: Group) -> Sequence[str]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
