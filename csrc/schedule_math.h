@@ -6,11 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTFREEZE_HOST_DEVICE __host__ __device__
-#else
-#define FASTFREEZE_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace fastfreeze {
 
@@ -44,6 +40,41 @@ FASTFREEZE_HOST_DEVICE inline const Segment& segment_at(const Segment* segments,
   int64_t i = count - 1;
   while (i > 0 && segments[i].start > step) --i;
   return segments[i];
+}
+
+// The segments of all groups; those of group g are begin[g] .. begin[g + 1]. None: no schedule.
+struct SegmentTable {
+  const Segment* segments;
+  const int64_t* begin;
+  double eta_min;
+};
+
+struct GroupRate {
+  double lr;
+  bool frozen;
+};
+
+FASTFREEZE_HOST_DEVICE inline const Segment* segment_of(const SegmentTable& table, int64_t group,
+                                                        double step) {
+  const int64_t begin = table.begin[group];
+  const int64_t count = table.begin[group + 1] - begin;
+  return count == 0 ? nullptr : &segment_at(table.segments + begin, count, step);
+}
+
+FASTFREEZE_HOST_DEVICE inline bool group_frozen(const SegmentTable& table, int64_t group,
+                                                int64_t step) {
+  const Segment* segment = segment_of(table, group, static_cast<double>(step));
+  return segment != nullptr && segment->length == 0;
+}
+
+// lr counts where there is no schedule, initial_lr where there is one; the other is not read.
+FASTFREEZE_HOST_DEVICE inline GroupRate group_rate(const SegmentTable& table, int64_t group,
+                                                   const double& lr, const double& initial_lr,
+                                                   int64_t step) {
+  const double at = static_cast<double>(step);
+  const Segment* segment = segment_of(table, group, at);
+  if (segment == nullptr) return {lr, false};
+  return {segment_lr(*segment, at, initial_lr, table.eta_min), segment->length == 0};
 }
 
 }  // namespace fastfreeze

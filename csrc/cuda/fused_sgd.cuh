@@ -156,7 +156,7 @@ __device__ __forceinline__ RunStep<T> step_of(const SgdTables& tables, const Sgd
   const bool first = run.buffer != 0 && tables.started[run.tensor] == 0;
   const double inv_scale = call.grad_scale == nullptr ? 1.0 : 1.0 / *call.grad_scale;
   SgdHyper<T> hyper = hyper_of<T>(row, 0.0, inv_scale);
-  const GroupRate rate = group_rate(tables.segments, run.group, row, step);
+  const GroupRate rate = group_rate(tables.segments, run.group, row[kLr], row[kInitialLr], step);
   hyper.lr = static_cast<T>(rate.lr);
   const Momentum momentum = first ? Momentum::first : Momentum::running;
   return {hyper, run.buffer == 0 ? Momentum::none : momentum, rate.frozen};

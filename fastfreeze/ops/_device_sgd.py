@@ -68,7 +68,8 @@ class DevicePlan(PointerPlan):
     table_from: ClassVar[int] = 0  # number of tensors above which gradients need a device table
 
     def __init__(self, spec: PlanSpec) -> None:
-        super().__init__(spec)
+        super().__init__(spec.params, spec.buffers, spec.unstarted)
+        self.buffers = spec.buffers
         self.device = spec.params[0].device
         self.param_dtype = spec.params[0].dtype
         self.buffer_dtype = next(

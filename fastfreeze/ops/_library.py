@@ -40,6 +40,15 @@ _LIBRARY.define(
 )
 _LIBRARY.define("sgd_plan_free(int handle) -> ()")
 _LIBRARY.define(
+    "adam_plan(Tensor tensors, Tensor steps, Tensor segments, Tensor segment_begin, "
+    "float eta_min) -> int"
+)
+_LIBRARY.define(
+    "adam_step(int handle, int grads, int hypers, int step, float inv_grad_scale, "
+    "bool store_grad, int lrs) -> ()"
+)
+_LIBRARY.define("adam_plan_free(int handle) -> ()")
+_LIBRARY.define(
     "cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor segments, Tensor segment_begin, "
     "Tensor tensor_groups, Tensor(a!) started, Tensor(b!) counters, int run_elements, "
     "float eta_min, int param_dtype, int buffer_dtype) -> int"

@@ -1,4 +1,4 @@
-"""What an SGD plan is, and the plans of the host: the C++ kernel's and the reference's.
+"""What plans are, and SGD's on the host: the C++ kernel's and the reference's.
 
 A plan holds what stays the same from step to step. Each backend has one, with the same methods.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import ClassVar, Protocol
@@ -23,7 +23,8 @@ from fastfreeze.ops._placements import Given, Look, addresses_of, holds_values, 
 from fastfreeze.ops.reference import sgd_reference
 from fastfreeze.schedule import Segment
 
-# Columns of a plan's table of hyperparameters, as csrc/sgd_tables.h reads them.
+# Columns of a plan's table of hyperparameters, as csrc/sgd_tables.h reads them. Every optimizer's
+# begin with lr and end with initial_lr.
 HYPERS = (
     "lr",
     "momentum",
@@ -69,6 +70,23 @@ class PlanSpec:
     def scheduled(self) -> bool:
         """Whether the schedule sets the learning rates."""
         return any(self.segments)
+
+    @property
+    def unstarted(self) -> list[int]:
+        """Indices of the parameters whose buffer is still uninitialised memory."""
+        return [i for i, first in enumerate(self.first) if first]
+
+
+class Spec(Protocol):
+    """What specs of all optimizers have in common."""
+
+    params: list[Tensor]
+    groups: list[int]
+    segments: Sequence[tuple[Segment, ...]]
+    eta_min: float
+
+    @property
+    def scheduled(self) -> bool: ...
 
 
 class SgdPlan(Protocol):
@@ -133,14 +151,22 @@ class SgdPlan(Protocol):
 
 
 class PointerPlan:
-    """What the plans of kernels share: gradients brought to their parameters' layout."""
+    """What the plans of kernels share: gradients brought to their parameters' layout.
 
-    def __init__(self, spec: PlanSpec) -> None:
-        self.params, self.buffers = spec.params, spec.buffers
-        self._look = Look(spec.params, [*spec.params, *spec.buffers])
+    Args:
+        params: the tensors to update.
+        state: what a step writes beside them.
+        unstarted: indices of the parameters whose momentum buffer is still uninitialised memory.
+    """
+
+    def __init__(
+        self, params: list[Tensor], state: Sequence[Tensor | None], unstarted: Iterable[int] = ()
+    ) -> None:
+        self.params = params
+        self._look = Look(params, [*params, *state])
         self._given = Given([])
         self._addresses: array[int] | None = None  # of the gradients that were aligned last
-        self._unstarted = {i for i, first in enumerate(spec.first) if first}
+        self._unstarted = set(unstarted)
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         self._look.keep_clear(written)
@@ -193,35 +219,20 @@ class PointerPlan:
             self._unstarted.difference_update(self._given.index)
 
 
-class CpuPlan(PointerPlan):
-    """All tensors in one parallel region of the C++ kernel."""
+class HostPlan(PointerPlan):
+    """All tensors in one parallel region of a C++ kernel."""
 
     on_device: ClassVar[bool] = False
+    _kernel: ClassVar[str]  # what its operators' names begin with
 
-    def __init__(self, spec: PlanSpec) -> None:
-        super().__init__(spec)
-        table = [
-            (
-                p.data_ptr(),
-                0 if b is None else b.data_ptr(),
-                p.numel(),
-                group,
-                SCALAR_TYPES[p.dtype],
-                SCALAR_TYPES[p.dtype if b is None else b.dtype],
-                first,
-            )
-            for p, b, group, first in zip(
-                spec.params, spec.buffers, spec.groups, spec.first, strict=True
-            )
-        ]
-        segments, begin = segment_table(spec.segments)
-        self._handle = torch.ops.fastfreeze.sgd_plan(
-            torch.from_numpy(np.array(table, np.int64).reshape(-1, 7)),
-            segments,
-            begin,
-            spec.eta_min,
+    def _make(self, spec: Spec, *tables: Tensor) -> None:
+        """Make the kernel's plan from its own tables and the schedule."""
+        make, self._kernel_step, free = (
+            getattr(torch.ops.fastfreeze, f"{self._kernel}_{name}").default
+            for name in ("plan", "step", "plan_free")
         )
-        weakref.finalize(self, torch.ops.fastfreeze.sgd_plan_free, self._handle)
+        self._handle = make(*tables, *segment_table(spec.segments), spec.eta_min)
+        weakref.finalize(self, free, self._handle)
         self._lrs = np.empty(len(spec.segments))
         self._lrs_address = self._lrs.ctypes.data
 
@@ -237,7 +248,7 @@ class CpuPlan(PointerPlan):
         grad_scale: Tensor | float | None,
         found_inf: Tensor | None,
     ) -> list[float]:
-        torch.ops.fastfreeze.sgd_step.default(
+        self._kernel_step(
             self._handle,
             self._gathered().buffer_info()[0],
             hypers.ctypes.data,
@@ -255,19 +266,50 @@ class CpuPlan(PointerPlan):
         return self._unstarted
 
 
+class CpuPlan(HostPlan):
+    """SGD of csrc/cpu/fused_sgd_kernel.cpp."""
+
+    _kernel: ClassVar[str] = "sgd"
+
+    def __init__(self, spec: PlanSpec) -> None:
+        super().__init__(spec.params, spec.buffers, spec.unstarted)
+        self.buffers = spec.buffers
+        dtypes = [
+            p.dtype if b is None else b.dtype
+            for p, b in zip(spec.params, spec.buffers, strict=True)
+        ]
+        self._make(
+            spec,
+            rows(
+                addresses_of(spec.params),
+                addresses_of(spec.buffers),
+                map(Tensor.numel, spec.params),
+                spec.groups,
+                [SCALAR_TYPES[p.dtype] for p in spec.params],
+                [SCALAR_TYPES[dtype] for dtype in dtypes],
+                spec.first,
+            ),
+        )
+
+
+def rows(*columns: Iterable[int]) -> Tensor:
+    """The columns side by side: int64 [n, number of columns]."""
+    return torch.from_numpy(np.array(list(zip(*columns, strict=True)), np.int64)).reshape(
+        -1, len(columns)
+    )
+
+
 def _in_words(kind: tuple[torch.layout, torch.dtype, torch.Size]) -> str:
     return f"{kind[0]}, {kind[1]}, {tuple(kind[2])}"
 
 
-class ReferencePlan:
+class TensorwisePlan:
     """Tensor by tensor in PyTorch: every device, dtype and layout."""
 
     on_device: ClassVar[bool] = False
 
-    def __init__(self, spec: PlanSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: Spec) -> None:
         self.params = spec.params
-        self.buffers = [None if f else b for b, f in zip(spec.buffers, spec.first, strict=True)]
         self._members = [
             [i for i, g in enumerate(spec.groups) if g == k] for k in range(len(spec.segments))
         ]
@@ -298,6 +340,15 @@ class ReferencePlan:
         if list(map(_shape_of, given.of(grads))) != list(map(_shape_of, params)):
             raise ValueError("a gradient has another shape than its parameter")
         return grads
+
+
+class ReferencePlan(TensorwisePlan):
+    """SGD of fastfreeze/ops/reference.py."""
+
+    def __init__(self, spec: PlanSpec) -> None:
+        super().__init__(spec)
+        self._spec = spec
+        self.buffers = [None if f else b for b, f in zip(spec.buffers, spec.first, strict=True)]
 
     def step(
         self,
@@ -349,9 +400,9 @@ def segment_table(segments: Sequence[tuple[Segment, ...]]) -> tuple[Tensor, Tens
 def lrs_at(rates: SegmentTable | None, hypers: Hypers, step: int) -> list[float]:
     """Each group's learning rate: the schedule's, or without one the table's."""
     if rates is None:
-        lrs: list[float] = hypers[:, HYPERS.index("lr")].tolist()
+        lrs: list[float] = hypers[:, 0].tolist()
         return lrs
-    return rates.lrs(step, hypers[:, HYPERS.index("initial_lr")])
+    return rates.lrs(step, hypers[:, -1])
 
 
 def buffer_dtype(param: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
