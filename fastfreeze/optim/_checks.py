@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from fastfreeze.layers.groups import check_number
 from fastfreeze.schedule import Cosine, Schedule
 
@@ -15,6 +17,12 @@ def check_numbers(values: Mapping[str, Any]) -> None:
         check_number(name, value)
         if not value >= 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
+
+
+def check_state_dtype(name: str, dtype: Any) -> None:
+    """Raise ValueError unless state can be asked to be of this dtype."""
+    if dtype not in (None, torch.float32):
+        raise ValueError(f"{name} must be None or torch.float32, got {dtype}")
 
 
 def schedule_of(schedule: Schedule | None, total_steps: int | None) -> Schedule | None:

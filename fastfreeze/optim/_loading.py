@@ -12,7 +12,7 @@ from fastfreeze.errors import warn
 from fastfreeze.layers.groups import as_step, check_scheduled_groups
 from fastfreeze.ops._plans import buffer_dtype
 from fastfreeze.optim._rule import UpdateRule
-from fastfreeze.optim._runtime import Groups, State, check_shape
+from fastfreeze.optim._runtime import Groups, State, check_shape, counts_of
 from fastfreeze.schedule import Schedule
 
 _PLANS = (
@@ -51,6 +51,8 @@ def checked_state(
 ) -> Loaded:
     """What torch will not load of a state for groups ``own``; raises if it does not fit them."""
     _check_state(rule, state_dict, own)
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    counts_of(rule, [state.get(i, {}) for group in groups for i in group["params"]])
     saved = state_dict.get("schedule")
     if schedule is not None and saved is not None and saved != schedule.config():
         raise ValueError(
@@ -58,7 +60,6 @@ def checked_state(
             f"{schedule.config()}; make it with the same schedule, or delete "
             "state_dict['schedule'] to go on under the new one"
         )
-    groups = state_dict["param_groups"]
     steps = [
         None
         if group.get("step") is None
@@ -96,6 +97,9 @@ def restore(rule: UpdateRule, loaded: Loaded, groups: Groups, state: State) -> N
             group.setdefault(key, value)
         for p in group["params"]:
             _drop_empty(rule, state, p)
+            count = state[p].get(rule.counter) if p in state else None
+            if count is not None and not isinstance(count, Tensor):  # an older torch's
+                state[p][rule.counter] = torch.tensor(float(count))
     for p, moments in loaded.wide.items():
         if moments:
             state[p].update(moments)
@@ -169,7 +173,7 @@ def _drop_empty(rule: UpdateRule, state: MutableMapping[Tensor, Any], param: Ten
     """Forget moments of {}: torch.distributed.checkpoint's, flattened, for none."""
     if param not in state:
         return
-    for name in rule.moments:
+    for name in (rule.counter, *rule.moments):
         if state[param].get(name) == {}:
             del state[param][name]
     if not state[param]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastfreeze.layers.groups import check_number
 from fastfreeze.ops import _choice
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops._placements import Given, kind_of, place_of
@@ -166,9 +167,8 @@ def _parts(task: Task, members: list[tuple[Tensor, int]], params: list[Tensor]) 
     moments = [list(map(_held, task.moments(*member))) for member in members]
     backends = _choice.choose_backends(params, grads, moments, task.backend)
     dtypes = [_planned_dtype(*each, task.state_dtype) for each in zip(params, moments, strict=True)]
-    counts = [0.0] * len(members)
+    counts = counts_of(task.rule, [task.state.get(p, {}) for p, _ in members])
     if task.rule.counter is not None:
-        counts = _counts([task.state.get(p, {}).get(task.rule.counter, 0.0) for p, _ in members])
         _refer_started(task, counts, moments, backends)
     plans = _choice.plan_members(task.rule.plans, params, backends, dtypes)
     parts = [
@@ -251,6 +251,10 @@ class Part:
         if not known and names and param.grad is None:
             self.waiting.append(i)
             return {}
+        if names and not known:
+            self.first.append(i)
+            if not self.kernels:  # the reference makes its own
+                return {}
         own = local_part(param, param)
         moments = {
             name: _choice.state_for(self.backend, own, local_part(state.get(name), param), dtype)
@@ -260,8 +264,6 @@ class Part:
             for name in set(names).difference(known):  # its use was switched on later
                 moments[name].zero_()
             self._keep(i, state, moments)
-        elif names:
-            self.first.append(i)
         return moments
 
     def _keep(self, i: int, state: dict[str, Any], moments: dict[str, Tensor]) -> None:
@@ -378,7 +380,9 @@ def _held(tensor: Tensor | None) -> Tensor | None:
 def _check(task: Task, param: Tensor, group: int) -> None:
     """Raise ValueError unless the gradient and the moments are where their parameter is."""
     if param.grad is not None and param.grad.is_sparse and not task.rule.takes_sparse:
-        raise RuntimeError(f"{task.rule.name} does not support sparse gradients")
+        raise RuntimeError(
+            "Adam does not support sparse gradients, please consider SparseAdam instead"
+        )
     names = task.rule.kept(task.groups[group])
     moments = zip(names, task.moments(param, group), strict=True)
     for name, tensor in (("gradient", param.grad), *moments):
@@ -409,14 +413,26 @@ def _has_tensor(values: Sequence[Any]) -> bool:
     )
 
 
-def _counts(values: list[Any]) -> list[float]:
-    """Numbers of what may be tensors; waits once for each device."""
-    for device in {v.device for v in values if isinstance(v, Tensor)}:
-        there = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.device == device]
-        found = torch.stack([values[i].detach().reshape(()).double() for i in there]).tolist()
-        for i, value in zip(there, found, strict=True):
-            values[i] = value
-    return list(map(float, values))
+def counts_of(rule: UpdateRule, states: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Each parameter's own count of steps, 0 where nothing is kept; waits once for each device.
+
+    Raises:
+        TypeError, ValueError: there are moments without a count, or it is no number >= 0.
+    """
+    counts: list[Any] = []
+    for i, state in enumerate(states):
+        kept = rule.counter and any(isinstance(state.get(n), Tensor) for n in rule.moments)
+        counts.append(state.get(rule.counter) if kept else 0.0)
+        check_number(f"{rule.counter} of parameter {i}", counts[i])
+    for device in {c.device for c in counts if isinstance(c, Tensor)}:
+        there = [i for i, c in enumerate(counts) if isinstance(c, Tensor) and c.device == device]
+        found = torch.stack([counts[i].detach().reshape(()).double() for i in there]).tolist()
+        for i, count in zip(there, found, strict=True):
+            counts[i] = count
+    for i, count in enumerate(counts):
+        if not count >= 0:
+            raise ValueError(f"{rule.counter} of parameter {i} must be >= 0, got {count}")
+    return list(map(float, counts))
 
 
 def _refer_started(

@@ -12,7 +12,7 @@ from fastfreeze.layers.groups import Group, check_number
 from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops._plans import HYPERS, PlanSpec
-from fastfreeze.optim._checks import check_numbers
+from fastfreeze.optim._checks import check_numbers, check_state_dtype
 from fastfreeze.optim._rule import Planned, UpdateRule
 from fastfreeze.optim.fused import FusedOptimizer
 from fastfreeze.schedule import Schedule
@@ -130,8 +130,7 @@ class SGD(FusedOptimizer):
                 "nesterov=True needs momentum > 0 and dampening 0, got "
                 f"momentum={momentum} and dampening={dampening}"
             )
-        if momentum_dtype not in (None, torch.float32):
-            raise ValueError(f"momentum_dtype must be None or torch.float32, got {momentum_dtype}")
+        check_state_dtype("momentum_dtype", momentum_dtype)
         super().__init__(
             params,
             {
