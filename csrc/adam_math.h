@@ -14,14 +14,15 @@ template <typename T>
 struct AdamHyper {
   T decay;         // what the parameter is multiplied by first
   T weight_decay;  // what of the parameter is added to the gradient
-  T mean_share;    // of the way from `exp_avg` to the gradient, counted from either end
+  // Of the way from exp_avg to the gradient, 1 - beta1; or, to be exact where beta1 is small, of
+  // the way from the gradient on: -beta1.
+  T mean_share;
   T beta2;
   T square_share;  // 1 - beta2
   T step_size;     // lr sqrt(1 - beta2^k) / (1 - beta1^k) at the parameter's step k
   T eps;           // eps sqrt(1 - beta2^k)
   T inv_grad_scale;
-  bool from_grad;  // mean_share counts from the gradient, to be exact for a small beta1
-  bool maximize;
+  T sign;  // of the gradient: -1 to maximize
 };
 
 // As torch.maximum: NaN if one of them is.
@@ -37,9 +38,9 @@ FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE void adam_update(T& param, T& grad, T& 
                                                           T& exp_avg_sq, T& max_exp_avg_sq,
                                                           const AdamHyper<T>& h) {
   grad *= h.inv_grad_scale;
-  T d = h.maximize ? -grad : grad;
+  T d = h.sign * grad;
   if (h.weight_decay != 0) d = mul_add<kFused>(param, h.weight_decay, d);
-  exp_avg = mul_add<kFused>(h.mean_share, d - exp_avg, h.from_grad ? d : exp_avg);
+  exp_avg = mul_add<kFused>(h.mean_share, d - exp_avg, h.mean_share <= 0 ? d : exp_avg);
   exp_avg_sq = mul_add<kFused>(d * h.square_share, d, exp_avg_sq * h.beta2);
   if (kAmsgrad) max_exp_avg_sq = larger_or_nan(max_exp_avg_sq, exp_avg_sq);
   const T root = std::sqrt(kAmsgrad ? max_exp_avg_sq : exp_avg_sq);

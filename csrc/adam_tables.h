@@ -55,8 +55,7 @@ FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE AdamHyper<T> adam_hyper_of(const double
   const bool decoupled = row[AdamColumn::kDecoupled] != 0;
   const double mean_share = 1.0 - row[AdamColumn::kBeta1];
   AdamHyper<T> h;
-  h.from_grad = mean_share >= 0.5;
-  h.mean_share = static_cast<T>(h.from_grad ? -row[AdamColumn::kBeta1] : mean_share);
+  h.mean_share = static_cast<T>(mean_share < 0.5 ? mean_share : -row[AdamColumn::kBeta1]);
   h.beta2 = static_cast<T>(row[AdamColumn::kBeta2]);
   h.square_share = static_cast<T>(1.0 - row[AdamColumn::kBeta2]);
   h.decay = static_cast<T>(decoupled ? 1.0 - lr * weight_decay : 1.0);
@@ -64,7 +63,7 @@ FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE AdamHyper<T> adam_hyper_of(const double
   h.step_size = static_cast<T>(lr * bias.root / bias.mean);
   h.eps = static_cast<T>(row[AdamColumn::kEps] * bias.root);
   h.inv_grad_scale = static_cast<T>(inv_grad_scale);
-  h.maximize = row[AdamColumn::kMaximize] != 0;
+  h.sign = static_cast<T>(row[AdamColumn::kMaximize] != 0 ? -1.0 : 1.0);
   return h;
 }
 

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -84,6 +85,9 @@ struct Elements {
 
 using UpdateFn = void (*)(const Elements&, const TensorStep&);
 
+// As in fused_sgd_kernel.cpp, wider loops gain nothing.
+UpdateFn update_for(Isa isa) { return FASTFREEZE_OF_ISA(std::min(isa, Isa::avx2), update); }
+
 void add_tensor(Plan& plan, const int64_t* row) {
   PlannedTensor t;
   t.param = reinterpret_cast<char*>(row[kParam]);
@@ -155,6 +159,13 @@ Call call_of(const Plan& plan, const int64_t* grads, const double* hypers, int64
   return call;
 }
 
+// At a tensor's first step its moments are 0, whatever their memory holds.
+void clear(const Elements& e, int64_t state_item_size) {
+  for (void* moment : {e.mean, e.square, e.max_square}) {
+    if (moment != nullptr) std::memset(moment, 0, e.size * state_item_size);
+  }
+}
+
 char* moved(char* base, int64_t bytes) { return base == nullptr ? nullptr : base + bytes; }
 
 // grads: address of int64 [n], 0 where a tensor has no gradient; hypers: address of float64
@@ -165,15 +176,23 @@ void adam_step(int64_t handle, int64_t grads, int64_t hypers, int64_t step, doub
   const auto* grad = reinterpret_cast<const int64_t*>(grads);
   const auto* rows = reinterpret_cast<const double*>(hypers);
   const Call call = call_of(*plan, grad, rows, step, inv_grad_scale, store_grad);
-  const UpdateFn update = FASTFREEZE_OF_ISA(current_isa(), update);
+  const UpdateFn update = update_for(current_isa());
   plan->for_each([&](const Run& run) {
     const int64_t which = call.of_tensor[run.tensor];
     if (which == Call::kNone) return;
     const PlannedTensor& t = plan->tensors[run.tensor];
     const int64_t at = run.offset * t.item_size, state_at = run.offset * t.state_item_size;
-    update({t.param + at, reinterpret_cast<char*>(grad[run.tensor]) + at, t.mean + state_at,
-            t.square + state_at, moved(t.max_square, state_at), run.size, t.dtype, t.wide_state},
-           call.steps[which]);
+    const Elements elements{t.param + at,
+                            reinterpret_cast<char*>(grad[run.tensor]) + at,
+                            t.mean + state_at,
+                            t.square + state_at,
+                            moved(t.max_square, state_at),
+                            run.size,
+                            t.dtype,
+                            t.wide_state};
+    const TensorStep& tensor_step = call.steps[which];
+    if (tensor_step.k == 1) clear(elements, t.state_item_size);
+    update(elements, tensor_step);
   });
   for (size_t i = 0; i < plan->tensors.size(); ++i) {
     if (call.of_tensor[i] != Call::kNone) plan->steps[i] = call.steps[call.of_tensor[i]].k;
