@@ -20,7 +20,7 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 
 
 class Pair(NamedTuple):
-    """An optimizer here, torch's of this name and what it says of that, arguments that keep state."""
+    """An optimizer here, torch's of its name and what that says, and arguments that keep state."""
 
     ours: type
     theirs: type

@@ -368,6 +368,7 @@ def test_complex_is_the_real_in_pairs(pair, kwargs):
 def test_a_tensor_lr_is_the_number_and_stays(pair, kwargs):
     lr = 0.02
     tensor = torch.tensor(lr)
+    kwargs = truth_of(kwargs)  # torch's foreach takes no tensor
     params, others = parameters(), parameters()
     ours = pair.ours(params, **{**kwargs, "lr": tensor})
     number = pair.ours(others, **{**kwargs, "lr": tensor.item()})

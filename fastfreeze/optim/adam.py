@@ -143,14 +143,11 @@ class Adam(FusedOptimizer):
         check_numbers({"lr": lr, "eps": eps, "weight_decay": weight_decay})
         _check_betas(betas)
         check_state_dtype("state_dtype", state_dtype)
-        if foreach and not capturable and isinstance(lr, Tensor):
-            raise ValueError(
-                "lr as a Tensor is not supported for capturable=False and foreach=True"
-            )
-        if foreach and not capturable and isinstance(betas[0], Tensor):
-            raise ValueError(
-                "betas as Tensors are not supported for capturable=False and foreach=True"
-            )
+        for name, value in (("lr", lr), ("betas[0]", betas[0])):
+            if foreach and not capturable and isinstance(value, Tensor):  # as torch has it
+                raise ValueError(
+                    f"{name} as a Tensor is not supported for capturable=False and foreach=True"
+                )
         super().__init__(
             params,
             {
