@@ -12,3 +12,16 @@
 #else
 #define FASTFREEZE_INLINE inline
 #endif
+
+namespace fastfreeze {
+
+// A pointer read from a table is generic until a device's compiler knows better.
+template <typename T>
+FASTFREEZE_HOST_DEVICE inline T* as_global(T* p) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
+}  // namespace fastfreeze

@@ -58,7 +58,7 @@ FASTFREEZE_HOST_DEVICE inline const Segment* segment_of(const SegmentTable& tabl
                                                         double step) {
   const int64_t begin = table.begin[group];
   const int64_t count = table.begin[group + 1] - begin;
-  return count == 0 ? nullptr : &segment_at(table.segments + begin, count, step);
+  return count == 0 ? nullptr : &segment_at(as_global(table.segments) + begin, count, step);
 }
 
 FASTFREEZE_HOST_DEVICE inline bool group_frozen(const SegmentTable& table, int64_t group,

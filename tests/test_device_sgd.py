@@ -282,13 +282,13 @@ def plan_of(backend, sizes, device="cpu"):
 def test_the_tables_come_in_one_copy(backend, device):
     plan = plan_of(backend, [7, 5000, 1], device)
     tables = [plan.runs, plan.hypers, plan.segments, plan.segment_begin, plan.tensor_groups]
-    tables += [plan.started, plan.counters, plan.grad_table]
+    tables += [plan.progress, plan.counters, plan.grad_table]
     assert len({t.untyped_storage().data_ptr() for t in tables}) == 1
     assert all(t.data_ptr() % 16 == 0 and t.is_contiguous() for t in tables)
     assert plan.segments.tolist() == [[0, TOTAL, 1]] * 3
     assert plan.segment_begin.flatten().tolist() == [0, 1, 2, 3]
     assert plan.tensor_groups.flatten().tolist() == [0, 1, 2]
-    assert plan.started.flatten().tolist() == [0, 1, 0]
+    assert plan.progress.flatten().tolist() == [0, 1, 0]
     assert [b.any().item() for b in plan.buffers] == [False, True, False]
     assert plan.runs[:, 1].min() >= min(b.data_ptr() for b in plan.buffers)
 
@@ -305,7 +305,7 @@ def test_tables_are_kept_for_each_stream_that_steps(backend, device, monkeypatch
     for stream in (None, side, side, None):
         plan._keep_for(stream)
     assert kept == [side]
-    monkeypatch.setattr("fastfreeze.ops._device_sgd.is_capturing", lambda _: True)
+    monkeypatch.setattr("fastfreeze.ops._device_plan.is_capturing", lambda _: True)
     plan._keep_for(Stream())
     assert kept == [side]
 

@@ -49,6 +49,7 @@ class AdamSpec:
         max_exp_avg_sqs: the same, and None where the group has no amsgrad.
         steps: float32 [n], how many steps each parameter has taken; a plan's steps advance it.
             Where it is 0 a kernel takes the moments as 0, whatever their memory holds.
+        first: whether a parameter's moments are still uninitialised memory, and its steps 0.
         groups: each parameter's group, an index into the table of hyperparameters.
         segments: each group's schedule; empty where the table's lr counts, which is everywhere or
             nowhere.
@@ -61,6 +62,7 @@ class AdamSpec:
     exp_avg_sqs: list[Tensor | None]
     max_exp_avg_sqs: list[Tensor | None]
     steps: Tensor
+    first: list[bool]
     groups: list[int]
     segments: Sequence[tuple[Segment, ...]]
     eta_min: float

@@ -81,6 +81,7 @@ class Spec(Protocol):
     """What specs of all optimizers have in common."""
 
     params: list[Tensor]
+    first: list[bool]
     groups: list[int]
     segments: Sequence[tuple[Segment, ...]]
     eta_min: float
