@@ -22,7 +22,7 @@ from fastfreeze.ops.softmax import (
     ensemble_softmax,
     ensemble_statistics,
 )
-from fastfreeze.optim import SGD
+from fastfreeze.optim import SGD, Adam, AdamW
 from fastfreeze.report import FreezeReport, FreezeRow
 from fastfreeze.saving import freezeout_for_saving
 from fastfreeze.schedule import (
@@ -39,6 +39,8 @@ from fastfreeze.views import RepeatableViews
 
 __all__ = [
     "SGD",
+    "Adam",
+    "AdamW",
     "BackendUnavailableError",
     "BackwardBlocker",
     "CacheStats",

@@ -59,7 +59,12 @@ def plan_of(backend, params, *, amsgrad=False, state_dtype=None, steps=None, **s
             return [None] * len(params)
         return [torch.full_like(p, math.nan, dtype=buffer_dtype(p, state_dtype)) for p in params]
 
-    fields = {"groups": [0] * len(params), "segments": [()], "eta_min": 0.0} | spec
+    fields = {
+        "groups": [0] * len(params),
+        "segments": [()],
+        "eta_min": 0.0,
+        "warmup_steps": 0,
+    } | spec
     return PLANS[backend](
         AdamSpec(
             params=params,
@@ -67,6 +72,7 @@ def plan_of(backend, params, *, amsgrad=False, state_dtype=None, steps=None, **s
             exp_avg_sqs=moments(True),
             max_exp_avg_sqs=moments(amsgrad),
             steps=torch.zeros(len(params)) if steps is None else steps,
+            first=[True] * len(params),
             state_dtype=state_dtype,
             **fields,
         )
@@ -274,10 +280,12 @@ SEGMENTS = [
 def test_a_schedule_sets_rates_and_freezes(backend):
     params = [torch.ones(40), torch.ones(50), torch.ones(60)]
     steps, groups = torch.zeros(3), [0, 1, 1]
-    plan = plan_of(backend, params, steps=steps, groups=groups, segments=SEGMENTS, eta_min=1e-3)
+    plan = plan_of(
+        backend, params, steps=steps, groups=groups, segments=SEGMENTS, eta_min=1e-3, warmup_steps=3
+    )
     cases = [{"weight_decay": 0.1, "initial_lr": 0.2}, {"beta1": 0.5, "initial_lr": 0.1}]
     hypers = hyper_rows(*cases)
-    rates = SegmentTable(SEGMENTS, 1e-3)
+    rates = SegmentTable(SEGMENTS, 1e-3, 3)
     truths = [torchs(params[:1], cases[0]), torchs(params[1:], cases[1])]
     for step in range(5):
         grads = [torch.randn_like(p) for p in params]
@@ -322,7 +330,14 @@ def test_nothing_beside_the_tensors_is_read_or_written(dtype, size, side):
     """A stray access ends the process."""
     param, grad, *moments = (guarded(torch.rand(size).to(dtype), side) for _ in range(5))
     steps = torch.ones(1)
-    fields = {"groups": [0], "segments": [()], "eta_min": 0.0, "state_dtype": None}
+    fields = {
+        "groups": [0],
+        "segments": [()],
+        "eta_min": 0.0,
+        "warmup_steps": 0,
+        "first": [True],
+        "state_dtype": None,
+    }
     plan = AdamCpuPlan(AdamSpec([param], *([m] for m in moments), steps=steps, **fields))
     for count in (1.0, 0.0):
         steps.fill_(count)

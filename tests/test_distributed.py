@@ -426,7 +426,7 @@ def refused(arguments):
 
 REFUSED = {
     "module": ({"module": "net"}, "TypeError: module must be a torch.nn.Module, got str"),
-    "optimizer": ({"optimizer": None}, "TypeError: optimizer must be a fastfreeze.SGD or a"),
+    "optimizer": ({"optimizer": None}, "TypeError: optimizer must be a fastfreeze.SGD, Adam"),
     "mixed precision": ({"mixed_precision": "bf16"}, "ValueError: mixed_precision must be left"),
     "unknown": ({"bucket_size": 3}, "TypeError: .*bucket_size"),
 }

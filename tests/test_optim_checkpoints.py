@@ -139,5 +139,5 @@ def test_a_backend_asked_for_says_why_it_cannot_take_such_momentum():
     optimizer.step()
     p.grad, p.data = None, p.data.float()
     p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match=r"parameter 0: its momentum buffer is torch\.float64"):
+    with pytest.raises(ValueError, match=r"parameter 0: its state is torch\.float64"):
         optimizer.step()

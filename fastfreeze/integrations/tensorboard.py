@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastfreeze.ensemble import Snapshot
-from fastfreeze.optim import SGD
+from fastfreeze.optim import FusedOptimizer
 from fastfreeze.report import FreezeReport
 
 
-def log_step(writer: Any, optimizer: SGD) -> None:
+def log_step(writer: Any, optimizer: FusedOptimizer) -> None:
     """Write each layer's learning rate, and how many layers are frozen, at the present step.
 
     ::
@@ -20,14 +20,17 @@ def log_step(writer: Any, optimizer: SGD) -> None:
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its methods.
-        optimizer: its ``current_step`` is the axis; the rates are those of the step to come.
+        optimizer: a :class:`fastfreeze.SGD`, ``Adam`` or ``AdamW``. Its ``current_step`` is the
+            axis; the rates are those of the step to come.
 
     Raises:
         TypeError: one of the two is something else.
     """
     _check_writer(writer)
-    if not isinstance(optimizer, SGD):
-        raise TypeError(f"optimizer must be a fastfreeze.SGD, got {type(optimizer).__name__}")
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"optimizer must be a fastfreeze.SGD, Adam or AdamW, got {type(optimizer).__name__}"
+        )
     step = optimizer.current_step
     for i, group in enumerate(optimizer.param_groups):
         name = f"{group['layer_index']:03d}_{group['layer_name']}" if "layer_name" in group else i

@@ -14,7 +14,7 @@ from fastfreeze.ensemble import MemorySnapshots, SnapshotStore
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.freezing import LayerPlan
 from fastfreeze.graph import trim
-from fastfreeze.optim import SGD
+from fastfreeze.optim import FusedOptimizer
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Schedule
 
@@ -30,7 +30,7 @@ class TrainingRun:
     Args:
         owner: the module that the framework trains.
         name: of the network in it: a submodule, which is called for the forward.
-        optimizers: those of the training. One of them is a ``fastfreeze.SGD`` with a schedule, for
+        optimizers: those of the training. One of them is fastfreeze's with a schedule, for
             parameters of ``owner``'s network.
         total_steps: how many optimizer steps the framework will take; None if that is not known.
         store: where the snapshot of each cycle's end goes; None: none are taken.
@@ -132,19 +132,25 @@ def network_of(owner: nn.Module, name: str) -> nn.Module:
     )
 
 
-def _optimizer_of(network: nn.Module, name: str, optimizers: Iterable[Any]) -> tuple[SGD, Schedule]:
+def _optimizer_of(
+    network: nn.Module, name: str, optimizers: Iterable[Any]
+) -> tuple[FusedOptimizer, Schedule]:
     """The optimizer that trains the network, and its schedule."""
     own = set(network.parameters())
     # Frameworks wrap optimizers, and keep what they wrap under this name.
     unwrapped: list[Optimizer] = [getattr(o, "optimizer", o) for o in optimizers]
     for optimizer in unwrapped:
         params = (p for group in optimizer.param_groups for p in group["params"])
-        if isinstance(optimizer, SGD) and optimizer.schedule and not own.isdisjoint(params):
+        if (
+            isinstance(optimizer, FusedOptimizer)
+            and optimizer.schedule
+            and not own.isdisjoint(params)
+        ):
             return optimizer, optimizer.schedule
     found = ", ".join(f"{type(o).__module__}.{type(o).__name__}" for o in unwrapped) or "none"
     raise ValueError(
-        f"the optimizer of {name!r} must be a fastfreeze.SGD with a schedule, over parameters that "
-        f"train, got {found}"
+        f"the optimizer of {name!r} must be a fastfreeze.SGD, Adam or AdamW with a schedule, over "
+        f"parameters that train, got {found}"
     )
 
 

@@ -51,7 +51,7 @@ class IdleScheduler(LRScheduler):
     """A scheduler for where one is asked for; learning rates stay as the optimizer sets them.
 
     For ``Trainer(optimizers=(optimizer, IdleScheduler(optimizer)))``: without it the Trainer makes
-    one of its own, which a :class:`fastfreeze.SGD` with a schedule refuses.
+    one of its own, which an optimizer of fastfreeze with a schedule refuses.
     """
 
     def get_lr(self) -> list[float | Tensor]:
@@ -80,9 +80,10 @@ class Logits(nn.Module):
 class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Trims a part of a Trainer's model while it trains, and takes a snapshot at each cycle's end.
 
-    The Trainer is given a :class:`fastfreeze.SGD` with a schedule; its checkpoints resume bit for
-    bit. In the training steps alone the part is replaced by :func:`fastfreeze.trim` of it, so that
-    evaluation, checkpoints and ``save_pretrained`` see the model itself.
+    The Trainer is given a :class:`fastfreeze.SGD`, ``Adam`` or ``AdamW`` with a schedule; its
+    checkpoints resume bit for bit. In the training steps alone the part is replaced by
+    :func:`fastfreeze.trim` of it, so that evaluation, checkpoints and ``save_pretrained`` see the
+    model itself.
 
     Args:
         network: name of the submodule that is trimmed, such as ``model.base_model_prefix``: "bert",
@@ -96,9 +97,9 @@ class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         report: the :class:`fastfreeze.FreezeReport` of the latest training; None without ``plan``.
 
     Raises, when the training starts:
-        ValueError: there is no such part, or no ``fastfreeze.SGD`` with a schedule for it; another
-            scheduler than :class:`IdleScheduler`; or fewer steps in the schedule than in the
-            training.
+        ValueError: there is no such part, or no optimizer of fastfreeze with a schedule for it;
+            another scheduler than :class:`IdleScheduler`; or fewer steps in the schedule than in
+            the training.
 
     Warns:
         FastfreezeWarning: the schedule has more steps than the training.

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastfreeze._frozen import frozen_by_schedule, note_driven, note_frozen, note_thawed
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze._frozen import note_driven, note_frozen
+from fastfreeze.errors import warn
+from fastfreeze.layers.followed import FollowedGroups
 from fastfreeze.layers.groups import (
-    SegmentTable,
     as_step,
     check_scheduled_groups,
     earlier_run_message,
@@ -74,9 +72,7 @@ class FreezeScheduler(LRScheduler):
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a fastfreeze Schedule, got {schedule!r}")
         self.schedule = schedule
-        segments = check_scheduled_groups(schedule, optimizer.param_groups)
-        self._rates = SegmentTable(segments, schedule.eta_min, schedule.warmup_steps)
-        self._frozen: dict[int, list[Tensor]] = {}  # group: what freezing switched off
+        self._layers = FollowedGroups(schedule, optimizer.param_groups)
         self._taken = 0  # the optimizer's steps
         self._told = False
         self._has_begun = False
@@ -93,12 +89,11 @@ class FreezeScheduler(LRScheduler):
     @property
     def frozen_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are frozen now, rising."""
-        return tuple(layers_of(self.optimizer.param_groups, self._frozen))
+        return tuple(layers_of(self.optimizer.param_groups, self._layers.frozen))
 
     def get_lr(self) -> list[float | Tensor]:
         """Each group's learning rate at the current step, a float."""
-        initial = np.array([float(lr) for lr in self.base_lrs])
-        return list(self._rates.lrs(self.last_epoch, initial))
+        return list(self._layers.lrs(self.last_epoch, self.base_lrs))
 
     def step(self, epoch: int | None = None) -> None:
         """Follow the optimizer to the step it is at.
@@ -138,7 +133,7 @@ class FreezeScheduler(LRScheduler):
         return {
             "last_epoch": self.last_epoch,
             "taken": self._taken,
-            "switched_off": [[g, self._indices(g)] for g in sorted(self._frozen)],
+            "switched_off": [[g, self._indices(g)] for g in sorted(self._layers.frozen)],
             "base_lrs": [float(lr) for lr in self.base_lrs],
             "schedule": self.schedule.config(),
         }
@@ -215,47 +210,25 @@ class FreezeScheduler(LRScheduler):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        frozen = self._rates.frozen(min(step, self.schedule.total_steps - 1))
-        for g in sorted(frozen):
-            self._freeze(g)
-        for g in sorted(set(self._frozen) - frozen):
-            thawed = self._frozen.pop(g)
-            for p in thawed:
-                p.requires_grad_(True)
-            note_thawed(thawed)
-
-    def _freeze(self, g: int) -> None:
-        params = self.optimizer.param_groups[g]["params"]
-        if g not in self._frozen:
-            earlier = set(map(id, frozen_by_schedule(params)))  # by the run that this one resumes
-            self._frozen[g] = [p for p in params if p.requires_grad or id(p) in earlier]
-            note_frozen(self._frozen[g])
-        for p in params:  # each time: somebody may have switched it on, or loaded state for it
-            p.requires_grad_(False)
-            p.grad = None
-            self.optimizer.state.pop(p, None)
+        self._layers.go_to(step, self.optimizer.param_groups, self.optimizer.state)
 
     def _indices(self, g: int) -> list[int]:
         """Which of a frozen group's parameters freezing has switched off."""
-        switched_off = set(map(id, self._frozen[g]))
+        switched_off = set(map(id, self._layers.frozen[g]))
         params = self.optimizer.param_groups[g]["params"]
         return [i for i, p in enumerate(params) if id(p) in switched_off]
 
     def _check_group_count(self) -> None:
-        if len(self.base_lrs) != len(self.optimizer.param_groups):
-            raise ValueError(
-                f"param_groups must be the {len(self.base_lrs)} groups that the schedule knows, "
-                f"got {len(self.optimizer.param_groups)}: make a new scheduler for others"
-            )
+        self._layers.check_count(self.optimizer.param_groups, "make a new scheduler for others")
 
     def _tell_of_earlier_run(self) -> None:
         """Warn, once training has begun, of layers that do not train for no reason of today."""
         if self._has_begun:  # a checkpoint may have been loaded until then
             return
         self._has_begun = True
-        message = earlier_run_message(self.optimizer.param_groups, self._frozen)
+        message = earlier_run_message(self.optimizer.param_groups, self._layers.frozen)
         if message:
-            warnings.warn(message, FastfreezeWarning, stacklevel=3)
+            warn(message)
 
     def _tell_of_another(self) -> None:
         """Warn, once, if the rates are not those that were set last."""
@@ -265,12 +238,10 @@ class FreezeScheduler(LRScheduler):
             if self._told or isinstance(group["lr"], Tensor) or group["lr"] == lr:
                 continue
             self._told = True
-            warnings.warn(
+            warn(
                 f"lr of parameter group {g} is {group['lr']!r}, and was set to {lr!r}: another "
                 "scheduler or a loaded state changes it. FreezeScheduler sets the schedule's rate "
-                "again; to change one, change the schedule or the initial rate",
-                FastfreezeWarning,
-                stacklevel=3,
+                "again; to change one, change the schedule or the initial rate"
             )
 
 

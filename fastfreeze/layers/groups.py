@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastfreeze._frozen import frozen_by_schedule, planned
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 from fastfreeze.schedule import Schedule, Segment, check_initial_lr, cosine_lr
 from fastfreeze.text import ranges
 
@@ -111,18 +110,18 @@ def tell_of_plan(groups: Sequence[Group], schedule: Schedule | None) -> None:
     """
     message = None if schedule is None else _scaled_rates_message(groups, schedule)
     if message:
-        _warn(message)
+        warn(message)
     plan = planned(p for group in groups for p in group["params"])
     if plan is None or not all("layer_index" in group for group in groups):  # not its groups
         return
     config, lr = plan
     if config is not None and schedule is None:
-        _warn(
+        warn(
             f"split() was given schedule={config['name']}, and this optimizer has none: no layer "
             "will freeze. Pass schedule=plan.schedule to the optimizer too"
         )
     elif config is not None and schedule is not None and config != schedule.config():
-        _warn(
+        warn(
             f"split() was given schedule {config}, and this optimizer follows "
             f"{schedule.config()}: the plan tells of another run. Pass both the same schedule"
         )
@@ -132,7 +131,7 @@ def tell_of_plan(groups: Sequence[Group], schedule: Schedule | None) -> None:
         and len(rates) == 1
         and not math.isclose(lr, rate := rates.pop(), rel_tol=1e-6)
     ):
-        _warn(
+        warn(
             f"split() was given lr={float(lr)}, and this optimizer starts from lr={rate}, which is "
             "what counts: the plan's table shows rates that no layer has. Pass both the same lr"
         )
@@ -176,10 +175,6 @@ def layers_in_words(groups: Sequence[Group], chosen: Iterable[int]) -> str:
 def layers_of(groups: Sequence[Group], chosen: Iterable[int]) -> list[int]:
     """Indices of the layers of some groups, rising; a group that names none is one itself."""
     return sorted({groups[g].get("layer_index", g) for g in chosen})
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, FastfreezeWarning, stacklevel=4)  # who makes the optimizer
 
 
 class SegmentTable:

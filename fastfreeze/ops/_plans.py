@@ -159,6 +159,7 @@ class PointerPlan:
     ) -> None:
         self.params = params
         self._look = Look(params, [*params, *state])
+        self._empty = [i for i, p in enumerate(params) if p.numel() == 0]
         self._given = Given([])
         self._addresses: array[int] | None = None  # of the gradients that were aligned last
         self._unstarted = set(unstarted)
@@ -200,6 +201,8 @@ class PointerPlan:
     def _gathered(self) -> array[int]:
         if self._addresses is None:
             raise RuntimeError("align() comes before step()")
+        for i in self._empty:  # a gradient without elements has no address, and counts
+            self._addresses[i] = int(self._given.flags[i])
         return self._addresses
 
     def _note_step(self) -> None:
