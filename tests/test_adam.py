@@ -72,7 +72,7 @@ def plan_of(backend, params, *, amsgrad=False, state_dtype=None, steps=None, **s
             exp_avg_sqs=moments(True),
             max_exp_avg_sqs=moments(amsgrad),
             steps=torch.zeros(len(params)) if steps is None else steps,
-            first=[True] * len(params),
+            first=[steps is None] * len(params),
             state_dtype=state_dtype,
             **fields,
         )
@@ -335,8 +335,8 @@ def test_nothing_beside_the_tensors_is_read_or_written(dtype, size, side):
         "segments": [()],
         "eta_min": 0.0,
         "warmup_steps": 0,
-        "first": [True],
         "state_dtype": None,
+        "first": [False],
     }
     plan = AdamCpuPlan(AdamSpec([param], *([m] for m in moments), steps=steps, **fields))
     for count in (1.0, 0.0):
