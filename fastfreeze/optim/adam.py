@@ -63,6 +63,7 @@ class AdamRule(UpdateRule):
             exp_avg_sqs=planned.moments["exp_avg_sq"],
             max_exp_avg_sqs=planned.moments["max_exp_avg_sq"],
             steps=planned.steps,
+            first=planned.first,
             groups=planned.groups,
             segments=planned.segments,
             eta_min=planned.eta_min,
