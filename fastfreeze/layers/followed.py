@@ -82,7 +82,7 @@ class FollowedGroups:
             thawed = self.frozen.pop(g)
             for p in thawed:
                 p.requires_grad_(True)
-                if new_state is not None and p not in state:
+                if new_state is not None and p not in state:  # none was loaded since
                     state[p] = new_state(groups[g], p)
             note_thawed(thawed)
 

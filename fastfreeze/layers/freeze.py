@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -14,6 +15,7 @@ from fastfreeze._frozen import note_driven, note_frozen
 from fastfreeze.errors import warn
 from fastfreeze.layers.followed import FollowedGroups
 from fastfreeze.layers.groups import (
+    Group,
     as_step,
     check_scheduled_groups,
     earlier_run_message,
@@ -73,6 +75,7 @@ class FreezeScheduler(LRScheduler):
             raise TypeError(f"schedule must be a fastfreeze Schedule, got {schedule!r}")
         self.schedule = schedule
         self._layers = FollowedGroups(schedule, optimizer.param_groups)
+        self._makes_state_early = _makes_state_early(optimizer)
         self._taken = 0  # the optimizer's steps
         self._told = False
         self._has_begun = False
@@ -210,7 +213,11 @@ class FreezeScheduler(LRScheduler):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        self._layers.go_to(step, self.optimizer.param_groups, self.optimizer.state)
+        new_state = self._new_state if self._makes_state_early else None
+        self._layers.go_to(step, self.optimizer.param_groups, self.optimizer.state, new_state)
+
+    def _new_state(self, group: Group, param: Tensor) -> dict[str, Any]:
+        return _state_before_steps(self.optimizer, group, param)
 
     def _indices(self, g: int) -> list[int]:
         """Which of a frozen group's parameters freezing has switched off."""
@@ -243,6 +250,24 @@ class FreezeScheduler(LRScheduler):
                 "scheduler or a loaded state changes it. FreezeScheduler sets the schedule's rate "
                 "again; to change one, change the schedule or the initial rate"
             )
+
+
+def _makes_state_early(optimizer: Optimizer) -> bool:
+    """Whether it makes the state of its parameters before their first step, as Adagrad does."""
+    if not optimizer.state:
+        return False
+    group = optimizer.param_groups[0]
+    try:
+        return any(_state_before_steps(optimizer, group, p) for p in group["params"][:1])
+    except Exception:  # its class takes other arguments than its groups hold: it is none of torch's
+        return False
+
+
+def _state_before_steps(optimizer: Optimizer, group: Group, param: Tensor) -> dict[str, Any]:
+    """What a new optimizer of this class keeps of a parameter of the group."""
+    names = inspect.signature(type(optimizer)).parameters.keys() & group.keys() - {"params"}
+    new = type(optimizer)([param], **{name: group[name] for name in names})
+    return new.state.get(param, {})
 
 
 def _check_optimizer(optimizer: Any) -> None:
