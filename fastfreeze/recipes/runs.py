@@ -184,7 +184,6 @@ class _Totals:
         others: CPU time of other processes, likewise; None where it is unknown.
         removed: sum over the steps of the share of the backward that was removed.
         peak_mb: highest use of memory while training.
-        best_epoch, best_error: of the weights that err least on the images held out.
     """
 
     epoch: int = 0
@@ -194,8 +193,15 @@ class _Totals:
     others: float | None = 0.0
     removed: float = 0.0
     peak_mb: float | None = None
-    best_epoch: int = 0
-    best_error: float = math.inf
+
+
+@dataclass
+class _Best:
+    """The weights that err least on the images held out, at the end of which epoch, and how much."""
+
+    epoch: int
+    error: float
+    weights: dict[str, Tensor]
 
 
 class _Run:
@@ -225,7 +231,7 @@ class _Run:
         if isinstance(schedule, SnapshotCycles):
             self.store = SnapshotStore(run_dir.snapshots(self.name))
         self.totals = _Totals()
-        self._best: dict[str, Tensor] | None = None  # the weights of the best epoch
+        self._best: _Best | None = None
         self._unwritten: list[Line] = []  # lines that TensorBoard's events lack
         self._restore()
         self._forget_later_snapshots()
@@ -301,10 +307,10 @@ class _Run:
             step_losses=[round(loss, 6) for loss in losses],
             step_seconds=[round(s, 6) for s in seconds],
         )
-        if self.experiment.validation and error < totals.best_error:
-            totals.best_epoch, totals.best_error = totals.epoch, error
+        if self.experiment.validation and (self._best is None or error < self._best.error):
             weights = self.setup.model.state_dict()
-            self._best = {key: value.cpu().clone() for key, value in weights.items()}
+            copies = {key: value.to("cpu", copy=True) for key, value in weights.items()}
+            self._best = _Best(totals.epoch, error, copies)
         self._save()
         return error
 
@@ -356,7 +362,7 @@ class _Run:
             "optimizer": setup.optimizer.state_dict(),
             "scheduler": setup.scheduler and setup.scheduler.state_dict(),
             "random_state": torch.get_rng_state(),
-            "best": self._best,
+            "best": self._best and vars(self._best),
         }
         if self.device.type == "cuda":
             state["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
@@ -365,8 +371,8 @@ class _Run:
 
     def _write_best(self) -> None:
         """As a file to go on with elsewhere; the checkpoint, which is written first, has them too."""
-        if self._best is not None and self.totals.best_epoch == self.totals.epoch:
-            self.run_dir.save_best(self.name, self._best)
+        if self._best is not None and self._best.epoch == self.totals.epoch:
+            self.run_dir.save_best(self.name, self._best.weights)
 
     def _restore(self) -> None:
         """Go on from the checkpoint; without one, note what starts."""
@@ -397,10 +403,9 @@ class _Run:
 
     def _load(self, state: Line) -> None:
         setup = self.setup
-        self.totals = _Totals(
-            **{f.name: state.get(f.name, f.default) for f in fields(_Totals)}  # as in older ones
-        )
-        self._best = state.get("best")
+        self.totals = _Totals(**{field.name: state[field.name] for field in fields(_Totals)})
+        if state.get("best"):  # None without validation; not in older ones
+            self._best = _Best(**state["best"])
         setup.model.load_state_dict(state["model"])
         setup.optimizer.load_state_dict(state["optimizer"])
         if setup.scheduler is not None:
@@ -413,7 +418,7 @@ class _Run:
     def _result(self) -> Line:
         totals, labels = self.totals, self.tested.test.labels
         if self._best is not None:
-            self.setup.model.load_state_dict(self._best)
+            self.setup.model.load_state_dict(self._best.weights)
         last = self._predict(self.tested)
         members = None if self.store is None else self._evaluate_members(self.store)
         best = last if members is None else members.mean(0)
@@ -431,8 +436,8 @@ class _Run:
             "seconds_per_epoch": totals.seconds / self.experiment.epochs,
             "backward_removed": totals.removed / totals.step,
             "peak_memory_mb": totals.peak_mb,
-            "validation_error": totals.best_error if self._best is not None else None,
-            "best_epoch": totals.best_epoch if self._best is not None else None,
+            "validation_error": self._best and self._best.error,
+            "best_epoch": self._best and self._best.epoch,
         }
 
     def _evaluate_members(self, store: SnapshotStore) -> Tensor:

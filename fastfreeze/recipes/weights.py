@@ -22,7 +22,8 @@ def load_weights(network: nn.Module, path: str, images: Tensor) -> None:
     Args:
         network: of which every other tensor comes from the file.
         path: a file of torch.save, in which nothing but tensors is unpickled, or of safetensors.
-        images: ``[B, C, H, W]``, where the network is, which runs on it once, in eval mode.
+        images: ``[B, C, H, W]``, where the network is, which runs on it once, in eval mode. On the
+            meta device what does not fit is told, and the network is of no use afterwards.
 
     Raises:
         RecipeError: the file cannot be read, is no state dict, or does not fit the network; the
@@ -39,7 +40,7 @@ def load_weights(network: nn.Module, path: str, images: Tensor) -> None:
     ]
     if not wrong:
         # Files from before norms counted their batches lack the counts: torch makes up for that.
-        found = network.load_state_dict(weights, strict=False)
+        found = network.load_state_dict(weights, strict=False, assign=images.is_meta)
         missing = [key for key in found.missing_keys if not key.startswith(head)]
         for what, keys in (("lacks", missing), ("has besides", found.unexpected_keys)):
             wrong += [f"it {what} {some(keys)}"] if keys else []
