@@ -30,12 +30,14 @@ FASTFREEZE_HOST_DEVICE inline double cos_pi(double x) {
 }
 
 FASTFREEZE_HOST_DEVICE inline double segment_lr(const Segment& segment, double step,
-                                                double initial_lr, double eta_min) {
+                                                double initial_lr, double eta_min,
+                                                double warmup_steps) {
   if (segment.length == 0) return 0.0;
   const double elapsed = (step - segment.start) / segment.length;
   const double phase = elapsed < 1.0 ? elapsed : 1.0;
   const double factor = 0.5 * (1.0 + cos_pi(phase));
-  return eta_min + (segment.scale * initial_lr - eta_min) * factor;
+  const double lr = eta_min + (segment.scale * initial_lr - eta_min) * factor;
+  return step + 1.0 < warmup_steps ? lr * ((step + 1.0) / warmup_steps) : lr;
 }
 
 // The last of `count` >= 1 segments, sorted by start, that has begun at `step`.

@@ -22,6 +22,7 @@ struct SegmentTable {
   const Segment* segments;
   const int64_t* begin;
   double eta_min;
+  double warmup_steps;
 };
 
 struct GroupRate {
@@ -47,7 +48,9 @@ FASTFREEZE_HOST_DEVICE inline GroupRate group_rate(const SegmentTable& table, in
   const double at = static_cast<double>(step);
   const Segment* segment = segment_of(table, group, at);
   if (segment == nullptr) return {hyper_row[kLr], false};
-  return {segment_lr(*segment, at, hyper_row[kInitialLr], table.eta_min), segment->length == 0};
+  const double lr =
+      segment_lr(*segment, at, hyper_row[kInitialLr], table.eta_min, table.warmup_steps);
+  return {lr, segment->length == 0};
 }
 
 template <typename T>

@@ -30,6 +30,8 @@ from fastfreeze.schedule import (
     Cosine,
     FreezeOut,
     FreezeOutCycles,
+    Frozen,
+    GradualUnfreezing,
     Schedule,
     SnapshotCycles,
 )
@@ -53,6 +55,8 @@ __all__ = [
     "FreezeReport",
     "FreezeRow",
     "FreezeScheduler",
+    "Frozen",
+    "GradualUnfreezing",
     "Layer",
     "LayerPlan",
     "MemorySnapshots",

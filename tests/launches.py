@@ -190,7 +190,7 @@ def sgd_arguments() -> dict[str, dict]:
     """What a step that tracks nothing and one that tracks get, and what they must get."""
     params, buffers = ([torch.ones(5000), torch.ones(3)] for _ in range(2))
     segments = Cosine(100).segments()
-    plan = TritonPlan(PlanSpec(params, buffers, [True] * 2, [0, 0], [segments], 0.1, None))
+    plan = TritonPlan(PlanSpec(params, buffers, [True] * 2, [0, 0], [segments], 0.1, 7, None))
     grad_scale, found_inf = torch.ones(()), torch.zeros(())
     driver.active.launched = []
     for track in (False, True):
@@ -208,7 +208,7 @@ def sgd_arguments() -> dict[str, dict]:
         "found_inf": found_inf,
     }
     expected = {name: table.data_ptr() for name, table in tables.items()}
-    expected |= {"eta_min": 0.1, "num_runs": len(plan.runs), "num_tensors": 2}
+    expected |= {"eta_min": 0.1, "warmup_steps": 7.0, "num_runs": len(plan.runs), "num_tensors": 2}
     return {
         name: {"expected": expected | {"track": int(name == "tracks")}, **launch}
         for name, launch in zip(("step", "tracks"), driver.active.launched, strict=True)

@@ -89,6 +89,7 @@ SCHEDULES = {
     "freezeout": FreezeOut(TOTAL, t_0=0.7),
     "sticky": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.5),
     "thaw": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.7, composition="thaw"),
+    "warm": FreezeOut(TOTAL, t_0=0.7, warmup_steps=7, layer_decay=0.5),
 }
 HYPERS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 1e-2}
 
@@ -276,7 +277,7 @@ def plan_of(backend, sizes, device="cpu"):
     buffers = [torch.rand_like(p) for p in params]
     first, groups = [i % 2 == 0 for i in range(len(params))], [i % 3 for i in range(len(params))]
     segments = [Cosine(TOTAL).segments()] * 3
-    return sgd_ops.PLANS[backend](PlanSpec(params, buffers, first, groups, segments, 0.1, None))
+    return sgd_ops.PLANS[backend](PlanSpec(params, buffers, first, groups, segments, 0.1, 0, None))
 
 
 def test_the_tables_come_in_one_copy(backend, device):

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 import fastfreeze
-from fastfreeze import Constant, Cosine, FreezeOut, FreezeOutCycles, FreezeScheduler, SnapshotCycles
+from fastfreeze import (
+    Constant,
+    Cosine,
+    FreezeOut,
+    FreezeOutCycles,
+    FreezeScheduler,
+    Frozen,
+    GradualUnfreezing,
+    SnapshotCycles,
+)
 from fastfreeze.errors import FastfreezeWarning
 
 TOTAL = 12
@@ -26,11 +35,13 @@ OPTIMIZERS = {
     "fastfreeze.SGD": lambda groups: fastfreeze.SGD(groups, lr=0.1, momentum=0.9),
 }
 SCHEDULES = {
-    "FreezeOut": FreezeOut(TOTAL, t_0=0.25),
-    "FreezeOut unscaled": FreezeOut(TOTAL, t_0=0.25, scale_lr=False),
+    "FreezeOut": FreezeOut(TOTAL, t_0=0.25, scale_lr=False),
+    "FreezeOut scaled": FreezeOut(TOTAL, t_0=0.5),
     "Cosine": Cosine(TOTAL),
     "cycles": SnapshotCycles(TOTAL, num_cycles=3),
-    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.3, composition="thaw"),
+    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.3, scale_lr=False, composition="thaw"),
+    "frozen": Frozen(TOTAL, until=2, warmup_steps=3),
+    "unfreezes": GradualUnfreezing(TOTAL, unfreeze_every=3, warmup_steps=5, layer_decay=0.7),
 }
 FREEZING = SCHEDULES["FreezeOut"]
 
@@ -147,9 +158,12 @@ def written(*objects):
 
 @pytest.mark.parametrize("scheduler_first", [False, True])
 @pytest.mark.parametrize("at", [2, 5, 7, TOTAL])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_run_ends_like_an_uninterrupted_one(name, at, scheduler_first):
-    schedule = SCHEDULES["thaws"]
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [*((name, "thaws") for name in OPTIMIZERS), ("AdamW", "unfreezes"), ("SGD", "unfreezes")],
+)
+def test_a_resumed_run_ends_like_an_uninterrupted_one(name, schedule, at, scheduler_first):
+    schedule = SCHEDULES[schedule]
     expected = made(schedule, name)
     train(*expected, range(at))
     states = written(*expected)
@@ -278,7 +292,7 @@ def test_biases_and_norms_form_groups_of_their_layers():
     ]
     assert [len(g["params"]) for g in groups] == [1, 3, 1]
     optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
-    scheduler = FreezeScheduler(optimizer, FreezeOut(TOTAL, t_0=0.25))
+    scheduler = FreezeScheduler(optimizer, FREEZING)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0, 0.1]
     train(model, optimizer, scheduler, range(6))
     assert scheduler.frozen_layers == (0,)
@@ -463,10 +477,12 @@ def test_a_constant_schedule_leaves_rates_as_they_are():
     assert [g["lr"] for g in optimizer.param_groups] == [0.02] * 4
 
 
-def test_a_trimmed_network_follows():
-    model, optimizer, scheduler = made(FREEZING)
+@pytest.mark.parametrize("schedule", ["FreezeOut", "frozen", "unfreezes"])
+def test_a_trimmed_network_follows(schedule):
+    schedule = SCHEDULES[schedule]
+    model, optimizer, scheduler = made(schedule)
     network = fastfreeze.trim(model)
     train(network, optimizer, scheduler, range(TOTAL))
-    expected = made(FREEZING)
+    expected = made(schedule)
     train(*expected, range(TOTAL))
     torch.testing.assert_close(model.state_dict(), expected[0].state_dict())

@@ -40,7 +40,7 @@ def network():
 
 
 def schedule_of(steps):
-    return fastfreeze.FreezeOutCycles(steps, num_cycles=CYCLES, t_0=0.3, composition="sticky")
+    return fastfreeze.FreezeOutCycles(steps, num_cycles=CYCLES, t_0=0.3, scale_lr=False)
 
 
 def module_of(lightning):
@@ -102,7 +102,9 @@ class WithAdamW(Module):
 def adamw(model):
     groups = fastfreeze.split(model, torch.zeros(1, 2, 6, 6)).param_groups()
     optimizer = torch.optim.AdamW(groups, lr=0.01)
-    return optimizer, fastfreeze.FreezeScheduler(optimizer, fastfreeze.FreezeOut(STEPS, t_0=0.3))
+    return optimizer, fastfreeze.FreezeScheduler(
+        optimizer, fastfreeze.FreezeOut(STEPS, t_0=0.3, scale_lr=False)
+    )
 
 
 @pytest.fixture

@@ -250,7 +250,7 @@ def test_another_optimizer_freezes_by_a_scheduler(options, tmp_path):
         model.load_state_dict(start)
         options_of_run = {"save_strategy": "steps", "save_steps": half, **options}
         run, _, _ = trainer(model, data, tmp_path / name, **options_of_run)
-        schedule = fastfreeze.FreezeOut(total_steps(run), t_0=0.3)
+        schedule = fastfreeze.FreezeOut(total_steps(run), t_0=0.3, scale_lr=False)
         example = tuple(v[None] for name, v in data[0].items() if name != "labels")
         groups = fastfreeze.split(model, example).param_groups(no_decay=True)
         run.callback_handler.pop_callback(FastfreezeCallback)

@@ -70,7 +70,7 @@ def sgd_step(dtype, momentum_dtype=None, scaled=False):
     param, grad = torch.zeros(5000, dtype=dtype), torch.ones(5000, dtype=dtype)
     buffer = torch.zeros(5000, dtype=momentum_dtype or dtype)
     segments = Cosine(100).segments()
-    spec = PlanSpec([param], [buffer], [True], [0], [segments], 0.0, momentum_dtype)
+    spec = PlanSpec([param], [buffer], [True], [0], [segments], 0.0, 0, momentum_dtype)
     amp = torch.ones(()) if scaled else None
     plan = TritonPlan(spec)
     plan.step(

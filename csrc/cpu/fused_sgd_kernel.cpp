@@ -55,8 +55,11 @@ struct Plan {
   std::vector<Segment> segments;
   std::vector<int64_t> segment_begin;
   double eta_min;
+  double warmup_steps;
   int64_t num_groups() const { return static_cast<int64_t>(segment_begin.size()) - 1; }
-  SegmentTable table() const { return {segments.data(), segment_begin.data(), eta_min}; }
+  SegmentTable table() const {
+    return {segments.data(), segment_begin.data(), eta_min, warmup_steps};
+  }
 };
 
 struct GroupHyper {
@@ -118,13 +121,15 @@ void add_tensor(Plan& plan, const int64_t* row) {
 }
 
 // tensors: int64 [n, 7]; segments: float64 [s, 3]; segment_begin: int64 [num_groups + 1, 1].
-int64_t sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, double eta_min) {
+int64_t sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, double eta_min,
+                 int64_t warmup_steps) {
   check_table(tensors, "tensors", ScalarType::Long, kTensorColumns, true);
   check_table(segments, "segments", ScalarType::Double, 3, true);
   check_table(segment_begin, "segment_begin", ScalarType::Long, 1, true);
   STD_TORCH_CHECK(segment_begin.size(0) >= 1, "segment_begin must not be empty");
   auto plan = std::make_shared<Plan>();
   plan->eta_min = eta_min;
+  plan->warmup_steps = static_cast<double>(warmup_steps);
   const auto* begin = static_cast<const int64_t*>(segment_begin.data_ptr());
   plan->segment_begin.assign(begin, begin + segment_begin.size(0));
   STD_TORCH_CHECK(plan->segment_begin.back() == segments.size(0),

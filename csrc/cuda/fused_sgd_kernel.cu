@@ -27,7 +27,8 @@ struct CudaPlan {
 // int64 [2, 1], the step and the blocks that have arrived.
 int64_t cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor segments, Tensor segment_begin,
                       Tensor tensor_groups, Tensor started, Tensor counters, int64_t run_elements,
-                      double eta_min, int64_t param_dtype, int64_t buffer_dtype) {
+                      double eta_min, int64_t warmup_steps, int64_t param_dtype,
+                      int64_t buffer_dtype) {
   static_assert(sizeof(SgdRun) == 4 * sizeof(int64_t));
   check_table(runs, "runs", ScalarType::Long, 4);
   check_table(hypers, "hypers", ScalarType::Double, kHyperColumns);
@@ -46,7 +47,8 @@ int64_t cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor segments, Tensor segmen
   plan->tables = {static_cast<const SgdRun*>(runs.data_ptr()),
                   static_cast<const double*>(hypers.data_ptr()),
                   {static_cast<const Segment*>(segments.data_ptr()),
-                   static_cast<const int64_t*>(segment_begin.data_ptr()), eta_min},
+                   static_cast<const int64_t*>(segment_begin.data_ptr()), eta_min,
+                   static_cast<double>(warmup_steps)},
                   static_cast<const int32_t*>(tensor_groups.data_ptr()),
                   static_cast<uint8_t*>(started.data_ptr()),
                   counter,

@@ -75,7 +75,7 @@ class FreezeScheduler(LRScheduler):
             raise TypeError(f"schedule must be a fastfreeze Schedule, got {schedule!r}")
         self.schedule = schedule
         segments = check_scheduled_groups(schedule, optimizer.param_groups)
-        self._rates = SegmentTable(segments, schedule.eta_min)
+        self._rates = SegmentTable(segments, schedule.eta_min, schedule.warmup_steps)
         self._frozen: dict[int, list[Tensor]] = {}  # group: what freezing switched off
         self._taken = 0  # the optimizer's steps
         self._told = False

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastfreeze.layers.groups import SegmentTable
 from fastfreeze.ops._library import is_capturing
 from fastfreeze.ops._plans import (
     HYPERS,
@@ -75,7 +74,7 @@ class DevicePlan(PointerPlan):
             (b.dtype for b in spec.buffers if b is not None),
             buffer_dtype(spec.params[0], spec.momentum_dtype),
         )
-        self.eta_min = spec.eta_min
+        self.eta_min, self.warmup_steps = spec.eta_min, spec.warmup_steps
         sizes = np.array([p.numel() for p in spec.params], np.int64)
         self.run_elements = self._run_elements(sizes)
         segments, begin = segment_table(spec.segments)
@@ -103,7 +102,7 @@ class DevicePlan(PointerPlan):
         fresh = [b for b, f in zip(spec.buffers, spec.first, strict=True) if f and b is not None]
         if fresh:
             torch._foreach_zero_(fresh)
-        self._rates = SegmentTable(spec.segments, spec.eta_min) if spec.scheduled else None
+        self._rates = spec.rates
         self._hypers: Hypers | None = None  # as uploaded
         self._grads = array("q")  # as uploaded
         self._position = 0  # the device's step, as far as the host knows
@@ -280,6 +279,7 @@ class CudaPlan(DevicePlan):
             self.counters,
             self.run_elements,
             self.eta_min,
+            self.warmup_steps,
             SCALAR_TYPES[self.param_dtype],
             SCALAR_TYPES[self.buffer_dtype],
         )

@@ -32,7 +32,8 @@ _LIBRARY.define("placements_free(int handle) -> ()")
 _LIBRARY.define("gaps(Tensor written, Tensor sizes) -> int")
 _LIBRARY.define("gaps_free(int handle) -> ()")
 _LIBRARY.define(
-    "sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, float eta_min) -> int"
+    "sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, float eta_min, "
+    "int warmup_steps) -> int"
 )
 _LIBRARY.define(
     "sgd_step(int handle, int grads, int hypers, int step, float inv_grad_scale, "
@@ -42,7 +43,7 @@ _LIBRARY.define("sgd_plan_free(int handle) -> ()")
 _LIBRARY.define(
     "cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor segments, Tensor segment_begin, "
     "Tensor tensor_groups, Tensor(a!) started, Tensor(b!) counters, int run_elements, "
-    "float eta_min, int param_dtype, int buffer_dtype) -> int"
+    "float eta_min, int warmup_steps, int param_dtype, int buffer_dtype) -> int"
 )
 _LIBRARY.define(
     "cuda_sgd_step(int handle, int grads, int grad_table, int found_inf, int grad_scale, "

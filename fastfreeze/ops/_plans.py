@@ -53,7 +53,7 @@ class PlanSpec:
         groups: each parameter's group, an index into the table of hyperparameters.
         segments: each group's schedule; empty where the table's lr counts, which is everywhere or
             nowhere.
-        eta_min: the schedule's lower bound.
+        eta_min, warmup_steps: the schedule's.
         momentum_dtype: the buffers' dtype; None for the parameters'.
     """
 
@@ -63,12 +63,15 @@ class PlanSpec:
     groups: list[int]
     segments: Sequence[tuple[Segment, ...]]
     eta_min: float
+    warmup_steps: int
     momentum_dtype: torch.dtype | None
 
     @property
-    def scheduled(self) -> bool:
-        """Whether the schedule sets the learning rates."""
-        return any(self.segments)
+    def rates(self) -> SegmentTable | None:
+        """The schedule's learning rates; None where the table's lr counts."""
+        if not any(self.segments):
+            return None
+        return SegmentTable(self.segments, self.eta_min, self.warmup_steps)
 
 
 class SgdPlan(Protocol):
@@ -220,6 +223,7 @@ class CpuPlan(PointerPlan):
             segments,
             begin,
             spec.eta_min,
+            spec.warmup_steps,
         )
         weakref.finalize(self, torch.ops.fastfreeze.sgd_plan_free, self._handle)
         self._lrs = np.empty(len(spec.segments))
@@ -271,7 +275,7 @@ class ReferencePlan:
         self._members = [
             [i for i, g in enumerate(spec.groups) if g == k] for k in range(len(spec.segments))
         ]
-        self._rates = SegmentTable(spec.segments, spec.eta_min) if spec.scheduled else None
+        self._rates = spec.rates
         self._kinds = list(map(kind_of, spec.params))
         self._gaps: Gaps | None = None
 

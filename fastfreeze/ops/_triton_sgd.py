@@ -52,6 +52,7 @@ def step(
             plan.counters if grad_scale is None else grad_scale,
             plan.counters if found_inf is None else found_inf,
             plan.eta_min,
+            float(plan.warmup_steps),
             len(plan.runs),
             len(plan.started),
             int(track),  # older interpreters take no bool
@@ -164,7 +165,7 @@ def _segment_at(segments, row, end, most, at):
 
 
 @triton.jit
-def _group_rate(hypers, segments, begin, group, eta_min, at, live):
+def _group_rate(hypers, segments, begin, group, eta_min, warmup_steps, at, live):
     """Learning rate and whether frozen: ``group_rate`` of csrc/sgd_tables.h."""
     lr = tl.load(hypers + group * _HYPERS + _LR, mask=live, other=0.0)
     initial_lr = tl.load(hypers + group * _HYPERS + _INITIAL_LR, mask=live, other=0.0)
@@ -176,6 +177,8 @@ def _group_rate(hypers, segments, begin, group, eta_min, at, live):
     phase = tl.where(phase < 1.0, phase, 1.0)
     factor = 0.5 * (1.0 + _cos_pi(phase))
     scheduled = eta_min + (scale * initial_lr - eta_min) * factor
+    warm = at + 1.0 < warmup_steps
+    scheduled *= tl.where(warm, (at + 1.0) / tl.where(warm, warmup_steps, 1.0), 1.0)
     return tl.where(row < end, scheduled, lr), frozen
 
 
@@ -197,10 +200,10 @@ def _track_started(
         tl.store(started + tensor, after.to(tl.uint8), mask=mask)
 
 
-@triton.jit(do_not_specialize=["eta_min", "num_runs", "num_tensors", "track"])
+@triton.jit(do_not_specialize=["eta_min", "warmup_steps", "num_runs", "num_tensors", "track"])
 def _step_kernel(
     runs, grads, hypers, segments, begin, tensor_groups, started, counters, grad_scale,
-    found_inf, eta_min: tl.float64, num_runs, num_tensors, track,
+    found_inf, eta_min: tl.float64, warmup_steps: tl.float64, num_runs, num_tensors, track,
     PARAM: tl.constexpr, BUFFER: tl.constexpr, MATH: tl.constexpr, RUN: tl.constexpr,
     SCALED: tl.constexpr, CHECKED: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +231,7 @@ def _step_kernel(
     else:
         p, g, b = _load_run(param, grad, buffer, size, PARAM, BUFFER, MATH, RUN, False)
     has_started = tl.load(started + tensor, mask=live, other=0) != 0
-    lr, frozen = _group_rate(hypers, segments, begin, group, eta_min, at, live)
+    lr, frozen = _group_rate(hypers, segments, begin, group, eta_min, warmup_steps, at, live)
     # A program arrives before it stores anything: it need not wait for stores.
     tl.debug_barrier()
     before = tl.atomic_add(counters + 1, 1)

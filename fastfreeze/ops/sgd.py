@@ -102,6 +102,7 @@ def sgd(
                 groups=[0] * len(index),
                 segments=[()],
                 eta_min=0.0,
+                warmup_steps=0,
                 momentum_dtype=momentum_dtype,
             )
         )

@@ -177,6 +177,7 @@ class Part:
                 groups=self.groups,
                 segments=optimizer._segments or [()] * len(optimizer.param_groups),
                 eta_min=0.0 if optimizer.schedule is None else optimizer.schedule.eta_min,
+                warmup_steps=0 if optimizer.schedule is None else optimizer.schedule.warmup_steps,
                 momentum_dtype=self.momentum_dtype,
             )
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from fastfreeze._frozen import note_frozen, note_thawed
+from fastfreeze._frozen import frozen_by_schedule, note_frozen, note_thawed
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.layers.groups import (
     SegmentTable,
@@ -502,7 +502,8 @@ class SGD(Optimizer):
         self._settle()
         params = self.param_groups[g]["params"]
         if g not in self._frozen:
-            self._frozen[g] = [p for p in params if p.requires_grad]
+            earlier = set(map(id, frozen_by_schedule(params)))  # by the run that this one repeats
+            self._frozen[g] = [p for p in params if p.requires_grad or id(p) in earlier]
             note_frozen(self._frozen[g])
         for p in params:
             p.requires_grad_(False)
@@ -544,7 +545,8 @@ class SGD(Optimizer):
     def _scheduled_lrs(self, step: int) -> list[float]:
         if self._schedule is None:
             return []
-        table = SegmentTable(self._segments, self._schedule.eta_min)
+        schedule = self._schedule
+        table = SegmentTable(self._segments, schedule.eta_min, schedule.warmup_steps)
         return table.lrs(step, np.array([g["initial_lr"] for g in self.param_groups], float))
 
     def _check_initial_lrs(self, schedule: Schedule) -> None:

@@ -264,7 +264,7 @@ def _plot_rates(axis: Any, lines: list[Line]) -> None:
     """A line per layer, from the input's (dark) to the head's (bright); none where it is frozen."""
     start = lines[0]
     schedule = from_config(start["schedule"])
-    layers = start["layers"] if schedule.freezes else ["all layers"]
+    layers = start["layers"] if schedule.needs_layers else ["all layers"]
     steps = np.arange(schedule.total_steps)
     colors = optional_package("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for layer, (name, color) in enumerate(zip(layers, colors, strict=True)):

@@ -101,7 +101,7 @@ class Experiment:
         images = data.example(device)
         smallest = len(data.train.labels) % self.batch_size or self.batch_size
         check_network(self.model, network, images[:smallest], data.num_classes)
-        if any(schedule.freezes for schedule in schedules):
+        if any(schedule.needs_layers for schedule in schedules):
             plan, _ = layers_of(self.model, network, images)
             for schedule in schedules:
                 replace(plan, schedule=schedule)

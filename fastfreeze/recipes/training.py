@@ -112,9 +112,9 @@ class Method:
 
 def set_up(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
     """The optimizer, and where layers freeze the trimmed network, that a schedule asks for."""
-    if schedule.freezes:
+    if schedule.needs_layers:
         return freezing(model, schedule, lr, example)
-    if isinstance(schedule, (Cosine, StepDecay)):
+    if isinstance(schedule, (Cosine, StepDecay)) and not schedule.warmup_steps:
         return plain_sgd(model, schedule, lr)
     return snapshots(model, schedule, lr)
 
@@ -126,7 +126,7 @@ def plain_sgd(model: nn.Module, schedule: Cosine | StepDecay, lr: float) -> Setu
     if isinstance(schedule, StepDecay):
         scheduler = MultiStepLR(optimizer, schedule.milestones)
     else:
-        scheduler = CosineAnnealingLR(optimizer, schedule.total_steps)
+        scheduler = CosineAnnealingLR(optimizer, schedule.total_steps, schedule.eta_min)
     return Setup(model, model, optimizer, schedule, scheduler)
 
 

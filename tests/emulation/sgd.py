@@ -31,7 +31,8 @@ class EmulatedPlan(CudaPlan):
         if self.sanitizer is not None:  # another process: addresses must be translated
             buffers[0] = Addresses(self.runs, columns=(0, 1))
             buffers += [*self.params, *(b for b in self.buffers if b is not None)]
-        scalars = [self.run_elements, float(self.eta_min), *scalars]
+        warmup_steps = float(self.warmup_steps)
+        scalars = [self.run_elements, float(self.eta_min), warmup_steps, *scalars]
         self.program.run(function, buffers, scalars, self.seed)
 
     def _launch(self, grads, grad_scale, found_inf, track):

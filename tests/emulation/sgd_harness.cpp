@@ -12,19 +12,20 @@ using namespace fastfreeze;
 
 namespace {
 
-// Buffers 0..6, the tables of DevicePlan. Scalars: 0 run_elements, 1 eta_min.
+// Buffers 0..6, the tables of DevicePlan. Scalars: 0 run_elements, 1 eta_min, 2 warmup_steps.
 SgdTables tables_of(const emulation::Arguments& args) {
   int64_t* counters = args.buffer<int64_t>(6);
-  return {args.buffer<const SgdRun>(0),
-          args.buffer<const double>(1),
-          {args.buffer<const Segment>(2), args.buffer<const int64_t>(3), args.real(1)},
-          args.buffer<const int32_t>(4),
-          args.buffer<uint8_t>(5),
-          counters,
-          reinterpret_cast<unsigned*>(counters + 1),
-          args.count<SgdRun>(0),
-          static_cast<int32_t>(args.integer(0)),
-          static_cast<int32_t>(args.count<uint8_t>(5))};
+  return {
+      args.buffer<const SgdRun>(0),
+      args.buffer<const double>(1),
+      {args.buffer<const Segment>(2), args.buffer<const int64_t>(3), args.real(1), args.real(2)},
+      args.buffer<const int32_t>(4),
+      args.buffer<uint8_t>(5),
+      counters,
+      reinterpret_cast<unsigned*>(counters + 1),
+      args.count<SgdRun>(0),
+      static_cast<int32_t>(args.integer(0)),
+      static_cast<int32_t>(args.count<uint8_t>(5))};
 }
 
 template <typename P, typename M>
@@ -47,13 +48,13 @@ void launch(const emulation::Arguments& args, bool track, bool in_arguments) {
 
 }  // namespace
 
-// Buffer 7, the gradients' addresses; 8 found_inf; 9 grad_scale. Scalars: 2 the parameters' dtype,
-// 3 whether their momentum is wide, 4 track, 5 whether the addresses travel as arguments.
+// Buffer 7, the gradients' addresses; 8 found_inf; 9 grad_scale. Scalars: 3 the parameters' dtype,
+// 4 whether their momentum is wide, 5 track, 6 whether the addresses travel as arguments.
 EMULATED(sgd_step) {
-  const bool track = args.integer(4) != 0, in_arguments = args.integer(5) != 0;
-  emulation::with_type(args.integer(2), [&](auto zero) {
+  const bool track = args.integer(5) != 0, in_arguments = args.integer(6) != 0;
+  emulation::with_type(args.integer(3), [&](auto zero) {
     using P = decltype(zero);
-    if (args.integer(3) == 0) return launch<P, P>(args, track, in_arguments);
+    if (args.integer(4) == 0) return launch<P, P>(args, track, in_arguments);
     if constexpr (sizeof(P) == 2) return launch<P, float>(args, track, in_arguments);
     throw std::runtime_error("wide momentum is for 16-bit parameters");
   });
