@@ -66,10 +66,9 @@ class Setup:
     @property
     def frozen_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are frozen now."""
-        for freezer in (self.scheduler, self.optimizer):
-            if isinstance(freezer, (FreezeScheduler, SGD)):
-                return freezer.frozen_layers
-        return ()
+        freezer = self.scheduler if isinstance(self.scheduler, FreezeScheduler) else self.optimizer
+        frozen: tuple[int, ...] = getattr(freezer, "frozen_layers", ())
+        return frozen
 
     @property
     def rates(self) -> list[float]:
