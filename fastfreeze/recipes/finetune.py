@@ -115,7 +115,7 @@ class FinetuneConfig:
     def run(
         self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
     ) -> Report:
-        """Train, from where it stopped, and write the table and the picture; see :func:`run_all`."""
+        """Train, from where it stopped; write the table and the picture. See :func:`run_all`."""
         results = run_all(self.experiment(data), data, run_dir, say, quiet)
         report = Report(finetune_table(results), {"results": results})
         report.write(run_dir)

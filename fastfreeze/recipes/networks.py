@@ -21,7 +21,6 @@ from fastfreeze.recipes.errors import RecipeError, optional_package
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import MODEL_NAMES, OTHER_MODELS
 
-
 _PACKAGES = ("torchvision", "timm")  # whose networks have names of their own
 
 

@@ -5,7 +5,8 @@
     config.json           versions, command, arguments
     metrics.jsonl         one line per epoch and event ("start", "freeze", "thaw", "snapshot")
     checkpoints/<run>.pt  the newest checkpoint of each method and seed
-    best-<run>.pth        the weights of the epoch that is best on the images held out, of ``finetune``
+    best-<run>.pth        the weights of the epoch that is best on the images held out, if it is of
+                          ``finetune``
     plot.png              a picture of the run, if it is of ``finetune``
     snapshots/<run>/      the members of each snapshot ensemble
     tensorboard/<run>/    the lines of metrics.jsonl as events, if TensorBoard is installed

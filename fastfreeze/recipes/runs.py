@@ -197,7 +197,7 @@ class _Totals:
 
 @dataclass
 class _Best:
-    """The weights that err least on the images held out, at the end of which epoch, and how much."""
+    """The weights that err least on the images held out, their epoch, and their error."""
 
     epoch: int
     error: float
@@ -370,7 +370,7 @@ class _Run:
         self._write_best()
 
     def _write_best(self) -> None:
-        """As a file to go on with elsewhere; the checkpoint, which is written first, has them too."""
+        """A file to go on with elsewhere; the checkpoint, which is written first, has them too."""
         if self._best is not None and self._best.epoch == self.totals.epoch:
             self.run_dir.save_best(self.name, self._best.weights)
 
