@@ -61,9 +61,10 @@ def build_network(
 
     Args:
         name: as in :func:`fastfreeze.recipes.models.build_model`; ``torchvision:NAME``, a
-            classification network of torchvision; ``timm:NAME``, one of timm; or ``MODULE:FUNCTION``, where the function takes
-            no arguments and returns the network. What it returns is copied: a module that it keeps
-            is not trained. ``FUNCTION`` may be such a module, too.
+            classification network of torchvision; ``timm:NAME``, one of timm; or
+            ``MODULE:FUNCTION``, where the function takes no arguments and returns the network. What
+            it returns is copied: a module that it keeps is not trained. ``FUNCTION`` may be such a
+            module, too.
         num_classes, in_channels, stem_stride: as in :func:`~fastfreeze.recipes.models.build_model`;
             a user's own decides for itself, and torchvision's and timm's have no ``stem_stride``.
 
@@ -73,7 +74,8 @@ def build_network(
 
     Raises:
         ValueError: no network has that name, or takes such images.
-        RecipeError: torchvision or timm is not installed, or a user's own cannot be imported or built.
+        RecipeError: torchvision or timm is not installed, or a user's own cannot be imported or
+            built.
     """
     if is_own(name):
         return _own_network(name)
