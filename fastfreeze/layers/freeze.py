@@ -90,6 +90,11 @@ class FreezeScheduler(LRScheduler):
         return self.last_epoch
 
     @property
+    def steps_taken(self) -> int:
+        """How many steps the optimizer has taken; the groups follow it at the next ``step``."""
+        return self._taken
+
+    @property
     def frozen_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are frozen now, rising."""
         return tuple(layers_of(self.optimizer.param_groups, self._layers.frozen))
