@@ -95,8 +95,8 @@ def main() -> None:
     steps, share = arguments.epochs * len(loader), arguments.until
     schedule = fastfreeze.Frozen(steps, until=share) if share else fastfreeze.Cosine(steps)
     plan = fastfreeze.split(model, example, schedule=schedule, lr=arguments.lr)
-    groups, schedule = plan.param_groups(), plan.schedule or schedule
-    optimizer = fastfreeze.SGD(groups, lr=arguments.lr, momentum=0.9, schedule=schedule)
+    groups, follows = plan.param_groups(), plan.schedule or schedule
+    optimizer = fastfreeze.SGD(groups, lr=arguments.lr, momentum=0.9, schedule=follows)
     network = fastfreeze.trim(model, example)
     cache = fastfreeze.FeatureCache(network)
     start = time.process_time()

@@ -152,7 +152,6 @@ def test_a_killed_run_ends_as_one_that_was_not(own, name):
     assert untimed(found.metrics()) == untimed(expected.metrics())
     run = f"{options[0].partition('=')[2]}-seed0"
     states = [each.load_checkpoint(run) for each in (found, expected)]
-    assert states[0]["scheduler"] == states[1]["scheduler"]
     parts = [(s["model"], s["best"], s["optimizer"]["state"]) for s in states]
     torch.testing.assert_close(*parts, rtol=0, atol=0)
 

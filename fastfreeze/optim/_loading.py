@@ -97,9 +97,10 @@ def restore(rule: UpdateRule, loaded: Loaded, groups: Groups, state: State) -> N
             group.setdefault(key, value)
         for p in group["params"]:
             _drop_empty(rule, state, p)
-            count = state[p].get(rule.counter) if p in state else None
-            if count is not None and not isinstance(count, Tensor):  # an older torch's
-                state[p][rule.counter] = torch.tensor(float(count))
+            name = rule.counter
+            count = state[p].get(name) if p in state else None
+            if name is not None and count is not None and not isinstance(count, Tensor):
+                state[p][name] = torch.tensor(float(count))  # an older torch's was a number
     for p, moments in loaded.wide.items():
         if moments:
             state[p].update(moments)

@@ -19,8 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from fastfreeze.clock import Clock
 from fastfreeze.freezing import LayerPlan, split
 from fastfreeze.graph import FeatureCache, trim
-from fastfreeze.layers.freeze import FreezeScheduler
-from fastfreeze.optim import SGD
+from fastfreeze.optim import SGD, AdamW
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Cosine, Schedule, StepDecay
@@ -66,8 +65,7 @@ class Setup:
     @property
     def frozen_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are frozen now."""
-        freezer = self.scheduler if isinstance(self.scheduler, FreezeScheduler) else self.optimizer
-        frozen: tuple[int, ...] = getattr(freezer, "frozen_layers", ())
+        frozen: tuple[int, ...] = getattr(self.optimizer, "frozen_layers", ())
         return frozen
 
     @property
@@ -155,16 +153,14 @@ def fine_tuning(
     """
     plan = split(model, example, schedule=schedule, lr=lr)
     schedule, groups = plan.schedule or schedule, plan.param_groups(no_decay=True)
-    steps: torch.optim.Optimizer
-    scheduler = None
+    steps: SGD | AdamW
     if optimizer == "sgd":
         steps = SGD(groups, lr, **_HYPERS, schedule=schedule)
     else:
-        steps = torch.optim.AdamW(groups, lr)
-        scheduler = FreezeScheduler(steps, schedule)
+        steps = AdamW(groups, lr, schedule=schedule)
     network = trim(model, example)
     kept = FeatureCache(network) if cache else None
-    return Setup(model, network, steps, schedule, scheduler, plan, kept)
+    return Setup(model, network, steps, schedule, plan=plan, cache=kept)
 
 
 def train_epoch(
@@ -189,7 +185,8 @@ def train_epoch(
     losses = []
     clock = StepClock(device)
     setup.model.train()
-    for (images, labels), which in zip(batches, samples or repeat(None), strict=False):
+    indices: Iterable[Tensor | None] = repeat(None) if samples is None else samples
+    for (images, labels), which in zip(batches, indices, strict=False):
         with setup.step():
             setup.optimizer.zero_grad()
             loss = F.cross_entropy(setup.forward(images, which), labels)
