@@ -148,7 +148,7 @@ class AdamReferencePlan(TensorwisePlan):
         members = self._members[g]
         named = dict(zip(ADAM_HYPERS, row, strict=True))
         moments = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs)
-        means, squares, largest = ([each[i] for i in members] for each in moments)
+        means, squares, largest = own = [[each[i] for i in members] for each in moments]
         adam_reference(
             [self.params[i] for i in members],
             [grads[i] for i in members],
@@ -167,7 +167,7 @@ class AdamReferencePlan(TensorwisePlan):
             grad_scale=None if grad_scale is None else float(grad_scale),
             state_dtype=self._state_dtype,
         )
-        for each, tensors in zip(moments, (means, squares, largest), strict=True):
+        for each, tensors in zip(moments, own, strict=True):
             for i, tensor in zip(members, tensors, strict=True):
                 each[i] = tensor
 
