@@ -267,7 +267,8 @@ def _state_before_steps(optimizer: Optimizer, group: Group, param: Tensor) -> di
     """What a new optimizer of this class keeps of a parameter of the group."""
     names = inspect.signature(type(optimizer)).parameters.keys() & group.keys() - {"params"}
     new = type(optimizer)([param], **{name: group[name] for name in names})
-    return new.state.get(param, {})
+    state: dict[str, Any] = new.state.get(param, {})
+    return state
 
 
 def _check_optimizer(optimizer: Any) -> None:

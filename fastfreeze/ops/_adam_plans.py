@@ -152,11 +152,13 @@ class AdamReferencePlan(TensorwisePlan):
         members = self._members[g]
         named = dict(zip(ADAM_HYPERS, row, strict=True))
         moments = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs)
-        own = [[each[i] for i in members] for each in moments]
+        means, squares, largest = own = [[each[i] for i in members] for each in moments]
         adam_reference(
             [self.params[i] for i in members],
             [grads[i] for i in members],
-            *own,
+            means,
+            squares,
+            largest,
             [self._steps[i] for i in members],
             lr=lr,
             beta1=named["beta1"],

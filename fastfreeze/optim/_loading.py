@@ -97,9 +97,8 @@ def restore(rule: UpdateRule, loaded: Loaded, groups: Groups, state: State) -> N
             group.setdefault(key, value)
         for p in group["params"]:
             _drop_empty(rule, state, p)
-            count = state[p].get(rule.counter) if p in state else None
-            if count is not None and not isinstance(count, Tensor):  # an older torch's
-                state[p][rule.counter] = torch.tensor(float(count))
+            if rule.counter in state.get(p, {}):  # a number, if an older torch has saved it
+                state[p][rule.counter] = torch.as_tensor(state[p][rule.counter]).float()
     for p, moments in loaded.wide.items():
         if moments:
             state[p].update(moments)
