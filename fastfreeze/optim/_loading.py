@@ -97,10 +97,8 @@ def restore(rule: UpdateRule, loaded: Loaded, groups: Groups, state: State) -> N
             group.setdefault(key, value)
         for p in group["params"]:
             _drop_empty(rule, state, p)
-            name = rule.counter
-            count = state[p].get(name) if p in state else None
-            if name is not None and count is not None and not isinstance(count, Tensor):
-                state[p][name] = torch.tensor(float(count))  # an older torch's was a number
+            if rule.counter in state.get(p, {}):  # a number, if an older torch has saved it
+                state[p][rule.counter] = torch.as_tensor(state[p][rule.counter]).float()
     for p, moments in loaded.wide.items():
         if moments:
             state[p].update(moments)

@@ -424,7 +424,7 @@ def counts_of(rule: UpdateRule, states: Iterable[Mapping[str, Any]]) -> list[flo
     counts: list[Any] = []
     for i, state in enumerate(states):
         kept = any(isinstance(state.get(n), Tensor) for n in rule.moments)
-        counts.append(state.get(rule.counter) if kept and rule.counter is not None else 0.0)
+        counts.append(state.get(rule.counter) if kept and rule.counter else 0.0)
         check_number(f"{rule.counter} of parameter {i}", counts[i])
     for device in {c.device for c in counts if isinstance(c, Tensor)}:
         there = [i for i, c in enumerate(counts) if isinstance(c, Tensor) and c.device == device]
