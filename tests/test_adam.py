@@ -67,6 +67,7 @@ def plan_of(backend, params, *, amsgrad=False, state_dtype=None, steps=None, **s
             exp_avg_sqs=moments(True),
             max_exp_avg_sqs=moments(amsgrad),
             steps=torch.zeros(len(params)) if steps is None else steps,
+            first=[steps is None] * len(params),
             state_dtype=state_dtype,
             **fields,
         )
@@ -322,7 +323,13 @@ def test_nothing_beside_the_tensors_is_read_or_written(dtype, size, side):
     """A stray access ends the process."""
     param, grad, *moments = (guarded(torch.rand(size).to(dtype), side) for _ in range(5))
     steps = torch.ones(1)
-    fields = {"groups": [0], "segments": [()], "eta_min": 0.0, "state_dtype": None}
+    fields = {
+        "groups": [0],
+        "segments": [()],
+        "eta_min": 0.0,
+        "state_dtype": None,
+        "first": [False],
+    }
     plan = AdamCpuPlan(AdamSpec([param], *([m] for m in moments), steps=steps, **fields))
     for count in (1.0, 0.0):
         steps.fill_(count)

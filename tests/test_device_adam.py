@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastfreeze.ops._device_adam import AdamCudaPlan, AdamTritonPlan
 from fastfreeze.ops._placements import Given
-from fastfreeze.schedule import Cosine, Segment
+from fastfreeze.ops.adam import PLANS
+from fastfreeze.optim import AdamW
+from fastfreeze.schedule import Cosine, FreezeOutCycles, Segment
 from tests.adam_plans import assert_near, hypers, spec_of, step, step_truth, truth_of
-from tests.conftest import HAS_GPU, device_kernels, needs_gpu
-from tests.emulation.steps import EmulatedAdam, emulated
+from tests.conftest import HAS_GPU, device_kernels, needs_gpu, resolved
 from tests.guard import every_side, guarded
 
 TOTAL = 8
@@ -36,15 +36,12 @@ every_case = pytest.mark.parametrize(("dtype", "options"), CASES.values(), ids=C
 
 @pytest.fixture(params=device_kernels())
 def backend_and_device(request):
-    backend, device = request.param
-    if device == "emulated":
-        return emulated(EmulatedAdam), "cpu"
-    return {"cuda": AdamCudaPlan, "triton": AdamTritonPlan}[backend], device
+    return resolved(request)
 
 
 @pytest.fixture
-def plan_class(backend_and_device):
-    return backend_and_device[0]
+def plan_class(backend):
+    return PLANS[backend]
 
 
 def gradients(sizes, dtype, device):
@@ -221,6 +218,28 @@ def test_who_has_not_started(plan_class, device):
     assert plan.unstarted() == {0}
     step(plan, grads, hypers(), 2)
     assert plan.unstarted() == set()
+
+
+def test_an_optimizer_whose_layers_freeze_and_thaw(backend, device):
+    """The same as the reference's, overflows and saved states included."""
+
+    def train(backend):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n, device=device)) for n in (33, 2049, 5)]
+        groups = [{"params": [p], "layer_index": i, "num_layers": 3} for i, p in enumerate(params)]
+        schedule = FreezeOutCycles(12, num_cycles=2, t_0=0.5, composition="thaw")
+        optimizer = AdamW(groups, lr=0.01, schedule=schedule, amsgrad=True, backend=backend)
+        for at in range(12):
+            optimizer.found_inf = torch.full((), float(at in (0, 7)), device=device)
+            for p in params:
+                p.grad = torch.randn_like(p) if p.requires_grad else None
+            optimizer.step()
+        return params, optimizer.state_dict()["state"]
+
+    ours, state = train(backend)
+    theirs, expected = train("reference")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-6)
 
 
 @needs_gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastfreeze.ops import _library
+from fastfreeze.ops import adam as adam_ops
 from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._device_adam import DeviceAdam
 from fastfreeze.ops._device_plan import CudaLaunch
@@ -73,9 +74,11 @@ def emulated(plan, sanitizer=None, multiprocessors=0):
 def install(monkeypatch, sanitizer=None, multiprocessors=0):
     """Until the test's end, backend="cuda" takes tensors of the CPU, emulated; SGD's plan."""
     plan = emulated(EmulatedSgd, sanitizer, multiprocessors)
+    adam_plan = emulated(EmulatedAdam, sanitizer, multiprocessors)
     refuses = _library.refuses_device
     available = {**_library.backends(), "cuda": _library.Availability(True, "emulated")}
     monkeypatch.setitem(sgd_ops.PLANS, "cuda", plan)
+    monkeypatch.setitem(adam_ops.PLANS, "cuda", adam_plan)
     monkeypatch.setattr(_library, "_BACKENDS", available)
     monkeypatch.setattr(
         _library, "refuses_device", lambda b, d: None if b == "cuda" else refuses(b, d)
