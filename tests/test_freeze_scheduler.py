@@ -140,22 +140,22 @@ def test_a_thawed_layer_starts_with_new_state():
     assert [optimizer.state[p]["step"] for p in optimizer.param_groups[3]["params"]] == [7, 7]
 
 
-class EarlyState(torch.optim.SGD):
+class EarlyState(torch.optim.Optimizer):
     """Has state from the beginning and cannot do without, as some of torch's Adagrads."""
 
     def __init__(self, params, lr=0.1, start=2.0):
-        super().__init__(params, lr)
+        super().__init__(params, {"lr": lr, "start": start})
         for group in self.param_groups:
-            group.setdefault("start", start)
             for p in group["params"]:
                 self.state[p]["sum"] = torch.full_like(p, start)
 
+    @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.state[p]["sum"].add_(p.grad.square())
-        super().step()
+                    total = self.state[p]["sum"].add_(p.grad.square())
+                    p.addcdiv_(p.grad, total.sqrt(), value=-group["lr"])
 
 
 def test_state_that_is_made_early_is_made_anew_at_a_thaw():

@@ -337,9 +337,9 @@ class WithAdam(Module):
             Module, None, {"network": "net"}, {}, r"of Module \(model\), got 'net'", id="network"
         ),
         pytest.param(
-            WithAdam, None, {}, {}, r"fastfreeze.SGD .* got torch.optim.adam.Adam", id="optimizer"
+            WithAdam, None, {}, {}, r"fastfreeze.SGD, .* got torch.optim.adam.Adam", id="optimizer"
         ),
-        pytest.param(WithoutSchedule, None, {}, {}, "SGD with a schedule", id="no schedule"),
+        pytest.param(WithoutSchedule, None, {}, {}, "AdamW with a schedule", id="no schedule"),
         pytest.param(Module, 17, {}, {}, "total_steps=17, the training 18", id="short schedule"),
         pytest.param(
             Module, None, {"plan": "steps"}, {}, "got 'steps', which is None", id="no plan"

@@ -175,8 +175,24 @@ class Adam(FusedOptimizer):
 class AdamW(Adam):
     """Adam with decoupled weight decay, one kernel for all parameter groups.
 
-    Takes ``torch.optim.AdamW``'s arguments and computes what its for-loop computes. Else it is
-    :class:`fastfreeze.Adam`, which tells of the arguments and of what is raised.
+    Takes ``torch.optim.AdamW``'s arguments and computes what its for-loop computes. Else it is as
+    :class:`fastfreeze.Adam`.
+
+    Args:
+        params: parameters, or parameter groups as dicts. A schedule that freezes needs groups with
+            a ``layer_index``: ``fastfreeze.split(model).param_groups()``.
+        lr: learning rate, >= 0; with a schedule each group's initial one.
+        betas, eps, weight_decay, amsgrad, maximize: as in ``torch.optim.AdamW``.
+        foreach, fused, capturable: accepted, and without effect.
+        differentiable: not supported; True is refused.
+        schedule: learning rates and freezing as a function of the step.
+        total_steps: steps in the run; alone it means ``schedule=Cosine(total_steps)``.
+        state_dtype: torch.float32 keeps the moments of float16 and bfloat16 parameters in float32;
+            None, as in torch, in the parameters' dtype.
+        backend: what runs the step; None for the fastest that can take each parameter.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, BackendUnavailableError: as :class:`fastfreeze.Adam`.
 
     Example:
         >>> optimizer = fastfreeze.AdamW(model.parameters(), lr=1e-3, total_steps=10_000)
