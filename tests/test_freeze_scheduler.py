@@ -243,6 +243,27 @@ def test_only_steps_of_the_optimizer_count():
     assert others == pytest.approx([group["lr"] for group in optimizer.param_groups])
 
 
+class Wrapped(torch.optim.SGD):
+    def step(self, closure=None):
+        if closure is not None:
+            closure()
+        return super().step()
+
+
+def test_a_step_of_a_subclass_and_of_its_parent_is_one():
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # from now on torch hooks the parent's
+    model = net()
+    optimizer = Wrapped(groups_of(model), lr=0.1)
+    scheduler = FreezeScheduler(optimizer, FREEZING)
+    for step in range(3):
+        backward(model, step)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.current_step == 3
+
+
 def schedule_lr(group, step):
     return FREEZING.lr(step, group["initial_lr"], group["layer_index"], group["num_layers"])
 

@@ -194,15 +194,26 @@ class FreezeScheduler(LRScheduler):
         self._listen()
 
     def _listen(self) -> None:
-        """Count the optimizer's steps, which keeps no scheduler alive for it."""
-        mine = weakref.ref(self)
+        """Count the optimizer's steps, which keeps no scheduler alive for it.
+
+        Where a subclass's ``step`` calls its parent's, torch may call the hooks of both: of ends
+        that follow each other, the first one counts.
+        """
+        mine, begun = weakref.ref(self), False
+
+        def begin(*_: Any) -> None:
+            nonlocal begun
+            begun = True
 
         def count(optimizer: Optimizer, *_: Any) -> None:
+            nonlocal begun
             scheduler = mine()
             found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused ones
-            if scheduler is not None and not (found_inf is not None and found_inf.item()):
+            if begun and scheduler is not None and not (found_inf is not None and found_inf.item()):
                 scheduler._taken += 1
+            begun = False
 
+        self.optimizer.register_step_pre_hook(begin)
         self.optimizer.register_step_post_hook(count)
 
     def _go_to(self, step: int) -> None:
