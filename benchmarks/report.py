@@ -30,7 +30,7 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCS = REPOSITORY / "docs"
 KERNEL_TITLES = {  # by how a case's name begins
     "sgd": "Optimizer step",
-    "adamw": "AdamW's step",
+    "adamw": "Optimizer step",
     "host": "Host time of an optimizer step on a GPU",
     "step": "Training step",
 }
@@ -39,7 +39,6 @@ ENSEMBLES, TRAININGS, PEERS = "Ensembles", "Whole trainings", "Snapshot ensemble
 ACCURACY = "Whole trainings to equal accuracy"
 FLOORS = {
     "Optimizer step": "updating as many elements in one flat tensor",
-    "AdamW's step": "updating as many elements in one flat tensor",
     "Host time of an optimizer step on a GPU": "not known; nothing is launched, and torch's "
     "launches, one for each group, are not counted",
     "Training step": "torch's step of the layers that train alone, fed with what the others give, "
