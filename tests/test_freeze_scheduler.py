@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import warnings
 
 import pytest
@@ -47,10 +48,11 @@ SCHEDULES = {
 FREEZING = SCHEDULES["FreezeOut"]
 
 
-def net():
+def net(bias=True):
     torch.manual_seed(0)
-    layers = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(8, 3))
+    sizes = (6, 8, 8, 8)
+    layers = [(nn.Linear(m, n, bias), nn.Tanh()) for m, n in itertools.pairwise(sizes)]
+    return nn.Sequential(*itertools.chain(*layers), nn.Linear(8, 3, bias))
 
 
 def groups_of(model, schedule=None, **options):
@@ -112,6 +114,22 @@ def test_any_optimizer_does_what_a_loop_by_hand_does(name, schedule):
         torch.testing.assert_close(model.state_dict(), expected.state_dict())
     else:
         assert_equal(model, expected)
+
+
+@pytest.mark.parametrize("name", ["torch Muon", "timm lion", "timm adan", "timm adopt"])
+def test_optimizers_of_matrices_and_of_others_do_too(name):
+    package, kind = name.split()
+    if package == "torch":
+        make = getattr(torch.optim, kind, None)
+        if make is None:
+            pytest.skip(f"this torch has no {kind}")
+    else:
+        make = pytest.importorskip("timm.optim").get_optimizer_class(kind)
+    model, expected = net(bias=False), net(bias=False)
+    optimizer = make(groups_of(model), lr=0.01)
+    train(model, optimizer, FreezeScheduler(optimizer, SCHEDULES["thaws"]), range(TOTAL))
+    train_by_hand(expected, make(groups_of(expected), lr=0.01), SCHEDULES["thaws"])
+    assert_equal(model, expected)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
