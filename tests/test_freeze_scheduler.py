@@ -84,6 +84,7 @@ def train(model, optimizer, scheduler, steps):
 def train_by_hand(model, optimizer, schedule):
     """The same with the schedule's own functions, and parameters that are passed over."""
     initial = [group["lr"] for group in optimizer.param_groups]
+    early = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
     for step in range(TOTAL):
         for group, lr in zip(optimizer.param_groups, initial, strict=True):
             place = group["layer_index"], group["num_layers"]
@@ -93,6 +94,8 @@ def train_by_hand(model, optimizer, schedule):
                 p.requires_grad_(not frozen)
                 if frozen:
                     optimizer.state.pop(p, None)
+                elif p in early and p not in optimizer.state:
+                    optimizer.state[p] = copy.deepcopy(early[p])
         backward(model, step)
         optimizer.step()
         optimizer.zero_grad()
