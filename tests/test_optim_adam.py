@@ -15,8 +15,8 @@ from fastfreeze.layers.groups import SegmentTable, check_scheduled_groups
 
 TOTAL = 12
 SCHEDULES = {
-    "freezes": FreezeOut(TOTAL, t_0=0.25),
-    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.3, composition="thaw"),
+    "freezes": FreezeOut(TOTAL, t_0=0.25, scale_lr=False),
+    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.5, composition="thaw"),
 }
 CLASSES = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 every_class = pytest.mark.parametrize("name", CLASSES)
