@@ -52,7 +52,7 @@ def assert_same_weights(model, other, **tolerance):
 def train_by_hand(model, optimizer, schedule):
     """What the schedule says, done to torch's optimizer in a loop."""
     segments = check_scheduled_groups(schedule, optimizer.param_groups)
-    table = SegmentTable(segments, schedule.eta_min)
+    table = SegmentTable(segments, schedule.eta_min, schedule.warmup_steps)
     initial = torch.tensor([g["lr"] for g in optimizer.param_groups]).double().numpy()
     for step in range(TOTAL):
         frozen = table.frozen(step)
