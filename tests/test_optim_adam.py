@@ -15,8 +15,8 @@ from fastfreeze.layers.groups import SegmentTable, check_scheduled_groups
 
 TOTAL = 12
 SCHEDULES = {
-    "freezes": FreezeOut(TOTAL, t_0=0.25),
-    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.3, composition="thaw"),
+    "freezes": FreezeOut(TOTAL, t_0=0.25, scale_lr=False),
+    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.3, composition="thaw", scale_lr=False),
 }
 CLASSES = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 every_class = pytest.mark.parametrize("name", CLASSES)
@@ -52,7 +52,7 @@ def assert_same_weights(model, other, **tolerance):
 def train_by_hand(model, optimizer, schedule):
     """What the schedule says, done to torch's optimizer in a loop."""
     segments = check_scheduled_groups(schedule, optimizer.param_groups)
-    table = SegmentTable(segments, schedule.eta_min)
+    table = SegmentTable(segments, schedule.eta_min, schedule.warmup_steps)
     initial = torch.tensor([g["lr"] for g in optimizer.param_groups]).double().numpy()
     for step in range(TOTAL):
         frozen = table.frozen(step)
@@ -233,12 +233,25 @@ def test_an_edited_count_counts(count, in_place):
         optimizer = make(model.parameters(), lr=0.01)
         train(model, optimizer, range(2))
         for state in optimizer.state.values():
-            if in_place and count:
+            if in_place:
                 state["step"].fill_(count)
             else:
                 state["step"] = torch.tensor(count)
         train(model, optimizer, range(2, 5))
         assert counts(optimizer) == [count + 3] * 6
+        found.append(model)
+    assert_same_weights(*found)
+
+
+def test_a_changed_list_of_betas_counts():
+    found = []
+    for make in (fastfreeze.Adam, torch.optim.Adam):
+        model = net()
+        betas = [0.9, 0.999]
+        optimizer = make([{"params": model.parameters(), "betas": betas}], lr=0.01)
+        train(model, optimizer, range(2))
+        betas[0] = 0.2
+        train(model, optimizer, range(2, 5))
         found.append(model)
     assert_same_weights(*found)
 

@@ -223,5 +223,8 @@ def place_of(tensor: Tensor) -> tuple[object, ...]:
 
 
 def addresses_of(tensors: Sequence[Tensor | None]) -> array[int]:
-    """Addresses of the tensors, 0 for None, and not 0 where there are no elements."""
-    return array("q", [0 if t is None else t.data_ptr() or 1 for t in tensors])
+    """Addresses of the tensors, 0 for None."""
+    try:
+        return array("q", map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:  # one is None
+        return array("q", [0 if t is None else t.data_ptr() for t in tensors])
