@@ -173,9 +173,11 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: the schedule's ``total_steps`` have been taken, somebody else has changed a
                 scheduled group's ``lr``, an ``initial_lr`` is out of its range, groups came or went
-                without ``add_param_group``, or a gradient or a tensor of the state has not its
-                parameter's shape. Nothing has been changed then.
-            TypeError: an ``initial_lr`` is no number. Nothing has been changed then.
+                without ``add_param_group``, a gradient or a tensor of the state has not its
+                parameter's shape, or a count of steps in it is below 0. Nothing has been changed
+                then.
+            TypeError: an ``initial_lr``, or a count of steps in the state, is no number. Nothing
+                has been changed then.
         """
         with self._lock:
             capturing = self._is_capturing()
