@@ -7,7 +7,7 @@ import torch
 
 from fastfreeze.ops._adam_plans import ADAM_HYPERS, AdamReferencePlan, AdamSpec
 from fastfreeze.ops._placements import Given
-from fastfreeze.ops._plans import buffer_dtype
+from fastfreeze.ops._plans import dtype_of_state
 
 # Of parameters about 1, several steps of 0.01.
 TOLERANCE = {
@@ -39,7 +39,7 @@ def spec_of(
 
     def garbage(p):
         made = torch.empty_like if like is None else like
-        return made(p, dtype=buffer_dtype(p, state_dtype)).fill_(torch.nan)
+        return made(p, dtype=dtype_of_state(p, state_dtype)).fill_(torch.nan)
 
     means, squares, largest = ([garbage(p) for p in params] for _ in range(3))
     steps = torch.zeros(len(params), device=params[0].device)

@@ -12,7 +12,7 @@ import torch
 from fastfreeze.layers.groups import SegmentTable
 from fastfreeze.ops._adam_plans import ADAM_HYPERS, AdamCpuPlan, AdamReferencePlan, AdamSpec
 from fastfreeze.ops._placements import Given
-from fastfreeze.ops._plans import KERNEL_DTYPES, buffer_dtype
+from fastfreeze.ops._plans import KERNEL_DTYPES, dtype_of_state
 from fastfreeze.ops.reference import adam_reference
 from fastfreeze.schedule import Segment
 from tests.conftest import needs_cpu_kernels
@@ -57,7 +57,7 @@ def plan_of(backend, params, *, amsgrad=False, state_dtype=None, steps=None, **s
     def moments(kept):
         if not kept or backend == "reference":
             return [None] * len(params)
-        return [torch.full_like(p, math.nan, dtype=buffer_dtype(p, state_dtype)) for p in params]
+        return [torch.full_like(p, math.nan, dtype=dtype_of_state(p, state_dtype)) for p in params]
 
     fields = {
         "groups": [0] * len(params),
@@ -145,7 +145,7 @@ def assert_near_torch(backend, dtype, case, state_dtype=None):
         assert steps[i] == state["step"]
         for name in MOMENTS[: 3 if "amsgrad" in case else 2]:
             kept = getattr(plan, name)[i]
-            assert kept.dtype == buffer_dtype(params[i], state_dtype)
+            assert kept.dtype == dtype_of_state(params[i], state_dtype)
             assert_near(kept, state[name[:-1]], dtype)
     assert plan.unstarted() == set()
 

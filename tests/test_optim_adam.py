@@ -16,7 +16,7 @@ from fastfreeze.layers.groups import SegmentTable, check_scheduled_groups
 TOTAL = 12
 SCHEDULES = {
     "freezes": FreezeOut(TOTAL, t_0=0.25, scale_lr=False),
-    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.5, composition="thaw"),
+    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.3, composition="thaw", scale_lr=False),
 }
 CLASSES = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 every_class = pytest.mark.parametrize("name", CLASSES)
@@ -233,12 +233,25 @@ def test_an_edited_count_counts(count, in_place):
         optimizer = make(model.parameters(), lr=0.01)
         train(model, optimizer, range(2))
         for state in optimizer.state.values():
-            if in_place and count:
+            if in_place:
                 state["step"].fill_(count)
             else:
                 state["step"] = torch.tensor(count)
         train(model, optimizer, range(2, 5))
         assert counts(optimizer) == [count + 3] * 6
+        found.append(model)
+    assert_same_weights(*found)
+
+
+def test_a_changed_list_of_betas_counts():
+    found = []
+    for make in (fastfreeze.Adam, torch.optim.Adam):
+        model = net()
+        betas = [0.9, 0.999]
+        optimizer = make([{"params": model.parameters(), "betas": betas}], lr=0.01)
+        train(model, optimizer, range(2))
+        betas[0] = 0.2
+        train(model, optimizer, range(2, 5))
         found.append(model)
     assert_same_weights(*found)
 

@@ -16,7 +16,7 @@ from fastfreeze.ops._plans import (
     HostPlan,
     Hypers,
     TensorwisePlan,
-    buffer_dtype,
+    dtype_of_state,
     lrs_at,
     rows,
 )
@@ -81,18 +81,19 @@ class AdamCpuPlan(HostPlan):
     _kernel: ClassVar[str] = "adam"
 
     def __init__(self, spec: AdamSpec) -> None:
-        super().__init__(spec.params, [t for tensors in spec.moments for t in tensors])
+        state = [t for tensors in spec.moments for t in tensors]
+        super().__init__(spec.params, state, spec.first)
         self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs = spec.moments
-        self._steps = spec.steps  # which the kernel reads and writes
+        self._steps = spec.steps  # kept alive: the kernel reads and writes there
         dtypes = [
-            buffer_dtype(p, spec.state_dtype) if m is None else m.dtype
+            dtype_of_state(p, spec.state_dtype) if m is None else m.dtype
             for p, m in zip(spec.params, spec.exp_avgs, strict=True)
         ]
         self._make(
             spec,
             rows(
                 addresses_of(spec.params),
-                *map(addresses_of, spec.moments),
+                *map(_present, spec.moments),
                 map(Tensor.numel, spec.params),
                 spec.groups,
                 [SCALAR_TYPES[p.dtype] for p in spec.params],
@@ -101,9 +102,10 @@ class AdamCpuPlan(HostPlan):
             spec.steps.view(-1, 1),
         )
 
-    def unstarted(self) -> set[int]:
-        steps = self._steps.tolist()
-        return {i for i, m in enumerate(self.exp_avgs) if m is not None and steps[i] == 0}
+
+def _present(moments: Sequence[Tensor | None]) -> list[int]:
+    """Their addresses, 0 for None alone: the kernel asks who has moments, of no elements too."""
+    return [0 if t is None else t.data_ptr() or 1 for t in moments]
 
 
 class AdamReferencePlan(TensorwisePlan):

@@ -12,7 +12,7 @@ from fastfreeze.ops import _library
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops._memory import sharing
 from fastfreeze.ops._placements import PLAIN, holds_values
-from fastfreeze.ops._plans import KERNEL_DTYPES, buffer_dtype, same_strides
+from fastfreeze.ops._plans import KERNEL_DTYPES, dtype_of_state, same_strides
 
 
 def choose_backends(
@@ -92,7 +92,7 @@ def _unsuitable_with(
     param: Tensor, grad: Tensor | None, state: Sequence[Tensor | None]
 ) -> str | None:
     """The same for its gradient and its state."""
-    wide = (param.dtype, buffer_dtype(param, torch.float32))
+    wide = (param.dtype, dtype_of_state(param, torch.float32))
     for what, tensor, dtypes in (
         ("gradient", grad, (param.dtype,)),
         *(("state", tensor, wide) for tensor in state),

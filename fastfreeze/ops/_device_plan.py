@@ -24,7 +24,7 @@ from fastfreeze.ops._plans import (
     Hypers,
     PointerPlan,
     Spec,
-    buffer_dtype,
+    dtype_of_state,
     lrs_at,
     rates_of,
     segment_table,
@@ -70,13 +70,12 @@ class DevicePlan(PointerPlan):
         progress: np.ndarray | Tensor,
     ) -> None:
         states = [t for tensors in moments for t in tensors]
-        first = [i for i, is_first in enumerate(spec.first) if is_first]
-        super().__init__(spec.params, states, first)
+        super().__init__(spec.params, states, spec.first)
         self.device = spec.params[0].device
         self.param_dtype = spec.params[0].dtype
         self.state_dtype = next(
             (t.dtype for t in states if t is not None),
-            buffer_dtype(spec.params[0], state_dtype),
+            dtype_of_state(spec.params[0], state_dtype),
         )
         self.eta_min, self.warmup_steps = spec.eta_min, spec.warmup_steps
         self._kept = [t is not None for t in moments[0]]
@@ -105,7 +104,7 @@ class DevicePlan(PointerPlan):
         )
         self.progress = progress if isinstance(progress, Tensor) else copied[0]
         # What an overflow leaves without its first step is then zeros, not garbage.
-        fresh = [t for tensors in moments for i in first if (t := tensors[i]) is not None]
+        fresh = [t for of in moments for i in self._unstarted if (t := of[i]) is not None]
         if fresh:
             torch._foreach_zero_(fresh)
         self._rates = rates_of(spec)
@@ -123,8 +122,8 @@ class DevicePlan(PointerPlan):
         return _RUN_ELEMENTS[-1]
 
     @staticmethod
-    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
-        return param.device, param.dtype, buffer_dtype
+    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
+        return param.device, param.dtype, state_dtype
 
     def step(
         self,
@@ -163,7 +162,7 @@ class DevicePlan(PointerPlan):
             raise RuntimeError(
                 "hyperparameters have changed since the last step: take a step before capturing one"
             )
-        # A layer that freezes and thaws by itself has its momentum start anew.
+        # A layer that freezes and thaws by itself has its state start anew.
         track = self._may_start() or self._position < self._last_thaw
         self._run(grad_scale, found_inf, track)
         self._replays = self._replays or track
@@ -172,7 +171,8 @@ class DevicePlan(PointerPlan):
     def unstarted(self) -> set[int]:
         if self._unsure:
             progress = self.progress.flatten().tolist()
-            self._unstarted = {i for i, kept in enumerate(self._kept) if kept and not progress[i]}
+            asked = range(len(progress)) if self._replays else self._unstarted
+            self._unstarted = {i for i in asked if self._kept[i] and not progress[i]}
             self._unsure = self._replays
         return self._unstarted
 
@@ -245,7 +245,8 @@ class DevicePlan(PointerPlan):
         """Let the tables' memory wait for this stream too, when they are given up."""
         if stream is None or stream in self._streams or is_capturing(self.device):
             return  # a graph's optimizer keeps its plans
-        self.runs.record_stream(stream)  # and all that lies in the same memory
+        for table in (self.runs, self.progress):  # with all that lies in the same memory
+            table.record_stream(stream)
         self._streams.add(stream)
 
     def _pinned(self) -> Tensor | None:

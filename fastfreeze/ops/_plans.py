@@ -67,11 +67,6 @@ class PlanSpec:
     warmup_steps: int
     momentum_dtype: torch.dtype | None
 
-    @property
-    def unstarted(self) -> list[int]:
-        """Indices of the parameters whose buffer is still uninitialised memory."""
-        return [i for i, first in enumerate(self.first) if first]
-
 
 class Spec(Protocol):
     """What specs of all optimizers have in common."""
@@ -93,14 +88,14 @@ class SgdPlan(Protocol):
     def __init__(self, spec: PlanSpec) -> None: ...
 
     @staticmethod
-    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
+    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
         """Parameters of one plan have equal keys."""
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         """From now on, ``align`` refuses gradients in the memory of these tensors."""
 
-    def watch(self, buffers: Sequence[Tensor]) -> None:
-        """From now on, ``align`` refuses to go on if one of these momentum buffers has moved."""
+    def watch(self, state: Sequence[Tensor]) -> None:
+        """From now on, ``align`` refuses to go on if one of these tensors has moved."""
 
     def hold(self, params: Sequence[Tensor]) -> bool:
         """Whether these, as many as the plan's, are the plan's parameters as it knows them."""
@@ -142,7 +137,7 @@ class SgdPlan(Protocol):
         """
 
     def unstarted(self) -> set[int]:
-        """Indices of the parameters whose buffer has had no step. May wait for the device."""
+        """Indices of the parameters whose state has had no step. May wait for the device."""
 
 
 class PointerPlan:
@@ -151,24 +146,24 @@ class PointerPlan:
     Args:
         params: the tensors to update.
         state: what a step writes beside them.
-        unstarted: indices of the parameters whose momentum buffer is still uninitialised memory.
+        first: whether a parameter's state is still uninitialised memory.
     """
 
     def __init__(
-        self, params: list[Tensor], state: Sequence[Tensor | None], unstarted: Iterable[int] = ()
+        self, params: list[Tensor], state: Sequence[Tensor | None], first: Sequence[bool]
     ) -> None:
         self.params = params
         self._look = Look(params, [*params, *state])
         self._empty = [i for i, p in enumerate(params) if p.numel() == 0]
         self._given = Given([])
         self._addresses: array[int] | None = None  # of the gradients that were aligned last
-        self._unstarted = set(unstarted)
+        self._unstarted = {i for i, is_first in enumerate(first) if is_first}
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         self._look.keep_clear(written)
 
-    def watch(self, buffers: Sequence[Tensor]) -> None:
-        self._look.watch(buffers)
+    def watch(self, state: Sequence[Tensor]) -> None:
+        self._look.watch(state)
 
     def hold(self, params: Sequence[Tensor]) -> bool:
         return self._look.hold(params)
@@ -235,7 +230,7 @@ class HostPlan(PointerPlan):
         self._lrs_address = self._lrs.ctypes.data
 
     @staticmethod
-    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
+    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
         return None
 
     def step(
@@ -270,7 +265,7 @@ class CpuPlan(HostPlan):
     _kernel: ClassVar[str] = "sgd"
 
     def __init__(self, spec: PlanSpec) -> None:
-        super().__init__(spec.params, spec.buffers, spec.unstarted)
+        super().__init__(spec.params, spec.buffers, spec.first)
         self.buffers = spec.buffers
         dtypes = [
             p.dtype if b is None else b.dtype
@@ -316,13 +311,13 @@ class TensorwisePlan:
         self._gaps: Gaps | None = None
 
     @staticmethod
-    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
+    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
         return None
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         self._gaps = Gaps(written)
 
-    def watch(self, buffers: Sequence[Tensor]) -> None:
+    def watch(self, state: Sequence[Tensor]) -> None:
         """It keeps no address."""
 
     def hold(self, params: Sequence[Tensor]) -> bool:
@@ -410,10 +405,10 @@ def lrs_at(rates: SegmentTable | None, hypers: Hypers, step: int) -> list[float]
     return rates.lrs(step, hypers[:, -1])
 
 
-def buffer_dtype(param: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a parameter's momentum buffer; float32 is for 16-bit parameters alone."""
+def dtype_of_state(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of what is kept of a parameter; one asked for is for 16-bit parameters alone."""
     narrow = param.dtype in (torch.float16, torch.bfloat16)
-    return momentum_dtype if momentum_dtype is not None and narrow else param.dtype
+    return state_dtype if state_dtype is not None and narrow else param.dtype
 
 
 def same_strides(a: Tensor, b: Tensor) -> bool:

@@ -19,7 +19,7 @@ from fastfreeze.ops._plans import (
     PlanSpec,
     ReferencePlan,
     SgdPlan,
-    buffer_dtype,
+    dtype_of_state,
 )
 
 PLANS: dict[Backend, type[SgdPlan]] = {
@@ -83,7 +83,7 @@ def sgd(
     }
     row = np.array([[float(hyper.get(name, lr)) for name in HYPERS]])
     backends = choose_backends(params, grads, [(b,) for b in momentum_buffers], backend)
-    dtypes = [buffer_dtype(p, momentum_dtype) for p in params]
+    dtypes = [dtype_of_state(p, momentum_dtype) for p in params]
     for (name, _), index in plan_members(PLANS, params, backends, dtypes).items():
         buffers: list[Tensor | None] = [
             state_for(name, params[i], momentum_buffers[i], dtypes[i]) if momentum != 0 else None
@@ -173,7 +173,7 @@ def _trace(
         first = [momentum_buffers[i] is None for i in index]
         for i in index:
             if momentum_buffers[i] is None:
-                dtype = buffer_dtype(params[i], momentum_dtype)
+                dtype = dtype_of_state(params[i], momentum_dtype)
                 momentum_buffers[i] = torch.empty_like(params[i], dtype=dtype)
     _sgd_(
         [params[i] for i in index],
@@ -199,7 +199,7 @@ def _check_lists(
         )
     for name, tensors in (("grads", grads), ("momentum_buffers", buffers)):
         for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
-            dtype = buffer_dtype(p, momentum_dtype) if name == "momentum_buffers" else p.dtype
+            dtype = dtype_of_state(p, momentum_dtype) if name == "momentum_buffers" else p.dtype
             if t is not None and (t.shape != p.shape or t.dtype != dtype or t.device != p.device):
                 raise ValueError(
                     f"{name}[{i}] must match its parameter ({dtype} {tuple(p.shape)} on "

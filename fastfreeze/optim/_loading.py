@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastfreeze.errors import warn
 from fastfreeze.layers.groups import as_step, check_scheduled_groups
-from fastfreeze.ops._plans import buffer_dtype
+from fastfreeze.ops._plans import dtype_of_state
 from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim._runtime import Groups, State, check_shape, counts_of
 from fastfreeze.schedule import Schedule
@@ -84,7 +84,7 @@ def _wide(
     for i, p in zip(saved, params, strict=True):
         state = state_dict["state"].get(i, {})
         moments = {n: state[n] for n in rule.moments if isinstance(state.get(n), Tensor)}
-        dtype = buffer_dtype(p, state_dtype)
+        dtype = dtype_of_state(p, state_dtype)
         wide[p] = {n: moment.to(p.device, dtype, copy=True) for n, moment in moments.items()}
     return wide
 

@@ -17,7 +17,7 @@ from fastfreeze.layers.groups import check_number
 from fastfreeze.ops import _choice
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops._placements import Given, kind_of, place_of
-from fastfreeze.ops._plans import buffer_dtype
+from fastfreeze.ops._plans import dtype_of_state
 from fastfreeze.optim._rule import Planned, UpdateRule
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
 from fastfreeze.schedule import Segment
@@ -70,7 +70,7 @@ class Runtime:
         self.params = list(chain.from_iterable(lists))
         self.scheduled = any(task.segments)
         self.hypers_of = itemgetter(*task.rule.keys, *["initial_lr"] * self.scheduled)
-        self.hyper_values = list(map(self.hypers_of, groups))
+        self.hyper_values = [tuple(map(_copied, self.hypers_of(group))) for group in groups]
         self.has_tensors = any(map(_has_tensor, self.hyper_values))
         self.hypers = np.array([task.rule.row(g) for g in groups], dtype=np.float64)
         self.left_out = task.left_out
@@ -205,6 +205,7 @@ class Part:
             device = self.params[0].device if plan_type.on_device else torch.device("cpu")
             counts = [count for _, _, _, count in members]
             self.steps = torch.tensor(counts, dtype=torch.float32, device=device)
+        self.edits = self._edits()
         # By parameter: the state that holds its tensors, these, and where they were.
         self.kept: dict[int, tuple[dict[str, Any], dict[str, Tensor], list[object]]] = {}
         moments: dict[str, list[Tensor | None]] = {
@@ -289,7 +290,7 @@ class Part:
                 if any(given.flags[i] for i in self.waiting) or not self._are_in_place():
                     return False
                 self._watch(given)
-            if not self._has_moments():
+            if not self._has_moments() or self._edits() != self.edits:
                 return False
             self.grads = self.plan.align(self._local(self.watched), grads, self.given)
         except (ValueError, TypeError, RuntimeError):
@@ -297,6 +298,12 @@ class Part:
             # one of a kind that operators cannot look at. A new plan takes it, or says why not.
             return False
         return True
+
+    def _edits(self) -> int | None:
+        """Changes of the counts by others: kernels leave no trace, and take moments at 0 as 0."""
+        if self.steps is None or not self.kernels or self.steps.is_inference():
+            return None
+        return self.steps._version
 
     def _are_in_place(self) -> bool:
         """Whether parameters and moments are as planned, those not looked at among them."""
@@ -407,6 +414,11 @@ def check_shape(what: str, tensor: Any, param: Tensor) -> None:
         raise ValueError(f"{what} must have its parameter's shape {shapes[0]}, got {shapes[1]}")
 
 
+def _copied(value: Any) -> Any:
+    """A hyperparameter to compare with later: a list, as of betas, can change and be the same."""
+    return list(value) if isinstance(value, list) else value
+
+
 def _has_tensor(values: Sequence[Any]) -> bool:
     """Whether there is one, also in the pairs among them: it can change, and be the same object."""
     return any(
@@ -461,4 +473,4 @@ def _planned_dtype(
     """The moments' dtype: they keep their own, as in torch, unless a wider one is asked for."""
     dtypes = [moment.dtype for moment in moments if moment is not None]
     dtype = reduce(torch.promote_types, dtypes) if dtypes else param.dtype
-    return buffer_dtype(param, state_dtype) if dtype == param.dtype else dtype
+    return dtype_of_state(param, state_dtype) if dtype == param.dtype else dtype

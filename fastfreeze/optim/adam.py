@@ -88,7 +88,7 @@ class Adam(FusedOptimizer):
 
     Each parameter's ``step`` counts the steps that have updated it, as in torch: not those without
     a gradient, while it was frozen, or where a GradScaler has found an overflow. Its tensor lies on
-    the parameter's device.
+    the parameter's device, or on the CPU where the reference steps the parameter.
 
     Args:
         params: parameters, or parameter groups as dicts. A schedule that freezes needs groups with

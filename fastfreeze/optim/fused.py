@@ -18,7 +18,7 @@ from fastfreeze._frozen import is_driven
 from fastfreeze.layers.followed import FollowedGroups
 from fastfreeze.layers.groups import as_step, check_group_rate, layers_of, tell_of_plan
 from fastfreeze.ops._library import Backend, is_capturing, require
-from fastfreeze.ops._plans import buffer_dtype
+from fastfreeze.ops._plans import dtype_of_state
 from fastfreeze.optim._checks import schedule_of
 from fastfreeze.optim._loading import Loaded, checked_state, restore, tell_of_loaded
 from fastfreeze.optim._notices import Notices
@@ -173,9 +173,11 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: the schedule's ``total_steps`` have been taken, somebody else has changed a
                 scheduled group's ``lr``, an ``initial_lr`` is out of its range, groups came or went
-                without ``add_param_group``, or a gradient or a tensor of the state has not its
-                parameter's shape. Nothing has been changed then.
-            TypeError: an ``initial_lr`` is no number. Nothing has been changed then.
+                without ``add_param_group``, a gradient or a tensor of the state has not its
+                parameter's shape, or a count of steps in it is below 0. Nothing has been changed
+                then.
+            TypeError: an ``initial_lr``, or a count of steps in the state, is no number. Nothing
+                has been changed then.
         """
         with self._lock:
             capturing = self._is_capturing()
@@ -312,7 +314,7 @@ class FusedOptimizer(Optimizer):
                 if self._rule.counter is not None:
                     self.state[p][self._rule.counter] = torch.tensor(0.0)
                 for name in names:
-                    dtype = buffer_dtype(p, self._state_dtype)
+                    dtype = dtype_of_state(p, self._state_dtype)
                     self.state[p][name] = torch.zeros_like(p, dtype=dtype)
         self._runtime = None
 
