@@ -178,7 +178,11 @@ BAD_WEIGHTS = {
         lambda w: w.update(optimizer={"lr": 1}),
         "must hold a state dict, a tensor by each name; got dict by 'optimizer'",
     ),
-    "pickled": (lambda w: w.update(run=Path("x")), "cannot read --weights"),
+    "pickled": (
+        lambda w: w.update(run=Path("x")),
+        "bad.pth, which must hold a state dict, a tensor by each name: UnpicklingError: Weights "
+        "only load failed\n",
+    ),
 }
 
 
@@ -202,6 +206,11 @@ def test_weights_that_do_not_fit_are_told_before_the_first_step(own, name):
         ("--until nowhere", 2, "until must be one of the layers"),
         ("--model torchvision:resnet18", 1, "it lacks"),
         ("--model timm:resnot18", 2, "timm has no network 'resnot18'; try"),
+        (
+            "--recipe gradual --batch-size 999 --epochs 1",
+            2,
+            "gradual starts a layer at a step, and",
+        ),
         ("--warmup-steps 99", 2, "warmup_steps must be in 0..6, got 99"),
     ],
 )

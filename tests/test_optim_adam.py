@@ -309,6 +309,10 @@ BAD_STATES = {
     "a negative count": (with_step(-1), "step of parameter 0 must be >= 0, got -1"),
     "a count that is none": (with_step("3"), "step of parameter 0 must be a number, got '3'"),
     "a large count": (with_step(torch.ones(2)), "step of parameter 0 must have one element"),
+    "half of the moments": (
+        without("exp_avg_sq"),
+        r"the state of parameter 0 must have exp_avg and exp_avg_sq, got none for \['exp_avg_sq'\]",
+    ),
     "another shape": (
         lambda state: state["state"][0].update(exp_avg=torch.ones(3)),
         r"a exp_avg of parameter group 0 must have its parameter's shape \(6, 6\), got \(3,\)",
@@ -327,6 +331,58 @@ def test_states_that_are_refused(change, match):
     with pytest.raises((TypeError, ValueError), match=match):
         optimizer.load_state_dict(state)
     assert str(optimizer.state_dict()) == before
+
+
+EDITS = {
+    "a single beta": ({"betas": 0.9}, "parameter group 0 has bad values in .*'betas': 0.9"),
+    "eps": ({"eps": None}, "parameter group 0 has bad values in .*'eps': None"),
+    "lr": ({"lr": None}, "lr of parameter group 0 must be a number, got None"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), EDITS.values(), ids=EDITS)
+def test_edits_that_are_refused(change, match):
+    model = net()
+    optimizer = fastfreeze.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    optimizer.param_groups[0].update(change)
+    before = str(list(model.parameters()))
+    with pytest.raises((TypeError, ValueError), match=match):
+        train(model, optimizer, range(1))
+    assert str(list(model.parameters())) == before
+
+
+@pytest.mark.parametrize("make", [fastfreeze.SGD, fastfreeze.AdamW])
+def test_a_flag_of_none_is_false(make):
+    models = [net(), net()]
+    for model, flag in zip(models, (None, False), strict=True):
+        train(model, make(model.parameters(), lr=0.01, maximize=flag), range(2))
+    assert_same_weights(*models)
+
+
+DTYPES = [
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.float64, torch.bfloat16),
+    (torch.bfloat16, torch.float64),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), DTYPES, ids=str)
+def test_moments_keep_their_dtype_when_the_model_changes_its_own(before, after):
+    """In torch's for-loop that is an error, with half of the step done."""
+    model, truth = net().to(before), net().double()
+    for each, dtypes in ((model, (before, after)), (truth, (torch.float64,) * 2)):
+        optimizer = fastfreeze.AdamW(each.parameters(), lr=0.01)
+        for step, dtype in enumerate(dtypes):
+            each.to(dtype)
+            for p in each.parameters():
+                p.grad = torch.full_like(p, 0.5 + step)
+            optimizer.step()
+        assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {dtypes[0]}
+    for p, q in zip(model.parameters(), truth.parameters(), strict=True):
+        assert p.dtype == after
+        torch.testing.assert_close(p.double(), q, rtol=0.02, atol=0.01)
 
 
 BAD_ARGUMENTS = {

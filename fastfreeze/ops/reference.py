@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,8 @@ def adam_reference(
 ) -> None:
     """One Adam or AdamW step in place, operation for operation ``torch.optim.Adam``'s for-loop.
 
-    16-bit elements are computed in float32 and rounded once.
+    It computes in the widest dtype of a parameter, its gradient and its moments, float32 at least,
+    and rounds once to those that are narrower.
 
     Args:
         params: tensors to update.
@@ -97,8 +99,10 @@ def adam_reference(
                 dtype = torch.promote_types(param.dtype, state_dtype or param.dtype)
                 moment = each[i] = torch.zeros_like(param, dtype=dtype)
             kept.append(_real(moment))
-        p, m, v, *largest = worked = list(map(_wide, kept))
-        grad = _wide(_real(gradient.resolve_conj()))
+        grad = _real(gradient.resolve_conj())
+        wide = reduce(torch.promote_types, (t.dtype for t in (*kept, grad)), torch.float32)
+        p, m, v, *largest = worked = [t.to(wide) for t in kept]
+        grad = grad.to(wide)
         grad = -grad if maximize else grad
         k = count.add_(1).item()
         if decoupled:
@@ -119,11 +123,6 @@ def adam_reference(
 def _real(tensor: Tensor) -> Tensor:
     """A complex tensor's real and imaginary parts side by side; any other as it is."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32, or itself if it is that wide."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -52,6 +52,7 @@ class UpdateRule(ABC):
     hypers: ClassVar[Sequence[str]]  # columns of its plans' table of hyperparameters
     plans: ClassVar[Mapping[Backend, Any]]
     moments: ClassVar[Mapping[str, str]]  # by name in the state: a plan's attribute with all
+    together: ClassVar[Sequence[str]] = ()  # moments of which a state has all or none
     takes_sparse: ClassVar[bool]  # gradients
     counter: ClassVar[str | None] = None  # the state's name for a parameter's own step
 

@@ -72,7 +72,9 @@ class Runtime:
         self.hypers_of = itemgetter(*task.rule.keys, *["initial_lr"] * self.scheduled)
         self.hyper_values = [tuple(map(_copied, self.hypers_of(group))) for group in groups]
         self.has_tensors = any(map(_has_tensor, self.hyper_values))
-        self.hypers = np.array([task.rule.row(g) for g in groups], dtype=np.float64)
+        self.hypers = np.array(
+            [_row(task.rule, *each) for each in enumerate(groups)], dtype=np.float64
+        )
         self.left_out = task.left_out
         self.lr = task.rule.hypers.index("lr")
         members = [
@@ -158,8 +160,23 @@ class Runtime:
         return sum(part.settle() for part in self.parts) > 0  # each of them, not up to the first
 
     def _refresh_lrs(self, groups: Groups) -> None:
-        if not self.scheduled:
+        if self.scheduled:
+            return
+        try:
             self.hypers[:, self.lr] = [float(lr) for lr in map(_lr_of, groups)]
+        except (TypeError, ValueError, RuntimeError):
+            for g, group in enumerate(groups):
+                check_number(f"lr of parameter group {g}", group["lr"])
+            raise
+
+
+def _row(rule: UpdateRule, g: int, group: Mapping[str, Any]) -> list[float]:
+    """The group's hyperparameters as numbers, or an error that shows them."""
+    try:
+        return rule.row(group)
+    except (TypeError, ValueError, RuntimeError) as error:
+        values = {name: group[name] for name in ("lr", *rule.keys) if name in group}
+        raise ValueError(f"parameter group {g} has bad values in {values}: {error}") from error
 
 
 def _parts(task: Task, members: list[tuple[Tensor, int]], params: list[Tensor]) -> list[Part]:
@@ -431,11 +448,18 @@ def counts_of(rule: UpdateRule, states: Iterable[Mapping[str, Any]]) -> list[flo
     """Each parameter's own count of steps, 0 where nothing is kept; waits once for each device.
 
     Raises:
-        TypeError, ValueError: there are moments without a count, or it is no number >= 0.
+        TypeError, ValueError: there are moments without a count, or without what goes with them,
+            or the count is no number >= 0.
     """
     counts: list[Any] = []
     for i, state in enumerate(states):
         kept = any(isinstance(state.get(n), Tensor) for n in rule.moments)
+        missing = [n for n in rule.together if not isinstance(state.get(n), Tensor)]
+        if kept and missing:
+            raise ValueError(
+                f"the state of parameter {i} must have {' and '.join(rule.together)}, got none for "
+                f"{missing}"
+            )
         counts.append(state.get(rule.counter) if kept and rule.counter else 0.0)
         check_number(f"{rule.counter} of parameter {i}", counts[i])
     for device in {c.device for c in counts if isinstance(c, Tensor)}:

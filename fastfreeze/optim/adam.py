@@ -40,6 +40,7 @@ class AdamRule(UpdateRule):
         "exp_avg_sq": "exp_avg_sqs",
         "max_exp_avg_sq": "max_exp_avg_sqs",
     }
+    together = ("exp_avg", "exp_avg_sq")
     counter = "step"
 
     def kept(self, group: Group) -> Sequence[str]:
@@ -51,7 +52,9 @@ class AdamRule(UpdateRule):
             **group,
             "beta1": beta1,
             "beta2": beta2,
-            "decoupled": group["decoupled_weight_decay"],
+            "decoupled": bool(group["decoupled_weight_decay"]),
+            "maximize": bool(group["maximize"]),  # None is False, as torch takes it
+            "amsgrad": bool(group["amsgrad"]),
         }
         return [float(named.get(name, 0.0)) for name in ADAM_HYPERS]
 

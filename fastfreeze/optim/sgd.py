@@ -39,7 +39,9 @@ class SgdRule(UpdateRule):
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
     def row(self, group: Group) -> list[float]:
-        return [float(group.get(name, 0.0)) for name in HYPERS]
+        flags = {name: bool(group.get(name)) for name in ("nesterov", "maximize")}
+        named = {**group, **flags}  # None is False, as torch takes it
+        return [float(named.get(name, 0.0)) for name in HYPERS]
 
     def spec(self, planned: Planned) -> PlanSpec:
         return PlanSpec(

@@ -91,6 +91,12 @@ class FinetuneConfig:
         if self.recipe == "prefix":
             return Frozen(total_steps, until=self.until, warmup_steps=warm)
         if self.recipe == "gradual":
+            if total_steps < num_layers:
+                raise ValueError(
+                    f"--recipe gradual starts a layer at a step, and needs {num_layers} steps for "
+                    f"as many layers, got {total_steps}: take more --epochs or a smaller "
+                    "--batch-size"
+                )
             every = max(1, total_steps // (2 * num_layers))
             return GradualUnfreezing(total_steps, unfreeze_every=every, warmup_steps=warm)
         return FreezeOut(total_steps, t_0=self.t_0, scale_lr=False, warmup_steps=warm)

@@ -58,7 +58,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RecipeError(f"cannot read --weights {path}: {said[:200]}") from error
+        said = said.partition(". ")[0][:200]  # torch goes on with how to load what is not trusted
+        raise RecipeError(
+            f"cannot read --weights {path}, which must hold a state dict, a tensor by each name: "
+            f"{said}"
+        ) from error
     if not isinstance(found, dict):
         raise RecipeError(f"--weights {path} must hold a state dict, got {type(found).__name__}")
     for key, value in found.items():
