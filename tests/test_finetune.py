@@ -58,13 +58,14 @@ def own(tmp_path, monkeypatch):
 
 def tuned(*more, run="run", weights="weights.pth"):
     fixed = "--image-size 8 --model tune_own:make --batch-size 8 --threads 1 --data-dir images"
-    short = f"--epochs 3 --validation 0.2 --until 1 --weights {weights} --run-dir {run} --json"
-    return invoke("finetune", *fixed.split(), *short.split(), *more)
+    short = f"--epochs 3 --validation 0.2 --weights {weights} --run-dir {run} --json"
+    recipe = [] if any("recipe" in option for option in more) else ["--until=1"]
+    return invoke("finetune", *fixed.split(), *short.split(), *recipe, *more)
 
 
 RECIPES = {  # options, whether the first layer trains, what is frozen at the end
-    "prefix-adamw": (("--recipe=prefix", "--warmup-steps=3"), False, [0]),
-    "prefix-sgd": (("--recipe=prefix", "--optimizer=sgd", "--augment"), False, [0]),
+    "prefix-adamw": (("--recipe=prefix", "--until=1", "--warmup-steps=3"), False, [0]),
+    "prefix-sgd": (("--recipe=prefix", "--until=1", "--optimizer=sgd", "--augment"), False, [0]),
     "gradual-adamw": (("--recipe=gradual",), True, []),
     "gradual-sgd": (("--recipe=gradual", "--optimizer=sgd"), True, []),
     "freezeout-adamw": (("--recipe=freezeout", "--t0=0.5"), True, [0, 1]),
@@ -204,6 +205,8 @@ def test_weights_that_do_not_fit_are_told_before_the_first_step(own, name):
         ("--weights absent.pth", 1, "cannot read --weights"),
         ("--until 7", 2, "until must be in 1..2, as the head trains, got 7"),
         ("--until nowhere", 2, "until must be one of the layers"),
+        ("--until 1 --recipe gradual", 2, "--until is for --recipe prefix"),
+        ("--t0 0.5", 2, "--t0 is for --recipe freezeout, and this is --recipe prefix"),
         ("--model torchvision:resnet18", 1, "it lacks"),
         ("--model timm:resnot18", 2, "timm has no network 'resnot18'; try"),
         (
