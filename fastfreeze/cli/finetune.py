@@ -12,7 +12,7 @@ from fastfreeze.cli._runs import run_command, run_options, seed_options
 from fastfreeze.recipes.names import RECIPE_NAMES
 
 _RATES = {"adamw": 3e-4, "sgd": 0.01}
-_RECIPE_OF = {"until": "prefix", "t_0": "freezeout"}  # options that one recipe has alone
+_OF_ONE_RECIPE = {"until": ("--until", "prefix"), "t_0": ("--t0", "freezeout")}
 
 
 def _until(ctx: click.Context, param: click.Parameter, value: Any) -> int | float | str:
@@ -95,10 +95,9 @@ def finetune(ctx: click.Context, /, **options: Any) -> None:
                 f"--weights is missing, the file of {options['model']}'s pretrained weights "
                 "(a network of your own, MODULE:FUNCTION, may bring its own)"
             )
-        for option, recipe in _RECIPE_OF.items():
+        for option, (flag, recipe) in _OF_ONE_RECIPE.items():
             given = ctx.get_parameter_source(option) is not ParameterSource.DEFAULT
             if given and options["recipe"] != recipe:
-                flag = "--" + option.replace("t_0", "t0")
                 raise click.UsageError(
                     f"{flag} is for --recipe {recipe}, and this is --recipe {options['recipe']}"
                 )

@@ -26,6 +26,7 @@ from fastfreeze.ops._plans import (
     Spec,
     dtype_of_state,
     lrs_at,
+    operators,
     rates_of,
     segment_table,
 )
@@ -282,10 +283,7 @@ class CudaLaunch(DevicePlan):
         return torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def _make(self) -> int:
-        make, self._step, free = (
-            getattr(torch.ops.fastfreeze, f"cuda_{self.kernel}_{name}").default
-            for name in ("plan", "step", "plan_free")
-        )
+        make, self._step, free = operators(f"cuda_{self.kernel}")
         handle: int = make(
             self.runs,
             self.hypers,

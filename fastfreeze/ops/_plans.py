@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -220,10 +220,7 @@ class HostPlan(PointerPlan):
 
     def _make(self, spec: Spec, *tables: Tensor) -> None:
         """Make the kernel's plan from its own tables and the schedule."""
-        make, self._kernel_step, free = (
-            getattr(torch.ops.fastfreeze, f"{self._kernel}_{name}").default
-            for name in ("plan", "step", "plan_free")
-        )
+        make, self._kernel_step, free = operators(self._kernel)
         self._handle = make(*tables, *segment_table(spec.segments), spec.eta_min, spec.warmup_steps)
         weakref.finalize(self, free, self._handle)
         self._lrs = np.empty(len(spec.segments))
@@ -283,6 +280,15 @@ class CpuPlan(HostPlan):
                 spec.first,
             ),
         )
+
+
+def operators(kernel: str) -> tuple[Any, Any, Any]:
+    """What makes a kernel's plan, takes its step and frees it."""
+    make, step, free = (
+        getattr(torch.ops.fastfreeze, f"{kernel}_{name}").default
+        for name in ("plan", "step", "plan_free")
+    )
+    return make, step, free
 
 
 def rows(*columns: Iterable[int]) -> Tensor:
