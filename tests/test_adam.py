@@ -15,8 +15,9 @@ from fastfreeze.ops._placements import Given
 from fastfreeze.ops._plans import KERNEL_DTYPES, dtype_of_state
 from fastfreeze.ops.reference import adam_reference
 from fastfreeze.schedule import Segment
-from tests.conftest import needs_cpu_kernels
-from tests.guard import every_side, guarded
+from tests.conftest import ISAS, needs_cpu_kernels
+from tests.covering import covering
+from tests.guard import SIDES, guarded
 
 LR = 0.05
 CASES = {
@@ -40,7 +41,10 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=needs_cpu_kernels), "reference"])
+BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels, id="cpu"), "reference"]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
 
@@ -150,8 +154,7 @@ def assert_near_torch(backend, dtype, case, state_dtype=None):
     assert plan.unstarted() == set()
 
 
-@every_dtype
-@every_case
+@covering("backend", backend=BACKENDS, dtype=KERNEL_DTYPES, case=CASES)
 def test_plans_against_torchs_for_loop_in_fp64(backend, dtype, case):
     assert_near_torch(backend, dtype, case)
 
@@ -162,9 +165,7 @@ def test_wide_moments_of_16_bit_parameters(backend, dtype, name):
     assert_near_torch(backend, dtype, CASES[name], torch.float32)
 
 
-@needs_cpu_kernels
-@every_dtype
-@every_case
+@covering("isa", isa=ISAS, dtype=KERNEL_DTYPES, case=CASES)
 def test_every_instruction_set_against_torchs_for_loop_in_fp64(isa, dtype, case):
     assert_near_torch("cpu", dtype, case)
 
@@ -193,8 +194,12 @@ def test_the_reference_is_torchs_for_loop_bit_for_bit(dtype, case):
     torch.testing.assert_close(moments[1], squares, **near)
 
 
-@every_dtype
-@pytest.mark.parametrize("grad_layout", ["channels_last", "contiguous", "sliced"])
+@covering(
+    "backend",
+    backend=BACKENDS,
+    dtype=KERNEL_DTYPES,
+    grad_layout=["channels_last", "contiguous", "sliced"],
+)
 def test_every_layout_gives_the_same_result(backend, dtype, grad_layout):
     values = torch.rand(3, 4, 5, 6).to(dtype)
     param = values.to(memory_format=torch.channels_last)
@@ -323,9 +328,7 @@ def test_special_values_spread_as_in_torch(backend, dtype):
 
 @needs_cpu_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
-@every_side
-@every_dtype
-@pytest.mark.parametrize("size", [1, 33, 2051])
+@covering(dtype=KERNEL_DTYPES, size=[1, 33, 2051], side=SIDES)
 def test_nothing_beside_the_tensors_is_read_or_written(dtype, size, side):
     """A stray access ends the process."""
     param, grad, *moments = (guarded(torch.rand(size).to(dtype), side) for _ in range(5))
