@@ -15,7 +15,7 @@ def covering(*indirect, **tables):
 
     Args:
         indirect: names that are fixtures', which take the value as request.param.
-        tables: for each name its values or pytest.params, or a dict of them by id.
+        tables: for each name its values, pytest.params with an id among them, or a dict by id.
     """
     columns = [_as_params(values) for values in tables.values()]
     able = [[p for p in column if not _skipped(p)] or column for column in columns]
@@ -40,8 +40,7 @@ def covering(*indirect, **tables):
 
 def _as_params(values):
     named = values.items() if isinstance(values, dict) else ((str(v), v) for v in values)
-    made = [v if hasattr(v, "marks") else pytest.param(v, id=name) for name, v in named]
-    return [p if p.id is not None else pytest.param(*p.values, marks=p.marks, id=str(p.values[0])) for p in made]
+    return [v if hasattr(v, "marks") else pytest.param(v, id=name) for name, v in named]
 
 
 def _skipped(param):
@@ -62,12 +61,11 @@ def _every_pair(sizes):
         row = dict(min(missing))
         for i in places:
             if i not in row:
-
-                def gain(a, i=i, row=row):
-                    return sum(tuple(sorted([(i, a), other])) in missing for other in row.items())
-
-                row[i] = max(range(sizes[i]), key=gain)
-        row = [row[i] for i in places]
-        missing -= set(combinations(enumerate(row), 2))
-        rows.append(row)
+                gains = [
+                    sum(tuple(sorted([(i, a), other])) in missing for other in row.items())
+                    for a in range(sizes[i])
+                ]
+                row[i] = gains.index(max(gains))
+        rows.append([row[i] for i in places])
+        missing -= set(combinations(enumerate(rows[-1]), 2))
     return rows

@@ -20,7 +20,7 @@ from torchvision.models import get_model, list_models
 
 from fastfreeze import trim
 from fastfreeze.recipes.models import build_model
-from tests.test_graph import AUX, EmptyOnMeta, build, in_execution_order, saved_bytes, tensors
+from tests.zoo import AUX, EmptyOnMeta, build, in_execution_order, saved_bytes, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

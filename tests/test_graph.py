@@ -19,7 +19,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 from torchvision.models import get_model, list_models
@@ -29,6 +28,7 @@ from fastfreeze import graph
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph.verify import excess
 from tests.conftest import every_device, rows_by_device
+from tests.zoo import build, in_execution_order, saved_bytes, tensors
 
 trim = partial(graph.trim, fold=False)  # bits are compared here; folding has its own tests
 
@@ -37,24 +37,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the same, by hand -------------------------------------------------------------------------
-
-
-def in_execution_order(model, *inputs):
-    """Parameters by their module's first call; those of modules never called, after the caller."""
-    order = []
-    hooks = []
-    for module in model.modules():
-        own, all_of_it = list(module.parameters(recurse=False)), list(module.parameters())
-        hooks.append(module.register_forward_pre_hook(lambda *_, p=own: order.extend(p)))
-        hooks.append(module.register_forward_hook(lambda *_, p=all_of_it: order.extend(p)))
-    mode = model.training
-    model.eval()
-    with torch.no_grad():
-        model(*inputs)
-    model.train(mode)
-    for hook in hooks:
-        hook.remove()
-    return list(dict.fromkeys(order))
 
 
 def call_by_hand(model, *inputs):
@@ -78,15 +60,6 @@ def call_by_hand(model, *inputs):
     for hook in hooks:
         hook.remove()
     return output
-
-
-def tensors(value):
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value
-    if hasattr(value, "__dataclass_fields__"):
-        items = [getattr(value, name) for name in value.__dataclass_fields__]
-    return [t for item in items if item is not None for t in tensors(item)]
 
 
 def step(model, call, *inputs, steps=1):
@@ -145,49 +118,11 @@ def graph_size(output):
     return len(seen)
 
 
-def saved_bytes(call):
-    """Bytes of storage that the forward keeps for the backward."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that kept its own output itself would never be freed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = call()
-    del output
-    return sum(kept.values())
-
-
 # --- torchvision -------------------------------------------------------------------------------
-
-
-AUX = ("googlenet", "inception_v3")
-
-
-class EmptyOnMeta(TorchFunctionMode):
-    """Modules built inside have parameters without storage; other tensors stay real."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
 
 
 def small_maxvit():
     return MaxVit((32, 32), 8, 2, [8, 16], [1, 1], 8, stochastic_depth_prob=0.5, num_classes=4)
-
-
-def build(name, size=None):
-    """A torchvision model without its weights, and an input."""
-    sizes = {"alexnet": 64, "inception_v3": 299, "maxvit_t": 224, "vit_h_14": 28}
-    size = size or sizes.get(name, 32)
-    options = {}
-    if name.startswith("vit"):
-        options["image_size"] = size
-    if name in AUX:
-        options["init_weights"] = False
-    return get_model(name, weights=None, **options).train(), torch.randn(2, 3, size, size)
 
 
 QUICK = [

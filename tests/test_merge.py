@@ -24,7 +24,8 @@ from torchvision.models import get_model, list_models
 from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.ensemble._members import hold_the_same, owners_of
 from fastfreeze.recipes.models import build_model
-from tests.test_graph import AUX, EmptyOnMeta, build
+from tests.covering import covering
+from tests.zoo import AUX, EmptyOnMeta, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,10 +117,11 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize(("shared", "expected"), SHARED.values(), ids=SHARED)
-@pytest.mark.parametrize("size", [(1, 1, 1), (3, 8, 8), (2, 17, 5)])
-def test_what_is_shared_runs_once(shared, expected, fold, size):
+@covering(
+    case=SHARED, size=[(1, 1, 1), (3, 8, 8), (2, 17, 5)], fold={"unfolded": False, "folded": True}
+)
+def test_what_is_shared_runs_once(case, fold, size):
+    shared, expected = case
     ensemble = SnapshotEnsemble(Net(), chain(Net, shared, 3), fold=fold)
     x = torch.randn(size[0], 3, *size[1:])
     assert_right(ensemble, x)

@@ -32,7 +32,6 @@ from tests.softmax_cases import (
     truth,
 )
 
-
 MEAN_AND_LOG = {"mean": False, "log": True}
 
 

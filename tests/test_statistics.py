@@ -354,9 +354,7 @@ def test_bad_arguments_are_refused_as_for_the_mean():
         ensemble_statistics([logits, torch.tensor([[0, NAN, 0], [0, 0, 0]])])
 
 
-@covering(
-    "backend_and_device", backend_and_device=kernels(), dtype=DTYPES, classes=[10, 100, 2500]
-)
+@covering("backend_and_device", backend_and_device=kernels(), dtype=DTYPES, classes=[10, 100, 2500])
 def test_online_average(backend, device, classes, dtype):
     members = make((2, 3, classes), 5, dtype, device)
     average = EnsembleAverage(backend=backend)
