@@ -25,7 +25,7 @@ def covering(*indirect, **tables):
     ]
     for at, column in enumerate(columns):
         for p in column:
-            if p not in able[at]:
+            if not any(p is a for a in able[at]):
                 rows.append([p if i == at else able[i][0] for i in range(len(able))])
     params = [
         pytest.param(
