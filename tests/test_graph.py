@@ -28,7 +28,7 @@ from fastfreeze import graph
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.graph.verify import excess
 from tests.conftest import every_device, rows_by_device
-from tests.zoo import build, in_execution_order, saved_bytes, tensors
+from tests.zoo import AUX, EmptyOnMeta, build, in_execution_order, saved_bytes, tensors
 
 trim = partial(graph.trim, fold=False)  # bits are compared here; folding has its own tests
 
