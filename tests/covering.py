@@ -6,18 +6,36 @@ from itertools import combinations
 
 import pytest
 
+from tests.conftest import HAS_GPU
+
 
 def covering(*indirect, **tables):
     """Parametrizes a test by rows in which each value meets each value of every other table.
 
     A fault of a kernel hangs on one value or on two that meet, hardly ever on three. A value that
-    is skipped here has one row, so that it is seen to be, and takes no part in the others.
+    is skipped here has one row, so that it is seen to be, and takes no part in the others. With a
+    GPU, which is quick, each backend has all pairs of the other tables for itself.
 
     Args:
         indirect: names that are fixtures', which take the value as request.param.
         tables: for each name its values, pytest.params with an id among them, or a dict by id.
     """
-    columns = [_as_params(values) for values in tables.values()]
+    columns = {name: _as_params(values) for name, values in tables.items()}
+    apart = columns["backend_and_device"] if HAS_GPU and "backend_and_device" in columns else []
+    each = [columns | {"backend_and_device": [backend]} for backend in apart] or [columns]
+    params = [
+        pytest.param(
+            *(p.values[0] for p in row),
+            marks=[mark for p in row for mark in p.marks],
+            id="-".join(p.id for p in row),
+        )
+        for chosen in each
+        for row in _rows(list(chosen.values()))
+    ]
+    return pytest.mark.parametrize(tuple(tables), params, indirect=list(indirect))
+
+
+def _rows(columns):
     able = [[p for p in column if not _skipped(p)] or column for column in columns]
     rows = [
         [column[i] for column, i in zip(able, row, strict=True)]
@@ -27,15 +45,7 @@ def covering(*indirect, **tables):
         for p in column:
             if not any(p is a for a in able[at]):
                 rows.append([p if i == at else able[i][0] for i in range(len(able))])
-    params = [
-        pytest.param(
-            *(p.values[0] for p in row),
-            marks=[mark for p in row for mark in p.marks],
-            id="-".join(p.id for p in row),
-        )
-        for row in rows
-    ]
-    return pytest.mark.parametrize(tuple(tables), params, indirect=list(indirect))
+    return rows
 
 
 def _as_params(values):
