@@ -141,7 +141,7 @@ class DevicePlan(PointerPlan):
             self._spare = self._pinned()
         self._run(grad_scale, found_inf, track=self._may_start())
         if found_inf is None and not self._unsure:
-            self._started_now()
+            self._unstarted.difference_update(self._given.index)
         else:
             self._unsure = self._unsure or bool(self._unstarted)
         self._position = step + 1
@@ -197,7 +197,7 @@ class DevicePlan(PointerPlan):
     def _run(
         self, grad_scale: Tensor | float | None, found_inf: Tensor | None, track: bool
     ) -> None:
-        grad_addresses = self._gathered()
+        grad_addresses = self._addresses
         if len(grad_addresses) > self.table_from:
             self._set_grads(grad_addresses)
         self._keep_for(self._stream())

@@ -156,7 +156,8 @@ class PointerPlan:
         self._look = Look(params, [*params, *state])
         self._empty = [i for i, p in enumerate(params) if p.numel() == 0]
         self._given = Given([])
-        self._addresses: array[int] | None = None  # of the gradients that were aligned last
+        self._updated: Sequence[Tensor] = []  # the parameters of those
+        self._addresses = array("q")  # of the gradients that were aligned last
         self._unstarted = {i for i, is_first in enumerate(first) if is_first}
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
@@ -172,14 +173,18 @@ class PointerPlan:
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
     ) -> Sequence[Tensor | None]:
         """The gradients with their parameters' strides; their addresses are noted for the step."""
-        self._given = given
-        self._addresses = self._look.find(params, grads, given)
-        if self._addresses is not None:
-            return grads
-        aligned = [
-            g if g is None else self._aligned(p, g) for p, g in zip(self.params, grads, strict=True)
-        ]
-        self._addresses = addresses_of(aligned)
+        if given is not self._given:
+            self._given, self._updated = given, given.of(self.params)
+        aligned, addresses = grads, self._look.find(params, grads, given)
+        if addresses is None:
+            aligned = [
+                g if g is None else self._aligned(p, g)
+                for p, g in zip(self.params, grads, strict=True)
+            ]
+            addresses = addresses_of(aligned)
+        for i in self._empty:  # a gradient without elements has no address, and counts
+            addresses[i] = int(given.flags[i])
+        self._addresses = addresses
         return aligned
 
     def _aligned(self, param: Tensor, grad: Tensor) -> Tensor:
@@ -193,23 +198,12 @@ class PointerPlan:
             return grad
         return torch.empty_like(param).copy_(grad)
 
-    def _gathered(self) -> array[int]:
-        if self._addresses is None:
-            raise RuntimeError("align() comes before step()")
-        for i in self._empty:  # a gradient without elements has no address, and counts
-            self._addresses[i] = int(self._given.flags[i])
-        return self._addresses
-
     def _note_step(self) -> None:
         """Tell PyTorch that the parameters with a gradient were written to, and no others.
 
         A frozen one must look as it is: unchanged. What is folded from it would be made anew.
         """
-        torch.autograd.graph.increment_version(self._given.of(self.params))
-
-    def _started_now(self) -> None:
-        if self._unstarted:
-            self._unstarted.difference_update(self._given.index)
+        torch.autograd.graph.increment_version(self._updated)
 
 
 class HostPlan(PointerPlan):
@@ -225,6 +219,7 @@ class HostPlan(PointerPlan):
         weakref.finalize(self, free, self._handle)
         self._lrs = np.empty(len(spec.segments))
         self._lrs_address = self._lrs.ctypes.data
+        self._hypers: Hypers | None = None  # whose address is known
 
     @staticmethod
     def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
@@ -238,17 +233,20 @@ class HostPlan(PointerPlan):
         grad_scale: Tensor | float | None,
         found_inf: Tensor | None,
     ) -> list[float]:
+        if hypers is not self._hypers:
+            self._hypers, self._hypers_address = hypers, hypers.ctypes.data
         self._kernel_step(
             self._handle,
-            self._gathered().buffer_info()[0],
-            hypers.ctypes.data,
+            self._addresses.buffer_info()[0],
+            self._hypers_address,
             step,
             1.0 if grad_scale is None else 1.0 / grad_scale,
             grad_scale is not None,
             self._lrs_address,
         )
         self._note_step()
-        self._started_now()
+        if self._unstarted:
+            self._unstarted.difference_update(self._given.index)
         lrs: list[float] = self._lrs.tolist()
         return lrs
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
+
 from fastfreeze.schedule._checks import check_int, check_number
 from fastfreeze.schedule.base import Schedule
 from fastfreeze.schedule.segments import Segment
@@ -32,6 +34,8 @@ class Frozen(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.until, np.number):
+            object.__setattr__(self, "until", self.until.item())
         if isinstance(self.until, int):
             check_int("until", self.until, minimum=1)
         elif not isinstance(self.until, str):
