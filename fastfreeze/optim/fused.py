@@ -184,18 +184,13 @@ class FusedOptimizer(Optimizer):
                     return None
             with torch.enable_grad():
                 loss = closure()
-        records = torch.is_grad_enabled()
-        with self._lock:
-            torch.set_grad_enabled(False)  # no_grad() would be ten calls more
-            try:
-                capturing = self._is_capturing()
-                if self._is_ready(capturing):
-                    if capturing:
-                        self._capture()
-                    else:
-                        self._take_step()
-            finally:
-                torch.set_grad_enabled(records)
+        with self._lock, torch.no_grad():
+            capturing = self._is_capturing()
+            if self._is_ready(capturing):
+                if capturing:
+                    self._capture()
+                else:
+                    self._take_step()
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
