@@ -28,14 +28,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastfreeze.ops import _library, _triton_adam, _triton_sgd, _triton_softmax
-from fastfreeze.ops._adam_plans import AdamSpec
 from fastfreeze.ops._device_adam import AdamTritonPlan
 from fastfreeze.ops._device_plan import DevicePlan
-from fastfreeze.ops._device_sgd import TritonPlan
+from fastfreeze.ops._device_sgd import SgdTritonPlan
 from fastfreeze.ops._plans import PlanSpec
 from fastfreeze.optim import SGD, Adam, AdamW, FusedOptimizer
 from fastfreeze.schedule import Cosine, FreezeOut
 from tests import triton_matrix
+from tests.adam_plans import named as named_moments
 
 C_TYPES = {
     "*": ctypes.c_uint64,
@@ -222,9 +222,10 @@ def step_arguments() -> dict[str, dict]:
     """Of a plan of SGD and one of Adam."""
     params, *moments = ([torch.ones(5000), torch.ones(3)] for _ in range(4))
     rest = [[True] * 2, [0, 0], [Cosine(100).segments()], 0.1, 7, None]
+    of_adam = PlanSpec(params, named_moments(*moments), *rest, steps=torch.zeros(2))
     plans = {
-        "SGD": TritonPlan(PlanSpec(params, moments[0], *rest)),
-        "Adam": AdamTritonPlan(AdamSpec(params, *moments, torch.zeros(2), *rest)),
+        "SGD": SgdTritonPlan(PlanSpec(params, {"momentum_buffer": moments[0]}, *rest)),
+        "Adam": AdamTritonPlan(of_adam),
     }
     return {
         f"{rule}, {name}": launch

@@ -17,8 +17,8 @@ from fastfreeze.layers.groups import check_number
 from fastfreeze.ops import _choice
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops._placements import Given, kind_of, place_of
-from fastfreeze.ops._plans import dtype_of_state
-from fastfreeze.optim._rule import Planned, UpdateRule
+from fastfreeze.ops._plans import PlanSpec, dtype_of_state
+from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
 from fastfreeze.schedule import Segment
 
@@ -242,29 +242,24 @@ class Part:
             for name, moment in self._claim(i, param, dtype).items():
                 moments[name][i] = moment
         filled_next = set(self.first)
-        self.plan = plan_type(
-            task.rule.spec(
-                Planned(
-                    params=list(self._local(self.params)),
-                    moments=moments,
-                    first=[i in filled_next for i in range(len(members))],
-                    steps=self.steps,
-                    groups=self.groups,
-                    segments=task.segments,
-                    eta_min=task.eta_min,
-                    warmup_steps=task.warmup_steps,
-                    state_dtype=task.state_dtype,
-                )
+        self.plan: Any = plan_type(
+            PlanSpec(
+                params=list(self._local(self.params)),
+                moments=moments,
+                first=[i in filled_next for i in range(len(members))],
+                groups=self.groups,
+                segments=task.segments,
+                eta_min=task.eta_min,
+                warmup_steps=task.warmup_steps,
+                state_dtype=task.state_dtype,
+                steps=self.steps,
             )
         )
         self._watch(Given([None] * len(members)))  # until gradients are collected
 
     def written(self) -> Iterable[Tensor | None]:
         """All that a step writes, other than gradients."""
-        return chain(self.plan.params, *self._moments().values())
-
-    def _moments(self) -> dict[str, list[Tensor | None]]:
-        return {name: getattr(self.plan, of) for name, of in self.rule.moments.items()}
+        return chain(self.plan.params, *self.plan.moments.values())
 
     def _local(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         return [local_part(p, p) for p in params] if self.sharded else params
@@ -384,10 +379,10 @@ class Part:
     def _keep_started(self) -> None:
         """Let the state hold the moments of those that have had their first step."""
         started = [i for i in self.first if self.given.flags[i]]
-        moments = self._moments()
+        moments = self.plan.moments
         for i in started:
             own = {name: moments[name][i] for name in self.names[i]}
-            self._keep(i, self.state[self.params[i]], own)  # type: ignore[arg-type]
+            self._keep(i, self.state[self.params[i]], own)
         self.first = [i for i in self.first if not self.given.flags[i]]
         if started:
             self._watch(self.given)

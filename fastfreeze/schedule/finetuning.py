@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +35,9 @@ class Frozen(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.until, np.number):
-            object.__setattr__(self, "until", self.until.item())
+        until: Any = self.until
+        if isinstance(until, np.number):
+            object.__setattr__(self, "until", until.item())
         if isinstance(self.until, int):
             check_int("until", self.until, minimum=1)
         elif not isinstance(self.until, str):
