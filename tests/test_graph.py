@@ -27,7 +27,7 @@ from torchvision.models.maxvit import MaxVit
 
 from fastfreeze import graph
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph.verify import excess
+from fastfreeze.trim.compare import excess
 from tests.conftest import every_device, rows_by_device
 
 trim = partial(graph.trim, fold=False)  # bits are compared here; folding has its own tests

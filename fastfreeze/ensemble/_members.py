@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastfreeze.ensemble._packs import same_bits
-from fastfreeze.graph._state import Held, HeldState, tensors_in
+from fastfreeze.trim.state import Held, HeldState, tensors_in
 from fastfreeze.graph.trace import hooked
 
 # For each tensor of the model, by name: the first member that holds the same bits, for each member.

@@ -20,12 +20,12 @@ from fastfreeze.ensemble.merge import (
     write_merged,
 )
 from fastfreeze.ensemble.ways import Captured
-from fastfreeze.graph._state import Held, preserved, requires_grad
+from fastfreeze.trim.state import Held, preserved, requires_grad
 from fastfreeze.graph.fold import CannotFoldError, Folded, check_unchanged
 from fastfreeze.graph.prefix import autocasts
 from fastfreeze.graph.rewrite import Program, write_measured
 from fastfreeze.graph.trace import CallPattern, Trace, UntraceableError, hooked, trace
-from fastfreeze.graph.verify import excess
+from fastfreeze.trim.compare import excess
 
 MAX_KEPT = 8  # of the latest kinds of calls
 

@@ -26,7 +26,7 @@ from fastfreeze.ensemble._members import (
     held_again,
     owners_of,
 )
-from fastfreeze.graph._state import record_stream, tensors_in
+from fastfreeze.trim.state import record_stream, tensors_in
 from fastfreeze.text import format_table
 
 Way = Literal["loop", "graph", "vmap", "compiled", "streams", "cuda_graph"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph._state import HeldState, record_stream
+from fastfreeze.trim.state import HeldState, record_stream
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.prefix import Prefix, Values, autocasts
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from fastfreeze.graph._state import fp32_precision
+from fastfreeze.trim.state import fp32_precision
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.kept import Batch, Kept, Rows, assembled, pick, same_bits
 from fastfreeze.graph.prefix import Prefix, Values

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fastfreeze.execution import arguments
 from fastfreeze.freezing import LayerPlan
-from fastfreeze.graph._state import preserved
+from fastfreeze.trim.state import preserved
 from fastfreeze.graph.graphs import TrimmedGraph
 from fastfreeze.graph.trace import UntraceableError
 from fastfreeze.graph.trim import TrimmedModel
-from fastfreeze.graph.verify import observe
+from fastfreeze.trim.compare import observe
 from fastfreeze.text import format_table, some
 
 _MOST_UNASKED = 8

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from fastfreeze.graph._state import requires_grad
+from fastfreeze.trim.state import requires_grad
 from fastfreeze.graph.trace import IN_PLACE_FUNCTIONS, Trace
 
 _METADATA_ATTRIBUTES = frozenset(

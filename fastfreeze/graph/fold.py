@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastfreeze.graph._state import Held, HeldState
+from fastfreeze.trim.state import Held, HeldState
 from fastfreeze.graph.cut import called_name, minds_layout
 from fastfreeze.graph.rewrite import Piece, Program, compiled, eval_copy, hand_over, placeholders
 from fastfreeze.ops.affine import affine_relu, affine_relu_cat

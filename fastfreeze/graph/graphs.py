@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastfreeze.graph._state import Watch, copied, preserved, tensors_in, unobserved
+from fastfreeze.trim.state import Watch, copied, preserved, tensors_in, unobserved
 from fastfreeze.graph.cut import Cut, Dataflow, find_cut, frozen_modules
 from fastfreeze.graph.fold import is_cpu_fp32
 from fastfreeze.graph.modules import FrozenModules
@@ -20,7 +20,7 @@ from fastfreeze.graph.prefix import Options, Prefix, Values, gain_by_channels_la
 from fastfreeze.graph.rewrite import Program, write_measured, write_program, write_proof
 from fastfreeze.graph.split import CannotSplitError
 from fastfreeze.graph.trace import CallPattern, UntraceableError, hooked, is_leaf, trace
-from fastfreeze.graph.verify import Observation, difference, observe
+from fastfreeze.trim.compare import Observation, difference, observe
 
 _MAX_TRACES = 32
 _OF_A_CUT = ("cut", "prefix", "unsplit", "hooked", "_modules", "_programs", "_proven")

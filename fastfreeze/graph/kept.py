@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfreeze.graph._state import record_stream
+from fastfreeze.trim.state import record_stream
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.prefix import Prefix, Values
 from fastfreeze.graph.rows import Fetched, Layout, row_numbers, take_rows

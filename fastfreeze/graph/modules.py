@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph._state import call_in_eval, in_checkpoint, requires_grad
+from fastfreeze.trim.state import call_in_eval, in_checkpoint, requires_grad
 
 
 class FrozenModules:

@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph._state import Held, HeldState, preserved, tensors_in
+from fastfreeze.trim.state import Held, HeldState, preserved, tensors_in
 from fastfreeze.graph.cut import Cut, Dataflow, called_name, minds_layout
 from fastfreeze.graph.fold import CannotFoldError, Folded, check_unchanged, fold
 from fastfreeze.graph.rewrite import Piece, Program, write_piece, write_suffix
 from fastfreeze.graph.split import CannotSplitError, draws_random_numbers, find_split, find_stretch
 from fastfreeze.graph.trace import Trace
-from fastfreeze.graph.verify import excess
+from fastfreeze.trim.compare import excess
 
 Values = tuple[Any, ...]
 _MAX_FOLDS = 16

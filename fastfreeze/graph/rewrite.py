@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
-from fastfreeze.graph._state import call_in_eval, requires_grad, tensors_in
+from fastfreeze.trim.state import call_in_eval, requires_grad, tensors_in
 from fastfreeze.graph.cut import Cut, Dataflow, declares_writes
 from fastfreeze.graph.split import Split
 from fastfreeze.graph.trace import Trace

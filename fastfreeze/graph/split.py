@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastfreeze.graph._state import tensors_in
+from fastfreeze.trim.state import tensors_in
 from fastfreeze.graph.cut import ATEN_NAMES, Cut, Dataflow, called_name
 
 Nodes = frozenset[fx.Node]

@@ -15,14 +15,14 @@ from torch.nn.parameter import is_lazy
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import arguments
-from fastfreeze.graph._state import copied, preserved, requires_grad
+from fastfreeze.trim.state import copied, preserved, requires_grad
 from fastfreeze.graph.ahead import Ahead
 from fastfreeze.graph.call import Call
 from fastfreeze.graph.cut import Cut, find_module_cut
 from fastfreeze.graph.graphs import Graphs, TrimmedGraph
 from fastfreeze.graph.prefix import Options
 from fastfreeze.graph.trace import UntraceableError
-from fastfreeze.graph.verify import difference, observe
+from fastfreeze.trim.compare import difference, observe
 
 _Batch = TypeVar("_Batch")
 _END: Any = object()

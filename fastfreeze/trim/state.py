@@ -238,6 +238,35 @@ class Snapshot:
                     buffer.copy_(values)
 
 
+class Undo:
+    """What it takes to call a model again: random number generators, and some buffers."""
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        self._buffers = [(b, b.clone()) for b in buffers]
+        self._python, self._numpy, self._cpu = (
+            random.getstate(),
+            np.random.get_state(),
+            torch.get_rng_state(),
+        )
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        with torch.no_grad():
+            for buffer, values in self._buffers:
+                buffer.copy_(values)
+
+
+def hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of some modules has hooks."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(vars(module).get(kind) for module in modules for kind in kinds)
+
+
 @contextmanager
 def unobserved() -> Iterator[None]:
     """Autograd on, whatever the mode outside; an activation checkpoint outside sees nothing."""

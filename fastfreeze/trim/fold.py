@@ -1,0 +1,605 @@
+"""Frozen convolutions and norms that wait for what is done to their values, and do it on the way.
+
+A frozen norm is a scale and a shift per channel. Behind a convolution they move into its weight and
+bias; elsewhere they are applied in one pass with the ReLU that follows, straight from the parts of
+a ``cat`` in front. Sums of a convolution and a shortcut, and the ReLU behind, are made by the
+convolution itself. Nothing is recorded: each call of the model does this anew, so that nothing is
+assumed of what the model decides on the way. Whether and how a value is folded depends on an
+image's shape and on who has read it, never on a measurement: a resumed run computes the same bits.
+
+Folded weights are copies; :class:`Folds` keeps them and tells whether they are still the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastfreeze.trim.compare import excess
+from fastfreeze.trim.operations import Affine, Convolution, may_take_winograd
+from fastfreeze.trim.pending import (
+    FUSED,
+    LOCAL,
+    Given,
+    Node,
+    Pending,
+    TooLateError,
+    node_of,
+    settle,
+)
+from fastfreeze.trim.watch import Contents, Steps
+
+_MAX_CHANGES = 16
+
+
+class Norm(NamedTuple):
+    """The tensors of a norm in eval mode."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def plain(self, x: Tensor) -> Tensor:
+        """What torch computes."""
+        return F.batch_norm(x, *self[:4], training=False, eps=self.eps)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in self[:4] if t is not None]
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift per channel, in float64."""
+        scale = (self.var.double() + self.eps).rsqrt()
+        shift = -self.mean.double() * scale
+        if self.weight is not None:
+            scale, shift = scale * self.weight.double(), shift * self.weight.double()
+        return scale, shift if self.bias is None else shift + self.bias.double()
+
+
+class Fold:
+    """Weights that were folded, and what they were made of.
+
+    Attributes:
+        operation: computes with them.
+        checked: whether it has been found to give what torch gives.
+        refused: why it is not to be used; empty if it is.
+    """
+
+    def __init__(self, operation: Any, contents: Contents, refused: str) -> None:
+        self.operation, self.contents, self.refused = operation, contents, refused
+        self.checked = False
+
+    def result(self, found: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Tensor:
+        """What ``found`` gives, once that has been found to be what ``plain`` gives, else that."""
+        if self.refused:
+            return plain()
+        if self.checked:
+            return found()
+        value, expected = found(), plain()
+        if not bool(expected.isfinite().all()):
+            return expected  # nothing to compare by; the next call may do
+        times = excess(value, expected)
+        if times <= 1:
+            self.checked = True
+            return value
+        self.refused = f"folding changes values by {times:.1e} times what rounding may"
+        return expected
+
+
+class Folds:
+    """The folded weights of one model.
+
+    Attributes:
+        usable: whether values may wait at all.
+        exact: whether they are computed as the modules compute them.
+    """
+
+    def __init__(self) -> None:
+        self.usable, self.exact = True, False
+        self._folds: dict[tuple[int, int], Fold] = {}
+        self._changes: dict[tuple[int, int], int] = {}
+        self._turns = cycle(())
+        self._steps = Steps()
+
+    def __len__(self) -> int:
+        return sum(not fold.refused for fold in self._folds.values())
+
+    def refusals(self) -> list[str]:
+        """Why some are not used, each reason once."""
+        return sorted({fold.refused for fold in self._folds.values() if fold.refused})
+
+    def get(
+        self, key: tuple[int, int], tensors: Sequence[Tensor], make: Callable[[], Any]
+    ) -> Fold:
+        """What ``make`` gives of ``tensors``; made again when torch has counted a write to them."""
+        found = self._folds.get(key)
+        if found is not None:
+            if found.contents.as_counted(tensors):
+                return found
+            self._drop(key)
+        often = self._changes.get(key, 0) >= _MAX_CHANGES
+        refused = "its weights change again and again" if often else ""
+        with torch.inference_mode(False), torch.no_grad():
+            operation = None if refused else make()
+        found = self._folds[key] = Fold(operation, Contents(tensors), refused)
+        self._look_anew()
+        return found
+
+    def check(self) -> None:
+        """Drop those whose weights hold other bits.
+
+        All after a step of an optimizer that may have moved them, else one in each call, in turn,
+        and the statistics of all.
+        """
+        self._steps.look()
+        if self._steps.seen:
+            self._steps.seen = False
+            keys = list(self._folds)
+        else:
+            keys = [key for key in (next(self._turns, None),) if key is not None]
+        for key in keys:
+            if not self._folds[key].contents.as_compared():
+                self._drop(key)
+                self._look_anew()
+
+    @contextmanager
+    def as_modules_compute(self) -> Iterator[None]:
+        """Fold nothing, but let values wait as ever."""
+        self.exact = True
+        try:
+            yield
+        finally:
+            self.exact = False
+
+    def too_late(self, reader: Any) -> None:
+        """Take a stand-in at its word from now on, whose input has been written to meanwhile."""
+        if reader is None:
+            self.usable = False
+        else:
+            reader.waits = False
+
+    def clear(self) -> None:
+        """Forget all: what is frozen has changed."""
+        self._folds.clear()
+        self._look_anew()
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        self._changes[key] = self._changes.get(key, 0) + 1
+        del self._folds[key]
+
+    def _look_anew(self) -> None:
+        self._turns = cycle(list(self._folds))
+        self._steps.tensors = [t for f in self._folds.values() for t in f.contents.tensors]
+
+
+class ConvNode(Node):
+    """A convolution, perhaps with a norm, a residual and a ReLU behind it.
+
+    Attributes:
+        base: the same without the last of these; None for the convolution alone.
+        step: what was done to that, as torch does it.
+        depth: how much was done.
+        passed: whether a value with more behind it has been computed without this one.
+    """
+
+    __slots__ = ("base", "counts", "depth", "norm", "passed", "relu", "residual", "step", "x")
+
+    reader: ConvStandIn
+
+    def __init__(self, stand_in: ConvStandIn, x: Node | None, shape: torch.Size, like: Any) -> None:
+        super().__init__(shape, like.dtype, like.device, stand_in)
+        self.x = x
+        self.norm: Norm | None = None
+        self.residual: Node | None = None
+        self.relu, self.passed, self.depth = False, False, 0
+        self.base: ConvNode | None = None
+        self.step: Callable[[Tensor], Tensor] | None = None
+        self.counts = _writes(stand_in.tensors(None))
+
+    def then(self, step: Callable[[Tensor], Tensor]) -> ConvNode | None:
+        """A copy with another step behind it; None if this one's value is wanted itself."""
+        if self.value is not None or self.relu or self.depth >= self.reader.depth:
+            return None
+        node = ConvNode(self.reader, self.x, self.shape, self)
+        node.norm, node.residual, node.base, node.step = self.norm, self.residual, self, step
+        node.depth, node.counts = self.depth + 1, self.counts
+        return node
+
+    def compute(self) -> Tensor:
+        if self.passed:  # twice the work: next time it is computed once, for both
+            self.reader.depth = self.depth
+        if _writes(self.reader.tensors(self.norm)) != self.counts:
+            raise TooLateError(self.reader)
+        known = self.base
+        while known is not None and known.value is None:
+            known = known.base
+        value = self._folded() if known is None else self._plain()
+        self.base = self.step = self.residual = self.x = None
+        return value
+
+    def _folded(self) -> Tensor:
+        base = self.base
+        while base is not None:
+            base.passed = True
+            base = base.base
+        fold = self.reader.fold(self.norm)
+        if fold.refused or self.reader.folds.exact:
+            return self._plain()
+        residual = None if self.residual is None else self.residual.now()
+        affine, x = None, self.x
+        if isinstance(x, AffineNode) and self.reader.takes_affine and x.fits_convolution():
+            affine, x = x.operation(), x.parts[0]
+        assert x is not None
+        value, operation = (x if affine else self.x).now(), fold.operation  # type: ignore[union-attr]
+        return fold.result(lambda: operation(value, residual, self.relu, affine), self._plain)
+
+    def _plain(self) -> Tensor:
+        """As torch computes it, from the last value that is known."""
+        if self.base is None:
+            assert self.x is not None
+            return self.reader.forward(self.x.now())
+        assert self.step is not None
+        base = self.base
+        return self.step(base._plain() if base.value is None else base.now())
+
+
+class AffineNode(Node):
+    """A norm over the parts of a ``cat``, perhaps with a ReLU behind it.
+
+    Attributes:
+        base: the same without the ReLU.
+    """
+
+    __slots__ = ("base", "counts", "folds", "norm", "parts", "relu")
+
+    def __init__(
+        self, folds: Folds, parts: Sequence[Node], norm: Norm, shape: torch.Size, reader: Any
+    ) -> None:
+        super().__init__(shape, parts[0].dtype, parts[0].device, reader)
+        self.folds, self.parts, self.norm = folds, parts, norm
+        self.relu, self.counts = False, _writes(norm.tensors())
+        self.base: AffineNode | None = None
+
+    def then_relu(self) -> AffineNode | None:
+        """A copy with a ReLU behind it; None if this one's value is there."""
+        if self.value is not None or self.relu:
+            return None
+        node = AffineNode(self.folds, self.parts, self.norm, self.shape, self.reader)
+        node.relu, node.base, node.counts = True, self, self.counts
+        return node
+
+    def fits_convolution(self) -> bool:
+        """Whether a convolution may compute it on the way."""
+        known = self.value is not None or (self.base is not None and self.base.value is not None)
+        return self.relu and len(self.parts) == 1 and not known and self._fold().checked
+
+    def operation(self) -> Affine:
+        """What computes it."""
+        operation: Affine = self._fold().operation
+        return operation
+
+    def compute(self) -> Tensor:
+        base = self.base
+        if base is not None and base.value is not None:
+            return torch.relu(base.now())
+        parts = [part.now() for part in self.parts]
+        fold = self._fold()
+        if self.folds.exact:
+            return self._plain(parts)
+        value = fold.result(lambda: fold.operation(parts, self.relu), lambda: self._plain(parts))
+        self.parts, self.base = (), None
+        return value
+
+    def _fold(self) -> Fold:
+        tensors = self.norm.tensors()
+        if _writes(tensors) != self.counts:
+            raise TooLateError(self.reader)
+        make = lambda: Affine(*self.norm.affine(), self.dtype)  # noqa: E731
+        return self.folds.get((0, id(self.norm.mean)), tensors, make)
+
+    def _plain(self, parts: Sequence[Tensor]) -> Tensor:
+        value = self.norm.plain(parts[0] if len(parts) == 1 else torch.cat(list(parts), 1))
+        return value.relu_() if self.relu else value
+
+
+class CatNode(Node):
+    """Images side by side along the channels."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Sequence[Node], shape: torch.Size) -> None:
+        super().__init__(shape, parts[0].dtype, parts[0].device, None)
+        self.parts = parts
+
+    def compute(self) -> Tensor:
+        value = torch.cat([part.now() for part in self.parts], 1)
+        self.parts = ()
+        return value
+
+
+class ConvStandIn:
+    """Stands in for the forward of a frozen convolution.
+
+    Attributes:
+        forward: the module's own.
+        waits: False if it has been found that what it reads is written to before it is read.
+        depth: how much may be done to its value on the way; less where it is read in between.
+        takes_affine: whether it may compute a norm in front of it.
+        folds: the model's.
+    """
+
+    def __init__(self, module: nn.Conv2d, folds: Folds) -> None:
+        self.module, self.forward = module, module.forward
+        self.waits, self.depth = True, 4
+        self.takes_affine = may_take_winograd(module)
+        self.folds = folds
+        self._shapes: dict[torch.Size, torch.Size | None] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        m = self.module
+        node = waiting_input(x, m, m.weight, self) if self.waits else None
+        if node is None:
+            return self.forward(settle(x))
+        if node.shape not in self._shapes:
+            self._shapes[node.shape] = _convolved(m, node.shape)
+        shape = self._shapes[node.shape]
+        if shape is None:
+            return self.forward(settle(x))
+        return Pending.of(ConvNode(self, node, shape, node))
+
+    def tensors(self, norm: Norm | None) -> list[Tensor]:
+        """What it and the norm behind it compute with."""
+        m = self.module
+        own = [m.weight] if m.bias is None else [m.weight, m.bias]
+        return own if norm is None else [*own, *norm.tensors()]
+
+    def fold(self, norm: Norm | None) -> Fold:
+        """Its weights with those of the norm behind it."""
+        m = self.module
+        key = id(m), 0 if norm is None else id(norm.mean)
+        return self.folds.get(key, self.tensors(norm), lambda: _folded(m, norm))
+
+
+class NormStandIn:
+    """Stands in for the forward of a frozen norm.
+
+    Attributes:
+        forward, waits: as of a convolution's.
+    """
+
+    def __init__(self, module: nn.BatchNorm2d) -> None:
+        self.module, self.forward = module, module.forward
+        self.waits = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        m = self.module
+        mean, var = m.running_mean, m.running_var
+        if m.training or not self.waits or mean is None or var is None:
+            return self.forward(settle(x))
+        node = waiting_input(x, m, mean, self)
+        norm = Norm(mean, var, m.weight, m.bias, m.eps)
+        result = NotImplemented if node is None else _normed(node, norm, self)
+        return self.forward(settle(x)) if result is NotImplemented else result
+
+
+def waiting_input(x: Any, module: nn.Module, like: Tensor, reader: Any) -> Node | None:
+    """The node of images ``x`` if a stand-in may wait with them; None if it is to step aside."""
+    if LOCAL.run is None or _has_hooks(module) or like.requires_grad or not _is_plain(like):
+        return None
+    if type(x) is Pending:
+        node = node_of(x, reader)
+    elif isinstance(x, Tensor) and _may_be_read_later(x):
+        node = Given(x, reader)
+    else:
+        return None
+    fits = len(node.shape) == 4 and node.dtype == like.dtype and node.device == like.device
+    mode = torch.is_inference_mode_enabled() or torch.is_autocast_enabled(node.device.type)
+    return node if fits and not mode and node.dtype.is_floating_point else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _may_be_read_later(x: Tensor) -> bool:
+    return _is_plain(x) and not (x.requires_grad or x.is_inference() or x.is_neg())
+
+
+def _writes(tensors: Sequence[Tensor]) -> int:
+    """How many writes torch has counted."""
+    return sum([t._version for t in tensors])
+
+
+def _convolved(module: nn.Conv2d, shape: torch.Size) -> torch.Size | None:
+    """The shape that a convolution gives, if it is one that can be folded."""
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return None
+    if shape[1] != module.in_channels or 0 in shape:
+        return None
+    sides = [
+        (side + 2 * p - d * (k - 1) - 1) // s + 1
+        for side, p, d, k, s in zip(
+            shape[2:],
+            module.padding,
+            module.dilation,
+            module.kernel_size,
+            module.stride,
+            strict=True,
+        )
+    ]
+    return torch.Size((shape[0], module.out_channels, *sides)) if min(sides) > 0 else None
+
+
+def _folded(module: nn.Conv2d, norm: Norm | None) -> Convolution:
+    weight = module.weight.detach().double()
+    bias = None if module.bias is None else module.bias.detach().double()
+    if norm is not None:
+        scale, shift = norm.affine()
+        weight = weight * scale[:, None, None, None]
+        bias = shift if bias is None else bias * scale + shift
+    return Convolution(module, weight, bias, module.weight.dtype)
+
+
+def _normed(x: Node, norm: Norm, reader: Any) -> Any:
+    tensors = norm.tensors()
+    if norm.mean.numel() != x.shape[1] or not all(
+        _is_plain(t) and t.dtype == x.dtype and not t.requires_grad for t in tensors
+    ):
+        return NotImplemented
+    if isinstance(x, ConvNode) and x.norm is None and x.residual is None:
+        node = x.then(norm.plain)
+        if node is not None:
+            node.norm, node.counts = norm, node.counts + _writes(tensors)
+            return Pending.of(node)
+    parts = x.parts if isinstance(x, CatNode) and x.value is None else (x,)
+    return Pending.of(AffineNode(LOCAL.run.folds, parts, norm, x.shape, reader))
+
+
+def _fuse(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Have calls of these functions on pending values done by what is decorated."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        FUSED.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+@_fuse(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
+def _requires_grad(x: Any) -> Any:
+    return False if x.node.value is None else NotImplemented
+
+
+@_fuse(F.batch_norm)
+def _batch_norm(
+    input: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    unfit = training or running_mean is None or running_var is None
+    if unfit or type(input) is not Pending or len(input.node.shape) != 4:
+        return NotImplemented
+    assert running_mean is not None
+    assert running_var is not None
+    return _normed(node_of(input), Norm(running_mean, running_var, weight, bias, eps), None)
+
+
+@_fuse(F.relu, torch.relu, Tensor.relu)
+def _relu(x: Any, inplace: bool = False) -> Any:
+    node = x.node if type(x) is Pending else None
+    new: Node | None = None
+    if isinstance(node, ConvNode):
+        new = node.then(torch.relu)
+        if new is not None:
+            new.relu = True  # type: ignore[attr-defined]
+    elif isinstance(node, AffineNode):
+        new = node.then_relu()
+    return _become(x, new, inplace)
+
+
+@_fuse(F.relu_, torch.relu_, Tensor.relu_)
+def _relu_in_place(x: Any) -> Any:
+    return _relu(x, True)
+
+
+@_fuse(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def _add(a: Any, b: Any, *, inplace: bool = False) -> Any:
+    if inplace and (type(a) is not Pending or a.node.value is not None):
+        return NotImplemented
+    for x, other in ((b, a), (a, b)):
+        node = x.node if type(x) is Pending else None
+        if not isinstance(node, ConvNode) or node.residual is not None:
+            continue
+        if not isinstance(other, Tensor) or (
+            type(other) is not Pending and not _may_be_read_later(other)
+        ):
+            continue
+        residual = node_of(other, node.reader)
+        if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+            continue
+        new = node.then(lambda value, r=residual: value + r.now())
+        if new is not None:
+            new.residual = residual
+            return _become(a, new, inplace)
+    return NotImplemented
+
+
+@_fuse(Tensor.__iadd__, Tensor.add_)
+def _add_in_place(a: Any, b: Any) -> Any:
+    return _add(a, b, inplace=True)
+
+
+@_fuse(torch.cat, torch.concat, torch.concatenate)
+def _cat(tensors: Any, dim: int = 0) -> Any:
+    if dim not in (1, -3) or not isinstance(tensors, (tuple, list)):
+        return NotImplemented
+    parts: list[Node] = []
+    for tensor in tensors:
+        if type(tensor) is not Pending and not _may_be_read_later(tensor):
+            return NotImplemented
+        node = node_of(tensor)
+        parts += node.parts if isinstance(node, CatNode) else [node]
+    first = parts[0]
+    if len(first.shape) != 4 or not all(_lie_beside(first, part) for part in parts):
+        return NotImplemented
+    n, _, h, w = first.shape
+    shape = torch.Size((n, sum([part.shape[1] for part in parts]), h, w))
+    return Pending.of(CatNode(parts, shape))
+
+
+def _lie_beside(a: Node, b: Node) -> bool:
+    same = a.shape[0] == b.shape[0] and a.shape[2:] == b.shape[2:] and len(b.shape) == 4
+    return same and a.dtype == b.dtype and a.device == b.device
+
+
+def _become(x: Any, node: Node | None, inplace: bool) -> Any:
+    """A pending value of ``node``; ``x`` itself, made to be that, if in place."""
+    if node is None:
+        return NotImplemented
+    if not inplace:
+        return Pending.of(node)
+    x.node = node
+    return x
+
+
+def _pass_on(function: Callable[..., Any]) -> None:
+    """Have a function, to which layout is the same, keep that in which a value was computed."""
+
+    def pass_on(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not LOCAL.run.restores or type(x) is not Pending:
+            return NotImplemented
+        value = x.node.get()
+        result = function(value, *args, **kwargs)
+        if result is value:
+            return x
+        return Pending.of(Given(result)) if type(result) is Tensor else NotImplemented
+
+    FUSED.setdefault(function, pass_on)
+
+
+for _function in (
+    *(torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.relu6, F.hardtanh, F.hardswish),
+    *(F.silu, F.gelu, F.hardsigmoid, torch.sigmoid, Tensor.sigmoid),
+):
+    _pass_on(_function)

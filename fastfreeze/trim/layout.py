@@ -1,0 +1,120 @@
+"""In what layout a model is given its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastfreeze.trim.compare import difference, observe
+from fastfreeze.trim.operations import is_cpu_fp32
+from fastfreeze.trim.state import copied, hooked
+
+_MOST = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model takes images of one size.
+
+    Attributes:
+        channels_last: whether they are to be given in channels_last.
+        outputs: which tensors of the output are to be contiguous, as the model gives them.
+    """
+
+    channels_last: bool
+    outputs: tuple[bool, ...] = ()
+
+    def given_back(self, output: Any) -> Any:
+        """The output as the model gives it: its user may take views of it."""
+        if not any(self.outputs):
+            return output
+        flags = iter(self.outputs)
+        return tree_map_only(Tensor, lambda t: t.contiguous() if next(flags, False) else t, output)
+
+
+class Layouts:
+    """What is known of how a model takes images.
+
+    Convolutions whose weights are in the usual layout reorder them for images in channels_last,
+    forward and backward. That pays where the weights are fewer than what is computed with them, for
+    a batch of 32: what the batch really holds must not matter, or a resumed run would not give the
+    same bits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known: dict[tuple[torch.Size, ...], Layout] = {}
+
+    def of(self, args: Any, kwargs: Any) -> Layout | None:
+        """How to call the model; None where there are no images in torch's usual layout."""
+        sizes = tuple([t.shape[1:] for t in tree_leaves((args, kwargs)) if _may_be_images(t)])
+        if not sizes:
+            return None
+        known = self._known.get(sizes)
+        if known is not None:
+            return known
+        if len(self._known) >= _MOST or _has_any_global_hook() or hooked(self._model.modules()):
+            return Layout(False)
+        found = self._known[sizes] = self._find(args, kwargs)
+        return found
+
+    def _find(self, args: Any, kwargs: Any) -> Layout:
+        weights = values = 0
+        handles = []
+        given = copied((args, kwargs))
+
+        def count(module: Any, _: Any, value: Any) -> None:
+            nonlocal weights, values
+            if len(value):
+                weights += module.weight.numel() if module.weight.is_contiguous() else 0
+                values += 32 * value[0].numel()
+
+        def run() -> Any:
+            for module in self._model.modules():
+                if type(module) is nn.Conv2d:
+                    handles.append(module.register_forward_hook(count))
+            return self._model(*given[0], **given[1])
+
+        try:
+            expected = observe(self._model, run)
+        finally:
+            for handle in handles:
+                handle.remove()
+        written = any(t._version for t in tree_leaves(given) if isinstance(t, Tensor))
+        if values <= weights or written:
+            return Layout(False)
+        given = in_channels_last(*copied((args, kwargs)))
+        try:
+            found = observe(self._model, lambda: self._model(*given[0], **given[1]))
+        except Exception:  # of whatever kind: it keeps the layout that it was written for
+            return Layout(False)
+        if difference(found, replace(expected, gradient={})):
+            return Layout(False)
+        outputs = [t is not None and t.is_contiguous() for t in expected.output.values()]
+        return Layout(True, tuple(outputs))
+
+
+def in_channels_last(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments with images in channels_last."""
+
+    def laid_out(tensor: Tensor) -> Tensor:
+        if not _may_be_images(tensor):
+            return tensor
+        return tensor.contiguous(memory_format=torch.channels_last)
+
+    found: tuple[Any, Any] = tree_map_only(Tensor, laid_out, (args, kwargs))
+    return found
+
+
+def _may_be_images(value: Any) -> bool:
+    """Whether it has the shape of images, in another layout than channels_last."""
+    if not isinstance(value, Tensor) or value.dim() != 4 or not is_cpu_fp32(value):
+        return False
+    if value.requires_grad or not value.is_contiguous():
+        return False
+    return not value.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,183 @@
+"""Frozen modules during a call: in eval mode, with stand-ins for what can be folded."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.trim.fold import ConvStandIn, Folds, NormStandIn
+from fastfreeze.trim.pending import LOCAL, Run
+from fastfreeze.trim.state import in_checkpoint
+
+_MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+
+
+def frozen_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that have parameters, all of them frozen, and all that is in these.
+
+    Of modules without parameters those that are nowhere else.
+    """
+    inside: dict[nn.Module, bool] = {}  # and whether there alone
+    seen: set[tuple[int, bool]] = set()
+
+    def visit(module: nn.Module, within: bool) -> None:
+        parameters = list(module.parameters())
+        own = bool(parameters) and not any(p.requires_grad for p in parameters)
+        within = within or (own and not isinstance(module, _LISTS))
+        if (id(module), within) in seen:
+            return
+        seen.add((id(module), within))
+        inside[module] = inside.get(module, True) and within
+        for child in module.children():
+            visit(child, within)
+
+    visit(model, False)
+    return [m for m, alone in inside.items() if alone]
+
+
+class Frozen:
+    """A model's frozen modules under its present flags.
+
+    Args:
+        model: the model.
+        fold: whether there are to be stand-ins that fold.
+        folds: the model's folded weights.
+        outermost: code of the function that runs the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, fold: bool, folds: Folds, outermost: CodeType
+    ) -> None:
+        self.modules = frozen_modules(model)
+        self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for module in self.modules:
+            forward: Callable[..., Any] | None = None
+            if fold and type(module) is nn.Conv2d:
+                forward = ConvStandIn(module, folds)
+            elif fold and type(module) is nn.BatchNorm2d:
+                forward = NormStandIn(module)
+            if _has_modes(module):
+                forward = _Guard(module, forward or module.forward, self, outermost)
+            if forward is not None:
+                self._stand_ins.append((module, forward))
+        self.convolutions = sum(type(m) is nn.Conv2d for m in self.modules) if fold else 0
+        frozen = set(self.modules)
+        self._buffers = [b for m in model.modules() if m not in frozen for b in m._buffers.values()]
+        self._lock = threading.Lock()
+        self._users = 0
+        self._was_training: list[nn.Module] = []
+        self._before: list[tuple[nn.Module, Any]] = []
+
+    def buffers(self) -> list[Tensor]:
+        """Those of modules that are not frozen."""
+        return [b for b in self._buffers if b is not None]
+
+    @contextmanager
+    def inside(self, run: Run | None) -> Iterator[None]:
+        """For a call of the model in this thread; ``run`` None folds nothing."""
+        self._enter()
+        outer, LOCAL.run = LOCAL.run, run
+        try:
+            yield
+        finally:
+            LOCAL.run = outer
+            self._leave()
+
+    @contextmanager
+    def as_they_were(self, module: nn.Module) -> Iterator[None]:
+        """With what is in ``module`` in the mode that it had before the call."""
+        own = [m for m in module.modules() if m in set(self._was_training)]
+        outer, LOCAL.run = LOCAL.run, None
+        _set_training(own, True)
+        try:
+            yield
+        finally:
+            _set_training(own, False)
+            LOCAL.run = outer
+
+    def _enter(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            self._was_training = [m for m in self.modules if m.training]
+            _set_training(self._was_training, False)
+            self._before = [(m, vars(m).get("forward")) for m, _ in self._stand_ins]
+            for module, stand_in in self._stand_ins:
+                vars(module)["forward"] = stand_in
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            for module, forward in self._before:
+                if forward is None:
+                    vars(module).pop("forward", None)
+                else:
+                    vars(module)["forward"] = forward
+            _set_training(self._was_training, True)
+            self._was_training, self._before = [], []
+
+
+class _Guard:
+    """Stands in for the forward of a frozen module whose mode matters.
+
+    In an activation checkpoint it leaves the module in its own mode: the second forward, during the
+    backward, will not come past here, and must find the same modes.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        frozen: Frozen,
+        outermost: CodeType,
+    ) -> None:
+        self._module, self._forward = module, forward
+        self._frozen, self._outermost = frozen, outermost
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _may_be_checkpointed() or not in_checkpoint(self._outermost):
+            return self._forward(*args, **kwargs)
+        with self._frozen.as_they_were(self._module):
+            if any(m.training for m in self._module.modules()):
+                warnings.warn(
+                    f"a frozen {type(self._module).__name__} inside an activation checkpoint keeps "
+                    "its training mode; call eval() on it to freeze its norms and dropouts as well",
+                    FastfreezeWarning,
+                    stacklevel=3,
+                )
+            return self._forward(*args, **kwargs)
+
+
+def folds_now() -> bool:
+    """Whether values may wait here: in no transform of torch.func, and under no dispatch mode."""
+    return peek_interpreter_stack() is None and not torch._C._len_torch_dispatch_stack()
+
+
+def _has_modes(module: nn.Module) -> bool:
+    """Whether what a module's own forward computes may depend on its mode."""
+    *_, package, kind = ("", *type(module).__module__.split("."))
+    return not (package == "modules" and kind in _MODELESS)
+
+
+def _may_be_checkpointed() -> bool:
+    """Whether autograd is off, or what it saves is looked after by someone."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or not torch.is_grad_enabled()
+
+
+def _set_training(modules: Sequence[nn.Module], mode: bool) -> None:
+    for module in modules:
+        vars(module)["training"] = mode

@@ -1,0 +1,79 @@
+"""Whether tensors still hold what they held."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Contents:
+    """Tensors as they are now; both they and their memory are kept.
+
+    Attributes:
+        tensors: the tensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self._memory = [t.detach() for t in tensors]  # nothing else can get its address
+        self._counted = _counts(tensors)
+        self._sums = [checksum(t) for t in tensors]
+
+    def as_counted(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are they, and torch has counted no write to them."""
+        same = all(a is b for a, b in zip(tensors, self.tensors, strict=True))
+        return same and _counts(tensors) == self._counted
+
+    def as_compared(self) -> bool:
+        """Whether they hold the same bits."""
+        return [checksum(t) for t in self.tensors] == self._sums
+
+
+class Steps:
+    """Whether an optimizer has stepped while some tensors had gradients.
+
+    Frozen tensors with a gradient are still moved, and fused optimizers do not count their writes.
+
+    Attributes:
+        tensors: that are watched.
+        seen: set then; to be reset by whoever has looked at the tensors.
+    """
+
+    _all: weakref.WeakSet[Steps] = weakref.WeakSet()
+    _hooked = False
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.seen = False
+        if not Steps._hooked:
+            Steps._hooked = True
+            register_optimizer_step_post_hook(Steps._stepped)
+        Steps._all.add(self)
+
+    @staticmethod
+    def _stepped(*_: Any) -> None:
+        for steps in Steps._all:
+            steps.look()
+
+    def look(self) -> None:
+        """See whether one of the tensors has a gradient now."""
+        self.seen = self.seen or any(t.grad is not None for t in self.tensors)
+
+
+def checksum(tensor: Tensor) -> int | None:
+    """Of a tensor's bits; None where asking would have to wait for a device."""
+    if tensor.device.type != "cpu":
+        return None
+    words = tensor.detach().contiguous().view(_WORDS[tensor.element_size()])
+    return int(words.sum(dtype=torch.int64))
+
+
+def _counts(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), t._version) for t in tensors]
