@@ -128,7 +128,12 @@ class Pending(Tensor):
             with _PLAIN():
                 return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
-        if LOCAL.run is not None and (fused := FUSED.get(func)) is not None:
+        run = LOCAL.run
+        if run is not None and run.keeper is not None:
+            result = run.keeper.call_function(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        if run is not None and (fused := FUSED.get(func)) is not None:
             result = fused(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -147,15 +152,18 @@ class Run:
     Attributes:
         folds: the model's folded weights.
         restores: whether values are handed on in torch's usual layout.
+        keeper: puts off calls of frozen modules, and functions of what they give; None for nothing.
         pending: all pending values that were made.
     """
 
-    def __init__(self, folds: Any, restores: bool) -> None:
-        self.folds, self.restores = folds, restores
+    def __init__(self, folds: Any, restores: bool, keeper: Any = None) -> None:
+        self.folds, self.restores, self.keeper = folds, restores, keeper
         self.pending: list[weakref.ref[Pending]] = []
 
     def finish(self, output: Any) -> Any:
         """Compute what is still pending and held by anyone; these are plain tensors from now on."""
+        if self.keeper is not None:
+            self.keeper.release()
         left = [p for p in (ref() for ref in self.pending) if p is not None]
         self.pending.clear()
         for pending in left:

@@ -53,6 +53,11 @@ class Frozen:
         fold: whether there are to be stand-ins that fold.
         folds: the model's folded weights.
         outermost: code of the function that runs the model.
+
+    Attributes:
+        modules: all that are in eval mode.
+        names: of these.
+        convolutions: how many may be folded.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Frozen:
     ) -> None:
         self.modules = frozen_modules(model)
         self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._units: list[tuple[nn.Module, Callable[..., Any]]] = []
         for module in self.modules:
             forward: Callable[..., Any] | None = None
             if fold and type(module) is nn.Conv2d:
@@ -70,6 +76,10 @@ class Frozen:
                 forward = _Guard(module, forward or module.forward, self, outermost)
             if forward is not None:
                 self._stand_ins.append((module, forward))
+            if not isinstance(module, _LISTS):
+                unit = _Unit(module, forward or module.forward)
+                self._units.append((module, unit))
+        self.names = {m: n for n, m in model.named_modules() if m in set(self.modules)}
         self.convolutions = sum(type(m) is nn.Conv2d for m in self.modules) if fold else 0
         frozen = set(self.modules)
         self._buffers = [b for m in model.modules() if m not in frozen for b in m._buffers.values()]
@@ -85,7 +95,7 @@ class Frozen:
     @contextmanager
     def inside(self, run: Run | None) -> Iterator[None]:
         """For a call of the model in this thread; ``run`` None folds nothing."""
-        self._enter()
+        self._enter(self._stand_ins if run is None or run.keeper is None else self._units)
         outer, LOCAL.run = LOCAL.run, run
         try:
             yield
@@ -105,15 +115,15 @@ class Frozen:
             _set_training(own, False)
             LOCAL.run = outer
 
-    def _enter(self) -> None:
+    def _enter(self, stand_ins: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
         with self._lock:
             self._users += 1
             if self._users > 1:
                 return
             self._was_training = [m for m in self.modules if m.training]
             _set_training(self._was_training, False)
-            self._before = [(m, vars(m).get("forward")) for m, _ in self._stand_ins]
-            for module, stand_in in self._stand_ins:
+            self._before = [(m, vars(m).get("forward")) for m, _ in stand_ins]
+            for module, stand_in in stand_ins:
                 vars(module)["forward"] = stand_in
 
     def _leave(self) -> None:
@@ -159,6 +169,21 @@ class _Guard:
                     stacklevel=3,
                 )
             return self._forward(*args, **kwargs)
+
+
+class _Unit:
+    """Stands in for the forward of a frozen module whose calls may be put off."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._module, self._forward = module, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        keeper = None if LOCAL.run is None else LOCAL.run.keeper
+        if keeper is not None and not _may_be_checkpointed():
+            result = keeper.call_module(self._module, self._forward, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return self._forward(*args, **kwargs)
 
 
 def folds_now() -> bool:

@@ -115,6 +115,10 @@ class TrimmedModel(nn.Module):
         Raises:
             TypeError: it is called from what ``torch.compile`` compiles.
         """
+        return self.run(args, kwargs, None)
+
+    def run(self, args: Any, kwargs: Any, keeper: Any) -> Any:
+        """A call in which ``keeper``, if there is one, may put off those of frozen modules."""
         if torch.compiler.is_dynamo_compiling() or eval_frame.get_eval_frame_callback() is not None:
             raise TypeError(_NOT_FROM_OUTSIDE)
         if LOCAL.run is not None:  # called by a trimmed model
@@ -127,9 +131,19 @@ class TrimmedModel(nn.Module):
             return self.model(*args, **kwargs)
         layout = self._layouts.of(args, kwargs) if self._fold else None
         if layout is None or not layout.channels_last:
-            return self._call(frozen, layout is not None, args, kwargs)
+            return self._call(frozen, Run(self._folds, layout is not None, keeper), args, kwargs)
         args, kwargs = in_channels_last(args, kwargs)
-        return layout.given_back(self._call(frozen, False, args, kwargs))
+        run = Run(self._folds, False, keeper)
+        return layout.given_back(self._call(frozen, run, args, kwargs))
+
+    def frozen_names(self) -> dict[nn.Module, str]:
+        """The frozen modules, and what they are called."""
+        return self._now().names
+
+    @property
+    def folding(self) -> bool:
+        """Whether it was asked for."""
+        return self._fold
 
     @property
     def prefix(self) -> str:
@@ -169,7 +183,7 @@ class TrimmedModel(nn.Module):
 
             def waiting() -> Any:
                 new_args, new_kwargs = copied((args, kwargs))
-                return self._call(frozen, True, new_args, new_kwargs)
+                return self._call(frozen, Run(self._folds, True), new_args, new_kwargs)
 
             expected = observe(self.model, in_eval, backward=True)
             with self._folds.as_modules_compute():
@@ -239,14 +253,14 @@ class TrimmedModel(nn.Module):
             known.frozen = Frozen(self.model, self._fold, self._folds, code)
         return known.frozen
 
-    def _call(self, frozen: Frozen, restores: bool, args: Any, kwargs: Any) -> Any:
+    def _call(self, frozen: Frozen, run: Run, args: Any, kwargs: Any) -> Any:
         """``model``'s own forward with its frozen modules as they are to be."""
-        if not (frozen.convolutions and folds_now() and self._folds.usable):
+        waits = run.keeper is not None or (frozen.convolutions and self._folds.usable)
+        if not (waits and frozen.modules and folds_now()):
             with frozen.inside(None):
                 return self.model(*args, **kwargs)
         self._folds.check()
         undo = Undo(frozen.buffers())
-        run = Run(self._folds, restores)
         try:
             with frozen.inside(run):
                 return run.finish(self.model(*args, **kwargs))

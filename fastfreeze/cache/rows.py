@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-_WORD = 8  # bytes
+_WORD = 4  # bytes
 _LOW_BITS = (1 << 33) - 1
 
 
@@ -58,18 +58,19 @@ def row_strides(tensor: Tensor) -> list[int]:
 def hash_rows(tensor: Tensor) -> Tensor:
     """A 64-bit hash of the bits of each row, on the tensor's device.
 
-    A sum of the row's 64-bit words, each times an odd number of its own, modulo 2**64. Any change
-    within one word is noticed. One of several words' upper k bits alone is missed with a chance of
-    about 2**-k.
+    A sum of the row's 32-bit words, each times an odd 64-bit number of its own, modulo 2**64. Any
+    change within one word is noticed, and changes of several but for a chance of about 2**-32.
     """
     n = len(tensor)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     rows = tensor.detach().reshape(n, tensor.shape[1:].numel()).contiguous()
     width = rows.shape[1] * rows.element_size()
     if width % _WORD or rows.data_ptr() % _WORD:
         padded = rows.new_zeros((n, -(-width // _WORD) * _WORD), dtype=torch.uint8)
         padded[:, :width] = rows.view(torch.uint8) if width else 0
         rows = padded
-    words = rows.view(torch.int64)
+    words = rows.view(torch.int32).to(torch.int64)
     factors = _factors(words.shape[1], words.device)
     if words.device.type == "cpu":
         return words @ factors

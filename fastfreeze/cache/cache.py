@@ -1,10 +1,9 @@
-"""What the frozen prefix gives, kept for each sample, so that it need not run again."""
+"""What frozen modules give, kept for each sample, so that they need not run again."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,51 +13,50 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from fastfreeze.trim.state import fp32_precision
-from fastfreeze.graph.call import Call
-from fastfreeze.graph.kept import Batch, Kept, Rows, assembled, pick, same_bits
-from fastfreeze.graph.prefix import Prefix, Values
-from fastfreeze.graph.rows import CannotKeepError, Fetched, Layout, hash_rows, row_strides
-from fastfreeze.graph.store import Budget, RowStore, StoreDirectory
-from fastfreeze.graph.trim import TrimmedModel
+from fastfreeze.cache.chain import Chain, Chains, Known, autocast_state
+from fastfreeze.cache.digest import Holdings
+from fastfreeze.cache.kept import (
+    Batch,
+    CacheStats,
+    Kept,
+    Rows,
+    assembled,
+    digests_of,
+    pick,
+    same_bits,
+)
+from fastfreeze.cache.rows import CannotKeepError, Layout, row_strides
+from fastfreeze.cache.store import Budget, RowStore, StoreDirectory
+from fastfreeze.trim.state import fp32_precision, tensors_in
+from fastfreeze.trim.trim import TrimmedModel
 
 _VIEW_BITS = 20
 _INDEX_BITS = 63 - _VIEW_BITS
 _TRIALS = 5  # batches that are timed
-_MAX_CHANGES = 8  # of weights under one cut
-
-
-@dataclass
-class CacheStats:
-    """What a cache has done, counted in rows of one sample and view.
-
-    Attributes:
-        hits: taken from the cache.
-        misses: computed from the inputs.
-        advanced: carried on from an earlier cut to a later one, ahead of need or when needed.
-        rows: that are held now.
-        bytes: that these take up, in memory or on disk.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    advanced: int = 0
-    rows: int = 0
-    bytes: int = 0
+_MAX_CHANGES = 8  # of weights
+_MAX_LATE = 4
+_LATE = "what frozen modules read was written to before their values were read"
 
 
 class FeatureCache:
-    """Calls a trimmed model, and runs its frozen prefix once for each sample, not once an epoch.
+    """Calls a trimmed model, and runs its frozen modules once for each sample, not once an epoch.
 
-    What crosses the cut is kept for each sample and view, and taken from there when the sample
-    comes again. When the cut moves on, what was kept is carried on from the old cut to the new one
-    as the samples come; when frozen weights change (a thaw, ``load_state_dict``), it is computed
-    anew. The model sees the same bits as without the cache (with ``dtype``, the same but for that
-    rounding): what may differ is compared first, with runs of the prefix beside the cache. That is
-    whether a row depends on the number of rows that run with it, once for each cut and number;
-    whether carrying on gives what the whole prefix gives, once for each pair of cuts; and the first
-    two batches that are found whole. Where bits differ the cache does without. Writes to a frozen
-    weight through ``.data``, which PyTorch does not count, go unnoticed.
+    What the rest of the model reads of them is kept for each sample and view, and taken from there
+    when the sample comes again. Nothing need be said about where the frozen part ends: it is what
+    was read in the last step. When more is frozen, what was kept is carried on from the old values
+    to the new ones as the samples come; when frozen weights or what modules hold change (a thaw,
+    ``load_state_dict``), it is computed anew. Kept rows are compared with a digest of all tensors
+    that go into the frozen modules, masks too.
+
+    The model sees the same bits as without the cache (with ``dtype``, the same but for that
+    rounding): what may differ is compared first. That is whether a row depends on the others,
+    whether carrying on gives what computing from the inputs gives, once for each pair, and the
+    first two batches that are found whole, and the first of another size. Where bits differ the
+    cache does without.
+
+    A frozen module is called where the model calls it, not put off, if a tensor that goes in
+    requires grad, if something in it has hooks, draws random numbers, writes to its input or to
+    what it holds, or in inference mode; what is in it may be put off all the same.
 
     It does without for good when a sample comes with other inputs than before: the data set is then
     not deterministic. With random augmentation, see :class:`~fastfreeze.RepeatableViews`.
@@ -70,12 +68,12 @@ class FeatureCache:
         directory: keep in files there, mapped into memory, to go on with after a restart; without,
             in memory. One process at a time may use it. Files that are damaged, cut short or made
             by another version, device or number of threads are not used. The files of the least
-            recently used cuts are deleted when their space is needed.
+            recently used values are deleted when their space is needed.
         dtype: a floating-point dtype to keep wider values in: ``torch.bfloat16`` halves the bytes
             of fp32, with a relative error of up to 2**-8 in each value, kept or just computed. What
-            is kept is then not carried on when the cut moves.
-        enabled: None: on under each cut where the first few batches show that looking up and
-            storing together take less time than the prefix. True: without that. False: off.
+            is kept is then not carried on when more is frozen.
+        enabled: None: on where the first few batches show that looking up and storing together take
+            less time than the frozen modules, anew whenever something else is frozen. True: without that. False: off.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -111,10 +109,12 @@ class FeatureCache:
         self._dtype, self._measures = dtype, enabled is None
         self._directory = None if directory is None else StoreDirectory(Path(directory))
         self._budget = Budget(max_bytes, self._directory)
-        self._kept: dict[str, Kept] = {}  # in the order in which the cuts came
+        self._kept: dict[str, Kept] = {}  # in the order in which they came
         self._refusals: dict[str, str] = {}
-        self._latest: tuple[Prefix, str] | None = None
-        self._num_changes = 0
+        self._known = Known()
+        self._holdings: dict[tuple[str, ...], Holdings] = {}
+        self._digests: dict[tuple[str, ...], str] = {}  # of what was held in the last step
+        self._num_changes = self._num_late = 0
         self._counts = CacheStats()
         self._off = "switched off by enabled=False" if enabled is False else ""
         self._reason = self._off or "it has not been called yet"
@@ -132,16 +132,22 @@ class FeatureCache:
             TypeError, ValueError: ``samples`` is not as above, or not of the inputs' length.
         """
         keys = _keys_of(samples)
-        call = self.network._begin(args, kwargs, stacklevel=4)
-        self._reason = self._off or call.reason
-        if self._reason or call.prefix is None:
-            return call.run()
-        try:
-            values = self._values(call, call.prefix, keys)
-        except CannotKeepError as error:
-            self._reason = str(error)
-            return call.run()
-        return call.finish(values)
+        self._reason = self._off
+        if self._off or peek_interpreter_stack() is not None:
+            self._reason = self._off or "in a transform of torch.func"
+            return self.network(*args, **kwargs)
+        self._reason = "nothing frozen was read"
+        self._check_lengths(args, kwargs, len(keys))
+        chains = Chains(self._known, self.network.frozen_names(), partial(self._find, keys))
+        output = self.network.run(args, kwargs, chains)
+        if chains.waits:
+            chains.finish()
+            return output
+        self._num_late += 1
+        self._known.reads, self._reason = None, _LATE
+        if self._num_late > _MAX_LATE:
+            self._off = _LATE
+        return output
 
     @property
     def active(self) -> bool:
@@ -175,126 +181,134 @@ class FeatureCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _values(self, call: Call, prefix: Prefix, keys: list[int]) -> Values:
-        if peek_interpreter_stack() is not None:
-            raise CannotKeepError("in a transform of torch.func")
-        _check_inputs(call.inputs, len(keys))
-        batch = Batch(call, prefix, prefix.key, keys, _digests(call.inputs))
+    def _check_lengths(self, args: Any, kwargs: Any, n: int) -> None:
+        tensors = [t for t in tensors_in((args, kwargs)) if t.ndim]
+        if tensors and not any(len(t) == n for t in tensors):
+            raise ValueError(f"samples must have a row for each of {len(tensors[0])} inputs, got {n}")
+
+    def _find(self, keys: list[int], chain: Chain) -> list[Tensor] | None:
+        """The values of a chain, from what is kept as far as possible; None if it is to be made."""
+        try:
+            values = self._values(keys, chain)
+        except CannotKeepError as error:
+            self._reason = str(error)
+            return None
+        if self._reason == "nothing frozen was read":
+            self._reason = ""
+        return values
+
+    def _values(self, keys: list[int], chain: Chain) -> list[Tensor]:
+        batch = Batch(keys, chain)
         form = self._form(batch)
-        name = hashlib.blake2b(f"{batch.prefix_key}\n{form}".encode(), digest_size=16).hexdigest()
+        held = self._held(chain)
+        name = hashlib.blake2b(f"{held}\n{form}".encode(), digest_size=16).hexdigest()
         if name in self._refusals:
             raise CannotKeepError(self._refusals[name])
         if name not in self._kept:
-            return self._first(batch, name, form)
+            return self._first(batch, name, held)
         kept = self._kept[name]
-        kept.prefix = prefix
-        if not kept.agrees(batch, len(keys)):
+        if not kept.agrees(batch):
             raise CannotKeepError(
                 f"a batch of {len(keys)} gives other bits than one of {kept.size}"
             )
-        slots = kept.rows.find(keys)  # at once, so that rows are copied while the digests are
-        flat = kept.get(slots, batch.device) if min(slots) >= 0 else []
-        slots = self._find(kept, batch, range(len(keys)))
+        slots = self._slots(kept, batch, range(len(keys)))
         missing = [i for i, slot in enumerate(slots) if slot < 0]
         if not missing:
-            return self._whole(kept, batch, flat)
+            return self._whole(kept, batch, slots)
         parts = []
-        for earlier in self._earlier(kept):
-            if not missing:
-                break
+        for earlier in self._earlier(kept, batch):
             rows, flat = self._carry_on(earlier, kept, batch, missing)
             parts.append((rows, flat))
             missing = sorted(set(missing) - set(rows))
+            if not missing:
+                break
         if missing:
-            rows, flat = self._compute(kept, batch, missing)
-            if len(rows) == len(keys):
-                return kept.values(flat)
-            parts.append((rows, flat))
+            return self._compute(kept, batch, missing)
         if found := [i for i, slot in enumerate(slots) if slot >= 0]:
             parts.append((found, kept.get([slots[i] for i in found], batch.device)))
             self._counts.hits += len(found)
         return kept.values(assembled(parts))
 
+    def _held(self, chain: Chain) -> str:
+        """Digest of what a chain's modules hold; noted for what was kept of them."""
+        place = chain.place
+        if place not in self._holdings:
+            self._holdings[place] = Holdings(chain.modules)
+        digest = self._holdings[place].digest()
+        if self._digests.setdefault(place, digest) != digest:
+            self._digests[place] = digest
+            self._num_changes += 1
+            if self._num_changes > _MAX_CHANGES:
+                self._give_up("what is frozen changes again and again")
+        return digest
+
     def _form(self, batch: Batch) -> str:
-        """What else values depend on, or how they are kept; in words."""
-        device = batch.device
+        """What is wanted, and what else values depend on, or how they are kept; in words."""
+        device, outer = batch.device, batch.inputs
         return "\n".join(
             (
-                *(f"{t.dtype} {t.shape[1:]} {row_strides(t)}" for t in batch.call.inputs),
-                f"{torch.is_autocast_enabled(device.type)} {torch.get_autocast_dtype(device.type)}",
+                *(f"{node.call.key} {node.i}" for node in batch.chain.wanted),
+                *(f"{t.dtype} {t.shape[1:]} {row_strides(t)}" for t in outer if t.ndim),
+                f"{autocast_state()} {self.network.folding}",
                 f"{self._dtype} {fp32_precision(device)} {torch.get_num_threads()}",
                 f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {device.type}",
                 torch.cuda.get_device_name(device) if device.type == "cuda" else "",
             )
         )
 
-    def _first(self, batch: Batch, name: str, form: str) -> Values:
-        """The first batch under a cut: find out whether its values can be kept, and how."""
-        self._check_stability(batch)
+    def _first(self, batch: Batch, name: str, held: str) -> list[Tensor]:
+        """The first batch of its kind: find out whether its values can be kept, and how."""
         n = len(batch.keys)
         if n < 2:
             raise CannotKeepError("a batch of one sample does not show what depends on the others")
-        values = batch.prefix.run(batch.call.tensors)
+        values = batch.chain.compute()
         try:
-            layout = Layout.of(values, n, batch.call.inputs, self._dtype)
+            layout = Layout.of(values, n, batch.inputs, self._dtype)
+            kept = Kept(name, batch.chain, held, layout, n, self._measures)
             flat = layout.flat(values)
-            rows = partial(RowStore, layout.columns, self._budget)
-            kept = Kept(name, form, batch, layout, self._measures)
-            kept.constants[n] = layout.constants(values)
             if not kept.rows_are_independent(batch, flat):
                 raise CannotKeepError("what a sample gives depends on the others in its batch")
         except CannotKeepError as error:
             self._refusals[name] = str(error)
             raise
-        kept.rows = rows() if self._directory is None else rows(self._directory.open(name))
+        path = None if self._directory is None else self._directory.open(name)
+        kept.rows = RowStore(layout.columns, self._budget, path)
         self._kept[name] = kept
-        slots = self._find(kept, batch, range(n))
+        slots = self._slots(kept, batch, range(n))
         known = [i for i in range(n) if slots[i] >= 0]
         if known:
             found = kept.get([slots[i] for i in known], batch.device)
             if not same_bits(found, pick(flat, known)):
                 kept.rows.discard(range(len(kept.rows)))
-        for earlier in self._earlier(kept):
+        for earlier in self._earlier(kept, batch):
             self._carry_on(earlier, kept, batch, range(n), flat)
         kept.rows.add(batch.keys, batch.digests.wait(), flat)
         self._counts.misses += n
         return kept.values(flat)
 
-    def _check_stability(self, batch: Batch) -> None:
-        """Give up where frozen weights change again and again under one cut."""
-        prefix, key = self._latest or (None, "")
-        if prefix is not batch.prefix:
-            self._num_changes = 0
-        elif key != batch.prefix_key:
-            self._num_changes += 1
-        self._latest = batch.prefix, batch.prefix_key
-        if self._num_changes > _MAX_CHANGES:
-            self._give_up("what is frozen changes again and again")
-
-    def _whole(self, kept: Kept, batch: Batch, flat: Rows) -> Values:
+    def _whole(self, kept: Kept, batch: Batch, slots: list[int]) -> list[Tensor]:
         """A batch that is there."""
+        flat = kept.get(slots, batch.device)
         if kept.unchecked:
             kept.unchecked -= 1
             if not same_bits(flat, kept.compute(batch)):
-                self._refuse(kept, "the frozen prefix does not always give the same bits")
+                self._refuse(kept, "the frozen modules do not always give the same bits")
                 raise CannotKeepError(self._refusals[kept.name])
         self._counts.hits += len(batch.keys)
         return kept.values(flat)
 
-    def _compute(self, kept: Kept, batch: Batch, missing: list[int]) -> tuple[list[int], Rows]:
-        """What is missing, or the whole batch where that is no more work; kept from now on."""
-        n = len(batch.keys)
-        size = next((s for s in kept.sizes_for(len(missing)) if kept.agrees(batch, s)), n)
-        whole = size >= n
-        rows = list(range(n)) if whole else missing
+    def _compute(self, kept: Kept, batch: Batch, missing: list[int]) -> list[Tensor]:
+        """The whole batch; what is missing is kept from now on."""
         start = kept.now(batch.device)
-        flat = kept.compute(batch) if whole else kept.compute(batch, rows, size)
+        flat = kept.compute(batch)
         computed = kept.now(batch.device)
-        kept.rows.add([batch.keys[i] for i in rows], batch.digests.wait()[rows], flat)
-        self._counts.misses += len(rows)
-        if kept.measures and whole:
+        kept.rows.add(
+            [batch.keys[i] for i in missing], batch.digests.wait()[missing], pick(flat, missing)
+        )
+        self._counts.misses += len(batch.keys)
+        if kept.measures:
             self._measure(kept, batch, computed - start, kept.now(batch.device) - computed)
-        return rows, flat
+        return kept.values(flat)
 
     def _measure(self, kept: Kept, batch: Batch, computing: float, storing: float) -> None:
         """Add to the measurement; at its end, switch off what does not pay."""
@@ -302,22 +316,23 @@ class FeatureCache:
             return
         slots = [i * 7919 % len(kept.rows) for i in range(len(batch.keys))]
         start = kept.now(batch.device)
-        _digests(batch.call.inputs).wait()
+        digests_of(batch.inputs, len(batch.keys)).wait()
+        self._held(batch.chain)
         kept.rows.digests(slots)
         kept.get(slots, batch.device)
         kept.times.append((computing, storing + kept.now(batch.device) - start))
         if len(kept.times) < _TRIALS:
             return
         kept.measures = False
-        prefix, cache = (median(column) * 1e3 for column in zip(*kept.times, strict=True))
-        if cache >= prefix:
+        chain, cache = (median(column) * 1e3 for column in zip(*kept.times, strict=True))
+        if cache >= chain:
             self._refuse(
                 kept,
                 f"it does not pay: storing and looking up take {cache:.2f} ms a batch, "
-                f"the frozen prefix {prefix:.2f} ms",
+                f"the frozen modules {chain:.2f} ms",
             )
 
-    def _find(self, kept: Kept, batch: Batch, rows: Sequence[int]) -> list[int]:
+    def _slots(self, kept: Kept, batch: Batch, rows: Sequence[int]) -> list[int]:
         """Slots of rows of the batch, -1 where there is none; their inputs are the same as then.
 
         This is the one wait for a GPU in front of what trains, and only where rows are found. Later
@@ -345,21 +360,19 @@ class FeatureCache:
         kept.rows.discard([slot for slot, differ in zip(here, differs, strict=True) if differ])
         return kept.rows.find(keys)
 
-    def _earlier(self, kept: Kept) -> list[Kept]:
-        """What is kept of the same inputs under other cuts, the latest first.
+    def _earlier(self, kept: Kept, batch: Batch) -> list[Kept]:
+        """What is kept of values on the way to those that are wanted, the latest first.
 
-        What is no longer valid, or cannot be carried on, is deleted.
+        What is no longer valid is deleted.
         """
         found = []
         for other in list(self._kept.values()):
-            valid = other.prefix.key == other.prefix_key
-            same_inputs = other.prefix.inputs == kept.prefix.inputs
-            if valid and (other.prefix is kept.prefix or (same_inputs and other.form != kept.form)):
+            if other is kept:
                 continue
-            if valid and same_inputs and len(other.rows) and kept.continues(other):
-                found.append(other)
-            else:
+            if self._holdings[other.place].digest() != other.held:
                 self._delete(other)
+            elif len(other.rows) and other.leads_to(batch.chain):
+                found.append(other)
         return found[::-1]
 
     def _carry_on(
@@ -370,37 +383,31 @@ class FeatureCache:
         rows: Sequence[int],
         reference: Rows | None = None,
     ) -> tuple[list[int], Rows]:
-        """Those of some rows of the batch that an earlier cut has, carried on to the present one.
+        """Those of some rows of the batch that are kept on the way to what is wanted, carried on.
 
-        They move to where they are kept now, and with them as many others of the earlier cut as
-        make up a whole batch.
+        They move to where they are kept now.
 
         Args:
-            reference: what the whole prefix gives for the batch, if that is known.
+            reference: what the whole chain gives for the batch, if that is known.
         """
-        slots = self._find(earlier, batch, rows)
+        slots = self._slots(earlier, batch.part(earlier.wanted), rows)
         rows = [i for i, slot in zip(rows, slots, strict=True) if slot >= 0]
+        slots = [slot for slot in slots if slot >= 0]
         if not rows:
             return [], []
-        rows = rows[: kept.size]
-        keys = [batch.keys[i] for i in rows]
-        if not kept.reads_inputs[earlier.name]:
-            keys += earlier.more_keys(set(keys), kept.size - len(keys))
-        slots = earlier.rows.find(keys)
-        digests = earlier.rows.digests(slots)
         flat = kept.carry_on(earlier, batch, rows, slots)
         if earlier.name not in kept.verified:
             expected = kept.compute(batch) if reference is None else reference
-            if not same_bits(pick(flat, range(len(rows))), pick(expected, rows)):
+            if not same_bits(flat, pick(expected, rows)):
                 self._delete(earlier)
                 return [], []
             kept.verified.add(earlier.name)
         earlier.rows.discard(slots)
-        kept.rows.add(keys, digests, flat)
-        self._counts.advanced += len(keys)
+        kept.rows.add([batch.keys[i] for i in rows], batch.digests.wait()[rows], flat)
+        self._counts.advanced += len(rows)
         if not len(earlier.rows):
             self._delete(earlier)
-        return rows, [column[: len(rows)] for column in flat]
+        return rows, flat
 
     def _refuse(self, kept: Kept, reason: str) -> None:
         self._refusals[kept.name] = reason
@@ -434,27 +441,3 @@ def _keys_of(samples: Tensor) -> list[int]:
                 f"0..2**{_VIEW_BITS} - 1, got {index}, {view}"
             )
     return [index << _VIEW_BITS | view for index, view in pairs]
-
-
-def _check_inputs(inputs: Sequence[Tensor], n: int) -> None:
-    if not (inputs and n):
-        raise CannotKeepError("the frozen prefix reads no input")
-    lengths = [len(t) if t.ndim else 0 for t in inputs]
-    if n not in lengths:
-        raise ValueError(f"samples must have a row for each of {lengths[0]} inputs, got {n}")
-    for tensor, length in zip(inputs, lengths, strict=True):
-        if length != n:
-            raise CannotKeepError(
-                f"the frozen prefix reads an input of shape {list(tensor.shape)}, which has no row "
-                f"for each of {n} samples"
-            )
-    if len(devices := {str(tensor.device) for tensor in inputs}) > 1:
-        raise CannotKeepError(f"the frozen prefix reads inputs on {' and '.join(sorted(devices))}")
-
-
-def _digests(inputs: Sequence[Tensor]) -> Fetched:
-    """int64 ``[B]``: one number for the bits of each sample's inputs."""
-    total = hash_rows(inputs[0])
-    for tensor in inputs[1:]:
-        total = total * 3 + hash_rows(tensor)
-    return Fetched(total)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from fastfreeze.files import FileLock, lock_file, read_file, write_atomic
-from fastfreeze.graph.rows import CannotKeepError, hash_rows
+from fastfreeze.cache.rows import CannotKeepError, hash_rows
 
-_VERSION = 1
+_VERSION = 2
 _KEY, _DIGEST, _CHECKSUM = range(3)
 _STAMP_BYTES = 24
 _CHUNK_BYTES = 16 * 2**20  # arrays grow by so much at least
