@@ -112,6 +112,7 @@ class FeatureCache:
         self._kept: dict[str, Kept] = {}  # in the order in which they came
         self._refusals: dict[str, str] = {}
         self._known = Known()
+        self._names: dict[Any, str] | None = None
         self._holdings: dict[tuple[str, ...], Holdings] = {}
         self._digests: dict[tuple[str, ...], str] = {}  # of what was held in the last step
         self._num_changes = self._num_late = 0
@@ -138,7 +139,10 @@ class FeatureCache:
             return self.network(*args, **kwargs)
         self._reason = "nothing frozen was read"
         self._check_lengths(args, kwargs, len(keys))
-        chains = Chains(self._known, self.network.frozen_names(), partial(self._find, keys))
+        names = self.network.frozen_names()
+        if names is not self._names:  # what is read now is not known
+            self._names, self._known.reads = names, None
+        chains = Chains(self._known, names, partial(self._find, keys))
         output = self.network.run(args, kwargs, chains)
         if chains.waits:
             chains.finish()

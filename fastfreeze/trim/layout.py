@@ -111,6 +111,17 @@ def in_channels_last(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return found
 
 
+def are_channels_last(args: Any, kwargs: Any) -> bool:
+    """Whether there are images, and in channels_last."""
+    return any(
+        isinstance(t, Tensor)
+        and t.dim() == 4
+        and not t.is_contiguous()
+        and t.is_contiguous(memory_format=torch.channels_last)
+        for t in tree_leaves((args, kwargs))
+    )
+
+
 def _may_be_images(value: Any) -> bool:
     """Whether it has the shape of images, in another layout than channels_last."""
     if not isinstance(value, Tensor) or value.dim() != 4 or not is_cpu_fp32(value):

@@ -15,7 +15,7 @@ from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import arguments
 from fastfreeze.trim.compare import difference, observe
 from fastfreeze.trim.fold import Folds
-from fastfreeze.trim.layout import Layouts, in_channels_last
+from fastfreeze.trim.layout import Layouts, are_channels_last, in_channels_last
 from fastfreeze.trim.pending import LOCAL, Run, TooLateError, settled
 from fastfreeze.trim.standins import Frozen, folds_now
 from fastfreeze.trim.state import Undo, Watch, copied, preserved
@@ -131,7 +131,8 @@ class TrimmedModel(nn.Module):
             return self.model(*args, **kwargs)
         layout = self._layouts.of(args, kwargs) if self._fold else None
         if layout is None or not layout.channels_last:
-            return self._call(frozen, Run(self._folds, layout is not None, keeper), args, kwargs)
+            run = Run(self._folds, not are_channels_last(args, kwargs), keeper)
+            return self._call(frozen, run, args, kwargs)
         args, kwargs = in_channels_last(args, kwargs)
         run = Run(self._folds, False, keeper)
         return layout.given_back(self._call(frozen, run, args, kwargs))
@@ -183,7 +184,7 @@ class TrimmedModel(nn.Module):
 
             def waiting() -> Any:
                 new_args, new_kwargs = copied((args, kwargs))
-                return self._call(frozen, Run(self._folds, True), new_args, new_kwargs)
+                return self._call(frozen, Run(self._folds, False), new_args, new_kwargs)
 
             expected = observe(self.model, in_eval, backward=True)
             with self._folds.as_modules_compute():
