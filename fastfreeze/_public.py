@@ -1,19 +1,10 @@
 """The public names, which ``fastfreeze`` imports when the first of them is needed."""
 
 from fastfreeze._version import __version__
+from fastfreeze.cache import CacheStats, FeatureCache
 from fastfreeze.ensemble import MemorySnapshots, Snapshot, SnapshotEnsemble, SnapshotStore
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
 from fastfreeze.freezing import Layer, LayerPlan, split
-from fastfreeze.graph import (
-    CacheStats,
-    CompiledStage,
-    CompiledStages,
-    FeatureCache,
-    TrimmedModel,
-    compile_stages,
-    trim,
-)
-from fastfreeze.graph.blockers import BackwardBlocker, backward_blockers
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.ops._library import backends
 from fastfreeze.ops.softmax import (
@@ -32,6 +23,15 @@ from fastfreeze.schedule import (
     FreezeOutCycles,
     Schedule,
     SnapshotCycles,
+)
+from fastfreeze.trim import (
+    BackwardBlocker,
+    CompiledStage,
+    CompiledStages,
+    TrimmedModel,
+    backward_blockers,
+    compile_stages,
+    trim,
 )
 from fastfreeze.views import RepeatableViews
 

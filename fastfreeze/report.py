@@ -18,11 +18,11 @@ from fastfreeze.clock import Clock
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import arguments, run_events
 from fastfreeze.freezing import Layer, LayerPlan
-from fastfreeze.graph.blockers import BackwardBlocker, blockers_below, checked_model
-from fastfreeze.graph.trim import TrimmedModel
 from fastfreeze.layer_costs import LayerFlops, StepProfile, measured_costs, profiled
 from fastfreeze.optim import SGD
 from fastfreeze.text import format_table, ranges, some
+from fastfreeze.trim.blockers import BackwardBlocker, blockers_below, checked_model
+from fastfreeze.trim.trim import TrimmedModel
 
 _PROFILED_STEPS = 5
 _FIRST_STEPS = 2  # of the run, where all warms up, and after an event, where the cut moves
@@ -120,7 +120,7 @@ class FreezeReport:
         model = checked_model(network, plan)
         if isinstance(network, TrimmedModel):  # the hooks of the first steps must change nothing
             args, keywords = arguments("example_inputs", example_inputs)
-            network.trace(*args, **keywords)
+            network.choose_layout(*args, **keywords)
         self._optimizer, self._plan, self._example = optimizer, plan, example_inputs
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)

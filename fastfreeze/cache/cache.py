@@ -73,7 +73,8 @@ class FeatureCache:
             of fp32, with a relative error of up to 2**-8 in each value, kept or just computed. What
             is kept is then not carried on when more is frozen.
         enabled: None: on where the first few batches show that looking up and storing together take
-            less time than the frozen modules, anew whenever something else is frozen. True: without that. False: off.
+            less time than the frozen modules, anew whenever something else is frozen. True: without
+            that. False: off.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -188,7 +189,9 @@ class FeatureCache:
     def _check_lengths(self, args: Any, kwargs: Any, n: int) -> None:
         tensors = [t for t in tensors_in((args, kwargs)) if t.ndim]
         if tensors and not any(len(t) == n for t in tensors):
-            raise ValueError(f"samples must have a row for each of {len(tensors[0])} inputs, got {n}")
+            raise ValueError(
+                f"samples must have a row for each of {len(tensors[0])} inputs, got {n}"
+            )
 
     def _find(self, keys: list[int], chain: Chain) -> list[Tensor] | None:
         """The values of a chain, from what is kept as far as possible; None if it is to be made."""

@@ -27,16 +27,20 @@ from fastfreeze.trim.pending import LOCAL, Given, Node, Pending, settle
 _STATIC = (bool, int, float, str, type(None), slice, type(...), torch.dtype, torch.device)
 _STATIC += (torch.memory_format, torch.layout)
 _VIEWS = (
-    "flatten reshape view permute transpose squeeze unsqueeze chunk split contiguous expand select "
-    "narrow swapaxes movedim view_as expand_as type_as to float __getitem__"
-).split()
+    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk"),
+    *("split", "contiguous", "expand", "select", "narrow", "swapaxes", "movedim", "view_as"),
+    *("expand_as", "type_as", "to", "float", "__getitem__"),
+)
 _PURE = (
-    "relu relu6 gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softmax log_softmax elu "
-    "leaky_relu selu softplus max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d adaptive_max_pool2d add sub mul div __add__ __radd__ __sub__ __mul__ "
-    "__rmul__ __truediv__ cat concat concatenate stack mean sum amax amin pad interpolate "
-    "normalize layer_norm clone masked_fill"
-).split()
+    *("relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid"),
+    *("tanh", "softmax", "log_softmax", "elu", "leaky_relu", "selu", "softplus", "max_pool1d"),
+    *("max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    *("adaptive_max_pool2d", "add", "sub", "mul", "div", "__add__", "__radd__", "__sub__"),
+    *("__mul__", "__rmul__", "__truediv__", "cat", "concat", "concatenate", "stack", "mean"),
+    *("sum", "amax", "amin", "pad", "interpolate", "normalize", "layer_norm", "clone"),
+    "masked_fill",
+)
+_MAY_BE_IN_PLACE = (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, F.elu, F.leaky_relu)
 _TRIALS = 2  # a model may set itself up in its first call
 _IN_PLACE = {"relu_": "relu", "add_": "add", "__iadd__": "add", "mul_": "mul", "__imul__": "mul"}
 
@@ -150,7 +154,10 @@ class Chains:
     """
 
     def __init__(
-        self, known: Known, names: dict[nn.Module, str], find: Callable[[Chain], list[Tensor] | None]
+        self,
+        known: Known,
+        names: dict[nn.Module, str],
+        find: Callable[[Chain], list[Tensor] | None],
     ) -> None:
         self._known, self._find, self._names = known, find, names
         self.waits = True
@@ -186,33 +193,23 @@ class Chains:
         """Put off a function of pending values; NotImplemented if it must be called."""
         if torch.is_inference_mode_enabled():
             return NotImplemented
-        target = args[0] if args else None
-        in_place = function in _WRITING or kwargs.get("inplace", False) or (
-            function in (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh) and any(a is True for a in args[1:])
-        )
-        if not in_place:
-            name = _KNOWN.get(function)
+        name = _KNOWN.get(function)
+        if function not in _WRITING and not _is_in_place(function, args, kwargs):
             if name is None:
                 return NotImplemented
             return self._put_off(("function", name), function, [], args, kwargs)
-        if type(target) is not Pending or not isinstance(target.node, CallNode):
-            return NotImplemented
-        if target.node.value is not None or target.node.call.taken or target.node.call.is_view:
+        name = _WRITING.get(function, name)
+        if name is None or not args or not _may_become(args[0]):
             return NotImplemented
         if function in _WRITING:
-            name = _WRITING[function]
             function = getattr(torch, name)
-        else:
-            name = _KNOWN.get(function)
-            kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
-            args = tuple(a for a in args if a is not True)
-        if name is None:
+        kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
+        given = tuple(a for a in args if a is not True)
+        result = self._put_off(("function", name), function, [], given, kwargs)
+        if result is NotImplemented:
             return NotImplemented
-        result = self._put_off(("function", name), function, [], args, kwargs)
-        if result is not NotImplemented:
-            target.node = result.node if type(result) is Pending else Given(result)
-            return target
-        return NotImplemented
+        args[0].node = result.node if type(result) is Pending else Given(result)
+        return args[0]
 
     def _put_off(
         self, what: tuple[str, str], function: Any, modules: Any, args: Any, kwargs: Any
@@ -271,8 +268,7 @@ class Chains:
             LOCAL.run.keeper = outer
         values, nesting = tree_flatten(result)
         fits = _effects(real, modules) == before and all(
-            _may_wait(v) if isinstance(v, Tensor) else _is_static(v)
-            for v in values
+            _may_wait(v) if isinstance(v, Tensor) else _is_static(v) for v in values
         )
         if modules:
             fits = fits and not _share_storage(values, real)
@@ -439,6 +435,20 @@ def autocast_state() -> tuple[Any, ...]:
     return tuple(
         [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
     )
+
+
+def _is_in_place(function: Any, args: Any, kwargs: Any) -> bool:
+    if "inplace" in kwargs:
+        return bool(kwargs["inplace"])
+    return function in _MAY_BE_IN_PLACE and any(a is True for a in args[1:])
+
+
+def _may_become(target: Any) -> bool:
+    """Whether a pending value that is written to may simply be another one from now on."""
+    if not _is_put_off(target) or target.node.value is not None:
+        return False
+    call = target.node.call
+    return not (call.taken or call.is_view)
 
 
 def _is_put_off(value: Any) -> bool:

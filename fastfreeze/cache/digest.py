@@ -11,8 +11,20 @@ import torch
 from torch import Tensor, nn
 
 _OWN = frozenset(vars(nn.Module())) | {"forward", "training"}
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_SCALARS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
 _NAMED = (nn.Module, types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
+_CLASS_VALUES = (bool, int, float, str, tuple, list, dict)
 _DEPTH = 6
 
 
@@ -63,17 +75,14 @@ def describe(value: Any, tensors: list[Tensor], seen: set[int], depth: int = 0) 
     if depth == _DEPTH or id(value) in seen or isinstance(value, _NAMED):
         return getattr(value, "__qualname__", type(value).__qualname__)
     seen.add(id(value))
-    if isinstance(value, (tuple, list)):
-        return [describe(v, tensors, seen, depth + 1) for v in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
-    if isinstance(value, Mapping):
-        return [(repr(k), describe(v, tensors, seen, depth + 1)) for k, v in value.items()]
-    held = getattr(value, "__dict__", None)
-    said = type(value).__qualname__
-    if not isinstance(held, dict):
-        return said
-    return [said, [(k, describe(v, tensors, seen, depth + 1)) for k, v in held.items()]]
+    if isinstance(value, (tuple, list)):
+        held: Any = enumerate(value)
+    else:
+        held = (value if isinstance(value, Mapping) else getattr(value, "__dict__", {})).items()
+    parts = [(repr(k), describe(v, tensors, seen, depth + 1)) for k, v in held]
+    return [type(value).__qualname__, parts]
 
 
 def _class_values(kind: type) -> Any:
@@ -82,7 +91,8 @@ def _class_values(kind: type) -> Any:
         for base in kind.__mro__
         if not base.__module__.startswith("torch.")
         for name, value in vars(base).items()
-        if not name.startswith("__") and isinstance(value, (bool, int, float, str, tuple, list, dict))
+        if not name.startswith("__")
+        and isinstance(value, (bool, int, float, str, tuple, list, dict))
     ]
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastfreeze.files import FileLock, lock_file, read_file, write_atomic
 from fastfreeze.cache.rows import CannotKeepError, hash_rows
+from fastfreeze.files import FileLock, lock_file, read_file, write_atomic
 
 _VERSION = 2
 _KEY, _DIGEST, _CHECKSUM = range(3)

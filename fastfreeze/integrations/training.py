@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from fastfreeze.ensemble import MemorySnapshots, SnapshotStore
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.freezing import LayerPlan
-from fastfreeze.graph import trim
 from fastfreeze.optim import SGD
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Schedule
+from fastfreeze.trim import trim
 
 Store = SnapshotStore | MemorySnapshots
 

@@ -18,11 +18,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from fastfreeze.clock import Clock
 from fastfreeze.freezing import LayerPlan, split
-from fastfreeze.graph import trim
 from fastfreeze.optim import SGD
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Cosine, Schedule, StepDecay
+from fastfreeze.trim import trim
 
 EVALUATION_BATCH = 250
 # Both papers: Nesterov momentum, and weight decay on every parameter.

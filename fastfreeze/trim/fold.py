@@ -115,9 +115,7 @@ class Folds:
         """Why some are not used, each reason once."""
         return sorted({fold.refused for fold in self._folds.values() if fold.refused})
 
-    def get(
-        self, key: tuple[int, int], tensors: Sequence[Tensor], make: Callable[[], Any]
-    ) -> Fold:
+    def get(self, key: tuple[int, int], tensors: Sequence[Tensor], make: Callable[[], Any]) -> Fold:
         """What ``make`` gives of ``tensors``; made again when torch has counted a write to them."""
         found = self._folds.get(key)
         if found is not None:
@@ -391,7 +389,9 @@ class NormStandIn:
 
 def waiting_input(x: Any, module: nn.Module, like: Tensor, reader: Any) -> Node | None:
     """The node of images ``x`` if a stand-in may wait with them; None if it is to step aside."""
-    if LOCAL.run is None or _has_hooks(module) or like.requires_grad or not _is_plain(like):
+    if LOCAL.run is None or like.requires_grad or not _is_plain(like):
+        return None
+    if module._backward_hooks or module._backward_pre_hooks:
         return None
     if type(x) is Pending:
         node = node_of(x, reader)
@@ -402,15 +402,6 @@ def waiting_input(x: Any, module: nn.Module, like: Tensor, reader: Any) -> Node 
     fits = len(node.shape) == 4 and node.dtype == like.dtype and node.device == like.device
     mode = torch.is_inference_mode_enabled() or torch.is_autocast_enabled(node.device.type)
     return node if fits and not mode and node.dtype.is_floating_point else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -60,9 +60,7 @@ class Frozen:
         convolutions: how many may be folded.
     """
 
-    def __init__(
-        self, model: nn.Module, fold: bool, folds: Folds, outermost: CodeType
-    ) -> None:
+    def __init__(self, model: nn.Module, fold: bool, folds: Folds, outermost: CodeType) -> None:
         self.modules = frozen_modules(model)
         self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._units: list[tuple[nn.Module, Callable[..., Any]]] = []
@@ -101,6 +99,15 @@ class Frozen:
             yield
         finally:
             LOCAL.run = outer
+            self._leave()
+
+    @contextmanager
+    def in_eval(self) -> Iterator[None]:
+        """In eval mode, with nothing in their place."""
+        self._enter([])
+        try:
+            yield
+        finally:
             self._leave()
 
     @contextmanager

@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
@@ -47,6 +48,11 @@ def record_stream(value: Any, stream: torch.cuda.Stream) -> None:
 def requires_grad(value: Any) -> bool:
     """Whether a tensor in ``value`` requires grad."""
     return any(tensor.requires_grad for tensor in tensors_in(value))
+
+
+def autocasts(values: Sequence[Any]) -> bool:
+    """Whether autocast is on, on a device of a tensor among ``values``."""
+    return any(torch.is_autocast_enabled(v.device.type) for v in values if isinstance(v, Tensor))
 
 
 def fp32_precision(device: torch.device) -> tuple[str, str, str]:
@@ -203,7 +209,7 @@ class Snapshot:
             (f"{owner}.{name}", value, copy.copy(value))
             for owner, d, _ in self._owners
             for name, value in d.items()
-            if type(value) in (list, dict)
+            if type(value) in (list, dict, OrderedDict)  # hooks are in the last
         ]
         self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
         self._python, self._numpy = random.getstate(), np.random.get_state()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fastfreeze.trim.fold import Folds
 from fastfreeze.trim.layout import Layouts, are_channels_last, in_channels_last
 from fastfreeze.trim.pending import LOCAL, Run, TooLateError, settled
 from fastfreeze.trim.standins import Frozen, folds_now
-from fastfreeze.trim.state import Undo, Watch, copied, preserved
+from fastfreeze.trim.state import Undo, Watch, copied, preserved, requires_grad
 
 _NOT_FROM_OUTSIDE = (
     "a trimmed model cannot be compiled from outside, where a change of what is frozen would be "
@@ -30,6 +31,7 @@ _RESET_NORMS = (
     "reset in frozen layers too; fastfreeze.ensemble.reestimate_norms(network.model, batches, "
     "snapshot=...) leaves these alone"
 )
+_UNCOMPILED = "runs uncompiled: compile_stages has compiled no stage with these requires_grad flags"
 
 
 def trim(model: nn.Module, example_inputs: Any = None, *, fold: bool = True) -> TrimmedModel:
@@ -63,8 +65,7 @@ def trim(model: nn.Module, example_inputs: Any = None, *, fold: bool = True) -> 
     trimmed = TrimmedModel(model, fold)
     if example_inputs is not None:
         args, kwargs = arguments("example_inputs", example_inputs)
-        if fold and model.training:
-            trimmed._layouts.of(args, kwargs)
+        trimmed.choose_layout(*args, **kwargs)
     return trimmed
 
 
@@ -129,6 +130,11 @@ class TrimmedModel(nn.Module):
         if self._resets_norms():
             self._warn(_RESET_NORMS)
             return self.model(*args, **kwargs)
+        if self._compiled and torch.is_grad_enabled() and not requires_grad((args, kwargs)):
+            if compiled := self._compiled.get(self.flags()):
+                with frozen.in_eval():
+                    return compiled(*args, **kwargs)
+            self._warn(_UNCOMPILED)
         layout = self._layouts.of(args, kwargs) if self._fold else None
         if layout is None or not layout.channels_last:
             run = Run(self._folds, not are_channels_last(args, kwargs), keeper)
@@ -136,6 +142,24 @@ class TrimmedModel(nn.Module):
         args, kwargs = in_channels_last(args, kwargs)
         run = Run(self._folds, False, keeper)
         return layout.given_back(self._call(frozen, run, args, kwargs))
+
+    def choose_layout(self, *args: Any, **kwargs: Any) -> None:
+        """Find out ahead of the first call like this one in which layout it takes its images.
+
+        Hooks that are put on modules later do not change that.
+        """
+        if self._fold and self.model.training:
+            self._layouts.of(args, kwargs)
+
+    def flags(self) -> tuple[bool, ...]:
+        """Which parameters require grad, in the order of modules."""
+        self._now()
+        assert self._known is not None
+        return self._known.read_flags()
+
+    def use_compiled(self, compiled: dict[tuple[bool, ...], Callable[..., Any]]) -> None:
+        """Run these in the model's place, by the flags for which they were compiled."""
+        self._compiled = dict(compiled)
 
     def frozen_names(self) -> dict[nn.Module, str]:
         """The frozen modules, and what they are called."""
@@ -228,7 +252,7 @@ class TrimmedModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_folds", "_layouts", "_known")
+        own = ("_folds", "_layouts", "_known", "_compiled")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -240,6 +264,7 @@ class TrimmedModel(nn.Module):
         self._folds = Folds()
         self._layouts = Layouts(self.model)
         self._known: _Known | None = None
+        self._compiled: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
     def _now(self) -> Frozen:
         """The frozen modules under the present flags."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Steps:
         seen: set then; to be reset by whoever has looked at the tensors.
     """
 
-    _all: weakref.WeakSet[Steps] = weakref.WeakSet()
+    _all: ClassVar[weakref.WeakSet[Steps]] = weakref.WeakSet()
     _hooked = False
 
     def __init__(self) -> None:

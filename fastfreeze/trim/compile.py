@@ -1,31 +1,33 @@
-"""Freezing under torch.compile: one program for each stage of a plan, compiled ahead.
+"""Freezing under torch.compile: the model compiled ahead for each stage of a plan.
 
 A compiled graph does not follow ``requires_grad`` flags: it is compiled again each time they
-change, until a limit is reached and everything runs uncompiled. Here every stage's program is a
-function with code of its own, compiled when its turn has not come yet.
+change, until a limit is reached and everything runs uncompiled. Here every stage has a function
+with code of its own, compiled when its turn has not come yet.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastfreeze.execution import arguments
 from fastfreeze.freezing import LayerPlan
-from fastfreeze.trim.state import preserved
-from fastfreeze.graph.graphs import TrimmedGraph
-from fastfreeze.graph.trace import UntraceableError
-from fastfreeze.graph.trim import TrimmedModel
-from fastfreeze.trim.compare import observe
 from fastfreeze.text import format_table, some
+from fastfreeze.trim.compare import observe
+from fastfreeze.trim.state import copied, preserved
+from fastfreeze.trim.trim import TrimmedModel
 
 _MOST_UNASKED = 8
+_NUMBERS = itertools.count()
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -85,13 +87,13 @@ def compile_stages(
     dynamic: bool | None = None,
     **options: Any,
 ) -> CompiledStages:
-    """Compile what trains in each stage of a plan, forward and backward, before the training.
+    """Compile the model for each stage of a plan, forward and backward, before the training.
 
-    ``network`` then runs the compiled program of the stage that its ``requires_grad`` flags tell;
-    the frozen prefix runs in front of it as ever. Nothing is compiled during the training, for
-    inputs like the examples; others are as in any compiled function. Uncompiled run: a network in
-    eval mode, a call without autograd, one with an input that requires grad. A call with flags
-    that belong to no stage, or in another way than the examples', does too, and that is announced.
+    ``network`` then runs what was compiled for the stage that its ``requires_grad`` flags tell: the
+    model with its frozen modules in eval mode, where nothing is folded. Nothing is compiled during
+    the training, for inputs like the examples; others are as in any compiled function. Uncompiled
+    run: a network in eval mode, a call without autograd, one with an input that requires grad. A
+    call with flags that belong to no stage does too, and that is announced.
 
     Each stage is run on the examples, forward and backward; parameters, buffers, gradients, flags
     and random number generators are left as they were. Autocast is to be on if it will be then.
@@ -114,20 +116,16 @@ def compile_stages(
     _check(network, plan, examples)
     calls = [arguments(f"examples[{i}]", example) for i, example in enumerate(examples)]
     options = {"dynamic": dynamic, **options}
-    network._graphs = None
+    found: dict[tuple[bool, ...], Callable[..., Any]] = {}
     done: list[_Measured] = []
-    try:
-        with _as_found(network):
-            for frozen, steps in _stages(plan).items():
-                for layer in plan.layers:
-                    for parameter in layer.trainable:
-                        parameter.requires_grad_(layer.index not in frozen)
-                done.append(_compile(network, steps, frozen, calls, options))
-                _check_shrunk(done[-2:])
-    except BaseException:
-        network._graphs = None
-        raise
-    network._compiled = True
+    with _as_found(network):
+        for frozen, steps in _stages(plan).items():
+            for layer in plan.layers:
+                for parameter in layer.trainable:
+                    parameter.requires_grad_(layer.index not in frozen)
+            done.append(_compile(network, steps, frozen, calls, options, found))
+            _check_shrunk(done[-2:])
+    network.use_compiled(found)
     return CompiledStages(tuple(stage for stage, _ in done))
 
 
@@ -179,63 +177,41 @@ def _compile(
     frozen: frozenset[int],
     calls: Sequence[_Arguments],
     options: dict[str, Any],
+    found: dict[tuple[bool, ...], Callable[..., Any]],
 ) -> _Measured:
-    """Compile what trains now."""
+    """Compile the model as it is to run now, and add it to what was ``found``."""
     start = time.perf_counter()
-    graph, tensors = _graph_for(network, *calls[0])
-    uncompiled = _saved_bytes(network, graph, tensors)
-    for call in calls:
-        _compile_for(network, call, options)
-    graph, tensors = _graph_for(network, *calls[0])
-    compiled = _saved_bytes(network, graph, tensors)
-    return CompiledStage(steps, frozen, time.perf_counter() - start, compiled), uncompiled
-
-
-def _compile_for(network: TrimmedModel, call: _Arguments, options: dict[str, Any]) -> None:
-    """Compile what trains now, for one example, by running it forward and backward."""
-    graph, tensors = _graph_for(network, *call)
-    if not graph.compiled:
-        graph.compile(lambda function: _Compiled(function, options))
+    network.use_compiled({})
+    uncompiled = _saved_bytes(network, calls[0])
+    found[network.flags()] = _function(network.model, options)
+    network.use_compiled(found)
     try:
-        observe(network.model, lambda: graph.run(tensors), backward=True)
+        for args, kwargs in calls:
+            observe(network.model, partial(network, *args, **kwargs), backward=True)
+        compiled = _saved_bytes(network, calls[0])
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"network cannot be compiled as one graph: {reason}") from error
+    finally:
+        network.use_compiled({})
+    return CompiledStage(steps, frozen, time.perf_counter() - start, compiled), uncompiled
 
 
-def _graph_for(
-    network: TrimmedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[TrimmedGraph, list[Tensor]]:
-    """The graph that runs for a call under the present flags, and the call's tensors."""
-    try:
-        graph, tensors = network._now().graph_for(args, kwargs)
-    except UntraceableError as error:
-        raise ValueError(f"network has no graph to compile: {error}") from error
-    problem = graph.prove(tensors)
-    if graph.hooked:
-        problem = graph.unsplit
-    elif graph.cut.modules:
-        problem = f"{graph.cut.modules[0]} is frozen inside a module that trains"
-    if problem:
-        raise ValueError(f"network cannot be compiled: {problem}")
-    return graph, tensors
+def _function(model: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+    """The model, compiled as a function of its own: what is compiled for others does not count."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # torch.compile tells functions apart by their code.
+    name = f"<fastfreeze stage {next(_NUMBERS)}>"
+    code = function.__code__.replace(co_filename=name, co_name=f"stage_{next(_NUMBERS)}")
+    own = FunctionType(code, globals(), code.co_name, None, function.__closure__)
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, **options)
+    return compiled
 
 
-class _Compiled:
-    """A program's function: compiled, but as it was where autograd is off.
-
-    For the latter it would be compiled a second time.
-    """
-
-    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        self._plain = function
-        self._compiled = torch.compile(function, fullgraph=True, **options)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._compiled(*args) if torch.is_grad_enabled() else self._plain(*args)
-
-
-def _saved_bytes(network: TrimmedModel, graph: TrimmedGraph, tensors: list[Tensor]) -> int:
+def _saved_bytes(network: TrimmedModel, call: _Arguments) -> int:
     """Bytes of storage that a forward keeps for its backward."""
     kept: dict[int, int] = {}
 
@@ -245,8 +221,9 @@ def _saved_bytes(network: TrimmedModel, graph: TrimmedGraph, tensors: list[Tenso
         return tensor.detach()  # else a node that keeps its own output is never freed
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    args, kwargs = copied(call)
     with preserved(network.model), torch.enable_grad(), hooks:
-        output = graph.run(tensors)
+        output = network(*args, **kwargs)
     del output
     return sum(kept.values())
 

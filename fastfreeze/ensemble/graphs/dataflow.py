@@ -1,21 +1,14 @@
-"""Where the frozen prefix ends: forward taint from whatever requires grad, on the graph.
-
-A node is tainted if it holds something that requires grad, or reads a tainted value, or reads
-storage that a tainted node has written to in place. The rest is the frozen prefix.
-"""
+"""What a graph's nodes hold, may alias and may write to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache, reduce
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastfreeze.trim.state import requires_grad
-from fastfreeze.graph.trace import IN_PLACE_FUNCTIONS, Trace
+from fastfreeze.ensemble.graphs.trace import IN_PLACE_FUNCTIONS
 
 _METADATA_ATTRIBUTES = frozenset(
     ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_sparse", "itemsize", "nbytes")
@@ -48,108 +41,6 @@ _GIVE_ONE_TENSOR = (
 )
 
 Nodes = frozenset[fx.Node]
-Names = dict[fx.Node, Nodes]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What is frozen, and what crosses to the rest.
-
-    Attributes:
-        mode: "fx" if the cut lies in the model's graph; "module" if there is none, and frozen
-            modules are found as they are called.
-        reason: why the mode is "module"; empty in mode "fx".
-        frozen: names of the graph's nodes in the frozen prefix; empty in mode "module".
-        in_eval: those of them that run in eval mode: all that hold a frozen parameter, or come
-            before or after one that does.
-        boundary: names of the frozen nodes whose values the rest or the output reads.
-        readers: names of the nodes that call a module on something from before the cut, and train.
-        modules: names of the modules, called as they are, all of whose parameters are frozen. They
-            run in eval mode if no input requires grad. In mode "fx" those inside a module that
-            is one node and also trains. The model's own name is "".
-        num_nodes: nodes of the graph that compute; 0 in mode "module".
-        frozen_parameters: number of parameters, as tensors, that ``frozen`` and ``modules`` hold.
-    """
-
-    mode: Literal["fx", "module"]
-    reason: str = ""
-    frozen: tuple[str, ...] = ()
-    in_eval: tuple[str, ...] = ()
-    boundary: tuple[str, ...] = ()
-    readers: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-    num_nodes: int = 0
-    frozen_parameters: int = 0
-
-    def __str__(self) -> str:
-        held = f"{self.frozen_parameters} parameters"
-        modules = ", ".join(name or "the model" for name in self.modules)
-        if self.mode == "module":
-            return f"module-level cut ({self.reason}); frozen, {held}: {modules or 'nothing'}"
-        if not (self.frozen or self.modules):
-            return f"nothing frozen before the first of {self.num_nodes} nodes that trains"
-        text = f"{len(self.frozen)} of {self.num_nodes} nodes frozen, {held}"
-        if self.boundary:
-            text += "; crossing: " + ", ".join(self.boundary)
-        return text + (f"; frozen inside modules: {modules}" if modules else "")
-
-
-def find_cut(trace: Trace, model: nn.Module) -> Cut:
-    """The cut for the present ``requires_grad`` flags of ``model``."""
-    graph = Dataflow(trace.graph, model)
-    tainted = graph.tainted()
-    computing = [node for node in trace.graph.nodes if graph.computes(node)]
-    frozen = [node for node in computing if node not in tainted]
-    in_eval = graph.joined_to_parameters(frozen)
-    if not in_eval:
-        frozen = []
-    kept = {*frozen, *graph.metadata}
-    inside = dict(
-        found
-        for node in computing
-        if node in tainted and node.op == "call_module" and requires_grad(graph.held[node])
-        for found in frozen_modules(model.get_submodule(node.target), node.target)
-    )
-    parameters = {id(p) for node in frozen for p in graph.parameters(node)}
-    parameters.update(id(p) for module in inside.values() for p in module.parameters())
-    return Cut(
-        mode="fx",
-        frozen=tuple(node.name for node in frozen),
-        in_eval=tuple(node.name for node in frozen if node in in_eval),
-        boundary=tuple(node.name for node in frozen if not kept.issuperset(node.users)),
-        readers=tuple(
-            node.name
-            for node in computing
-            if node in tainted
-            and node.op == "call_module"
-            and any(not graph.storages[i] <= tainted for i in node.all_input_nodes)
-        ),
-        modules=tuple(inside),
-        num_nodes=len(computing),
-        frozen_parameters=len(parameters),
-    )
-
-
-def find_module_cut(model: nn.Module, reason: str) -> Cut:
-    """The cut of a model without a graph, for the present ``requires_grad`` flags."""
-    modules = dict(frozen_modules(model))
-    parameters = {id(p) for module in modules.values() for p in module.parameters()}
-    return Cut("module", reason, modules=tuple(modules), frozen_parameters=len(parameters))
-
-
-def frozen_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules, ``module`` included, with parameters none of which requires grad.
-
-    Containers that are not called themselves, such as ``nn.ModuleList``, are looked into.
-    """
-    parameters = list(module.parameters())
-    if not parameters:
-        return
-    if type(module).forward is not nn.Module.forward and not requires_grad(parameters):
-        yield name, module
-        return
-    for child_name, child in module.named_children():
-        yield from frozen_modules(child, f"{name}.{child_name}".lstrip("."))
 
 
 class Dataflow:
@@ -196,85 +87,6 @@ class Dataflow:
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values ``node`` computes with; none for metadata."""
         return [] if node in self.metadata else node.all_input_nodes
-
-    def parameters(self, node: fx.Node) -> list[Tensor]:
-        """The parameters that a node computes with."""
-        held = [
-            t
-            for i in (node, *self.inputs(node))
-            if i is node or i.op == "get_attr"
-            for t in self.held[i]
-        ]
-        return [t for t in held if isinstance(t, nn.Parameter)]
-
-    def joined_to_parameters(self, frozen: list[fx.Node]) -> set[fx.Node]:
-        """Those of ``frozen`` that hold a parameter, or lie before or after such a node in it."""
-        behind = {node for node in frozen if self.parameters(node)}
-        before = set(behind)
-        for node in frozen:
-            if not behind.isdisjoint(self.inputs(node)):
-                behind.add(node)
-        for node in reversed(frozen):
-            if not before.isdisjoint(node.users):
-                before.add(node)
-        return (behind | before).intersection(frozen)
-
-    def tainted(self) -> set[fx.Node]:
-        """All nodes that are not frozen.
-
-        A storage that a tainted node writes to must have come across the cut by one name, or
-        autograd could not see how others are related to it. Where it has not, all names but the
-        storage's own are tainted from the start, and the search starts again.
-        """
-        owned: set[fx.Node] = set()
-        while True:
-            tainted, conflicts = self._spread(owned)
-            if not conflicts:
-                return tainted
-            owned |= conflicts
-
-    def _spread(self, owned: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
-        """Tainted nodes; and storages that are written to and came across by several names.
-
-        Args:
-            owned: storages that are to come across by their own name.
-        """
-        tainted: set[fx.Node] = set()
-        crossings: dict[fx.Node, Names] = {}
-        written: Names = {}
-        conflicts: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            inputs = self.inputs(node)
-            reads = False
-            for name in inputs:
-                for storage in self.storages[name] & written.keys():
-                    reads = True
-                    if len(written[storage] | _crossed_by(name, storage, crossings)) > 1:
-                        conflicts.add(storage)
-            if not (
-                reads
-                or (self.storages[node] & owned) - {node}
-                or not tainted.isdisjoint(inputs)
-                or requires_grad(self.held[node])
-            ):
-                continue
-            tainted.add(node)
-            crossings[node] = {
-                storage: frozenset().union(
-                    *(
-                        _crossed_by(name, storage, crossings)
-                        for name in inputs
-                        if storage in self.storages[name]
-                    )
-                )
-                or frozenset((node,))
-                for storage in self.storages[node]
-            }
-            for name in self.written_by(node):
-                for storage in self.storages[name]:
-                    by = _crossed_by(name, storage, crossings)
-                    written[storage] = written.get(storage, frozenset()) | by
-        return tainted, conflicts
 
     def written_by(self, node: fx.Node) -> list[fx.Node]:
         """Inputs that a node may write to in place."""
@@ -331,11 +143,6 @@ class Dataflow:
         return [value] if isinstance(value, Tensor) else []
 
 
-def _crossed_by(name: fx.Node, storage: fx.Node, crossings: dict[fx.Node, Names]) -> Nodes:
-    """The names by which a storage came across the cut, to be read under ``name``."""
-    return crossings[name][storage] if name in crossings else frozenset((name,))
-
-
 def declares_writes(module: Any) -> bool:
     """Whether something in a module says that it writes to its input."""
     return any(getattr(m, "inplace", False) for m in module.modules())
@@ -372,6 +179,18 @@ def called_name(node: fx.Node) -> str:
 def minds_layout(node: fx.Node) -> bool:
     """Whether what a function or method gives, or if it works, depends on its input's strides."""
     return node.op in ("call_function", "call_method") and called_name(node) in _MIND_LAYOUT
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether a function or method draws even in eval mode."""
+    name = called_name(node)
+    packet = None if node.op == "call_module" else getattr(torch.ops.aten, name, None)
+    if packet is None or "dropout" in name or name in ("rrelu", "scaled_dot_product_attention"):
+        return False
+    return any(
+        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
+        for overload in packet.overloads()
+    )
 
 
 def _writes_first(node: fx.Node) -> bool:

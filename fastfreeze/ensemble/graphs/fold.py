@@ -17,17 +17,19 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastfreeze.ensemble.graphs.dataflow import called_name, minds_layout
+from fastfreeze.ensemble.graphs.rewrite import (
+    Piece,
+    Program,
+    compiled,
+    eval_copy,
+    hand_over,
+    placeholders,
+)
+from fastfreeze.trim.operations import Affine, Convolution, may_take_winograd
 from fastfreeze.trim.state import Held, HeldState
-from fastfreeze.graph.cut import called_name, minds_layout
-from fastfreeze.graph.rewrite import Piece, Program, compiled, eval_copy, hand_over, placeholders
-from fastfreeze.ops.affine import affine_relu, affine_relu_cat
-from fastfreeze.ops.winograd import pays as winograd_pays
-from fastfreeze.ops.winograd import transform_weight, winograd_conv2d
-
-_WINOGRAD_PADDINGS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 class CannotFoldError(Exception):
@@ -44,7 +46,7 @@ class Folded:
     """A program for a part of the frozen prefix, and what it was made from.
 
     Attributes:
-        program: as :func:`fastfreeze.graph.rewrite.write_piece` gives it.
+        program: as :func:`fastfreeze.ensemble.graphs.rewrite.write_piece` gives it.
         has_weights: whether it holds weights of its own, and does not read the model's alone.
     """
 
@@ -168,7 +170,7 @@ class _Folder:
         self.folded.append(module)
         x, affine = self._values[source], None
         if isinstance(x, _Affine) and x.relu and isinstance(x.x, fx.Node):
-            fits = _may_take_winograd(module) and self._dtype is None and self._read_once(source)
+            fits = may_take_winograd(module) and self._dtype is None and self._read_once(source)
             affine = x if fits else None
         return _Convolution(
             module,
@@ -278,10 +280,6 @@ def _alike(a: Any, b: Any) -> bool:
     return both and a.shape == b.shape and a.dtype == b.dtype
 
 
-def is_cpu_fp32(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
-
-
 class _Operation:
     """What a folded node calls; fx wants a name."""
 
@@ -292,63 +290,20 @@ class _NormRelu(_Operation):
     """A norm in one pass over what it reads, with the ReLU behind it."""
 
     def __init__(self, x: _Affine) -> None:
-        self.scale, self.shift = x.scale.to(x.dtype), x.shift.to(x.dtype)
+        self.affine = Affine(x.scale, x.shift, x.dtype)
         self._relu = x.relu
 
     def __call__(self, *parts: Tensor) -> Tensor:
-        if len(parts) == 1:
-            return affine_relu(parts[0], self.scale, self.shift, relu=self._relu)
-        return affine_relu_cat(parts, self.scale, self.shift, relu=self._relu)
+        return self.affine(parts, self._relu)
 
 
 class _FoldedConvolution(_Operation):
-    """torch's convolution in the faster layout, or Winograd's for the images where that pays."""
+    """A convolution with what is folded into it."""
 
     def __init__(self, x: _Convolution) -> None:
-        self._module, self._relu = x.module, x.relu
-        self._affine = _NormRelu(x.affine) if x.affine else None
-        self._format = _layout_for(x.module.weight.device, x.dtype)
-        self._weight = x.weight.to(x.dtype).contiguous(memory_format=self._format)
-        self._bias = None if x.bias is None else x.bias.to(x.dtype)
-        self._may_take_winograd = is_cpu_fp32(self._weight) and _may_take_winograd(x.module)
-        self._transformed: Tensor | None = None
+        self._convolution = Convolution(x.module, x.weight, x.bias, x.dtype)
+        self._affine = Affine(x.affine.scale, x.affine.shift, x.affine.dtype) if x.affine else None
+        self._relu = x.relu
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        _, c, h, w = x.shape
-        if self._may_take_winograd and winograd_pays(c, h, w, self._module.out_channels):
-            return self._winograd(x, residual)
-        if self._affine:
-            x = self._affine(x)
-        # Not oneDNN's convolution with a ReLU of its own: that makes numbers of NaN.
-        x = x.to(self._weight.dtype).contiguous(memory_format=self._format)
-        m, weight, b = self._module, self._weight, self._bias
-        y = F.conv2d(x, weight, b, m.stride, m.padding, m.dilation, m.groups)
-        if residual is not None:
-            y.add_(residual)
-        return y.relu_() if self._relu else y
-
-    def _winograd(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if self._transformed is None:
-            self._transformed = transform_weight(self._weight)
-        affine = self._affine
-        return winograd_conv2d(
-            *(x, self._transformed, self._bias),
-            padding=cast(tuple[int, int], self._module.padding),
-            relu=self._relu,
-            residual=residual,
-            input_scale=affine.scale if affine else None,
-            input_shift=affine.shift if affine else None,
-        )
-
-
-def _layout_for(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """The layout in which convolutions run fastest."""
-    last = device.type == "cpu" or dtype in (torch.float16, torch.bfloat16)
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def _may_take_winograd(module: nn.Conv2d) -> bool:
-    """Whether a module is a convolution as :func:`winograd_conv2d` makes them."""
-    how = (*module.kernel_size, *module.stride, *module.dilation)
-    plain = how == (3, 3, 1, 1, 1, 1) and module.groups == 1
-    return plain and module.padding in _WINOGRAD_PADDINGS and is_cpu_fp32(module.weight)
+        return self._convolution(x, residual, self._relu, self._affine)
