@@ -24,7 +24,7 @@ from fastfreeze.schedule import (
     Schedule,
     SnapshotCycles,
 )
-from fastfreeze.trim import (
+from fastfreeze.trimming import (
     BackwardBlocker,
     CompiledStage,
     CompiledStages,

@@ -21,8 +21,8 @@ from fastfreeze.freezing import Layer, LayerPlan
 from fastfreeze.layer_costs import LayerFlops, StepProfile, measured_costs, profiled
 from fastfreeze.optim import SGD
 from fastfreeze.text import format_table, ranges, some
-from fastfreeze.trim.blockers import BackwardBlocker, blockers_below, checked_model
-from fastfreeze.trim.trim import TrimmedModel
+from fastfreeze.trimming.blockers import BackwardBlocker, blockers_below, checked_model
+from fastfreeze.trimming.trimmed import TrimmedModel
 
 _PROFILED_STEPS = 5
 _FIRST_STEPS = 2  # of the run, where all warms up, and after an event, where the cut moves

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastfreeze
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph import TrimmedModel
+from fastfreeze.trimming import TrimmedModel
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

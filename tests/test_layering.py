@@ -27,7 +27,7 @@ ORDER = [
     "layer_costs",
     "ops",
     "optim",
-    "trim",
+    "trimming",
     "cache",
     "report",
     "ensemble",

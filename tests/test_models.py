@@ -6,7 +6,7 @@ import torchvision
 from torch import fx
 
 from fastfreeze.freezing import split
-from fastfreeze.graph import trim
+from fastfreeze.trimming import trim
 from fastfreeze.recipes.models import build_model
 
 

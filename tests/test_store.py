@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastfreeze.graph import store as store_module
-from fastfreeze.graph.rows import CannotKeepError, Layout, _factors, hash_rows, take_rows
-from fastfreeze.graph.store import Budget, RowStore, StoreDirectory
+from fastfreeze.cache import store as store_module
+from fastfreeze.cache.rows import CannotKeepError, Layout, _factors, hash_rows, take_rows
+from fastfreeze.cache.store import Budget, RowStore, StoreDirectory
 from tests.killed import killed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.complex64]

@@ -27,8 +27,8 @@ from fastfreeze.cache.kept import (
 )
 from fastfreeze.cache.rows import CannotKeepError, Layout, row_strides
 from fastfreeze.cache.store import Budget, RowStore, StoreDirectory
-from fastfreeze.trim.state import fp32_precision, tensors_in
-from fastfreeze.trim.trim import TrimmedModel
+from fastfreeze.trimming.state import fp32_precision, tensors_in
+from fastfreeze.trimming.trimmed import TrimmedModel
 
 _VIEW_BITS = 20
 _INDEX_BITS = 63 - _VIEW_BITS

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastfreeze.cache.rows import row_numbers, take_rows
-from fastfreeze.trim.pending import LOCAL, Given, Node, Pending, settle
+from fastfreeze.trimming.pending import LOCAL, Given, Node, Pending, settle
 
 _STATIC = (bool, int, float, str, type(None), slice, type(...), torch.dtype, torch.device)
 _STATIC += (torch.memory_format, torch.layout)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastfreeze.cache.chain import Chain
 from fastfreeze.cache.rows import CannotKeepError, Fetched, Layout, hash_rows, row_numbers
 from fastfreeze.cache.store import RowStore
-from fastfreeze.trim.state import record_stream
+from fastfreeze.trimming.state import record_stream
 
 _CHECKED_BATCHES = 2  # found whole, and computed all the same
 

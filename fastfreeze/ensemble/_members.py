@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastfreeze.ensemble._packs import same_bits
 from fastfreeze.ensemble.graphs.trace import hooked
-from fastfreeze.trim.state import Held, HeldState, tensors_in
+from fastfreeze.trimming.state import Held, HeldState, tensors_in
 
 # For each tensor of the model, by name: the first member that holds the same bits, for each member.
 Owners = dict[str, tuple[int, ...]]

@@ -23,8 +23,8 @@ from fastfreeze.ensemble.merge import (
     write_merged,
 )
 from fastfreeze.ensemble.ways import Captured
-from fastfreeze.trim.compare import excess
-from fastfreeze.trim.state import Held, autocasts, preserved, requires_grad
+from fastfreeze.trimming.compare import excess
+from fastfreeze.trimming.state import Held, autocasts, preserved, requires_grad
 
 MAX_KEPT = 8  # of the latest kinds of calls
 

@@ -27,7 +27,7 @@ from fastfreeze.ensemble._members import (
     owners_of,
 )
 from fastfreeze.text import format_table
-from fastfreeze.trim.state import record_stream, tensors_in
+from fastfreeze.trimming.state import record_stream, tensors_in
 
 Way = Literal["loop", "graph", "vmap", "compiled", "streams", "cuda_graph"]
 WAYS: tuple[Way, ...] = get_args(Way)

@@ -16,7 +16,7 @@ from fastfreeze.freezing import LayerPlan
 from fastfreeze.optim import SGD
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Schedule
-from fastfreeze.trim import trim
+from fastfreeze.trimming import trim
 
 Store = SnapshotStore | MemorySnapshots
 

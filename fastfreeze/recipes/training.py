@@ -22,7 +22,7 @@ from fastfreeze.optim import SGD
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Cosine, Schedule, StepDecay
-from fastfreeze.trim import trim
+from fastfreeze.trimming import trim
 
 EVALUATION_BATCH = 250
 # Both papers: Nesterov momentum, and weight decay on every parameter.

@@ -28,8 +28,8 @@ from fastfreeze.ensemble.graphs.rewrite import (
     hand_over,
     placeholders,
 )
-from fastfreeze.trim.operations import Affine, Convolution, may_take_winograd
-from fastfreeze.trim.state import Held, HeldState
+from fastfreeze.trimming.operations import Affine, Convolution, may_take_winograd
+from fastfreeze.trimming.state import Held, HeldState
 
 
 class CannotFoldError(Exception):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from fastfreeze.ensemble.graphs.dataflow import Dataflow
 from fastfreeze.ensemble.graphs.trace import Trace
-from fastfreeze.trim.state import call_in_eval
+from fastfreeze.trimming.state import call_in_eval
 
 _EVAL_ARGUMENTS: dict[str, Any] = {
     "training": False,

@@ -27,7 +27,7 @@ from torch.fx.proxy import Attribute, Proxy
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
-from fastfreeze.trim.state import AttributeReads, in_checkpoint, preserved, tensors_in
+from fastfreeze.trimming.state import AttributeReads, in_checkpoint, preserved, tensors_in
 
 _CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), Enum),

@@ -6,9 +6,9 @@ are ``pending`` until something reads them. Models are compiled ahead for the st
 (``compile``), and what keeps a frozen part's backward alive is found by ``blockers``.
 """
 
-from fastfreeze.trim.blockers import BackwardBlocker, backward_blockers
-from fastfreeze.trim.compile import CompiledStage, CompiledStages, compile_stages
-from fastfreeze.trim.trim import TrimmedModel, trim
+from fastfreeze.trimming.blockers import BackwardBlocker, backward_blockers
+from fastfreeze.trimming.compile import CompiledStage, CompiledStages, compile_stages
+from fastfreeze.trimming.trimmed import TrimmedModel, trim
 
 __all__ = [
     "BackwardBlocker",

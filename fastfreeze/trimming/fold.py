@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfreeze.trim.compare import excess
-from fastfreeze.trim.operations import Affine, Convolution, may_take_winograd
-from fastfreeze.trim.pending import (
+from fastfreeze.trimming.compare import excess
+from fastfreeze.trimming.operations import Affine, Convolution, may_take_winograd
+from fastfreeze.trimming.pending import (
     FUSED,
     LOCAL,
     Given,
@@ -33,7 +33,7 @@ from fastfreeze.trim.pending import (
     node_of,
     settle,
 )
-from fastfreeze.trim.watch import Contents, Steps
+from fastfreeze.trimming.watch import Contents, Steps
 
 _MAX_CHANGES = 16
 
@@ -69,11 +69,13 @@ class Fold:
     Attributes:
         operation: computes with them.
         checked: whether it has been found to give what torch gives.
+        writes: how many writes torch had counted.
         refused: why it is not to be used; empty if it is.
     """
 
-    def __init__(self, operation: Any, contents: Contents, refused: str) -> None:
+    def __init__(self, operation: Any, contents: Contents, writes: int, refused: str) -> None:
         self.operation, self.contents, self.refused = operation, contents, refused
+        self.writes = writes
         self.checked = False
 
     def result(self, found: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Tensor:
@@ -115,18 +117,33 @@ class Folds:
         """Why some are not used, each reason once."""
         return sorted({fold.refused for fold in self._folds.values() if fold.refused})
 
-    def get(self, key: tuple[int, int], tensors: Sequence[Tensor], make: Callable[[], Any]) -> Fold:
-        """What ``make`` gives of ``tensors``; made again when torch has counted a write to them."""
+    def get(
+        self,
+        key: tuple[int, int],
+        tensors: Sequence[Tensor],
+        counts: int,
+        reader: Any,
+        make: Callable[[], Any],
+    ) -> Fold:
+        """What ``make`` gives of ``tensors``, as they were after ``counts`` writes.
+
+        Raises:
+            TooLateError: they have been written to since.
+        """
         found = self._folds.get(key)
-        if found is not None:
-            if found.contents.as_counted(tensors):
+        late = _writes(tensors) != counts
+        if found is not None and found.writes == counts and found.contents.are(tensors):
+            if late or found.contents.as_counted():
                 return found
+        if late:
+            raise TooLateError(reader)
+        if found is not None:
             self._drop(key)
         often = self._changes.get(key, 0) >= _MAX_CHANGES
         refused = "its weights change again and again" if often else ""
         with torch.inference_mode(False), torch.no_grad():
             operation = None if refused else make()
-        found = self._folds[key] = Fold(operation, Contents(tensors), refused)
+        found = self._folds[key] = Fold(operation, Contents(tensors), counts, refused)
         self._look_anew()
         return found
 
@@ -213,8 +230,6 @@ class ConvNode(Node):
     def compute(self) -> Tensor:
         if self.passed:  # twice the work: next time it is computed once, for both
             self.reader.depth = self.depth
-        if _writes(self.reader.tensors(self.norm)) != self.counts:
-            raise TooLateError(self.reader)
         known = self.base
         while known is not None and known.value is None:
             known = known.base
@@ -227,7 +242,7 @@ class ConvNode(Node):
         while base is not None:
             base.passed = True
             base = base.base
-        fold = self.reader.fold(self.norm)
+        fold = self.reader.fold(self.norm, self.counts)
         if fold.refused or self.reader.folds.exact:
             return self._plain()
         residual = None if self.residual is None else self.residual.now()
@@ -240,6 +255,8 @@ class ConvNode(Node):
 
     def _plain(self) -> Tensor:
         """As torch computes it, from the last value that is known."""
+        if _writes(self.reader.tensors(self.norm)) != self.counts:
+            raise TooLateError(self.reader)
         if self.base is None:
             assert self.x is not None
             return self.reader.forward(self.x.now())
@@ -288,21 +305,24 @@ class AffineNode(Node):
         if base is not None and base.value is not None:
             return torch.relu(base.now())
         parts = [part.now() for part in self.parts]
-        fold = self._fold()
         if self.folds.exact:
-            return self._plain(parts)
-        value = fold.result(lambda: fold.operation(parts, self.relu), lambda: self._plain(parts))
+            value = self._plain(parts)
+        else:
+            fold = self._fold()
+            value = fold.result(
+                lambda: fold.operation(parts, self.relu), lambda: self._plain(parts)
+            )
         self.parts, self.base = (), None
         return value
 
     def _fold(self) -> Fold:
-        tensors = self.norm.tensors()
-        if _writes(tensors) != self.counts:
-            raise TooLateError(self.reader)
+        tensors, key = self.norm.tensors(), (0, id(self.norm.mean))
         make = lambda: Affine(*self.norm.affine(), self.dtype)  # noqa: E731
-        return self.folds.get((0, id(self.norm.mean)), tensors, make)
+        return self.folds.get(key, tensors, self.counts, self.reader, make)
 
     def _plain(self, parts: Sequence[Tensor]) -> Tensor:
+        if _writes(self.norm.tensors()) != self.counts:
+            raise TooLateError(self.reader)
         value = self.norm.plain(parts[0] if len(parts) == 1 else torch.cat(list(parts), 1))
         return value.relu_() if self.relu else value
 
@@ -358,11 +378,11 @@ class ConvStandIn:
         own = [m.weight] if m.bias is None else [m.weight, m.bias]
         return own if norm is None else [*own, *norm.tensors()]
 
-    def fold(self, norm: Norm | None) -> Fold:
-        """Its weights with those of the norm behind it."""
+    def fold(self, norm: Norm | None, counts: int) -> Fold:
+        """Its weights with those of the norm behind it, as they were after so many writes."""
         m = self.module
         key = id(m), 0 if norm is None else id(norm.mean)
-        return self.folds.get(key, self.tensors(norm), lambda: _folded(m, norm))
+        return self.folds.get(key, self.tensors(norm), counts, self, lambda: _folded(m, norm))
 
 
 class NormStandIn:
@@ -515,7 +535,9 @@ def _relu_in_place(x: Any) -> Any:
 
 
 @_fuse(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def _add(a: Any, b: Any, *, inplace: bool = False) -> Any:
+def _add(a: Any, b: Any, *, inplace: bool = False, **others: Any) -> Any:
+    if others:  # alpha, out
+        return NotImplemented
     if inplace and (type(a) is not Pending or a.node.value is not None):
         return NotImplemented
     for x, other in ((b, a), (a, b)):
@@ -537,13 +559,13 @@ def _add(a: Any, b: Any, *, inplace: bool = False) -> Any:
 
 
 @_fuse(Tensor.__iadd__, Tensor.add_)
-def _add_in_place(a: Any, b: Any) -> Any:
-    return _add(a, b, inplace=True)
+def _add_in_place(a: Any, b: Any, **others: Any) -> Any:
+    return _add(a, b, inplace=True, **others)
 
 
 @_fuse(torch.cat, torch.concat, torch.concatenate)
-def _cat(tensors: Any, dim: int = 0) -> Any:
-    if dim not in (1, -3) or not isinstance(tensors, (tuple, list)):
+def _cat(tensors: Any, dim: int = 0, **others: Any) -> Any:
+    if others or dim not in (1, -3) or not isinstance(tensors, (tuple, list)):
         return NotImplemented
     parts: list[Node] = []
     for tensor in tensors:

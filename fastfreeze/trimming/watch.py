@@ -26,10 +26,13 @@ class Contents:
         self._counted = _counts(tensors)
         self._sums = [checksum(t) for t in tensors]
 
-    def as_counted(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are they, and torch has counted no write to them."""
-        same = all(a is b for a, b in zip(tensors, self.tensors, strict=True))
-        return same and _counts(tensors) == self._counted
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are they."""
+        return all(a is b for a, b in zip(tensors, self.tensors, strict=True))
+
+    def as_counted(self) -> bool:
+        """Whether torch has counted no write to them, and they lie where they lay."""
+        return _counts(self.tensors) == self._counted
 
     def as_compared(self) -> bool:
         """Whether they hold the same bits."""

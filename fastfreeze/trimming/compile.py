@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from fastfreeze.execution import arguments
 from fastfreeze.freezing import LayerPlan
 from fastfreeze.text import format_table, some
-from fastfreeze.trim.compare import observe
-from fastfreeze.trim.state import copied, preserved
-from fastfreeze.trim.trim import TrimmedModel
+from fastfreeze.trimming.compare import observe
+from fastfreeze.trimming.state import copied, preserved
+from fastfreeze.trimming.trimmed import TrimmedModel
 
 _MOST_UNASKED = 8
 _NUMBERS = itertools.count()

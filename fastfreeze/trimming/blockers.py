@@ -15,7 +15,7 @@ from torch import nn
 
 from fastfreeze.execution import Event, gradient_bits, parameter_names, run_events
 from fastfreeze.freezing import LayerPlan
-from fastfreeze.trim.trim import TrimmedModel
+from fastfreeze.trimming.trimmed import TrimmedModel
 
 Parameters = Sequence[tuple[str, nn.Parameter]]
 

@@ -14,12 +14,12 @@ from torch.nn.parameter import is_lazy
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import arguments
-from fastfreeze.trim.compare import difference, observe
-from fastfreeze.trim.fold import Folds
-from fastfreeze.trim.layout import Layouts, are_channels_last, in_channels_last
-from fastfreeze.trim.pending import LOCAL, Run, TooLateError, settled
-from fastfreeze.trim.standins import Frozen, folds_now
-from fastfreeze.trim.state import Undo, Watch, copied, preserved, requires_grad
+from fastfreeze.trimming.compare import difference, observe
+from fastfreeze.trimming.fold import Folds
+from fastfreeze.trimming.layout import Layouts, are_channels_last, in_channels_last
+from fastfreeze.trimming.pending import LOCAL, Run, TooLateError, settled
+from fastfreeze.trimming.standins import Frozen, folds_now
+from fastfreeze.trimming.state import Undo, Watch, copied, preserved, requires_grad
 
 _NOT_FROM_OUTSIDE = (
     "a trimmed model cannot be compiled from outside, where a change of what is frozen would be "
@@ -252,7 +252,7 @@ class TrimmedModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_folds", "_layouts", "_known", "_compiled")
+        own = ("_folds", "_layouts", "_known", "_compiled", "_careful")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -264,6 +264,7 @@ class TrimmedModel(nn.Module):
         self._folds = Folds()
         self._layouts = Layouts(self.model)
         self._known: _Known | None = None
+        self._careful = True  # something may turn out to be too late
         self._compiled: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
     def _now(self) -> Frozen:
@@ -272,8 +273,8 @@ class TrimmedModel(nn.Module):
             self._known = _Known(self.model)
         known = self._known
         flags = known.read_flags()
-        if flags != known.flags:
-            known.flags = flags
+        if flags != known.flags or known.frozen.outdated():
+            known.flags, self._careful = flags, True
             self._folds.clear()
             code = TrimmedModel._call.__code__
             known.frozen = Frozen(self.model, self._fold, self._folds, code)
@@ -286,12 +287,15 @@ class TrimmedModel(nn.Module):
             with frozen.inside(None):
                 return self.model(*args, **kwargs)
         self._folds.check()
-        undo = Undo(frozen.buffers())
+        undo = Undo(frozen.all_tensors() if self._careful else frozen.buffers())
         try:
             with frozen.inside(run):
-                return run.finish(self.model(*args, **kwargs))
+                output = run.finish(self.model(*args, **kwargs))
+            self._careful = False
+            return output
         except TooLateError as error:
             self._folds.too_late(error.reader)
+            self._careful = True
         undo.restore()
         with frozen.inside(None):
             return self.model(*args, **kwargs)

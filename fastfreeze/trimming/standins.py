@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.trim.fold import ConvStandIn, Folds, NormStandIn
-from fastfreeze.trim.pending import LOCAL, Run
-from fastfreeze.trim.state import in_checkpoint
+from fastfreeze.trimming.fold import ConvStandIn, Folds, NormStandIn
+from fastfreeze.trimming.pending import LOCAL, Run
+from fastfreeze.trimming.state import in_checkpoint
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -63,12 +63,15 @@ class Frozen:
     def __init__(self, model: nn.Module, fold: bool, folds: Folds, outermost: CodeType) -> None:
         self.modules = frozen_modules(model)
         self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._forwards: list[tuple[dict[str, Any], Any]] = []
         self._units: list[tuple[nn.Module, Callable[..., Any]]] = []
         for module in self.modules:
             forward: Callable[..., Any] | None = None
-            if fold and type(module) is nn.Conv2d:
+            own = vars(module).get("forward")
+            self._forwards.append((vars(module), own))
+            if fold and own is None and type(module) is nn.Conv2d:
                 forward = ConvStandIn(module, folds)
-            elif fold and type(module) is nn.BatchNorm2d:
+            elif fold and own is None and type(module) is nn.BatchNorm2d:
                 forward = NormStandIn(module)
             if _has_modes(module):
                 forward = _Guard(module, forward or module.forward, self, outermost)
@@ -86,9 +89,18 @@ class Frozen:
         self._was_training: list[nn.Module] = []
         self._before: list[tuple[nn.Module, Any]] = []
 
+    def outdated(self) -> bool:
+        """Whether a module has been given another forward."""
+        return not self._users and any(d.get("forward") is not f for d, f in self._forwards)
+
     def buffers(self) -> list[Tensor]:
         """Those of modules that are not frozen."""
         return [b for b in self._buffers if b is not None]
+
+    def all_tensors(self) -> list[Tensor]:
+        """These, and all that frozen modules hold."""
+        own = [d for m in self.modules for d in (m._parameters, m._buffers)]
+        return [*self.buffers(), *(t for d in own for t in d.values() if t is not None)]
 
     @contextmanager
     def inside(self, run: Run | None) -> Iterator[None]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastfreeze.trim.compare import difference, observe
-from fastfreeze.trim.operations import is_cpu_fp32
-from fastfreeze.trim.state import copied, hooked
+from fastfreeze.trimming.compare import difference, observe
+from fastfreeze.trimming.operations import is_cpu_fp32
+from fastfreeze.trimming.state import copied, hooked
 
 _MOST = 8
 

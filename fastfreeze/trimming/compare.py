@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.trim.state import fp32_precision, preserved, tensors_in
+from fastfreeze.trimming.state import fp32_precision, preserved, tensors_in
 
 Tensors = dict[str, Tensor | None]
 _EPSILONS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
