@@ -25,7 +25,7 @@ from fastfreeze import (
     split,
     trim,
 )
-from fastfreeze.graph import compiled
+from fastfreeze.trimming import compile as compiled
 from tests.conftest import every_device
 
 

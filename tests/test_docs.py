@@ -20,7 +20,7 @@ from torch import nn
 import fastfreeze
 import fastfreeze.distributed
 import fastfreeze.ensemble
-import fastfreeze.graph
+import fastfreeze.trimming
 import fastfreeze.schedule
 from tests import snippets
 from tests.snippets import ROOT
@@ -138,7 +138,7 @@ MODULES = ["lightning", "transformers", "tensorboard"]
 def public():
     """Each public object by its name, with the module that it is a name of."""
     found = {}
-    for module in (fastfreeze.graph, fastfreeze.ensemble, fastfreeze):
+    for module in (fastfreeze.trimming, fastfreeze.cache, fastfreeze.ensemble, fastfreeze):
         found |= {n: (module.__name__, getattr(module, n)) for n in module.__all__ if n[0] != "_"}
     for module in (fastfreeze.distributed, fastfreeze.schedule):
         for name in own_names(module):

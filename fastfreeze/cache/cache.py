@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from fastfreeze.cache.chain import Chain, Chains, Known, autocast_state
+from fastfreeze.cache.chain import Chain, Chains, Known
 from fastfreeze.cache.digest import Holdings
 from fastfreeze.cache.kept import (
     Batch,
@@ -27,7 +27,7 @@ from fastfreeze.cache.kept import (
 )
 from fastfreeze.cache.rows import CannotKeepError, Layout, row_strides
 from fastfreeze.cache.store import Budget, RowStore, StoreDirectory
-from fastfreeze.trimming.state import fp32_precision, tensors_in
+from fastfreeze.trimming.state import fp32_precision, requires_grad, tensors_in
 from fastfreeze.trimming.trimmed import TrimmedModel
 
 _VIEW_BITS = 20
@@ -35,6 +35,9 @@ _INDEX_BITS = 63 - _VIEW_BITS
 _TRIALS = 5  # batches that are timed
 _MAX_CHANGES = 8  # of weights
 _MAX_LATE = 4
+_IN_EVAL = "the model is in eval mode"
+_NOTHING_READ = "nothing frozen was read"
+_UNKNOWN = "it is found out what is read of the frozen modules"
 _LATE = "what frozen modules read was written to before their values were read"
 
 
@@ -114,6 +117,7 @@ class FeatureCache:
         self._refusals: dict[str, str] = {}
         self._known = Known()
         self._names: dict[Any, str] | None = None
+        self._old: set[str] = set()  # kept when something else was frozen, and not used since
         self._holdings: dict[tuple[str, ...], Holdings] = {}
         self._digests: dict[tuple[str, ...], str] = {}  # of what was held in the last step
         self._num_changes = self._num_late = 0
@@ -138,18 +142,28 @@ class FeatureCache:
         if self._off or peek_interpreter_stack() is not None:
             self._reason = self._off or "in a transform of torch.func"
             return self.network(*args, **kwargs)
-        self._reason = "nothing frozen was read"
         self._check_lengths(args, kwargs, len(keys))
         names = self.network.frozen_names()
         if names is not self._names:  # what is read now is not known
-            self._names, self._known.reads = names, None
-        chains = Chains(self._known, names, partial(self._find, keys))
+            self._names = names
+            self._known.reads.clear()
+            self._old = set(self._kept)
+        if not (names and self.network.training):
+            self._reason = "nothing is frozen" if self.network.training else _IN_EVAL
+            return self.network(*args, **kwargs)
+        if requires_grad((args, kwargs)):
+            self._reason = "an input requires grad"
+            return self.network(*args, **kwargs)
+        form = tuple([(t.shape, t.dtype, t.device) for t in tensors_in((args, kwargs))])
+        self._reason = _NOTHING_READ if form in self._known.reads else _UNKNOWN
+        chains = Chains(self._known, form, len(keys), names, partial(self._find, keys))
         output = self.network.run(args, kwargs, chains)
         if chains.waits:
             chains.finish()
             return output
         self._num_late += 1
-        self._known.reads, self._reason = None, _LATE
+        self._known.reads.clear()
+        self._reason = _LATE
         if self._num_late > _MAX_LATE:
             self._off = _LATE
         return output
@@ -200,20 +214,23 @@ class FeatureCache:
         except CannotKeepError as error:
             self._reason = str(error)
             return None
-        if self._reason == "nothing frozen was read":
+        if self._reason == _NOTHING_READ:
             self._reason = ""
         return values
 
     def _values(self, keys: list[int], chain: Chain) -> list[Tensor]:
         batch = Batch(keys, chain)
-        form = self._form(batch)
-        held = self._held(chain)
-        name = hashlib.blake2b(f"{held}\n{form}".encode(), digest_size=16).hexdigest()
+        conditions, held = self._conditions(batch), self._held(chain)
+        wanted = [node.key for node in chain.wanted]
+        strides = [row_strides(t) for t in batch.inputs if t.ndim]
+        text = f"{held}\n{wanted}\n{strides}\n{conditions}"
+        name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         if name in self._refusals:
             raise CannotKeepError(self._refusals[name])
         if name not in self._kept:
-            return self._first(batch, name, held)
+            return self._first(batch, name, held, conditions)
         kept = self._kept[name]
+        self._old.discard(name)
         if not kept.agrees(batch):
             raise CannotKeepError(
                 f"a batch of {len(keys)} gives other bits than one of {kept.size}"
@@ -249,21 +266,19 @@ class FeatureCache:
                 self._give_up("what is frozen changes again and again")
         return digest
 
-    def _form(self, batch: Batch) -> str:
-        """What is wanted, and what else values depend on, or how they are kept; in words."""
-        device, outer = batch.device, batch.inputs
+    def _conditions(self, batch: Batch) -> str:
+        """What else values depend on, or how they are kept; in words."""
+        device = batch.device
         return "\n".join(
             (
-                *(f"{node.call.key} {node.i}" for node in batch.chain.wanted),
-                *(f"{t.dtype} {t.shape[1:]} {row_strides(t)}" for t in outer if t.ndim),
-                f"{autocast_state()} {self.network.folding}",
                 f"{self._dtype} {fp32_precision(device)} {torch.get_num_threads()}",
                 f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {device.type}",
                 torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+                f"{self.network.folding}",
             )
         )
 
-    def _first(self, batch: Batch, name: str, held: str) -> list[Tensor]:
+    def _first(self, batch: Batch, name: str, held: str, conditions: str) -> list[Tensor]:
         """The first batch of its kind: find out whether its values can be kept, and how."""
         n = len(batch.keys)
         if n < 2:
@@ -271,7 +286,7 @@ class FeatureCache:
         values = batch.chain.compute()
         try:
             layout = Layout.of(values, n, batch.inputs, self._dtype)
-            kept = Kept(name, batch.chain, held, layout, n, self._measures)
+            kept = Kept(name, conditions, batch.chain, held, layout, n, self._measures)
             flat = layout.flat(values)
             if not kept.rows_are_independent(batch, flat):
                 raise CannotKeepError("what a sample gives depends on the others in its batch")
@@ -370,7 +385,7 @@ class FeatureCache:
     def _earlier(self, kept: Kept, batch: Batch) -> list[Kept]:
         """What is kept of values on the way to those that are wanted, the latest first.
 
-        What is no longer valid is deleted.
+        What is no longer valid, or of no use to what is frozen now, is deleted.
         """
         found = []
         for other in list(self._kept.values()):
@@ -378,8 +393,10 @@ class FeatureCache:
                 continue
             if self._holdings[other.place].digest() != other.held:
                 self._delete(other)
-            elif len(other.rows) and other.leads_to(batch.chain):
+            elif len(other.rows) and other.leads_to(kept, batch.chain):
                 found.append(other)
+            elif other.name in self._old:
+                self._delete(other)
         return found[::-1]
 
     def _carry_on(

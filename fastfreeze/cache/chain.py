@@ -130,14 +130,14 @@ class Known:
     Attributes:
         forms: of what calls gave, by what they are and what they are given; a number is how often
             they could not be put off.
-        reads: what was read in the last step; None if that is not known.
+        reads: what was read in the last step with inputs of a form; missing if that is not known.
         units: names of the modules whose calls were put off. What holds one is not put off itself
             when it is frozen, too: what was kept is then carried on.
     """
 
     forms: dict[Any, Form | int] = field(default_factory=dict)
     keys: dict[Any, str] = field(default_factory=dict)
-    reads: set[Any] | None = None
+    reads: dict[Any, set[Any]] = field(default_factory=dict)
     units: set[str] = field(default_factory=set)
 
 
@@ -146,6 +146,8 @@ class Chains:
 
     Args:
         known: from earlier steps.
+        form: of the model's inputs.
+        num_samples: rows that they have.
         names: of its frozen modules.
         find: values of nodes from the cache, or computed by it; or None.
 
@@ -156,10 +158,14 @@ class Chains:
     def __init__(
         self,
         known: Known,
+        form: Any,
+        num_samples: int,
         names: dict[nn.Module, str],
         find: Callable[[Chain], list[Tensor] | None],
     ) -> None:
         self._known, self._find, self._names = known, find, names
+        self._form, self._reads = form, known.reads.get(form)
+        self._num_samples = num_samples
         self.waits = True
         self._outer: dict[int, int] = {}  # tensors that came from outside, in order
         self._alive: list[Any] = []
@@ -175,7 +181,10 @@ class Chains:
 
     def finish(self) -> None:
         """Note what was read, for the next step."""
-        self._known.reads = None if self._learned else self._read
+        if self._learned:
+            self._known.reads.pop(self._form, None)
+        else:
+            self._known.reads[self._form] = self._read
 
     def call_module(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a call of a frozen module; NotImplemented if it must be made."""
@@ -276,7 +285,10 @@ class Chains:
         known = self._known.forms.get(given, 0)
         trials = known if isinstance(known, int) else 0
         self._known.forms[given] = Form(tuple(metas), nesting) if fits else trials + 1
-        return result
+        if not fits:
+            return result
+        # So that functions of these come here, too.
+        return tree_unflatten([_wrapped(value) for value in values], nesting)
 
     def _node(self, tensor: Tensor) -> Node:
         if _is_put_off(tensor) and tensor.node.value is None:
@@ -288,18 +300,26 @@ class Chains:
         return _Outer(value, self._outer[id(value)], self)
 
     def _key(self, given: Any, nodes: Sequence[Any]) -> str:
+        """What a call is, whatever the number of samples."""
         keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, _Outer))])
         found = self._known.keys.get((given, keys))
         if found is None:
-            text = repr((given, keys)).encode()
+            *what, signature, autocast = given
+            forms = [self._without_samples(form) for form in signature]
+            text = repr((what, forms, autocast, keys)).encode()
             found = hashlib.blake2b(text, digest_size=16).hexdigest()
             self._known.keys[given, keys] = found
         return found
 
+    def _without_samples(self, form: Any) -> Any:
+        if not isinstance(form, tuple) or not form[0] or form[0][0] != self._num_samples:
+            return form
+        return ("n", *form[0][1:]), *form[1:]
+
     def read(self, node: CallNode) -> Tensor:
         """The value of a node that something reads; with it those that were read the last time."""
         self._read.add((node.call.ident, node.i))
-        reads = self._known.reads
+        reads = self._reads
         if reads is None:
             chain = Chain([node])
             return chain.compute(keep=True)[0]
@@ -453,6 +473,11 @@ def _may_become(target: Any) -> bool:
 
 def _is_put_off(value: Any) -> bool:
     return type(value) is Pending and isinstance(value.node, CallNode)
+
+
+def _wrapped(value: Any) -> Any:
+    known = isinstance(value, Tensor) and type(value) is not Pending
+    return Pending.of(Given(value)) if known else value
 
 
 def _is_static(value: Any) -> bool:

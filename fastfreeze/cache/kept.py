@@ -80,6 +80,7 @@ class Kept:
         wanted: keys of the nodes whose values they are.
         place: calls of the modules behind them.
         held: digest of what these held.
+        conditions: what else the values depend on.
         rows: the store.
         size: rows of the first batch. Other numbers of rows count only if they give the same bits.
         verified: names of earlier values from which carrying on was found to give the same bits.
@@ -91,9 +92,16 @@ class Kept:
     rows: RowStore
 
     def __init__(
-        self, name: str, chain: Chain, held: str, layout: Layout, size: int, measures: bool
+        self,
+        name: str,
+        conditions: str,
+        chain: Chain,
+        held: str,
+        layout: Layout,
+        size: int,
+        measures: bool,
     ) -> None:
-        self.name, self.held = name, held
+        self.name, self.conditions, self.held = name, conditions, held
         self.wanted, self.place = [node.key for node in chain.wanted], chain.place
         self.layout, self.size, self.measures = layout, size, measures
         self.verified: set[str] = set()
@@ -144,9 +152,11 @@ class Kept:
             self._agreeing[n] = same_bits(found, pick(self.compute(batch), here))
         return self._agreeing[n]
 
-    def leads_to(self, chain: Chain) -> bool:
-        """Whether these values are on the way to those of another chain."""
-        return not self.layout.narrows and all(map(chain.node, self.wanted))
+    def leads_to(self, other: Kept, chain: Chain) -> bool:
+        """Whether these values are on the way to other ones, those of a chain."""
+        if self.layout.narrows or self.conditions != other.conditions:
+            return False
+        return self.wanted != other.wanted and all(map(chain.node, self.wanted))
 
     def carry_on(
         self, earlier: Kept, batch: Batch, rows: Sequence[int], slots: Sequence[int]

@@ -132,9 +132,9 @@ class Folds:
         """
         found = self._folds.get(key)
         late = _writes(tensors) != counts
-        if found is not None and found.writes == counts and found.contents.are(tensors):
-            if late or found.contents.as_counted():
-                return found
+        known = found is not None and found.writes == counts and found.contents.are(tensors)
+        if found is not None and known and (late or found.contents.as_counted()):
+            return found
         if late:
             raise TooLateError(reader)
         if found is not None:

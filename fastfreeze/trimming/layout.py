@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +62,8 @@ class Layouts:
             return known
         if len(self._known) >= _MOST or _has_any_global_hook() or hooked(self._model.modules()):
             return Layout(False)
-        found = self._known[sizes] = self._find(args, kwargs)
+        with _parameters_kept(self._model):
+            found = self._known[sizes] = self._find(args, kwargs)
         return found
 
     def _find(self, args: Any, kwargs: Any) -> Layout:
@@ -97,6 +100,19 @@ class Layouts:
             return Layout(False)
         outputs = [t is not None and t.is_contiguous() for t in expected.output.values()]
         return Layout(True, tuple(outputs))
+
+
+@contextmanager
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Undo, on leaving, what the model writes to its parameters."""
+    before = [(p, p._version, p.detach().clone()) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, version, values in before:
+                if parameter._version != version:
+                    parameter.copy_(values)
 
 
 def in_channels_last(args: Any, kwargs: Any) -> tuple[Any, Any]:
