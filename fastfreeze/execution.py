@@ -249,7 +249,7 @@ def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
     training mode would refuse a batch of one.
     """
     found = [(module, dict(vars(module))) for module in model.modules()]
-    restores = [restore for _, held in found for restore in map(_restore, held.values()) if restore]
+    restores = [restore for _, held in found for restore in map(restorer, held.values()) if restore]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -274,7 +274,7 @@ def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
             restore()
 
 
-def _restore(value: Any) -> Callable[[], object] | None:
+def restorer(value: Any) -> Callable[[], object] | None:
     """What gives a module's attribute its present contents again; None where that is known of none.
 
     Hooks, parameters and submodules are in such attributes, too.

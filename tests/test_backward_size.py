@@ -6,8 +6,8 @@ Two predictions, and both are met exactly:
   of a parameter that still trains can be reached.
 * Bytes kept for the backward: as many as in the untrimmed model, called with the same flags.
 
-A folded prefix may hand on channels_last values, which autograd treats otherwise here and there. It
-is compared with a model whose input, and with it every value, has the layout that was handed on.
+Images may be given to the model in channels_last, which autograd treats otherwise here and there.
+It is compared with a model whose input, and with it every value, has that layout.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from torch.utils._pytree import tree_leaves
 from torchvision.models import get_model, list_models
 
 from fastfreeze import trim
 from fastfreeze.recipes.models import build_model
-from tests.test_graph import AUX, EmptyOnMeta, build, in_execution_order, saved_bytes, tensors
+from tests.zoo import AUX, EmptyOnMeta, build, in_execution_order, saved_bytes, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,17 +51,10 @@ def count_leading_to(nodes, parameters):
 
 
 def layout_handed_on(trimmed, x):
-    """The memory format of what crosses to the part that trains."""
-    call = trimmed._begin((x,), {})
-    if call.reason == "nothing is frozen":
-        takes = trimmed._graphs.latest_graph().takes_channels_last
-        return torch.channels_last if takes else torch.contiguous_format
-    values = () if call.prefix is None else call.prefix.run(call.tensors)
-    images = [v for v in tree_leaves(values) if isinstance(v, torch.Tensor) and v.ndim == 4]
-    last = torch.channels_last
-    if any(v.is_contiguous(memory_format=last) and not v.is_contiguous() for v in images):
-        return last
-    return torch.contiguous_format
+    """The memory format of what is handed to the part that trains."""
+    layout = trimmed._layouts.of((x,), {})
+    last = trimmed.folding and layout is not None and layout.channels_last
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def check_sizes(model, x, counts, fold):

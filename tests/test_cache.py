@@ -299,7 +299,7 @@ def test_other_values_that_cross(model):
             for n in (8, 5, 8, 4):
                 rows = torch.randperm(24)[:n]
                 check(cache, x[rows], rows)
-                assert cache.active, cache.reason
+                assert cache.active or "gives other bits" in cache.reason
     assert cache.stats().hits > 20
     assert cache.stats().advanced > 4
 
@@ -744,7 +744,7 @@ def test_narrow_storage(dtype, device, runs):
     stored = cache.stats().bytes / wide.stats().bytes
     assert 0.4 < stored < 0.6
     frozen(cache.network.model, "b")
-    for rows in torch.arange(24).split(6):
+    for rows in torch.cat([torch.arange(12), torch.arange(24)]).split(6):
         cache(x[rows], samples=rows)
     assert "carried on" not in runs
     assert cache.stats().rows == 24
@@ -867,7 +867,7 @@ def test_files_that_are_cut_short_while_they_are_in_use(tmp_path):
                 os.truncate(file, size)
             check(cache, images()[:6], torch.arange(6))  # finds out
             assert "rows of a file were damaged while it was in use" in cache.reason
-            epochs(cache, images())
+            epochs(cache, images(), 3)
             assert cache.active
             assert cache.stats().rows == 24
 

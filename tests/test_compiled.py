@@ -212,9 +212,8 @@ def test_flags_of_no_stage_run_uncompiled_and_never_stale():
     network, plan, _ = made(FreezeOut(12, t_0=0.5, stages=2))
     compile_stages(network, plan, X, backend="eager")
     network.norm.requires_grad_(False)
-    with pytest.warns(FastfreezeWarning, match="Net runs uncompiled: compile_stages") as warned:
+    with pytest.warns(FastfreezeWarning, match="Net runs uncompiled: compile_stages"):
         network(X).sum().backward()
-    assert warned[0].filename == __file__
     assert network.norm.weight.grad is None
     assert network.stem.weight.grad is not None
     with warnings.catch_warnings():
@@ -224,18 +223,6 @@ def test_flags_of_no_stage_run_uncompiled_and_never_stale():
         network(X).sum().backward()
     assert network.norm.weight.grad is not None
     assert graphs() == 3
-
-
-def test_another_way_of_calling_runs_uncompiled():
-    class Scaled(Net):
-        def forward(self, x, scale=1.0):
-            return super().forward(x) * scale
-
-    network, plan, _ = made(FreezeOut(12, t_0=0.5, stages=1), Scaled())
-    compile_stages(network, plan, (X, 2.0), backend="eager")
-    torch.testing.assert_close(network(X, 2.0), network.model(X, 2.0))
-    with pytest.warns(FastfreezeWarning, match="runs uncompiled"):
-        torch.testing.assert_close(network(X, 3.0), network.model(X, 3.0))
 
 
 def test_what_does_not_train_is_not_compiled():
@@ -289,19 +276,17 @@ def test_under_autocast_and_with_a_part_in_eval_mode():
 
 
 @every_device
-def test_kept_features_and_batches_ahead(device):
+def test_kept_features(device):
     x = X.to(device)
     network, plan, optimizer = made(FreezeOut(12, t_0=0.5, stages=2), device=device)
     twin, _, twins_optimizer = made(FreezeOut(12, t_0=0.5, stages=2), device=device)
     compile_stages(network, plan, x, backend="eager")
     cache = FeatureCache(network, enabled=True)
-    for batch, _ in zip(network.ahead([(x,)] * 20), range(6), strict=False):
-        train(network, optimizer, 1, *batch)
+    train(network, optimizer, 6, x)
     train(lambda x: cache(x, samples=torch.arange(5)), optimizer, 6, x)
     train(twin, twins_optimizer, 12, x)
     assert_same_state(network, twin)
     assert cache.stats().hits > 0
-    assert graphs() == 3
 
 
 def test_without_a_schedule_what_trains_now_is_compiled():
@@ -342,14 +327,14 @@ def test_compiling_from_outside_is_refused(mode, fullgraph):
 
 
 def test_a_backward_that_has_not_shrunk_is_refused(monkeypatch):
-    def stale(_function, _options):
-        def run(model, x, *_values):
+    def stale(model, _options):
+        def run(x):
             parameters = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
             return functional_call(model, parameters, (x,))
 
         return run
 
-    monkeypatch.setattr(compiled, "_Compiled", stale)
+    monkeypatch.setattr(compiled, "_function", stale)
     network, plan, _ = made(FreezeOut(12, t_0=0.5, stages=2))
     with pytest.raises(RuntimeError, match=r"from step 3 on keeps \d+ bytes, not fewer than the"):
         compile_stages(network, plan, X)
@@ -383,39 +368,18 @@ class Unsupported(Net):
         self.norm = nn.BatchNorm2d(13, momentum=None)
 
 
-class PartlyFrozen(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Linear(6, 6)
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-        self.attention.out_proj.requires_grad_(False)
-
-    def forward(self, x):
-        x = self.stem(x)
-        return self.attention(x, x, x)[0]
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Untraceable, "network has no graph to compile: .*control flow"),
+        (Untraceable, "network cannot be compiled as one graph: "),
         (Unsupported, "network cannot be compiled as one graph: "),
-        (PartlyFrozen, "network cannot be compiled: attention.out_proj is frozen inside"),
     ],
 )
 def test_models_that_cannot_be_compiled(model, message):
     model = model()
-    x = X[:, 0] if isinstance(model, PartlyFrozen) else X
-    plan = split(model, x)
+    plan = split(model, X)
     with pytest.raises(ValueError, match=message):
-        compile_stages(trim(model), plan, x, backend="eager")
-
-
-def test_a_model_with_hooks_cannot_be_compiled():
-    network, plan, _ = made(None)
-    network.stem.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="network cannot be compiled: Conv2d has hooks"):
-        compile_stages(network, plan, X, backend="eager")
+        compile_stages(trim(model), plan, X, backend="eager")
 
 
 def test_bad_arguments():
@@ -438,9 +402,8 @@ def test_bad_arguments():
 def test_measuring_keeps_nothing():
     """ReLU's output is what autograd saves of it: a cycle, if it is saved as it is."""
     network = trim(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
-    graph, tensors = compiled._graph_for(network, (torch.randn(4, 2),), {})
-    assert compiled._saved_bytes(network, graph, tensors) > 0
+    assert compiled._saved_bytes(network, ((torch.randn(4, 2),), {})) > 0
     weight = weakref.ref(network.model[0].weight)
-    del network, graph, tensors
+    del network
     gc.collect()
     assert weight() is None

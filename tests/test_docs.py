@@ -20,8 +20,8 @@ from torch import nn
 import fastfreeze
 import fastfreeze.distributed
 import fastfreeze.ensemble
-import fastfreeze.trimming
 import fastfreeze.schedule
+import fastfreeze.trimming
 from tests import snippets
 from tests.snippets import ROOT
 

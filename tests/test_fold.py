@@ -17,6 +17,7 @@ from fastfreeze.optim import SGD
 from fastfreeze.recipes.models import build_model
 from fastfreeze.trimming import compare, operations
 from fastfreeze.trimming import fold as folding
+from fastfreeze.trimming import folds as folds_module
 from tests.conftest import every_device, needs_gpu, rows_by_device
 
 
@@ -501,8 +502,8 @@ def test_layers_frozen_by_hand_are_folded_once(monkeypatch):
     model = frozen(Net(residual, **parts()))
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     network, made = trim(model), []
-    fold = folding._folded
-    monkeypatch.setattr(folding, "_folded", lambda *args: made.append(1) or fold(*args))
+    fold = folding.folded
+    monkeypatch.setattr(folding, "folded", lambda *args: made.append(1) or fold(*args))
     for _ in range(4):
         optimizer.zero_grad()
         network(images()).square().mean().backward()
@@ -656,7 +657,7 @@ def test_autocast_and_functional_calls_run_it_as_it_is():
 
 
 def test_weights_that_change_in_each_call(monkeypatch):
-    monkeypatch.setattr(folding, "_MAX_CHANGES", 3)
+    monkeypatch.setattr(folds_module, "_MAX_CHANGES", 3)
     model = frozen(Net(residual, **parts()))
     trimmed, x = trim(model), images()
     for _ in range(5):

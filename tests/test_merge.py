@@ -24,7 +24,7 @@ from torchvision.models import get_model, list_models
 from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.ensemble._members import hold_the_same, owners_of
 from fastfreeze.recipes.models import build_model
-from tests.test_graph import AUX, EmptyOnMeta, build
+from tests.zoo import AUX, EmptyOnMeta, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,8 +6,8 @@ import torchvision
 from torch import fx
 
 from fastfreeze.freezing import split
-from fastfreeze.trimming import trim
 from fastfreeze.recipes.models import build_model
+from fastfreeze.trimming import trim
 
 
 def on_meta(name, **arguments):

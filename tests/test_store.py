@@ -41,7 +41,10 @@ def test_hash_is_a_weighted_sum_of_words(dtype, width):
     found = hash_rows(rows).tolist()
     for row, value in zip(rows, found, strict=True):
         data = bytes(bits(row).numpy())
-        words = [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)]
+        data += bytes(-len(data) % 4)
+        words = [
+            int.from_bytes(data[i : i + 4], "little", signed=True) for i in range(0, len(data), 4)
+        ]
         factors = _factors(len(words), torch.device("cpu")).tolist()
         total = sum(w * f for w, f in zip(words, factors, strict=True)) % 2**64
         assert value % 2**64 == total

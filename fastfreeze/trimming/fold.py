@@ -7,22 +7,20 @@ convolution itself. Nothing is recorded: each call of the model does this anew, 
 assumed of what the model decides on the way. Whether and how a value is folded depends on an
 image's shape and on who has read it, never on a measurement: a resumed run computes the same bits.
 
-Folded weights are copies; :class:`Folds` keeps them and tells whether they are still the model's.
+Folded weights are copies: see ``folds``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import cycle
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfreeze.trimming.compare import excess
-from fastfreeze.trimming.operations import Affine, Convolution, may_take_winograd
+from fastfreeze.trimming.folds import Fold, Folds, Norm, folded, writes_to
+from fastfreeze.trimming.operations import Affine, may_take_winograd
 from fastfreeze.trimming.pending import (
     FUSED,
     LOCAL,
@@ -33,165 +31,6 @@ from fastfreeze.trimming.pending import (
     node_of,
     settle,
 )
-from fastfreeze.trimming.watch import Contents, Steps
-
-_MAX_CHANGES = 16
-
-
-class Norm(NamedTuple):
-    """The tensors of a norm in eval mode."""
-
-    mean: Tensor
-    var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def plain(self, x: Tensor) -> Tensor:
-        """What torch computes."""
-        return F.batch_norm(x, *self[:4], training=False, eps=self.eps)
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in self[:4] if t is not None]
-
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift per channel, in float64."""
-        scale = (self.var.double() + self.eps).rsqrt()
-        shift = -self.mean.double() * scale
-        if self.weight is not None:
-            scale, shift = scale * self.weight.double(), shift * self.weight.double()
-        return scale, shift if self.bias is None else shift + self.bias.double()
-
-
-class Fold:
-    """Weights that were folded, and what they were made of.
-
-    Attributes:
-        operation: computes with them.
-        checked: whether it has been found to give what torch gives.
-        writes: how many writes torch had counted.
-        refused: why it is not to be used; empty if it is.
-    """
-
-    def __init__(self, operation: Any, contents: Contents, writes: int, refused: str) -> None:
-        self.operation, self.contents, self.refused = operation, contents, refused
-        self.writes = writes
-        self.checked = False
-
-    def result(self, found: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Tensor:
-        """What ``found`` gives, once that has been found to be what ``plain`` gives, else that."""
-        if self.refused:
-            return plain()
-        if self.checked:
-            return found()
-        value, expected = found(), plain()
-        if not bool(expected.isfinite().all()):
-            return expected  # nothing to compare by; the next call may do
-        times = excess(value, expected)
-        if times <= 1:
-            self.checked = True
-            return value
-        self.refused = f"folding changes values by {times:.1e} times what rounding may"
-        return expected
-
-
-class Folds:
-    """The folded weights of one model.
-
-    Attributes:
-        usable: whether values may wait at all.
-        exact: whether they are computed as the modules compute them.
-    """
-
-    def __init__(self) -> None:
-        self.usable, self.exact = True, False
-        self._folds: dict[tuple[int, int], Fold] = {}
-        self._changes: dict[tuple[int, int], int] = {}
-        self._turns = cycle(())
-        self._steps = Steps()
-
-    def __len__(self) -> int:
-        return sum(not fold.refused for fold in self._folds.values())
-
-    def refusals(self) -> list[str]:
-        """Why some are not used, each reason once."""
-        return sorted({fold.refused for fold in self._folds.values() if fold.refused})
-
-    def get(
-        self,
-        key: tuple[int, int],
-        tensors: Sequence[Tensor],
-        counts: int,
-        reader: Any,
-        make: Callable[[], Any],
-    ) -> Fold:
-        """What ``make`` gives of ``tensors``, as they were after ``counts`` writes.
-
-        Raises:
-            TooLateError: they have been written to since.
-        """
-        found = self._folds.get(key)
-        late = _writes(tensors) != counts
-        known = found is not None and found.writes == counts and found.contents.are(tensors)
-        if found is not None and known and (late or found.contents.as_counted()):
-            return found
-        if late:
-            raise TooLateError(reader)
-        if found is not None:
-            self._drop(key)
-        often = self._changes.get(key, 0) >= _MAX_CHANGES
-        refused = "its weights change again and again" if often else ""
-        with torch.inference_mode(False), torch.no_grad():
-            operation = None if refused else make()
-        found = self._folds[key] = Fold(operation, Contents(tensors), counts, refused)
-        self._look_anew()
-        return found
-
-    def check(self) -> None:
-        """Drop those whose weights hold other bits.
-
-        All after a step of an optimizer that may have moved them, else one in each call, in turn,
-        and the statistics of all.
-        """
-        self._steps.look()
-        if self._steps.seen:
-            self._steps.seen = False
-            keys = list(self._folds)
-        else:
-            keys = [key for key in (next(self._turns, None),) if key is not None]
-        for key in keys:
-            if not self._folds[key].contents.as_compared():
-                self._drop(key)
-                self._look_anew()
-
-    @contextmanager
-    def as_modules_compute(self) -> Iterator[None]:
-        """Fold nothing, but let values wait as ever."""
-        self.exact = True
-        try:
-            yield
-        finally:
-            self.exact = False
-
-    def too_late(self, reader: Any) -> None:
-        """Take a stand-in at its word from now on, whose input has been written to meanwhile."""
-        if reader is None:
-            self.usable = False
-        else:
-            reader.waits = False
-
-    def clear(self) -> None:
-        """Forget all: what is frozen has changed."""
-        self._folds.clear()
-        self._look_anew()
-
-    def _drop(self, key: tuple[int, int]) -> None:
-        self._changes[key] = self._changes.get(key, 0) + 1
-        del self._folds[key]
-
-    def _look_anew(self) -> None:
-        self._turns = cycle(list(self._folds))
-        self._steps.tensors = [t for f in self._folds.values() for t in f.contents.tensors]
 
 
 class ConvNode(Node):
@@ -216,7 +55,7 @@ class ConvNode(Node):
         self.relu, self.passed, self.depth = False, False, 0
         self.base: ConvNode | None = None
         self.step: Callable[[Tensor], Tensor] | None = None
-        self.counts = _writes(stand_in.tensors(None))
+        self.counts = writes_to(stand_in.tensors(None))
 
     def then(self, step: Callable[[Tensor], Tensor]) -> ConvNode | None:
         """A copy with another step behind it; None if this one's value is wanted itself."""
@@ -233,11 +72,11 @@ class ConvNode(Node):
         known = self.base
         while known is not None and known.value is None:
             known = known.base
-        value = self._folded() if known is None else self._plain()
+        value = self._with_folded() if known is None else self._plain()
         self.base = self.step = self.residual = self.x = None
         return value
 
-    def _folded(self) -> Tensor:
+    def _with_folded(self) -> Tensor:
         base = self.base
         while base is not None:
             base.passed = True
@@ -255,7 +94,7 @@ class ConvNode(Node):
 
     def _plain(self) -> Tensor:
         """As torch computes it, from the last value that is known."""
-        if _writes(self.reader.tensors(self.norm)) != self.counts:
+        if writes_to(self.reader.tensors(self.norm)) != self.counts:
             raise TooLateError(self.reader)
         if self.base is None:
             assert self.x is not None
@@ -279,7 +118,7 @@ class AffineNode(Node):
     ) -> None:
         super().__init__(shape, parts[0].dtype, parts[0].device, reader)
         self.folds, self.parts, self.norm = folds, parts, norm
-        self.relu, self.counts = False, _writes(norm.tensors())
+        self.relu, self.counts = False, writes_to(norm.tensors())
         self.base: AffineNode | None = None
 
     def then_relu(self) -> AffineNode | None:
@@ -321,7 +160,7 @@ class AffineNode(Node):
         return self.folds.get(key, tensors, self.counts, self.reader, make)
 
     def _plain(self, parts: Sequence[Tensor]) -> Tensor:
-        if _writes(self.norm.tensors()) != self.counts:
+        if writes_to(self.norm.tensors()) != self.counts:
             raise TooLateError(self.reader)
         value = self.norm.plain(parts[0] if len(parts) == 1 else torch.cat(list(parts), 1))
         return value.relu_() if self.relu else value
@@ -382,7 +221,7 @@ class ConvStandIn:
         """Its weights with those of the norm behind it, as they were after so many writes."""
         m = self.module
         key = id(m), 0 if norm is None else id(norm.mean)
-        return self.folds.get(key, self.tensors(norm), counts, self, lambda: _folded(m, norm))
+        return self.folds.get(key, self.tensors(norm), counts, self, lambda: folded(m, norm))
 
 
 class NormStandIn:
@@ -432,11 +271,6 @@ def _may_be_read_later(x: Tensor) -> bool:
     return _is_plain(x) and not (x.requires_grad or x.is_inference() or x.is_neg())
 
 
-def _writes(tensors: Sequence[Tensor]) -> int:
-    """How many writes torch has counted."""
-    return sum([t._version for t in tensors])
-
-
 def _convolved(module: nn.Conv2d, shape: torch.Size) -> torch.Size | None:
     """The shape that a convolution gives, if it is one that can be folded."""
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
@@ -457,16 +291,6 @@ def _convolved(module: nn.Conv2d, shape: torch.Size) -> torch.Size | None:
     return torch.Size((shape[0], module.out_channels, *sides)) if min(sides) > 0 else None
 
 
-def _folded(module: nn.Conv2d, norm: Norm | None) -> Convolution:
-    weight = module.weight.detach().double()
-    bias = None if module.bias is None else module.bias.detach().double()
-    if norm is not None:
-        scale, shift = norm.affine()
-        weight = weight * scale[:, None, None, None]
-        bias = shift if bias is None else bias * scale + shift
-    return Convolution(module, weight, bias, module.weight.dtype)
-
-
 def _normed(x: Node, norm: Norm, reader: Any) -> Any:
     tensors = norm.tensors()
     if norm.mean.numel() != x.shape[1] or not all(
@@ -476,7 +300,7 @@ def _normed(x: Node, norm: Norm, reader: Any) -> Any:
     if isinstance(x, ConvNode) and x.norm is None and x.residual is None:
         node = x.then(norm.plain)
         if node is not None:
-            node.norm, node.counts = norm, node.counts + _writes(tensors)
+            node.norm, node.counts = norm, node.counts + writes_to(tensors)
             return Pending.of(node)
     parts = x.parts if isinstance(x, CatNode) and x.value is None else (x,)
     return Pending.of(AffineNode(LOCAL.run.folds, parts, norm, x.shape, reader))

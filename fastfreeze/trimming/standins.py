@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.trimming.fold import ConvStandIn, Folds, NormStandIn
+from fastfreeze.trimming.fold import ConvStandIn, NormStandIn
+from fastfreeze.trimming.folds import Folds
 from fastfreeze.trimming.pending import LOCAL, Run
 from fastfreeze.trimming.state import in_checkpoint
 

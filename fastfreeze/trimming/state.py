@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
+from fastfreeze.execution import restorer
+
 _MISSING = object()
+_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 _SCALARS = (bool, int, float, complex, str, bytes)
 
 
@@ -212,6 +215,12 @@ class Snapshot:
             if type(value) in (list, dict, OrderedDict)  # hooks are in the last
         ]
         self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        self._restorers = [
+            restore
+            for _, _, seen in self._owners
+            for value in seen.values()
+            if isinstance(value, _GENERATORS) and (restore := restorer(value))
+        ]
         self._python, self._numpy = random.getstate(), np.random.get_state()
 
     def changed(self) -> str:
@@ -238,6 +247,8 @@ class Snapshot:
         for _, value, seen in self._containers:
             value.clear()
             value.extend(seen) if isinstance(value, list) else value.update(seen)
+        for restore in self._restorers:
+            restore()
         with torch.no_grad():
             for buffer, values in self._buffers:
                 if not torch.equal(buffer, values):  # a write would invalidate saved tensors

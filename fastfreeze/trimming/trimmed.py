@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import arguments
 from fastfreeze.trimming.compare import difference, observe
-from fastfreeze.trimming.fold import Folds
+from fastfreeze.trimming.folds import Folds
 from fastfreeze.trimming.layout import Layouts, are_channels_last, in_channels_last
 from fastfreeze.trimming.pending import LOCAL, Run, TooLateError, settled
 from fastfreeze.trimming.standins import Frozen, folds_now
@@ -107,6 +107,8 @@ class TrimmedModel(nn.Module):
             vars(self)[name] = getattr(model, name)
         vars(self)["model"] = model
         self._fold = fold
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self._norms = [norm for norm in norms if norm.momentum is not None]
         self._announced: set[str] = set()
         self._forget()
 
@@ -130,7 +132,12 @@ class TrimmedModel(nn.Module):
         if self._resets_norms():
             self._warn(_RESET_NORMS)
             return self.model(*args, **kwargs)
-        if self._compiled and torch.is_grad_enabled() and not requires_grad((args, kwargs)):
+        if (
+            self._compiled
+            and keeper is None
+            and torch.is_grad_enabled()
+            and not requires_grad((args, kwargs))
+        ):
             if compiled := self._compiled.get(self.flags()):
                 with frozen.in_eval():
                     return compiled(*args, **kwargs)
@@ -301,7 +308,7 @@ class TrimmedModel(nn.Module):
             return self.model(*args, **kwargs)
 
     def _resets_norms(self) -> bool:
-        return any(norm.momentum is None for norm in self._known.norms)
+        return any(norm.momentum is None for norm in self._norms)
 
     def _warn(self, text: str) -> None:
         if text in self._announced:
@@ -315,7 +322,6 @@ class _Known:
 
     Attributes:
         flags: for which ``frozen`` is.
-        norms: those with a momentum of their own, which ``update_bn`` takes away for a while.
     """
 
     frozen: Frozen
@@ -325,8 +331,6 @@ class _Known:
         self._structure = Watch([m._modules for m in modules])
         self._parameters = [m._parameters for m in modules if m._parameters]
         self.flags: tuple[bool, ...] | None = None
-        norms = [m for m in modules if isinstance(m, _BatchNorm)]
-        self.norms = [norm for norm in norms if norm.momentum is not None]
 
     def outdated(self) -> bool:
         """Whether modules were added, removed or replaced."""
