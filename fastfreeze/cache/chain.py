@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastfreeze.cache.rows import row_numbers, take_rows
-from fastfreeze.trimming.pending import LOCAL, Given, Node, Pending, settle
+from fastfreeze.trimming.pending import Given, Node, Pending, current_run, settle
 
-_STATIC = (bool, int, float, str, type(None), slice, type(...), torch.dtype, torch.device)
-_STATIC += (torch.memory_format, torch.layout)
+_STATIC = (
+    *(bool, int, float, str, type(None), slice, type(...)),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
+)
 _VIEWS = (
     *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk"),
     *("split", "contiguous", "expand", "select", "narrow", "swapaxes", "movedim", "view_as"),
@@ -112,7 +114,8 @@ class CallNode(Node):
     __slots__ = ("call", "chains", "i")
 
     def __init__(self, call: Call, i: int, meta: tuple[Any, ...], chains: Chains) -> None:
-        super().__init__(*meta, chains)
+        shape, dtype, device = meta
+        super().__init__(shape, dtype, device, chains)
         self.call, self.i, self.chains = call, i, chains
 
     @property
@@ -224,7 +227,7 @@ class Chains:
         self, what: tuple[str, str], function: Any, modules: Any, args: Any, kwargs: Any
     ) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
-        signature = []
+        signature: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 if not _may_wait(leaf):
@@ -270,11 +273,12 @@ class Chains:
         args, kwargs = tree_unflatten(leaves, spec)
         real = [leaf for leaf in leaves if isinstance(leaf, Tensor) and type(leaf) is not Pending]
         before = _effects(real, modules)
-        outer, LOCAL.run.keeper = LOCAL.run.keeper, None
+        run = current_run()
+        outer, run.keeper = run.keeper, None
         try:
             result = function(*args, **kwargs)
         finally:
-            LOCAL.run.keeper = outer
+            run.keeper = outer
         values, nesting = tree_flatten(result)
         fits = _effects(real, modules) == before and all(
             _may_wait(v) if isinstance(v, Tensor) else _is_static(v) for v in values
@@ -290,9 +294,10 @@ class Chains:
         # So that functions of these come here, too.
         return tree_unflatten([_wrapped(value) for value in values], nesting)
 
-    def _node(self, tensor: Tensor) -> Node:
+    def _node(self, tensor: Any) -> Node:
         if _is_put_off(tensor) and tensor.node.value is None:
-            return tensor.node
+            node: Node = tensor.node
+            return node
         value = settle(tensor)
         if id(value) not in self._outer:
             self._outer[id(value)] = len(self._outer)
@@ -410,7 +415,8 @@ class Chain:
             given: values of nodes on the way that are known, by their keys.
         """
         made: dict[Call, list[Any]] = {}
-        outer, LOCAL.run.keeper = LOCAL.run.keeper, None
+        run = current_run()
+        outer, run.keeper = run.keeper, None
         try:
             for call in self._needed(given or {}):
                 if keep and call.outputs is not None:
@@ -423,7 +429,7 @@ class Chain:
                     call.outputs = None
             return [settle(made[node.call][node.i]) for node in self.wanted]
         finally:
-            LOCAL.run.keeper = outer
+            run.keeper = outer
 
     def _needed(self, given: dict[str, Tensor]) -> list[Call]:
         needed: set[Call] = set()

@@ -13,6 +13,7 @@ Folded weights are copies: see ``folds``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from fastfreeze.trimming.pending import (
     Node,
     Pending,
     TooLateError,
+    current_run,
     node_of,
     settle,
 )
@@ -303,7 +305,7 @@ def _normed(x: Node, norm: Norm, reader: Any) -> Any:
             node.norm, node.counts = norm, node.counts + writes_to(tensors)
             return Pending.of(node)
     parts = x.parts if isinstance(x, CatNode) and x.value is None else (x,)
-    return Pending.of(AffineNode(LOCAL.run.folds, parts, norm, x.shape, reader))
+    return Pending.of(AffineNode(current_run().folds, parts, norm, x.shape, reader))
 
 
 def _fuse(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -347,7 +349,7 @@ def _relu(x: Any, inplace: bool = False) -> Any:
     if isinstance(node, ConvNode):
         new = node.then(torch.relu)
         if new is not None:
-            new.relu = True  # type: ignore[attr-defined]
+            new.relu = True
     elif isinstance(node, AffineNode):
         new = node.then_relu()
     return _become(x, new, inplace)
@@ -375,11 +377,15 @@ def _add(a: Any, b: Any, *, inplace: bool = False, **others: Any) -> Any:
         residual = node_of(other, node.reader)
         if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
             continue
-        new = node.then(lambda value, r=residual: value + r.now())
+        new = node.then(partial(_plus, residual))
         if new is not None:
             new.residual = residual
             return _become(a, new, inplace)
     return NotImplemented
+
+
+def _plus(residual: Node, value: Tensor) -> Tensor:
+    return value + residual.now()
 
 
 @_fuse(Tensor.__iadd__, Tensor.add_)
@@ -424,7 +430,7 @@ def _pass_on(function: Callable[..., Any]) -> None:
     """Have a function, to which layout is the same, keep that in which a value was computed."""
 
     def pass_on(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not LOCAL.run.restores or type(x) is not Pending:
+        if not current_run().restores or type(x) is not Pending:
             return NotImplemented
         value = x.node.get()
         result = function(value, *args, **kwargs)

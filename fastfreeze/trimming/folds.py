@@ -88,7 +88,7 @@ class Folds:
         self.usable, self.exact = True, False
         self._folds: dict[tuple[int, int], Fold] = {}
         self._changes: dict[tuple[int, int], int] = {}
-        self._turns = cycle(())
+        self._turns: Iterator[tuple[int, int]] = cycle(())
         self._steps = Steps()
 
     def __len__(self) -> int:

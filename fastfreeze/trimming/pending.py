@@ -113,11 +113,11 @@ class Pending(Tensor):
     @staticmethod
     def of(node: Node) -> Pending:
         """A value of this node, noted in the present run."""
-        pending: Pending = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        pending: Pending = Tensor._make_wrapper_subclass(
             Pending, node.shape, dtype=node.dtype, device=node.device
         )
         pending.node = node
-        LOCAL.run.pending.append(weakref.ref(pending))
+        current_run().pending.append(weakref.ref(pending))
         return pending
 
     @classmethod
@@ -140,7 +140,7 @@ class Pending(Tensor):
         return func(*settled(args), **settled(kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return func(*settled(args), **settled(kwargs or {}))
@@ -178,6 +178,12 @@ class _Local(threading.local):
 LOCAL = _Local()
 
 
+def current_run() -> Run:
+    """The call that this thread is in; there is one."""
+    assert LOCAL.run is not None
+    return LOCAL.run
+
+
 def settle(value: Any) -> Any:
     """The tensor that a pending value is; anything else as it is."""
     if type(value) is not Pending:
@@ -195,7 +201,7 @@ def settled(values: Any) -> Any:
     return tree_map_only(Pending, settle, values)
 
 
-def node_of(value: Tensor, reader: Any = None) -> Node:
+def node_of(value: Any, reader: Any = None) -> Node:
     """The node of a tensor as it is now, which ``reader`` may read later."""
     if type(value) is not Pending:
         return Given(value, reader)

@@ -219,8 +219,8 @@ def _has_modes(module: nn.Module) -> bool:
 
 def _may_be_checkpointed() -> bool:
     """Whether autograd is off, or what it saves is looked after by someone."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None or not torch.is_grad_enabled()
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return not torch.is_grad_enabled() or hooks is not None
 
 
 def _set_training(modules: Sequence[nn.Module], mode: bool) -> None:

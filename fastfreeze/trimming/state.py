@@ -265,7 +265,8 @@ class Undo:
             np.random.get_state(),
             torch.get_rng_state(),
         )
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        asks = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
+        self._cuda = torch.cuda.get_rng_state_all() if asks else []
 
     def restore(self) -> None:
         random.setstate(self._python)

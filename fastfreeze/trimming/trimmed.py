@@ -166,7 +166,8 @@ class TrimmedModel(nn.Module):
 
     def use_compiled(self, compiled: dict[tuple[bool, ...], Callable[..., Any]]) -> None:
         """Run these in the model's place, by the flags for which they were compiled."""
-        self._compiled = dict(compiled)
+        self._compiled.clear()
+        self._compiled.update(compiled)
 
     def frozen_names(self) -> dict[nn.Module, str]:
         """The frozen modules, and what they are called."""
