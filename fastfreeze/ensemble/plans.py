@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastfreeze.ensemble._members import MembersState, difference, share
 from fastfreeze.ensemble.graphs.fold import CannotFoldError, Folded, check_unchanged
+from fastfreeze.ensemble.graphs.held import Held, autocasts
 from fastfreeze.ensemble.graphs.rewrite import Program, write_measured
 from fastfreeze.ensemble.graphs.trace import CallPattern, Trace, UntraceableError, hooked, trace
 from fastfreeze.ensemble.merge import (
@@ -24,7 +25,7 @@ from fastfreeze.ensemble.merge import (
 )
 from fastfreeze.ensemble.ways import Captured
 from fastfreeze.trimming.compare import excess
-from fastfreeze.trimming.state import Held, autocasts, preserved, requires_grad
+from fastfreeze.trimming.state import preserved, requires_grad
 
 MAX_KEPT = 8  # of the latest kinds of calls
 

@@ -3,19 +3,16 @@
 The model's own forward runs in each call (``trim``). While it does, frozen modules are in eval mode
 and have stand-ins (``standins``) for what can be folded (``fold``, ``operations``): their values
 are ``pending`` until something reads them. Models are compiled ahead for the stages of a plan
-(``compile``), and what keeps a frozen part's backward alive is found by ``blockers``.
+(``compile``).
 """
 
-from fastfreeze.trimming.blockers import BackwardBlocker, backward_blockers
 from fastfreeze.trimming.compile import CompiledStage, CompiledStages, compile_stages
 from fastfreeze.trimming.trimmed import TrimmedModel, trim
 
 __all__ = [
-    "BackwardBlocker",
     "CompiledStage",
     "CompiledStages",
     "TrimmedModel",
-    "backward_blockers",
     "compile_stages",
     "trim",
 ]

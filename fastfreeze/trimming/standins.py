@@ -98,10 +98,11 @@ class Frozen:
         """Those of modules that are not frozen."""
         return [b for b in self._buffers if b is not None]
 
-    def all_tensors(self) -> list[Tensor]:
-        """These, and all that frozen modules hold."""
-        own = [d for m in self.modules for d in (m._parameters, m._buffers)]
-        return [*self.buffers(), *(t for d in own for t in d.values() if t is not None)]
+    def waiting_tensors(self) -> list[Tensor]:
+        """What convolutions and norms compute with that may wait."""
+        modules = [m for m, _ in self._stand_ins if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+        own = [d for m in modules for d in (m._parameters, m._buffers)]
+        return [t for d in own for t in d.values() if t is not None]
 
     @contextmanager
     def inside(self, run: Run | None) -> Iterator[None]:

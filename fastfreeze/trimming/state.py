@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -21,9 +20,7 @@ from torch.utils._pytree import tree_map
 
 from fastfreeze.execution import restorer
 
-_MISSING = object()
 _GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
-_SCALARS = (bool, int, float, complex, str, bytes)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -53,11 +50,6 @@ def requires_grad(value: Any) -> bool:
     return any(tensor.requires_grad for tensor in tensors_in(value))
 
 
-def autocasts(values: Sequence[Any]) -> bool:
-    """Whether autocast is on, on a device of a tensor among ``values``."""
-    return any(torch.is_autocast_enabled(v.device.type) for v in values if isinstance(v, Tensor))
-
-
 def fp32_precision(device: torch.device) -> tuple[str, str, str]:
     """In what torch computes convolutions, matrix products and recurrent layers of fp32.
 
@@ -68,22 +60,6 @@ def fp32_precision(device: torch.device) -> tuple[str, str, str]:
     library = backends.cudnn if on_gpu else backends.mkldnn
     products = (backends.cuda if on_gpu else backends.mkldnn).matmul
     return tuple(x.fp32_precision for x in (library.conv, products, library.rnn))
-
-
-def call_in_eval(call: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``call(*args, **kwargs)`` while ``module`` and all in it are in eval mode.
-
-    The flags change for this call only, so that a module shared with the trainable part, a call
-    of ``train()`` and a thaw need no further care.
-    """
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        return call(*args, **kwargs)
-    finally:
-        for m in training:
-            m.training = True
 
 
 def copied(value: Any) -> Any:
@@ -115,91 +91,6 @@ class Watch:
             return True
 
 
-class Held:
-    """Parameters and buffers under the names by which modules hold them.
-
-    Args:
-        modules: whose own, and whose submodules', are meant.
-
-    Attributes:
-        modules: these and their submodules, each once.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.modules = list({m: None for module in modules for m in module.modules()})
-        owners = [d for m in self.modules for d in (m._parameters, m._buffers)]
-        self._places = [(d, name) for d in owners for name in d]
-
-    def tensors(self) -> list[Tensor]:
-        """What is there now."""
-        found = [d.get(name) for d, name in self._places]
-        return [t for t in found if t is not None]
-
-    def states(self) -> list[tuple[int, int, int]] | None:
-        """What changes when a tensor is written to or replaced; None for tensors without memory."""
-        try:
-            return [(id(t), t.data_ptr(), t._version) for t in self.tensors()]
-        except RuntimeError:  # of torch.func's transforms, or fake
-            return None
-
-
-class HeldState:
-    """What modules held at a moment, and their attributes and submodules.
-
-    The tensors and their memory are kept: no others can get their ids and addresses.
-    """
-
-    def __init__(self, held: Held) -> None:
-        self._held, self._states = held, held.states()
-        tensors = [] if self._states is None else held.tensors()
-        self._pinned = [alias for t in tensors for alias in (t, t.detach())]
-        owners = [d for module in held.modules for d in (vars(module), module._modules)]
-        self._attributes = Watch(owners)
-
-    def lasts(self) -> bool:
-        """Whether nothing has been written to or replaced since; False if that cannot be told."""
-        same = self._states is not None and self._held.states() == self._states
-        return same and not self._attributes.changed()
-
-
-class AttributeReads:
-    """The attributes that modules' Python reads while recorded, and their values then.
-
-    A write into an attribute's value is noticed if the value is a list, dict or set.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        every_modules = set(dir(nn.Module())) - {"training", "forward"}
-
-        def record(module: nn.Module, name: str) -> Any:
-            value = object.__getattribute__(module, name)
-            if name not in every_modules:
-                attributes = object.__getattribute__(module, "__dict__")
-                seen = attributes.get(name, _MISSING)
-                seen = copy.copy(seen) if type(seen) in (list, dict, set) else seen
-                self._seen.setdefault((id(attributes), name), (attributes, seen))
-            return value
-
-        nn.Module.__getattribute__ = record  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            del nn.Module.__getattribute__
-
-    def changed(self) -> bool:
-        try:
-            return any(
-                (now := attributes.get(name, _MISSING)) is not seen and now != seen
-                for (_, name), (attributes, seen) in self._seen.items()
-            )
-        except (RuntimeError, TypeError, ValueError):  # two tensors or arrays have no single truth
-            return True
-
-
 class Snapshot:
     """A model's attributes, buffers and training flags, and the host's random number generators.
 
@@ -207,44 +98,29 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._owners = [(type(m).__name__, vars(m), dict(vars(m))) for m in model.modules()]
-        self._containers = [
+        self.owners = [(type(m).__name__, vars(m), dict(vars(m))) for m in model.modules()]
+        self.containers = [
             (f"{owner}.{name}", value, copy.copy(value))
-            for owner, d, _ in self._owners
+            for owner, d, _ in self.owners
             for name, value in d.items()
             if type(value) in (list, dict, OrderedDict)  # hooks are in the last
         ]
         self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
         self._restorers = [
             restore
-            for _, _, seen in self._owners
+            for _, _, seen in self.owners
             for value in seen.values()
             if isinstance(value, _GENERATORS) and (restore := restorer(value))
         ]
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-
-    def changed(self) -> str:
-        """What has changed, buffers' values aside; empty if nothing has."""
-        if random.getstate() != self._python:
-            return "draws from Python's random"
-        if pickle.dumps(np.random.get_state()) != pickle.dumps(self._numpy):
-            return "draws from numpy.random"
-        for owner, d, seen in self._owners:
-            for name in d.keys() | seen.keys():
-                if name not in d or name not in seen or not _same(d[name], seen[name]):
-                    return f"assigns {owner}.{name}"
-        for name, value, seen in self._containers:
-            if len(value) != len(seen) or any(map(_differ, _items(value), _items(seen))):
-                return f"changes {name}"
-        return ""
+        self.python, self.numpy = random.getstate(), np.random.get_state()
 
     def restore(self) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        for _, d, seen in self._owners:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        for _, d, seen in self.owners:
             d.clear()
             d.update(seen)
-        for _, value, seen in self._containers:
+        for _, value, seen in self.containers:
             value.clear()
             value.extend(seen) if isinstance(value, list) else value.update(seen)
         for restore in self._restorers:
@@ -286,19 +162,6 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
 
 
 @contextmanager
-def unobserved() -> Iterator[None]:
-    """Autograd on, whatever the mode outside; an activation checkpoint outside sees nothing."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        with suppress(RuntimeError):  # torch.func's transforms allow no such hooks, nor outside
-            # A node that kept its own output itself would never be freed.
-            hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)
-            stack.enter_context(hooks)
-        yield
-
-
-@contextmanager
 def preserved(model: nn.Module) -> Iterator[Snapshot]:
     """Undo, on leaving, what runs of the model do to it and to random number generators."""
     snapshot = Snapshot(model)
@@ -309,17 +172,3 @@ def preserved(model: nn.Module) -> Iterator[Snapshot]:
         finally:
             snapshot.restore()
             torch.clear_autocast_cache()  # casts made under no_grad have no gradient
-
-
-def _items(value: list[Any] | dict[Any, Any]) -> list[Any]:
-    return list(value.items()) if isinstance(value, dict) else value
-
-
-def _differ(a: Any, b: Any) -> bool:
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) != len(b) or any(map(_differ, a, b))
-    return not _same(a, b)
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, _SCALARS) and a == b)

@@ -295,7 +295,7 @@ class TrimmedModel(nn.Module):
             with frozen.inside(None):
                 return self.model(*args, **kwargs)
         self._folds.check()
-        undo = Undo(frozen.all_tensors() if self._careful else frozen.buffers())
+        undo = Undo(frozen.buffers() + (frozen.waiting_tensors() if self._careful else []))
         try:
             with frozen.inside(run):
                 output = run.finish(self.model(*args, **kwargs))

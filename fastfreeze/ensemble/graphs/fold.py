@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastfreeze.ensemble.graphs.dataflow import called_name, minds_layout
+from fastfreeze.ensemble.graphs.held import Held, HeldState
 from fastfreeze.ensemble.graphs.rewrite import (
     Piece,
     Program,
@@ -29,7 +30,6 @@ from fastfreeze.ensemble.graphs.rewrite import (
     placeholders,
 )
 from fastfreeze.trimming.operations import Affine, Convolution, may_take_winograd
-from fastfreeze.trimming.state import Held, HeldState
 
 
 class CannotFoldError(Exception):

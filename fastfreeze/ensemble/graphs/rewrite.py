@@ -17,8 +17,8 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
 from fastfreeze.ensemble.graphs.dataflow import Dataflow
+from fastfreeze.ensemble.graphs.held import call_in_eval
 from fastfreeze.ensemble.graphs.trace import Trace
-from fastfreeze.trimming.state import call_in_eval
 
 _EVAL_ARGUMENTS: dict[str, Any] = {
     "training": False,

@@ -27,7 +27,8 @@ from torch.fx.proxy import Attribute, Proxy
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
-from fastfreeze.trimming.state import AttributeReads, in_checkpoint, preserved, tensors_in
+from fastfreeze.ensemble.graphs.held import AttributeReads, changed
+from fastfreeze.trimming.state import in_checkpoint, preserved, tensors_in
 
 _CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), Enum),
@@ -125,7 +126,7 @@ def trace(model: nn.Module, pattern: CallPattern) -> Trace:
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise UntraceableError(f"{type(error).__name__}: {reason}") from error
-        if effect := before.changed():
+        if effect := changed(before):
             raise UntraceableError(f"forward {effect}")
     return Trace(graph, reads)
 
