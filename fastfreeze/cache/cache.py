@@ -374,13 +374,20 @@ class FeatureCache:
         inherited = kept.rows.found_here(here)
         for (i, _), differ, old in zip(found, differs, inherited, strict=True):
             if differ and not old:
-                sample, view = divmod(batch.keys[i], 1 << _VIEW_BITS)
-                self._give_up(
-                    f"sample {sample}, view {view}, came with other inputs than before: the data "
-                    "set is not deterministic (see fastfreeze.RepeatableViews)"
-                )
+                self._blame(kept, batch, i)
         kept.rows.discard([slot for slot, differ in zip(here, differs, strict=True) if differ])
         return kept.rows.find(keys)
+
+    def _blame(self, kept: Kept, batch: Batch, i: int) -> None:
+        """Give up what depends on other inputs than before: all, if they are the model's own."""
+        sample, view = divmod(batch.keys[i], 1 << _VIEW_BITS)
+        came = f"sample {sample}, view {view}, came with other inputs than before"
+        if batch.inputs_are_given:
+            self._give_up(
+                f"{came}: the data set is not deterministic (see fastfreeze.RepeatableViews)"
+            )
+        self._refuse(kept, f"for {came}: something random, or that trains, lies in front")
+        raise CannotKeepError(self._refusals[kept.name])
 
     def _earlier(self, kept: Kept, batch: Batch) -> list[Kept]:
         """What is kept of values on the way to those that are wanted, the latest first.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from fastfreeze.cache.rows import row_numbers, take_rows
 from fastfreeze.trimming.pending import Given, Node, Pending, current_run, settle
@@ -156,6 +156,7 @@ class Chains:
 
     Attributes:
         waits: False if what a chain reads was written to before it was read.
+        given: ids of the tensors that the model is called with.
     """
 
     def __init__(
@@ -170,12 +171,17 @@ class Chains:
         self._form, self._reads = form, known.reads.get(form)
         self._num_samples = num_samples
         self.waits = True
+        self.given: set[int] = set()
         self._outer: dict[int, int] = {}  # tensors that came from outside, in order
         self._alive: list[Any] = []
         self._nodes: list[CallNode] = []
         self._index = 0
         self._read: set[Any] = set()
         self._learned = False
+
+    def begin(self, args: Any, kwargs: Any) -> None:
+        """Note what the model is called with."""
+        self.given = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
 
     def release(self) -> None:
         """Let go of what was computed on the way."""

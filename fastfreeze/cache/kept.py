@@ -58,6 +58,12 @@ class Batch:
             raise CannotKeepError(f"what goes in is on {' and '.join(sorted(devices))}")
 
     @property
+    def inputs_are_given(self) -> bool:
+        """Whether they are all what the model was called with."""
+        given = self.chain.wanted[0].chains.given
+        return all(id(t) in given for t in self.inputs)
+
+    @property
     def device(self) -> torch.device:
         """Where the inputs are, and what is computed of them."""
         return self.inputs[0].device

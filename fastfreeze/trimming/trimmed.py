@@ -290,6 +290,8 @@ class TrimmedModel(nn.Module):
 
     def _call(self, frozen: Frozen, run: Run, args: Any, kwargs: Any) -> Any:
         """``model``'s own forward with its frozen modules as they are to be."""
+        if run.keeper is not None:
+            run.keeper.begin(args, kwargs)
         waits = run.keeper is not None or (frozen.convolutions and self._folds.usable)
         if not (waits and frozen.modules and folds_now()):
             with frozen.inside(None):
