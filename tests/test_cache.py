@@ -346,6 +346,56 @@ def test_carrying_on_that_gives_other_bits_is_not_used(monkeypatch):
     assert (stats.advanced, stats.rows, stats.misses) == (0, 24, 48)
 
 
+class Bias(Net):
+    """A frozen value without rows is read beside one with rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Embedding(3, 8)
+
+    def forward(self, x):
+        bias = self.bias(torch.arange(3))
+        return self.head(self.c(self.b(self.a(x))).mean((2, 3)) + bias.sum(0))
+
+
+def test_values_without_rows_are_not_kept():
+    cache, x = on(trim(frozen(Bias(), "a", "bias"))), images()
+    epochs(cache, x, 3)
+    assert cache.active
+    assert cache.stats().hits == 48
+
+
+def test_text():
+    """Masks count, and rows of another padded length are kept apart."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = transformers.BertForSequenceClassification(config).train()
+    frozen(model, "bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1")
+    cache = on(trim(model))
+    ids, mask = torch.randint(1, 50, (8, 9)), torch.ones(8, 9, dtype=torch.long)
+    mask[2, 5:] = 0
+    for _ in range(4):
+        for width in (9, 7):
+            inputs = {"input_ids": ids[:, :width], "attention_mask": mask[:, :width]}
+            with torch.random.fork_rng():
+                found = cache(**inputs, samples=torch.arange(8)).logits
+            assert found.equal(cache.network(**inputs).logits)
+    assert cache.active
+    assert cache.stats().hits == 16
+    mask[2, 4] = 0
+    with torch.random.fork_rng():
+        found = cache(input_ids=ids, attention_mask=mask, samples=torch.arange(8)).logits
+    assert found.equal(cache.network(input_ids=ids, attention_mask=mask).logits)
+    assert "sample 2, view 0, came with other inputs than before" in cache.reason
+
+
 class Skip(Net):
     """An input is read, or read again, behind the first block."""
 
@@ -522,7 +572,7 @@ class Mixing(nn.Module):
     [
         (centred, "what a sample gives depends on the others in its batch"),
         (by_greatest, "what a sample gives depends on the others in its batch"),
-        (without_rows, "no tensor with a row for each of 4 samples goes in"),
+        (without_rows, "nothing frozen was read that has a row for each sample"),
     ],
 )
 def test_models_that_mix_samples(body, reason, runs):

@@ -36,7 +36,7 @@ _TRIALS = 5  # batches that are timed
 _MAX_CHANGES = 8  # of weights
 _MAX_LATE = 4
 _IN_EVAL = "the model is in eval mode"
-_NOTHING_READ = "nothing frozen was read"
+_NOTHING_READ = "nothing frozen was read that has a row for each sample"
 _UNKNOWN = "it is found out what is read of the frozen modules"
 _LATE = "what frozen modules read was written to before their values were read"
 

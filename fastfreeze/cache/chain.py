@@ -57,11 +57,19 @@ _WRITING = {function: _IN_PLACE[name] for function, name in _functions(_IN_PLACE
 
 
 @dataclass(frozen=True)
+class Argument:
+    """The argument of this number, handed back."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Form:
     """What a call gave the last time.
 
     Attributes:
-        metas: shape, dtype and device of each tensor; other values as they are.
+        metas: shape, dtype and device of each tensor, or which argument it is; other values as they
+            are.
         spec: how they are nested.
     """
 
@@ -257,15 +265,16 @@ class Chains:
         for node in nodes:
             if isinstance(node, CallNode):
                 node.call.taken += 1
-        outputs = []
-        for i, meta in enumerate(form.metas):
-            if type(meta) is not tuple:
-                outputs.append(meta)
-                continue
-            node = CallNode(call, i, meta, self)
-            self._nodes.append(node)
-            outputs.append(Pending.of(node))
+        outputs = [self._output(call, i, meta, leaves) for i, meta in enumerate(form.metas)]
         return tree_unflatten(outputs, form.spec)
+
+    def _output(self, call: Call, i: int, meta: Any, leaves: Sequence[Any]) -> Any:
+        if isinstance(meta, Argument):
+            return leaves[meta.number]
+        if not isinstance(meta, tuple):
+            return meta
+        self._nodes.append(CallNode(call, i, meta, self))
+        return Pending.of(self._nodes[-1])
 
     def _learn(
         self, given: Any, function: Any, modules: Any, leaves: list[Any], spec: TreeSpec
@@ -286,15 +295,17 @@ class Chains:
         finally:
             run.keeper = outer
         values, nesting = tree_flatten(result)
-        fits = _effects(real, modules) == before and all(
-            _may_wait(v) if isinstance(v, Tensor) else _is_static(v) for v in values
-        )
-        if modules:
-            fits = fits and not _share_storage(values, real)
-        metas = [(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in values]
         known = self._known.forms.get(given, 0)
         trials = known if isinstance(known, int) else 0
-        self._known.forms[given] = Form(tuple(metas), nesting) if fits else trials + 1
+        numbers = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        fits = all(_may_wait(v) if isinstance(v, Tensor) else _is_static(v) for v in values)
+        own = [v for v in values if id(v) not in numbers]
+        if not fits or (modules and _share_storage(own, real)):
+            trials, fits = _TRIALS, False
+        elif _effects(real, modules) != before:
+            trials, fits = trials + 1, False
+        metas = [Argument(numbers[id(v)]) if id(v) in numbers else _meta(v) for v in values]
+        self._known.forms[given] = Form(tuple(metas), nesting) if fits else trials
         if not fits:
             return result
         # So that functions of these come here, too.
@@ -337,11 +348,15 @@ class Chains:
         wanted = [
             n
             for n in self._nodes
-            if n is node or (n.value is None and (n.call.ident, n.i) in reads)
+            if n is node
+            or (
+                (n.value is None and (n.call.ident, n.i) in reads)
+                and self._has_rows(n) == self._has_rows(node)
+            )
         ]
         self._read.update((n.call.ident, n.i) for n in wanted)
         chain = Chain(wanted)
-        values = self._find(chain)
+        values = self._find(chain) if self._has_rows(node) else None
         if values is None:
             values = chain.compute()
         result = None
@@ -352,6 +367,9 @@ class Chains:
                 n.version, n.value = value._version, value
         assert result is not None
         return result
+
+    def _has_rows(self, node: Node) -> bool:
+        return bool(node.shape) and node.shape[0] == self._num_samples
 
 
 class _Outer(Given):
@@ -485,6 +503,11 @@ def _may_become(target: Any) -> bool:
 
 def _is_put_off(value: Any) -> bool:
     return type(value) is Pending and isinstance(value.node, CallNode)
+
+
+def _meta(value: Any) -> Any:
+    known = isinstance(value, Tensor)
+    return (value.shape, value.dtype, value.device) if known else value
 
 
 def _wrapped(value: Any) -> Any:
