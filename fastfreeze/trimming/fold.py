@@ -74,7 +74,7 @@ class ConvNode(Node):
         known = self.base
         while known is not None and known.value is None:
             known = known.base
-        value = self._with_folded() if known is None else self._plain()
+        value = self._with_folded() if known is None else self._as_torch()
         self.base = self.step = self.residual = self.x = None
         return value
 
@@ -84,15 +84,26 @@ class ConvNode(Node):
             base.passed = True
             base = base.base
         fold = self.reader.fold(self.norm, self.counts)
-        if fold.refused or self.reader.folds.exact:
-            return self._plain()
+        alone = self.base is None and not self.reader.takes_affine  # nothing is gained
+        if fold.refused or self.reader.folds.exact or alone:
+            return self._as_torch()
         residual = None if self.residual is None else self.residual.now()
         affine, x = None, self.x
         if isinstance(x, AffineNode) and self.reader.takes_affine and x.fits_convolution():
             affine, x = x.operation(), x.parts[0]
         assert x is not None
-        value, operation = (x if affine else self.x).now(), fold.operation  # type: ignore[union-attr]
-        return fold.result(lambda: operation(value, residual, self.relu, affine), self._plain)
+        source, operation = (x if affine else self.x), fold.operation
+        assert source is not None
+        value = source.now()
+        found = fold.result(lambda: operation(value, residual, self.relu, affine), self._plain)
+        moves = source.moved or value.is_contiguous()
+        self.moved = moves if fold.checked else self._moved_plainly()
+        return found
+
+    def _as_torch(self) -> Tensor:
+        value = self._plain()
+        self.moved = self._moved_plainly()
+        return value
 
     def _plain(self) -> Tensor:
         """As torch computes it, from the last value that is known."""
@@ -104,6 +115,13 @@ class ConvNode(Node):
         assert self.step is not None
         base = self.base
         return self.step(base._plain() if base.value is None else base.now())
+
+    def _moved_plainly(self) -> bool:
+        """Whether the value, as torch computes it, lies otherwise than in the model as it is."""
+        if self.base is None:
+            assert self.x is not None
+            return self.x.moved
+        return self.base._moved_plainly() if self.base.value is None else self.base.moved
 
 
 class AffineNode(Node):
@@ -146,6 +164,7 @@ class AffineNode(Node):
         if base is not None and base.value is not None:
             return torch.relu(base.now())
         parts = [part.now() for part in self.parts]
+        self.moved = any(part.moved for part in self.parts)
         if self.folds.exact:
             value = self._plain(parts)
         else:
@@ -179,6 +198,7 @@ class CatNode(Node):
 
     def compute(self) -> Tensor:
         value = torch.cat([part.now() for part in self.parts], 1)
+        self.moved = any(part.moved for part in self.parts)
         self.parts = ()
         return value
 
@@ -381,7 +401,7 @@ def _add(a: Any, b: Any, *, inplace: bool = False, **others: Any) -> Any:
         if new is not None:
             new.residual = residual
             return _become(a, new, inplace)
-    return NotImplemented
+    return NotImplemented if inplace else _pass_on(torch.add, a, b)
 
 
 def _plus(residual: Node, value: Tensor) -> Tensor:
@@ -426,23 +446,26 @@ def _become(x: Any, node: Node | None, inplace: bool) -> Any:
     return x
 
 
-def _pass_on(function: Callable[..., Any]) -> None:
-    """Have a function, to which layout is the same, keep that in which a value was computed."""
-
-    def pass_on(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not current_run().restores or type(x) is not Pending:
-            return NotImplemented
-        value = x.node.get()
-        result = function(value, *args, **kwargs)
-        if result is value:
-            return x
-        return Pending.of(Given(result)) if type(result) is Tensor else NotImplemented
-
-    FUSED.setdefault(function, pass_on)
+def _pass_on(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function, to which layout is the same, on values in that in which they are."""
+    if not current_run().restores:
+        return NotImplemented
+    pending = [a for a in args if type(a) is Pending]
+    values = [a.node.get() if type(a) is Pending else a for a in args]
+    result = function(*values, **kwargs)
+    for a in pending:
+        if result is a.node.value:
+            return a
+    if not _is_plain(result):
+        return result
+    given = Given(result)
+    given.moved = any(a.node.moved for a in pending)
+    return Pending.of(given)
 
 
 for _function in (
     *(torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.relu6, F.hardtanh, F.hardswish),
-    *(F.silu, F.gelu, F.hardsigmoid, torch.sigmoid, Tensor.sigmoid),
+    *(F.silu, F.gelu, F.hardsigmoid, torch.sigmoid, Tensor.sigmoid, torch.mul, Tensor.mul),
+    *(Tensor.__mul__, Tensor.__rmul__, Tensor.sub, Tensor.__sub__),
 ):
-    _pass_on(_function)
+    FUSED[_function] = partial(_pass_on, _function)

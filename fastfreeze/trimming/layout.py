@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -66,7 +67,16 @@ class Layouts:
             found = self._known[sizes] = self._find(args, kwargs)
         return found
 
+    def _has_many_norms(self) -> bool:
+        """Whether norms, which are slower in channels_last, outweigh the convolutions."""
+        modules = list(self._model.modules())
+        norms = sum(isinstance(m, _BatchNorm) for m in modules)
+        groups = any(isinstance(m, nn.GroupNorm) for m in modules)
+        return groups or norms > 1.2 * sum(isinstance(m, nn.Conv2d) for m in modules)
+
     def _find(self, args: Any, kwargs: Any) -> Layout:
+        if self._has_many_norms():
+            return Layout(False)
         weights = values = 0
         handles = []
         given = copied((args, kwargs))

@@ -51,16 +51,17 @@ class Node:
         shape, dtype, device: of the value.
         reader: the stand-in that would have to compute it at once if this turns out to be too late.
         value: once it is known, in the layout in which it was computed.
+        moved: whether that is another one than its module would have given.
     """
 
-    __slots__ = ("device", "dtype", "reader", "shape", "value", "version")
+    __slots__ = ("device", "dtype", "moved", "reader", "shape", "value", "version")
 
     def __init__(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, reader: Any
     ) -> None:
         self.shape, self.dtype, self.device, self.reader = shape, dtype, device, reader
         self.value: Tensor | None = None
-        self.version = 0
+        self.version, self.moved = 0, False
 
     def compute(self) -> Tensor:
         """The value; called once."""
@@ -190,9 +191,9 @@ def settle(value: Any) -> Any:
         return value
     node = value.node
     tensor = node.get()
-    if LOCAL.run is not None and LOCAL.run.restores and not tensor.is_contiguous():
+    if node.moved and LOCAL.run is not None and LOCAL.run.restores:
         tensor = node.value = tensor.contiguous()
-        node.version = tensor._version
+        node.version, node.moved = tensor._version, False
     return tensor
 
 
@@ -205,7 +206,12 @@ def node_of(value: Any, reader: Any = None) -> Node:
     """The node of a tensor as it is now, which ``reader`` may read later."""
     if type(value) is not Pending:
         return Given(value, reader)
-    return value.node if value.node.value is None else Given(value.node.value, reader)
+    node: Node = value.node
+    if node.value is None:
+        return node
+    given = Given(node.value, reader)
+    given.moved = node.moved
+    return given
 
 
 def _become_plain(pending: Pending) -> None:
