@@ -306,15 +306,25 @@ class Flat(nn.Module):
         return x.view(len(x), -1)
 
 
+def stem():
+    return [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)]
+
+
 LAYOUTS = {  # of the images that the model gets while all of it trains
-    "convolutions": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()], {}, True),
-    "more weights than values": (lambda: [nn.Conv2d(3, 99, 6), nn.Flatten()], {}, False),
-    "a dropout of images": (lambda: [nn.Conv2d(3, 4, 3), nn.Dropout(), nn.Flatten()], {}, False),
-    "a dropout of nothing": (lambda: [nn.Conv2d(3, 4, 3), nn.Dropout(0), nn.Flatten()], {}, True),
-    "a dropout of rows": (lambda: [nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Dropout()], {}, True),
+    "convolutions": (lambda: [*stem(), nn.ReLU(), nn.Flatten()], {}, True),
+    "more weights than values": (
+        lambda: [nn.Conv2d(3, 99, 6), nn.BatchNorm2d(99), nn.Flatten()],
+        {},
+        False,
+    ),
+    "a dropout of images": (lambda: [*stem(), nn.Dropout(), nn.Flatten()], {}, False),
+    "a dropout of nothing": (lambda: [*stem(), nn.Dropout(0), nn.Flatten()], {}, True),
+    "a dropout of rows": (lambda: [*stem(), nn.Flatten(), nn.Dropout()], {}, True),
     "no convolution": (lambda: [nn.Flatten(), nn.Linear(108, 4)], {}, False),
-    "unfolded": (lambda: [nn.Conv2d(3, 4, 3), nn.Flatten()], {"fold": False}, False),
-    "a module of another's": (lambda: [nn.Conv2d(3, 4, 3), Flat()], {}, False),
+    "no norm": (lambda: [nn.Conv2d(3, 4, 3), nn.Flatten()], {}, False),
+    "a group norm": (lambda: [*stem(), nn.GroupNorm(2, 4), nn.Flatten()], {}, False),
+    "unfolded": (lambda: [*stem(), nn.Flatten()], {"fold": False}, False),
+    "a view": (lambda: [*stem(), Flat()], {}, False),
 }
 
 

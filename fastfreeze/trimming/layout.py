@@ -67,15 +67,20 @@ class Layouts:
             found = self._known[sizes] = self._find(args, kwargs)
         return found
 
-    def _has_many_norms(self) -> bool:
-        """Whether norms, which are slower in channels_last, outweigh the convolutions."""
+    def _is_of_convolutions_and_norms(self) -> bool:
+        """Whether about each convolution has a batch norm.
+
+        Without norms to fold little is gained; and more of them, or group norms, are slower in
+        channels_last than what the convolutions gain.
+        """
         modules = list(self._model.modules())
         norms = sum(isinstance(m, _BatchNorm) for m in modules)
-        groups = any(isinstance(m, nn.GroupNorm) for m in modules)
-        return groups or norms > 1.2 * sum(isinstance(m, nn.Conv2d) for m in modules)
+        convolutions = sum(isinstance(m, nn.Conv2d) for m in modules)
+        grouped = any(isinstance(m, nn.GroupNorm) for m in modules)
+        return not grouped and 0.5 * convolutions <= norms <= 1.2 * convolutions
 
     def _find(self, args: Any, kwargs: Any) -> Layout:
-        if self._has_many_norms():
+        if not self._is_of_convolutions_and_norms():
             return Layout(False)
         weights = values = 0
         handles = []
