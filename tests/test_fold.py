@@ -228,7 +228,7 @@ def test_folded_is_as_close_to_the_truth_as_unfolded(name, device, dtype):
     x = images().to(device, dtype)
     trimmed, plain = trim(model), trim(model, fold=False)
     found = trimmed(x)
-    assert folds(trimmed) > 0
+    assert folds(trimmed) > 0 or name == "no statistics"
     expected = plain(x)
     bound = 1e-13 if dtype == torch.float64 else ROUNDING[device]
     if name != "no statistics":

@@ -83,9 +83,11 @@ class ConvNode(Node):
         while base is not None:
             base.passed = True
             base = base.base
+        if self.base is None and not self.reader.takes_affine:
+            self.reader.waits = False  # nothing was gained
+            return self._as_torch()
         fold = self.reader.fold(self.norm, self.counts)
-        alone = self.base is None and not self.reader.takes_affine  # nothing is gained
-        if fold.refused or self.reader.folds.exact or alone:
+        if fold.refused or self.reader.folds.exact:
             return self._as_torch()
         residual = None if self.residual is None else self.residual.now()
         affine, x = None, self.x
