@@ -473,6 +473,21 @@ def write_data(model):
     model.a.conv.weight.data = torch.randn_like(model.a.conv.weight)
 
 
+def test_writes_that_torch_does_not_count():
+    """By a fused optimizer at once; by NumPy within a call for each tensor."""
+    cache, x = on(network("a")), images()
+    epochs(cache, x)
+    weight = cache.network.model.a.conv.weight
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], 0.1, fused=True).step()
+    weight.grad = None
+    check(cache, x[:6], torch.arange(6))
+    weight.numpy()[:] += 1
+    for _ in range(8):
+        found, expected = both(cache, x[:6], torch.arange(6))
+    assert found.equal(expected)
+
+
 @every_device
 @pytest.mark.parametrize(
     "change", [load_others, replace_weight, write_statistics, write_data], ids=lambda c: c.__name__

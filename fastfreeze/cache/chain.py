@@ -142,14 +142,23 @@ class Known:
         forms: of what calls gave, by what they are and what they are given; a number is how often
             they could not be put off.
         reads: what was read in the last step with inputs of a form; missing if that is not known.
-        units: names of the modules whose calls were put off. What holds one is not put off itself
-            when it is frozen, too: what was kept is then carried on.
+        units: names of the modules whose calls were put off.
+        holders: names of what holds one. It is not put off itself when it is frozen, too: what was
+            kept is then carried on.
     """
 
     forms: dict[Any, Form | int] = field(default_factory=dict)
     keys: dict[Any, str] = field(default_factory=dict)
     reads: dict[Any, set[Any]] = field(default_factory=dict)
     units: set[str] = field(default_factory=set)
+    holders: set[str] = field(default_factory=set)
+
+    def put_off(self, name: str) -> None:
+        """Note that a module's call was put off."""
+        if name not in self.units:
+            self.units.add(name)
+            parts = name.split(".") if name else []
+            self.holders.update(".".join(parts[:i]) for i in range(len(parts)))
 
 
 class Chains:
@@ -208,11 +217,11 @@ class Chains:
         name = self._names[module]
         if torch.is_inference_mode_enabled() or _has_hooks_inside(module):
             return NotImplemented
-        if any(unit.startswith(f"{name}.") or not name for unit in self._known.units - {name}):
+        if name in self._known.holders:
             return NotImplemented
         result = self._put_off(("module", name), function, [module], args, kwargs)
         if result is not NotImplemented and not self._learned:
-            self._known.units.add(name)
+            self._known.put_off(name)
         return result
 
     def call_function(self, function: Any, args: Any, kwargs: Any) -> Any:

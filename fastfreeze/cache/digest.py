@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastfreeze.trimming.state import Watch
+from fastfreeze.trimming.watch import Steps, checksum
 
 _OWN = frozenset(vars(nn.Module())) | {"forward", "training"}
 _SCALARS = (
@@ -33,33 +37,68 @@ class Holdings:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = list({m: None for module in modules for m in module.modules()})
+        self._places = [
+            vars(m)[name] for m in self._modules for name in ("_parameters", "_buffers")
+        ]
+        self._attributes: Watch | None = None
+        self._seen: Watch | None = None
+        self._objects: list[Any] = []  # attributes that may change without being replaced
         self._state: Any = None
         self._pinned: list[Tensor] = []
+        self._sums: list[int | None] = []
+        self._turns: Iterator[int] = iter(())
+        self._steps = Steps()
         self._digest = ""
 
     def digest(self) -> str:
-        """Of all bits; computed anew when something has been written to or replaced."""
-        tensors: list[Tensor] = []
+        """Of all bits; computed anew when something has been written to or replaced.
+
+        Writes that torch does not count are looked for where an optimizer has stepped while there
+        were gradients, else in one tensor in each call.
+        """
+        if self._attributes is None or self._attributes.changed():
+            held = [v for m in self._modules for k, v in vars(m).items() if k not in _OWN]
+            self._objects = list({id(v): v for v in held if not _is_fixed(v)}.values())
+            self._attributes = Watch([vars(m) for m in self._modules])
+        tensors = [t for place in self._places for t in place.values() if t is not None]
         seen: set[int] = set()
-        said: list[Any] = [self._said(m, tensors, seen) for m in self._modules]
-        said += [_class_values(kind) for kind in dict.fromkeys(map(type, self._modules))]
-        state = (said, [(id(t), t.data_ptr(), t._version) for t in tensors])
-        if state == self._state:
+        said = [describe(value, tensors, seen) for value in self._objects]
+        classes = [_class_values(kind) for kind in dict.fromkeys(map(type, self._modules))]
+        state = (said, classes, [(id(t), t.data_ptr(), t._version) for t in tensors])
+        scalars = self._attributes
+        same = state == self._state and scalars is self._seen
+        if same and not self._was_written_to(tensors):
             return self._digest
-        digest = hashlib.blake2b(repr(said).encode(), digest_size=16)
+        self._state, self._seen = state, scalars
+        self._sums, self._turns = [checksum(t) for t in tensors], cycle(range(len(tensors)))
+        self._steps.tensors, self._steps.seen = tensors, False
+        digest = hashlib.blake2b(repr((said, classes, self._scalars())).encode(), digest_size=16)
         for tensor in tensors:
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes_of(tensor))
-        self._state, self._digest = state, digest.hexdigest()
+        self._digest = digest.hexdigest()
         self._pinned = [alias for t in tensors for alias in (t, t.detach())]
         return self._digest
 
-    def _said(self, module: nn.Module, tensors: list[Tensor], seen: set[int]) -> Any:
-        held = vars(module)
-        for name in ("_parameters", "_buffers"):
-            tensors += [t for t in held[name].values() if t is not None]
-        own = [(k, describe(v, tensors, seen)) for k, v in held.items() if k not in _OWN]
-        return type(module).__qualname__, own
+    def _was_written_to(self, tensors: Sequence[Tensor]) -> bool:
+        self._steps.look()
+        i = next(self._turns, None)
+        return self._steps.seen or (i is not None and checksum(tensors[i]) != self._sums[i])
+
+    def _scalars(self) -> list[Any]:
+        return [
+            (type(m).__qualname__, k, repr(v) if _is_fixed(v) else "")
+            for m in self._modules
+            for k, v in vars(m).items()
+            if k not in _OWN
+        ]
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a value can only be replaced, not written to."""
+    if isinstance(value, tuple):
+        return all(isinstance(v, _SCALARS) for v in value)
+    return isinstance(value, _SCALARS)
 
 
 def describe(value: Any, tensors: list[Tensor], seen: set[int], depth: int = 0) -> Any:

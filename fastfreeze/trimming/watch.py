@@ -71,9 +71,11 @@ class Steps:
 
 
 def checksum(tensor: Tensor) -> int | None:
-    """Of a tensor's bits; None where asking would have to wait for a device."""
-    if tensor.device.type != "cpu":
+    """Of a tensor's bits; None where it has none at hand, or a device would be waited for."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         return None
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.detach().resolve_conj())
     words = tensor.detach().contiguous().view(_WORDS[tensor.element_size()])
     return int(words.sum(dtype=torch.int64))
 
