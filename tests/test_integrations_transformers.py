@@ -24,7 +24,6 @@ from fastfreeze.integrations.transformers import (  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.* is trimmed at module level"),
 ]
 SAMPLES, BATCH, EPOCHS, CYCLES = 12, 4, 6, 3
 STEPS = EPOCHS * SAMPLES // BATCH

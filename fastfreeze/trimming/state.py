@@ -142,14 +142,14 @@ class Undo:
             torch.get_rng_state(),
         )
         asks = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
-        self._cuda = torch.cuda.get_rng_state_all() if asks else []
+        self._cuda = torch.cuda.get_rng_state() if asks else None
 
     def restore(self) -> None:
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
         with torch.no_grad():
             for buffer, values in self._buffers:
                 buffer.copy_(values)
