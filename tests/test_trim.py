@@ -390,6 +390,7 @@ def test_other_modes():
         torch.testing.assert_close(a, b)
     network.eval()
     assert torch.equal(network(x), model(x))
+    network.train()
     with pytest.raises(TypeError, match="cannot be compiled from outside"):
         torch.compile(network, backend="eager")(x)
 

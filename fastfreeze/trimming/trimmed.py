@@ -95,7 +95,7 @@ class TrimmedModel(nn.Module):
     * In eval mode of ``model`` it is called as it is. So it is while
       ``torch.optim.swa_utils.update_bn`` estimates statistics anew, which it resets in frozen norms
       too, and that is announced.
-    * ``torch.compile`` does not take it; :func:`fastfreeze.compile_stages` compiles what trains.
+    * In training mode ``torch.compile`` does not take it; :func:`fastfreeze.compile_stages` compiles what trains.
     """
 
     model: nn.Module
@@ -116,18 +116,18 @@ class TrimmedModel(nn.Module):
         """``self.model(*args, **kwargs)``, with what is frozen left alone.
 
         Raises:
-            TypeError: it is called from what ``torch.compile`` compiles.
+            TypeError: it is called in training mode from what ``torch.compile`` compiles.
         """
         return self.run(args, kwargs, None)
 
     def run(self, args: Any, kwargs: Any, keeper: Any) -> Any:
         """A call in which ``keeper``, if there is one, may put off those of frozen modules."""
+        if not self.model.training:
+            return self.model(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling() or eval_frame.get_eval_frame_callback() is not None:
             raise TypeError(_NOT_FROM_OUTSIDE)
         if LOCAL.run is not None:  # called by a trimmed model
             args, kwargs = settled(args), settled(kwargs)
-        if not self.model.training:
-            return self.model(*args, **kwargs)
         frozen = self._now()
         if self._resets_norms():
             self._warn(_RESET_NORMS)
