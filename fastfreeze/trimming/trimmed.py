@@ -95,7 +95,8 @@ class TrimmedModel(nn.Module):
     * In eval mode of ``model`` it is called as it is. So it is while
       ``torch.optim.swa_utils.update_bn`` estimates statistics anew, which it resets in frozen norms
       too, and that is announced.
-    * In training mode ``torch.compile`` does not take it; :func:`fastfreeze.compile_stages` compiles what trains.
+    * In training mode ``torch.compile`` does not take it: :func:`fastfreeze.compile_stages`
+      compiles the model for each stage of a plan.
     """
 
     model: nn.Module
