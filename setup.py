@@ -240,7 +240,8 @@ class BuildLibraries(build_ext):
         if self.compiler.compiler_type == "msvc":
             flags = ["/std:c++20", "/O2", "/fp:strict"]
         else:
-            flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+            flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno"]
+            flags += ["-fvisibility=hidden", "-g0"]
             flags.append(f"-fmacro-prefix-map={include}=torch/include")
         objects = self.compiler.compile(
             ext.sources,

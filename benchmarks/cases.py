@@ -7,11 +7,11 @@ from collections.abc import Callable
 from benchmarks.case import Case
 from benchmarks.host_cases import HOST_CASES
 from benchmarks.kernel_cases import KERNEL_CASES
-from benchmarks.sgd_cases import COMPILED_CASES, SGD_CASES
+from benchmarks.optimizer_cases import COMPILED_CASES, OPTIMIZER_CASES
 from benchmarks.step_cases import STEP_CASES
 
 CASES: dict[str, Callable[[], Case]] = {
-    **SGD_CASES,
+    **OPTIMIZER_CASES,
     **HOST_CASES,
     **STEP_CASES,
     **KERNEL_CASES,

@@ -198,7 +198,7 @@ def tools(run: Run, seconds: float) -> dict:
     commands = {
         "ncu": [
             *("--clock-control", "none"),
-            *("--kernel-id", "::regex:sgd_kernel|softmax_.*_kernel:2"),  # the second of each
+            *("--kernel-id", "::regex:step_kernel|softmax_.*_kernel:2"),  # the second of each
             *(part for name in sections for part in ("--section", name)),
             *profiled,
         ],

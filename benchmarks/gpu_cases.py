@@ -21,7 +21,7 @@ import fastfreeze
 from benchmarks.case import OURS, Rivals, Run, compiled_run
 from benchmarks.clock import captured
 from benchmarks.kernel_cases import eager_statistics, statistics_fields
-from benchmarks.sgd_cases import SGD_VALUES, TOTAL_STEPS, torch_step, with_scheduler
+from benchmarks.optimizer_cases import SGD_VALUES, TOTAL_STEPS, torch_step, with_scheduler
 from benchmarks.shapes import Shapes
 from fastfreeze.ops.softmax import ensemble_softmax, ensemble_statistics
 

@@ -21,7 +21,7 @@ import fastfreeze
 from benchmarks.case import OURS, Rivals, Run
 from benchmarks.clock import Clock, captured, peak_memory
 from benchmarks.measure import quartiles
-from benchmarks.sgd_cases import SGD_VALUES, TOTAL_STEPS
+from benchmarks.optimizer_cases import SGD_VALUES, TOTAL_STEPS
 from benchmarks.shapes import Shapes, network
 from benchmarks.training_rivals import HYPERS, LR
 from fastfreeze.ensemble import SnapshotEnsemble

@@ -37,6 +37,7 @@ SELECTIONS = {
         "cuda-cuda or (gpu and not triton-cuda) or cuda_graph",
         {
             "test_device_sgd.py": 1,
+            "test_device_adam.py": 1,
             "test_statistics.py": 2,
             "test_softmax.py": 2,
             "test_sgd.py": 2,
@@ -61,6 +62,7 @@ SELECTIONS = {
             "test_softmax.py": 2,
             "test_sgd.py": 2,
             "test_device_sgd.py": 1,
+            "test_device_adam.py": 1,
             "test_optim.py": 1,
             "test_optim_edits.py": 1,
         },

@@ -15,13 +15,13 @@ import torch
 
 import fastfreeze
 from benchmarks.case import OURS, Case
-from benchmarks.sgd_cases import SGD_VALUES, TOTAL_STEPS
+from benchmarks.optimizer_cases import SGD_VALUES, TOTAL_STEPS
 from benchmarks.shapes import Shapes, shapes_of
 from fastfreeze.ops import sgd
-from fastfreeze.ops._device_sgd import DevicePlan
+from fastfreeze.ops._device_sgd import DeviceSgd
 
 
-class HostPlan(DevicePlan):
+class HostPlan(DeviceSgd):
     """A CUDA plan's step up to its launch."""
 
     table_from = 480

@@ -30,6 +30,7 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCS = REPOSITORY / "docs"
 KERNEL_TITLES = {  # by how a case's name begins
     "sgd": "Optimizer step",
+    "adamw": "Optimizer step",
     "host": "Host time of an optimizer step on a GPU",
     "step": "Training step",
 }

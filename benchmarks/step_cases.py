@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import fastfreeze
 from benchmarks.case import OURS, Case, Run
-from benchmarks.sgd_cases import GATE_STEPS, TOTAL_STEPS
+from benchmarks.optimizer_cases import GATE_STEPS, TOTAL_STEPS
 from benchmarks.shapes import TORCHVISION, network
 from benchmarks.training_rivals import HYPERS, LR, Training, largest_deviation, run_chain
 from fastfreeze.recipes.models import Network

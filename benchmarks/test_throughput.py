@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.case import Case
 from benchmarks.cases import CASES
-from benchmarks.sgd_cases import PACKAGES
+from benchmarks.optimizer_cases import PACKAGES
 
 
 @lru_cache(maxsize=1)  # tests of one case follow each other

@@ -6,11 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTFREEZE_HOST_DEVICE __host__ __device__
-#else
-#define FASTFREEZE_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace fastfreeze {
 
@@ -30,12 +26,14 @@ FASTFREEZE_HOST_DEVICE inline double cos_pi(double x) {
 }
 
 FASTFREEZE_HOST_DEVICE inline double segment_lr(const Segment& segment, double step,
-                                                double initial_lr, double eta_min) {
+                                                double initial_lr, double eta_min,
+                                                double warmup_steps) {
   if (segment.length == 0) return 0.0;
   const double elapsed = (step - segment.start) / segment.length;
   const double phase = elapsed < 1.0 ? elapsed : 1.0;
   const double factor = 0.5 * (1.0 + cos_pi(phase));
-  return eta_min + (segment.scale * initial_lr - eta_min) * factor;
+  const double lr = eta_min + (segment.scale * initial_lr - eta_min) * factor;
+  return step + 1.0 < warmup_steps ? lr * ((step + 1.0) / warmup_steps) : lr;
 }
 
 // The last of `count` >= 1 segments, sorted by start, that has begun at `step`.
@@ -44,6 +42,43 @@ FASTFREEZE_HOST_DEVICE inline const Segment& segment_at(const Segment* segments,
   int64_t i = count - 1;
   while (i > 0 && segments[i].start > step) --i;
   return segments[i];
+}
+
+// The segments of all groups; those of group g are begin[g] .. begin[g + 1]. None: no schedule.
+struct SegmentTable {
+  const Segment* segments;
+  const int64_t* begin;
+  double eta_min;
+  double warmup_steps;
+};
+
+struct GroupRate {
+  double lr;
+  bool frozen;
+};
+
+FASTFREEZE_HOST_DEVICE inline const Segment* segment_of(const SegmentTable& table, int64_t group,
+                                                        double step) {
+  const int64_t begin = table.begin[group];
+  const int64_t count = table.begin[group + 1] - begin;
+  return count == 0 ? nullptr : &segment_at(as_global(table.segments) + begin, count, step);
+}
+
+FASTFREEZE_HOST_DEVICE inline bool group_frozen(const SegmentTable& table, int64_t group,
+                                                int64_t step) {
+  const Segment* segment = segment_of(table, group, static_cast<double>(step));
+  return segment != nullptr && segment->length == 0;
+}
+
+// lr counts where there is no schedule, initial_lr where there is one; the other is not read.
+FASTFREEZE_HOST_DEVICE inline GroupRate group_rate(const SegmentTable& table, int64_t group,
+                                                   const double& lr, const double& initial_lr,
+                                                   int64_t step) {
+  const double at = static_cast<double>(step);
+  const Segment* segment = segment_of(table, group, at);
+  if (segment == nullptr) return {lr, false};
+  const double scheduled = segment_lr(*segment, at, initial_lr, table.eta_min, table.warmup_steps);
+  return {scheduled, segment->length == 0};
 }
 
 }  // namespace fastfreeze

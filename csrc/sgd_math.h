@@ -3,13 +3,7 @@
 // factor is one fused multiply-add there too, so fp32 and fp64 results can be equal bit for bit.
 #pragma once
 
-#include "schedule_math.h"
-
-#if defined(__GNUC__) || defined(__clang__)
-#define FASTFREEZE_INLINE inline __attribute__((always_inline))
-#else
-#define FASTFREEZE_INLINE inline
-#endif
+#include "element_math.h"
 
 namespace fastfreeze {
 
@@ -27,18 +21,6 @@ struct SgdHyper {
   bool nesterov;
   bool maximize;
 };
-
-// kFused: the target has a multiply-add instruction. Without one, emulating it in software would
-// cost more than the whole update, and torch does not either.
-template <bool kFused>
-FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE float mul_add(float a, float b, float c) {
-  return kFused ? __builtin_fmaf(a, b, c) : a * b + c;
-}
-
-template <bool kFused>
-FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE double mul_add(double a, double b, double c) {
-  return kFused ? __builtin_fma(a, b, c) : a * b + c;
-}
 
 // Updates `param` and `buffer`; `grad` becomes the unscaled gradient.
 template <Momentum kMomentum, bool kFused, typename T>

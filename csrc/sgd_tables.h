@@ -1,6 +1,7 @@
 // What every SGD kernel reads from the tables that fastfreeze/ops/sgd.py fills.
 #pragma once
 
+#include "schedule_math.h"
 #include "sgd_math.h"
 
 namespace fastfreeze {
@@ -16,39 +17,6 @@ enum HyperColumn {
   kInitialLr,
   kHyperColumns
 };
-
-// The segments of all groups; those of group g are begin[g] .. begin[g + 1]. None: no schedule.
-struct SegmentTable {
-  const Segment* segments;
-  const int64_t* begin;
-  double eta_min;
-};
-
-struct GroupRate {
-  double lr;
-  bool frozen;
-};
-
-FASTFREEZE_HOST_DEVICE inline const Segment* segment_of(const SegmentTable& table, int64_t group,
-                                                        double step) {
-  const int64_t begin = table.begin[group];
-  const int64_t count = table.begin[group + 1] - begin;
-  return count == 0 ? nullptr : &segment_at(table.segments + begin, count, step);
-}
-
-FASTFREEZE_HOST_DEVICE inline bool group_frozen(const SegmentTable& table, int64_t group,
-                                                int64_t step) {
-  const Segment* segment = segment_of(table, group, static_cast<double>(step));
-  return segment != nullptr && segment->length == 0;
-}
-
-FASTFREEZE_HOST_DEVICE inline GroupRate group_rate(const SegmentTable& table, int64_t group,
-                                                   const double* hyper_row, int64_t step) {
-  const double at = static_cast<double>(step);
-  const Segment* segment = segment_of(table, group, at);
-  if (segment == nullptr) return {hyper_row[kLr], false};
-  return {segment_lr(*segment, at, hyper_row[kInitialLr], table.eta_min), segment->length == 0};
-}
 
 template <typename T>
 FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE SgdHyper<T> hyper_of(const double* row, double lr,

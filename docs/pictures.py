@@ -154,7 +154,7 @@ def draw_graph(operations: Sequence[Operation], key: Sequence[tuple[str, str]]) 
 
 
 def draw_schedules() -> Figure:
-    """Learning rates of five layers under four schedules."""
+    """Learning rates of five layers under six schedules."""
     steps, num_layers = 300, 5
     schedules = {
         "FreezeOut, t_0=0.5": fastfreeze.FreezeOut(steps, t_0=0.5),
@@ -163,9 +163,13 @@ def draw_schedules() -> Figure:
         "FreezeOutCycles, thaw": fastfreeze.FreezeOutCycles(
             steps, num_cycles=3, t_0=0.5, composition="thaw"
         ),
+        "Frozen, until=2, warmup_steps=60": fastfreeze.Frozen(steps, until=2, warmup_steps=60),
+        "GradualUnfreezing, layer_decay=0.8": fastfreeze.GradualUnfreezing(
+            steps, unfreeze_every=50, layer_decay=0.8
+        ),
     }
-    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
-    for axes, (title, schedule) in zip(figure.subplots(2, 2).flat, schedules.items(), strict=True):
+    figure = Figure(figsize=(8.0, 6.9), layout="constrained")
+    for axes, (title, schedule) in zip(figure.subplots(3, 2).flat, schedules.items(), strict=True):
         for layer in range(num_layers):
             rates = schedule.lr(np.arange(steps), 0.1, layer, num_layers)
             rates[[schedule.is_frozen(t, layer, num_layers) for t in range(steps)]] = np.nan

@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fastfreeze.errors import warn
 from fastfreeze.schedule import Schedule
 
 _FROZEN, _PLAN, _DRIVEN = "_fastfreeze_frozen", "_fastfreeze_plan", "_fastfreeze_driven"
@@ -48,6 +50,31 @@ def note_plan(parameters: Iterable[Tensor], schedule: Schedule | None, lr: float
     plan: Plan = (None if schedule is None else schedule.config(), lr)
     for parameter in parameters:
         setattr(parameter, _PLAN, plan)
+    if schedule is not None and schedule.freezes and not _LOOKS:
+        _LOOKS.append(register_optimizer_step_pre_hook(_look_who_freezes))
+
+
+_LOOKS: list[Any] = []  # the hook for the next optimizer that steps on a plan's groups
+
+
+def _look_who_freezes(optimizer: Optimizer, *_: Any) -> None:
+    """Warn, once for a plan, if an optimizer steps on its groups and nobody freezes them."""
+    groups = optimizer.param_groups
+    if not all("layer_index" in group for group in groups):
+        return
+    plan = planned(p for group in groups for p in group["params"])
+    if plan is None or plan[0] is None:
+        return
+    while _LOOKS:
+        _LOOKS.pop().remove()
+    # fastfreeze's own optimizers have told already.
+    if not (is_driven(optimizer) or hasattr(optimizer, "schedule")):
+        name = type(optimizer).__name__
+        warn(
+            f"split() was given schedule={plan[0]['name']}, and nobody freezes the groups of this "
+            f"{name}: no layer will freeze. Make fastfreeze.FreezeScheduler(optimizer, "
+            "plan.schedule) before the first step, and call its step() after the optimizer's"
+        )
 
 
 def planned(parameters: Iterable[Tensor]) -> Plan | None:

@@ -14,7 +14,7 @@ from fastfreeze.ops.softmax import (
     ensemble_softmax,
     ensemble_statistics,
 )
-from fastfreeze.optim import SGD
+from fastfreeze.optim import SGD, Adam, AdamW
 from fastfreeze.report import FreezeReport, FreezeRow
 from fastfreeze.saving import freezeout_for_saving
 from fastfreeze.schedule import (
@@ -22,6 +22,8 @@ from fastfreeze.schedule import (
     Cosine,
     FreezeOut,
     FreezeOutCycles,
+    Frozen,
+    GradualUnfreezing,
     Schedule,
     SnapshotCycles,
 )
@@ -36,6 +38,8 @@ from fastfreeze.views import RepeatableViews
 
 __all__ = [
     "SGD",
+    "Adam",
+    "AdamW",
     "BackendUnavailableError",
     "BackwardBlocker",
     "CacheStats",
@@ -52,6 +56,8 @@ __all__ = [
     "FreezeReport",
     "FreezeRow",
     "FreezeScheduler",
+    "Frozen",
+    "GradualUnfreezing",
     "Layer",
     "LayerPlan",
     "MemorySnapshots",

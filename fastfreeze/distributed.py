@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastfreeze.layers.freeze import FreezeScheduler
-from fastfreeze.optim import SGD
+from fastfreeze.optim import FusedOptimizer
 from fastfreeze.text import some
 
 _LEAVE_HOOKS = ("mixed_precision", "delay_all_reduce_named_params", "param_to_hook_all_reduce")
@@ -47,7 +47,7 @@ class DataParallel(nn.Module):
 
     Args:
         module: the model, or what :func:`fastfreeze.trim` made of it; on its device already.
-        optimizer: what freezes it: a :class:`fastfreeze.SGD`, or a
+        optimizer: what freezes it: a :class:`fastfreeze.SGD`, ``Adam`` or ``AdamW``, or a
             :class:`fastfreeze.FreezeScheduler` for another optimizer.
         ddp_keywords: for ``DistributedDataParallel``, each time it is made.
 
@@ -65,14 +65,14 @@ class DataParallel(nn.Module):
     module: nn.Module
 
     def __init__(
-        self, module: nn.Module, optimizer: SGD | FreezeScheduler, **ddp_keywords: Any
+        self, module: nn.Module, optimizer: FusedOptimizer | FreezeScheduler, **ddp_keywords: Any
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        if not isinstance(optimizer, (SGD, FreezeScheduler)):
+        if not isinstance(optimizer, (FusedOptimizer, FreezeScheduler)):
             raise TypeError(
-                "optimizer must be a fastfreeze.SGD or a fastfreeze.FreezeScheduler, got "
+                "optimizer must be a fastfreeze.SGD, Adam, AdamW or FreezeScheduler, got "
                 f"{type(optimizer).__name__}"
             )
         for name in _LEAVE_HOOKS:
@@ -174,7 +174,7 @@ class DataParallel(nn.Module):
         optimizer, schedule = self._optimizer, self._optimizer.schedule
         lines = [f"step {optimizer.current_step}"]
         lines.append(f"schedule {None if schedule is None else schedule.config()}")
-        groups = optimizer if isinstance(optimizer, SGD) else optimizer.optimizer
+        groups = optimizer if isinstance(optimizer, FusedOptimizer) else optimizer.optimizer
         for g, group in enumerate(groups.param_groups):
             options = {k: v for k, v in group.items() if k != "params"}
             lines.append(f"parameter group {g}: {len(group['params'])} parameters, {options}")

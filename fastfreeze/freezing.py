@@ -85,7 +85,8 @@ class LayerPlan:
     Attributes:
         model: the model that was split.
         layers: its layers, by index.
-        schedule: as given to :func:`split`, or None.
+        schedule: as given to :func:`split`, with what it left to the plan
+            (:class:`~fastfreeze.Frozen`) put in; or None.
         lr: likewise.
     """
 
@@ -93,6 +94,16 @@ class LayerPlan:
     layers: tuple[Layer, ...]
     schedule: Schedule | None = None
     lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule is None:
+            return
+        parts = [(layer.forward_flops, layer.backward_flops) for layer in self.layers]
+        known = not any(flops is None for part in parts for flops in part)
+        costs = [sum(flops or 0 for flops in part) for part in parts] if known else None
+        schedule = self.schedule.for_layers([layer.name for layer in self.layers], costs)
+        schedule.segments(0, len(self.layers))  # raises if these are not as many as it asks for
+        object.__setattr__(self, "schedule", schedule)
 
     def param_groups(self, no_decay: bool = False) -> list[dict[str, Any]]:
         """One parameter group for each layer that trains, in order.
@@ -212,6 +223,9 @@ class LayerPlan:
             columns["backward"] = [f"{share:.1%}" for share in shares]
         if self.schedule is not None:
             columns["freezes at step"] = [self._freeze_text(layer) for layer in self.layers]
+            thaws = [self._thaw_text(layer) for layer in self.layers]
+            if set(thaws) != {"-"}:
+                columns["thaws at step"] = thaws
         if self.schedule is not None and self.lr is not None:
             columns["initial lr"] = [self._lr_text(layer) for layer in self.layers]
         table = format_table(list(columns), list(zip(*columns.values(), strict=True)))
@@ -245,6 +259,11 @@ class LayerPlan:
         steps = self.schedule.freeze_steps(layer.index, len(self.layers))
         return some([str(step) for step in steps]) or "-"
 
+    def _thaw_text(self, layer: Layer) -> str:
+        assert self.schedule is not None
+        steps = self.schedule.thaw_steps(layer.index, len(self.layers)) if layer.trainable else ()
+        return some([str(step) for step in steps]) or "-"
+
     def _lr_text(self, layer: Layer) -> str:
         """The learning rates from which the layer anneals, in order, each once."""
         assert self.schedule is not None
@@ -253,7 +272,7 @@ class LayerPlan:
             return "-"
         segments = self.schedule.segments(layer.index, len(self.layers))
         rates = dict.fromkeys(f"{self.lr * s.scale:.4g}" for s in segments if not s.frozen)
-        return some(list(rates))
+        return some(list(rates)) or "-"
 
 
 def split(
@@ -305,12 +324,13 @@ def split(
             regular expression that must match such a name in full. A module stands for all
             parameters inside it.
         schedule, lr: for the plan's table and predictions; ``lr`` is the learning rate at the start
-            of the first cycle, before any scaling.
+            of the first cycle, before any scaling. A :class:`~fastfreeze.Frozen` gets the layer
+            that it names or means: pass ``plan.schedule`` on.
 
     Raises:
         ValueError: a model without parameters, with sharded ones (``DTensor``), or whose order
             cannot be found; ``layers`` that name a parameter twice, miss one that requires a
-            gradient, or match nothing.
+            gradient, or match nothing; a schedule that is not for these layers.
         TypeError: an argument of the wrong type, a NumPy array among the inputs.
 
     Warns:

@@ -20,7 +20,7 @@ from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.execution import arguments, run_events
 from fastfreeze.freezing import Layer, LayerPlan
 from fastfreeze.layer_costs import LayerFlops, StepProfile, measured_costs, profiled
-from fastfreeze.optim import SGD
+from fastfreeze.optim import FusedOptimizer
 from fastfreeze.text import format_table, ranges, some
 from fastfreeze.trimming.trimmed import TrimmedModel
 
@@ -38,7 +38,7 @@ class FreezeRow:
     """One event: from a step on, other layers are frozen than before.
 
     Attributes:
-        step: how many steps were done; ``fastfreeze.SGD`` counts those of a resumed run too.
+        step: how many steps were done; fastfreeze's optimizers count those of a resumed run too.
         frozen: indices of all layers that are frozen from here on.
         predicted: time of a step after the event, relative to one before it, if the backward and
             the update of what is frozen are gone and its forward runs as before. Above 1 at a thaw.
@@ -96,7 +96,7 @@ class FreezeReport:
 
     Args:
         network: what is trained: a model, trimmed or not, but not a compiled one.
-        optimizer: its optimizer. ``fastfreeze.SGD`` says what is frozen; with any other, a layer is
+        optimizer: its optimizer. One of fastfreeze says what is frozen; with any other, a layer is
             frozen if most of its elements do not require grad.
         plan: the model's layers.
         example_inputs: a tensor, a tuple of the model's positional arguments or a dict of keyword
@@ -126,7 +126,7 @@ class FreezeReport:
         self._clock = Clock(next(model.parameters()).device)
         self._profiles: list[StepProfile] = []
         self._fixed = [layer.index for layer in plan.layers if not layer.trainable]
-        self._first = optimizer.current_step if isinstance(optimizer, SGD) else 0
+        self._first = optimizer.current_step if isinstance(optimizer, FusedOptimizer) else 0
         self._num_steps = self._first
         self._stages = [_Stage(self._first, self._frozen_layers())]
 
@@ -218,7 +218,7 @@ class FreezeReport:
         return all(p.requires_grad for p in self._plan.model.parameters())
 
     def _frozen_layers(self) -> tuple[int, ...]:
-        if isinstance(self._optimizer, SGD):
+        if isinstance(self._optimizer, FusedOptimizer):
             return tuple(sorted({*self._fixed, *self._optimizer.frozen_layers}))
         return tuple(layer.index for layer in self._plan.layers if _mostly_frozen(layer))
 

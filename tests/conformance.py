@@ -1,4 +1,4 @@
-"""What torch says of torch.optim.SGD (its OptimizerInfo), as tables for tests of fastfreeze.SGD.
+"""What torch says of its optimizers (its OptimizerInfo), as tables for tests of those here.
 
 Which arguments, schedulers and errors there are is torch's word, of the version that is installed.
 """
@@ -7,15 +7,39 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.nn import Parameter
 
+import fastfreeze
+
 pytest.importorskip("expecttest", reason="torch.testing's own optimizer tests need it")
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
-TORCHS = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
+
+class Pair(NamedTuple):
+    """An optimizer here, torch's of its name and what that says, and arguments that keep state."""
+
+    ours: type
+    theirs: type
+    info: Any
+    keeping: dict
+
+
+def pair_of(name, **keeping):
+    theirs = getattr(torch.optim, name)
+    info = next(info for info in optim_db if info.optim_cls is theirs)
+    return Pair(getattr(fastfreeze, name), theirs, info, keeping)
+
+
+PAIRS = {
+    "SGD": pair_of("SGD", lr=0.1, momentum=0.9),
+    "Adam": pair_of("Adam", lr=0.1, amsgrad=True),
+    "AdamW": pair_of("AdamW", lr=0.1),
+}
+TORCHS = PAIRS["SGD"].info
 CONSTRUCTION_ERROR = OptimizerErrorEnum.CONSTRUCTION_ERROR
 IMPLEMENTATIONS = {
     "for-loop": {"foreach": False},
@@ -29,14 +53,39 @@ def kwargs_of(entry):
     return copy.deepcopy(entry.kwargs)
 
 
-INPUTS = TORCHS.optim_inputs_func(device="cpu")
-CONFIGURATIONS = [
-    pytest.param({**kwargs_of(entry), **flags}, id=f"{entry.desc}, {name}".replace("/", " "))
-    for entry, (name, flags) in itertools.product(INPUTS, IMPLEMENTATIONS.items())
-]
-every_configuration = pytest.mark.parametrize("kwargs", CONFIGURATIONS)
-every_input = pytest.mark.parametrize(
-    "kwargs", [pytest.param(kwargs_of(entry), id=entry.desc.replace("/", " ")) for entry in INPUTS]
+def inputs_of(pair):
+    return pair.info.optim_inputs_func(device="cpu")
+
+
+def with_pairs(names, values_of):
+    """A test's arguments ``pair`` and ``names``, once for each of ``values_of(pair)``."""
+    return pytest.mark.parametrize(
+        ("pair", *names),
+        [
+            pytest.param(pair, *values, id=f"{name}, {desc}".replace("/", " ").strip(", "))
+            for name, pair in PAIRS.items()
+            for desc, *values in values_of(pair)
+        ],
+    )
+
+
+every_pair = with_pairs([], lambda pair: [[""]])
+every_input = with_pairs(
+    ["kwargs"], lambda pair: [(entry.desc, kwargs_of(entry)) for entry in inputs_of(pair)]
+)
+every_configuration = with_pairs(
+    ["kwargs"],
+    lambda pair: [
+        (f"{entry.desc}, {name}", {**kwargs_of(entry), **flags})
+        for entry, (name, flags) in itertools.product(inputs_of(pair), IMPLEMENTATIONS.items())
+    ],
+)
+every_error = with_pairs(
+    ["entry"],
+    lambda pair: [
+        (entry.optimizer_error_input.desc, entry)
+        for entry in pair.info.optim_error_inputs_func("cpu", torch.float32)
+    ],
 )
 SCHEDULERS = [[], *TORCHS.scheduler_inputs]
 DTYPES = [
@@ -75,30 +124,24 @@ def run(optimizer, params, steps, start=0):
         optimizer.step()
 
 
-def momenta(optimizer):
-    """Of each parameter, by its place."""
+def states(optimizer):
+    """The tensors that are kept of each parameter, by its place."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [optimizer.state.get(p, {}).get("momentum_buffer") for p in params]
+    found = [optimizer.state.get(p, {}) for p in params]
+    return [{name: t for name, t in state.items() if t is not None} for state in found]
 
 
 def assert_same(ours, theirs, dtype=torch.float32):
-    """Parameters and momentum; 16-bit ones are rounded once here, after each operation there."""
+    """Parameters and state; 16-bit ones are rounded once here, after each operation there."""
     tolerance = {torch.float16: (2e-3, 2e-3), torch.bfloat16: (2e-2, 2e-2)}.get(dtype, (1e-6, 1e-6))
-    pairs = itertools.chain.from_iterable(
-        zip(a, b, strict=True)
-        for a, b in (
-            (
-                [p for g in ours.param_groups for p in g["params"]],
-                [p for g in theirs.param_groups for p in g["params"]],
-            ),
-            (momenta(ours), momenta(theirs)),
-        )
-    )
-    for a, b in pairs:
-        if b is None:
-            assert a is None
-        else:
-            torch.testing.assert_close(a, b, rtol=tolerance[0], atol=tolerance[1])
+    near = {"rtol": tolerance[0], "atol": tolerance[1]}
+    for mine, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        for p, q in zip(mine["params"], other["params"], strict=True):
+            torch.testing.assert_close(p, q, **near)
+    for mine, other in zip(states(ours), states(theirs), strict=True):
+        assert list(mine) == list(other)
+        for name, tensor in other.items():
+            torch.testing.assert_close(mine[name], tensor, **near)
 
 
 @torch.no_grad()
@@ -107,6 +150,6 @@ def follow(ours, theirs):
     for mine, other in zip(ours.param_groups, theirs.param_groups, strict=True):
         for p, q in zip(mine["params"], other["params"], strict=True):
             p.copy_(q)
-    for a, b in zip(momenta(ours), momenta(theirs), strict=True):
-        if a is not None:
-            a.copy_(b)
+    for mine, other in zip(states(ours), states(theirs), strict=True):
+        for name, tensor in other.items():
+            mine[name].copy_(tensor)

@@ -26,7 +26,7 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
 
 import fastfreeze  # noqa: E402
-from tests.emulation.sgd import install  # noqa: E402
+from tests.emulation.steps import install  # noqa: E402
 
 HAS_CPU_KERNELS = fastfreeze.backends()["cpu"].available
 needs_cpu_kernels = pytest.mark.skipif(

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastfreeze.ops import _library, _triton_sgd, _triton_softmax
+from fastfreeze.ops._adam_plans import AdamSpec
+from fastfreeze.ops._device_adam import AdamTritonPlan
+from fastfreeze.ops._device_plan import DevicePlan
 from fastfreeze.ops._device_sgd import TritonPlan
 from fastfreeze.ops._plans import PlanSpec
 from fastfreeze.optim import SGD
@@ -186,15 +190,12 @@ def launches(cases: dict[str, Callable[[], None]]) -> dict[str, list[dict]]:
     return found
 
 
-def sgd_arguments() -> dict[str, dict]:
+def arguments_of(plan: DevicePlan) -> dict[str, dict]:
     """What a step that tracks nothing and one that tracks get, and what they must get."""
-    params, buffers = ([torch.ones(5000), torch.ones(3)] for _ in range(2))
-    segments = Cosine(100).segments()
-    plan = TritonPlan(PlanSpec(params, buffers, [True] * 2, [0, 0], [segments], 0.1, None))
     grad_scale, found_inf = torch.ones(()), torch.zeros(())
     driver.active.launched = []
     for track in (False, True):
-        _triton_sgd.step(plan, grad_scale, found_inf, track)
+        plan._launch(array("q"), grad_scale, found_inf, track)
     tables = {
         "runs": plan.runs,
         "grads": plan.grad_table,
@@ -202,16 +203,31 @@ def sgd_arguments() -> dict[str, dict]:
         "segments": plan.segments,
         "begin": plan.segment_begin,
         "tensor_groups": plan.tensor_groups,
-        "started": plan.started,
+        "progress": plan.progress,
         "counters": plan.counters,
         "grad_scale": grad_scale,
         "found_inf": found_inf,
     }
     expected = {name: table.data_ptr() for name, table in tables.items()}
-    expected |= {"eta_min": 0.1, "num_runs": len(plan.runs), "num_tensors": 2}
+    expected |= {"eta_min": 0.1, "warmup_steps": 7.0, "num_runs": len(plan.runs), "num_tensors": 2}
     return {
-        name: {"expected": expected | {"track": int(name == "tracks")}, **launch}
+        name: {"expected": expected | {"track": int(name == "tracks" or plan.counts)}, **launch}
         for name, launch in zip(("step", "tracks"), driver.active.launched, strict=True)
+    }
+
+
+def step_arguments() -> dict[str, dict]:
+    """Of a plan of SGD and one of Adam."""
+    params, *moments = ([torch.ones(5000), torch.ones(3)] for _ in range(4))
+    rest = [[True] * 2, [0, 0], [Cosine(100).segments()], 0.1, 7, None]
+    plans = {
+        "SGD": TritonPlan(PlanSpec(params, moments[0], *rest)),
+        "Adam": AdamTritonPlan(AdamSpec(params, *moments, torch.zeros(2), *rest)),
+    }
+    return {
+        f"{rule}, {name}": launch
+        for rule, plan in plans.items()
+        for name, launch in arguments_of(plan).items()
     }
 
 
@@ -302,7 +318,7 @@ def main() -> None:
     driver.set_active(StubDriver(folder))
     found = {"launches": launches(QUICK if which == "quick" else REST)}
     if which == "quick":
-        found |= {"arguments": sgd_arguments(), "captures": captures()}
+        found |= {"arguments": step_arguments(), "captures": captures()}
     json.dump(found, sys.stdout)
 
 

@@ -11,7 +11,7 @@ import torch
 
 case_module = pytest.importorskip("benchmarks.case", reason="tests run outside the source tree")
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import compare, host_cases, sgd_cases, step_cases  # noqa: E402
+from benchmarks import compare, host_cases, optimizer_cases, step_cases  # noqa: E402
 from benchmarks.case import Case, Rivals, difference  # noqa: E402
 from benchmarks.cases import ALL_CASES, CASES  # noqa: E402
 from benchmarks.shapes import shapes_of  # noqa: E402
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sgd_case(**options):
-    return sgd_cases.sgd_case(MODEL, **{"per_layer": False, **options})
+    return optimizer_cases.optimizer_case(MODEL, **{"per_layer": False, **options})
 
 
 def test_every_network_is_measured_in_one_group_and_many_with_layers_frozen():
@@ -60,11 +60,23 @@ def test_rivals_of_a_step_do_the_same_in_all_forms(per_layer, frozen):
 
 
 @needs_cpu_kernels
+@pytest.mark.parametrize("per_layer", [False, True], ids=["one group", "per layer"])
+def test_rivals_of_adamws_step_do_the_same(per_layer):
+    values = optimizer_cases.ADAMW_VALUES
+    case = sgd_case(per_layer=per_layer, values=values, optimizer="AdamW")
+    assert case.left_out == {}
+    assert list(case.runs) == ["fastfreeze", *TORCH]
+    assert case.name.startswith("AdamW step, ")
+    assert case.bytes_moved == 28 * sum(torch.Size(shape).numel() for shape in shapes_of(MODEL))
+    assert {"adamw-resnet110-per-layer", "adamw-vit_b_16-frozen-50"} < CASES.keys()
+
+
+@needs_cpu_kernels
 def test_rivals_of_a_step_do_the_same_in_channels_last():
     case = sgd_case(channels_last=True)
     assert case.left_out == {}
     assert case.name.endswith(", channels_last")
-    groups = sgd_cases._groups(shapes_of(MODEL), NUM_LAYERS, 0, False, channels_last=True)
+    groups = optimizer_cases._groups(shapes_of(MODEL), NUM_LAYERS, 0, False, channels_last=True)
     images = [p for p in groups[0]["params"] if p.dim() == 4]
     assert images
     for t in (*images, *(p.grad for p in images)):
@@ -72,7 +84,7 @@ def test_rivals_of_a_step_do_the_same_in_channels_last():
 
 
 def test_frozen_layers_have_no_gradient_and_the_first_ones_freeze():
-    layers = sgd_cases._groups(shapes_of(MODEL), NUM_LAYERS, num_frozen=3, per_layer=True)
+    layers = optimizer_cases._groups(shapes_of(MODEL), NUM_LAYERS, num_frozen=3, per_layer=True)
     assert len(layers) == NUM_LAYERS
     for layer in layers:
         frozen = layer["layer_index"] < 3
@@ -82,7 +94,7 @@ def test_frozen_layers_have_no_gradient_and_the_first_ones_freeze():
 @needs_cpu_kernels
 def test_a_rival_that_does_something_else_is_named_and_not_timed():
     def twice(groups):
-        step = sgd_cases.torch_step(groups)
+        step = optimizer_cases.torch_step(groups)
         return lambda: (step(), step())
 
     def missing(groups):
@@ -99,7 +111,7 @@ def test_a_rival_that_does_something_else_is_named_and_not_timed():
 def test_packages_that_are_not_installed_are_named(monkeypatch):
     for package in ("bitsandbytes", "optimi"):
         monkeypatch.setitem(sys.modules, package, None)
-    case = sgd_case(values=sgd_cases.PLAIN_MOMENTUM, rivals=sgd_cases.PACKAGES)
+    case = sgd_case(values=optimizer_cases.PLAIN_MOMENTUM, rivals=optimizer_cases.PACKAGES)
     assert set(case.left_out) == {"bitsandbytes", "optimi"}
     assert "plain momentum" in case.name
 
@@ -108,14 +120,15 @@ def test_packages_that_are_not_installed_are_named(monkeypatch):
 @pytest.mark.parametrize("package", ["bitsandbytes", "optimi"])
 def test_packages_compute_torchs_plain_momentum(package):
     pytest.importorskip(package)
-    case = sgd_case(values=sgd_cases.PLAIN_MOMENTUM, rivals=sgd_cases.PACKAGES)
+    case = sgd_case(values=optimizer_cases.PLAIN_MOMENTUM, rivals=optimizer_cases.PACKAGES)
     assert package in case.runs, case.left_out[package]
 
 
 @needs_cpu_kernels
 def test_ours_computing_something_else_gets_no_numbers(monkeypatch):
-    ours = sgd_cases._ours
-    monkeypatch.setattr(sgd_cases, "_ours", lambda g, values: ours(g, {**values, "lr": 0.11}))
+    ours = optimizer_cases._ours
+    wrong = lambda groups, values, optimizer: ours(groups, {**values, "lr": 0.11}, optimizer)  # noqa: E731
+    monkeypatch.setattr(optimizer_cases, "_ours", wrong)
     case = sgd_case()
     assert case.refused
     entry = compare.measured(case, rounds=2, seconds=0, bandwidth=1e9)

@@ -29,7 +29,7 @@ PROBE = """
 #include "schedule_math.h"
 __global__ void probe(double* out) {
   const fastfreeze::Segment segment{0, 10, 1};
-  *out = fastfreeze::segment_lr(segment, 5, 0.1, 0);
+  *out = fastfreeze::segment_lr(segment, 5, 0.1, 0, 0);
 }
 extern "C" __attribute__((visibility("default"))) int fastfreeze_probe() { return 42; }
 """

@@ -141,14 +141,18 @@ class Numbered(Dataset):
         return self.dataset[index], index
 
 
-def training(dataset, num_epochs, use=None, t_0=0.4, workers=0, how="cubic"):
-    """Losses and the final weights of a FreezeOut training; ``use`` makes a cache of a network."""
+def freezeout(total_steps):
+    return fastfreeze.FreezeOut(total_steps, t_0=0.4, scale_lr=False)
+
+
+def training(dataset, num_epochs, use=None, workers=0, schedule=freezeout):
+    """Losses and final weights of a training; ``use`` makes a cache of a network."""
     torch.manual_seed(3)
     model = Net()
     loader = DataLoader(
         dataset, 7, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(1)
     )
-    schedule = fastfreeze.FreezeOut(num_epochs * len(loader), t_0=t_0, how_scale=how)
+    schedule = schedule(num_epochs * len(loader))
     layers = [["a"], ["b"], ["c"], ["head"]]
     plan = fastfreeze.split(model, images(2), layers=layers, schedule=schedule, lr=0.1)
     optimizer = fastfreeze.SGD(plan.param_groups(), lr=0.1, momentum=0.9, schedule=schedule)
@@ -185,6 +189,19 @@ def test_training_with_freezeout():
     assert found[2].hits > 60
     assert found[2].advanced > 40
     assert found[2].rows == 40
+
+
+def test_training_with_gradual_unfreezing():
+    """What was cached of a layer is of no use once that has thawed."""
+    data = Numbered(TensorDataset(images(40), torch.arange(40) % 5))
+
+    def schedule(total_steps):
+        every = total_steps // 4
+        return fastfreeze.GradualUnfreezing(total_steps, unfreeze_every=every, warmup_steps=every)
+
+    found = training(data, 12, on, schedule=schedule)
+    assert_equal_trainings(found, training(data, 12, schedule=schedule))
+    assert found[2].hits > 60
 
 
 def test_training_with_views_and_workers():

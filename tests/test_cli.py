@@ -586,6 +586,7 @@ def test_missing_click_names_the_extra():
 
 COMMANDS = [
     "train",
+    "finetune",
     "compare",
     "reproduce",
     "reproduce snapshot",

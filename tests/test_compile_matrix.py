@@ -45,8 +45,8 @@ VECTOR_ARGUMENT = {
     "softmax_split_sum_kernel": 1,
     "softmax_split_mean_kernel": 2,
 }
-# A step reads parameter, gradient and buffer, and writes the first and the last.
-SGD_LOADS, SGD_STORES = 3, 2
+# Loads and stores of a step: of parameter, gradient and moments, all but the gradient written.
+STEP_ACCESSES = {"SGD": (3, 2), "Adam": (5, 4)}
 
 needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason=NO_CUOBJDUMP)
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
@@ -83,8 +83,8 @@ def arguments_of(name):
 def expected_wide(name):
     """How many 128-bit loads and stores a kernel has at least."""
     plain, arguments = arguments_of(name)
-    if plain == "sgd_kernel":
-        return SGD_LOADS, SGD_STORES
+    if plain == "step_kernel":
+        return STEP_ACCESSES["Adam" if "AdamRule" in name else "SGD"]
     if plain in VECTOR_ARGUMENT and arguments[VECTOR_ARGUMENT[plain]] != "1":
         return 1, int(plain != "softmax_split_sum_kernel")
     return 0, 0
@@ -110,7 +110,7 @@ def test_cuda_kernels_know_global_memory(arch):
 def test_cuda_vectors_are_whole_transactions(arch):
     kernels = built_for(arch)
     wide = [name for name in kernels if expected_wide(name) != (0, 0)]
-    assert {arguments_of(name)[0] for name in wide} == {"sgd_kernel", *VECTOR_ARGUMENT}
+    assert {arguments_of(name)[0] for name in wide} == {"step_kernel", *VECTOR_ARGUMENT}
     for name in wide:
         loads, stores = expected_wide(name)
         assert kernels[name].wide_loads() >= loads, name
@@ -253,8 +253,10 @@ def fills_vectors(target, case):
         "softmax fp16",
         "softmax bf16",
         "statistics bf16",
-        "sgd fp16",
-        "sgd bf16",
+        "SGD fp16",
+        "SGD bf16",
+        "Adam fp16",
+        "Adam bf16",
     )
     return case != "softmax fp32, few classes" and not (sixteen_bits and target == "gfx942")
 
@@ -283,7 +285,7 @@ def test_triton_vectors_are_whole_transactions(target):
     for case, kernels in sound_cases(made).items():
         if fills_vectors(target, case):
             loads, stores = wide_accesses(kernels)
-            least = (SGD_LOADS, SGD_STORES) if case.startswith("sgd") else (1, 1)
+            least = STEP_ACCESSES.get(case.split()[0], (1, 1))
             assert loads >= least[0], (case, loads)
             assert stores >= least[1], (case, stores)
 

@@ -89,6 +89,7 @@ SCHEDULES = {
     "freezeout": FreezeOut(TOTAL, t_0=0.7),
     "sticky": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.5),
     "thaw": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.7, composition="thaw"),
+    "warm": FreezeOut(TOTAL, t_0=0.7, warmup_steps=7, layer_decay=0.5),
 }
 HYPERS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 1e-2}
 
@@ -276,19 +277,19 @@ def plan_of(backend, sizes, device="cpu"):
     buffers = [torch.rand_like(p) for p in params]
     first, groups = [i % 2 == 0 for i in range(len(params))], [i % 3 for i in range(len(params))]
     segments = [Cosine(TOTAL).segments()] * 3
-    return sgd_ops.PLANS[backend](PlanSpec(params, buffers, first, groups, segments, 0.1, None))
+    return sgd_ops.PLANS[backend](PlanSpec(params, buffers, first, groups, segments, 0.1, 0, None))
 
 
 def test_the_tables_come_in_one_copy(backend, device):
     plan = plan_of(backend, [7, 5000, 1], device)
     tables = [plan.runs, plan.hypers, plan.segments, plan.segment_begin, plan.tensor_groups]
-    tables += [plan.started, plan.counters, plan.grad_table]
+    tables += [plan.progress, plan.counters, plan.grad_table]
     assert len({t.untyped_storage().data_ptr() for t in tables}) == 1
     assert all(t.data_ptr() % 16 == 0 and t.is_contiguous() for t in tables)
     assert plan.segments.tolist() == [[0, TOTAL, 1]] * 3
     assert plan.segment_begin.flatten().tolist() == [0, 1, 2, 3]
     assert plan.tensor_groups.flatten().tolist() == [0, 1, 2]
-    assert plan.started.flatten().tolist() == [0, 1, 0]
+    assert plan.progress.flatten().tolist() == [0, 1, 0]
     assert [b.any().item() for b in plan.buffers] == [False, True, False]
     assert plan.runs[:, 1].min() >= min(b.data_ptr() for b in plan.buffers)
 
@@ -301,13 +302,13 @@ class Stream:
 def test_tables_are_kept_for_each_stream_that_steps(backend, device, monkeypatch):
     plan = plan_of(backend, [7])
     side, kept = Stream(), []
-    plan.runs = type("Runs", (), {"record_stream": kept.append})
+    plan.runs = plan.progress = type("Table", (), {"record_stream": kept.append})
     for stream in (None, side, side, None):
         plan._keep_for(stream)
-    assert kept == [side]
-    monkeypatch.setattr("fastfreeze.ops._device_sgd.is_capturing", lambda _: True)
+    assert kept == [side, side]
+    monkeypatch.setattr("fastfreeze.ops._device_plan.is_capturing", lambda _: True)
     plan._keep_for(Stream())
-    assert kept == [side]
+    assert kept == [side, side]
 
 
 def test_the_operator_is_not_for_cuda_graphs():

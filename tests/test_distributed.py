@@ -37,7 +37,11 @@ from tests.ranks import Ranks
 BATCH = 12  # samples in a step, in all processes together
 SIZES = (5, 7, 11, 13, 3)
 STEPS = 16
-HYPERS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+HYPERS = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3},
+    "AdamW": {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True},
+}
+every_optimizer = pytest.mark.parametrize("name", HYPERS)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +70,10 @@ def freezing():
     return FreezeOutCycles(STEPS, num_cycles=2, t_0=0.5, composition="thaw")
 
 
-def sgd(model, schedule):
+def made(model, schedule, name="SGD"):
     plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
-    return fastfreeze.SGD(plan.param_groups(), schedule=schedule, **HYPERS)
+    make = getattr(fastfreeze, name)
+    return make(plan.param_groups(), schedule=schedule, **HYPERS[name])
 
 
 def batch_of(seed, step, count=1, part=0):
@@ -97,16 +102,16 @@ def weights(model):
     return {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
-def in_one_process(seed):
+def in_one_process(seed, name="SGD"):
     model = net(seed)
-    optimizer = sgd(model, freezing())
+    optimizer = made(model, freezing(), name)
     train(fastfreeze.trim(model), optimizer, range(STEPS), seed)
     return weights(model)
 
 
 def trained_in_parallel(seed, parts, trimmed, keywords):
     model = net(seed if dist.get_rank() == 0 else seed + 1)  # rank 0's weights are everybody's
-    optimizer = sgd(model, freezing())
+    optimizer = made(model, freezing())
     network = DataParallel(fastfreeze.trim(model) if trimmed else model, optimizer, **keywords)
     frozen = []
     for step in range(STEPS):
@@ -167,7 +172,7 @@ def trained_in_stages(seed):
     model, inputs = net(seed), torch.ones(BATCH // 2, SIZES[0]).double()
     schedule = FreezeOut(STEPS, t_0=0.5, stages=2)
     plan = fastfreeze.split(model, inputs, schedule=schedule)
-    optimizer = fastfreeze.SGD(plan.param_groups(), schedule=schedule, **HYPERS)
+    optimizer = fastfreeze.SGD(plan.param_groups(), schedule=schedule, **HYPERS["SGD"])
     network = fastfreeze.trim(model)
     if dist.is_initialized():
         fastfreeze.compile_stages(network, plan, inputs, backend="eager")
@@ -199,7 +204,7 @@ class SentBytes:
 
 def bytes_in_each_step(seed, keywords):
     model = net(seed)
-    optimizer = sgd(model, freezing())
+    optimizer = made(model, freezing())
     network = DataParallel(fastfreeze.trim(model), optimizer, **keywords)
     sent = SentBytes()
     network.register_comm_hook(None, sent.hook)
@@ -225,7 +230,7 @@ def test_frozen_layers_send_nothing(ranks, seed, cap):
 
 def weights_that_rank_1_changed_before_a_freeze(seed):
     model = net(seed)
-    optimizer = sgd(model, freezing())
+    optimizer = made(model, freezing())
     network = DataParallel(model, optimizer)
     train(network, optimizer, [0], seed)
     if dist.get_rank() == 1:
@@ -243,7 +248,7 @@ def test_weights_are_not_sent_again_at_a_freeze(ranks, seed):
 def norms_in_each_step(seed):
     """Of each step: every layer's statistics, and whether they were written to."""
     model = conv_net(seed)
-    optimizer = sgd(model, freezing())
+    optimizer = made(model, freezing())
     network = DataParallel(fastfreeze.trim(model), optimizer)
     found = []
     for _ in range(8):
@@ -283,7 +288,7 @@ def errors_of(make_different, when):
     model = net(0)
     different = dist.get_rank() == 1
     schedule = FreezeOut(20 if different and make_different == "schedule" else 16, t_0=0.5)
-    optimizer = sgd(model, schedule)
+    optimizer = made(model, schedule)
     if when == "start" and different:
         CHANGES[make_different](model, optimizer)
     try:
@@ -328,7 +333,7 @@ def test_a_process_that_differs_is_named_in_all_of_them(ranks, what, when, messa
 def frozen_while_accumulating(seed):
     """Flags are changed by hand between the two halves of a step."""
     model = net(seed)
-    optimizer = sgd(model, None)
+    optimizer = made(model, None)
     network = DataParallel(model, optimizer)
     for step in range(4):
         optimizer.zero_grad()
@@ -372,14 +377,14 @@ def test_nothing_is_left_of_the_old_buckets(ranks):
 
 def saved_after(seed, steps):
     model = net(seed)
-    optimizer = sgd(model, freezing())
+    optimizer = made(model, freezing())
     train(DataParallel(fastfreeze.trim(model), optimizer), optimizer, range(steps), seed)
     return weights(model), optimizer.state_dict()
 
 
 def resumed(seed, state, optimizer_state, steps):
     model = net(seed + 1)
-    optimizer = sgd(model, freezing())
+    optimizer = made(model, freezing())
     model.load_state_dict(state)
     optimizer.load_state_dict(optimizer_state)
     network = fastfreeze.trim(model)
@@ -401,7 +406,7 @@ def test_two_processes_checkpoint_is_resumed_by_one_and_by_three(ranks, seed, st
 
 def names_of_states():
     model = net(0, norms=True)
-    ours = DataParallel(fastfreeze.trim(model), sgd(model, freezing()))
+    ours = DataParallel(fastfreeze.trim(model), made(model, freezing()))
     theirs = DistributedDataParallel(net(0, norms=True))
     ours.load_state_dict(theirs.state_dict())
     return list(ours.state_dict()), list(theirs.state_dict()), list(ours.module.state_dict())
@@ -415,7 +420,7 @@ def test_state_dicts_have_the_names_of_torchs_and_of_the_model(ranks):
 
 def refused(arguments):
     model = net(0)
-    optimizer = sgd(model, freezing())
+    optimizer = made(model, freezing())
     arguments = {"module": model, "optimizer": optimizer, **arguments}
     try:
         DataParallel(**arguments)
@@ -426,7 +431,7 @@ def refused(arguments):
 
 REFUSED = {
     "module": ({"module": "net"}, "TypeError: module must be a torch.nn.Module, got str"),
-    "optimizer": ({"optimizer": None}, "TypeError: optimizer must be a fastfreeze.SGD or a"),
+    "optimizer": ({"optimizer": None}, "TypeError: optimizer must be a fastfreeze.SGD, Adam"),
     "mixed precision": ({"mixed_precision": "bf16"}, "ValueError: mixed_precision must be left"),
     "unknown": ({"bucket_size": 3}, "TypeError: .*bucket_size"),
 }
@@ -441,10 +446,10 @@ def test_bad_arguments_are_refused(ranks, arguments, message):
 def test_without_a_process_group_that_is_said():
     model = net(0)
     with pytest.raises(ValueError, match="init_process_group"):
-        DataParallel(model, sgd(model, freezing()))
+        DataParallel(model, made(model, freezing()))
 
 
-def sharded(seed, **extra):
+def sharded(seed, name="SGD", **extra):
     """A model sharded layer by layer, as FSDP2 does it, and its optimizer."""
     model = net(seed)
     plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
@@ -452,7 +457,8 @@ def sharded(seed, **extra):
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, fastfreeze.SGD(plan.param_groups(), schedule=freezing(), **{**HYPERS, **extra})
+    make = getattr(fastfreeze, name)
+    return model, make(plan.param_groups(), schedule=freezing(), **HYPERS[name], **extra)
 
 
 def whole(model):
@@ -460,8 +466,8 @@ def whole(model):
     return get_model_state_dict(model, options=options)
 
 
-def trained_in_shards(seed, backend, trimmed):
-    model, optimizer = sharded(seed, backend=backend)
+def trained_in_shards(seed, backend, trimmed, name):
+    model, optimizer = sharded(seed, name, backend=backend)
     network = fastfreeze.trim(model) if trimmed else model
     gradients = []
     for step in range(STEPS):
@@ -475,9 +481,10 @@ def trained_in_shards(seed, backend, trimmed):
 @pytest.mark.parametrize(
     "backend", [None, "reference", pytest.param("cpu", marks=needs_cpu_kernels)]
 )
-def test_sharded_layers_freeze_and_train_as_in_one_process(ranks, seed, backend, trimmed):
-    expected = in_one_process(seed)
-    for found, gradients in ranks.run(trained_in_shards, seed, backend, trimmed):
+@every_optimizer
+def test_sharded_layers_freeze_and_train_as_in_one_process(ranks, seed, backend, trimmed, name):
+    expected = in_one_process(seed, name)
+    for found, gradients in ranks.run(trained_in_shards, seed, backend, trimmed, name):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
         assert gradients[0] == [False, True, True, True]  # layer 0 has just been frozen
         assert gradients[5] == [False, False, False, True]
@@ -499,8 +506,8 @@ def test_a_sharded_model_is_not_split(ranks, seed):
         assert "split before sharding" in text
 
 
-def shards_saved_after(seed, stop):
-    model, optimizer = sharded(seed)
+def shards_saved_after(seed, stop, name):
+    model, optimizer = sharded(seed, name)
     options = StateDictOptions(full_state_dict=True)
     if stop == 0:  # nothing is known yet, and asking must not move the schedule
         get_optimizer_state_dict(model, optimizer, options=options)
@@ -508,12 +515,12 @@ def shards_saved_after(seed, stop):
     return whole(model), get_optimizer_state_dict(model, optimizer, options=options)
 
 
-def shards_resumed(seed, state, optimizer_state, steps):
+def shards_resumed(seed, state, optimizer_state, steps, name):
     if dist.is_initialized():
-        model, optimizer = sharded(seed + 1)
+        model, optimizer = sharded(seed + 1, name)
     else:
         model = net(seed + 1)
-        optimizer = sgd(model, freezing())
+        optimizer = made(model, freezing(), name)
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(model, state, options=options)
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
@@ -522,29 +529,31 @@ def shards_resumed(seed, state, optimizer_state, steps):
 
 
 @pytest.mark.parametrize("stop", [0, 2, 8], ids=["at the start", "one frozen", "at a thaw"])
-def test_a_consolidated_state_is_resumed_by_one_and_by_three(ranks, seed, stop):
-    state, optimizer_state = ranks.run(shards_saved_after, seed, stop)[0]
-    expected, rest = in_one_process(seed), range(stop, STEPS)
-    arguments = seed, state, optimizer_state, rest
+@every_optimizer
+def test_a_consolidated_state_is_resumed_by_one_and_by_three(ranks, seed, stop, name):
+    state, optimizer_state = ranks.run(shards_saved_after, seed, stop, name)[0]
+    expected, rest = in_one_process(seed, name), range(stop, STEPS)
+    arguments = seed, state, optimizer_state, rest, name
     for found in (*ranks.run(shards_resumed, *arguments, world=3), shards_resumed(*arguments)):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def shards_resumed_from_one_process(seed, state, optimizer_state, steps):
-    model, optimizer = sharded(seed + 1)
+def shards_resumed_from_one_process(seed, state, optimizer_state, steps, name):
+    model, optimizer = sharded(seed + 1, name)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
     optimizer.load_state_dict(optimizer_state)
     train(model, optimizer, steps, seed)
     return whole(model)
 
 
-def test_shards_resume_what_one_process_has_saved(ranks, seed):
+@every_optimizer
+def test_shards_resume_what_one_process_has_saved(ranks, seed, name):
     model = net(seed)
-    optimizer = sgd(model, freezing())
+    optimizer = made(model, freezing(), name)
     train(model, optimizer, range(2), seed)
-    arguments = seed, weights(model), optimizer.state_dict(), range(2, STEPS)
+    arguments = seed, weights(model), optimizer.state_dict(), range(2, STEPS), name
     for found in ranks.run(shards_resumed_from_one_process, *arguments):
-        torch.testing.assert_close(found, in_one_process(seed), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found, in_one_process(seed, name), rtol=1e-9, atol=1e-11)
 
 
 def test_a_plan_whose_model_has_lost_a_layer_is_refused():

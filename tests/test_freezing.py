@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.freezing import format_table, split
 from fastfreeze.optim import SGD
-from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles
+from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles, Frozen, GradualUnfreezing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -616,6 +616,8 @@ SCHEDULES = {
     "sticky": FreezeOutCycles(24, num_cycles=4, t_0=0.4),
     "last_k": FreezeOutCycles(24, num_cycles=3, t_0=0.3, composition="last_k", k=2),
     "thaw": FreezeOutCycles(25, num_cycles=3, t_0=0.3, composition="thaw"),
+    "frozen": Frozen(20, until=1),
+    "unfreezing": GradualUnfreezing(20, unfreeze_every=4),
 }
 
 
@@ -941,10 +943,43 @@ def test_table_tells_what_an_earlier_training_has_left_frozen():
 def test_table_of_cycles_names_every_freeze_and_rate():
     schedule = FreezeOutCycles(100, num_cycles=5, t_0=0.5, composition="thaw")
     row = str(split(mlp(), schedule=schedule, lr=0.1)).splitlines()[2]
-    assert row.split() == ["0", "0", "0", "32", *["3,", "23,", "43", "and", "2", "more"], "0.8"]
+    thaws = ["20,", "40,", "60", "and", "1", "more"]
+    assert row.split()[3:] == ["32", *["3,", "23,", "43", "and", "2", "more"], *thaws, "0.8"]
     schedule = FreezeOutCycles(100, num_cycles=2, t_0=0.5)
     row = str(split(mlp(), schedule=schedule, lr=0.1)).splitlines()[2]
     assert row.split() == ["0", "0", "0", "32", "57", "0.1,", "0.8"]
+
+
+def test_table_of_fine_tuning():
+    plan = split(mlp(), schedule=GradualUnfreezing(9, unfreeze_every=3, layer_decay=0.5), lr=0.1)
+    rows = [line.split()[-3:] for line in str(plan).splitlines()[2:]]
+    assert rows == [["0", "6", "0.025"], ["0", "3", "0.05"], ["-", "-", "0.1"]]
+    plan = dataclasses.replace(plan, schedule=Frozen(9, until="5"))
+    assert plan.schedule == Frozen(9, until=2)
+    rows = [line.split()[-2:] for line in str(plan).splitlines()[2:]]
+    assert rows == [["0", "-"], ["0", "-"], ["-", "0.1"]]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "example", "message"),
+    [
+        (Frozen(9, until="6"), X, r"until must be one of the layers \['0', '3', '5'\], got '6'"),
+        (Frozen(9, until=3), X, "until must be in 1..2, as the head trains, got 3"),
+        (Frozen(9, until=0.5), None, "until=0.5 .* give split an example input"),
+        (GradualUnfreezing(9, unfreeze_every=5), X, "would start layer 0 of 3 at step 10"),
+    ],
+)
+def test_a_schedule_for_other_layers_is_refused(schedule, example, message):
+    with pytest.raises(ValueError, match=message):
+        split(mlp(), example, schedule=schedule)
+
+
+def test_a_share_of_the_compute_is_frozen_at_most():
+    plan = split(mlp(), torch.ones(4, 3))
+    costs = [layer.forward_flops + layer.backward_flops for layer in plan.layers]
+    shares = [sum(costs[:n]) / sum(costs) for n in (1, 2)]
+    for until, first in [(shares[0] + 1e-6, 1), (shares[1] - 1e-6, 1), (shares[1] + 1e-6, 2)]:
+        assert dataclasses.replace(plan, schedule=Frozen(9, until=until)).schedule.until == first
 
 
 def test_table_shows_stages():

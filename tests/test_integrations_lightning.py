@@ -40,7 +40,7 @@ def network():
 
 
 def schedule_of(steps):
-    return fastfreeze.FreezeOutCycles(steps, num_cycles=CYCLES, t_0=0.3, composition="sticky")
+    return fastfreeze.FreezeOutCycles(steps, num_cycles=CYCLES, t_0=0.3, scale_lr=False)
 
 
 def module_of(lightning):
@@ -95,14 +95,14 @@ class WithAdamW(Module):
     """Another optimizer, and a scheduler that freezes."""
 
     def configure_optimizers(self):
-        optimizer, scheduler = adamw(self.model)
+        self.plan, optimizer, scheduler = adamw(self.model)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 def adamw(model):
-    groups = fastfreeze.split(model, torch.zeros(1, 2, 6, 6)).param_groups()
-    optimizer = torch.optim.AdamW(groups, lr=0.01)
-    return optimizer, fastfreeze.FreezeScheduler(optimizer, fastfreeze.FreezeOut(STEPS, t_0=0.3))
+    plan = fastfreeze.split(model, torch.zeros(1, 2, 6, 6))
+    optimizer = torch.optim.AdamW(plan.param_groups(), lr=0.01)
+    return plan, optimizer, fastfreeze.FreezeScheduler(optimizer, schedule_of(STEPS))
 
 
 @pytest.fixture
@@ -152,15 +152,25 @@ def steps_by_hand(network, optimizer, loader):
 def test_another_optimizer_freezes_by_a_scheduler(loader, tmp_path):
     expected = network()
     module = WithAdamW(copy.deepcopy(expected))
-    run = trainer(tmp_path)
+    store, snapshots = fastfreeze.MemorySnapshots(), fastfreeze.MemorySnapshots()
+    example = torch.zeros(1, 2, 6, 6)
+    callback = FastfreezeCallback(store=store, plan="plan", example_inputs=example)
+    run = trainer(tmp_path, callback)
     run.fit(module, loader)
-    optimizer, scheduler = adamw(expected)
-    for _ in steps_by_hand(expected, optimizer, loader):
+    _, optimizer, scheduler = adamw(expected)
+    for _ in steps_by_hand(fastfreeze.trim(expected), optimizer, loader):
         scheduler.step()
+        if scheduler.current_step in scheduler.schedule.cycle_ends:
+            snapshots.save(expected, step=scheduler.current_step, cycle=len(snapshots))
     (found,) = [config.scheduler for config in run.lr_scheduler_configs]
     assert found.current_step == STEPS
     assert found.frozen_layers == scheduler.frozen_layers == (0, 1, 2)
     assert_same_bits(module.model.state_dict(), expected.state_dict())
+    assert module.seen["train"] == {TrimmedModel}
+    assert callback.report.rows[-1].frozen == (0, 1, 2)
+    assert [(s.step, s.cycle) for s in store] == [(s.step, s.cycle) for s in snapshots] != []
+    for ours, theirs in zip(store, snapshots, strict=True):
+        assert_same_bits(store.load(ours), snapshots.load(theirs))
 
 
 def assert_same_bits(a, b):
@@ -327,9 +337,9 @@ class WithAdam(Module):
             Module, None, {"network": "net"}, {}, r"of Module \(model\), got 'net'", id="network"
         ),
         pytest.param(
-            WithAdam, None, {}, {}, r"fastfreeze.SGD .* got torch.optim.adam.Adam", id="optimizer"
+            WithAdam, None, {}, {}, r"fastfreeze.SGD, .* got torch.optim.adam.Adam", id="optimizer"
         ),
-        pytest.param(WithoutSchedule, None, {}, {}, "SGD with a schedule", id="no schedule"),
+        pytest.param(WithoutSchedule, None, {}, {}, "AdamW with a schedule", id="no schedule"),
         pytest.param(Module, 17, {}, {}, "total_steps=17, the training 18", id="short schedule"),
         pytest.param(
             Module, None, {"plan": "steps"}, {}, "got 'steps', which is None", id="no plan"

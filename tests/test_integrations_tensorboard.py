@@ -72,6 +72,16 @@ def test_groups_without_layers_go_by_number(logs):
     assert read("learning_rate/0") == pytest.approx({0: 0.1})
 
 
+def test_a_scheduler_that_freezes_is_logged_too(logs):
+    writer, read = logs
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    groups = fastfreeze.split(model, torch.zeros(1, 2)).param_groups()
+    optimizer = torch.optim.AdamW(groups, 0.1)
+    log_step(writer, fastfreeze.FreezeScheduler(optimizer, fastfreeze.Frozen(4, until=1)))
+    assert read("frozen_layers") == {0: 1}
+    assert read("learning_rate/001_1") == pytest.approx({0: 0.1})
+
+
 def test_predicted_and_measured_saving_are_written_for_each_event(logs):
     writer, read = logs
     _, _, report, step = training()
@@ -109,5 +119,5 @@ def test_what_is_no_writer_is_refused(log, message):
 
 
 def test_another_optimizer_is_refused(logs):
-    with pytest.raises(TypeError, match=r"fastfreeze\.SGD, got Adam"):
+    with pytest.raises(TypeError, match="a FreezeScheduler, got Adam"):
         log_step(logs[0], torch.optim.Adam(nn.Linear(2, 2).parameters()))

@@ -248,20 +248,22 @@ def test_another_optimizer_freezes_by_a_scheduler(options, tmp_path):
         model = bert()
         model.load_state_dict(start)
         options_of_run = {"save_strategy": "steps", "save_steps": half, **options}
-        run, _, _ = trainer(model, data, tmp_path / name, **options_of_run)
-        schedule = fastfreeze.FreezeOut(total_steps(run), t_0=0.3)
+        store = fastfreeze.MemorySnapshots()
+        run, _, _ = trainer(model, data, tmp_path / name, store, **options_of_run)
+        schedule = fastfreeze.FreezeOutCycles(total_steps(run), num_cycles=2, scale_lr=False)
         example = tuple(v[None] for name, v in data[0].items() if name != "labels")
         groups = fastfreeze.split(model, example).param_groups(no_decay=True)
-        run.callback_handler.pop_callback(FastfreezeCallback)
         run.optimizer = torch.optim.AdamW(groups, lr=0.01)
         run.lr_scheduler = scheduler = fastfreeze.FreezeScheduler(run.optimizer, schedule)
         run.train(resume_from_checkpoint=checkpoint)
-        return model, scheduler
+        return model, scheduler, [snapshot.step for snapshot in store]
 
-    model, scheduler = train("whole")
+    model, scheduler, snapshots = train("whole")
+    assert snapshots == [half, 2 * half]
     assert scheduler.current_step == 2 * half
     assert scheduler.frozen_layers == tuple(range(len(scheduler.frozen_layers))) != ()
-    again, resumed = train("resumed", str(tmp_path / "whole" / f"checkpoint-{half}"))
+    again, resumed, late = train("resumed", str(tmp_path / "whole" / f"checkpoint-{half}"))
+    assert late == [2 * half]
     assert resumed.current_step == scheduler.current_step
     assert resumed.frozen_layers == scheduler.frozen_layers
     assert_same_bits(again.state_dict(), model.state_dict())
@@ -343,8 +345,14 @@ def unknown_part(run, _):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (without_scheduler, "must be an IdleScheduler, got LambdaLR"),
-        (other_optimizer, "with a schedule, over parameters that train, got torch.optim.sgd.SGD"),
+        (
+            without_scheduler,
+            "must be an IdleScheduler, or a FreezeScheduler for an .* got LambdaLR",
+        ),
+        (
+            other_optimizer,
+            "among the schedulers, over parameters that train, got torch.optim.sgd.SGD",
+        ),
         (more_epochs, "total_steps=18, the training 21"),
         (unknown_part, r"BertForSequenceClassification \(bert, dropout, classifier\), got 'vit'"),
     ],

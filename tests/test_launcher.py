@@ -49,7 +49,7 @@ def test_the_driver_gets_what_the_launcher_was_given(which):
             assert launch["stream"] == STREAM, case
 
 
-@pytest.mark.parametrize("name", ["step", "tracks"])
+@pytest.mark.parametrize("name", ["SGD, step", "SGD, tracks", "Adam, step", "Adam, tracks"])
 def test_the_driver_gets_the_tables_of_a_plan(name):
     launch = driven("quick")["arguments"][name]
     received, expected = dict(launch["received"]), launch["expected"]

@@ -12,7 +12,14 @@ from torch import nn
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning
 from fastfreeze.ops import _library
 from fastfreeze.optim import SGD
-from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles, SnapshotCycles
+from fastfreeze.schedule import (
+    Cosine,
+    FreezeOut,
+    FreezeOutCycles,
+    Frozen,
+    GradualUnfreezing,
+    SnapshotCycles,
+)
 from tests.conftest import needs_cpu_kernels, resolved, sgd_kernels
 
 HYPERS = {
@@ -339,6 +346,9 @@ SCHEDULES = {
     "freezeout": FreezeOut(20, t_0=0.5),
     "sticky": FreezeOutCycles(20, num_cycles=4, t_0=0.5),
     "thaw": FreezeOutCycles(20, num_cycles=2, t_0=0.5, composition="thaw"),
+    "warm": FreezeOut(20, t_0=0.5, warmup_steps=6),
+    "frozen": Frozen(20, until=1),
+    "unfreezing": GradualUnfreezing(20, unfreeze_every=6, warmup_steps=9, layer_decay=0.5),
 }
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 

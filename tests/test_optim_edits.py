@@ -343,7 +343,7 @@ def test_parameters_that_share_memory_are_updated_one_after_the_other(kind):
 
     expected = trained(lambda p, **k: torch.optim.SGD(p, foreach=False, **k))
     torch.testing.assert_close(trained(SGD), expected, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="parameter 0: it, its gradient or its momentum shares"):
+    with pytest.raises(ValueError, match="parameter 0: it, its gradient or its state shares"):
         trained(lambda p, **k: SGD(p, backend="cpu", **k))
 
 

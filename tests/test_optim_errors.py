@@ -427,7 +427,9 @@ def test_copies_check_initial_rates(copied):
 
 def test_checking_costs_nothing_while_rates_stay(monkeypatch):
     model, optimizer = trained(Cosine(20))
-    monkeypatch.setattr("fastfreeze.optim.sgd.check_group_rate", lambda *_: pytest.fail("checked"))
+    monkeypatch.setattr(
+        "fastfreeze.optim.fused.check_group_rate", lambda *_: pytest.fail("checked")
+    )
     train(model, optimizer, 5, start=4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -11,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfreeze
 from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.optim import SGD
-from fastfreeze.schedule import FreezeOut, FreezeOutCycles
+from fastfreeze.schedule import FreezeOut, FreezeOutCycles, Frozen, GradualUnfreezing
 
 X = torch.randn(4, 6)
 
@@ -39,7 +41,11 @@ def told(act):
     return [str(w.message) for w in caught if issubclass(w.category, FastfreezeWarning)]
 
 
-FREEZING = FreezeOut(20, t_0=0.3)
+FREEZING = FreezeOut(20, t_0=0.3, scale_lr=False)
+THAWING = {
+    "cycles": FreezeOutCycles(40, num_cycles=2, composition="thaw"),
+    "unfreezing": GradualUnfreezing(40, unfreeze_every=12),
+}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +97,49 @@ def plain_sgd_after_a_plan():
 )
 def test_nothing_to_tell(make):
     assert told(make) == []
+
+
+TIMES = {
+    "FreezeOut": (
+        FreezeOut(20, t_0=0.3),
+        r"layers 0 start at .* 37 times .*, 3\.7 instead of 0\.1",
+    ),
+    "cycles": (FreezeOutCycles(20, num_cycles=2, t_0=0.2), r"layers 0 start at up to 125 times"),
+    "the paper's": (FreezeOut(20, t_0=0.5), None),
+    "unscaled": (FreezeOut(20, t_0=0.1, scale_lr=False), None),
+    "decayed": (FreezeOut(20, t_0=0.3, layer_decay=0.5), None),
+}
+
+
+@pytest.mark.parametrize(("schedule", "message"), TIMES.values(), ids=TIMES)
+@pytest.mark.parametrize("how", ["SGD", "FreezeScheduler"])
+def test_rates_of_many_times_what_was_asked_for(how, schedule, message):
+    groups = planned(net(), schedule).param_groups()
+    if how == "SGD":
+        messages = told(lambda: SGD(groups, lr=0.1, schedule=schedule))
+    else:
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        messages = told(lambda: FreezeScheduler(optimizer, schedule))
+    assert len(messages) == (message is not None)
+    assert all(re.match(message, text) for text in messages)
+
+
+def test_a_name_that_no_plan_has_resolved_changes_nothing():
+    model, schedule = net(), Frozen(20, until="2")
+    plan = planned(model, schedule)
+    with pytest.raises(ValueError, match=r"until='2' is for a plan to resolve: .*plan\.schedule"):
+        SGD(plan.param_groups(), lr=0.1, schedule=schedule)
+    assert all(p.requires_grad for p in model.parameters())
+    optimizer = SGD(plan.param_groups(), lr=0.1, schedule=plan.schedule)
+    assert optimizer.frozen_layers == (0, 1)
+
+
+def test_a_second_run_thaws_what_the_first_one_left_frozen():
+    model, schedule = net(), THAWING["unfreezing"]
+    plan = planned(model, schedule)
+    train(model, SGD(plan.param_groups(), lr=0.1, schedule=schedule), 5)
+    train(model, SGD(plan.param_groups(), lr=0.1, schedule=schedule), 40)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_an_earlier_run_has_frozen_layers():
@@ -170,7 +219,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_layers_without_gradients_since_a_freeze_are_named(use_reentrant):
-    model, schedule = Checkpointed(use_reentrant), FreezeOut(400, t_0=0.3)
+    model, schedule = Checkpointed(use_reentrant), FreezeOut(400, t_0=0.3, scale_lr=False)
     names = [f"layers.{i}" for i in range(4)]
     plan = fastfreeze.split(model, layers=names, schedule=schedule, lr=0.1)
     optimizer = SGD(plan.param_groups(), lr=0.1, schedule=schedule)
@@ -181,15 +230,16 @@ def test_layers_without_gradients_since_a_freeze_are_named(use_reentrant):
         assert "use_reentrant=False" in message
 
 
-def test_a_thaw_by_the_schedule_is_silent():
-    model, schedule = net(), FreezeOutCycles(40, num_cycles=2, composition="thaw")
+@pytest.mark.parametrize("schedule", THAWING.values(), ids=THAWING)
+def test_a_thaw_by_the_schedule_is_silent(schedule):
+    model = net()
     optimizer = SGD(planned(model, schedule).param_groups(), lr=0.1, schedule=schedule)
     assert told(lambda: train(model, optimizer, 40)) == []
 
 
 def test_gradients_in_turn_are_no_failure():
     """As of networks that train in turn: theirs are missing for some steps."""
-    model, schedule = net(), FreezeOut(60, t_0=0.3)
+    model, schedule = net(), FreezeOut(60, t_0=0.3, scale_lr=False)
     optimizer = SGD(planned(model, schedule).param_groups(), lr=0.1, schedule=schedule)
 
     def every_other_step():

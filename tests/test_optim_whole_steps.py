@@ -80,7 +80,7 @@ def interrupted_at(count):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a callback
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ctrl_c_at_any_line_leaves_a_step_whole(backend):
-    schedule = FreezeOut(600, t_0=0.3)
+    schedule = FreezeOut(600, t_0=0.3, scale_lr=False)
     interrupted, calm = Run(backend, schedule), Run(backend, schedule)
     interrupted.step()
     calm.step()

@@ -229,7 +229,7 @@ def freezing_run(schedule, *, report=True, steps=None):
 
 
 def test_every_event_of_a_schedule_is_a_row():
-    schedule = FreezeOut(30, t_0=0.4)
+    schedule = FreezeOut(30, t_0=0.4, scale_lr=False)
     _, _, report = freezing_run(schedule)
     events = [schedule.freeze_steps(i, 5)[0] for i in range(4)]
     assert [row.step for row in report.rows] == events
@@ -263,7 +263,7 @@ def test_a_model_of_keyword_arguments(trimmed):
 
 
 def test_a_thaw_is_an_event_too():
-    schedule = FreezeOutCycles(40, num_cycles=2, t_0=0.4, composition="thaw")
+    schedule = FreezeOutCycles(40, num_cycles=2, t_0=0.4, scale_lr=False, composition="thaw")
     _, _, report = freezing_run(schedule, steps=39)
     thaw = next(row for row in report.rows if not row.frozen)
     assert thaw.step == 20
@@ -315,7 +315,7 @@ def test_an_error_in_a_step_is_not_a_step_and_leaves_no_hooks():
 
 
 def test_table():
-    _, _, report = freezing_run(FreezeOut(30, t_0=0.4))
+    _, _, report = freezing_run(FreezeOut(30, t_0=0.4, scale_lr=False))
     lines = str(report).splitlines()
     headers = ["step", "frozen layers", "predicted", "limit", "measured", "ms before", "ms after"]
     assert " ".join(lines[0].split()) == " ".join(headers)
@@ -334,7 +334,7 @@ def test_each_event_with_a_blocker_warns_once():
     model, x = build_model("resnet8-w4", num_classes=2), torch.randn(2, 3, 8, 8)
     norm = model.stem.layers[1]
     norm.weight.requires_grad_(False)
-    schedule = FreezeOut(30, t_0=0.4)
+    schedule = FreezeOut(30, t_0=0.4, scale_lr=False)
     plan = split(model, x, schedule=schedule)
     norm.weight.requires_grad_(True)  # in no group of the optimizer
     optimizer = fastfreeze.SGD(plan.param_groups(), 0.05, schedule=schedule)

@@ -166,6 +166,20 @@ def test_frozen_layers_stay_as_they_are(data):
     assert not torch.equal(seen[-1][2]["layers.2.weight"], seen[-2][2]["layers.2.weight"])
 
 
+FINE = {"warm": {"warmup_steps": 4}, "by layer": {"layer_decay": 0.5}, "floor": {"eta_min": 0.01}}
+
+
+@pytest.mark.parametrize("options", FINE.values(), ids=FINE)
+def test_a_setup_follows_all_of_its_schedule(data, options):
+    schedule = Cosine(TOTAL_STEPS, **options)
+    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    setup = set_up(model, schedule, 0.05, data.example(CPU))
+    train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
+    groups = setup.optimizer.param_groups
+    rates = [schedule.lr(3, 0.05, i, len(groups)) for i in range(len(groups))]
+    assert [group["lr"] for group in groups] == pytest.approx(rates)
+
+
 def test_losses_and_times_are_those_of_each_step(data):
     model = build_model("resnet8-w4", num_classes=2, in_channels=1)
     setup = set_up(model, SnapshotCycles(TOTAL_STEPS, num_cycles=2), 0.05, None)

@@ -22,10 +22,12 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
-from fastfreeze.ops import _triton_sgd, _triton_softmax
+from fastfreeze.ops import _triton_softmax, _triton_step
+from fastfreeze.ops._adam_plans import ADAM_HYPERS, AdamSpec
+from fastfreeze.ops._device_adam import AdamTritonPlan
 from fastfreeze.ops._device_sgd import TritonPlan
 from fastfreeze.ops._placements import Given
-from fastfreeze.ops._plans import PlanSpec
+from fastfreeze.ops._plans import HYPERS, PlanSpec
 from fastfreeze.schedule import Cosine
 from tests import compiled
 
@@ -65,17 +67,30 @@ class Recorder:
         KernelInterface.__getitem__ = launcher
 
 
-def sgd_step(dtype, momentum_dtype=None, scaled=False):
+def taken(plan_class, spec, num_hypers, scaled):
     """A step, with what its plan's making launches."""
-    param, grad = torch.zeros(5000, dtype=dtype), torch.ones(5000, dtype=dtype)
-    buffer = torch.zeros(5000, dtype=momentum_dtype or dtype)
-    segments = Cosine(100).segments()
-    spec = PlanSpec([param], [buffer], [True], [0], [segments], 0.0, momentum_dtype)
+    grads = [torch.ones_like(p) for p in spec.params]
     amp = torch.ones(()) if scaled else None
-    plan = TritonPlan(spec)
-    plan.step(
-        plan.align([param], [grad], Given([grad])), torch.zeros(1, 7).double().numpy(), 0, amp, amp
-    )
+    plan = plan_class(spec)
+    aligned = plan.align(spec.params, grads, Given(grads))
+    plan.step(aligned, torch.zeros(1, num_hypers).double().numpy(), 0, amp, amp)
+
+
+def sgd_step(dtype, momentum_dtype=None, scaled=False):
+    """Of one tensor."""
+    param, buffer = (torch.zeros(5000, dtype=d) for d in (dtype, momentum_dtype or dtype))
+    segments = Cosine(100).segments()
+    spec = PlanSpec([param], [buffer], [True], [0], [segments], 0.0, 0, momentum_dtype)
+    taken(TritonPlan, spec, len(HYPERS), scaled)
+
+
+def adam_step(dtype, state_dtype=None, scaled=False):
+    """The same, with amsgrad."""
+    param = torch.zeros(5000, dtype=dtype)
+    moments = [[torch.zeros(5000, dtype=state_dtype or dtype)] for _ in range(3)]
+    segments = Cosine(100).segments()
+    spec = AdamSpec([param], *moments, torch.zeros(1), [True], [0], [segments], 0.0, 0, state_dtype)
+    taken(AdamTritonPlan, spec, len(ADAM_HYPERS), scaled)
 
 
 def softmax(dtype, rows, classes, log=False):
@@ -115,9 +130,12 @@ FLOATS = {
     "bf16": torch.bfloat16,
 }
 CASES: dict[str, Callable[[], None]] = {
-    **{f"sgd {name}": lambda d=d: sgd_step(d) for name, d in FLOATS.items()},
-    "sgd bf16, momentum fp32": lambda: sgd_step(torch.bfloat16, torch.float32),
-    "sgd fp32, scaled": lambda: sgd_step(torch.float32, scaled=True),
+    **{f"SGD {name}": lambda d=d: sgd_step(d) for name, d in FLOATS.items()},
+    "SGD bf16, momentum fp32": lambda: sgd_step(torch.bfloat16, torch.float32),
+    "SGD fp32, scaled": lambda: sgd_step(torch.float32, scaled=True),
+    **{f"Adam {name}": lambda d=d: adam_step(d) for name, d in FLOATS.items()},
+    "Adam bf16, moments fp32": lambda: adam_step(torch.bfloat16, torch.float32),
+    "Adam fp32, scaled": lambda: adam_step(torch.float32, scaled=True),
     **{f"softmax {name}": lambda d=d: softmax(d, 64, 1024) for name, d in FLOATS.items()},
     "softmax fp32, few classes": lambda: softmax(torch.float32, 256, 16),
     "softmax fp32, many classes": lambda: softmax(torch.float32, 8, 50304),
@@ -163,7 +181,7 @@ def main() -> None:
     result = {}
     for name in sys.argv[1:]:
         recorder.targets.append(target_of(name))
-        _triton_sgd.warp_size = recorder.targets[-1].warp_size
+        _triton_step.warp_size = recorder.targets[-1].warp_size
         result[name] = {}
         for case, launch in {**CASES, **SEEDED}.items():
             recorder.launched.clear()

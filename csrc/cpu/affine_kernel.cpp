@@ -11,7 +11,7 @@
 
 #include "cpu/images.h"
 #include "cpu/isa.h"
-#include "sgd_math.h"
+#include "element_math.h"
 
 namespace fastfreeze {
 namespace {

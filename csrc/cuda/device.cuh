@@ -10,18 +10,11 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "host_device.h"
+
 namespace fastfreeze {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-// A pointer read from a table is generic until the compiler knows better.
-template <typename T>
-__device__ __forceinline__ T* as_global(T* p) {
-#ifdef __CUDACC__
-  __builtin_assume(__isGlobal(p));
-#endif
-  return p;
-}
 
 template <typename T>
 __host__ __device__ __forceinline__ bool aligned16(const T* p) {

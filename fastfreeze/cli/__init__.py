@@ -1,4 +1,4 @@
-"""The command ``fastfreeze``: train, compare, reproduce, plot, plan, backends.
+"""The command ``fastfreeze``: train, finetune, compare, reproduce, plot, plan, backends.
 
 Exit codes: 0 done, 1 failed for a reason that the message tells, 2 bad usage, 130 interrupted.
 """
@@ -15,7 +15,7 @@ except ModuleNotFoundError:
     sys.exit('fastfreeze: the command line needs click: pip install "fastfreeze[train]"')
 
 from fastfreeze._version import __version__
-from fastfreeze.cli import backends, compare, plan, plot, reproduce, train
+from fastfreeze.cli import backends, compare, finetune, plan, plot, reproduce, train
 from fastfreeze.errors import SnapshotError
 from fastfreeze.recipes.errors import RecipeError
 
@@ -45,6 +45,7 @@ def main() -> None:
 
 for command in (
     train.train,
+    finetune.finetune,
     compare.compare,
     reproduce.reproduce,
     plot.plot,

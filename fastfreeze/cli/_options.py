@@ -84,6 +84,16 @@ def with_options(command: Command, *options: Callable[[Command], Command]) -> Co
     return command
 
 
+t_0_option = click.option(
+    "--t0",
+    "t_0",
+    type=click.FloatRange(0, 1, min_open=True),
+    callback=finite,
+    default=FreezeOut.t_0,
+    help="FreezeOut: share of the run, before how_scale, for which layer 0 trains.",
+)
+
+
 def freezeout_options(command: Command) -> Command:
     """The options that train and plan share."""
     return with_options(
@@ -93,14 +103,7 @@ def freezeout_options(command: Command) -> Command:
             type=click.Choice(["linear", "squared", "cubic"]),
             default=FreezeOut.how_scale,
         ),
-        click.option(
-            "--t0",
-            "t_0",
-            type=click.FloatRange(0, 1, min_open=True),
-            callback=finite,
-            default=FreezeOut.t_0,
-            help="FreezeOut: share of the run, before --how-scale, for which layer 0 trains.",
-        ),
+        t_0_option,
         click.option(
             "--lr",
             type=click.FloatRange(min=0, min_open=True),
@@ -111,23 +114,38 @@ def freezeout_options(command: Command) -> Command:
     )
 
 
+def data_options(data: str, image_size: int, model: str) -> Callable[[Command], Command]:
+    """What is trained on what, with these defaults."""
+
+    def add(command: Command) -> Command:
+        return with_options(
+            command,
+            click.option("--data", type=click.Choice(DATA_NAMES), default=data),
+            click.option(
+                "--data-dir", type=DIRECTORY, help="Where the files of --data are; not for mnist5k."
+            ),
+            click.option(
+                "--image-size",
+                type=click.IntRange(min=8),
+                default=image_size,
+                help="For --data folder.",
+            ),
+            click.option(
+                "--model",
+                callback=model_name,
+                default=model,
+                help=f"{', '.join(MODEL_NAMES)}; {', '.join(OTHER_MODELS)}, the last your own.",
+            ),
+        )
+
+    return add
+
+
 def training_options(command: Command) -> Command:
     """The options that train and compare share: data, network, budget, methods' parameters."""
     return with_options(
         command,
-        click.option("--data", type=click.Choice(DATA_NAMES), default="mnist5k"),
-        click.option(
-            "--data-dir", type=DIRECTORY, help="Where the files of --data are; not for mnist5k."
-        ),
-        click.option(
-            "--image-size", type=click.IntRange(min=8), default=64, help="For --data folder."
-        ),
-        click.option(
-            "--model",
-            callback=model_name,
-            default="tiny-resnet20",
-            help=f"{', '.join(MODEL_NAMES)}; {' or '.join(OTHER_MODELS)}, your own.",
-        ),
+        data_options("mnist5k", 64, "tiny-resnet20"),
         click.option("--epochs", type=AT_LEAST_1, default=15),
         click.option("--batch-size", type=AT_LEAST_1, default=64),
         freezeout_options,

@@ -58,9 +58,9 @@ def plan(
     """Show a network's layers, when FreezeOut freezes them, and what that saves.
 
     MODEL is one of the papers' networks (as in `fastfreeze train --model`), a classification
-    network of torchvision as torchvision:NAME, or your own as MODULE:FUNCTION, where the function
-    takes no arguments and returns the network. Large images are those of torchvision's networks
-    and of imagenet-resnet50.
+    network as torchvision:NAME or timm:NAME, or your own as MODULE:FUNCTION, where the function
+    takes no arguments and returns the network. Large images are those of torchvision's and timm's
+    networks and of imagenet-resnet50.
 
     \b
     Examples:
@@ -106,7 +106,7 @@ def _layers(
 
     from fastfreeze.recipes.networks import is_own, layers_of, outline
 
-    large = model.startswith(("torchvision:", "imagenet-"))
+    large = model.startswith(("torchvision:", "timm:", "imagenet-"))
     size = image_size or (224 if large else 32)
     if is_own(model) and num_classes is not None:
         raise click.UsageError(f"--num-classes is not for {model}, which takes no arguments")

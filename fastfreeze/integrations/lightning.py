@@ -47,10 +47,13 @@ def total_steps(trainer: Trainer) -> int:
 class FastfreezeCallback(Callback):  # type: ignore[misc, unused-ignore]
     """Trims a LightningModule's network while it trains, and takes a snapshot at each cycle's end.
 
-    ``configure_optimizers`` returns a :class:`fastfreeze.SGD` with a schedule; checkpoints from the
-    ends of epochs resume it bit for bit. In manual optimization each ``step()`` counts. In the
-    training batches alone the network is replaced by :func:`fastfreeze.trim` of it, so that
-    validation, checkpoints and exports see the network itself.
+    ``configure_optimizers`` returns a :class:`fastfreeze.SGD`, ``Adam`` or ``AdamW`` with a
+    schedule, or any optimizer of torch with a :class:`fastfreeze.FreezeScheduler`, stepped after
+    each of its steps (``"interval": "step"``); checkpoints from the ends of epochs resume both bit
+    for bit. In manual optimization each ``step()`` counts. In the training batches alone the
+    network is replaced by
+    :func:`fastfreeze.trim` of it, so that validation, checkpoints and exports see the network
+    itself.
 
     Args:
         network: name of the LightningModule's attribute, or of a submodule further down, that
@@ -65,8 +68,8 @@ class FastfreezeCallback(Callback):  # type: ignore[misc, unused-ignore]
         report: the :class:`fastfreeze.FreezeReport` of the latest training; None without ``plan``.
 
     Raises, when the training starts:
-        ValueError: there is no such network or plan, or no ``fastfreeze.SGD`` with a schedule for
-            it; or the schedule has fewer steps than the training.
+        ValueError: there is no such network or plan, or no optimizer with a schedule for it, its
+            own or a ``FreezeScheduler``'s; or the schedule has fewer steps than the training.
 
     Warns:
         FastfreezeWarning: the schedule has more steps than the training.
@@ -93,6 +96,7 @@ class FastfreezeCallback(Callback):  # type: ignore[misc, unused-ignore]
             pl_module,
             self._network,
             trainer.optimizers,
+            [config.scheduler for config in trainer.lr_scheduler_configs],
             total_steps=int(steps) if is_known else None,
             store=self._store if trainer.is_global_zero else None,
             saved=network_of(pl_module, self._network),

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastfreeze.ensemble import Snapshot
-from fastfreeze.optim import SGD
+from fastfreeze.layers.freeze import FreezeScheduler
+from fastfreeze.optim import FusedOptimizer
 from fastfreeze.report import FreezeReport
 
 
-def log_step(writer: Any, optimizer: SGD) -> None:
+def log_step(writer: Any, optimizer: FusedOptimizer | FreezeScheduler) -> None:
     """Write each layer's learning rate, and how many layers are frozen, at the present step.
 
     ::
@@ -20,16 +21,21 @@ def log_step(writer: Any, optimizer: SGD) -> None:
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its methods.
-        optimizer: its ``current_step`` is the axis; the rates are those of the step to come.
+        optimizer: its ``current_step`` is the axis; the rates are those of the step to come. Or the
+            scheduler that freezes for another one; to be called after each ``scheduler.step``.
 
     Raises:
         TypeError: one of the two is something else.
     """
     _check_writer(writer)
-    if not isinstance(optimizer, SGD):
-        raise TypeError(f"optimizer must be a fastfreeze.SGD, got {type(optimizer).__name__}")
+    if not isinstance(optimizer, (FusedOptimizer, FreezeScheduler)):
+        raise TypeError(
+            "optimizer must be a fastfreeze.SGD, Adam or AdamW, or a FreezeScheduler, got "
+            f"{type(optimizer).__name__}"
+        )
     step = optimizer.current_step
-    for i, group in enumerate(optimizer.param_groups):
+    stepped = optimizer.optimizer if isinstance(optimizer, FreezeScheduler) else optimizer
+    for i, group in enumerate(stepped.param_groups):
         name = f"{group['layer_index']:03d}_{group['layer_name']}" if "layer_name" in group else i
         writer.add_scalar(f"learning_rate/{name}", float(group["lr"]), step)
     writer.add_scalar("frozen_layers", len(optimizer.frozen_layers), step)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fastfreeze.ensemble import MemorySnapshots, SnapshotStore
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.freezing import LayerPlan
-from fastfreeze.optim import SGD
+from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Schedule
 from fastfreeze.trimming import trim
@@ -30,8 +30,8 @@ class TrainingRun:
     Args:
         owner: the module that the framework trains.
         name: of the network in it: a submodule, which is called for the forward.
-        optimizers: those of the training. One of them is a ``fastfreeze.SGD`` with a schedule, for
-            parameters of ``owner``'s network.
+        optimizers, schedulers: those of the training. One optimizer, for parameters of ``owner``'s
+            network, has a schedule, or one of the schedulers is a ``FreezeScheduler`` for it.
         total_steps: how many optimizer steps the framework will take; None if that is not known.
         store: where the snapshot of each cycle's end goes; None: none are taken.
         saved: the module whose weights snapshots are of.
@@ -50,6 +50,7 @@ class TrainingRun:
         owner: nn.Module,
         name: str,
         optimizers: Iterable[Any],
+        schedulers: Iterable[Any],
         *,
         total_steps: int | None,
         store: Store | None,
@@ -60,7 +61,8 @@ class TrainingRun:
         if (plan is None) != (example_inputs is None):
             raise ValueError("plan and example_inputs must be given together, for a report")
         network = network_of(owner, name)
-        self.optimizer, self._schedule = _optimizer_of(network, name, optimizers)
+        found = _optimizer_of(network, name, optimizers, schedulers)
+        self.optimizer, self._freezer, self._schedule = found
         _check_total_steps(self._schedule, total_steps)
         self.report: FreezeReport | None = None
         if plan is not None:
@@ -71,13 +73,14 @@ class TrainingRun:
         self._store, self._saved = store, saved
         self._measured = ExitStack()  # open while an optimizer step is being measured
         self._first_step: int | None = None  # the optimizer's, when that began
+        self._seen = self._steps_taken
         self._hook = self.optimizer.register_step_post_hook(self._save_if_due)
 
     def begin_batch(self) -> None:
         """A batch is about to be trained on; the optimizer may need several for a step."""
         setattr(self._parent, self._name, self._trimmed)
         if self.report is not None and self._first_step is None:
-            self._first_step = self.optimizer.current_step
+            self._first_step = self._steps_taken
             self._measured.enter_context(self.report.step())
 
     def end_batch(self) -> None:
@@ -89,7 +92,7 @@ class TrainingRun:
         setattr(self._parent, self._name, self._network)
         if self._first_step is None:
             return
-        taken = self.optimizer.current_step - self._first_step
+        taken = self._steps_taken - self._first_step
         if taken > 1:
             raise RuntimeError(
                 f"a report takes one optimizer step for each batch, got {taken}: leave out plan"
@@ -106,10 +109,18 @@ class TrainingRun:
             self._first_step = None
             self._measured.__exit__(GeneratorExit, GeneratorExit(), None)
 
+    @property
+    def _steps_taken(self) -> int:
+        if isinstance(self._freezer, FreezeScheduler):
+            return self._freezer.steps_taken
+        step: int = self._freezer.current_step
+        return step
+
     def _save_if_due(self, *_: Any) -> None:
-        step = self.optimizer.current_step
+        step, before = self._steps_taken, self._seen
+        self._seen = step
         ends = self._schedule.cycle_ends
-        if self._store is not None and step in ends:
+        if self._store is not None and step in ends and step != before:  # skipped for an overflow
             cycle = ends.index(step)
             self._store.save(self._saved, step=step, cycle=cycle, schedule=self._schedule)
 
@@ -132,19 +143,24 @@ def network_of(owner: nn.Module, name: str) -> nn.Module:
     )
 
 
-def _optimizer_of(network: nn.Module, name: str, optimizers: Iterable[Any]) -> tuple[SGD, Schedule]:
-    """The optimizer that trains the network, and its schedule."""
+def _optimizer_of(
+    network: nn.Module, name: str, optimizers: Iterable[Any], schedulers: Iterable[Any]
+) -> tuple[Optimizer, Any, Schedule]:
+    """The optimizer that trains the network, what freezes for it, and the schedule of that."""
     own = set(network.parameters())
     # Frameworks wrap optimizers, and keep what they wrap under this name.
     unwrapped: list[Optimizer] = [getattr(o, "optimizer", o) for o in optimizers]
+    freezers = {id(s.optimizer): s for s in schedulers if isinstance(s, FreezeScheduler)}
     for optimizer in unwrapped:
         params = (p for group in optimizer.param_groups for p in group["params"])
-        if isinstance(optimizer, SGD) and optimizer.schedule and not own.isdisjoint(params):
-            return optimizer, optimizer.schedule
+        freezer = freezers.get(id(optimizer), optimizer)
+        schedule = getattr(freezer, "schedule", None)
+        if isinstance(schedule, Schedule) and not own.isdisjoint(params):
+            return optimizer, freezer, schedule
     found = ", ".join(f"{type(o).__module__}.{type(o).__name__}" for o in unwrapped) or "none"
     raise ValueError(
-        f"the optimizer of {name!r} must be a fastfreeze.SGD with a schedule, over parameters that "
-        f"train, got {found}"
+        f"the optimizer of {name!r} must be a fastfreeze.SGD, Adam or AdamW with a schedule, "
+        f"or have a FreezeScheduler among the schedulers, over parameters that train, got {found}"
     )
 
 

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastfreeze.freezing import LayerPlan
 from fastfreeze.integrations.training import Store, TrainingRun
+from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.report import FreezeReport
 
 try:
@@ -51,7 +52,7 @@ class IdleScheduler(LRScheduler):
     """A scheduler for where one is asked for; learning rates stay as the optimizer sets them.
 
     For ``Trainer(optimizers=(optimizer, IdleScheduler(optimizer)))``: without it the Trainer makes
-    one of its own, which a :class:`fastfreeze.SGD` with a schedule refuses.
+    one of its own, which an optimizer of fastfreeze with a schedule refuses.
     """
 
     def get_lr(self) -> list[float | Tensor]:
@@ -80,9 +81,11 @@ class Logits(nn.Module):
 class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Trims a part of a Trainer's model while it trains, and takes a snapshot at each cycle's end.
 
-    The Trainer is given a :class:`fastfreeze.SGD` with a schedule; its checkpoints resume bit for
-    bit. In the training steps alone the part is replaced by :func:`fastfreeze.trim` of it, so that
-    evaluation, checkpoints and ``save_pretrained`` see the model itself.
+    The Trainer is given a :class:`fastfreeze.SGD`, ``Adam`` or ``AdamW`` with a schedule and an
+    :class:`IdleScheduler`, or any optimizer of torch and a :class:`fastfreeze.FreezeScheduler`;
+    checkpoints resume bit for bit. In the training steps alone the part is replaced by
+    :func:`fastfreeze.trim` of it, so that evaluation, checkpoints and ``save_pretrained`` see the
+    model itself.
 
     Args:
         network: name of the submodule that is trimmed, such as ``model.base_model_prefix``: "bert",
@@ -96,9 +99,9 @@ class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         report: the :class:`fastfreeze.FreezeReport` of the latest training; None without ``plan``.
 
     Raises, when the training starts:
-        ValueError: there is no such part, or no ``fastfreeze.SGD`` with a schedule for it; another
-            scheduler than :class:`IdleScheduler`; or fewer steps in the schedule than in the
-            training.
+        ValueError: there is no such part, or no optimizer with a schedule for it, its own or a
+            ``FreezeScheduler``'s; a scheduler that is neither that nor an :class:`IdleScheduler`;
+            or fewer steps in the schedule than in the training.
 
     Warns:
         FastfreezeWarning: the schedule has more steps than the training.
@@ -122,16 +125,18 @@ class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         self.close()  # of a training that has failed: nothing tells of that
         scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])
-        if not isinstance(scheduler, IdleScheduler):
+        if not isinstance(scheduler, (IdleScheduler, FreezeScheduler)):
             raise ValueError(
-                f"the Trainer's lr_scheduler must be an IdleScheduler, got "
-                f"{type(scheduler).__name__}: it would set the learning rates too"
+                f"the Trainer's lr_scheduler must be an IdleScheduler, or a FreezeScheduler for an "
+                f"optimizer of torch, got {type(scheduler).__name__}: it would set the learning "
+                "rates too"
             )
         model: nn.Module = kwargs["model"]
         self._run = TrainingRun(
             model,
             self._network,
             [kwargs["optimizer"]],
+            [scheduler],
             total_steps=state.max_steps,
             store=self._store if state.is_world_process_zero else None,
             saved=Logits(model),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
 import weakref
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastfreeze._frozen import frozen_by_schedule, note_driven, note_frozen, note_thawed
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze._frozen import note_driven, note_frozen
+from fastfreeze.errors import warn
+from fastfreeze.layers.followed import FollowedGroups
 from fastfreeze.layers.groups import (
-    SegmentTable,
+    Group,
     as_step,
     check_scheduled_groups,
     earlier_run_message,
@@ -58,8 +58,8 @@ class FreezeScheduler(LRScheduler):
 
     Warns:
         FastfreezeWarning: groups of a plan that was made for another schedule or learning rate;
-            in ``step``, once, that somebody else changes the rates, and layers that an earlier run
-            has frozen.
+            layers that start at over 10 times the rate; in ``step``, once, that somebody else
+            changes the rates, and layers that an earlier run has frozen.
 
     Example:
         >>> import torch
@@ -74,9 +74,8 @@ class FreezeScheduler(LRScheduler):
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a fastfreeze Schedule, got {schedule!r}")
         self.schedule = schedule
-        segments = check_scheduled_groups(schedule, optimizer.param_groups)
-        self._rates = SegmentTable(segments, schedule.eta_min)
-        self._frozen: dict[int, list[Tensor]] = {}  # group: what freezing switched off
+        self._layers = FollowedGroups(schedule, optimizer.param_groups)
+        self._makes_state_early = _makes_state_early(optimizer)
         self._taken = 0  # the optimizer's steps
         self._told = False
         self._has_begun = False
@@ -91,14 +90,18 @@ class FreezeScheduler(LRScheduler):
         return self.last_epoch
 
     @property
+    def steps_taken(self) -> int:
+        """How many steps the optimizer has taken; the groups follow it at the next ``step``."""
+        return self._taken
+
+    @property
     def frozen_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are frozen now, rising."""
-        return tuple(layers_of(self.optimizer.param_groups, self._frozen))
+        return tuple(layers_of(self.optimizer.param_groups, self._layers.frozen))
 
     def get_lr(self) -> list[float | Tensor]:
         """Each group's learning rate at the current step, a float."""
-        initial = np.array([float(lr) for lr in self.base_lrs])
-        return list(self._rates.lrs(self.last_epoch, initial))
+        return list(self._layers.lrs(self.last_epoch, self.base_lrs))
 
     def step(self, epoch: int | None = None) -> None:
         """Follow the optimizer to the step it is at.
@@ -138,7 +141,7 @@ class FreezeScheduler(LRScheduler):
         return {
             "last_epoch": self.last_epoch,
             "taken": self._taken,
-            "switched_off": [[g, self._indices(g)] for g in sorted(self._frozen)],
+            "switched_off": [[g, self._indices(g)] for g in sorted(self._layers.frozen)],
             "base_lrs": [float(lr) for lr in self.base_lrs],
             "schedule": self.schedule.config(),
         }
@@ -191,15 +194,26 @@ class FreezeScheduler(LRScheduler):
         self._listen()
 
     def _listen(self) -> None:
-        """Count the optimizer's steps, which keeps no scheduler alive for it."""
-        mine = weakref.ref(self)
+        """Count the optimizer's steps, which keeps no scheduler alive for it.
+
+        Where a subclass's ``step`` calls its parent's, torch may call the hooks of both: of ends
+        that follow each other, the first one counts.
+        """
+        mine, begun = weakref.ref(self), False
+
+        def begin(*_: Any) -> None:
+            nonlocal begun
+            begun = True
 
         def count(optimizer: Optimizer, *_: Any) -> None:
+            nonlocal begun
             scheduler = mine()
             found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused ones
-            if scheduler is not None and not (found_inf is not None and found_inf.item()):
+            if begun and scheduler is not None and not (found_inf is not None and found_inf.item()):
                 scheduler._taken += 1
+            begun = False
 
+        self.optimizer.register_step_pre_hook(begin)
         self.optimizer.register_step_post_hook(count)
 
     def _go_to(self, step: int) -> None:
@@ -215,47 +229,29 @@ class FreezeScheduler(LRScheduler):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        frozen = self._rates.frozen(min(step, self.schedule.total_steps - 1))
-        for g in sorted(frozen):
-            self._freeze(g)
-        for g in sorted(set(self._frozen) - frozen):
-            thawed = self._frozen.pop(g)
-            for p in thawed:
-                p.requires_grad_(True)
-            note_thawed(thawed)
+        new_state = self._new_state if self._makes_state_early else None
+        self._layers.go_to(step, self.optimizer.param_groups, self.optimizer.state, new_state)
 
-    def _freeze(self, g: int) -> None:
-        params = self.optimizer.param_groups[g]["params"]
-        if g not in self._frozen:
-            earlier = set(map(id, frozen_by_schedule(params)))  # by the run that this one resumes
-            self._frozen[g] = [p for p in params if p.requires_grad or id(p) in earlier]
-            note_frozen(self._frozen[g])
-        for p in params:  # each time: somebody may have switched it on, or loaded state for it
-            p.requires_grad_(False)
-            p.grad = None
-            self.optimizer.state.pop(p, None)
+    def _new_state(self, group: Group, param: Tensor) -> dict[str, Any]:
+        return _state_before_steps(self.optimizer, group, param)
 
     def _indices(self, g: int) -> list[int]:
         """Which of a frozen group's parameters freezing has switched off."""
-        switched_off = set(map(id, self._frozen[g]))
+        switched_off = set(map(id, self._layers.frozen[g]))
         params = self.optimizer.param_groups[g]["params"]
         return [i for i, p in enumerate(params) if id(p) in switched_off]
 
     def _check_group_count(self) -> None:
-        if len(self.base_lrs) != len(self.optimizer.param_groups):
-            raise ValueError(
-                f"param_groups must be the {len(self.base_lrs)} groups that the schedule knows, "
-                f"got {len(self.optimizer.param_groups)}: make a new scheduler for others"
-            )
+        self._layers.check_count(self.optimizer.param_groups, "make a new scheduler for others")
 
     def _tell_of_earlier_run(self) -> None:
         """Warn, once training has begun, of layers that do not train for no reason of today."""
         if self._has_begun:  # a checkpoint may have been loaded until then
             return
         self._has_begun = True
-        message = earlier_run_message(self.optimizer.param_groups, self._frozen)
+        message = earlier_run_message(self.optimizer.param_groups, self._layers.frozen)
         if message:
-            warnings.warn(message, FastfreezeWarning, stacklevel=3)
+            warn(message)
 
     def _tell_of_another(self) -> None:
         """Warn, once, if the rates are not those that were set last."""
@@ -265,13 +261,30 @@ class FreezeScheduler(LRScheduler):
             if self._told or isinstance(group["lr"], Tensor) or group["lr"] == lr:
                 continue
             self._told = True
-            warnings.warn(
+            warn(
                 f"lr of parameter group {g} is {group['lr']!r}, and was set to {lr!r}: another "
                 "scheduler or a loaded state changes it. FreezeScheduler sets the schedule's rate "
-                "again; to change one, change the schedule or the initial rate",
-                FastfreezeWarning,
-                stacklevel=3,
+                "again; to change one, change the schedule or the initial rate"
             )
+
+
+def _makes_state_early(optimizer: Optimizer) -> bool:
+    """Whether it makes the state of its parameters before their first step, as Adagrad does."""
+    if not optimizer.state:
+        return False
+    group = optimizer.param_groups[0]
+    try:
+        return any(_state_before_steps(optimizer, group, p) for p in group["params"][:1])
+    except Exception:  # its class takes other arguments than its groups hold: it is none of torch's
+        return False
+
+
+def _state_before_steps(optimizer: Optimizer, group: Group, param: Tensor) -> dict[str, Any]:
+    """What a new optimizer of this class keeps of a parameter of the group."""
+    names = inspect.signature(type(optimizer)).parameters.keys() & group.keys() - {"params"}
+    new = type(optimizer)([param], **{name: group[name] for name in names})
+    state: dict[str, Any] = new.state.get(param, {})
+    return state
 
 
 def _check_optimizer(optimizer: Any) -> None:

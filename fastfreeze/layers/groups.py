@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +13,14 @@ import torch
 from torch import Tensor
 
 from fastfreeze._frozen import frozen_by_schedule, planned
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 from fastfreeze.schedule import Schedule, Segment, check_initial_lr, cosine_lr
 from fastfreeze.text import ranges
 
 Group = Mapping[str, Any]
+# FreezeOut's scaling at its authors' settings stays below: 2 at t_0=0.8, 8 at 0.5, both cubic. A
+# rate that is right for a network seldom is at ten times itself.
+_MANY_TIMES = 10
 _AHEAD = 32  # steps computed at once: NumPy takes hardly longer for them than for one
 
 
@@ -68,12 +70,13 @@ def check_scheduled_groups(
     for g, group in enumerate(groups):
         name = "initial_lr" if "initial_lr" in group else "lr"
         check_group_rate(schedule, g, name, group[name])
-    if not schedule.freezes:
+    if not schedule.needs_layers:
         return [schedule.segments()] * len(groups)
     for g, group in enumerate(groups):
         if "layer_index" not in group:
+            how = "freezes" if schedule.freezes else "sets rates"
             raise ValueError(
-                f"schedule {type(schedule).__name__} freezes layer by layer, but parameter group "
+                f"schedule {type(schedule).__name__} {how} layer by layer, but parameter group "
                 f"{g} has no 'layer_index': pass fastfreeze.split(model).param_groups()"
             )
         _check_int(f"layer_index of parameter group {g}", group["layer_index"], minimum=0)
@@ -100,18 +103,25 @@ def _check_int(name: str, value: Any, minimum: int) -> None:
 
 
 def tell_of_plan(groups: Sequence[Group], schedule: Schedule | None) -> None:
-    """Warn if the groups come from a plan that was made for another schedule or learning rate."""
+    """Warn if the groups come from a plan that was made for another schedule or learning rate.
+
+    And if the schedule starts layers at many times the rate asked for. It raises as
+    :func:`check_scheduled_groups` does.
+    """
+    message = None if schedule is None else _scaled_rates_message(groups, schedule)
+    if message:
+        warn(message)
     plan = planned(p for group in groups for p in group["params"])
     if plan is None or not all("layer_index" in group for group in groups):  # not its groups
         return
     config, lr = plan
     if config is not None and schedule is None:
-        _warn(
+        warn(
             f"split() was given schedule={config['name']}, and this optimizer has none: no layer "
             "will freeze. Pass schedule=plan.schedule to the optimizer too"
         )
     elif config is not None and schedule is not None and config != schedule.config():
-        _warn(
+        warn(
             f"split() was given schedule {config}, and this optimizer follows "
             f"{schedule.config()}: the plan tells of another run. Pass both the same schedule"
         )
@@ -121,10 +131,27 @@ def tell_of_plan(groups: Sequence[Group], schedule: Schedule | None) -> None:
         and len(rates) == 1
         and not math.isclose(lr, rate := rates.pop(), rel_tol=1e-6)
     ):
-        _warn(
+        warn(
             f"split() was given lr={float(lr)}, and this optimizer starts from lr={rate}, which is "
             "what counts: the plan's table shows rates that no layer has. Pass both the same lr"
         )
+
+
+def _scaled_rates_message(groups: Sequence[Group], schedule: Schedule) -> str | None:
+    rows = check_scheduled_groups(schedule, groups)
+    scales = [max((s.scale for s in row if not s.frozen), default=0.0) for row in rows]
+    most = max(scales, default=0.0)
+    if most <= _MANY_TIMES:
+        return None
+    chosen = [g for g, scale in enumerate(scales) if scale > _MANY_TIMES]
+    group = groups[scales.index(most)]
+    lr = float(group.get("initial_lr", group["lr"]))
+    return (
+        f"{layers_in_words(groups, chosen)} start at up to {most:.3g} times the learning rate "
+        f"asked for, {most * lr:.3g} instead of {lr:.3g}: scale_lr=True gives layers that freeze "
+        "early as much as the others. If training diverges, or starts from pretrained weights, "
+        "pass scale_lr=False, or a larger t_0"
+    )
 
 
 def earlier_run_message(groups: Sequence[Group], frozen_now: Iterable[int]) -> str | None:
@@ -150,19 +177,18 @@ def layers_of(groups: Sequence[Group], chosen: Iterable[int]) -> list[int]:
     return sorted({groups[g].get("layer_index", g) for g in chosen})
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, FastfreezeWarning, stacklevel=4)  # who makes the optimizer
-
-
 class SegmentTable:
     """The segments of many groups, for all their learning rates at a step at once.
 
     Args:
         segments: of each group, by start.
         eta_min: lower bound of the learning rate of a group that trains.
+        warmup_steps: over which all rates rise, 0 for none.
     """
 
-    def __init__(self, segments: Sequence[tuple[Segment, ...]], eta_min: float) -> None:
+    def __init__(
+        self, segments: Sequence[tuple[Segment, ...]], eta_min: float, warmup_steps: int
+    ) -> None:
         longest = max(map(len, segments), default=0)
         padding = Segment(-1, math.inf)
         rows = [
@@ -172,7 +198,7 @@ class SegmentTable:
         table = np.array(rows, dtype=np.float64).reshape(len(rows), longest, 3)
         self._start, self._length, self._scale = np.moveaxis(table, 2, 0)
         self._start[self._start < 0] = np.inf
-        self._eta_min = eta_min
+        self._eta_min, self._warmup_steps = eta_min, warmup_steps
         self._known: list[list[float]] = []  # rates of the steps from _first on
         self._first, self._initial = 0, b""
 
@@ -199,4 +225,4 @@ class SegmentTable:
         """Rates [steps, groups] at ``steps`` [steps, 1]."""
         at = self._at(steps)
         start, length, scale = (a[at] for a in (self._start, self._length, self._scale))
-        return cosine_lr(steps, start, length, scale, initial_lr, self._eta_min)
+        return cosine_lr(steps, start, length, scale, initial_lr, self._eta_min, self._warmup_steps)

@@ -32,7 +32,8 @@ _LIBRARY.define("placements_free(int handle) -> ()")
 _LIBRARY.define("gaps(Tensor written, Tensor sizes) -> int")
 _LIBRARY.define("gaps_free(int handle) -> ()")
 _LIBRARY.define(
-    "sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, float eta_min) -> int"
+    "sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, float eta_min, "
+    "int warmup_steps) -> int"
 )
 _LIBRARY.define(
     "sgd_step(int handle, int grads, int hypers, int step, float inv_grad_scale, "
@@ -40,15 +41,25 @@ _LIBRARY.define(
 )
 _LIBRARY.define("sgd_plan_free(int handle) -> ()")
 _LIBRARY.define(
-    "cuda_sgd_plan(Tensor runs, Tensor hypers, Tensor segments, Tensor segment_begin, "
-    "Tensor tensor_groups, Tensor(a!) started, Tensor(b!) counters, int run_elements, "
-    "float eta_min, int param_dtype, int buffer_dtype) -> int"
+    "adam_plan(Tensor tensors, Tensor steps, Tensor segments, Tensor segment_begin, "
+    "float eta_min, int warmup_steps) -> int"
 )
 _LIBRARY.define(
-    "cuda_sgd_step(int handle, int grads, int grad_table, int found_inf, int grad_scale, "
-    "bool track) -> ()"
+    "adam_step(int handle, int grads, int hypers, int step, float inv_grad_scale, "
+    "bool store_grad, int lrs) -> ()"
 )
-_LIBRARY.define("cuda_sgd_plan_free(int handle) -> ()")
+_LIBRARY.define("adam_plan_free(int handle) -> ()")
+for _rule in ("sgd", "adam"):
+    _LIBRARY.define(
+        f"cuda_{_rule}_plan(Tensor runs, Tensor hypers, Tensor segments, Tensor segment_begin, "
+        "Tensor tensor_groups, Tensor(a!) progress, Tensor(b!) counters, int run_elements, "
+        "float eta_min, int warmup_steps, int param_dtype, int state_dtype) -> int"
+    )
+    _LIBRARY.define(
+        f"cuda_{_rule}_step(int handle, int grads, int grad_table, int found_inf, int grad_scale, "
+        "bool track) -> ()"
+    )
+    _LIBRARY.define(f"cuda_{_rule}_plan_free(int handle) -> ()")
 _LIBRARY.define(
     "affine_relu_cat(Tensor[] parts, Tensor scale, Tensor shift, bool channels_last, bool relu) "
     "-> Tensor",

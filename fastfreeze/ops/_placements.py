@@ -130,9 +130,9 @@ class Look:
             )
             weakref.finalize(self._gaps, torch.ops.fastfreeze.gaps_free.default, self._gaps_handle)
 
-    def watch(self, buffers: Sequence[Tensor]) -> None:
-        """From now on, these momentum buffers must not move."""
-        self._kept = KeptPlacements(buffers)
+    def watch(self, state: Sequence[Tensor]) -> None:
+        """From now on, these tensors of the state must not move."""
+        self._kept = KeptPlacements(state)
 
     def hold(self, params: Sequence[Tensor]) -> bool:
         """Whether the parameters, each of them, are where they were."""
@@ -183,8 +183,8 @@ class Look:
 
 # What fastfreeze::placements_look finds.
 _AS_PLANNED, _MOVED, _OTHER_GRADIENTS = range(3)
-_MOVED_WORDS = "a parameter or a momentum buffer is not where it was"
-_NOT_CLEAR_WORDS = "a gradient lies in the memory of a parameter or of a momentum buffer"
+_MOVED_WORDS = "a parameter or its state is not where it was"
+_NOT_CLEAR_WORDS = "a gradient lies in the memory of a parameter or of its state"
 
 
 def _table(rows: Sequence[Any], columns: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an SGD plan is, and the plans of the host: the C++ kernel's and the reference's.
+"""What plans are, and SGD's on the host: the C++ kernel's and the reference's.
 
 A plan holds what stays the same from step to step. Each backend has one, with the same methods.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,8 @@ from fastfreeze.ops._placements import Given, Look, addresses_of, holds_values, 
 from fastfreeze.ops.reference import sgd_reference
 from fastfreeze.schedule import Segment
 
-# Columns of a plan's table of hyperparameters, as csrc/sgd_tables.h reads them.
+# Columns of a plan's table of hyperparameters, as csrc/sgd_tables.h reads them. Every optimizer's
+# begin with lr and end with initial_lr.
 HYPERS = (
     "lr",
     "momentum",
@@ -53,7 +54,7 @@ class PlanSpec:
         groups: each parameter's group, an index into the table of hyperparameters.
         segments: each group's schedule; empty where the table's lr counts, which is everywhere or
             nowhere.
-        eta_min: the schedule's lower bound.
+        eta_min, warmup_steps: the schedule's.
         momentum_dtype: the buffers' dtype; None for the parameters'.
     """
 
@@ -63,12 +64,19 @@ class PlanSpec:
     groups: list[int]
     segments: Sequence[tuple[Segment, ...]]
     eta_min: float
+    warmup_steps: int
     momentum_dtype: torch.dtype | None
 
-    @property
-    def scheduled(self) -> bool:
-        """Whether the schedule sets the learning rates."""
-        return any(self.segments)
+
+class Spec(Protocol):
+    """What specs of all optimizers have in common."""
+
+    params: list[Tensor]
+    first: list[bool]
+    groups: list[int]
+    segments: Sequence[tuple[Segment, ...]]
+    eta_min: float
+    warmup_steps: int
 
 
 class SgdPlan(Protocol):
@@ -80,14 +88,14 @@ class SgdPlan(Protocol):
     def __init__(self, spec: PlanSpec) -> None: ...
 
     @staticmethod
-    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
+    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
         """Parameters of one plan have equal keys."""
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         """From now on, ``align`` refuses gradients in the memory of these tensors."""
 
-    def watch(self, buffers: Sequence[Tensor]) -> None:
-        """From now on, ``align`` refuses to go on if one of these momentum buffers has moved."""
+    def watch(self, state: Sequence[Tensor]) -> None:
+        """From now on, ``align`` refuses to go on if one of these tensors has moved."""
 
     def hold(self, params: Sequence[Tensor]) -> bool:
         """Whether these, as many as the plan's, are the plan's parameters as it knows them."""
@@ -129,24 +137,33 @@ class SgdPlan(Protocol):
         """
 
     def unstarted(self) -> set[int]:
-        """Indices of the parameters whose buffer has had no step. May wait for the device."""
+        """Indices of the parameters whose state has had no step. May wait for the device."""
 
 
 class PointerPlan:
-    """What the plans of kernels share: gradients brought to their parameters' layout."""
+    """What the plans of kernels share: gradients brought to their parameters' layout.
 
-    def __init__(self, spec: PlanSpec) -> None:
-        self.params, self.buffers = spec.params, spec.buffers
-        self._look = Look(spec.params, [*spec.params, *spec.buffers])
+    Args:
+        params: the tensors to update.
+        state: what a step writes beside them.
+        first: whether a parameter's state is still uninitialised memory.
+    """
+
+    def __init__(
+        self, params: list[Tensor], state: Sequence[Tensor | None], first: Sequence[bool]
+    ) -> None:
+        self.params = params
+        self._look = Look(params, [*params, *state])
+        self._empty = [i for i, p in enumerate(params) if p.numel() == 0]
         self._given = Given([])
         self._addresses: array[int] | None = None  # of the gradients that were aligned last
-        self._unstarted = {i for i, first in enumerate(spec.first) if first}
+        self._unstarted = {i for i, is_first in enumerate(first) if is_first}
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         self._look.keep_clear(written)
 
-    def watch(self, buffers: Sequence[Tensor]) -> None:
-        self._look.watch(buffers)
+    def watch(self, state: Sequence[Tensor]) -> None:
+        self._look.watch(state)
 
     def hold(self, params: Sequence[Tensor]) -> bool:
         return self._look.hold(params)
@@ -179,6 +196,8 @@ class PointerPlan:
     def _gathered(self) -> array[int]:
         if self._addresses is None:
             raise RuntimeError("align() comes before step()")
+        for i in self._empty:  # a gradient without elements has no address, and counts
+            self._addresses[i] = int(self._given.flags[i])
         return self._addresses
 
     def _note_step(self) -> None:
@@ -193,40 +212,22 @@ class PointerPlan:
             self._unstarted.difference_update(self._given.index)
 
 
-class CpuPlan(PointerPlan):
-    """All tensors in one parallel region of the C++ kernel."""
+class HostPlan(PointerPlan):
+    """All tensors in one parallel region of a C++ kernel."""
 
     on_device: ClassVar[bool] = False
+    _kernel: ClassVar[str]  # what its operators' names begin with
 
-    def __init__(self, spec: PlanSpec) -> None:
-        super().__init__(spec)
-        table = [
-            (
-                p.data_ptr(),
-                0 if b is None else b.data_ptr(),
-                p.numel(),
-                group,
-                SCALAR_TYPES[p.dtype],
-                SCALAR_TYPES[p.dtype if b is None else b.dtype],
-                first,
-            )
-            for p, b, group, first in zip(
-                spec.params, spec.buffers, spec.groups, spec.first, strict=True
-            )
-        ]
-        segments, begin = segment_table(spec.segments)
-        self._handle = torch.ops.fastfreeze.sgd_plan(
-            torch.from_numpy(np.array(table, np.int64).reshape(-1, 7)),
-            segments,
-            begin,
-            spec.eta_min,
-        )
-        weakref.finalize(self, torch.ops.fastfreeze.sgd_plan_free, self._handle)
+    def _make(self, spec: Spec, *tables: Tensor) -> None:
+        """Make the kernel's plan from its own tables and the schedule."""
+        make, self._kernel_step, free = operators(self._kernel)
+        self._handle = make(*tables, *segment_table(spec.segments), spec.eta_min, spec.warmup_steps)
+        weakref.finalize(self, free, self._handle)
         self._lrs = np.empty(len(spec.segments))
         self._lrs_address = self._lrs.ctypes.data
 
     @staticmethod
-    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
+    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
         return None
 
     def step(
@@ -237,7 +238,7 @@ class CpuPlan(PointerPlan):
         grad_scale: Tensor | float | None,
         found_inf: Tensor | None,
     ) -> list[float]:
-        torch.ops.fastfreeze.sgd_step.default(
+        self._kernel_step(
             self._handle,
             self._gathered().buffer_info()[0],
             hypers.ctypes.data,
@@ -255,34 +256,74 @@ class CpuPlan(PointerPlan):
         return self._unstarted
 
 
+class CpuPlan(HostPlan):
+    """SGD of csrc/cpu/fused_sgd_kernel.cpp."""
+
+    _kernel: ClassVar[str] = "sgd"
+
+    def __init__(self, spec: PlanSpec) -> None:
+        super().__init__(spec.params, spec.buffers, spec.first)
+        self.buffers = spec.buffers
+        dtypes = [
+            p.dtype if b is None else b.dtype
+            for p, b in zip(spec.params, spec.buffers, strict=True)
+        ]
+        self._make(
+            spec,
+            rows(
+                addresses_of(spec.params),
+                addresses_of(spec.buffers),
+                map(Tensor.numel, spec.params),
+                spec.groups,
+                [SCALAR_TYPES[p.dtype] for p in spec.params],
+                [SCALAR_TYPES[dtype] for dtype in dtypes],
+                spec.first,
+            ),
+        )
+
+
+def operators(kernel: str) -> tuple[Any, Any, Any]:
+    """What makes a kernel's plan, takes its step and frees it."""
+    make, step, free = (
+        getattr(torch.ops.fastfreeze, f"{kernel}_{name}").default
+        for name in ("plan", "step", "plan_free")
+    )
+    return make, step, free
+
+
+def rows(*columns: Iterable[int]) -> Tensor:
+    """The columns side by side: int64 [n, number of columns]."""
+    return torch.from_numpy(np.array(list(zip(*columns, strict=True)), np.int64)).reshape(
+        -1, len(columns)
+    )
+
+
 def _in_words(kind: tuple[torch.layout, torch.dtype, torch.Size]) -> str:
     return f"{kind[0]}, {kind[1]}, {tuple(kind[2])}"
 
 
-class ReferencePlan:
+class TensorwisePlan:
     """Tensor by tensor in PyTorch: every device, dtype and layout."""
 
     on_device: ClassVar[bool] = False
 
-    def __init__(self, spec: PlanSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: Spec) -> None:
         self.params = spec.params
-        self.buffers = [None if f else b for b, f in zip(spec.buffers, spec.first, strict=True)]
         self._members = [
             [i for i, g in enumerate(spec.groups) if g == k] for k in range(len(spec.segments))
         ]
-        self._rates = SegmentTable(spec.segments, spec.eta_min) if spec.scheduled else None
+        self._rates = rates_of(spec)
         self._kinds = list(map(kind_of, spec.params))
         self._gaps: Gaps | None = None
 
     @staticmethod
-    def key(param: Tensor, buffer_dtype: torch.dtype) -> Hashable:
+    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
         return None
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         self._gaps = Gaps(written)
 
-    def watch(self, buffers: Sequence[Tensor]) -> None:
+    def watch(self, state: Sequence[Tensor]) -> None:
         """It keeps no address."""
 
     def hold(self, params: Sequence[Tensor]) -> bool:
@@ -298,6 +339,15 @@ class ReferencePlan:
         if list(map(_shape_of, given.of(grads))) != list(map(_shape_of, params)):
             raise ValueError("a gradient has another shape than its parameter")
         return grads
+
+
+class ReferencePlan(TensorwisePlan):
+    """SGD of fastfreeze/ops/reference.py."""
+
+    def __init__(self, spec: PlanSpec) -> None:
+        super().__init__(spec)
+        self._spec = spec
+        self.buffers = [None if f else b for b, f in zip(spec.buffers, spec.first, strict=True)]
 
     def step(
         self,
@@ -346,18 +396,25 @@ def segment_table(segments: Sequence[tuple[Segment, ...]]) -> tuple[Tensor, Tens
     )
 
 
+def rates_of(spec: Spec) -> SegmentTable | None:
+    """The schedule's learning rates; None where the table's lr counts."""
+    if not any(spec.segments):
+        return None
+    return SegmentTable(spec.segments, spec.eta_min, spec.warmup_steps)
+
+
 def lrs_at(rates: SegmentTable | None, hypers: Hypers, step: int) -> list[float]:
     """Each group's learning rate: the schedule's, or without one the table's."""
     if rates is None:
-        lrs: list[float] = hypers[:, HYPERS.index("lr")].tolist()
+        lrs: list[float] = hypers[:, 0].tolist()
         return lrs
-    return rates.lrs(step, hypers[:, HYPERS.index("initial_lr")])
+    return rates.lrs(step, hypers[:, -1])
 
 
-def buffer_dtype(param: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a parameter's momentum buffer; float32 is for 16-bit parameters alone."""
+def dtype_of_state(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of what is kept of a parameter; one asked for is for 16-bit parameters alone."""
     narrow = param.dtype in (torch.float16, torch.bfloat16)
-    return momentum_dtype if momentum_dtype is not None and narrow else param.dtype
+    return state_dtype if state_dtype is not None and narrow else param.dtype
 
 
 def same_strides(a: Tensor, b: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,81 @@ def sgd_reference(
                 buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
             grad = grad.add(buffer, alpha=momentum) if nesterov else buffer
         param.add_(grad, alpha=-lr)
+
+
+@torch.no_grad()
+def adam_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: list[Tensor | None],
+    exp_avg_sqs: list[Tensor | None],
+    max_exp_avg_sqs: list[Tensor | None],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    amsgrad: bool,
+    grad_scale: float | None = None,
+    state_dtype: torch.dtype | None = None,
+) -> None:
+    """One Adam or AdamW step in place, operation for operation ``torch.optim.Adam``'s for-loop.
+
+    It computes in the widest dtype of a parameter, its gradient and its moments, float32 at least,
+    and rounds once to those that are narrower.
+
+    Args:
+        params: tensors to update.
+        grads: their gradients, strided; None leaves a parameter, and its ``steps``, as they are.
+        exp_avgs, exp_avg_sqs: their moments; where one is None, zeros take its place in the list.
+        max_exp_avg_sqs: the same; not looked at without ``amsgrad``.
+        steps: one of a single element per parameter, how many steps it has taken; advanced.
+        lr, beta1, beta2, eps, weight_decay, maximize, amsgrad: as in ``torch.optim.Adam``.
+        decoupled: the weights decay as in ``torch.optim.AdamW``.
+        grad_scale: what the loss was multiplied by; the gradients are divided by it in place.
+        state_dtype: new moments are at least of this dtype; None makes them as their parameters.
+    """
+    moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)[: 3 if amsgrad else 2]
+    for i, (param, gradient, count) in enumerate(zip(params, grads, steps, strict=True)):
+        if gradient is None:
+            continue
+        if grad_scale is not None:
+            gradient.mul_(1.0 / grad_scale)
+        kept = [_real(param)]
+        for each in moments:
+            moment = each[i]
+            if moment is None:
+                dtype = torch.promote_types(param.dtype, state_dtype or param.dtype)
+                moment = each[i] = torch.zeros_like(param, dtype=dtype)
+            kept.append(_real(moment))
+        grad = _real(gradient.resolve_conj())
+        wide = reduce(torch.promote_types, (t.dtype for t in (*kept, grad)), torch.float32)
+        p, m, v, *largest = worked = [t.to(wide) for t in kept]
+        grad = grad.to(wide)
+        grad = -grad if maximize else grad
+        k = count.add_(1).item()
+        if decoupled:
+            p.mul_(1 - lr * weight_decay)
+        elif weight_decay != 0:
+            grad = grad.add(p, alpha=weight_decay)
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        for maximum in largest:
+            v = torch.maximum(maximum, v, out=maximum)
+        denominator = (v.sqrt() / (1 - beta2**k) ** 0.5).add_(eps)
+        p.addcdiv_(m, denominator, value=-lr / (1 - beta1**k))
+        for own, result in zip(kept, worked, strict=True):
+            if result is not own:
+                own.copy_(result)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex tensor's real and imaginary parts side by side; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,28 +1,25 @@
-"""Fused SGD: the functional form, and the choice of a backend for each parameter."""
+"""Fused SGD: the functional form, and the plan of each backend."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastfreeze.ops import _library
+from fastfreeze.ops._choice import choose_backends, copy_back, plan_members, state_for
 from fastfreeze.ops._device_sgd import CudaPlan, TritonPlan
 from fastfreeze.ops._library import Backend
-from fastfreeze.ops._memory import sharing
-from fastfreeze.ops._placements import PLAIN, Given, holds_values
+from fastfreeze.ops._placements import Given
 from fastfreeze.ops._plans import (
     HYPERS,
-    KERNEL_DTYPES,
     CpuPlan,
     PlanSpec,
     ReferencePlan,
     SgdPlan,
-    buffer_dtype,
-    same_strides,
+    dtype_of_state,
 )
 
 PLANS: dict[Backend, type[SgdPlan]] = {
@@ -85,13 +82,11 @@ def sgd(
         "maximize": maximize,
     }
     row = np.array([[float(hyper.get(name, lr)) for name in HYPERS]])
-    backends = choose_backends(params, grads, momentum_buffers, backend)
-    dtypes = [buffer_dtype(p, momentum_dtype) for p in params]
-    for (name, _), index in plan_members(params, backends, dtypes).items():
+    backends = choose_backends(params, grads, [(b,) for b in momentum_buffers], backend)
+    dtypes = [dtype_of_state(p, momentum_dtype) for p in params]
+    for (name, _), index in plan_members(PLANS, params, backends, dtypes).items():
         buffers: list[Tensor | None] = [
-            momentum_buffer_for(name, params[i], momentum_buffers[i], dtypes[i])
-            if momentum != 0
-            else None
+            state_for(name, params[i], momentum_buffers[i], dtypes[i]) if momentum != 0 else None
             for i in index
         ]
         plan = PLANS[name](
@@ -102,6 +97,7 @@ def sgd(
                 groups=[0] * len(index),
                 segments=[()],
                 eta_min=0.0,
+                warmup_steps=0,
                 momentum_dtype=momentum_dtype,
             )
         )
@@ -177,7 +173,7 @@ def _trace(
         first = [momentum_buffers[i] is None for i in index]
         for i in index:
             if momentum_buffers[i] is None:
-                dtype = buffer_dtype(params[i], momentum_dtype)
+                dtype = dtype_of_state(params[i], momentum_dtype)
                 momentum_buffers[i] = torch.empty_like(params[i], dtype=dtype)
     _sgd_(
         [params[i] for i in index],
@@ -188,117 +184,6 @@ def _trace(
         momentum,
         *rest,
     )
-
-
-def choose_backends(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    buffers: Sequence[Tensor | None],
-    backend: Backend | None,
-) -> list[Backend]:
-    """The backend of each parameter: the one asked for, or the fastest that can take it.
-
-    The reference takes what kernels cannot, and one tensor after the other where some share memory.
-
-    Raises:
-        ValueError, BackendUnavailableError: the one asked for cannot run, or cannot take a tensor.
-    """
-    if backend is not None:
-        _library.require(backend)
-    if backend == "reference":
-        return ["reference"] * len(params)
-    members = list(zip(params, grads, buffers, strict=True))
-    shared = sharing(members)
-    chosen: list[Backend] = []
-    for i, (param, grad, buffer) in enumerate(members):
-        reason = _unsuitable(param) or _unsuitable_with(param, grad, buffer)
-        if reason is None and i in shared:
-            reason = (
-                "it, its gradient or its momentum shares memory with another of these tensors, or "
-                "lies between another's elements"
-            )
-        if backend is not None:
-            reason = _library.refuses_device(backend, param.device) or reason
-            if reason:
-                raise ValueError(f"backend={backend!r} cannot take parameter {i}: {reason}")
-            chosen.append(backend)
-        else:
-            usable = [] if reason else _library.for_device(param.device)
-            chosen.append(usable[0] if usable else "reference")
-    return chosen
-
-
-def plan_members(
-    params: Sequence[Tensor], backends: Sequence[Backend], buffer_dtypes: Sequence[torch.dtype]
-) -> dict[tuple[Backend, Hashable], list[int]]:
-    """Indices of the parameters that can share a plan, by backend and the plan's key."""
-    members: dict[tuple[Backend, Hashable], list[int]] = {}
-    for i, (p, backend, dtype) in enumerate(zip(params, backends, buffer_dtypes, strict=True)):
-        members.setdefault((backend, PLANS[backend].key(p, dtype)), []).append(i)
-    return members
-
-
-def _unsuitable(tensor: Tensor) -> str | None:
-    """Why no kernel can update ``tensor``, wherever it is; None if one can."""
-    if tensor.layout != torch.strided:
-        return f"its layout is {tensor.layout}"
-    if tensor.dtype not in KERNEL_DTYPES:
-        return f"its dtype is {tensor.dtype}, expected one of {[str(d) for d in KERNEL_DTYPES]}"
-    if type(tensor) not in PLAIN:
-        return f"it is a {type(tensor).__name__}, whose memory may not be its own"
-    if not holds_values(tensor):
-        return "its memory does not hold its values (a negated view, or zeros by a flag)"
-    if not _is_dense(tensor):
-        shape, strides = tuple(tensor.shape), tensor.stride()
-        return f"its elements overlap or have gaps (shape {shape}, strides {strides})"
-    return None
-
-
-def _unsuitable_with(param: Tensor, grad: Tensor | None, buffer: Tensor | None) -> str | None:
-    """The same for its gradient and its momentum buffer."""
-    for what, tensor, dtypes in (
-        ("gradient", grad, (param.dtype,)),
-        ("momentum buffer", buffer, (param.dtype, buffer_dtype(param, torch.float32))),
-    ):
-        if tensor is not None and (tensor.layout != torch.strided or tensor.dtype not in dtypes):
-            return (
-                f"its {what} is {tensor.dtype} and {tensor.layout}, expected {param.dtype} and "
-                "torch.strided"
-            )
-    return None
-
-
-def momentum_buffer_for(
-    backend: Backend, param: Tensor, buffer: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """``buffer`` with ``dtype``, and as kernels need it, copied if need be; or new memory."""
-    if buffer is None:
-        return torch.empty_like(param, dtype=dtype)
-    usable = backend == "reference" or (holds_values(buffer) and same_strides(param, buffer))
-    if usable and buffer.dtype == dtype:
-        return buffer
-    return torch.empty_like(param, dtype=dtype).copy_(buffer)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each once, in any order of dimensions."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def copy_back(aligned: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
-    """Give the gradients what a step has written into their aligned copies."""
-    for copy, grad in zip(aligned, grads, strict=True):
-        if grad is not None and copy is not None and copy is not grad:
-            grad.copy_(copy)
 
 
 def _check_lists(
@@ -314,7 +199,7 @@ def _check_lists(
         )
     for name, tensors in (("grads", grads), ("momentum_buffers", buffers)):
         for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
-            dtype = buffer_dtype(p, momentum_dtype) if name == "momentum_buffers" else p.dtype
+            dtype = dtype_of_state(p, momentum_dtype) if name == "momentum_buffers" else p.dtype
             if t is not None and (t.shape != p.shape or t.dtype != dtype or t.device != p.device):
                 raise ValueError(
                     f"{name}[{i}] must match its parameter ({dtype} {tuple(p.shape)} on "

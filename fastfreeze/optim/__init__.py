@@ -1,5 +1,7 @@
 """Optimizers."""
 
+from fastfreeze.optim.adam import Adam, AdamW
+from fastfreeze.optim.fused import FusedOptimizer
 from fastfreeze.optim.sgd import SGD
 
-__all__ = ["SGD"]
+__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer"]

@@ -1,28 +1,28 @@
-"""What SGD refuses: arguments and steps. Nothing here changes anything."""
+"""What optimizers refuse of their arguments. Nothing here changes anything."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 
 from fastfreeze.layers.groups import check_number
 from fastfreeze.schedule import Cosine, Schedule
 
 
-def check_hypers(
-    lr: float | Tensor, momentum: float, weight_decay: float, nesterov: bool, dampening: float
-) -> None:
-    """Raise TypeError or ValueError unless torch.optim.SGD's for-loop could take the arguments."""
-    values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-    for name, value in {**values, "dampening": dampening}.items():
-        check_number(name, value)
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError unless these hyperparameters are numbers >= 0."""
     for name, value in values.items():
+        check_number(name, value)
         if not value >= 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError(
-            f"nesterov=True needs momentum > 0 and dampening 0, got momentum={momentum} and "
-            f"dampening={dampening}"
-        )
+
+
+def check_state_dtype(name: str, dtype: Any) -> None:
+    """Raise ValueError unless state can be asked to be of this dtype."""
+    if dtype not in (None, torch.float32):
+        raise ValueError(f"{name} must be None or torch.float32, got {dtype}")
 
 
 def schedule_of(schedule: Schedule | None, total_steps: int | None) -> Schedule | None:

@@ -1,20 +1,20 @@
-"""Loading a state into SGD: what is checked before torch loads it, and what torch leaves out."""
+"""Loading a state: what is checked before torch loads it, and what torch leaves out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, MutableMapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from fastfreeze.errors import warn
 from fastfreeze.layers.groups import as_step, check_scheduled_groups
-from fastfreeze.ops._plans import buffer_dtype
-from fastfreeze.optim._runtime import check_shape
+from fastfreeze.ops._plans import dtype_of_state
+from fastfreeze.optim._rule import UpdateRule
+from fastfreeze.optim._runtime import Groups, State, check_shape, counts_of
+from fastfreeze.schedule import Schedule
 
-if TYPE_CHECKING:
-    from fastfreeze.optim.sgd import SGD
-
-_SGDS_OWN = ("momentum", "dampening", "nesterov")  # in torch.optim.SGD's groups, and in no other's
 _PLANS = (
     ". A plan has no groups for layers that were fixed at the split: call "
     "model.requires_grad_(True) before it"
@@ -26,74 +26,106 @@ class Loaded(NamedTuple):
 
     Attributes:
         groups: the optimizer's own before, for what the state's leave out;
-        steps: of each of the state's groups, None where there is none;
-        wide_momentum: buffers that torch would cast to their parameters' dtype;
+        steps: of the state's groups, each once, None where there is none;
+        wide: by parameter and name, moments that torch would cast to their parameters' dtype;
         schedule: the configuration of the one it was saved under, if there was one.
     """
 
     groups: list[dict[str, Any]]
     steps: list[int | None]
-    wide_momentum: dict[Tensor, Tensor]
+    wide: dict[Tensor, dict[str, Tensor]]
     schedule: Any
 
+    @property
+    def step(self) -> int | None:
+        """The step it was saved at; None if it does not say one."""
+        return self.steps[0] if len(self.steps) == 1 else None
 
-def checked_state(optimizer: SGD, state_dict: Mapping[str, Any]) -> Loaded:
-    """What torch will not load of a state; raises, before any change, if it does not fit."""
-    optimizer._check_group_count()
-    _check_state(state_dict, optimizer.param_groups)
-    schedule, saved = optimizer.schedule, state_dict.get("schedule")
+
+def checked_state(
+    rule: UpdateRule,
+    state_dict: Mapping[str, Any],
+    own: Groups,
+    schedule: Schedule | None,
+    state_dtype: torch.dtype | None,
+) -> Loaded:
+    """What torch will not load of a state for groups ``own``; raises if it does not fit them."""
+    _check_state(rule, state_dict, own)
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    counts_of(rule, [state.get(i, {}) for group in groups for i in group["params"]])
+    saved = state_dict.get("schedule")
     if schedule is not None and saved is not None and saved != schedule.config():
         raise ValueError(
             f"the state was saved under schedule {saved}, this optimizer has "
             f"{schedule.config()}; make it with the same schedule, or delete "
             "state_dict['schedule'] to go on under the new one"
         )
-    groups = state_dict["param_groups"]
     steps = [
         None
         if group.get("step") is None
         else as_step(f"state_dict: step of parameter group {g}", group["step"], schedule)
         for g, group in enumerate(groups)
     ]
-    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    before = [{k: v for k, v in group.items() if k != "params"} for group in own]
     if schedule is not None:
-        together = ({**mine, **theirs} for mine, theirs in zip(own, groups, strict=True))
+        together = ({**mine, **theirs} for mine, theirs in zip(before, groups, strict=True))
         check_scheduled_groups(schedule, together)
-    return Loaded(own, steps, _wide_momentum(optimizer, state_dict), saved)
+    wide = {} if state_dtype is None else _wide(rule, state_dict, own, state_dtype)
+    return Loaded(before, list(dict.fromkeys(steps)), wide, saved)
 
 
-def _wide_momentum(optimizer: SGD, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
-    """The buffers that torch will cast to their parameters' dtype, as they were."""
-    if optimizer._momentum_dtype is None:
-        return {}
+def _wide(
+    rule: UpdateRule, state_dict: Mapping[str, Any], own: Groups, state_dtype: torch.dtype
+) -> dict[Tensor, dict[str, Tensor]]:
+    """The moments that torch will cast to their parameters' dtype, as they were."""
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    buffers = {}
-    for i, p in zip(saved, own, strict=True):
-        buffer = state_dict["state"].get(i, {}).get("momentum_buffer")
-        if isinstance(buffer, Tensor):
-            dtype = buffer_dtype(p, optimizer._momentum_dtype)
-            buffers[p] = buffer.to(p.device, dtype, copy=True)
-    return buffers
+    params = [p for group in own for p in group["params"]]
+    wide: dict[Tensor, dict[str, Tensor]] = {}
+    for i, p in zip(saved, params, strict=True):
+        state = state_dict["state"].get(i, {})
+        moments = {n: state[n] for n in rule.moments if isinstance(state.get(n), Tensor)}
+        dtype = dtype_of_state(p, state_dtype)
+        wide[p] = {n: moment.to(p.device, dtype, copy=True) for n, moment in moments.items()}
+    return wide
 
 
-def complete_load(optimizer: SGD, loaded: Loaded) -> None:
-    """Add to what torch has loaded what it does not know; all of it has been checked."""
-    for group, before in zip(optimizer.param_groups, loaded.groups, strict=True):
+def restore(rule: UpdateRule, loaded: Loaded, groups: Groups, state: State) -> None:
+    """Add to what torch has loaded into ``groups`` and ``state`` what it does not know."""
+    for group, before in zip(groups, loaded.groups, strict=True):
         group.pop("step", None)
         for key, value in before.items():  # torch's states know no layers
             group.setdefault(key, value)
         for p in group["params"]:
-            _drop_empty_buffer(optimizer.state, p)
-    for p, buffer in loaded.wide_momentum.items():
-        optimizer.state[p]["momentum_buffer"] = buffer
-    steps = set(loaded.steps)
-    step = steps.pop() if len(steps) == 1 else None
-    optimizer._go_to(optimizer._step if step is None else step)
+            _drop_empty(rule, state, p)
+            if rule.counter in state.get(p, {}):  # a number, if an older torch has saved it
+                state[p][rule.counter] = torch.as_tensor(state[p][rule.counter]).float()
+    for p, moments in loaded.wide.items():
+        if moments:
+            state[p].update(moments)
 
 
-def _check_state(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Raise ValueError unless the state's groups and buffers fit the optimizer's groups."""
+def tell_of_loaded(loaded: Loaded, rule: UpdateRule, schedule: Schedule | None, step: int) -> None:
+    """Warn if a state and the optimizer that has loaded it differ in their schedule."""
+    if schedule is None and loaded.schedule is not None:
+        warn(
+            f"the loaded state was saved under schedule {loaded.schedule}, and this "
+            "optimizer has none: its learning rates stay where that had them, layers at 0 "
+            "among them. Make it with the schedule, or set each group's lr"
+        )
+    if schedule is not None and loaded.step is None:
+        what = (
+            f"has no step counter (torch.optim.{rule.name} keeps none)"
+            if loaded.steps in ([], [None])
+            else f"has groups with different steps, {loaded.steps}"
+        )
+        warn(
+            f"the loaded state {what}: the schedule goes on from step {step}; set "
+            "optimizer.current_step"
+        )
+
+
+def _check_state(rule: UpdateRule, state_dict: Mapping[str, Any], groups: Groups) -> None:
+    """Raise ValueError unless the state's groups and moments fit the optimizer's groups."""
     state, saved = state_dict.get("state"), state_dict.get("param_groups")
     if not isinstance(state, Mapping) or not isinstance(saved, (list, tuple)):
         raise ValueError(
@@ -111,10 +143,10 @@ def _check_state(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) ->
             raise ValueError(
                 f"state_dict: parameter group {g} must be a dict with 'params', got {theirs!r}"
             )
-        missing = [name for name in _SGDS_OWN if name not in theirs]
+        missing = [name for name in rule.required if name not in theirs]
         if missing:
             raise ValueError(
-                f"state_dict must be SGD's: parameter group {g} has no {missing}, but "
+                f"state_dict must be {rule.name}'s: parameter group {g} has no {missing}, but "
                 f"{sorted(set(theirs) - set(own))}, as another optimizer's state"
             )
         if len(theirs["params"]) != len(own["params"]):
@@ -123,22 +155,25 @@ def _check_state(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) ->
                 f"group: {len(theirs['params'])} parameters, expected {len(own['params'])}"
             )
         for i, param in zip(theirs["params"], own["params"], strict=True):
-            _check_param_state(g, state.get(i, {}), param)
+            _check_param_state(rule, g, state.get(i, {}), param)
 
 
-def _check_param_state(g: int, state: Any, param: Tensor) -> None:
+def _check_param_state(rule: UpdateRule, g: int, state: Any, param: Tensor) -> None:
     if not isinstance(state, Mapping):
         raise ValueError(
             f"state_dict: a parameter's state in group {g} must be a dict, got {state!r}"
         )
-    buffer = state.get("momentum_buffer")
-    if buffer != {}:
-        check_shape(f"state_dict: a momentum_buffer of parameter group {g}", buffer, param)
+    for name in rule.moments:
+        if state.get(name) != {}:
+            check_shape(f"state_dict: a {name} of parameter group {g}", state.get(name), param)
 
 
-def _drop_empty_buffer(state: dict[Tensor, Any], param: Tensor) -> None:
-    """Forget a momentum buffer of {}: torch.distributed.checkpoint's, flattened, for none."""
-    if param in state and state[param].get("momentum_buffer") == {}:
-        del state[param]["momentum_buffer"]
-        if not state[param]:
-            del state[param]
+def _drop_empty(rule: UpdateRule, state: MutableMapping[Tensor, Any], param: Tensor) -> None:
+    """Forget moments of {}: torch.distributed.checkpoint's, flattened, for none."""
+    if param not in state:
+        return
+    for name in (rule.counter, *rule.moments):
+        if state[param].get(name) == {}:
+            del state[param][name]
+    if not state[param]:
+        del state[param]

@@ -2,109 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastfreeze.ops import sgd as sgd_ops
+from fastfreeze.layers.groups import check_number
+from fastfreeze.ops import _choice
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops._placements import Given, kind_of, place_of
-from fastfreeze.ops._plans import HYPERS, PlanSpec, buffer_dtype
+from fastfreeze.ops._plans import dtype_of_state
+from fastfreeze.optim._rule import Planned, UpdateRule
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
-
-if TYPE_CHECKING:
-    from fastfreeze.optim.sgd import SGD
+from fastfreeze.schedule import Segment
 
 _grad_of = attrgetter("grad")
 _params_of = itemgetter("params")
-_HYPERS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-_hypers_of = itemgetter(*_HYPERS)
-_scheduled_hypers_of = itemgetter(*_HYPERS, "initial_lr")
 _lr_of = itemgetter("lr")
-_buffer_of = itemgetter("momentum_buffer")
-_LR = HYPERS.index("lr")
+
+Groups = Sequence[dict[str, Any]]
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an optimizer asks of its runtime.
+
+    Attributes:
+        rule: how a parameter is updated.
+        groups, state: the optimizer's.
+        left_out: the groups that are frozen.
+        segments: each group's schedule; empty where there is none.
+        eta_min, warmup_steps: the schedule's.
+        state_dtype: of the state of 16-bit parameters; None for the parameters'.
+        backend: the one asked for.
+    """
+
+    rule: UpdateRule
+    groups: Groups
+    state: State
+    left_out: frozenset[int]
+    segments: Sequence[tuple[Segment, ...]]
+    eta_min: float
+    warmup_steps: int
+    state_dtype: torch.dtype | None
+    backend: Backend | None
+
+    def moments(self, param: Tensor, group: int) -> list[Tensor | None]:
+        """What the state holds of a parameter's moments, of those that its group has."""
+        state = self.state.get(param, {})
+        return [state.get(name) for name in self.rule.kept(self.groups[group])]
 
 
 class Runtime:
     """Plans for all parameters, and how to tell that they still fit the optimizer."""
 
-    def __init__(self, optimizer: SGD) -> None:
-        groups = optimizer.param_groups
+    def __init__(self, task: Task) -> None:
+        groups = task.groups
         lists = list(map(_params_of, groups))
         self.lengths = list(map(len, lists))
         self.params = list(chain.from_iterable(lists))
-        self.hypers_of = _hypers_of if optimizer.schedule is None else _scheduled_hypers_of
-        self.hyper_values = list(map(self.hypers_of, groups))
-        self.has_tensors = any(isinstance(v, Tensor) for row in self.hyper_values for v in row)
-        self.hypers = np.array([_hyper_row(g) for g in groups], dtype=np.float64)
-        self.left_out = frozenset(optimizer._frozen)  # groups
+        self.scheduled = any(task.segments)
+        self.hypers_of = itemgetter(*task.rule.keys, *["initial_lr"] * self.scheduled)
+        self.hyper_values = [tuple(map(_copied, self.hypers_of(group))) for group in groups]
+        self.has_tensors = any(map(_has_tensor, self.hyper_values))
+        self.hypers = np.array(
+            [_row(task.rule, *each) for each in enumerate(groups)], dtype=np.float64
+        )
+        self.left_out = task.left_out
+        self.lr = task.rule.hypers.index("lr")
         members = [
             (p, g) for g, params in enumerate(lists) if g not in self.left_out for p in params
         ]
-        for p, g in members:
-            _check_place(f"a gradient of parameter group {g}", p.grad, p)
-            _check_place(f"a momentum_buffer of parameter group {g}", _buffer(optimizer, p, g), p)
+        for member in members:
+            _check(task, *member)
         params = [local_part(p, p) for p, _ in members]
-        self.parts = self._plan(members, params, optimizer)
+        self.parts = _parts(task, members, params)
         self.cuda_devices = cuda_devices(params)
-        self._remember_state(optimizer)
+        self.state = task.state
+        self._remember_state()
 
-    def _plan(
-        self, members: list[tuple[Tensor, int]], params: list[Tensor], optimizer: SGD
-    ) -> list[Part]:
-        """Plans for all parameters. ``params``: what of them this process holds."""
-        grads = [_held(p.grad) for p, _ in members]
-        buffers = [_held(_buffer(optimizer, p, g)) for p, g in members]
-        backends = sgd_ops.choose_backends(params, grads, buffers, optimizer._backend)
-        dtypes = [
-            _planned_dtype(*each, optimizer._momentum_dtype)
-            for each in zip(params, buffers, strict=True)
-        ]
-        parts = [
-            Part(backend, [(*members[i], dtypes[i]) for i in index], optimizer)
-            for (backend, _), index in sgd_ops.plan_members(params, backends, dtypes).items()
-        ]
-        if len(parts) > 1:
-            for part in parts:  # within the reference's, torch's order holds
-                plans = (other.plan for other in parts if other.kernels or part.kernels)
-                part.plan.keep_clear([t for plan in plans for t in (*plan.params, *plan.buffers)])
-        return parts
+    def _remember_state(self) -> None:
+        self.states = list(self.state.values())
 
-    def _remember_state(self, optimizer: SGD) -> None:
-        self.states = list(optimizer.state.values())
-
-    def fits(self, optimizer: SGD) -> bool:
+    def fits(self, groups: Groups, state: State) -> bool:
         """Whether the groups and the state are as planned."""
-        groups, state = optimizer.param_groups, optimizer.state
         lists = list(map(_params_of, groups))
         return (
             list(map(len, lists)) == self.lengths
             and all(map(is_, chain.from_iterable(lists), self.params))
             and not self.has_tensors
             and list(map(self.hypers_of, groups)) == self.hyper_values
+            and state is self.state
             and len(state) == len(self.states)
             and all(map(is_, state.values(), self.states))
         )
 
-    def collect(self, optimizer: SGD) -> bool:
+    def collect(self) -> bool:
         """Collect the gradients; False if a part is not as planned."""
-        return all(part.collect(optimizer) for part in self.parts)
+        return all(part.collect() for part in self.parts)
 
     def groups_with_gradients(self) -> set[int]:
         """Those of which a parameter has had one, when they were collected last."""
         return {g for part in self.parts for g in part.given.of(part.groups)}
 
-    def step(self, optimizer: SGD) -> list[float]:
-        """Update with the gradients collected; the groups' learning rates of the next step."""
-        self._refresh_lrs(optimizer)
-        grad_scale, found_inf = _scaler_of(optimizer)
-        step = optimizer._step
+    def step(
+        self, groups: Groups, step: int, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> list[float] | None:
+        """Update with the gradients collected.
+
+        Args:
+            groups: whose ``lr`` counts if there is no schedule.
+            step: of the schedule.
+            grad_scale, found_inf: what a GradScaler has left.
+
+        Returns:
+            The groups' learning rates of the next step; None if nothing was updated.
+        """
+        self._refresh_lrs(groups)
         lrs = None
         host = [part for part in self.parts if not part.plan.on_device]
         if host:
@@ -116,16 +137,15 @@ class Runtime:
         for part in self.parts:
             if part.plan.on_device:
                 lrs = part.step(self.hypers, step, grad_scale, found_inf)
-        if len(optimizer.state) != len(self.states):  # there are new buffers
-            self._remember_state(optimizer)
-        return optimizer._scheduled_lrs(step + 1) if lrs is None else lrs
+        if len(self.state) != len(self.states):  # there are new ones
+            self._remember_state()
+        return lrs
 
-    def capture(self, optimizer: SGD) -> None:
+    def capture(self, groups: Groups, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Record a step in the graph that is being captured."""
         if not all(part.plan.on_device for part in self.parts):
             raise RuntimeError("a step can be captured only if all parameters are on the device")
-        self._refresh_lrs(optimizer)
-        grad_scale, found_inf = _scaler_of(optimizer)
+        self._refresh_lrs(groups)
         for part in self.parts:
             part.plan.capture(part.grads, self.hypers, grad_scale, found_inf)
             part.restore_grads(grad_scale)
@@ -136,51 +156,105 @@ class Runtime:
         return max(positions)
 
     def settle(self) -> bool:
-        """Drop the momentum buffers that have had no step; whether there was one."""
+        """Drop the state of parameters that have had no step; whether there was some."""
         return sum(part.settle() for part in self.parts) > 0  # each of them, not up to the first
 
-    def _refresh_lrs(self, optimizer: SGD) -> None:
-        if optimizer.schedule is None:
-            self.hypers[:, _LR] = [float(lr) for lr in map(_lr_of, optimizer.param_groups)]
+    def _refresh_lrs(self, groups: Groups) -> None:
+        if self.scheduled:
+            return
+        try:
+            self.hypers[:, self.lr] = [float(lr) for lr in map(_lr_of, groups)]
+        except (TypeError, ValueError, RuntimeError):
+            for g, group in enumerate(groups):
+                check_number(f"lr of parameter group {g}", group["lr"])
+            raise
+
+
+def _row(rule: UpdateRule, g: int, group: Mapping[str, Any]) -> list[float]:
+    """The group's hyperparameters as numbers, or an error that shows them."""
+    try:
+        return rule.row(group)
+    except (TypeError, ValueError, RuntimeError) as error:
+        values = {name: group[name] for name in ("lr", *rule.keys) if name in group}
+        raise ValueError(f"parameter group {g} has bad values in {values}: {error}") from error
+
+
+def _parts(task: Task, members: list[tuple[Tensor, int]], params: list[Tensor]) -> list[Part]:
+    """Plans for all parameters. ``params``: what of them this process holds."""
+    grads = [_held(p.grad) for p, _ in members]
+    moments = [list(map(_held, task.moments(*member))) for member in members]
+    backends = _choice.choose_backends(params, grads, moments, task.backend)
+    dtypes = [_planned_dtype(*each, task.state_dtype) for each in zip(params, moments, strict=True)]
+    counts = counts_of(task.rule, [task.state.get(p, {}) for p, _ in members])
+    if task.rule.counter is not None:
+        _refer_started(task, counts, moments, backends)
+    plans = _choice.plan_members(task.rule.plans, params, backends, dtypes)
+    parts = [
+        Part(backend, [(*members[i], dtypes[i], counts[i]) for i in index], task)
+        for (backend, _), index in plans.items()
+    ]
+    if len(parts) > 1:
+        for part in parts:  # within the reference's, torch's order holds
+            others = (other for other in parts if other.kernels or part.kernels)
+            part.plan.keep_clear([t for other in others for t in other.written()])
+    return parts
 
 
 class Part:
     """The parameters that one backend updates, with their plan, which sees local tensors only."""
 
     def __init__(
-        self, backend: Backend, members: list[tuple[Tensor, int, torch.dtype]], optimizer: SGD
+        self, backend: Backend, members: list[tuple[Tensor, int, torch.dtype, float]], task: Task
     ) -> None:
-        self.params = [p for p, _, _ in members]
-        self.groups = [g for _, g, _ in members]
+        self.params = [p for p, _, _, _ in members]
+        self.groups = [g for _, g, _, _ in members]
         self.sharded = any(map(is_sharded, self.params))
         self.backend = backend
         self.kernels = backend != "reference"
-        self.momentum_dtype = optimizer._momentum_dtype
         self.grads: list[Tensor | None] = []
-        self.state = optimizer.state
-        self.waiting: list[int] = []  # who will need a buffer when a gradient first comes
-        self.first: list[int] = []  # whose buffer the next step fills
-        # By parameter: the state that holds its momentum buffer, the buffer, and where that was.
-        self.kept: dict[int, tuple[dict[str, Any], Tensor, object]] = {}
-        buffers = [
-            self._claim_buffer(i, *member)
-            if optimizer.param_groups[member[1]]["momentum"] != 0
-            else None
-            for i, member in enumerate(members)
-        ]
+        self.rule, self.state = task.rule, task.state
+        self.names = [task.rule.kept(task.groups[g]) for g in self.groups]  # of its moments
+        self.waiting: list[int] = []  # who will need state when a gradient first comes
+        self.first: list[int] = []  # whose state the next step fills
+        self.steps: Tensor | None = None  # each one's own count, of which the state holds views
+        plan_type: Any = task.rule.plans[backend]
+        if task.rule.counter is not None:
+            device = self.params[0].device if plan_type.on_device else torch.device("cpu")
+            counts = [count for _, _, _, count in members]
+            self.steps = torch.tensor(counts, dtype=torch.float32, device=device)
+        self.edits = self._edits()
+        # By parameter: the state that holds its tensors, these, and where they were.
+        self.kept: dict[int, tuple[dict[str, Any], dict[str, Tensor], list[object]]] = {}
+        moments: dict[str, list[Tensor | None]] = {
+            name: [None] * len(members) for name in task.rule.moments
+        }
+        for i, (param, _, dtype, _) in enumerate(members):
+            for name, moment in self._claim(i, param, dtype).items():
+                moments[name][i] = moment
         filled_next = set(self.first)
-        self.plan: Any = sgd_ops.PLANS[backend](
-            PlanSpec(
-                params=list(self._local(self.params)),
-                buffers=buffers,
-                first=[i in filled_next for i in range(len(members))],
-                groups=self.groups,
-                segments=optimizer._segments or [()] * len(optimizer.param_groups),
-                eta_min=0.0 if optimizer.schedule is None else optimizer.schedule.eta_min,
-                momentum_dtype=self.momentum_dtype,
+        self.plan = plan_type(
+            task.rule.spec(
+                Planned(
+                    params=list(self._local(self.params)),
+                    moments=moments,
+                    first=[i in filled_next for i in range(len(members))],
+                    steps=self.steps,
+                    groups=self.groups,
+                    segments=task.segments,
+                    eta_min=task.eta_min,
+                    warmup_steps=task.warmup_steps,
+                    state_dtype=task.state_dtype,
+                )
             )
         )
         self._watch(Given([None] * len(members)))  # until gradients are collected
+
+    def written(self) -> Iterable[Tensor | None]:
+        """All that a step writes, other than gradients."""
+        return chain(self.plan.params, *self._moments().values())
+
+    def _moments(self) -> dict[str, list[Tensor | None]]:
+        return {name: getattr(self.plan, of) for name, of in self.rule.moments.items()}
 
     def _local(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         return [local_part(p, p) for p in params] if self.sharded else params
@@ -189,30 +263,43 @@ class Part:
         grads = list(map(_grad_of, self.params))
         return list(map(local_part, grads, self.params)) if self.sharded else grads
 
-    def _claim_buffer(self, i: int, param: Tensor, _: int, dtype: torch.dtype) -> Tensor | None:
+    def _claim(self, i: int, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """A parameter's moments, as the backend needs them."""
         state = self.state.get(param, {})
-        buffer = state.get("momentum_buffer")
-        if buffer is None and param.grad is None:
+        names = self.names[i]
+        known = [name for name in names if state.get(name) is not None]
+        if not known and names and param.grad is None:
             self.waiting.append(i)
-            return None
-        own = local_part(buffer, param)
-        aligned = sgd_ops.momentum_buffer_for(self.backend, local_part(param, param), own, dtype)
-        if buffer is None:
+            return {}
+        if names and not known:
             self.first.append(i)
-        else:
-            self._keep(i, state, sharded_as(aligned, param))
-        return aligned
+            if not self.kernels:  # the reference makes its own
+                return {}
+        own = local_part(param, param)
+        moments = {
+            name: _choice.state_for(self.backend, own, local_part(state.get(name), param), dtype)
+            for name in names
+        }
+        if known:
+            for name in set(names).difference(known):  # its use was switched on later
+                moments[name].zero_()
+            self._keep(i, state, moments)
+        return moments
 
-    def _keep(self, i: int, state: dict[str, Any], buffer: Tensor) -> None:
-        state["momentum_buffer"] = buffer
-        self.kept[i] = state, buffer, self._place(buffer)
+    def _keep(self, i: int, state: dict[str, Any], moments: dict[str, Tensor]) -> None:
+        """Let the state hold a parameter's moments, given as the plan has them."""
+        kept = {name: sharded_as(moment, self.params[i]) for name, moment in moments.items()}
+        if self.steps is not None and kept:
+            kept = {str(self.rule.counter): self.steps[i], **kept}
+        state.update(kept)
+        self.kept[i] = state, kept, list(map(self._place, kept.values()))
 
-    def _place(self, buffer: Tensor) -> object:
+    def _place(self, moment: Tensor) -> object:
         # Kernels keep addresses; sparse and sharded ones have none of their own.
-        return place_of(buffer) if self.kernels and not self.sharded else id(buffer)
+        return place_of(moment) if self.kernels and not self.sharded else id(moment)
 
-    def collect(self, optimizer: SGD) -> bool:
-        """Collect the gradients; False if storages, buffers or layouts are not as planned."""
+    def collect(self) -> bool:
+        """Collect the gradients; False if storages, moments or layouts are not as planned."""
         grads = self._local_grads()
         try:
             if not self.given.hold(grads):
@@ -220,7 +307,7 @@ class Part:
                 if any(given.flags[i] for i in self.waiting) or not self._are_in_place():
                     return False
                 self._watch(given)
-            if optimizer.state is not self.state or not self._has_buffers():
+            if not self._has_moments() or self._edits() != self.edits:
                 return False
             self.grads = self.plan.align(self._local(self.watched), grads, self.given)
         except (ValueError, TypeError, RuntimeError):
@@ -229,33 +316,48 @@ class Part:
             return False
         return True
 
+    def _edits(self) -> int | None:
+        """Changes of the counts by others: kernels leave no trace, and take moments at 0 as 0."""
+        if self.steps is None or not self.kernels or self.steps.is_inference():
+            return None
+        return self.steps._version
+
     def _are_in_place(self) -> bool:
-        """Whether parameters and buffers are as planned, those not looked at among them."""
+        """Whether parameters and moments are as planned, those not looked at among them."""
         return self.plan.hold(self._local(self.params)) and all(
-            self._place(buffer) == place for _, buffer, place in self.kept.values()
+            list(map(self._place, kept.values())) == places
+            for _, kept, places in self.kept.values()
         )
 
     def _watch(self, given: Given) -> None:
-        """From now on, look at the parameters that have a gradient, and at their buffers."""
+        """From now on, look at the parameters that have a gradient, and at their moments."""
         self.given = given
         self.watched = given.of(self.params)
         kept = [self.kept[i] for i in given.index if i in self.kept]
-        self.states = [state for state, _, _ in kept]
-        self.buffers = [buffer for _, buffer, _ in kept]
-        self.kinds = list(map(kind_of, self.buffers)) if self.sharded or not self.kernels else None
-        self.plan.watch([] if self.kinds else self.buffers)
+        # By name: who looks it up, in which states, and what is to be found.
+        self.columns: list[tuple[Any, list[dict[str, Any]], list[Tensor]]] = []
+        for name in (self.rule.counter, *self.rule.moments):
+            having = [(state, tensors[name]) for state, tensors, _ in kept if name in tensors]
+            states, found = [s for s, _ in having], [t for _, t in having]
+            if found:
+                self.columns.append((itemgetter(name), states, found))
+        self.tensors = [t for _, _, found in self.columns for t in found]
+        self.kinds = list(map(kind_of, self.tensors)) if self.sharded or not self.kernels else None
+        self.plan.watch([] if self.kinds else self.tensors)
 
-    def _has_buffers(self) -> bool:
-        """Whether the state holds the buffers that are looked at, if not where."""
+    def _has_moments(self) -> bool:
+        """Whether the state holds the moments that are looked at, if not where."""
         try:
-            same = all(map(is_, map(_buffer_of, self.states), self.buffers))
-            return same and (self.kinds is None or list(map(kind_of, self.buffers)) == self.kinds)
-        except (KeyError, AttributeError, TypeError):  # what was a buffer is none
+            same = all(
+                all(map(is_, map(named, states), found)) for named, states, found in self.columns
+            )
+            return same and (self.kinds is None or list(map(kind_of, self.tensors)) == self.kinds)
+        except (KeyError, AttributeError, TypeError):  # what was a moment is none
             return False
 
     def step(
         self,
-        hypers: npt.NDArray[np.float64],
+        hypers: np.ndarray,
         step: int,
         grad_scale: Tensor | float | None,
         found_inf: Tensor | None,
@@ -264,10 +366,11 @@ class Part:
         lrs: list[float] = self.plan.step(self.grads, hypers, step, grad_scale, found_inf)
         self.restore_grads(grad_scale)
         started = [i for i in self.first if self.given.flags[i]]
-        for i in started:
-            param = self.params[i]
-            self._keep(i, self.state[param], sharded_as(self.plan.buffers[i], param))
         if started:
+            moments = self._moments()
+            for i in started:
+                own = {name: moments[name][i] for name in self.names[i]}
+                self._keep(i, self.state[self.params[i]], own)  # type: ignore[arg-type]
             self.first = [i for i in self.first if not self.given.flags[i]]
             self._watch(self.given)
         return lrs
@@ -275,22 +378,46 @@ class Part:
     def restore_grads(self, grad_scale: Tensor | float | None) -> None:
         """Give gradients of another layout what the step has written into their copies."""
         if grad_scale is not None:
-            sgd_ops.copy_back(self.grads, self._local_grads())
+            _choice.copy_back(self.grads, self._local_grads())
         self.grads = []
 
     def settle(self) -> bool:
-        """Drop the momentum buffers that have had no step; whether there was one."""
-        known = [self.params[i] for i in self.plan.unstarted() if self.params[i] in self.state]
-        for p in known:
-            self.state[p].pop("momentum_buffer", None)
-            if not self.state[p]:
-                del self.state[p]
+        """Drop the moments that have had no step; whether there was one."""
+        known = [i for i in self.plan.unstarted() if self.params[i] in self.state]
+        for i in known:
+            state = self.state[self.params[i]]
+            for name in (self.rule.counter, *self.names[i]):
+                state.pop(name, None)
+            if not state:
+                del self.state[self.params[i]]
         return bool(known)
 
 
 def cuda_devices(params: Iterable[Tensor]) -> set[torch.device]:
     """The CUDA devices on which they are."""
     return {p.device for p in params if p.is_cuda}
+
+
+def _held(tensor: Tensor | None) -> Tensor | None:
+    """What this process holds of it. Nothing is sent, as only one process may ask."""
+    return tensor.to_local() if tensor is not None and is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _check(task: Task, param: Tensor, group: int) -> None:
+    """Raise ValueError unless the gradient and the moments are where their parameter is."""
+    if param.grad is not None and param.grad.is_sparse and not task.rule.takes_sparse:
+        raise RuntimeError(
+            "Adam does not support sparse gradients, please consider SparseAdam instead"
+        )
+    names = task.rule.kept(task.groups[group])
+    moments = zip(names, task.moments(param, group), strict=True)
+    for name, tensor in (("gradient", param.grad), *moments):
+        what = f"a {name} of parameter group {group}"
+        check_shape(what, tensor, param)
+        if tensor is not None and tensor.device != param.device:
+            raise ValueError(
+                f"{what} must be on its parameter's device {param.device}, got {tensor.device}"
+            )
 
 
 def check_shape(what: str, tensor: Any, param: Tensor) -> None:
@@ -304,44 +431,70 @@ def check_shape(what: str, tensor: Any, param: Tensor) -> None:
         raise ValueError(f"{what} must have its parameter's shape {shapes[0]}, got {shapes[1]}")
 
 
-def _check_place(what: str, tensor: Any, param: Tensor) -> None:
-    """The same, and on its parameter's device."""
-    check_shape(what, tensor, param)
-    if tensor is not None and tensor.device != param.device:
-        raise ValueError(
-            f"{what} must be on its parameter's device {param.device}, got {tensor.device}"
-        )
+def _copied(value: Any) -> Any:
+    """A hyperparameter to compare with later: a list, as of betas, can change and be the same."""
+    return list(value) if isinstance(value, list) else value
 
 
-def _scaler_of(optimizer: SGD) -> tuple[Tensor | None, Tensor | None]:
-    """What a GradScaler has left: its scale, and whether it has found an overflow."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    if not isinstance(found_inf, Tensor):  # 0 where there was no gradient to look at
-        found_inf = None
-    return getattr(optimizer, "grad_scale", None), found_inf
+def _has_tensor(values: Sequence[Any]) -> bool:
+    """Whether there is one, also in the pairs among them: it can change, and be the same object."""
+    return any(
+        _has_tensor(value) if isinstance(value, (tuple, list)) else isinstance(value, Tensor)
+        for value in values
+    )
 
 
-def _held(tensor: Tensor | None) -> Tensor | None:
-    """What this process holds of it. Nothing is sent, as only one process may ask."""
-    return tensor.to_local() if tensor is not None and is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+def counts_of(rule: UpdateRule, states: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Each parameter's own count of steps, 0 where nothing is kept; waits once for each device.
+
+    Raises:
+        TypeError, ValueError: there are moments without a count, or without what goes with them,
+            or the count is no number >= 0.
+    """
+    counts: list[Any] = []
+    for i, state in enumerate(states):
+        kept = any(isinstance(state.get(n), Tensor) for n in rule.moments)
+        missing = [n for n in rule.together if not isinstance(state.get(n), Tensor)]
+        if kept and missing:
+            raise ValueError(
+                f"the state of parameter {i} must have {' and '.join(rule.together)}, got none for "
+                f"{missing}"
+            )
+        counts.append(state.get(rule.counter) if kept and rule.counter else 0.0)
+        check_number(f"{rule.counter} of parameter {i}", counts[i])
+    for device in {c.device for c in counts if isinstance(c, Tensor)}:
+        there = [i for i, c in enumerate(counts) if isinstance(c, Tensor) and c.device == device]
+        found = torch.stack([counts[i].detach().reshape(()).double() for i in there]).tolist()
+        for i, count in zip(there, found, strict=True):
+            counts[i] = count
+    for i, count in enumerate(counts):
+        if not count >= 0:
+            raise ValueError(f"{rule.counter} of parameter {i} must be >= 0, got {count}")
+    return list(map(float, counts))
 
 
-def _buffer(optimizer: SGD, param: Tensor, group: int) -> Tensor | None:
-    """A parameter's momentum buffer, if it has one and its group uses it."""
-    if optimizer.param_groups[group]["momentum"] == 0:
-        return None
-    buffer: Tensor | None = optimizer.state.get(param, {}).get("momentum_buffer")
-    return buffer
+def _refer_started(
+    task: Task,
+    counts: Sequence[float],
+    moments: Sequence[Sequence[Tensor | None]],
+    backends: list[Backend],
+) -> None:
+    """Give the reference what has no step and moments: a kernel starts from 0 there."""
+    for i, count in enumerate(counts):
+        if count != 0 or not any(m is not None and m.any() for m in moments[i]):
+            continue
+        if task.backend not in (None, "reference"):
+            raise ValueError(
+                f"backend={task.backend!r} cannot take parameter {i}: its state has "
+                f"{task.rule.counter} 0 and moments that are not 0"
+            )
+        backends[i] = "reference"
 
 
 def _planned_dtype(
-    param: Tensor, buffer: Tensor | None, momentum_dtype: torch.dtype | None
+    param: Tensor, moments: Sequence[Tensor | None], state_dtype: torch.dtype | None
 ) -> torch.dtype:
-    """A buffer's dtype: it keeps its own, as in torch, unless ``momentum_dtype`` asks for wider."""
-    if buffer is None or (momentum_dtype is not None and buffer.dtype == param.dtype):
-        return buffer_dtype(param, momentum_dtype)
-    return buffer.dtype
-
-
-def _hyper_row(group: dict[str, Any]) -> list[float]:
-    return [float(group.get(name, 0.0)) for name in HYPERS]
+    """The moments' dtype: they keep their own, as in torch, unless a wider one is asked for."""
+    dtypes = [moment.dtype for moment in moments if moment is not None]
+    dtype = reduce(torch.promote_types, dtypes) if dtypes else param.dtype
+    return dtype_of_state(param, state_dtype) if dtype == param.dtype else dtype

@@ -1,6 +1,6 @@
 """Sharded parameters (``DTensor``): the part of each that this process holds, as a plain tensor.
 
-A step of SGD is element by element, so that each process updates its own part alone. All of this is
+A step is element by element, so that each process updates its own part alone. All of this is
 for ``no_grad``. ``DTensor`` is imported where there are some: the import takes a second.
 """
 

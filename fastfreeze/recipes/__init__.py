@@ -1,1 +1,1 @@
-"""Reproductions of the two papers: models, data and the training run behind the command line."""
+"""What trains behind the command line: the two papers' models and data, and fine-tuning."""

@@ -84,6 +84,41 @@ class ImageData:
             raise ValueError(f"count must be in 1..{len(self.train.labels)}, got {count}")
         return replace(self, train=self.train.part(balanced(self.train.labels, count)))
 
+    def held_out(self, share: float) -> ImageData:
+        """The same data with a share of each class's training images in the test images' place.
+
+        At least one image of a class, and not its last; always the same ones, as tests read them.
+
+        Args:
+            share: in (0, 1).
+
+        Raises:
+            RecipeError: a class has one training image alone.
+        """
+        labels, generator = self.train.labels, torch.Generator().manual_seed(0)
+        held = torch.zeros(len(labels), dtype=torch.bool)
+        for label in labels.unique():
+            members = (labels == label).nonzero()[:, 0]
+            if len(members) < 2:
+                raise RecipeError(
+                    f"the class of the number {label} has one training image alone: a part held "
+                    "out for validation needs a second one"
+                )
+            count = min(max(1, round(share * len(members))), len(members) - 1)
+            held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        test = self._as_tests_read(self.train).part(held.nonzero()[:, 0])
+        return replace(self, train=self.train.part((~held).nonzero()[:, 0]), test=test)
+
+    def unvaried(self) -> ImageData:
+        """The same data with training images that are the same in each epoch."""
+        train = self._as_tests_read(self.train)
+        return replace(self, train=train, pad=0, flip=False, lighting=0.0)
+
+    def _as_tests_read(self, images: Images) -> Images:
+        if isinstance(images, FileImages) and isinstance(self.test, FileImages):
+            return replace(images, framing=self.test.framing)
+        return images
+
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches in an epoch; the last may be smaller."""
         return -(-len(self.train.labels) // batch_size)
@@ -92,12 +127,19 @@ class ImageData:
         """A normalised batch of two test images."""
         return self._normalise(self.test[[0, 1]][0].to(device))
 
+    def train_order(self, seed: int, epoch: int) -> Tensor:
+        """The training images' indices in the epoch's order, int64 ``[N]``."""
+        return self._order(epoch_generator(seed, epoch))
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(len(self.train.labels), generator=generator)
+
     def train_batches(
         self, seed: int, epoch: int, batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented float32 batches ``[B, C, H, W]`` and labels, in the epoch's own order."""
         generator = epoch_generator(seed, epoch)
-        order = torch.randperm(len(self.train.labels), generator=generator)
+        order = self._order(generator)
         images = self.train.in_epoch(seed, epoch)
         for pixels, labels in self._read(images, order, batch_size):
             batch = self._normalise(augment(pixels, self.pad, self.flip, generator).to(device))

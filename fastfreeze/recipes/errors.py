@@ -10,8 +10,8 @@ class RecipeError(RuntimeError):
     """A recipe cannot go on for a reason that its user can mend: the message says how."""
 
 
-def optional_package(name: str) -> Any:
-    """The module ``name`` of a package that the extra "train" installs.
+def optional_package(name: str, how: str = 'pip install "fastfreeze[train]"') -> Any:
+    """The module ``name`` of a package that the extra "train" installs, or else ``how``.
 
     Raises:
         RecipeError: it is not installed.
@@ -22,6 +22,4 @@ def optional_package(name: str) -> Any:
         package = name.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise RecipeError(
-            f'the package {package} is not installed: pip install "fastfreeze[train]"'
-        ) from error
+        raise RecipeError(f"the package {package} is not installed: {how}") from error

@@ -13,6 +13,7 @@ from fastfreeze.recipes.rundir import Line
 _PER_EPOCH = {
     "train_loss": "loss/train",
     "test_error": "error/test",
+    "validation_error": "error/validation",
     "seconds": "time/seconds",
     "peak_memory_mb": "memory/peak_mb",
 }
@@ -67,7 +68,7 @@ class Events:
 
     def _add_epoch(self, line: Line) -> None:
         for key, tag in _PER_EPOCH.items():
-            self._add(tag, line[key], line["step"])
+            self._add(tag, line.get(key), line["step"])
         self._add("frozen_layers", len(line["frozen_layers"]), line["step"])
         for i, lr in enumerate(line["lr"]):
             name = f"{i:03d}_{self._layers[i]}" if self._layers else i

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 METHOD_NAMES = ("sgd", "freezeout", "snapshot", "both")
+RECIPE_NAMES = ("prefix", "gradual", "freezeout")
 DATA_NAMES = (
     "mnist5k",
     "cifar10",
@@ -24,4 +25,4 @@ MODEL_NAMES = {
     "vgg16-fc": "vgg16-fc",
     "imagenet-resnet50": "imagenet-resnet50",
 }
-OTHER_MODELS = ("torchvision:NAME", "MODULE:FUNCTION")
+OTHER_MODELS = ("torchvision:NAME", "timm:NAME", "MODULE:FUNCTION")

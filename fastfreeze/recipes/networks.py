@@ -21,11 +21,13 @@ from fastfreeze.recipes.errors import RecipeError, optional_package
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import MODEL_NAMES, OTHER_MODELS
 
+_PACKAGES = ("torchvision", "timm")  # whose networks have names of their own
+
 
 def is_own(name: str) -> bool:
     """Whether a name is MODULE:FUNCTION, the user's own."""
     source, colon, _ = name.partition(":")
-    return bool(colon) and source != "torchvision"
+    return bool(colon) and source not in _PACKAGES
 
 
 def check_name(name: str) -> None:
@@ -59,11 +61,12 @@ def build_network(
 
     Args:
         name: as in :func:`fastfreeze.recipes.models.build_model`; ``torchvision:NAME``, a
-            classification network of torchvision; or ``MODULE:FUNCTION``, where the function takes
-            no arguments and returns the network. What it returns is copied: a module that it keeps
-            is not trained. ``FUNCTION`` may be such a module, too.
+            classification network of torchvision; ``timm:NAME``, one of timm; or
+            ``MODULE:FUNCTION``, where the function takes no arguments and returns the network. What
+            it returns is copied: a module that it keeps is not trained. ``FUNCTION`` may be such a
+            module, too.
         num_classes, in_channels, stem_stride: as in :func:`~fastfreeze.recipes.models.build_model`;
-            a user's own decides for itself, and torchvision's have no ``stem_stride``.
+            a user's own decides for itself, and torchvision's and timm's have no ``stem_stride``.
 
     Returns:
         A module from images ``[B, in_channels, H, W]`` to logits ``[B, num_classes]``; whether a
@@ -71,13 +74,15 @@ def build_network(
 
     Raises:
         ValueError: no network has that name, or takes such images.
-        RecipeError: torchvision is not installed, or a user's own cannot be imported or built.
+        RecipeError: torchvision or timm is not installed, or a user's own cannot be imported or
+            built.
     """
     if is_own(name):
         return _own_network(name)
-    _, colon, rest = name.partition(":")
+    source, colon, rest = name.partition(":")
     if colon:
-        return _torchvision_network(rest, num_classes, in_channels)
+        make = _torchvision_network if source == "torchvision" else _timm_network
+        return make(rest, num_classes, in_channels)
     try:
         return build_model(
             name, num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride
@@ -148,7 +153,7 @@ def _near(name: str) -> str:
         known |= {theirs: f"torchvision:{theirs}" for theirs in _torchvision_names()}
     found = [name] if name in known else difflib.get_close_matches(name, known)
     near = f"near it: {', '.join(known[other] for other in found)}; " if found else ""
-    return f" ({near}beside these there are {' and '.join(OTHER_MODELS)})"
+    return f" ({near}beside these there are {', '.join(OTHER_MODELS)})"
 
 
 def _torchvision_network(name: str, num_classes: int, in_channels: int) -> nn.Module:
@@ -161,6 +166,15 @@ def _torchvision_network(name: str, num_classes: int, in_channels: int) -> nn.Mo
     network: nn.Module = optional_package("torchvision").models.get_model(
         name, weights=None, num_classes=num_classes
     )
+    return network
+
+
+def _timm_network(name: str, num_classes: int, in_channels: int) -> nn.Module:
+    timm = optional_package("timm", "pip install timm")
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models()))
+        raise ValueError(f"timm has no network {name!r}" + (f"; try {near}" if near else ""))
+    network: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
     return network
 
 

@@ -264,7 +264,7 @@ def _plot_rates(axis: Any, lines: list[Line]) -> None:
     """A line per layer, from the input's (dark) to the head's (bright); none where it is frozen."""
     start = lines[0]
     schedule = from_config(start["schedule"])
-    layers = start["layers"] if schedule.freezes else ["all layers"]
+    layers = start["layers"] if schedule.needs_layers else ["all layers"]
     steps = np.arange(schedule.total_steps)
     colors = optional_package("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for layer, (name, color) in enumerate(zip(layers, colors, strict=True)):
@@ -281,7 +281,11 @@ def _plot_losses(axis: Any, lines: list[Line]) -> None:
     losses = _per_step(lines, "step_losses")
     axis.plot(losses, color="0.8", linewidth=0.5)
     axis.plot(*_smoothed(losses, np.mean), color="0.15", label="loss, smoothed")
-    for event, color, style in (("snapshot", _SNAPSHOT_COLOR, "-"), ("freeze", _FREEZE_COLOR, ":")):
+    for event, color, style in (
+        ("snapshot", _SNAPSHOT_COLOR, "-"),
+        ("freeze", _FREEZE_COLOR, ":"),
+        ("thaw", _CPU_COLOR, ":"),
+    ):
         for i, step in enumerate(sorted({line["step"] for line in _events(lines, event)})):
             label = f"{event}s" if i == 0 else None
             axis.axvline(step, color=color, linestyle=style, linewidth=1, label=label)
@@ -291,14 +295,20 @@ def _plot_losses(axis: Any, lines: list[Line]) -> None:
 
 def _plot_errors(axis: Any, lines: list[Line], result: Line | None) -> None:
     epochs = _events(lines, "epoch")
-    errors = [100 * line["test_error"] for line in epochs]
+    held_out = "validation_error" in epochs[0]
+    errors = [100 * line["validation_error" if held_out else "test_error"] for line in epochs]
+    what = "images held out" if held_out else "weights"
     axis.plot(
         [line["step"] for line in epochs],
         errors,
         color="0.15",
         marker=".",
-        label=f"weights, at the end {errors[-1]:.2f}",
+        label=f"{what}, at the end {errors[-1]:.2f}",
     )
+    if result is not None and held_out:
+        best = epochs[result["best_epoch"] - 1]["step"]
+        error = 100 * result["error"]
+        axis.plot(best, error, "*", color=_SNAPSHOT_COLOR, label=f"best, tested {error:.2f}")
     if result is not None and result["ensemble_error"] is not None:
         error = 100 * result["ensemble_error"]
         axis.axhline(error, color=_SNAPSHOT_COLOR, linestyle="--", label=f"ensemble {error:.2f}")

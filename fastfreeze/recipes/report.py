@@ -17,14 +17,16 @@ METHOD_TITLES = {
     "freezeout": "FreezeOut",
     "snapshot": "Snapshot",
     "both": "FreezeOut + Snapshot",
+    "prefix": "frozen prefix",
+    "gradual": "gradual unfreezing",
     "single": "step decay",
     "snapshot-0.1": "Snapshot, lr 0.1",
     "snapshot-0.2": "Snapshot, lr 0.2",
     "freezeout-0.8": "FreezeOut, t_0=0.8",
     "freezeout-0.5": "FreezeOut, t_0=0.5",
 }
-# Column title, key in a result, factor, digits.
-_COLUMNS = (
+_Column = tuple[str, str, float, int]  # title, key in a result, factor, digits
+_COLUMNS: tuple[_Column, ...] = (
     ("error %", "error", 100, 2),
     ("ensemble error %", "ensemble_error", 100, 2),
     ("NLL", "nll", 1, 4),
@@ -35,16 +37,33 @@ _COLUMNS = (
     ("backward removed %", "backward_removed", 100, 1),
     ("peak memory MB", "peak_memory_mb", 1, 0),
 )
+_FINETUNE_COLUMNS: tuple[_Column, ...] = (
+    _COLUMNS[0],
+    ("validation error %", "validation_error", 100, 2),
+    ("best epoch", "best_epoch", 1, 0),
+    *_COLUMNS[2:],
+)
 BUSY = 0.1  # share of the CPUs' time that other processes had, above which times are in doubt
 CPU_NOTE = "CPU: time of all threads, and of the processes that read images."
-_NOTE = (
-    "±: standard error of the mean over the seeds.\n"
-    "error: of the last weights. ensemble error: of the averaged probabilities of all snapshots; "
-    "NLL and ECE are the ensemble's where there is one.\n"
+_SEEDS_NOTE = "±: standard error of the mean over the seeds.\n"
+_TIME_NOTE = (
     "time: reading batches, training and saving snapshots; evaluation and checkpoints are not "
-    f"counted. {CPU_NOTE} vs SGD: time, relative.\n"
+    f"counted. {CPU_NOTE}"
+)
+_REMOVED_NOTE = (
     "backward removed: share of the run's backward FLOPs. "
     "peak memory: of the process on a CPU, of torch's allocator on a GPU."
+)
+_NOTE = (
+    f"{_SEEDS_NOTE}"
+    "error: of the last weights. ensemble error: of the averaged probabilities of all snapshots; "
+    "NLL and ECE are the ensemble's where there is one.\n"
+    f"{_TIME_NOTE} vs SGD: time, relative.\n{_REMOVED_NOTE}"
+)
+_FINETUNE_NOTE = (
+    f"{_SEEDS_NOTE}"
+    "error, NLL, ECE: on the test images, of the weights of the epoch that is best on the training "
+    f"images held out for validation.\n{_TIME_NOTE}\n{_REMOVED_NOTE}"
 )
 
 
@@ -106,13 +125,27 @@ def results_table(results: Sequence[Line]) -> Table:
     headers = ["method", *(title for title, *_ in _COLUMNS), "vs SGD"]
     rows = []
     for method in methods:
-        row = [METHOD_TITLES[method]]
-        for _, key, factor, digits in _COLUMNS:
-            row.append(cell([factor * v for v in _values(results, method, key)], digits))
+        row = _row(results, method, _COLUMNS)
         seconds = np.mean(_values(results, method, "seconds"))
         row.append(f"{seconds / np.mean(plain):.2f}x" if plain else "-")
         rows.append(row)
     return Table(headers, rows, f"{_NOTE}{machine_note(results)}")
+
+
+def finetune_table(results: Sequence[Line]) -> Table:
+    """The same of a fine-tuning."""
+    methods = dict.fromkeys(result["method"] for result in results)
+    headers = ["recipe", *(title for title, *_ in _FINETUNE_COLUMNS)]
+    rows = [_row(results, method, _FINETUNE_COLUMNS) for method in methods]
+    return Table(headers, rows, f"{_FINETUNE_NOTE}{machine_note(results)}")
+
+
+def _row(results: Sequence[Line], method: str, columns: Sequence[_Column]) -> list[str]:
+    cells = [
+        cell([factor * value for value in _values(results, method, key)], digits)
+        for _, key, factor, digits in columns
+    ]
+    return [METHOD_TITLES[method], *cells]
 
 
 def machine_note(results: Sequence[Line]) -> str:

@@ -5,6 +5,9 @@
     config.json           versions, command, arguments
     metrics.jsonl         one line per epoch and event ("start", "freeze", "thaw", "snapshot")
     checkpoints/<run>.pt  the newest checkpoint of each method and seed
+    best-<run>.pth        the weights of the epoch that is best on the images held out, if it is of
+                          ``finetune``
+    plot.png              a picture of the run, if it is of ``finetune``
     snapshots/<run>/      the members of each snapshot ensemble
     tensorboard/<run>/    the lines of metrics.jsonl as events, if TensorBoard is installed
     results.json          one entry per finished method and seed
@@ -193,6 +196,12 @@ class RunDir:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self._checkpoint(run), buffer.getvalue())
+
+    def save_best(self, run: str, weights: dict[str, torch.Tensor]) -> None:
+        """Replace the file of a run's best weights, all at once."""
+        buffer = io.BytesIO()
+        torch.save(weights, buffer)
+        write_atomic(self.path / f"best-{run}.pth", buffer.getvalue())
 
     def load_checkpoint(self, run: str) -> Line | None:
         """The newest checkpoint of a run, on the CPU; None before its first.

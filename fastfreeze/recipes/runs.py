@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastfreeze.cache import FeatureCache
 from fastfreeze.ensemble import (
     SnapshotEnsemble,
     SnapshotStore,
@@ -42,6 +43,7 @@ from fastfreeze.recipes.training import (
     set_up,
     train_epoch,
 )
+from fastfreeze.recipes.weights import load_weights
 from fastfreeze.schedule import SnapshotCycles
 
 
@@ -55,6 +57,9 @@ class Experiment:
         epochs, batch_size: length of each training, and images in a step; >= 1.
         seeds: each method is trained with each of them, from the same weights on the same batches.
         device: "cpu" or "cuda:<n>".
+        weights: the file that all but the head's come from; None: they are drawn.
+        validation: share of each class's training images that is held out; of the weights at each
+            epoch's end those count that err least on them. 0: the last weights count.
     """
 
     methods: tuple[Method, ...]
@@ -64,14 +69,23 @@ class Experiment:
     seeds: range
     device: str
     stem_stride: int = 1
+    weights: str | None = None
+    validation: float = 0.0
 
     def total_steps(self, data: ImageData) -> int:
         """Optimizer steps in each training."""
         return self.epochs * data.steps_per_epoch(self.batch_size)
 
     def build(self, data: ImageData) -> torch.nn.Module:
-        """A new network, of weights that the global generator draws."""
-        return build_network(self.model, **self._sizes(data))
+        """A new network; what no file has the weights of, the global generator draws."""
+        network = build_network(self.model, **self._sizes(data))
+        if self.weights is not None:
+            load_weights(network, self.weights, data.example(torch.device("cpu")))
+        return network
+
+    def parted(self, data: ImageData) -> ImageData:
+        """What a training reads: the data, or those with the held out images as its tests."""
+        return data.held_out(self.validation) if self.validation else data
 
     def check(self, data: ImageData) -> None:
         """See that all can be trained, before the first step.
@@ -80,14 +94,19 @@ class Experiment:
             ValueError: values that are fine alone do not fit together.
             RecipeError: a network cannot be built, trained on these images, or split.
         """
+        data = self.parted(data)
         schedules = [method.schedule(self.total_steps(data)) for method in self.methods]
         device = torch.device(self.device if is_own(self.model) else "meta")
         network = outline(self.model, **self._sizes(data)).to(device)
         images = data.example(device)
         smallest = len(data.train.labels) % self.batch_size or self.batch_size
         check_network(self.model, network, images[:smallest], data.num_classes)
-        if any(schedule.freezes for schedule in schedules):
-            layers_of(self.model, network, images)
+        if any(schedule.needs_layers for schedule in schedules):
+            plan, _ = layers_of(self.model, network, images)
+            for schedule in schedules:
+                replace(plan, schedule=schedule)
+        if self.weights is not None:
+            load_weights(network, self.weights, images)
 
     def _sizes(self, data: ImageData) -> dict[str, int]:
         return {
@@ -121,7 +140,8 @@ def run_all(
         RecipeError: a loss is not finite, a file cannot be read, a package is not installed, or
             another process writes to the directory.
     """
-    schedules = [m.schedule(experiment.total_steps(data)) for m in experiment.methods]
+    steps = experiment.total_steps(experiment.parted(data))
+    schedules = [method.schedule(steps) for method in experiment.methods]
     if any(isinstance(schedule, SnapshotCycles) for schedule in schedules):
         optional_package("matplotlib")  # before the training that its picture is of
     if experiment.device.startswith("cuda"):
@@ -135,11 +155,22 @@ def run_all(
             result = run.finish(quiet)
             run_dir.add_result(result)
             say(f"{run.name}: error {100 * result['error']:.2f}%, {result['seconds']:.1f} s")
+            if run.setup.cache is not None:
+                say(f"{run.name}: {_told_of(run.setup.cache)}")
+                run.setup.cache.close()
             if run.setup.report is not None and run.setup.report.rows:
                 text = f"{run.setup.report}\n"
                 write_atomic(run_dir.path / f"freezing-{run.name}.txt", text.encode())
                 say(f"{run.name}: {run.setup.report.summary}")
     return run_dir.results()
+
+
+def _told_of(cache: FeatureCache) -> str:
+    counts = cache.stats()
+    if not counts.hits:
+        return f"no image came from the feature cache{': ' * bool(cache.reason)}{cache.reason}"
+    share = counts.hits / (counts.hits + counts.misses)
+    return f"{share:.0%} of the images came from the feature cache, {counts.bytes / 1e6:.0f} MB"
 
 
 @dataclass
@@ -164,6 +195,15 @@ class _Totals:
     peak_mb: float | None = None
 
 
+@dataclass
+class _Best:
+    """The weights that err least on the images held out, their epoch, and their error."""
+
+    epoch: int
+    error: float
+    weights: dict[str, Tensor]
+
+
 class _Run:
     """One method with one seed, continued from its checkpoint if it has one."""
 
@@ -176,18 +216,22 @@ class _Run:
         run_dir: RunDir,
         say: Callable[[str], None],
     ) -> None:
-        self.method, self.seed, self.experiment, self.data = method, seed, experiment, data
+        self.method, self.seed, self.experiment = method, seed, experiment
+        self.data, self.tested = experiment.parted(data), data
+        self.error_name = "validation_error" if experiment.validation else "test_error"
         self.run_dir, self.say = run_dir, say
         self.name = run_name(method.name, seed)
         self.device = torch.device(experiment.device)
         torch.manual_seed(seed)
         model = experiment.build(data).to(self.device)
-        schedule = method.schedule(experiment.total_steps(data))
-        self.setup = set_up(model, schedule, method.lr, data.example(self.device))
+        schedule = method.schedule(experiment.total_steps(self.data))
+        make = method.set_up or set_up
+        self.setup = make(model, schedule, method.lr, data.example(self.device))
         self.store: SnapshotStore | None = None
         if isinstance(schedule, SnapshotCycles):
             self.store = SnapshotStore(run_dir.snapshots(self.name))
         self.totals = _Totals()
+        self._best: _Best | None = None
         self._unwritten: list[Line] = []  # lines that TensorBoard's events lack
         self._restore()
         self._forget_later_snapshots()
@@ -221,10 +265,11 @@ class _Run:
     def _tell_tenths(self, error: float) -> None:
         epoch, epochs = self.totals.epoch, self.experiment.epochs
         if 10 * epoch // epochs > 10 * (epoch - 1) // epochs and epoch < epochs:
-            self.say(f"{self.name}: epoch {epoch} of {epochs}, test error {100 * error:.2f}%")
+            said = f"{self.error_name.replace('_', ' ')} {100 * error:.2f}%"
+            self.say(f"{self.name}: epoch {epoch} of {epochs}, {said}")
 
     def _epoch(self, advance: Callable[[], Any]) -> float:
-        """Train for an epoch; the test error behind it."""
+        """Train for an epoch; the error behind it, of the test or the held out images."""
         totals, batch_size = self.totals, self.experiment.batch_size
         release(self.device)
         memory, cpu = PeakMemory(self.device), CpuTime()
@@ -235,7 +280,8 @@ class _Run:
             advance()
 
         first = totals.step
-        losses, seconds = train_epoch(self.setup, batches, self.device, after_step)
+        samples = self.data.train_order(self.seed, totals.epoch).split(batch_size)
+        losses, seconds = train_epoch(self.setup, batches, self.device, after_step, samples)
         for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss is {loss}", step)
@@ -248,19 +294,23 @@ class _Run:
         peak = memory.mb()
         if peak is not None:
             totals.peak_mb = max(totals.peak_mb or 0.0, peak)
-        error = error_rate(self._predict(), self.data.test.labels)
+        error = error_rate(self._predict(self.data), self.data.test.labels)
         self._log(
             "epoch",
             epoch=totals.epoch,
-            lr=[group["lr"] for group in self.setup.optimizer.param_groups],
+            lr=self.setup.rates,
             frozen_layers=list(self._frozen),
             train_loss=sum(losses) / len(losses),
-            test_error=error,
+            **{self.error_name: error},
             seconds=totals.seconds,
             peak_memory_mb=peak,
             step_losses=[round(loss, 6) for loss in losses],
             step_seconds=[round(s, 6) for s in seconds],
         )
+        if self.experiment.validation and (self._best is None or error < self._best.error):
+            weights = self.setup.model.state_dict()
+            copies = {key: value.to("cpu", copy=True) for key, value in weights.items()}
+            self._best = _Best(totals.epoch, error, copies)
         self._save()
         return error
 
@@ -292,9 +342,9 @@ class _Run:
         self.run_dir.log(line)
         self._unwritten.append(line)
 
-    def _predict(self) -> Tensor:
-        """Probabilities of the test images by the present weights."""
-        logits = predict(self.setup.model, self.data, self.device)
+    def _predict(self, data: ImageData) -> Tensor:
+        """Probabilities of the data's test images by the present weights."""
+        logits = predict(self.setup.model, data, self.device)
         if not logits.isfinite().all():
             raise self._diverged("the model's output is not finite", self.totals.step)
         return logits.softmax(1)
@@ -312,10 +362,17 @@ class _Run:
             "optimizer": setup.optimizer.state_dict(),
             "scheduler": setup.scheduler and setup.scheduler.state_dict(),
             "random_state": torch.get_rng_state(),
+            "best": self._best and vars(self._best),
         }
         if self.device.type == "cuda":
             state["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
         self.run_dir.save_checkpoint(self.name, state)
+        self._write_best()
+
+    def _write_best(self) -> None:
+        """A file to go on with elsewhere; the checkpoint, which is written first, has them too."""
+        if self._best is not None and self._best.epoch == self.totals.epoch:
+            self.run_dir.save_best(self.name, self._best.weights)
 
     def _restore(self) -> None:
         """Go on from the checkpoint; without one, note what starts."""
@@ -347,6 +404,8 @@ class _Run:
     def _load(self, state: Line) -> None:
         setup = self.setup
         self.totals = _Totals(**{field.name: state[field.name] for field in fields(_Totals)})
+        if state.get("best"):  # None without validation; not in older ones
+            self._best = _Best(**state["best"])
         setup.model.load_state_dict(state["model"])
         setup.optimizer.load_state_dict(state["optimizer"])
         if setup.scheduler is not None:
@@ -354,10 +413,13 @@ class _Run:
         torch.set_rng_state(state["random_state"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
+        self._write_best()
 
     def _result(self) -> Line:
-        totals, labels = self.totals, self.data.test.labels
-        last = self._predict()
+        totals, labels = self.totals, self.tested.test.labels
+        if self._best is not None:
+            self.setup.model.load_state_dict(self._best.weights)
+        last = self._predict(self.tested)
         members = None if self.store is None else self._evaluate_members(self.store)
         best = last if members is None else members.mean(0)
         return {
@@ -374,6 +436,8 @@ class _Run:
             "seconds_per_epoch": totals.seconds / self.experiment.epochs,
             "backward_removed": totals.removed / totals.step,
             "peak_memory_mb": totals.peak_mb,
+            "validation_error": self._best and self._best.error,
+            "best_epoch": self._best and self._best.epoch,
         }
 
     def _evaluate_members(self, store: SnapshotStore) -> Tensor:

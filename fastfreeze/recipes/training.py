@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
+from fastfreeze.cache import FeatureCache
 from fastfreeze.clock import Clock
 from fastfreeze.freezing import LayerPlan, split
-from fastfreeze.optim import SGD
+from fastfreeze.optim import SGD, AdamW
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Cosine, Schedule, StepDecay
@@ -38,8 +39,9 @@ class Setup:
         network: what a training step calls: the model, or its trimmed form.
         optimizer: steps and, with a schedule of its own, freezes.
         schedule: the learning rates as a function of the step.
-        scheduler: torch's, where the optimizer does not know the schedule.
+        scheduler: where the optimizer does not know the schedule.
         plan: the layers, where some freeze.
+        cache: of what the frozen prefix gives; called in the place of ``network``.
         report: what freezing saves, once :meth:`measure` was called and some freeze.
     """
 
@@ -47,8 +49,9 @@ class Setup:
     network: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    scheduler: CosineAnnealingLR | MultiStepLR | None = None
+    scheduler: LRScheduler | None = None
     plan: LayerPlan | None = None
+    cache: FeatureCache | None = None
     report: FreezeReport | None = None
 
     def measure(self, example: Tensor) -> None:
@@ -63,7 +66,22 @@ class Setup:
     @property
     def frozen_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are frozen now."""
-        return self.optimizer.frozen_layers if isinstance(self.optimizer, SGD) else ()
+        frozen: tuple[int, ...] = getattr(self.optimizer, "frozen_layers", ())
+        return frozen
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rate of each layer, 0 where no group has it; of all where none freezes."""
+        groups = {group.get("layer_index", 0): group["lr"] for group in self.optimizer.param_groups}
+        count = 1 if self.plan is None else len(self.plan.layers)
+        return [groups.get(layer, 0.0) for layer in range(count)]
+
+    def forward(self, images: Tensor, samples: Tensor | None) -> Tensor:
+        """What the network gives for a batch, ``samples`` being the images' indices."""
+        if self.cache is None or samples is None:
+            return self.network(images)
+        output: Tensor = self.cache(images, samples=samples)
+        return output
 
     def backward_removed(self) -> float:
         """Share of the backward FLOPs, in 0..1, that is gone now: schedules freeze a prefix."""
@@ -79,19 +97,22 @@ class Method:
     Attributes:
         name: a word without spaces.
         lr: learning rate at the start, > 0.
-        schedule: of the number of steps in a run; it decides how to train, see :func:`set_up`.
+        schedule: of the number of steps in a run.
+        set_up: what trains, of a network, its schedule, ``lr`` and an example; None: as
+            :func:`set_up` makes of the schedule.
     """
 
     name: str
     lr: float
     schedule: Callable[[int], Schedule]
+    set_up: Callable[[nn.Module, Schedule, float, Tensor], Setup] | None = None
 
 
 def set_up(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
     """The optimizer, and where layers freeze the trimmed network, that a schedule asks for."""
-    if schedule.freezes:
+    if schedule.needs_layers:
         return freezing(model, schedule, lr, example)
-    if isinstance(schedule, (Cosine, StepDecay)):
+    if isinstance(schedule, (Cosine, StepDecay)) and not schedule.warmup_steps:
         return plain_sgd(model, schedule, lr)
     return snapshots(model, schedule, lr)
 
@@ -103,7 +124,7 @@ def plain_sgd(model: nn.Module, schedule: Cosine | StepDecay, lr: float) -> Setu
     if isinstance(schedule, StepDecay):
         scheduler = MultiStepLR(optimizer, schedule.milestones)
     else:
-        scheduler = CosineAnnealingLR(optimizer, schedule.total_steps)
+        scheduler = CosineAnnealingLR(optimizer, schedule.total_steps, schedule.eta_min)
     return Setup(model, model, optimizer, schedule, scheduler)
 
 
@@ -120,11 +141,35 @@ def freezing(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -
     return Setup(model, trim(model, example), optimizer, schedule, plan=plan)
 
 
+def fine_tuning(
+    model: nn.Module, schedule: Schedule, lr: float, example: Tensor, *, optimizer: str, cache: bool
+) -> Setup:
+    """Pretrained layers are frozen as the schedule says; biases and norms do not decay.
+
+    Args:
+        model, schedule, lr, example: as in :func:`set_up`.
+        optimizer: "adamw" or "sgd".
+        cache: whether a :class:`~fastfreeze.FeatureCache` keeps what the frozen prefix gives: for
+            images that are the same in each epoch.
+    """
+    plan = split(model, example, schedule=schedule, lr=lr)
+    schedule, groups = plan.schedule or schedule, plan.param_groups(no_decay=True)
+    steps: SGD | AdamW
+    if optimizer == "sgd":
+        steps = SGD(groups, lr, **_HYPERS, schedule=schedule)
+    else:
+        steps = AdamW(groups, lr, schedule=schedule)
+    network = trim(model, example)
+    kept = FeatureCache(network) if cache else None
+    return Setup(model, network, steps, schedule, plan=plan, cache=kept)
+
+
 def train_epoch(
     setup: Setup,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     after_step: Callable[[], None],
+    samples: Iterable[Tensor] | None = None,
 ) -> tuple[list[float], list[float]]:
     """One pass over the training images.
 
@@ -133,6 +178,7 @@ def train_epoch(
         batches: images and labels, on the device.
         device: where the model is.
         after_step: called after each step.
+        samples: int64 ``[B]`` for each batch, the indices of its images; for a feature cache.
 
     Returns:
         The loss of each step, and its seconds: reading the batch, training, ``after_step``.
@@ -140,14 +186,15 @@ def train_epoch(
     losses = []
     clock = StepClock(device)
     setup.model.train()
-    for images, labels in batches:
+    indices: Iterable[Tensor | None] = repeat(None) if samples is None else samples
+    for (images, labels), which in zip(batches, indices, strict=False):
         with setup.step():
             setup.optimizer.zero_grad()
-            loss = F.cross_entropy(setup.network(images), labels)
+            loss = F.cross_entropy(setup.forward(images, which), labels)
             loss.backward()
             setup.optimizer.step()
-        if setup.scheduler is not None:
-            setup.scheduler.step()
+            if setup.scheduler is not None:
+                setup.scheduler.step()
         losses.append(loss.detach())
         after_step()
         clock.tick()

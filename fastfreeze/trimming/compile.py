@@ -140,9 +140,10 @@ def _check(network: TrimmedModel, plan: LayerPlan, examples: Sequence[Any]) -> N
         raise ValueError("examples must hold at least one input, got none")
     found = len(_stages(plan))
     if found > _MOST_UNASKED and getattr(plan.schedule, "stages", None) is None:
+        how = "it stages=" if hasattr(plan.schedule, "stages") else "split fewer layers="
         raise ValueError(
-            f"schedule must have at most {_MOST_UNASKED} stages to compile, got {found}: give it "
-            "stages=, so that layers freeze together"
+            f"schedule must have at most {_MOST_UNASKED} stages to compile, got {found}: give "
+            f"{how}, so that layers freeze together"
         )
 
 

@@ -20,6 +20,7 @@ from benchmarks.shapes import Shapes, shapes_of
 SGD_VALUES = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 # What the packages can, too. They may change the gradient in place for the weight decay.
 PLAIN_MOMENTUM = {"lr": 0.1, "momentum": 0.9}
+ADAMW_VALUES = {"lr": 1e-3, "weight_decay": 0.05}
 TOTAL_STEPS = 1_000_000  # so long that no timed step reaches a freeze
 GATE_STEPS = 3
 MODELS = (
@@ -34,18 +35,20 @@ MODELS = (
     "vit_b_16",
 )
 PACKAGES_MODELS = ("resnet110", "resnet50")
+ADAMW_MODELS = ("resnet110", "resnet50", "vit_b_16")
 FROZEN = (0, 50, 90)  # percent of the layers
 
 Make = Callable[[list[dict]], Run]
 
 
-def sgd_case(
+def optimizer_case(
     model_name: str,
     per_layer: bool,
     frozen: int = 0,
     values: Mapping[str, float] = SGD_VALUES,
     rivals: Mapping[str, Make] | None = None,
     channels_last: bool = False,
+    optimizer: str = "SGD",
 ) -> Case:
     """A step with its learning-rate schedule.
 
@@ -56,30 +59,33 @@ def sgd_case(
         values: hyperparameters.
         rivals: besides torch's three, from parameter groups to a step.
         channels_last: weights of convolutions, and their gradients, lie so in memory.
+        optimizer: "SGD" or "AdamW".
     """
     shapes = shapes_of(model_name)
     num_layers = sum(len(shape) > 1 for shape in shapes)
     num_frozen = round(frozen / 100 * num_layers)
     groups = partial(_groups, shapes, num_layers, num_frozen, per_layer, channels_last)
     truth_groups = groups()
-    expected = _stepped(torch_step(truth_groups, values=values, foreach=False), truth_groups)
+    theirs = partial(torch_step, values=values, optimizer=optimizer)
+    expected = _stepped(theirs(truth_groups, foreach=False), truth_groups)
     trained = [p for group in truth_groups for p in group["params"] if p.grad is not None]
     numel = sum(p.numel() for p in trained)
     size = f"{len(shapes)} tensors, {sum(map(math.prod, shapes)) / 1e6:.1f}M"
     groups_text = f"{num_layers} groups" if per_layer else "1 group"
     frozen_text = f", {frozen}% of {num_layers} layers frozen" if frozen else ""
-    plain = "" if values.get("nesterov") else ", plain momentum"
+    plain = ", plain momentum" if values == PLAIN_MOMENTUM else ""
+    kept = 1 if optimizer == "SGD" else 2  # tensors of state
     layout = ", channels_last" if channels_last else ""
     case = Case(
-        name=f"SGD step{plain}, {model_name} ({size}), {groups_text}{frozen_text}{layout}",
-        bytes_moved=numel * 4 * 5,  # read 3, write 2
-        floor=_flat_step(numel, values),
+        name=f"{optimizer} step{plain}, {model_name} ({size}), {groups_text}{frozen_text}{layout}",
+        bytes_moved=numel * 4 * (3 + 2 * kept),  # the gradient is read alone
+        floor=_flat_step(numel, values, optimizer),
     )
     makes: dict[str, Make] = {
-        OURS: partial(_ours, values=values),
-        "torch fused": partial(torch_step, values=values, fused=True),
-        "torch foreach": partial(torch_step, values=values, foreach=True),
-        "torch for-loop": partial(torch_step, values=values, foreach=False),
+        OURS: partial(_ours, values=values, optimizer=optimizer),
+        "torch fused": partial(theirs, fused=True),
+        "torch foreach": partial(theirs, foreach=True),
+        "torch for-loop": partial(theirs, foreach=False),
         **(rivals or {}),
     }
     for name, make in makes.items():
@@ -120,26 +126,27 @@ def _stepped(run: Run, groups: list[dict]) -> list[torch.Tensor]:
     return [p.detach().clone() for group in groups for p in group["params"]]
 
 
-def _flat_step(numel: int, values: Mapping[str, float]) -> Run:
+def _flat_step(numel: int, values: Mapping[str, float], optimizer: str) -> Run:
     flat = torch.nn.Parameter(torch.randn(numel))
     flat.grad = torch.randn(numel)
-    return _ours([{"params": [flat]}], values)
+    return _ours([{"params": [flat]}], values, optimizer)
 
 
-def _ours(groups: list[dict], values: Mapping[str, float]) -> Run:
-    schedule = fastfreeze.Cosine(TOTAL_STEPS)
-    return fastfreeze.SGD(groups, schedule=schedule, backend="cpu", **values).step
+def _ours(groups: list[dict], values: Mapping[str, float], optimizer: str) -> Run:
+    made = getattr(fastfreeze, optimizer)
+    return made(groups, schedule=fastfreeze.Cosine(TOTAL_STEPS), backend="cpu", **values).step
 
 
 def torch_step(
     groups: list[dict],
     scheduled: bool = True,
     values: Mapping[str, float] = SGD_VALUES,
+    optimizer: str = "SGD",
     **implementation: bool,
 ) -> Run:
     """torch's step and, if ``scheduled``, its scheduler's."""
-    optimizer = torch.optim.SGD(groups, **values, **implementation)
-    return with_scheduler(optimizer) if scheduled else optimizer.step
+    made = getattr(torch.optim, optimizer)(groups, **values, **implementation)
+    return with_scheduler(made) if scheduled else made.step
 
 
 def with_scheduler(optimizer: torch.optim.Optimizer, compiled: bool = False) -> Run:
@@ -182,8 +189,8 @@ def _heavyball(groups: list[dict], values: Mapping[str, float]) -> Run:
     return with_scheduler(heavyball.SGD(groups, **names, consume_grad=False))
 
 
-def _named(model: str, per_layer: bool, *parts: str) -> str:
-    return "-".join(["sgd", model, *(["per-layer"] if per_layer else []), *parts])
+def _named(model: str, per_layer: bool, *parts: str, optimizer: str = "sgd") -> str:
+    return "-".join([optimizer, model, *(["per-layer"] if per_layer else []), *parts])
 
 
 def _frozen_part(frozen: int) -> list[str]:
@@ -198,30 +205,40 @@ _COMPILING: dict[str, Make] = {
     "torch.compile of foreach": partial(_compiled, values=PLAIN_MOMENTUM),
     "heavyball": partial(_heavyball, values=PLAIN_MOMENTUM),
 }
-SGD_CASES: dict[str, Callable[[], Case]] = {
-    _named(model, per_layer, *_frozen_part(frozen)): partial(sgd_case, model, per_layer, frozen)
+OPTIMIZER_CASES: dict[str, Callable[[], Case]] = {
+    _named(model, per_layer, *_frozen_part(frozen)): partial(
+        optimizer_case, model, per_layer, frozen
+    )
     for model in MODELS
     for per_layer in (False, True)
     for frozen in FROZEN
 }
-SGD_CASES |= {
+OPTIMIZER_CASES |= {
     _named("resnet110", per_layer, "channels-last"): partial(
-        sgd_case, "resnet110", per_layer, channels_last=True
+        optimizer_case, "resnet110", per_layer, channels_last=True
     )
     for per_layer in (False, True)
 }
 # The packages' rivals: none has Nesterov's momentum.
-SGD_CASES |= {
+OPTIMIZER_CASES |= {
     _named(model, per_layer, "momentum"): partial(
-        sgd_case, model, per_layer, values=PLAIN_MOMENTUM, rivals=PACKAGES
+        optimizer_case, model, per_layer, values=PLAIN_MOMENTUM, rivals=PACKAGES
     )
     for model in PACKAGES_MODELS
     for per_layer in (False, True)
 }
+OPTIMIZER_CASES |= {
+    _named(model, per_layer, *_frozen_part(frozen), optimizer="adamw"): partial(
+        optimizer_case, model, per_layer, frozen, values=ADAMW_VALUES, optimizer="AdamW"
+    )
+    for model in ADAMW_MODELS
+    for per_layer in (False, True)
+    for frozen in FROZEN[:2]
+}
 # Minutes each.
 COMPILED_CASES: dict[str, Callable[[], Case]] = {
     _named("resnet110", per_layer, "compiled"): partial(
-        sgd_case, "resnet110", per_layer, values=PLAIN_MOMENTUM, rivals=_COMPILING
+        optimizer_case, "resnet110", per_layer, values=PLAIN_MOMENTUM, rivals=_COMPILING
     )
     for per_layer in (False, True)
 }

@@ -1,0 +1,106 @@
+// What the plans of CPU optimizers share: the tensors' elements cut into runs, how threads share
+// them, and the groups' schedule.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "schedule_math.h"
+
+namespace fastfreeze {
+
+constexpr int64_t kRunElements = 8192;  // 32 KB of fp32: three such runs fit in an L2 cache
+constexpr int64_t kElementsPerThread =
+    32768;  // below this a second thread costs more than it saves
+
+struct Run {
+  int64_t tensor;
+  int64_t offset;
+  int64_t size;
+};
+
+class PlannedRuns {
+ public:
+  // segments: float64 [s, 3]; segment_begin: int64 [num_groups + 1, 1].
+  PlannedRuns(const Tensor& segments, const Tensor& segment_begin, double eta_min,
+              int64_t warmup_steps)
+      : eta_min_(eta_min), warmup_steps_(static_cast<double>(warmup_steps)) {
+    check_table(segments, "segments", ScalarType::Double, 3, true);
+    check_table(segment_begin, "segment_begin", ScalarType::Long, 1, true);
+    STD_TORCH_CHECK(segment_begin.size(0) >= 1, "segment_begin must not be empty");
+    const auto* begin = static_cast<const int64_t*>(segment_begin.data_ptr());
+    begin_.assign(begin, begin + segment_begin.size(0));
+    STD_TORCH_CHECK(begin_.back() == segments.size(0),
+                    "segment_begin must end with the number of segments");
+    STD_TORCH_CHECK(begin_.front() == 0 && std::is_sorted(begin_.begin(), begin_.end()),
+                    "segment_begin must rise from 0");
+    const auto* segment = static_cast<const double*>(segments.data_ptr());
+    for (int64_t i = 0; i < segments.size(0); ++i, segment += 3) {
+      segments_.push_back({segment[0], segment[1], segment[2]});
+    }
+  }
+
+  int64_t num_groups() const { return static_cast<int64_t>(begin_.size()) - 1; }
+  SegmentTable table() const { return {segments_.data(), begin_.data(), eta_min_, warmup_steps_}; }
+
+  // The next tensor's elements.
+  void add(int64_t group, int64_t numel) {
+    STD_TORCH_CHECK(group >= 0 && group < num_groups(), "a tensor names group ", group);
+    STD_TORCH_CHECK(numel >= 0, "a tensor has ", numel, " elements");
+    for (int64_t at = 0; at < numel; at += kRunElements) {
+      const int64_t size = std::min(kRunElements, numel - at);
+      runs_.push_back({tensors_, at, size});
+      cost_.push_back(cost_.back() + size);
+    }
+    ++tensors_;
+  }
+
+  // Calls update(run) for each run, in as many threads as that is worth.
+  template <typename Update>
+  void for_each(const Update& update) const {
+    const int64_t wanted = (cost_.back() + kElementsPerThread - 1) / kElementsPerThread;
+    const int64_t threads =
+        std::max<int64_t>(1, std::min<int64_t>(wanted, torch::stable::get_num_threads()));
+    const auto share = [&](int64_t begin, int64_t end) {
+      const int64_t last = first_run(end, threads);
+      for (int64_t r = first_run(begin, threads); r < last; ++r) update(runs_[r]);
+    };
+    if (threads == 1) {
+      share(0, 1);
+    } else {
+      torch::stable::parallel_for(0, threads, 1, share);
+    }
+  }
+
+ private:
+  // The first run of a thread's share, threads having equal numbers of elements.
+  int64_t first_run(int64_t thread, int64_t threads) const {
+    const int64_t target = cost_.back() * thread / threads;
+    return std::lower_bound(cost_.begin(), cost_.end(), target) - cost_.begin();
+  }
+
+  std::vector<Run> runs_;
+  std::vector<int64_t> cost_{0};  // elements in the runs before each run, and in all
+  int64_t tensors_ = 0;
+  std::vector<Segment> segments_;
+  std::vector<int64_t> begin_;  // of each group's segments, and the end
+  double eta_min_;
+  double warmup_steps_;
+};
+
+inline int64_t item_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// Whether what a step keeps of a parameter is wider than the parameter; raises if it may not be so.
+inline bool is_wide_state(ScalarType dtype, ScalarType state_dtype, const char* state) {
+  const bool wide = state_dtype != dtype;
+  STD_TORCH_CHECK(!wide || (item_size(dtype) == 2 && state_dtype == ScalarType::Float), "a ",
+                  dtype_name(dtype), " parameter has a ", dtype_name(state_dtype), " ", state);
+  return wide;
+}
+
+}  // namespace fastfreeze
