@@ -1,6 +1,6 @@
 """python -m benchmarks report: all results in one Markdown file and one picture.
 
-The tables in README.md and docs/results.md are written anew, too (pages.py).
+The tables in README.md and of pages in docs/ are written anew, too (pages.py).
 
 Results of one kind and one machine share a table. It holds one line for each of ours in each case.
 """
