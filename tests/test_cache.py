@@ -866,7 +866,7 @@ def test_what_does_not_pay_is_tried_again_after_a_while(monkeypatch):
     assert cache.reason == problem
     assert cache.stats().bytes == 0
     problem = ""
-    assert list(calls(8)) == [False] * 5 + [True] * 3
+    assert list(calls(8)) == [False] * 6 + [True] * 2
     assert list(calls(8)) == [True] * 8
     problem = "it does not pay"
     frozen(cache.network.model, "b")  # another cut is measured anew

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,14 @@ _UNKNOWN = "it is found out what is read of the frozen modules"
 _NOT_THE_SAME = "the frozen modules do not always give the same bits"
 _WAIT = 500  # calls, until what was refused is tried again for the first time
 _LATE = "what frozen modules read was written to before their values were read"
+
+
+class _Refusal(NamedTuple):
+    """Why something is not kept, for how many calls, and until which one."""
+
+    reason: str
+    wait: int
+    until: int
 
 
 class FeatureCache:
@@ -116,9 +124,7 @@ class FeatureCache:
         self._dtype, self._measures = dtype, enabled is None
         self._stores = Stores(max_bytes, None if directory is None else Path(directory))
         self._kept: dict[str, Kept] = {}  # in the order in which they came
-        self._refusals: dict[str, str] = {}
-        self._refused_until: dict[str, int] = {}
-        self._waits: dict[str, int] = {}
+        self._refusals: dict[str, _Refusal] = {}
         self._calls = 0
         self._known = Known()
         self._names: dict[Any, str] | None = None
@@ -226,8 +232,9 @@ class FeatureCache:
         strides = [row_strides(t) for t in chain.inputs if t.ndim]
         text = f"{held}\n{chain.keys}\n{strides}\n{conditions}"
         name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        if self._calls < self._refused_until.get(name, 0):
-            raise CannotKeepError(self._refusals[name])
+        refusal = self._refusals.get(name)
+        if refusal and self._calls < refusal.until:
+            raise CannotKeepError(refusal.reason)
         kept = self._kept.get(name)
         if kept is None:
             return self._first(Kept(name, held, conditions, chain, self._dtype), chain)
@@ -459,9 +466,8 @@ class FeatureCache:
 
     def _refuse(self, name: str, reason: str) -> None:
         """Do without for a while, the longer the more often."""
-        self._refusals[name] = reason
-        self._waits[name] = 2 * self._waits.get(name, _WAIT // 2)
-        self._refused_until[name] = self._calls + self._waits[name]
+        wait = 2 * self._refusals[name].wait if name in self._refusals else _WAIT
+        self._refusals[name] = _Refusal(reason, wait, self._calls + wait)
         if name in self._kept:
             self._delete(name)
 

@@ -396,31 +396,23 @@ class Chain:
 
     Attributes:
         wanted: the nodes.
+        keys: of these.
         chains: that they belong to.
+        samples: numbers of those in the batch.
         calls: in the order in which they were put off.
         outer: the tensors that go in, by their number.
+        modules: that the calls run.
+        place: which calls of modules they are.
     """
 
     def __init__(self, wanted: Sequence[CallNode], chains: Chains) -> None:
-        self.wanted, self.chains = list(wanted), chains
-        self.calls = _behind(self.wanted)
+        self.wanted, self.chains, self.samples = list(wanted), chains, chains.samples
+        self.calls, self.keys = _behind(wanted), [node.key for node in wanted]
         leaves = [leaf for call in self.calls for leaf in call.leaves]
         self.outer = {leaf.number: leaf for leaf in leaves if isinstance(leaf, _Outer)}
-        self._nodes = {n.key: n for n in (*leaves, *self.wanted) if isinstance(n, CallNode)}
-
-    @property
-    def keys(self) -> list[str]:
-        """Of the nodes that are wanted."""
-        return [node.key for node in self.wanted]
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        return list(dict.fromkeys(m for call in self.calls for m in call.modules))
-
-    @property
-    def place(self) -> tuple[str, ...]:
-        """The calls of modules in it."""
-        return tuple([call.key for call in self.calls if call.modules])
+        self._nodes = {n.key: n for n in (*leaves, *wanted) if isinstance(n, CallNode)}
+        self.modules = list(dict.fromkeys(m for call in self.calls for m in call.modules))
+        self.place = tuple([call.key for call in self.calls if call.modules])
 
     @cached_property
     def inputs(self) -> list[Tensor]:
@@ -435,11 +427,6 @@ class Chain:
         if len(devices := {str(t.device) for t in inputs}) > 1:
             raise CannotKeepError(f"what goes in is on {' and '.join(sorted(devices))}")
         return inputs
-
-    @property
-    def samples(self) -> list[int]:
-        """Numbers of the samples in the batch."""
-        return self.chains.samples
 
     @property
     def device(self) -> torch.device:

@@ -32,8 +32,8 @@ class Holdings:
         self._all: list[nn.Module] = []  # with what is in them
         self._classes: list[type] = []
         self._names: Watch | None = None  # of all that is held by a name
-        self._tensors: list[Tensor] = []  # parameters and buffers
-        self._objects: list[Any] = []  # attributes that may change without being replaced
+        self._places: list[dict[str, Any]] = []  # of parameters and buffers
+        self._objects: list[Any] = []  # where attributes are that may be written to, and they
         self._state: Any = None
         self._pinned: list[Tensor] = []  # so that no other tensor gets an address
         self._sums: list[int | None] = []
@@ -47,12 +47,12 @@ class Holdings:
         Writes that torch does not count are looked for where an optimizer has stepped while there
         were gradients, else in one tensor in each call.
         """
-        replaced = self._names is None or self._names.changed()
+        replaced = self._replaced()
         if replaced:
             self._list()
-        tensors = list(self._tensors)
+        tensors = [t for d in self._places for t in d.values() if t is not None]
         seen: set[int] = set()
-        said = [describe(value, tensors, seen) for value in self._objects]
+        said = [describe(value, tensors, seen) for *_, value in self._objects]
         places = [t.data_ptr() for t in tensors]
         state = said, [*map(id, tensors)], places, [t._version for t in tensors]
         if not replaced and state == self._state and not self._was_written_to(tensors):
@@ -61,7 +61,7 @@ class Holdings:
         self._sums, self._turns = [checksum(t) for t in tensors], cycle(range(len(tensors)))
         self._steps.tensors, self._steps.seen = tensors, False
         self._pinned = [alias for t in tensors for alias in (t, t.detach())]
-        names = [(a, b, repr(v) if _is_fixed(v) else "") for a, b, v in self._attributes()]
+        names = [(a, b, repr(v) if _is_fixed(v) else "") for _, a, b, v in self._attributes()]
         digest = hashlib.blake2b(repr((said, names)).encode(), digest_size=16)
         for tensor in tensors:
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -69,15 +69,19 @@ class Holdings:
         self._digest = digest.hexdigest()
         return self._digest
 
+    def _replaced(self) -> bool:
+        """Whether something that is held by a name is another one, or perhaps only as great."""
+        if self._names is None or self._names.changed():
+            return True
+        return any(d.get(name) is not value for d, name, value in self._objects)
+
     def _list(self) -> None:
         self._all = list({m: None for module in self.modules for m in module.modules()})
         bases = dict.fromkeys(base for m in self._all for base in type(m).__mro__)
         self._classes = [base for base in bases if not base.__module__.startswith("torch.")]
-        held = [value for *_, value in self._attributes() if not _is_fixed(value)]
-        self._objects = list({id(v): v for v in held}.values())
+        self._objects = [(d, b, v) for d, _, b, v in self._attributes() if not _is_fixed(v)]
         own = [d for m in self._all for d in (vars(m), m._modules, m._parameters, m._buffers)]
-        held = [t for m in self._all for d in (m._parameters, m._buffers) for t in d.values()]
-        self._tensors = [t for t in held if t is not None]
+        self._places = [d for m in self._all for d in (m._parameters, m._buffers) if d]
         self._names = Watch([*own, *map(vars, self._classes)])
 
     def _was_written_to(self, tensors: Sequence[Tensor]) -> bool:
@@ -85,16 +89,16 @@ class Holdings:
         i = next(self._turns, None)
         return self._steps.seen or (i is not None and checksum(tensors[i]) != self._sums[i])
 
-    def _attributes(self) -> Iterator[tuple[str, str, Any]]:
-        """The name of whose they are, their own, and they."""
+    def _attributes(self) -> Iterator[tuple[Mapping[str, Any], str, str, Any]]:
+        """Where they are, the name of whose they are, their own, and they."""
         for module in self._all:
             for name, value in vars(module).items():
                 if name not in _OWN:
-                    yield type(module).__qualname__, name, value
+                    yield vars(module), type(module).__qualname__, name, value
         for kind in self._classes:
             for name, value in vars(kind).items():
                 if not name.startswith("__") and isinstance(value, _CLASS_VALUES):
-                    yield kind.__qualname__, name, value
+                    yield vars(kind), kind.__qualname__, name, value
 
 
 def _is_fixed(value: Any) -> bool:
