@@ -105,10 +105,10 @@ class Call:
         form: Form,
         key: str,
         index: int,
+        autocast: Any,
     ) -> None:
         self.function, self.modules, self.leaves, self.spec = function, modules, leaves, spec
-        self.key, self.index, self._form = key, index, form
-        self._autocast = autocast_state()
+        self.key, self.index, self._form, self._autocast = key, index, form, autocast
         self.outputs: list[Any] | None = None
 
     def make(self, values: list[Any], reader: Chains) -> list[Any]:
@@ -299,7 +299,8 @@ class Chains:
             form.keys[keys] = self._key(given, keys)
             if modules:
                 self._known.put_off(what[1])
-        call = Call(function, modules, nodes, spec, form, form.keys[keys], self._index)
+        place = self._index, given[-1]
+        call = Call(function, modules, nodes, spec, form, form.keys[keys], *place)
         self._index += 1
         outputs = [self._output(call, i, meta, leaves) for i, meta in enumerate(form.metas)]
         return tree_unflatten(outputs, form.spec)

@@ -113,7 +113,7 @@ def describe(value: Any, tensors: list[Tensor], seen: set[int], depth: int = 0) 
 
     Its tensors are added to ``tensors``; objects in ``seen`` are not described again.
     """
-    if isinstance(value, _SCALARS):
+    if isinstance(value, _SCALARS) or (type(value) is list and _is_fixed(tuple(value))):
         return repr(value)
     if isinstance(value, Tensor):
         tensors.append(value)
