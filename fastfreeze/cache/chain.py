@@ -139,7 +139,8 @@ class CallNode(Node):
     __slots__ = ("call", "chains", "i", "ident", "key")
 
     def __init__(self, call: Call, i: int, meta: tuple[Any, ...], chains: Chains) -> None:
-        super().__init__(*meta, chains)
+        shape, dtype, device = meta
+        super().__init__(shape, dtype, device, chains)
         self.call, self.i, self.chains = call, i, chains
         self.key = f"{call.key}.{i}"
         self.ident = call.index, self.key
@@ -294,7 +295,7 @@ class Chains:
                 return NotImplemented
             return self._learn(given, function, modules, leaves, spec)
         nodes = [self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        keys = tuple([node.key for node in nodes if isinstance(node, Node)])
+        keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, _Outer))])
         if keys not in form.keys:
             form.keys[keys] = self._key(given, keys)
             if modules:

@@ -80,9 +80,12 @@ class Holdings:
         bases = dict.fromkeys(base for m in self._all for base in type(m).__mro__)
         self._classes = [base for base in bases if not base.__module__.startswith("torch.")]
         self._objects = [(d, b, v) for d, _, b, v in self._attributes() if not _is_fixed(v)]
-        own = [d for m in self._all for d in (vars(m), m._modules, m._parameters, m._buffers)]
+        own: list[Any] = [
+            d for m in self._all for d in (vars(m), m._modules, m._parameters, m._buffers)
+        ]
         self._places = [d for m in self._all for d in (m._parameters, m._buffers) if d]
-        self._names = Watch([*own, *map(vars, self._classes)])
+        own += map(vars, self._classes)
+        self._names = Watch(own)
 
     def _was_written_to(self, tensors: Sequence[Tensor]) -> bool:
         self._steps.look()
