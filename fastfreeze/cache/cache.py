@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +15,39 @@ from torch._C._functorch import peek_interpreter_stack
 from fastfreeze.cache.chain import Chain, Chains, Known
 from fastfreeze.cache.digest import Holdings
 from fastfreeze.cache.kept import (
-    Batch,
+    TRIALS,
+    Account,
     CacheStats,
     Kept,
     Rows,
     assembled,
-    digests_of,
+    now,
     pick,
     same_bits,
 )
-from fastfreeze.cache.rows import CannotKeepError, Layout, row_strides
-from fastfreeze.cache.store import Budget, RowStore, StoreDirectory
+from fastfreeze.cache.rows import CannotKeepError, row_strides
+from fastfreeze.cache.store import Stores
 from fastfreeze.trimming.state import fp32_precision, requires_grad, tensors_in
 from fastfreeze.trimming.trimmed import TrimmedModel
 
 _VIEW_BITS = 20
 _INDEX_BITS = 63 - _VIEW_BITS
-_TRIALS = 5  # batches that are timed
 _MAX_CHANGES = 8  # of weights
 _MAX_LATE = 4
 _IN_EVAL = "the model is in eval mode"
 _NOTHING_READ = "nothing frozen was read that has a row for each sample"
 _UNKNOWN = "it is found out what is read of the frozen modules"
+_NOT_THE_SAME = "the frozen modules do not always give the same bits"
+_WAIT = 500  # calls, until what was refused is tried again for the first time
 _LATE = "what frozen modules read was written to before their values were read"
+
+
+class _Refusal(NamedTuple):
+    """Why something is not kept, for how many calls, and until which one."""
+
+    reason: str
+    wait: int
+    until: int
 
 
 class FeatureCache:
@@ -66,18 +75,20 @@ class FeatureCache:
 
     Args:
         network: made by :func:`fastfreeze.trim`.
-        max_bytes: > 0; of what is kept. When it is reached nothing more is added: with shuffled
-            epochs, to replace one sample by another gains nothing.
-        directory: keep in files there, mapped into memory, to go on with after a restart; without,
-            in memory. One process at a time may use it. Files that are damaged, cut short or made
-            by another version, device or number of threads are not used. The files of the least
-            recently used values are deleted when their space is needed.
+        max_bytes: > 0; of what is kept. When it is reached nothing more is added, but what was kept
+            before something else was frozen makes room: with shuffled epochs, to replace one sample
+            by another gains nothing.
+        directory: keep in files there, to go on with after a restart; without, in memory. One
+            process at a time may use it. Files that are damaged, cut short or made by another
+            version, device or number of threads are not used. The files of the least recently used
+            values are deleted when their space is needed.
         dtype: a floating-point dtype to keep wider values in: ``torch.bfloat16`` halves the bytes
             of fp32, with a relative error of up to 2**-8 in each value, kept or just computed. What
             is kept is then not carried on when more is frozen.
-        enabled: None: on where the first few batches show that looking up and storing together take
-            less time than the frozen modules, anew whenever something else is frozen. True: without
-            that. False: off.
+        enabled: None: on while looking up takes less time than the frozen modules, and storing too
+            while it fills; measured in the first few batches after something else was frozen, and
+            now and then. What does not pay is tried again after a while. True: without that. False:
+            off.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -111,10 +122,10 @@ class FeatureCache:
             raise TypeError(f"enabled must be True, False or None, got {enabled!r}")
         self.network = network
         self._dtype, self._measures = dtype, enabled is None
-        self._directory = None if directory is None else StoreDirectory(Path(directory))
-        self._budget = Budget(max_bytes, self._directory)
+        self._stores = Stores(max_bytes, None if directory is None else Path(directory))
         self._kept: dict[str, Kept] = {}  # in the order in which they came
-        self._refusals: dict[str, str] = {}
+        self._refusals: dict[str, _Refusal] = {}
+        self._calls = 0
         self._known = Known()
         self._names: dict[Any, str] | None = None
         self._old: set[str] = set()  # kept when something else was frozen, and not used since
@@ -138,7 +149,7 @@ class FeatureCache:
             TypeError, ValueError: ``samples`` is not as above, or not of the inputs' length.
         """
         keys = _keys_of(samples)
-        self._reason = self._off
+        self._reason, self._calls = self._off, self._calls + 1
         if self._off or peek_interpreter_stack() is not None:
             self._reason = self._off or "in a transform of torch.func"
             return self.network(*args, **kwargs)
@@ -146,7 +157,7 @@ class FeatureCache:
         names = self.network.frozen_names()
         if names is not self._names:  # what is read now is not known
             self._names = names
-            self._known.reads.clear()
+            self._known.frozen_anew()
             self._old = set(self._kept)
         if not (names and self.network.training):
             self._reason = "nothing is frozen" if self.network.training else _IN_EVAL
@@ -156,7 +167,7 @@ class FeatureCache:
             return self.network(*args, **kwargs)
         form = tuple([(t.shape, t.dtype, t.device) for t in tensors_in((args, kwargs))])
         self._reason = _NOTHING_READ if form in self._known.reads else _UNKNOWN
-        chains = Chains(self._known, form, len(keys), names, partial(self._find, keys))
+        chains = Chains(self._known, form, keys, names, self._find)
         output = self.network.run(args, kwargs, chains)
         if chains.waits:
             chains.finish()
@@ -187,11 +198,8 @@ class FeatureCache:
 
     def close(self) -> None:
         """Let go of memory and files; the files stay. Calls then run the network alone."""
-        for kept in self._kept.values():
-            kept.rows.close()
+        self._stores.close()
         self._kept.clear()
-        if self._directory is not None:
-            self._directory.close()
         self._off = self._reason = "it is closed"
 
     def __enter__(self) -> FeatureCache:
@@ -207,10 +215,10 @@ class FeatureCache:
                 f"samples must have a row for each of {len(tensors[0])} inputs, got {n}"
             )
 
-    def _find(self, keys: list[int], chain: Chain) -> list[Tensor] | None:
+    def _find(self, chain: Chain) -> list[Tensor] | None:
         """The values of a chain, from what is kept as far as possible; None if it is to be made."""
         try:
-            values = self._values(keys, chain)
+            values = self._values(chain)
         except CannotKeepError as error:
             self._reason = str(error)
             return None
@@ -218,46 +226,37 @@ class FeatureCache:
             self._reason = ""
         return values
 
-    def _values(self, keys: list[int], chain: Chain) -> list[Tensor]:
-        batch = Batch(keys, chain)
-        conditions, held = self._conditions(batch), self._held(chain)
-        wanted = [node.key for node in chain.wanted]
-        strides = [row_strides(t) for t in batch.inputs if t.ndim]
-        text = f"{held}\n{wanted}\n{strides}\n{conditions}"
+    def _values(self, chain: Chain) -> list[Tensor]:
+        start = time.perf_counter()
+        conditions, held = self._conditions(chain.device), self._held(chain)
+        strides = [row_strides(t) for t in chain.inputs if t.ndim]
+        text = f"{held}\n{chain.keys}\n{strides}\n{conditions}"
         name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        if name in self._refusals:
-            raise CannotKeepError(self._refusals[name])
-        if name not in self._kept:
-            return self._first(batch, name, held, conditions)
-        kept = self._kept[name]
+        refusal = self._refusals.get(name)
+        if refusal and self._calls < refusal.until:
+            raise CannotKeepError(refusal.reason)
+        kept = self._kept.get(name)
+        if kept is None:
+            return self._first(Kept(name, held, conditions, chain, self._dtype), chain)
         self._old.discard(name)
-        if not kept.agrees(batch):
-            raise CannotKeepError(
-                f"a batch of {len(keys)} gives other bits than one of {kept.size}"
-            )
-        slots = self._slots(kept, batch, range(len(keys)))
+        if not kept.agrees(chain):
+            size = len(chain.samples)
+            raise CannotKeepError(f"a batch of {size} gives other bits than one of {kept.size}")
+        slots = self._slots(kept, chain, range(len(chain.samples)))
         missing = [i for i, slot in enumerate(slots) if slot < 0]
         if not missing:
-            return self._whole(kept, batch, slots)
-        parts = []
-        for earlier in self._earlier(kept, batch):
-            rows, flat = self._carry_on(earlier, kept, batch, missing)
-            parts.append((rows, flat))
-            missing = sorted(set(missing) - set(rows))
-            if not missing:
-                break
-        if missing:
-            return self._compute(kept, batch, missing)
-        if found := [i for i, slot in enumerate(slots) if slot >= 0]:
-            parts.append((found, kept.get([slots[i] for i in found], batch.device)))
-            self._counts.hits += len(found)
-        return kept.values(assembled(parts))
+            flat = self._whole(kept, chain, slots, start)
+        else:
+            flat = self._carry_on(kept, chain, slots, missing)
+        if flat is None:
+            flat = self._compute(kept, chain, time.perf_counter() - start)
+        return kept.values(flat)
 
     def _held(self, chain: Chain) -> str:
         """Digest of what a chain's modules hold; noted for what was kept of them."""
-        place = chain.place
-        if place not in self._holdings:
-            self._holdings[place] = Holdings(chain.modules)
+        place, modules = chain.place, chain.modules
+        if place not in self._holdings or self._holdings[place].modules != modules:
+            self._holdings[place] = Holdings(modules)
         digest = self._holdings[place].digest()
         if self._digests.setdefault(place, digest) != digest:
             self._digests[place] = digest
@@ -266,9 +265,8 @@ class FeatureCache:
                 self._give_up("what is frozen changes again and again")
         return digest
 
-    def _conditions(self, batch: Batch) -> str:
+    def _conditions(self, device: torch.device) -> str:
         """What else values depend on, or how they are kept; in words."""
-        device = batch.device
         return "\n".join(
             (
                 f"{self._dtype} {fp32_precision(device)} {torch.get_num_threads()}",
@@ -278,118 +276,128 @@ class FeatureCache:
             )
         )
 
-    def _first(self, batch: Batch, name: str, held: str, conditions: str) -> list[Tensor]:
+    def _first(self, kept: Kept, chain: Chain) -> list[Tensor]:
         """The first batch of its kind: find out whether its values can be kept, and how."""
-        n = len(batch.keys)
+        n = len(chain.samples)
         if n < 2:
             raise CannotKeepError("a batch of one sample does not show what depends on the others")
-        values = batch.chain.compute()
         try:
-            layout = Layout.of(values, n, batch.inputs, self._dtype)
-            kept = Kept(name, conditions, batch.chain, held, layout, n, self._measures)
-            flat = layout.flat(values)
-            if not kept.rows_are_independent(batch, flat):
-                raise CannotKeepError("what a sample gives depends on the others in its batch")
+            flat = kept.first(chain)
         except CannotKeepError as error:
-            self._refusals[name] = str(error)
+            self._refuse(kept.name, str(error))
             raise
-        path = None if self._directory is None else self._directory.open(name)
-        kept.rows = RowStore(layout.columns, self._budget, path)
-        self._kept[name] = kept
-        slots = self._slots(kept, batch, range(n))
-        known = [i for i in range(n) if slots[i] >= 0]
-        if known:
-            found = kept.get([slots[i] for i in known], batch.device)
-            if not same_bits(found, pick(flat, known)):
-                kept.rows.discard(range(len(kept.rows)))
-        for earlier in self._earlier(kept, batch):
-            self._carry_on(earlier, kept, batch, range(n), flat)
-        kept.rows.add(batch.keys, batch.digests.wait(), flat)
+        kept.rows = self._stores.open(kept.name, kept.columns)
+        kept.account = Account() if self._measures else None
+        self._kept[kept.name] = kept
+        slots = self._slots(kept, chain, range(n))
+        if known := [i for i in range(n) if slots[i] >= 0]:
+            found = kept.get([slots[i] for i in known], chain.device)
+            if found and not same_bits(found, pick(flat, known)):
+                self._stores.drop(kept.name)
+                kept.rows = self._stores.open(kept.name, kept.columns)
+        for earlier in self._earlier(kept, chain):
+            self._carry_on_from(earlier, kept, chain, range(n), flat)
+        self._add(kept, chain, range(n), flat)
         self._counts.misses += n
         return kept.values(flat)
 
-    def _whole(self, kept: Kept, batch: Batch, slots: list[int]) -> list[Tensor]:
-        """A batch that is there."""
-        flat = kept.get(slots, batch.device)
+    def _whole(self, kept: Kept, chain: Chain, slots: list[int], start: float) -> Rows | None:
+        """A batch that is there; None if it turns out to be damaged."""
+        timed = kept.is_timed()
+        flat = kept.get(slots, chain.device)
+        if flat is None:
+            return None
+        if kept.account is not None:
+            kept.account.idle = 0
+        if timed and kept.account is not None:
+            kept.values(flat)
+            kept.account.looking.append(now(chain.device) - start)
+            if problem := kept.account.problem(fills=False):
+                self._refuse(kept.name, problem)
+                raise CannotKeepError(problem)
         if kept.unchecked:
             kept.unchecked -= 1
-            if not same_bits(flat, kept.compute(batch)):
-                self._refuse(kept, "the frozen modules do not always give the same bits")
-                raise CannotKeepError(self._refusals[kept.name])
-        self._counts.hits += len(batch.keys)
-        return kept.values(flat)
+            if not same_bits(flat, kept.compute(chain)):
+                self._refuse(kept.name, _NOT_THE_SAME)
+                raise CannotKeepError(_NOT_THE_SAME)
+        self._counts.hits += len(slots)
+        return flat
 
-    def _compute(self, kept: Kept, batch: Batch, missing: list[int]) -> list[Tensor]:
+    def _compute(self, kept: Kept, chain: Chain, asking: float) -> Rows:
         """The whole batch; what is missing is kept from now on."""
-        start = kept.now(batch.device)
-        flat = kept.compute(batch)
-        computed = kept.now(batch.device)
-        kept.rows.add(
-            [batch.keys[i] for i in missing], batch.digests.wait()[missing], pick(flat, missing)
-        )
-        self._counts.misses += len(batch.keys)
-        if kept.measures:
-            self._measure(kept, batch, computed - start, kept.now(batch.device) - computed)
-        return kept.values(flat)
+        samples, account = range(len(chain.samples)), kept.account
+        self._counts.misses += len(samples)
+        if account is None:
+            flat = kept.compute(chain)
+            self._add(kept, chain, samples, flat)
+            return flat
+        start = now(chain.device)
+        flat = kept.compute(chain)
+        computed = now(chain.device)
+        added = self._add(kept, chain, samples, flat)
+        account.idle = 0 if added else account.idle + 1
+        if added and len(account.computing) < TRIALS:
+            stored = now(chain.device)
+            if found := kept.get(kept.rows.some(len(samples)), chain.device):
+                kept.values(found)
+            looking = asking + now(chain.device) - stored
+            account.computed(computed - start, stored - computed, looking)
+        if problem := account.problem(fills=True):
+            self._refuse(kept.name, problem)
+        return flat
 
-    def _measure(self, kept: Kept, batch: Batch, computing: float, storing: float) -> None:
-        """Add to the measurement; at its end, switch off what does not pay."""
-        if not len(kept.rows):
-            return
-        slots = [i * 7919 % len(kept.rows) for i in range(len(batch.keys))]
-        start = kept.now(batch.device)
-        digests_of(batch.inputs, len(batch.keys)).wait()
-        self._held(batch.chain)
-        kept.rows.digests(slots)
-        kept.get(slots, batch.device)
-        kept.times.append((computing, storing + kept.now(batch.device) - start))
-        if len(kept.times) < _TRIALS:
-            return
-        kept.measures = False
-        chain, cache = (median(column) * 1e3 for column in zip(*kept.times, strict=True))
-        if cache >= chain:
-            self._refuse(
-                kept,
-                f"it does not pay: storing and looking up take {cache:.2f} ms a batch, "
-                f"the frozen modules {chain:.2f} ms",
-            )
+    def _add(self, kept: Kept, chain: Chain, samples: Sequence[int], flat: Rows) -> int:
+        """Keep rows of some samples; what is no longer wanted makes room."""
+        keys = [chain.samples[i] for i in samples]
+        numbers = chain.digests.wait()
+        digests = [numbers[i] for i in samples]
+        pairs = zip(keys, kept.rows.find(keys), strict=True)
+        wanted = len({key for key, slot in pairs if slot < 0})
+        added = kept.rows.add(keys, digests, flat)
+        while added < wanted and (old := next(iter(self._old), None)):
+            self._delete(old)
+            added += kept.rows.add(keys, digests, flat)
+        for name in self._old:
+            self._kept[name].rows.forget(keys)
+        for name in [name for name in self._old if not len(self._kept[name].rows)]:
+            self._delete(name)
+        return added
 
-    def _slots(self, kept: Kept, batch: Batch, rows: Sequence[int]) -> list[int]:
-        """Slots of rows of the batch, -1 where there is none; their inputs are the same as then.
+    def _slots(self, kept: Kept, chain: Chain, samples: Sequence[int]) -> list[int]:
+        """Slots of samples of the batch, -1 where there is none; inputs are the same as then.
 
         This is the one wait for a GPU in front of what trains, and only where rows are found. Later
         would be too late: a step on rows of other inputs cannot be taken back, and nothing else
         tells that a sample came with the same inputs again.
         """
-        keys = [batch.keys[i] for i in rows]
-        slots = kept.rows.find(keys)
-        found = [(i, slot) for i, slot in zip(rows, slots, strict=True) if slot >= 0]
-        if not found:
+        slots = kept.rows.find([chain.samples[i] for i in samples])
+        if not any(slot >= 0 for slot in slots):
             return slots
-        here = [slot for _, slot in found]
-        digests = batch.digests.wait()[[i for i, _ in found]]
-        differs = (kept.rows.digests(here) != digests).tolist()
-        if not any(differs):
-            return slots
-        inherited = kept.rows.found_here(here)
-        for (i, _), differ, old in zip(found, differs, inherited, strict=True):
-            if differ and not old:
-                self._blame(kept, batch, i)
-        kept.rows.discard([slot for slot, differ in zip(here, differs, strict=True) if differ])
-        return kept.rows.find(keys)
+        digests = chain.digests.wait()
+        differ = [
+            (i, slot)
+            for i, slot in zip(samples, slots, strict=True)
+            if slot >= 0 and kept.rows.digest(slot) != digests[i]
+        ]
+        for i, slot in differ:
+            if not kept.rows.was_found(slot):
+                self._blame(kept, chain, i)
+        kept.rows.forget([chain.samples[i] for i, _ in differ])
+        return kept.rows.find([chain.samples[i] for i in samples]) if differ else slots
 
-    def _blame(self, kept: Kept, batch: Batch, i: int) -> None:
+    def _blame(self, kept: Kept, chain: Chain, i: int) -> None:
         """Give up what depends on other inputs than before: all, if they are the model's own."""
-        sample, view = divmod(batch.keys[i], 1 << _VIEW_BITS)
+        sample, view = divmod(chain.samples[i], 1 << _VIEW_BITS)
         came = f"sample {sample}, view {view}, came with other inputs than before"
-        if batch.inputs_are_given:
+        if all(id(t) in chain.chains.given for t in chain.inputs):
             self._give_up(
                 f"{came}: the data set is not deterministic (see fastfreeze.RepeatableViews)"
             )
-        self._refuse(kept, f"for {came}: something random, or that trains, lies in front")
-        raise CannotKeepError(self._refusals[kept.name])
+        reason = f"for {came}: something random, or that trains, lies in front"
+        self._refuse(kept.name, reason)
+        raise CannotKeepError(reason)
 
-    def _earlier(self, kept: Kept, batch: Batch) -> list[Kept]:
+    def _earlier(self, kept: Kept, chain: Chain) -> list[Kept]:
         """What is kept of values on the way to those that are wanted, the latest first.
 
         What is no longer valid, or of no use to what is frozen now, is deleted.
@@ -399,62 +407,80 @@ class FeatureCache:
             if other is kept:
                 continue
             if self._holdings[other.place].digest() != other.held:
-                self._delete(other)
-            elif len(other.rows) and other.leads_to(kept, batch.chain):
+                self._delete(other.name)
+            elif other.leads_to(kept, chain):
                 found.append(other)
             elif other.name in self._old:
-                self._delete(other)
+                self._delete(other.name)
         return found[::-1]
 
     def _carry_on(
+        self, kept: Kept, chain: Chain, slots: list[int], missing: list[int]
+    ) -> Rows | None:
+        """A batch of which some samples are kept only on the way to what is wanted.
+
+        None if it is to be computed.
+        """
+        for earlier in self._earlier(kept, chain):
+            flat = self._carry_on_from(earlier, kept, chain, missing)
+            if flat is None:
+                continue
+            here = [i for i, slot in enumerate(slots) if slot >= 0]
+            if not here:
+                return flat
+            found = kept.get([slots[i] for i in here], chain.device)
+            self._counts.hits += len(here)
+            return found and assembled([(missing, flat), (here, found)])
+        return None
+
+    def _carry_on_from(
         self,
         earlier: Kept,
         kept: Kept,
-        batch: Batch,
-        rows: Sequence[int],
-        reference: Rows | None = None,
-    ) -> tuple[list[int], Rows]:
-        """Those of some rows of the batch that are kept on the way to what is wanted, carried on.
-
-        They move to where they are kept now.
+        chain: Chain,
+        samples: Sequence[int],
+        expected: Rows | None = None,
+    ) -> Rows | None:
+        """Some samples of a batch, carried on from earlier values of all of them, and kept.
 
         Args:
-            reference: what the whole chain gives for the batch, if that is known.
+            expected: what the whole chain gives for the batch, if that is known.
         """
-        slots = self._slots(earlier, batch.part(earlier.wanted), rows)
-        rows = [i for i, slot in zip(rows, slots, strict=True) if slot >= 0]
-        slots = [slot for slot in slots if slot >= 0]
-        if not rows:
-            return [], []
-        flat = kept.carry_on(earlier, batch, rows, slots)
+        if earlier.name not in self._kept:  # deleted to make room
+            return None
+        nodes = [node for node in map(chain.node, earlier.wanted) if node is not None]
+        slots = self._slots(earlier, Chain(nodes, chain.chains), samples)
+        if any(slot < 0 for slot in slots):
+            return None
+        flat = kept.carried_on(earlier, chain, samples, slots)
+        if flat is None:
+            return None
         if earlier.name not in kept.verified:
-            expected = kept.compute(batch) if reference is None else reference
-            if not same_bits(flat, pick(expected, rows)):
-                self._delete(earlier)
-                return [], []
+            if not same_bits(flat, pick(expected or kept.compute(chain), samples)):
+                self._delete(earlier.name)
+                return None
             kept.verified.add(earlier.name)
-        earlier.rows.discard(slots)
-        kept.rows.add([batch.keys[i] for i in rows], batch.digests.wait()[rows], flat)
-        self._counts.advanced += len(rows)
-        if not len(earlier.rows):
-            self._delete(earlier)
-        return rows, flat
+        self._add(kept, chain, samples, flat)
+        self._counts.advanced += len(samples)
+        return flat
 
-    def _refuse(self, kept: Kept, reason: str) -> None:
-        self._refusals[kept.name] = reason
-        self._delete(kept)
+    def _refuse(self, name: str, reason: str) -> None:
+        """Do without for a while, the longer the more often."""
+        wait = 2 * self._refusals[name].wait if name in self._refusals else _WAIT
+        self._refusals[name] = _Refusal(reason, wait, self._calls + wait)
+        if name in self._kept:
+            self._delete(name)
 
     def _give_up(self, reason: str) -> None:
         self._off = reason
-        for kept in list(self._kept.values()):
-            self._delete(kept)
+        for name in list(self._kept):
+            self._delete(name)
         raise CannotKeepError(reason)
 
-    def _delete(self, kept: Kept) -> None:
-        kept.rows.close()
-        del self._kept[kept.name]
-        if self._directory is not None:
-            self._directory.remove(kept.name)
+    def _delete(self, name: str) -> None:
+        self._stores.drop(name)
+        del self._kept[name]
+        self._old.discard(name)
 
 
 def _keys_of(samples: Tensor) -> list[int]:

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,19 +22,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from fastfreeze.cache.rows import row_numbers, take_rows
-from fastfreeze.trimming.pending import Given, Node, Pending, current_run, settle
+from fastfreeze.cache.rows import (
+    CannotKeepError,
+    Fetched,
+    by_sample,
+    hash_rows,
+    row_numbers,
+    take_rows,
+)
+from fastfreeze.trimming.pending import Given, Node, Pending, TooLateError, current_run, settle
 
 _STATIC = (
     *(bool, int, float, str, type(None), slice, type(...)),
     *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
-_VIEWS = (
+_LEAVES = (Tensor, *_STATIC)
+_PURE = (
     *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk"),
     *("split", "contiguous", "expand", "select", "narrow", "swapaxes", "movedim", "view_as"),
-    *("expand_as", "type_as", "to", "float", "__getitem__"),
-)
-_PURE = (
+    *("unflatten", "expand_as", "type_as", "to", "float", "__getitem__"),
     *("relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid"),
     *("tanh", "softmax", "log_softmax", "elu", "leaky_relu", "selu", "softplus", "max_pool1d"),
     *("max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
@@ -44,7 +51,6 @@ _PURE = (
 )
 _MAY_BE_IN_PLACE = (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, F.elu, F.leaky_relu)
 _TRIALS = 2  # a model may set itself up in its first call
-_IN_PLACE = {"relu_": "relu", "add_": "add", "__iadd__": "add", "mul_": "mul", "__imul__": "mul"}
 
 
 def _functions(names: Iterable[str]) -> dict[Any, str]:
@@ -52,8 +58,7 @@ def _functions(names: Iterable[str]) -> dict[Any, str]:
     return {getattr(o, name): name for o in owners for name in names if hasattr(o, name)}
 
 
-_KNOWN = _functions([*_VIEWS, *_PURE])
-_WRITING = {function: _IN_PLACE[name] for function, name in _functions(_IN_PLACE).items()}
+_KNOWN = _functions(_PURE)
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,12 @@ class Form:
         metas: shape, dtype and device of each tensor, or which argument it is; other values as they
             are.
         spec: how they are nested.
+        keys: of such calls, by those of what goes in.
     """
 
     metas: tuple[Any, ...]
     spec: TreeSpec
+    keys: dict[Any, str] = field(default_factory=dict)
 
 
 class Call:
@@ -85,10 +92,8 @@ class Call:
         modules: that it runs.
         leaves: arguments: nodes, and values that are no tensors.
         key: what it is called, with what, and what went in there; the same in every process.
-        ident: the place in the forward, and the call.
+        index: its place in the forward.
         outputs: while they are there.
-        is_view: whether what it gives may be a view of what went in.
-        taken: how many calls read what it gives.
     """
 
     def __init__(
@@ -96,42 +101,62 @@ class Call:
         function: Callable[..., Any],
         modules: Sequence[nn.Module],
         leaves: list[Any],
-        spec: TreeSpec,
+        spec: Any,
+        form: Form,
         key: str,
         index: int,
+        autocast: Any,
     ) -> None:
         self.function, self.modules, self.leaves, self.spec = function, modules, leaves, spec
-        self.key, self.ident = key, (index, key)
-        self.autocast = autocast_state()
+        self.key, self.index, self._form, self._autocast = key, index, form, autocast
         self.outputs: list[Any] | None = None
-        self.is_view, self.taken = False, 0
 
-    def make(self, values: list[Any]) -> None:
-        """Make it, with the values of its arguments."""
-        args, kwargs = tree_unflatten(values, self.spec)
+    def make(self, values: list[Any], reader: Chains) -> list[Any]:
+        """Make it, with the values of its arguments.
+
+        Raises:
+            TooLateError: what it gives has another form than the last time.
+        """
+        args, kwargs = _unflattened(values, self.spec)
         with ExitStack() as stack:
-            if self.autocast != autocast_state():
-                for device, (enabled, dtype) in zip(("cpu", "cuda"), self.autocast, strict=True):
+            if self._autocast != autocast_state():
+                for device, (enabled, dtype) in zip(("cpu", "cuda"), self._autocast, strict=True):
                     stack.enter_context(torch.autocast(device, dtype, enabled))
-            self.outputs = tree_flatten(self.function(*args, **kwargs))[0]
+            outputs, spec = tree_flatten(self.function(*args, **kwargs))
+        form = self._form
+        if spec != form.spec or any(
+            meta != _meta(value) and not isinstance(meta, Argument)
+            for meta, value in zip(form.metas, outputs, strict=True)
+        ):
+            reader.forget(form)
+            raise TooLateError(reader)
+        return outputs
 
 
 class CallNode(Node):
     """One of the values that a call gives."""
 
-    __slots__ = ("call", "chains", "i")
+    __slots__ = ("call", "chains", "i", "ident", "key")
 
     def __init__(self, call: Call, i: int, meta: tuple[Any, ...], chains: Chains) -> None:
         shape, dtype, device = meta
         super().__init__(shape, dtype, device, chains)
         self.call, self.i, self.chains = call, i, chains
-
-    @property
-    def key(self) -> str:
-        return f"{self.call.key}.{self.i}"
+        self.key = f"{call.key}.{i}"
+        self.ident = call.index, self.key
 
     def compute(self) -> Tensor:
         return self.chains.read(self)
+
+
+class _Outer(Given):
+    """A tensor that came from outside, the n-th of the call."""
+
+    __slots__ = ("key", "number")
+
+    def __init__(self, value: Tensor, number: int, chains: Chains) -> None:
+        super().__init__(value, chains)
+        self.number, self.key = number, f"<{number}>"
 
 
 @dataclass
@@ -142,23 +167,35 @@ class Known:
         forms: of what calls gave, by what they are and what they are given; a number is how often
             they could not be put off.
         reads: what was read in the last step with inputs of a form; missing if that is not known.
-        units: names of the modules whose calls were put off.
-        holders: names of what holds one. It is not put off itself when it is frozen, too: what was
-            kept is then carried on.
+        inside: what is in the modules whose calls are put off.
+        holders: names of what holds one of these. It is not put off itself when it is frozen, too:
+            what was kept is then carried on.
     """
 
     forms: dict[Any, Form | int] = field(default_factory=dict)
-    keys: dict[Any, str] = field(default_factory=dict)
     reads: dict[Any, set[Any]] = field(default_factory=dict)
-    units: set[str] = field(default_factory=set)
+    inside: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
     holders: set[str] = field(default_factory=set)
 
+    def frozen_anew(self) -> None:
+        """Forget what may be otherwise when something else is frozen."""
+        self.reads.clear()
+        self.inside.clear()
+
     def put_off(self, name: str) -> None:
-        """Note that a module's call was put off."""
-        if name not in self.units:
-            self.units.add(name)
-            parts = name.split(".") if name else []
-            self.holders.update(".".join(parts[:i]) for i in range(len(parts)))
+        """Note that a module's call is put off."""
+        parts = name.split(".") if name else []
+        self.holders.update(".".join(parts[:i]) for i in range(len(parts)))
+
+    def has_hooks_inside(self, module: nn.Module) -> bool:
+        """Whether something in a module has hooks; those of its own are called as ever."""
+        if module not in self.inside:
+            self.inside[module] = [m for m in module.modules() if m is not module]
+        hooks = [
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in self.inside[module]
+        ]
+        return any(hooks)
 
 
 class Chains:
@@ -167,7 +204,7 @@ class Chains:
     Args:
         known: from earlier steps.
         form: of the model's inputs.
-        num_samples: rows that they have.
+        samples: numbers of these.
         names: of its frozen modules.
         find: values of nodes from the cache, or computed by it; or None.
 
@@ -180,17 +217,15 @@ class Chains:
         self,
         known: Known,
         form: Any,
-        num_samples: int,
+        samples: list[int],
         names: dict[nn.Module, str],
         find: Callable[[Chain], list[Tensor] | None],
     ) -> None:
         self._known, self._find, self._names = known, find, names
         self._form, self._reads = form, known.reads.get(form)
-        self._num_samples = num_samples
-        self.waits = True
+        self.samples, self.waits = samples, True
         self.given: set[int] = set()
-        self._outer: dict[int, int] = {}  # tensors that came from outside, in order
-        self._alive: list[Any] = []
+        self._outer: dict[int, _Outer] = {}  # tensors that came from outside, in order
         self._nodes: list[CallNode] = []
         self._index = 0
         self._read: set[Any] = set()
@@ -212,68 +247,62 @@ class Chains:
         else:
             self._known.reads[self._form] = self._read
 
+    def forget(self, form: Form) -> None:
+        """Never put a call off again that gave something of another form than the last time."""
+        forms = self._known.forms
+        forms.update({given: _TRIALS for given, found in forms.items() if found is form})
+
     def call_module(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a call of a frozen module; NotImplemented if it must be made."""
         name = self._names[module]
-        if torch.is_inference_mode_enabled() or _has_hooks_inside(module):
+        if name in self._known.holders or self._known.has_hooks_inside(module):
             return NotImplemented
-        if name in self._known.holders:
-            return NotImplemented
-        result = self._put_off(("module", name), function, [module], args, kwargs)
-        if result is not NotImplemented and not self._learned:
-            self._known.put_off(name)
-        return result
+        return self._put_off(("module", name), function, [module], args, kwargs)
 
     def call_function(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a function of pending values; NotImplemented if it must be called."""
-        if torch.is_inference_mode_enabled():
-            return NotImplemented
         name = _KNOWN.get(function)
-        if function not in _WRITING and not _is_in_place(function, args, kwargs):
-            if name is None:
-                return NotImplemented
-            return self._put_off(("function", name), function, [], args, kwargs)
-        name = _WRITING.get(function, name)
-        if name is None or not args or not _may_become(args[0]):
+        in_place = function in _MAY_BE_IN_PLACE and any(a is True for a in args[1:])
+        if name is None or in_place or kwargs.get("inplace"):
             return NotImplemented
-        if function in _WRITING:
-            function = getattr(torch, name)
-        kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
-        given = tuple(a for a in args if a is not True)
-        result = self._put_off(("function", name), function, [], given, kwargs)
-        if result is NotImplemented:
-            return NotImplemented
-        args[0].node = result.node if type(result) is Pending else Given(result)
-        return args[0]
+        return self._put_off(("function", name), function, [], args, kwargs)
 
     def _put_off(
         self, what: tuple[str, str], function: Any, modules: Any, args: Any, kwargs: Any
     ) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
+        if torch.is_inference_mode_enabled():
+            return NotImplemented
+        leaves, spec = _flattened(args, kwargs)
         signature: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 if not _may_wait(leaf):
                     return NotImplemented
-                signature.append((leaf.shape, leaf.dtype, leaf.device))
+                signature.append(_meta(leaf))
             elif isinstance(leaf, _STATIC):
                 signature.append(repr(leaf))
             else:
                 return NotImplemented
-        given = (*what, str(spec), tuple(signature), autocast_state())
+        given = (
+            *what,
+            spec if type(spec) is tuple else str(spec),
+            tuple(signature),
+            autocast_state(),
+        )
         form = self._known.forms.get(given, 0)
         if self._learned or not isinstance(form, Form):
             if form == _TRIALS:
                 return NotImplemented
             return self._learn(given, function, modules, leaves, spec)
         nodes = [self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        key = self._key(given, nodes)
-        call = Call(function, modules, nodes, spec, key, self._index)
-        call.is_view = what[0] == "function" and what[1] in _VIEWS
+        keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, _Outer))])
+        if keys not in form.keys:
+            form.keys[keys] = self._key(given, keys)
+            if modules:
+                self._known.put_off(what[1])
+        place = self._index, given[-1]
+        call = Call(function, modules, nodes, spec, form, form.keys[keys], *place)
         self._index += 1
-        for node in nodes:
-            if isinstance(node, CallNode):
-                node.call.taken += 1
         outputs = [self._output(call, i, meta, leaves) for i, meta in enumerate(form.metas)]
         return tree_unflatten(outputs, form.spec)
 
@@ -285,16 +314,14 @@ class Chains:
         self._nodes.append(CallNode(call, i, meta, self))
         return Pending.of(self._nodes[-1])
 
-    def _learn(
-        self, given: Any, function: Any, modules: Any, leaves: list[Any], spec: TreeSpec
-    ) -> Any:
+    def _learn(self, given: Any, function: Any, modules: Any, leaves: list[Any], spec: Any) -> Any:
         """Make a call that is new, and see what it gives and whether it may be put off.
 
         From here on nothing is put off in this step: the model may write to what it was given.
         """
         self._learned = True
         leaves = [settle(leaf) if _is_put_off(leaf) else leaf for leaf in leaves]
-        args, kwargs = tree_unflatten(leaves, spec)
+        args, kwargs = _unflattened(leaves, spec)
         real = [leaf for leaf in leaves if isinstance(leaf, Tensor) and type(leaf) is not Pending]
         before = _effects(real, modules)
         run = current_run()
@@ -320,75 +347,50 @@ class Chains:
         # So that functions of these come here, too.
         return tree_unflatten([_wrapped(value) for value in values], nesting)
 
-    def _node(self, tensor: Any) -> Node:
+    def _node(self, tensor: Any) -> CallNode | _Outer:
         if _is_put_off(tensor) and tensor.node.value is None:
-            node: Node = tensor.node
+            node: CallNode = tensor.node
             return node
         value = settle(tensor)
-        if id(value) not in self._outer:
-            self._outer[id(value)] = len(self._outer)
-            self._alive.append(value)
-        return _Outer(value, self._outer[id(value)], self)
+        known = self._outer.setdefault(id(value), _Outer(value, len(self._outer), self))
+        return known if known.version == value._version else _Outer(value, known.number, self)
 
-    def _key(self, given: Any, nodes: Sequence[Any]) -> str:
+    def _key(self, given: Any, keys: tuple[str, ...]) -> str:
         """What a call is, whatever the number of samples."""
-        keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, _Outer))])
-        found = self._known.keys.get((given, keys))
-        if found is None:
-            *what, signature, autocast = given
-            forms = [self._without_samples(form) for form in signature]
-            text = repr((what, forms, autocast, keys)).encode()
-            found = hashlib.blake2b(text, digest_size=16).hexdigest()
-            self._known.keys[given, keys] = found
-        return found
+        *what, signature, autocast = given
+        forms = [self._without_samples(form) for form in signature]
+        text = repr((what, forms, autocast, keys)).encode()
+        return hashlib.blake2b(text, digest_size=16).hexdigest()
 
     def _without_samples(self, form: Any) -> Any:
-        if not isinstance(form, tuple) or not form[0] or form[0][0] != self._num_samples:
-            return form
-        return ("n", *form[0][1:]), *form[1:]
+        times = self._times(form[0]) if isinstance(form, tuple) else 0
+        return (f"{times}n", *form[0][1:], *form[1:]) if times else form
+
+    def _times(self, shape: torch.Size) -> int:
+        """Rows for each sample; 0 where there are none."""
+        n = len(self.samples)
+        return 0 if not (n and shape) or shape[0] % n else shape[0] // n
 
     def read(self, node: CallNode) -> Tensor:
         """The value of a node that something reads; with it those that were read the last time."""
-        self._read.add((node.call.ident, node.i))
-        reads = self._reads
+        reads, times = self._reads, self._times(node.shape)
+        self._read.add(node.ident)
         if reads is None:
-            chain = Chain([node])
-            return chain.compute(keep=True)[0]
+            return Chain([node], self).compute(keep=True)[0]
         wanted = [
             n
             for n in self._nodes
-            if n is node
-            or (
-                (n.value is None and (n.call.ident, n.i) in reads)
-                and self._has_rows(n) == self._has_rows(node)
-            )
+            if n is node or (n.value is None and n.ident in reads and self._times(n.shape) == times)
         ]
-        self._read.update((n.call.ident, n.i) for n in wanted)
-        chain = Chain(wanted)
-        values = self._find(chain) if self._has_rows(node) else None
+        self._read.update(n.ident for n in wanted)
+        chain = Chain(wanted, self)
+        values = self._find(chain) if times else None
         if values is None:
             values = chain.compute()
-        result = None
         for n, value in zip(wanted, values, strict=True):
-            if n is node:
-                result = value
-            else:
+            if n is not node:
                 n.version, n.value = value._version, value
-        assert result is not None
-        return result
-
-    def _has_rows(self, node: Node) -> bool:
-        return bool(node.shape) and node.shape[0] == self._num_samples
-
-
-class _Outer(Given):
-    """A tensor that came from outside, the n-th of the call."""
-
-    __slots__ = ("key", "number")
-
-    def __init__(self, value: Tensor, number: int, chains: Chains) -> None:
-        super().__init__(value, chains)
-        self.number, self.key = number, f"<{number}>"
+        return values[wanted.index(node)]
 
 
 class Chain:
@@ -396,43 +398,55 @@ class Chain:
 
     Attributes:
         wanted: the nodes.
+        keys: of these.
+        chains: that they belong to.
+        samples: numbers of those in the batch.
         calls: in the order in which they were put off.
         outer: the tensors that go in, by their number.
+        modules: that the calls run.
+        place: which calls of modules they are.
     """
 
-    def __init__(self, wanted: Sequence[CallNode]) -> None:
-        self.wanted = list(wanted)
-        self.outer: dict[int, _Outer] = {}
-        found: dict[Call, None] = {}
-        queue = [node.call for node in wanted]
-        while queue:
-            call = queue.pop()
-            if call in found:
-                continue
-            found[call] = None
-            for leaf in call.leaves:
-                if isinstance(leaf, CallNode):
-                    queue.append(leaf.call)
-                elif isinstance(leaf, _Outer):
-                    self.outer[leaf.number] = leaf
-        self.calls = sorted(found, key=lambda call: call.ident[0])
+    def __init__(self, wanted: Sequence[CallNode], chains: Chains) -> None:
+        self.wanted, self.chains, self.samples = list(wanted), chains, chains.samples
+        self.calls, self.keys = _behind(wanted), [node.key for node in wanted]
+        leaves = [leaf for call in self.calls for leaf in call.leaves]
+        self.outer = {leaf.number: leaf for leaf in leaves if isinstance(leaf, _Outer)}
+        self._nodes = {n.key: n for n in (*leaves, *wanted) if isinstance(n, CallNode)}
+        self.modules = list(dict.fromkeys(m for call in self.calls for m in call.modules))
+        self.place = tuple([call.key for call in self.calls if call.modules])
+
+    @cached_property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that go in, all on one device, one of them with a row for each sample.
+
+        Raises:
+            CannotKeepError: that is not so.
+        """
+        inputs, n = [self.outer[number].now() for number in sorted(self.outer)], len(self.samples)
+        if not any(t.ndim and len(t) == n for t in inputs):
+            raise CannotKeepError(f"no tensor with a row for each of {n} samples goes in")
+        if len(devices := {str(t.device) for t in inputs}) > 1:
+            raise CannotKeepError(f"what goes in is on {' and '.join(sorted(devices))}")
+        return inputs
 
     @property
-    def modules(self) -> list[nn.Module]:
-        return list(dict.fromkeys(m for call in self.calls for m in call.modules))
+    def device(self) -> torch.device:
+        return self.inputs[0].device
+
+    @cached_property
+    def digests(self) -> Fetched:
+        """For each sample one number for the bits of all that goes in."""
+        n = len(self.samples)
+        total = torch.zeros(n, dtype=torch.int64, device=self.device)
+        for tensor in self.inputs:
+            rows = tensor if tensor.ndim and len(tensor) == n else tensor.reshape(1, -1)
+            total = total * 3 + hash_rows(rows)
+        return Fetched(total)
 
     def node(self, key: str) -> CallNode | None:
         """The node of this key, if it is on the way to those that are wanted, or one of them."""
-        for call in self.calls:
-            for leaf in call.leaves:
-                if isinstance(leaf, CallNode) and leaf.key == key:
-                    return leaf
-        return next((node for node in self.wanted if node.key == key), None)
-
-    @property
-    def place(self) -> tuple[str, ...]:
-        """The calls of modules in it."""
-        return tuple([call.key for call in self.calls if call.modules])
+        return self._nodes.get(key)
 
     def compute(
         self,
@@ -444,38 +458,30 @@ class Chain:
 
         Args:
             keep: also keep all that is computed on the way, for who reads it later in this step.
-            rows: which rows of the inputs to take, as many as there are; empty for all in order.
+            rows: which samples of the inputs to take, as many as there are; empty for all in order.
             given: values of nodes on the way that are known, by their keys.
         """
+        given = given or {}
+        needed = _behind(self.wanted, given)
+        ends = {node.call for node in self.wanted}
+        last = {n.call: call for call in needed for n in call.leaves if isinstance(n, CallNode)}
         made: dict[Call, list[Any]] = {}
         run = current_run()
         outer, run.keeper = run.keeper, None
         try:
-            for call in self._needed(given or {}):
-                if keep and call.outputs is not None:
+            for call in needed:
+                if call.outputs is None:
+                    values = [self._value(leaf, made, rows, given) for leaf in call.leaves]
+                    made[call] = call.make(values, self.chains)
+                else:
                     made[call] = call.outputs
-                    continue
-                call.make([self._value(leaf, made, rows, given or {}) for leaf in call.leaves])
-                assert call.outputs is not None
-                made[call] = call.outputs
-                if not keep:
-                    call.outputs = None
+                if keep:
+                    call.outputs = made[call]
+                for done in [c for c in made if last.get(c) is call and c not in ends]:
+                    del made[done]
             return [settle(made[node.call][node.i]) for node in self.wanted]
         finally:
             run.keeper = outer
-
-    def _needed(self, given: dict[str, Tensor]) -> list[Call]:
-        needed: set[Call] = set()
-        queue = [node.call for node in self.wanted]
-        while queue:
-            call = queue.pop()
-            if call in needed:
-                continue
-            needed.add(call)
-            for leaf in call.leaves:
-                if isinstance(leaf, CallNode) and leaf.value is None and leaf.key not in given:
-                    queue.append(leaf.call)
-        return [call for call in self.calls if call in needed]
 
     def _value(
         self, leaf: Any, made: dict[Call, list[Any]], rows: Sequence[int], given: dict[str, Tensor]
@@ -484,10 +490,43 @@ class Chain:
             return leaf
         if isinstance(leaf, CallNode) and leaf.value is None:
             return given[leaf.key] if leaf.key in given else made[leaf.call][leaf.i]
-        value = leaf.now()
-        if rows and value.ndim and len(value) == len(rows):
-            return take_rows(value, row_numbers(rows, value.device))
-        return value
+        value, n = leaf.now(), len(rows)
+        may_have_rows = value.ndim > 0 and n > 0 and len(value) % n == 0
+        if not may_have_rows or (len(value) > n and isinstance(leaf, _Outer)):
+            return value
+        taken = take_rows(by_sample(value, n), row_numbers(rows, value.device))
+        return taken if len(value) == n else taken.flatten(0, 1)
+
+
+def _behind(wanted: Sequence[CallNode], given: dict[str, Tensor] | None = None) -> list[Call]:
+    """The calls behind some nodes; not those behind values that are ``given`` or there."""
+    found: set[Call] = set()
+    queue = [node.call for node in wanted]
+    while queue:
+        call = queue.pop()
+        if call in found:
+            continue
+        found.add(call)
+        nodes = [leaf for leaf in call.leaves if isinstance(leaf, CallNode)]
+        queue += [
+            n.call for n in nodes if given is None or (n.value is None and n.key not in given)
+        ]
+    return sorted(found, key=lambda call: call.index)
+
+
+def _flattened(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """Arguments in a row, and how they are nested: of most, how many have which name."""
+    leaves = [*args, *kwargs.values()]
+    if all(isinstance(leaf, _LEAVES) for leaf in leaves):
+        return leaves, (len(args), *kwargs)
+    return tree_flatten((args, kwargs))
+
+
+def _unflattened(leaves: Sequence[Any], spec: Any) -> Any:
+    if isinstance(spec, TreeSpec):
+        return tree_unflatten(leaves, spec)
+    n, *names = spec
+    return leaves[:n], dict(zip(names, leaves[n:], strict=True))
 
 
 def autocast_state() -> tuple[Any, ...]:
@@ -496,27 +535,15 @@ def autocast_state() -> tuple[Any, ...]:
     )
 
 
-def _is_in_place(function: Any, args: Any, kwargs: Any) -> bool:
-    if "inplace" in kwargs:
-        return bool(kwargs["inplace"])
-    return function in _MAY_BE_IN_PLACE and any(a is True for a in args[1:])
-
-
-def _may_become(target: Any) -> bool:
-    """Whether a pending value that is written to may simply be another one from now on."""
-    if not _is_put_off(target) or target.node.value is not None:
-        return False
-    call = target.node.call
-    return not (call.taken or call.is_view)
-
-
 def _is_put_off(value: Any) -> bool:
     return type(value) is Pending and isinstance(value.node, CallNode)
 
 
 def _meta(value: Any) -> Any:
-    known = isinstance(value, Tensor)
-    return (value.shape, value.dtype, value.device) if known else value
+    if type(value) is Pending:
+        node = value.node
+        return node.shape, node.dtype, node.device
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
 
 
 def _wrapped(value: Any) -> Any:
@@ -533,15 +560,6 @@ def _may_wait(tensor: Tensor) -> bool:
         return True
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     return plain and not (tensor.requires_grad or tensor.is_inference())
-
-
-def _has_hooks_inside(module: nn.Module) -> bool:
-    """Whether something in a module has hooks; those of its own are called as ever."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in module.modules()
-        if m is not module
-    )
 
 
 def _effects(inputs: Sequence[Tensor], modules: Sequence[nn.Module]) -> Any:

@@ -16,16 +16,8 @@ from fastfreeze.trimming.watch import Steps, checksum
 
 _OWN = frozenset(vars(nn.Module())) | {"forward", "training"}
 _SCALARS = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.Size,
+    *(bool, int, float, complex, str, bytes, type(None)),
+    *(torch.dtype, torch.device, torch.Size),
 )
 _NAMED = (nn.Module, types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
 _CLASS_VALUES = (bool, int, float, str, tuple, list, dict)
@@ -36,15 +28,14 @@ class Holdings:
     """What some modules hold: parameters, buffers, attributes and what their classes define."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = list({m: None for module in modules for m in module.modules()})
-        self._places = [
-            vars(m)[name] for m in self._modules for name in ("_parameters", "_buffers")
-        ]
-        self._attributes: Watch | None = None
-        self._seen: Watch | None = None
-        self._objects: list[Any] = []  # attributes that may change without being replaced
+        self.modules = list(modules)
+        self._all: list[nn.Module] = []  # with what is in them
+        self._classes: list[type] = []
+        self._names: Watch | None = None  # of all that is held by a name
+        self._places: list[dict[str, Any]] = []  # of parameters and buffers
+        self._objects: list[Any] = []  # where attributes are that may be written to, and they
         self._state: Any = None
-        self._pinned: list[Tensor] = []
+        self._pinned: list[Tensor] = []  # so that no other tensor gets an address
         self._sums: list[int | None] = []
         self._turns: Iterator[int] = iter(())
         self._steps = Steps()
@@ -56,42 +47,61 @@ class Holdings:
         Writes that torch does not count are looked for where an optimizer has stepped while there
         were gradients, else in one tensor in each call.
         """
-        if self._attributes is None or self._attributes.changed():
-            held = [v for m in self._modules for k, v in vars(m).items() if k not in _OWN]
-            self._objects = list({id(v): v for v in held if not _is_fixed(v)}.values())
-            self._attributes = Watch([vars(m) for m in self._modules])
-        tensors = [t for place in self._places for t in place.values() if t is not None]
+        replaced = self._replaced()
+        if replaced:
+            self._list()
+        tensors = [t for d in self._places for t in d.values() if t is not None]
         seen: set[int] = set()
-        said = [describe(value, tensors, seen) for value in self._objects]
-        classes = [_class_values(kind) for kind in dict.fromkeys(map(type, self._modules))]
-        state = (said, classes, [(id(t), t.data_ptr(), t._version) for t in tensors])
-        scalars = self._attributes
-        same = state == self._state and scalars is self._seen
-        if same and not self._was_written_to(tensors):
+        said = [describe(value, tensors, seen) for *_, value in self._objects]
+        places = [t.data_ptr() for t in tensors]
+        state = said, [*map(id, tensors)], places, [t._version for t in tensors]
+        if not replaced and state == self._state and not self._was_written_to(tensors):
             return self._digest
-        self._state, self._seen = state, scalars
+        self._state = state
         self._sums, self._turns = [checksum(t) for t in tensors], cycle(range(len(tensors)))
         self._steps.tensors, self._steps.seen = tensors, False
-        digest = hashlib.blake2b(repr((said, classes, self._scalars())).encode(), digest_size=16)
+        self._pinned = [alias for t in tensors for alias in (t, t.detach())]
+        names = [(a, b, repr(v) if _is_fixed(v) else "") for _, a, b, v in self._attributes()]
+        digest = hashlib.blake2b(repr((said, names)).encode(), digest_size=16)
         for tensor in tensors:
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes_of(tensor))
         self._digest = digest.hexdigest()
-        self._pinned = [alias for t in tensors for alias in (t, t.detach())]
         return self._digest
+
+    def _replaced(self) -> bool:
+        """Whether something that is held by a name is another one, or perhaps only as great."""
+        if self._names is None or self._names.changed():
+            return True
+        return any(d.get(name) is not value for d, name, value in self._objects)
+
+    def _list(self) -> None:
+        self._all = list({m: None for module in self.modules for m in module.modules()})
+        bases = dict.fromkeys(base for m in self._all for base in type(m).__mro__)
+        self._classes = [base for base in bases if not base.__module__.startswith("torch.")]
+        self._objects = [(d, b, v) for d, _, b, v in self._attributes() if not _is_fixed(v)]
+        own: list[Any] = [
+            d for m in self._all for d in (vars(m), m._modules, m._parameters, m._buffers)
+        ]
+        self._places = [d for m in self._all for d in (m._parameters, m._buffers) if d]
+        own += map(vars, self._classes)
+        self._names = Watch(own)
 
     def _was_written_to(self, tensors: Sequence[Tensor]) -> bool:
         self._steps.look()
         i = next(self._turns, None)
         return self._steps.seen or (i is not None and checksum(tensors[i]) != self._sums[i])
 
-    def _scalars(self) -> list[Any]:
-        return [
-            (type(m).__qualname__, k, repr(v) if _is_fixed(v) else "")
-            for m in self._modules
-            for k, v in vars(m).items()
-            if k not in _OWN
-        ]
+    def _attributes(self) -> Iterator[tuple[Mapping[str, Any], str, str, Any]]:
+        """Where they are, the name of whose they are, their own, and they."""
+        for module in self._all:
+            for name, value in vars(module).items():
+                if name not in _OWN:
+                    yield vars(module), type(module).__qualname__, name, value
+        for kind in self._classes:
+            for name, value in vars(kind).items():
+                if not name.startswith("__") and isinstance(value, _CLASS_VALUES):
+                    yield vars(kind), kind.__qualname__, name, value
 
 
 def _is_fixed(value: Any) -> bool:
@@ -106,7 +116,7 @@ def describe(value: Any, tensors: list[Tensor], seen: set[int], depth: int = 0) 
 
     Its tensors are added to ``tensors``; objects in ``seen`` are not described again.
     """
-    if isinstance(value, _SCALARS):
+    if isinstance(value, _SCALARS) or (type(value) is list and _is_fixed(tuple(value))):
         return repr(value)
     if isinstance(value, Tensor):
         tensors.append(value)
@@ -122,17 +132,6 @@ def describe(value: Any, tensors: list[Tensor], seen: set[int], depth: int = 0) 
         held = (value if isinstance(value, Mapping) else getattr(value, "__dict__", {})).items()
     parts = [(repr(k), describe(v, tensors, seen, depth + 1)) for k, v in held]
     return [type(value).__qualname__, parts]
-
-
-def _class_values(kind: type) -> Any:
-    return [
-        (name, repr(value))
-        for base in kind.__mro__
-        if not base.__module__.startswith("torch.")
-        for name, value in vars(base).items()
-        if not name.startswith("__")
-        and isinstance(value, (bool, int, float, str, tuple, list, dict))
-    ]
 
 
 def _bytes_of(tensor: Tensor) -> bytes:

@@ -1,21 +1,26 @@
-"""What is kept of some values, and how its rows may be computed so that no bit depends on it."""
+"""What is kept of some values, whether that pays, and how rows may be computed bit by bit alike."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cache
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from fastfreeze.cache.chain import Chain
-from fastfreeze.cache.rows import CannotKeepError, Fetched, Layout, hash_rows, row_numbers
+from fastfreeze.cache.rows import CannotKeepError, Form, row_numbers, share_memory
 from fastfreeze.cache.store import RowStore
 from fastfreeze.trimming.state import record_stream
 
 _CHECKED_BATCHES = 2  # found whole, and computed all the same
+TRIALS = 5  # batches that are timed
+_EVERY = 16  # batches of those that are found whole, one is timed later on
+_MAX_IDLE = 50  # batches in which nothing was found whole and nothing more could be added
 
 Rows = list[Tensor]
 
@@ -39,156 +44,177 @@ class CacheStats:
     bytes: int = 0
 
 
-class Batch:
-    """A chain, and the samples that it is for.
+@dataclass
+class Account:
+    """Whether keeping pays: seconds of the latest batches that were timed.
 
     Attributes:
-        inputs: the tensors that go in.
-
-    Raises:
-        CannotKeepError: there are none with a row for each sample, or they are not on one device.
+        computing: what is kept.
+        storing: it.
+        looking: it up, from the question to the values: digests, what modules hold, loading.
+        idle: how many batches in a row gained nothing.
     """
 
-    def __init__(self, keys: list[int], chain: Chain) -> None:
-        self.keys, self.chain = keys, chain
-        self.inputs = [chain.outer[number].now() for number in sorted(chain.outer)]
-        if not any(t.ndim and len(t) == len(keys) for t in self.inputs):
-            raise CannotKeepError(f"no tensor with a row for each of {len(keys)} samples goes in")
-        if len(devices := {str(t.device) for t in self.inputs}) > 1:
-            raise CannotKeepError(f"what goes in is on {' and '.join(sorted(devices))}")
+    computing: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
+    storing: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
+    looking: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
+    idle: int = 0
 
-    @property
-    def inputs_are_given(self) -> bool:
-        """Whether they are all what the model was called with."""
-        given = self.chain.wanted[0].chains.given
-        return all(id(t) in given for t in self.inputs)
+    def computed(self, computing: float, storing: float, looking: float) -> None:
+        """Note a batch that was computed and stored, and how long it takes to look one up."""
+        self.computing.append(computing)
+        self.storing.append(storing)
+        self.looking.append(looking)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the inputs are, and what is computed of them."""
-        return self.inputs[0].device
+    def problem(self, fills: bool) -> str:
+        """Why it does not pay; empty if it does, or if that is not known yet.
 
-    @cached_property
-    def digests(self) -> Fetched:
-        """int64 ``[B]``: one number for the bits of all that goes in for each sample."""
-        return digests_of(self.inputs, len(self.keys))
-
-    def part(self, wanted: Sequence[str]) -> Batch:
-        """The same samples for values on the way, of these keys."""
-        nodes = [self.chain.node(key) for key in wanted]
-        return Batch(self.keys, Chain([node for node in nodes if node is not None]))
+        Args:
+            fills: whether storing is a part of it.
+        """
+        if self.idle > _MAX_IDLE:
+            return "it does not pay: max_bytes is reached, and no batch is there as a whole"
+        if len(self.computing) < TRIALS or len(self.looking) < TRIALS:
+            return ""
+        cost = median(self.looking) + (median(self.storing) if fills else 0.0)
+        chain = median(self.computing)
+        if cost < chain:
+            return ""
+        what = "storing and looking up take" if fills else "looking up takes"
+        return (
+            f"it does not pay: {what} {1e3 * cost:.2f} ms a batch, "
+            f"the frozen modules {1e3 * chain:.2f} ms"
+        )
 
 
 class Kept:
     """What is kept of some values for one form of input.
 
     Attributes:
+        name: of the store.
         wanted: keys of the nodes whose values they are.
         place: calls of the modules behind them.
         held: digest of what these held.
         conditions: what else the values depend on.
         rows: the store.
-        size: rows of the first batch. Other numbers of rows count only if they give the same bits.
+        size: samples of the first batch. Others count only if they give the same bits.
         verified: names of earlier values from which carrying on was found to give the same bits.
         unchecked: how many batches that are found whole are still to be computed all the same.
-        measures: whether it is still open if this pays.
-        times: seconds of batches in computing, and in storing and looking up.
+        account: whether it pays; None if nobody asks.
     """
 
     rows: RowStore
 
     def __init__(
-        self,
-        name: str,
-        conditions: str,
-        chain: Chain,
-        held: str,
-        layout: Layout,
-        size: int,
-        measures: bool,
+        self, name: str, held: str, conditions: str, chain: Chain, dtype: torch.dtype | None
     ) -> None:
-        self.name, self.conditions, self.held = name, conditions, held
-        self.wanted, self.place = [node.key for node in chain.wanted], chain.place
-        self.layout, self.size, self.measures = layout, size, measures
+        self.name, self.held, self.conditions = name, held, conditions
+        self.wanted, self.place, self.size = chain.keys, chain.place, len(chain.samples)
         self.verified: set[str] = set()
         self.unchecked = _CHECKED_BATCHES
-        self.times: list[tuple[float, float]] = []
-        self._agreeing = {size: True}
+        self.account: Account | None = None
+        self._turn = 0
+        self._agreeing = {self.size: True}
+        self._dtype = dtype
+        self._forms: list[Form] = []
 
-    def get(self, slots: Sequence[int], device: torch.device) -> Rows:
-        """Kept rows, on ``device``.
+    @property
+    def columns(self) -> list[tuple[torch.dtype, int]]:
+        return [form.column for form in self._forms]
+
+    def first(self, chain: Chain) -> Rows:
+        """The rows of the first batch, which show what forms they have.
+
+        Raises:
+            CannotKeepError: they cannot be kept.
+        """
+        values, n = chain.compute(), self.size
+        self._forms = [Form.of(value, n, self._dtype) for value in values]
+        if len(devices := {str(t.device) for t in (*chain.inputs, *values)}) > 1:
+            raise CannotKeepError(f"inputs and what is read are on {' and '.join(sorted(devices))}")
+        for i, value in enumerate(values):
+            if any(share_memory(value, other) for other in (*chain.inputs, *values[:i])):
+                raise CannotKeepError("values that are read share memory")
+        flat = self._flat(values, n)
+        rows = [(n - 1) - i // 2 for i in range(n)]  # half of them, twice, in another order
+        if not same_bits(self._flat(chain.compute(rows=rows), n), pick(flat, rows)):
+            raise CannotKeepError("what a sample gives depends on the others in its batch")
+        return flat
+
+    def get(self, slots: Sequence[int], device: torch.device) -> Rows | None:
+        """Kept rows, on ``device``; None if they were damaged.
 
         To a GPU they go beside what it does, out of pinned memory. Torch keeps that, and uses it
         again when the copy is done.
         """
-        if device.type != "cuda":
-            return [column.to(device) for column in self.rows.get(slots)]
-        pinned, now = self.rows.get(slots, pinned=True), torch.cuda.current_stream(device)
-        beside = _stream_for_copies(device)
+        on_gpu = device.type == "cuda"
+        columns = self.rows.get(slots, pinned=on_gpu)
+        if columns is None or not on_gpu:
+            return columns and [column.to(device) for column in columns]
+        now, beside = torch.cuda.current_stream(device), _stream_for_copies(device)
         with torch.cuda.stream(beside):
-            columns = [column.to(device, non_blocking=True) for column in pinned]
+            columns = [column.to(device, non_blocking=True) for column in columns]
         now.wait_stream(beside)
         record_stream(columns, now)
         return columns
 
     def values(self, flat: Rows) -> list[Tensor]:
         """The values, for the rows of a whole batch."""
-        return list(self.layout.values(flat, ()))
+        return [form.value(rows) for form, rows in zip(self._forms, flat, strict=True)]
 
-    def compute(self, batch: Batch, rows: Sequence[int] = ()) -> Rows:
-        """What the chain gives for a batch, or for some of its rows, as many as it has."""
-        return self.layout.flat(batch.chain.compute(rows=rows))
+    def compute(self, chain: Chain) -> Rows:
+        """The rows that a chain gives for its batch."""
+        return self._flat(chain.compute(), len(chain.samples))
 
-    def rows_are_independent(self, batch: Batch, expected: Rows) -> bool:
-        """Whether rows give the same bits beside others: half of them, twice, in another order."""
-        rows = [(self.size - 1) - i // 2 for i in range(self.size)]
-        return same_bits(self.compute(batch, rows), pick(expected, rows))
-
-    def agrees(self, batch: Batch) -> bool:
+    def agrees(self, chain: Chain) -> bool:
         """Whether rows in a batch of this size give the same bits as in one of the usual size."""
-        n = len(batch.keys)
+        n = len(chain.samples)
         if n not in self._agreeing:
-            slots = self.rows.find(batch.keys)
-            here = [i for i, slot in enumerate(slots) if slot >= 0]
-            digests = batch.digests.wait()
-            here = [i for i in here if self.rows.digests([slots[i]])[0] == digests[i]]
-            if not here:
+            digests, slots = chain.digests.wait(), self.rows.find(chain.samples)
+            here = [i for i, s in enumerate(slots) if s >= 0 and self.rows.digest(s) == digests[i]]
+            found = self.get([slots[i] for i in here], chain.device) if here else None
+            if not found:
                 return False
-            found = self.get([slots[i] for i in here], batch.device)
-            self._agreeing[n] = same_bits(found, pick(self.compute(batch), here))
+            self._agreeing[n] = same_bits(found, pick(self.compute(chain), here))
         return self._agreeing[n]
 
     def leads_to(self, other: Kept, chain: Chain) -> bool:
         """Whether these values are on the way to other ones, those of a chain."""
-        if self.layout.narrows or self.conditions != other.conditions:
+        narrows = any(form.stored != form.dtype for form in self._forms)
+        if narrows or self.conditions != other.conditions or self.wanted == other.wanted:
             return False
-        return self.wanted != other.wanted and all(map(chain.node, self.wanted))
+        return bool(len(self.rows)) and all(map(chain.node, self.wanted))
 
-    def carry_on(
-        self, earlier: Kept, batch: Batch, rows: Sequence[int], slots: Sequence[int]
-    ) -> Rows:
-        """These values of some rows of a batch, from earlier ones of the same rows."""
-        n = len(batch.keys)
-        chosen = [i % len(rows) for i in range(n)]
-        values = earlier.values(earlier.get([slots[i] for i in chosen], batch.device))
-        given = dict(zip(earlier.wanted, values, strict=True))
-        found = batch.chain.compute(rows=[rows[i] for i in chosen], given=given)
-        return [column[: len(rows)] for column in self.layout.flat(found)]
+    def carried_on(
+        self, earlier: Kept, chain: Chain, samples: Sequence[int], slots: Sequence[int]
+    ) -> Rows | None:
+        """These values of some samples of a batch, from earlier ones; None if these were damaged.
 
-    def now(self, device: torch.device) -> float:
-        """Seconds on a clock; while this is measured, when the device has done what was asked."""
-        if self.measures and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+        The batch is as large as ever: some come more than once.
+        """
+        n = len(chain.samples)
+        chosen = [i % len(samples) for i in range(n)]
+        found = earlier.get([slots[i] for i in chosen], chain.device)
+        if found is None:
+            return None
+        given = dict(zip(earlier.wanted, earlier.values(found), strict=True))
+        values = chain.compute(rows=[samples[i] for i in chosen], given=given)
+        return [column[: len(samples)] for column in self._flat(values, n)]
+
+    def is_timed(self) -> bool:
+        """Whether a batch that is found whole is to be timed."""
+        self._turn += 1
+        return self.account is not None and (self._turn <= TRIALS or self._turn % _EVERY == 0)
+
+    def _flat(self, values: Sequence[Tensor], n: int) -> Rows:
+        return [form.flat(value, n) for form, value in zip(self._forms, values, strict=True)]
 
 
-def digests_of(inputs: Sequence[Tensor], n: int) -> Fetched:
-    """int64 ``[n]``: one number for the bits of each row, and of what has no rows."""
-    total = torch.zeros(n, dtype=torch.int64, device=inputs[0].device)
-    for tensor in inputs:
-        rows = tensor if tensor.ndim and len(tensor) == n else tensor.reshape(1, -1)
-        total = total * 3 + hash_rows(rows)
-    return Fetched(total)
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done what was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @cache
@@ -209,7 +235,6 @@ def same_bits(a: Rows, b: Rows) -> bool:
 def assembled(parts: Sequence[tuple[Sequence[int], Rows]]) -> Rows:
     """Parts of a batch, in the batch's order."""
     order = [i for rows, _ in parts for i in rows]
-    columns = zip(*(flat for rows, flat in parts if rows), strict=True)
-    joined = [torch.cat(column) for column in columns]
+    joined = [torch.cat(column) for column in zip(*(flat for _, flat in parts), strict=True)]
     back = row_numbers(sorted(range(len(order)), key=order.__getitem__), joined[0].device)
     return [column.index_select(0, back) for column in joined]
