@@ -58,11 +58,12 @@ class Frozen:
     Attributes:
         modules: all that are in eval mode.
         names: of these.
-        convolutions: how many may be folded.
+        folds: whether something may gain by waiting: a norm, or a convolution of Winograd's kind.
     """
 
     def __init__(self, model: nn.Module, fold: bool, folds: Folds, outermost: CodeType) -> None:
         self.modules = frozen_modules(model)
+        self.folds = False
         self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._forwards: list[tuple[dict[str, Any], Any]] = []
         self._units: list[tuple[nn.Module, Callable[..., Any]]] = []
@@ -74,6 +75,9 @@ class Frozen:
                 forward = ConvStandIn(module, folds)
             elif fold and own is None and type(module) is nn.BatchNorm2d:
                 forward = NormStandIn(module)
+            self.folds |= isinstance(forward, NormStandIn) or getattr(
+                forward, "takes_affine", False
+            )
             if _has_modes(module):
                 forward = _Guard(module, forward or module.forward, self, outermost)
             if forward is not None:
@@ -82,7 +86,6 @@ class Frozen:
                 unit = _Unit(module, forward or module.forward)
                 self._units.append((module, unit))
         self.names = {m: n for n, m in model.named_modules() if m in set(self.modules)}
-        self.convolutions = sum(type(m) is nn.Conv2d for m in self.modules) if fold else 0
         frozen = set(self.modules)
         self._buffers = [b for m in model.modules() if m not in frozen for b in m._buffers.values()]
         self._lock = threading.Lock()
@@ -107,22 +110,13 @@ class Frozen:
     @contextmanager
     def inside(self, run: Run | None) -> Iterator[None]:
         """For a call of the model in this thread; ``run`` None folds nothing."""
-        self._enter(self._stand_ins if run is None or run.keeper is None else self._units)
+        self.enter(self._stand_ins if run is None or run.keeper is None else self._units)
         outer, LOCAL.run = LOCAL.run, run
         try:
             yield
         finally:
             LOCAL.run = outer
-            self._leave()
-
-    @contextmanager
-    def in_eval(self) -> Iterator[None]:
-        """In eval mode, with nothing in their place."""
-        self._enter([])
-        try:
-            yield
-        finally:
-            self._leave()
+            self.leave()
 
     @contextmanager
     def as_they_were(self, module: nn.Module) -> Iterator[None]:
@@ -136,7 +130,8 @@ class Frozen:
             _set_training(own, False)
             LOCAL.run = outer
 
-    def _enter(self, stand_ins: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
+    def enter(self, stand_ins: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
+        """In eval mode from now on, with these in the place of their forwards."""
         with self._lock:
             self._users += 1
             if self._users > 1:
@@ -147,7 +142,8 @@ class Frozen:
             for module, stand_in in stand_ins:
                 vars(module)["forward"] = stand_in
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Take back what :meth:`enter` did."""
         with self._lock:
             self._users -= 1
             if self._users:
