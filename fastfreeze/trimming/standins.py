@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.trimming.fold import ConvStandIn, NormStandIn
 from fastfreeze.trimming.folds import Folds
+from fastfreeze.trimming.operations import may_take_winograd
 from fastfreeze.trimming.pending import LOCAL, Run
 from fastfreeze.trimming.state import in_checkpoint
 
@@ -63,7 +65,6 @@ class Frozen:
 
     def __init__(self, model: nn.Module, fold: bool, folds: Folds, outermost: CodeType) -> None:
         self.modules = frozen_modules(model)
-        self.folds = False
         self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._forwards: list[tuple[dict[str, Any], Any]] = []
         self._units: list[tuple[nn.Module, Callable[..., Any]]] = []
@@ -75,9 +76,6 @@ class Frozen:
                 forward = ConvStandIn(module, folds)
             elif fold and own is None and type(module) is nn.BatchNorm2d:
                 forward = NormStandIn(module)
-            self.folds |= isinstance(forward, NormStandIn) or getattr(
-                forward, "takes_affine", False
-            )
             if _has_modes(module):
                 forward = _Guard(module, forward or module.forward, self, outermost)
             if forward is not None:
@@ -86,6 +84,7 @@ class Frozen:
                 unit = _Unit(module, forward or module.forward)
                 self._units.append((module, unit))
         self.names = {m: n for n, m in model.named_modules() if m in set(self.modules)}
+        self.folds = fold and any(map(_may_fold, self.modules))
         frozen = set(self.modules)
         self._buffers = [b for m in model.modules() if m not in frozen for b in m._buffers.values()]
         self._lock = threading.Lock()
@@ -206,6 +205,13 @@ class _Unit:
 def folds_now() -> bool:
     """Whether values may wait here: in no transform of torch.func, and under no dispatch mode."""
     return peek_interpreter_stack() is None and not torch._C._len_torch_dispatch_stack()
+
+
+def _may_fold(module: nn.Module) -> bool:
+    """Whether something is gained where values wait for this module, or it waits for others."""
+    if isinstance(module, _BatchNorm):
+        return True
+    return type(module) is nn.Conv2d and may_take_winograd(module)
 
 
 def _has_modes(module: nn.Module) -> bool:

@@ -85,7 +85,8 @@ class TrimmedModel(nn.Module):
       of writes is compared in each call, and their contents when an optimizer has stepped while
       they had gradients, else one module's in each call. On a GPU contents are not compared.
     * While nothing is frozen, and with ``fold``, images are given to ``model`` in channels_last
-      where that is faster (on a CPU, if there are more values than weights) and gives the same.
+      where that gives the same and is faster: on a CPU, where there are many values for each
+      weight of a convolution, and few products with each value.
     * In eval mode of ``model`` it is called as it is. So it is while
       ``torch.optim.swa_utils.update_bn`` estimates statistics anew, which it resets in frozen norms
       too, and that is announced.
