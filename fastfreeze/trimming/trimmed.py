@@ -114,7 +114,7 @@ class TrimmedModel(nn.Module):
             return self.model(*args, **kwargs)
         return self.run(args, kwargs, None)
 
-    @torch.compiler.disable(recursive=False, reason=_NO_FULL_GRAPH)
+    @torch.compiler.disable(recursive=False, reason=_NO_FULL_GRAPH)  # type: ignore[untyped-decorator]
     def run(self, args: Any, kwargs: Any, keeper: Any) -> Any:
         """A call in training mode; ``keeper``, if any, may put off calls of frozen modules."""
         if eval_frame.get_eval_frame_callback() is not None:
