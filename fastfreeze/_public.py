@@ -27,13 +27,7 @@ from fastfreeze.schedule import (
     Schedule,
     SnapshotCycles,
 )
-from fastfreeze.trimming import (
-    CompiledStage,
-    CompiledStages,
-    TrimmedModel,
-    compile_stages,
-    trim,
-)
+from fastfreeze.trimming import TrimmedModel, trim
 from fastfreeze.views import RepeatableViews
 
 __all__ = [
@@ -43,8 +37,6 @@ __all__ = [
     "BackendUnavailableError",
     "BackwardBlocker",
     "CacheStats",
-    "CompiledStage",
-    "CompiledStages",
     "Constant",
     "Cosine",
     "EnsembleAverage",
@@ -72,7 +64,6 @@ __all__ = [
     "__version__",
     "backends",
     "backward_blockers",
-    "compile_stages",
     "ensemble_softmax",
     "ensemble_statistics",
     "freezeout_for_saving",

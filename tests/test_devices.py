@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastfreeze import FeatureCache, compile_stages, split, trim
+from fastfreeze import FeatureCache, trim
 from fastfreeze.ensemble import SnapshotEnsemble
 from tests.conftest import ON_A_GPU, needs_gpu
 
@@ -93,14 +93,6 @@ def kept_narrow(model, batches, path):
     return train(model, lambda x, samples: cache(x, samples=samples), batches * 3)
 
 
-def staged(model, batches, path):
-    torch._dynamo.reset()
-    plan = split(model, batches[0][0], layers=[["a"], ["b"], ["c"], ["head"]])
-    network = trim(model)
-    compile_stages(network, plan, batches[0][0], backend="eager")
-    return train(model, lambda x, _: network(x), batches)
-
-
 def members(model, batches, path):
     other = copy.deepcopy(model)
     nn.init.constant_(other.head.weight, 0.1)
@@ -112,7 +104,7 @@ def members(model, batches, path):
     return found
 
 
-PARTS = [trimmed, cached, kept_narrow, staged, members]
+PARTS = [trimmed, cached, kept_narrow, members]
 
 
 @pytest.mark.parametrize("default", ["meta", ON_A_GPU])

@@ -168,25 +168,6 @@ def test_another_optimizer_freezes_in_all_processes(ranks, seed):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def trained_in_stages(seed):
-    model, inputs = net(seed), torch.ones(BATCH // 2, SIZES[0]).double()
-    schedule = FreezeOut(STEPS, t_0=0.5, stages=2)
-    plan = fastfreeze.split(model, inputs, schedule=schedule)
-    optimizer = fastfreeze.SGD(plan.param_groups(), schedule=schedule, **HYPERS["SGD"])
-    network = fastfreeze.trim(model)
-    if dist.is_initialized():
-        fastfreeze.compile_stages(network, plan, inputs, backend="eager")
-        network = DataParallel(network, optimizer)
-    train(network, optimizer, range(STEPS), seed)
-    return weights(model)
-
-
-def test_compiled_stages_train_in_parallel(ranks, seed):
-    expected = trained_in_stages(seed)
-    for found in ranks.run(trained_in_stages, seed):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-
-
 class SentBytes:
     """A communication hook that counts what is reduced, and reduces it."""
 

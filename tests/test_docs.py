@@ -39,8 +39,8 @@ ELSEWHERE = {"distributed.md", "integrations.md"}
 REPLACED = [
     ("num_workers=2", "num_workers=0"),
     (
-        "compile_stages(network, plan, images)",
-        "compile_stages(network, plan, images, backend='eager')",
+        "torch.compile(fastfreeze.trim(model))",
+        "torch.compile(fastfreeze.trim(model), backend='eager')",
     ),
 ]
 NOT_RUN = {"backends.md": ["needs a GPU"]}

@@ -317,6 +317,11 @@ LAYOUTS = {  # of the images that the model gets while all of it trains
         {},
         False,
     ),
+    "many products with each value": (
+        lambda: [nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 3), nn.Flatten()],
+        {},
+        False,
+    ),
     "a dropout of images": (lambda: [*stem(), nn.Dropout(), nn.Flatten()], {}, False),
     "a dropout of nothing": (lambda: [*stem(), nn.Dropout(0), nn.Flatten()], {}, True),
     "a dropout of rows": (lambda: [*stem(), nn.Flatten(), nn.Dropout()], {}, True),

@@ -2,17 +2,9 @@
 
 The model's own forward runs in each call (``trim``). While it does, frozen modules are in eval mode
 and have stand-ins (``standins``) for what can be folded (``fold``, ``operations``): their values
-are ``pending`` until something reads them. Models are compiled ahead for the stages of a plan
-(``compile``).
+are ``pending`` until something reads them.
 """
 
-from fastfreeze.trimming.compile import CompiledStage, CompiledStages, compile_stages
 from fastfreeze.trimming.trimmed import TrimmedModel, trim
 
-__all__ = [
-    "CompiledStage",
-    "CompiledStages",
-    "TrimmedModel",
-    "compile_stages",
-    "trim",
-]
+__all__ = ["TrimmedModel", "trim"]

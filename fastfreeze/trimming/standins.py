@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.trimming.fold import ConvStandIn, NormStandIn
 from fastfreeze.trimming.folds import Folds
+from fastfreeze.trimming.operations import may_take_winograd
 from fastfreeze.trimming.pending import LOCAL, Run
 from fastfreeze.trimming.state import in_checkpoint
 
@@ -58,7 +60,7 @@ class Frozen:
     Attributes:
         modules: all that are in eval mode.
         names: of these.
-        convolutions: how many may be folded.
+        folds: whether something may gain by waiting: a norm, or a convolution of Winograd's kind.
     """
 
     def __init__(self, model: nn.Module, fold: bool, folds: Folds, outermost: CodeType) -> None:
@@ -82,7 +84,7 @@ class Frozen:
                 unit = _Unit(module, forward or module.forward)
                 self._units.append((module, unit))
         self.names = {m: n for n, m in model.named_modules() if m in set(self.modules)}
-        self.convolutions = sum(type(m) is nn.Conv2d for m in self.modules) if fold else 0
+        self.folds = fold and any(map(_may_fold, self.modules))
         frozen = set(self.modules)
         self._buffers = [b for m in model.modules() if m not in frozen for b in m._buffers.values()]
         self._lock = threading.Lock()
@@ -107,22 +109,13 @@ class Frozen:
     @contextmanager
     def inside(self, run: Run | None) -> Iterator[None]:
         """For a call of the model in this thread; ``run`` None folds nothing."""
-        self._enter(self._stand_ins if run is None or run.keeper is None else self._units)
+        self.enter(self._stand_ins if run is None or run.keeper is None else self._units)
         outer, LOCAL.run = LOCAL.run, run
         try:
             yield
         finally:
             LOCAL.run = outer
-            self._leave()
-
-    @contextmanager
-    def in_eval(self) -> Iterator[None]:
-        """In eval mode, with nothing in their place."""
-        self._enter([])
-        try:
-            yield
-        finally:
-            self._leave()
+            self.leave()
 
     @contextmanager
     def as_they_were(self, module: nn.Module) -> Iterator[None]:
@@ -136,7 +129,8 @@ class Frozen:
             _set_training(own, False)
             LOCAL.run = outer
 
-    def _enter(self, stand_ins: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
+    def enter(self, stand_ins: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
+        """In eval mode from now on, with these in the place of their forwards."""
         with self._lock:
             self._users += 1
             if self._users > 1:
@@ -147,7 +141,8 @@ class Frozen:
             for module, stand_in in stand_ins:
                 vars(module)["forward"] = stand_in
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Take back what :meth:`enter` did."""
         with self._lock:
             self._users -= 1
             if self._users:
@@ -210,6 +205,13 @@ class _Unit:
 def folds_now() -> bool:
     """Whether values may wait here: in no transform of torch.func, and under no dispatch mode."""
     return peek_interpreter_stack() is None and not torch._C._len_torch_dispatch_stack()
+
+
+def _may_fold(module: nn.Module) -> bool:
+    """Whether something is gained where values wait for this module, or it waits for others."""
+    if isinstance(module, _BatchNorm):
+        return True
+    return type(module) is nn.Conv2d and may_take_winograd(module)
 
 
 def _has_modes(module: nn.Module) -> bool:

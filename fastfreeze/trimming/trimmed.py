@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,19 +18,14 @@ from fastfreeze.trimming.folds import Folds
 from fastfreeze.trimming.layout import Layouts, are_channels_last, in_channels_last
 from fastfreeze.trimming.pending import LOCAL, Run, TooLateError, settled
 from fastfreeze.trimming.standins import Frozen, folds_now
-from fastfreeze.trimming.state import Undo, Watch, copied, preserved, requires_grad
+from fastfreeze.trimming.state import Undo, Watch, copied, preserved
 
-_NOT_FROM_OUTSIDE = (
-    "a trimmed model cannot be compiled from outside, where a change of what is frozen would be "
-    "missed: use fastfreeze.compile_stages(network, plan, inputs), and no torch.compile around its "
-    "call"
-)
+_NO_FULL_GRAPH = "a trimmed model, whose own model is compiled: fullgraph=True is not for it"
 _RESET_NORMS = (
     "runs untrimmed while torch's update_bn estimates the statistics of all norms, which it has "
     "reset in frozen layers too; fastfreeze.ensemble.reestimate_norms(network.model, batches, "
     "snapshot=...) leaves these alone"
 )
-_UNCOMPILED = "runs uncompiled: compile_stages has compiled no stage with these requires_grad flags"
 
 
 def trim(model: nn.Module, example_inputs: Any = None, *, fold: bool = True) -> TrimmedModel:
@@ -91,12 +85,13 @@ class TrimmedModel(nn.Module):
       of writes is compared in each call, and their contents when an optimizer has stepped while
       they had gradients, else one module's in each call. On a GPU contents are not compared.
     * While nothing is frozen, and with ``fold``, images are given to ``model`` in channels_last
-      where that is faster (on a CPU, if there are more values than weights) and gives the same.
+      where that gives the same and is faster: on a CPU, where there are many values for each
+      weight of a convolution, and few products with each value.
     * In eval mode of ``model`` it is called as it is. So it is while
       ``torch.optim.swa_utils.update_bn`` estimates statistics anew, which it resets in frozen norms
       too, and that is announced.
-    * In training mode ``torch.compile`` does not take it: :func:`fastfreeze.compile_stages`
-      compiles the model for each stage of a plan.
+    * ``torch.compile`` of it compiles ``model`` with its frozen modules in eval mode, without
+      folding, again after each freeze and without ``fullgraph=True``.
     """
 
     model: nn.Module
@@ -114,35 +109,22 @@ class TrimmedModel(nn.Module):
         self._forget()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """``self.model(*args, **kwargs)``, with what is frozen left alone.
-
-        Raises:
-            TypeError: it is called in training mode from what ``torch.compile`` compiles.
-        """
-        return self.run(args, kwargs, None)
-
-    def run(self, args: Any, kwargs: Any, keeper: Any) -> Any:
-        """A call in which ``keeper``, if there is one, may put off those of frozen modules."""
+        """``self.model(*args, **kwargs)``, with what is frozen left alone."""
         if not self.model.training:
             return self.model(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling() or eval_frame.get_eval_frame_callback() is not None:
-            raise TypeError(_NOT_FROM_OUTSIDE)
+        return self.run(args, kwargs, None)
+
+    @torch.compiler.disable(recursive=False, reason=_NO_FULL_GRAPH)  # type: ignore[untyped-decorator]
+    def run(self, args: Any, kwargs: Any, keeper: Any) -> Any:
+        """A call in training mode; ``keeper``, if any, may put off calls of frozen modules."""
+        if eval_frame.get_eval_frame_callback() is not None:
+            return self._compiled(args, kwargs)
         if LOCAL.run is not None:  # called by a trimmed model
             args, kwargs = settled(args), settled(kwargs)
         frozen = self._now()
         if self._resets_norms():
             self._warn(_RESET_NORMS)
             return self.model(*args, **kwargs)
-        if (
-            self._compiled
-            and keeper is None
-            and torch.is_grad_enabled()
-            and not requires_grad((args, kwargs))
-        ):
-            if compiled := self._compiled.get(self.flags()):
-                with frozen.in_eval():
-                    return compiled(*args, **kwargs)
-            self._warn(_UNCOMPILED)
         layout = self._layouts.of(args, kwargs) if self._fold else None
         if layout is None or not layout.channels_last:
             run = Run(self._folds, not are_channels_last(args, kwargs), keeper)
@@ -158,17 +140,6 @@ class TrimmedModel(nn.Module):
         """
         if self._fold and self.model.training:
             self._layouts.of(args, kwargs)
-
-    def flags(self) -> tuple[bool, ...]:
-        """Which parameters require grad, in the order of modules."""
-        self._now()
-        assert self._known is not None
-        return self._known.read_flags()
-
-    def use_compiled(self, compiled: dict[tuple[bool, ...], Callable[..., Any]]) -> None:
-        """Run these in the model's place, by the flags for which they were compiled."""
-        self._compiled.clear()
-        self._compiled.update(compiled)
 
     def frozen_names(self) -> dict[nn.Module, str]:
         """The frozen modules, and what they are called."""
@@ -261,7 +232,7 @@ class TrimmedModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_folds", "_layouts", "_known", "_compiled", "_careful")
+        own = ("_folds", "_layouts", "_known", "_careful")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -274,7 +245,6 @@ class TrimmedModel(nn.Module):
         self._layouts = Layouts(self.model)
         self._known: _Known | None = None
         self._careful = True  # something may turn out to be too late
-        self._compiled: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
     def _now(self) -> Frozen:
         """The frozen modules under the present flags."""
@@ -289,11 +259,20 @@ class TrimmedModel(nn.Module):
             known.frozen = Frozen(self.model, self._fold, self._folds, code)
         return known.frozen
 
+    def _compiled(self, args: Any, kwargs: Any) -> Any:
+        """``model`` compiled, with its frozen modules in eval mode; what surrounds it is not."""
+        frozen = torch.compiler.disable(self._now)()
+        torch.compiler.disable(frozen.enter)([])
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            torch.compiler.disable(frozen.leave)()
+
     def _call(self, frozen: Frozen, run: Run, args: Any, kwargs: Any) -> Any:
         """``model``'s own forward with its frozen modules as they are to be."""
         if run.keeper is not None:
             run.keeper.begin(args, kwargs)
-        waits = run.keeper is not None or (frozen.convolutions and self._folds.usable)
+        waits = run.keeper is not None or (frozen.folds and self._folds.usable)
         if not (waits and frozen.modules and folds_now()):
             with frozen.inside(None):
                 return self.model(*args, **kwargs)
