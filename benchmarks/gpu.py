@@ -193,7 +193,7 @@ def tools(run: Run, seconds: float) -> dict:
     """What profilers and checkers say, where there are any; those that are not there are named."""
     device = ["--device", run.device, "--out", str(run.scratch / "tools.json")]
     profiled = run.python("benchmarks.gpu_bench", "profiled", *device)
-    checked = run.python("benchmarks.gpu_smoke", "--only", "^cuda: s", *device)
+    checked = run.python("benchmarks.gpu_smoke", "--only", "^cuda: (s|adamw)", *device)
     sections = ["SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy"]
     commands = {
         "ncu": [

@@ -16,7 +16,7 @@ import torch
 
 import fastfreeze
 from benchmarks.clock import Clock, CpuClock, CudaClock, ground, measure, measure_loop
-from benchmarks.gpu_cases import GpuCase, sgd_case, softmax_case, statistics_case
+from benchmarks.gpu_cases import GpuCase, adamw_case, sgd_case, softmax_case, statistics_case
 from benchmarks.gpu_steps import Work, ensemble_case, freeze_events, training_case
 from benchmarks.outcomes import context_is_broken
 from benchmarks.results import read_json, write_json
@@ -68,9 +68,13 @@ def kernel(make: Callable[..., GpuCase], *arguments: object, **options: object) 
 
 
 def sgd(model: str, groups: int = 1, **options: object) -> Entry:
+    return step(sgd_case, model, groups, **options)
+
+
+def step(case: Callable[..., GpuCase], model: str, groups: int = 1, **options: object) -> Entry:
     def make(**more: object) -> GpuCase:
         shapes = [(100_000_000,)] if model == "flat" else shapes_of(model)
-        return sgd_case(Shapes(shapes, groups), **more)
+        return case(Shapes(shapes, groups), **more)
 
     return kernel(make, **options)
 
@@ -112,6 +116,8 @@ def cases_on_gpu() -> dict[str, Cases]:
         "sgd resnet110, 110 groups": sgd("resnet110", 110),
         "sgd resnet110, 110 groups, graph": sgd("resnet110", 110, graph=True),
         "sgd resnet50": sgd("resnet50"),
+        "adamw resnet110, 110 groups": step(adamw_case, "resnet110", 110),
+        "adamw resnet50": step(adamw_case, "resnet50"),
         "softmax (5, 4096, 1000)": kernel(softmax_case, 5, 4096, 1000),
         "statistics (5, 4096, 1000)": kernel(statistics_case, 5, 4096, 1000),
         "sgd resnet110, 1 group": sgd("resnet110"),
@@ -121,7 +127,6 @@ def cases_on_gpu() -> dict[str, Cases]:
         "sgd resnet50, bf16, momentum fp32": sgd("resnet50", dtype=bf16, momentum_dtype=fp32),
         "sgd resnet110, 1 group, GradScaler": sgd("resnet110", scaled=True),
         "freezing, sgd resnet110, 110 groups": freezing("resnet110", 110, 300),
-        "sgd resnet50, graph": sgd("resnet50", graph=True),
     }
     steps = {
         "training resnet110, 128 images": training(resnet110),
@@ -136,6 +141,8 @@ def cases_on_gpu() -> dict[str, Cases]:
         "training resnet110, bf16, 128 images, 90% frozen": training(resnet110_bf16, 90),
     }
     rest = {
+        "adamw resnet110, 110 groups, graph": step(adamw_case, "resnet110", 110, graph=True),
+        "sgd resnet50, graph": sgd("resnet50", graph=True),
         "softmax (10, 64, 50257), bf16": kernel(softmax_case, 10, 64, 50257, dtype=bf16),
         "statistics (10, 64, 50257)": kernel(statistics_case, 10, 64, 50257),
         "softmax (5, 1024, 100), graph": kernel(softmax_case, 5, 1024, 100, graph=True),
@@ -183,6 +190,8 @@ def cases_on_cpu() -> dict[str, Cases]:
             "sgd, graph": kernel(sgd_case, tiny, graph=True),
             "sgd, bf16, momentum fp32": kernel(sgd_case, tiny, **mixed),
             "sgd, GradScaler": kernel(sgd_case, tiny, scaled=True),
+            "adamw": kernel(adamw_case, tiny),
+            "adamw, graph": kernel(adamw_case, tiny, graph=True),
             "softmax, graph": kernel(softmax_case, 3, 8, 10, graph=True),
             "statistics": kernel(statistics_case, 3, 8, 10),
             "freezing": freezing("resnet8-w4", 8, 40),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,13 @@ import fastfreeze
 from benchmarks.case import OURS, Rivals, Run, compiled_run
 from benchmarks.clock import captured
 from benchmarks.kernel_cases import eager_statistics, statistics_fields
-from benchmarks.optimizer_cases import SGD_VALUES, TOTAL_STEPS, torch_step, with_scheduler
+from benchmarks.optimizer_cases import (
+    ADAMW_VALUES,
+    SGD_VALUES,
+    TOTAL_STEPS,
+    torch_step,
+    with_scheduler,
+)
 from benchmarks.shapes import Shapes
 from fastfreeze.ops.softmax import ensemble_softmax, ensemble_statistics
 
@@ -85,7 +91,7 @@ def sgd_case(
         compiled: rivals that compile, too; minutes.
         rivals: False: ours alone.
     """
-    truth = _sgd_truth(shapes, device, dtype)
+    truth = _truth(shapes, device, dtype)
     numel = sum(p.numel() for p in truth)
     buffer_size = (momentum_dtype or dtype).itemsize
     case = GpuCase(bytes_moved=numel * (3 * dtype.itemsize + 2 * buffer_size))
@@ -121,6 +127,35 @@ def sgd_case(
         others[f"{COMPILED} of foreach"] = lambda g: _compiled_step(g, device)
     for name, make in {**makers, **(others if rivals else {})}.items():
         _enter(case, name, make, shapes.groups(device, dtype), truth, device if graph else None)
+    return case
+
+
+def adamw_case(
+    shapes: Shapes,
+    device: str,
+    backends: Iterable[str],
+    graph: bool = False,
+    rivals: bool = True,
+) -> GpuCase:
+    """The same of AdamW, in fp32; arguments as of :func:`sgd_case`."""
+    theirs = {"values": ADAMW_VALUES, "optimizer": "AdamW"}
+    truth = _truth(shapes, device, torch.float32, **theirs)
+    numel = sum(p.numel() for p in truth)
+    case = GpuCase(bytes_moved=numel * 4 * 7)
+    makers: dict[str, MakeStep] = {
+        f"{OURS} {name}": lambda g, name=name: _ours(g, name, optimizer="AdamW")
+        for name in backends
+    }
+    if rivals and graph:
+        makers["torch fused, lr in a tensor"] = lambda g: _tensor_lr(
+            g, device, torch.optim.AdamW, {**ADAMW_VALUES, "capturable": device == "cuda"}
+        )
+    elif rivals:
+        makers["torch fused"] = lambda g: torch_step(g, fused=True, **theirs)
+        makers["torch foreach"] = lambda g: torch_step(g, foreach=True, **theirs)
+    for name, make in makers.items():
+        groups = shapes.groups(device, torch.float32)
+        _enter(case, name, make, groups, truth, device if graph else None)
     return case
 
 
@@ -266,18 +301,21 @@ def _listed(result: object) -> list[Tensor]:
 
 
 def _optimizer(
-    groups: Groups, backend: str, momentum_dtype: torch.dtype | None = None, scheduled: bool = True
-) -> fastfreeze.SGD:
+    groups: Groups,
+    backend: str,
+    momentum_dtype: torch.dtype | None = None,
+    scheduled: bool = True,
+    optimizer: str = "SGD",
+) -> torch.optim.Optimizer:
+    schedule = fastfreeze.Cosine(TOTAL_STEPS) if scheduled else None
+    if optimizer == "AdamW":
+        return fastfreeze.AdamW(groups, schedule=schedule, backend=backend, **ADAMW_VALUES)
     return fastfreeze.SGD(
-        groups,
-        schedule=fastfreeze.Cosine(TOTAL_STEPS) if scheduled else None,
-        momentum_dtype=momentum_dtype,
-        backend=backend,
-        **SGD_VALUES,
+        groups, schedule=schedule, momentum_dtype=momentum_dtype, backend=backend, **SGD_VALUES
     )
 
 
-def _ours(*arguments: object, **options: bool) -> Run:
+def _ours(*arguments: object, **options: object) -> Run:
     return _optimizer(*arguments, **options).step
 
 
@@ -334,18 +372,23 @@ def _master(groups: Groups) -> Run:
     return both
 
 
-def _tensor_lr(groups: Groups, device: str) -> Run:
+def _tensor_lr(
+    groups: Groups,
+    device: str,
+    make: type[torch.optim.Optimizer] = torch.optim.SGD,
+    values: Mapping[str, float] = SGD_VALUES,
+) -> Run:
     """torch's fused step with learning rates that are read on the device, where a graph reads them.
 
     Its own scheduler would launch a kernel for each group: the rates are copied there all at once.
     """
     lrs = torch.empty(len(groups), device=device)
     own = [{**group, "lr": lrs[i]} for i, group in enumerate(groups)]
-    optimizer = torch.optim.SGD(own, **SGD_VALUES, fused=True)
+    optimizer = make(own, **values, fused=True)
     steps = itertools.count()
 
     def rates() -> None:
-        lr = SGD_VALUES["lr"] / 2 * (1 + math.cos(math.pi * next(steps) / TOTAL_STEPS))
+        lr = values["lr"] / 2 * (1 + math.cos(math.pi * next(steps) / TOTAL_STEPS))
         host = torch.full((len(groups),), lr, device="cpu", pin_memory=device == "cuda")
         lrs.copy_(host, non_blocking=True)
 
@@ -359,12 +402,12 @@ def _compiled_step(groups: Groups, device: str) -> Run:
     return with_scheduler(torch.optim.SGD(groups, **values, foreach=True), compiled=True)
 
 
-def _sgd_truth(shapes: Shapes, device: str, dtype: torch.dtype) -> list[Tensor]:
+def _truth(shapes: Shapes, device: str, dtype: torch.dtype, **options: object) -> list[Tensor]:
     """The parameters after the gate's steps, in fp64."""
     groups = shapes.groups(device, dtype)
     for group in groups:
         group["params"] = [_in_fp64(p) for p in group["params"]]
-    step = torch_step(groups, scheduled=True, foreach=False)
+    step = torch_step(groups, scheduled=True, foreach=False, **options)
     for _ in range(GATE_STEPS):
         step()
     return [p for g in groups for p in g["params"]]

@@ -17,7 +17,7 @@ import torch
 
 import fastfreeze
 from benchmarks.gpu_bench import BACKENDS
-from benchmarks.gpu_cases import GpuCase, sgd_case, softmax_case, statistics_case
+from benchmarks.gpu_cases import GpuCase, adamw_case, sgd_case, softmax_case, statistics_case
 from benchmarks.outcomes import context_is_broken
 from benchmarks.results import write_json
 from benchmarks.shapes import Shapes
@@ -35,10 +35,13 @@ def checks(device: str) -> dict[str, Callable[[], GpuCase]]:
         mixed = {"dtype": torch.bfloat16, "momentum_dtype": torch.float32}
         found[f"{backend}: sgd"] = sgd
         found[f"{backend}: sgd, bf16, momentum fp32"] = partial(sgd, **mixed)
+        adamw = partial(adamw_case, TENSORS, **case)
+        found[f"{backend}: adamw"] = adamw
         for shape in LOGITS:
             found[f"{backend}: softmax {shape}"] = partial(softmax_case, *shape, **case)
             found[f"{backend}: statistics {shape}"] = partial(statistics_case, *shape, **case)
         found[f"{backend}: graph, sgd"] = partial(sgd, graph=True)
+        found[f"{backend}: graph, adamw"] = partial(adamw, graph=True)
     return found
 
 

@@ -17,7 +17,10 @@ class SnapshotError(ValueError):
 
 
 def warn(message: str) -> None:
-    """Warn at the line outside of this library and of torch that has led here."""
+    """Warn at the line outside of this library and of torch that has led here.
+
+    A ``with`` over something of theirs leads through ``contextlib``.
+    """
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
@@ -25,4 +28,4 @@ def warn(message: str) -> None:
 
 
 def _is_inner(module: str) -> bool:
-    return module.partition(".")[0] in ("fastfreeze", "torch")
+    return module.partition(".")[0] in ("fastfreeze", "torch", "contextlib")

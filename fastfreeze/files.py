@@ -13,13 +13,12 @@ import re
 import secrets
 import stat
 import threading
-import warnings
 import weakref
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 
 _MODE = 0o666  # less the umask
 _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last: a pipe has nobody to wait for
@@ -163,11 +162,9 @@ def lock_file(path: Path) -> FileLock:
             if error.errno not in _NO_LOCKS:
                 os.close(fd)
                 raise
-            warnings.warn(
+            warn(
                 f"{path} cannot be locked ({error.strerror}): see that no other process writes to"
-                f" {path.parent}",
-                FastfreezeWarning,
-                stacklevel=3,
+                f" {path.parent}"
             )
         lock = _held[key] = FileLock(fd)
         return lock

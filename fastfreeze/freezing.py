@@ -9,7 +9,6 @@ index of its layer, by the rule in :func:`split` or as the user says. The rest f
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fastfreeze._frozen import frozen_by_schedule, note_plan
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 from fastfreeze.execution import (
     Event,
     gradient_bits,
@@ -352,7 +351,7 @@ def split(
     messages += _fixed_messages(model, names, homes, schedule)
     described, sharing = _describe(model, names, homes, events, example_inputs is not None)
     for message in messages + sharing:
-        warnings.warn(message, FastfreezeWarning, stacklevel=2)
+        warn(message)
     return LayerPlan(model, described, schedule, lr)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from fastfreeze.blockers import BackwardBlocker, blockers_below, checked_model
 from fastfreeze.clock import Clock
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 from fastfreeze.execution import arguments, run_events
 from fastfreeze.freezing import Layer, LayerPlan
 from fastfreeze.layer_costs import LayerFlops, StepProfile, measured_costs, profiled
@@ -40,6 +40,7 @@ class FreezeRow:
     Attributes:
         step: how many steps were done; fastfreeze's optimizers count those of a resumed run too.
         frozen: indices of all layers that are frozen from here on.
+        thawed: of those that were frozen before, and train again.
         predicted: time of a step after the event, relative to one before it, if the backward and
             the update of what is frozen are gone and its forward runs as before. Above 1 at a thaw.
         limit: the same if its forward is gone too.
@@ -52,6 +53,7 @@ class FreezeRow:
 
     step: int
     frozen: tuple[int, ...]
+    thawed: tuple[int, ...]
     predicted: float
     limit: float
     before: float | None
@@ -170,6 +172,7 @@ class FreezeReport:
             FreezeRow(
                 step=stage.step,
                 frozen=stage.frozen,
+                thawed=tuple(sorted({*self._stages[i - 1].frozen} - {*stage.frozen})),
                 predicted=steps[i] / steps[i - 1],
                 limit=limits[i] / limits[i - 1],
                 before=times[i - 1],
@@ -182,17 +185,12 @@ class FreezeReport:
 
     @property
     def summary(self) -> str:
-        """All events so far in a line; a step after the last, relative to one before the first."""
-        rows = self.rows
-        if not rows:
-            return "no layer has been frozen or thawed yet"
-        predicted, limit = (math.prod(r.predicted for r in rows), math.prod(r.limit for r in rows))
-        before, after = rows[0].before, rows[-1].after
-        measured = None if before is None or after is None else after / before
-        return (
-            f"step time by freezing: predicted {_number(predicted)}, limit {_number(limit)}, "
-            f"measured {_number(measured)}"
-        )
+        """What all freezes so far made of a step's time, and in a line of its own, all thaws."""
+        runs: dict[str, list[list[FreezeRow]]] = {"freezing": [], "thawing": []}
+        for thaws, run in groupby(self.rows, lambda row: bool(row.thawed)):
+            runs["thawing" if thaws else "freezing"].append(list(run))
+        lines = [_in_words(kind, found) for kind, found in runs.items() if found]
+        return "\n".join(lines) or "no layer has been frozen or thawed yet"
 
     def __str__(self) -> str:
         rows = self.rows
@@ -232,7 +230,7 @@ class FreezeReport:
         found = tuple(blockers_below(model, run_events(model, self._example), parameters))
         if found:
             text = some([str(blocker) for blocker in found])
-            warnings.warn(f"step {self._num_steps}: {text}", FastfreezeWarning, stacklevel=4)
+            warn(f"step {self._num_steps}: {text}")
         return found
 
     def _seconds(self, stage: _Stage) -> float | None:
@@ -243,6 +241,22 @@ class FreezeReport:
 def _mostly_frozen(layer: Layer) -> bool:
     trained = sum(p.numel() for _, p in layer.parameters if p.requires_grad)
     return 2 * trained < sum(p.numel() for _, p in layer.parameters)
+
+
+def _in_words(kind: str, runs: Sequence[Sequence[FreezeRow]]) -> str:
+    """What events of one kind did, in runs that no other kind interrupts.
+
+    A run is measured from its first row to its last: there may be no time for one between them.
+    """
+    rows = [row for run in runs for row in run]
+    times = [(run[0].before, run[-1].after) for run in runs]
+    ratios = [after / before for before, after in times if before and after is not None]
+    measured = math.prod(ratios) if len(ratios) == len(times) else None
+    predicted, limit = (math.prod(r.predicted for r in rows), math.prod(r.limit for r in rows))
+    return (
+        f"step time by {kind}: predicted {_number(predicted)}, limit {_number(limit)}, "
+        f"measured {_number(measured)}"
+    )
 
 
 def _number(value: float | None, factor: float = 1.0, digits: int = 3) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from fastfreeze.ops._adam_plans import ADAM_HYPERS, AdamReferencePlan, AdamSpec
+from fastfreeze.ops._adam_plans import ADAM_HYPERS, AdamReferencePlan
 from fastfreeze.ops._placements import Given
-from fastfreeze.ops._plans import dtype_of_state
+from fastfreeze.ops._plans import PlanSpec, dtype_of_state
 
 # Of parameters about 1, several steps of 0.01.
 TOLERANCE = {
@@ -16,6 +18,14 @@ TOLERANCE = {
     torch.float16: 2e-3,
     torch.bfloat16: 1.6e-2,
 }
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def named(*moments):
+    """Means, squares and largest squares as plans take them."""
+    return dict(zip(MOMENTS, moments, strict=True))
 
 
 def hypers(rows=1, lr=0.01, betas=(0.9, 0.999), **values):
@@ -31,30 +41,30 @@ def spec_of(
     amsgrad=False,
     groups=None,
     segments=((),),
+    eta_min=0.0,
     warmup_steps=0,
     state_dtype=None,
+    steps=None,
     like=None,
 ):
-    """Of parameters that have had no step. like: makes what is like a parameter."""
+    """Of parameters that have had these steps, or none; the moments' memory holds NaN.
+
+    like: makes what is like a parameter.
+    """
 
     def garbage(p):
         made = torch.empty_like if like is None else like
         return made(p, dtype=dtype_of_state(p, state_dtype)).fill_(torch.nan)
 
     means, squares, largest = ([garbage(p) for p in params] for _ in range(3))
-    steps = torch.zeros(len(params), device=params[0].device)
-    groups = [0] * len(params) if groups is None else groups
-    first = [True] * len(params)
-    return AdamSpec(
+    return PlanSpec(
         params=params,
-        exp_avgs=means,
-        exp_avg_sqs=squares,
-        max_exp_avg_sqs=largest if amsgrad else [None] * len(params),
-        steps=steps,
-        first=first,
-        groups=groups,
+        moments=named(means, squares, largest if amsgrad else [None] * len(params)),
+        steps=torch.zeros(len(params), device=params[0].device) if steps is None else steps,
+        first=[steps is None] * len(params),
+        groups=[0] * len(params) if groups is None else groups,
         segments=segments,
-        eta_min=0.0,
+        eta_min=eta_min,
         warmup_steps=warmup_steps,
         state_dtype=state_dtype,
     )
@@ -64,20 +74,9 @@ def truth_of(spec):
     """The reference's plan of the same parameters; of fp32 ones in fp64."""
     params = [p.detach().cpu() for p in spec.params]
     params = [p.double() if p.dtype == torch.float32 else p.clone() for p in params]
-    none = [[None] * len(params) for _ in range(3)]
-    return AdamReferencePlan(
-        AdamSpec(
-            params,
-            *none,
-            torch.zeros(len(params)),
-            spec.first,
-            spec.groups,
-            spec.segments,
-            spec.eta_min,
-            spec.warmup_steps,
-            spec.state_dtype,
-        )
-    )
+    none = named(*([None] * len(params) for _ in range(3)))
+    steps = torch.zeros(len(params))
+    return AdamReferencePlan(replace(spec, params=params, moments=none, steps=steps))
 
 
 def step(plan, grads, table, at=0, grad_scale=None, found_inf=None):
@@ -100,8 +99,8 @@ def assert_near(plan, truth):
     for p, t in zip(plan.params, truth.params, strict=True):
         error = (p.detach().cpu().double() - t.double()).abs() / t.double().abs().clamp(min=1)
         assert error.max() <= TOLERANCE[p.dtype]
-    for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
-        for a, b in zip(getattr(plan, name), getattr(truth, name), strict=True):
+    for name in MOMENTS:
+        for a, b in zip(plan.moments[name], truth.moments[name], strict=True):
             if b is not None:
                 error = (a.cpu().double() - b.double()).abs() / b.double().abs().clamp(min=1)
                 assert error.max() <= TOLERANCE[a.dtype]

@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 NO_NVCC = "no nvcc in CUDA_HOME, on the PATH or from nvidia-cuda-nvcc"
 NO_CUOBJDUMP = "no cuobjdump on the PATH or in triton"
@@ -99,6 +101,12 @@ def find_nvcc() -> str | None:
     if home:
         return shutil.which("nvcc", path=str(Path(home, "bin")))
     return shutil.which("nvcc") or _in_package("nvidia", "cu13/bin/nvcc")
+
+
+def needs_nvcc(test: Callable[..., None]) -> Callable[..., None]:
+    """Skips a test where there is no nvcc; .ci/run takes these once more where there is one."""
+    absent = pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
+    return pytest.mark.nvcc(absent(test))
 
 
 def find_cuobjdump() -> str | None:

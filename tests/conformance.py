@@ -73,11 +73,13 @@ every_pair = with_pairs([], lambda pair: [[""]])
 every_input = with_pairs(
     ["kwargs"], lambda pair: [(entry.desc, kwargs_of(entry)) for entry in inputs_of(pair)]
 )
-every_configuration = with_pairs(
+every_configuration = with_pairs(  # the flags have no effect here: one of them for each input
     ["kwargs"],
     lambda pair: [
         (f"{entry.desc}, {name}", {**kwargs_of(entry), **flags})
-        for entry, (name, flags) in itertools.product(inputs_of(pair), IMPLEMENTATIONS.items())
+        for entry, (name, flags) in zip(
+            inputs_of(pair), itertools.cycle(IMPLEMENTATIONS.items()), strict=False
+        )
     ],
 )
 every_error = with_pairs(
@@ -87,7 +89,21 @@ every_error = with_pairs(
         for entry in pair.info.optim_error_inputs_func("cpu", torch.float32)
     ],
 )
-SCHEDULERS = [[], *TORCHS.scheduler_inputs]
+SCHEDULERS = TORCHS.scheduler_inputs
+
+
+def _followed(pair):
+    """Each of torch's lists of schedulers, with inputs in turn; with a tensor lr all of them."""
+    inputs = inputs_of(pair)
+    rows = [(made, inputs[i % len(inputs)]) for i, made in enumerate(SCHEDULERS)]
+    rows += [(made, e) for made in SCHEDULERS for e in inputs if e.desc == "tensor lr"]
+    return [
+        (f"{entry.desc}, {SCHEDULERS.index(made)}: {len(made)} schedulers", kwargs_of(entry), made)
+        for made, entry in rows
+    ]
+
+
+every_scheduler = with_pairs(["kwargs", "schedulers"], _followed)
 DTYPES = [
     torch.float64,
     torch.float32,

@@ -82,6 +82,11 @@ def kernels():
     return [*found, kernel("triton", "cpu")]
 
 
+def operators():
+    """As kernels(), without the reference, which is no operator."""
+    return [param for param in kernels() if param.values[0][0] != "reference"]
+
+
 EMULATED = pytest.param(("cuda", "emulated"), id="cuda-emulated")
 
 
@@ -137,16 +142,27 @@ def device(backend_and_device):
     return torch.device(backend_and_device[1])
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instruction_set(level, name):
+    """A parameter isa, skipped with the reason where this machine lacks it."""
+    why = "" if HAS_CPU_KERNELS else str(fastfreeze.backends()["cpu"])
+    if not why:
+        before = torch.ops.fastfreeze.cpu_isa(-1)
+        try:
+            torch.ops.fastfreeze.cpu_isa(level)
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+        torch.ops.fastfreeze.cpu_isa(before)
+    return pytest.param(name, marks=pytest.mark.skipif(bool(why), reason=why), id=name)
+
+
+LEVELS = ["baseline", "avx2", "avx512"]
+ISAS = [instruction_set(level, name) for level, name in enumerate(LEVELS)]
+
+
+@pytest.fixture(params=ISAS)
 def isa(request):
     """Each instruction set of the CPU kernels that this machine has."""
-    if not HAS_CPU_KERNELS:
-        pytest.skip(str(fastfreeze.backends()["cpu"]))
-    level = ["baseline", "avx2", "avx512"].index(request.param)
     before = torch.ops.fastfreeze.cpu_isa(-1)
-    try:
-        torch.ops.fastfreeze.cpu_isa(level)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
+    torch.ops.fastfreeze.cpu_isa(LEVELS.index(request.param))
     yield request.param
     torch.ops.fastfreeze.cpu_isa(before)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 PROT_NONE = 0
-every_side = pytest.mark.parametrize("side", ["before", "after"])
+SIDES = ["before", "after"]
+every_side = pytest.mark.parametrize("side", SIDES)
 
 
 def guarded(tensor, side="after"):

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,15 +27,15 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastfreeze.ops import _library, _triton_sgd, _triton_softmax
-from fastfreeze.ops._adam_plans import AdamSpec
+from fastfreeze.ops import _library, _triton_adam, _triton_sgd, _triton_softmax
 from fastfreeze.ops._device_adam import AdamTritonPlan
 from fastfreeze.ops._device_plan import DevicePlan
-from fastfreeze.ops._device_sgd import TritonPlan
+from fastfreeze.ops._device_sgd import SgdTritonPlan
 from fastfreeze.ops._plans import PlanSpec
-from fastfreeze.optim import SGD
+from fastfreeze.optim import SGD, Adam, AdamW, FusedOptimizer
 from fastfreeze.schedule import Cosine, FreezeOut
 from tests import triton_matrix
+from tests.adam_plans import named as named_moments
 
 C_TYPES = {
     "*": ctypes.c_uint64,
@@ -220,9 +222,10 @@ def step_arguments() -> dict[str, dict]:
     """Of a plan of SGD and one of Adam."""
     params, *moments = ([torch.ones(5000), torch.ones(3)] for _ in range(4))
     rest = [[True] * 2, [0, 0], [Cosine(100).segments()], 0.1, 7, None]
+    of_adam = PlanSpec(params, named_moments(*moments), *rest, steps=torch.zeros(2))
     plans = {
-        "SGD": TritonPlan(PlanSpec(params, moments[0], *rest)),
-        "Adam": AdamTritonPlan(AdamSpec(params, *moments, torch.zeros(2), *rest)),
+        "SGD": SgdTritonPlan(PlanSpec(params, {"momentum_buffer": moments[0]}, *rest)),
+        "Adam": AdamTritonPlan(of_adam),
     }
     return {
         f"{rule}, {name}": launch
@@ -231,16 +234,20 @@ def step_arguments() -> dict[str, dict]:
     }
 
 
-def optimizer_of(momentum: float = 0.9, schedule: Any = None) -> SGD:
+Make = Callable[..., FusedOptimizer]
+sgd = partial(SGD, lr=0.1, momentum=0.9)
+
+
+def optimizer_of(make: Make, schedule: Any = None) -> FusedOptimizer:
     """Three layers, each with a gradient."""
     params = [nn.Parameter(torch.ones(n)) for n in (5000, 3, 2048)]
     for p in params:
         p.grad = torch.ones_like(p)
     groups = [{"params": [p], "layer_index": i, "num_layers": 3} for i, p in enumerate(params)]
-    return SGD(groups, lr=0.1, momentum=momentum, schedule=schedule, backend="triton")
+    return make(groups, schedule=schedule, backend="triton")
 
 
-def stepped(optimizer: SGD, **scaler: torch.Tensor) -> SGD:
+def stepped(optimizer: FusedOptimizer, **scaler: torch.Tensor) -> FusedOptimizer:
     """After one more step, with what a GradScaler leaves to the optimizer."""
     for name, value in scaler.items():
         setattr(optimizer, name, value)
@@ -248,67 +255,74 @@ def stepped(optimizer: SGD, **scaler: torch.Tensor) -> SGD:
     return optimizer
 
 
-def resumed(schedule: Any = None) -> SGD:
-    """One step after a state was loaded, whose buffers have all had their first."""
-    state = stepped(optimizer_of(schedule=schedule)).state_dict()
+def resumed(make: Make, schedule: Any = None) -> FusedOptimizer:
+    """One step after a state was loaded, whose moments have all had their first."""
+    state = stepped(optimizer_of(make, schedule)).state_dict()
     forget_kernels()
-    optimizer = optimizer_of(schedule=schedule)
+    optimizer = optimizer_of(make, schedule)
     optimizer.load_state_dict(state)
     return stepped(optimizer)
 
 
-def with_a_layer_frozen() -> SGD:
+def with_a_layer_frozen(make: Make) -> FusedOptimizer:
     """One step after the first layer has frozen."""
-    optimizer = optimizer_of(schedule=FREEZES)
+    optimizer = optimizer_of(make, FREEZES)
     while not optimizer.frozen_layers:
         stepped(optimizer)
     forget_kernels()
     return stepped(optimizer)
 
 
-def scaler_that_comes_late() -> SGD:
+def scaler_that_comes_late(make: Make) -> FusedOptimizer:
     """As it must not be: only the captured step looks for an overflow."""
-    optimizer = stepped(optimizer_of())
-    optimizer.found_inf = torch.zeros(())
+    optimizer = stepped(optimizer_of(make))
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
     return optimizer
 
 
 FREEZES = FreezeOut(20, t_0=0.5)
 SCALE = torch.full((), 2.0**16)
-CAPTURES: dict[str, Callable[[], SGD]] = {
-    "no momentum": lambda: stepped(optimizer_of(momentum=0.0)),
-    "momentum's first step": lambda: stepped(optimizer_of()),
+# Of each class; what is done before the captured step.
+CAPTURES: dict[str, Callable[[Make], FusedOptimizer]] = {
+    "the first step": lambda make: stepped(optimizer_of(make)),
     "resumed": resumed,
-    "resumed, layers to freeze": lambda: resumed(FREEZES),
-    "layers to freeze": lambda: stepped(optimizer_of(schedule=FREEZES)),
+    "resumed, layers to freeze": lambda make: resumed(make, FREEZES),
+    "layers to freeze": lambda make: stepped(optimizer_of(make, FREEZES)),
     "a layer frozen": with_a_layer_frozen,
-    "scaled": lambda: stepped(optimizer_of(), grad_scale=SCALE, found_inf=torch.zeros(())),
-    "unscaled": lambda: stepped(optimizer_of(schedule=FREEZES), found_inf=torch.zeros(())),
+    "scaled": lambda make: stepped(optimizer_of(make), grad_scale=SCALE, found_inf=torch.zeros(())),
+    "unscaled": lambda make: stepped(optimizer_of(make, FREEZES), found_inf=torch.zeros(())),
+    "a scaler that comes late": scaler_that_comes_late,
 }
-SEEDED = {"a scaler that comes late": scaler_that_comes_late}
+MAKES: dict[str, Make] = {
+    "SGD": sgd,
+    "SGD without momentum": partial(sgd, momentum=0.0),
+    "Adam": Adam,
+    "AdamW, amsgrad": partial(AdamW, amsgrad=True),
+}
 
 
 def forget_kernels() -> None:
     """Has every kernel loaded anew."""
-    for kernel in vars(_triton_sgd).values():
+    for kernel in (*vars(_triton_sgd).values(), *vars(_triton_adam).values()):
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
 
 
-def captures() -> dict[str, dict[str, int]]:
+def captures() -> dict[str, dict[str, dict[str, int]]]:
     """How many kernels a step loads while it is captured, and how many it launches."""
     # Triton's kernels for tensors of the CPU, as with its interpreter.
     _library.interpreting = lambda: True
     _library._BACKENDS["triton"] = _library.Availability(True, "with the stub driver")
-    found = {}
-    for name, make in {**CAPTURES, **SEEDED}.items():
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for (which, make), (name, before) in product(MAKES.items(), CAPTURES.items()):
         forget_kernels()
-        optimizer = make()
+        optimizer = before(make)
         loaded, driver.active.launched = driver.active.modules_loaded, []
-        with mock.patch.object(SGD, "_is_capturing", return_value=True):
+        with mock.patch.object(FusedOptimizer, "_is_capturing", return_value=True):
             optimizer.step()
         loaded = driver.active.modules_loaded - loaded
-        found[name] = {"loaded": loaded, "launched": len(driver.active.launched)}
+        launched = len(driver.active.launched)
+        found.setdefault(name, {})[which] = {"loaded": loaded, "launched": launched}
     return found
 
 

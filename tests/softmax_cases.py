@@ -30,8 +30,19 @@ TOLERANCE = {
 }
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-every_option = pytest.mark.parametrize(("weights", "temperature"), OPTIONS.values(), ids=OPTIONS)
+EVERY_SHAPE = {f"{b}x{c}": (b, c) for b, c in SHAPES}
+# How many members of how many classes: one, as many as a group, one more, and many of each.
+COUNTS = [(1, 40), (16, 40), (17, 40), (50, 10), (5, 2000)]
+BAD = [NAN, INF, -INF]
+EXTREME_ROWS = [
+    [1e4, -1e4, 9999.0],
+    [88.0, 89.0, 90.0],
+    [-90.0, -89.0, -88.0],
+    [3e38, 3e38, -3e38],
+    [0.0, -0.0, 0.0],
+    [-INF, -500.0, -INF],
+    [0.0, -103.5, -120.0],
+]
 
 
 def make(shape, members, dtype, device="cpu"):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from fastfreeze.layers.groups import SegmentTable
-from fastfreeze.ops._adam_plans import ADAM_HYPERS, AdamCpuPlan, AdamReferencePlan, AdamSpec
+from fastfreeze.ops._adam_plans import ADAM_HYPERS, AdamCpuPlan, AdamReferencePlan
 from fastfreeze.ops._placements import Given
 from fastfreeze.ops._plans import KERNEL_DTYPES, dtype_of_state
 from fastfreeze.ops.reference import adam_reference
 from fastfreeze.schedule import Segment
-from tests.conftest import needs_cpu_kernels
-from tests.guard import every_side, guarded
+from tests.adam_plans import MOMENTS, named, spec_of
+from tests.conftest import ISAS, needs_cpu_kernels
+from tests.covering import covering
+from tests.guard import SIDES, guarded
 
 LR = 0.05
 CASES = {
@@ -34,13 +37,15 @@ SIZES = [1, 7, 33, 511, 513, 2049, 8193, 20001]
 # Relative to values of order one, after four steps: rounding once per step.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 PLANS = {"cpu": AdamCpuPlan, "reference": AdamReferencePlan}
-MOMENTS = ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=needs_cpu_kernels), "reference"])
+BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels, id="cpu"), "reference"]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
 
@@ -51,32 +56,12 @@ def hyper_rows(*cases):
     return np.array([[float((base | case)[name]) for name in ADAM_HYPERS] for case in cases])
 
 
-def plan_of(backend, params, *, amsgrad=False, state_dtype=None, steps=None, **spec):
+def plan_of(backend, params, *, steps=None, **options):
     """A plan whose moments' memory holds NaN where the kernel is to take them as 0."""
-
-    def moments(kept):
-        if not kept or backend == "reference":
-            return [None] * len(params)
-        return [torch.full_like(p, math.nan, dtype=dtype_of_state(p, state_dtype)) for p in params]
-
-    fields = {
-        "groups": [0] * len(params),
-        "segments": [()],
-        "eta_min": 0.0,
-        "warmup_steps": 0,
-    } | spec
-    return PLANS[backend](
-        AdamSpec(
-            params=params,
-            exp_avgs=moments(True),
-            exp_avg_sqs=moments(True),
-            max_exp_avg_sqs=moments(amsgrad),
-            steps=torch.zeros(len(params)) if steps is None else steps,
-            first=[steps is None] * len(params),
-            state_dtype=state_dtype,
-            **fields,
-        )
-    )
+    spec = spec_of(params, steps=steps, **options)
+    if backend == "reference":
+        spec.moments = {name: [None] * len(params) for name in spec.moments}
+    return PLANS[backend](spec)
 
 
 def take_step(plan, grads, hypers, step=0, grad_scale=None):
@@ -144,14 +129,13 @@ def assert_near_torch(backend, dtype, case, state_dtype=None):
         state = truth.state[expected]
         assert steps[i] == state["step"]
         for name in MOMENTS[: 3 if "amsgrad" in case else 2]:
-            kept = getattr(plan, name)[i]
+            kept = plan.moments[name][i]
             assert kept.dtype == dtype_of_state(params[i], state_dtype)
-            assert_near(kept, state[name[:-1]], dtype)
+            assert_near(kept, state[name], dtype)
     assert plan.unstarted() == set()
 
 
-@every_dtype
-@every_case
+@covering("backend", backend=BACKENDS, dtype=KERNEL_DTYPES, case=CASES)
 def test_plans_against_torchs_for_loop_in_fp64(backend, dtype, case):
     assert_near_torch(backend, dtype, case)
 
@@ -162,9 +146,7 @@ def test_wide_moments_of_16_bit_parameters(backend, dtype, name):
     assert_near_torch(backend, dtype, CASES[name], torch.float32)
 
 
-@needs_cpu_kernels
-@every_dtype
-@every_case
+@covering("isa", isa=ISAS, dtype=KERNEL_DTYPES, case=CASES)
 def test_every_instruction_set_against_torchs_for_loop_in_fp64(isa, dtype, case):
     assert_near_torch("cpu", dtype, case)
 
@@ -193,8 +175,12 @@ def test_the_reference_is_torchs_for_loop_bit_for_bit(dtype, case):
     torch.testing.assert_close(moments[1], squares, **near)
 
 
-@every_dtype
-@pytest.mark.parametrize("grad_layout", ["channels_last", "contiguous", "sliced"])
+@covering(
+    "backend",
+    backend=BACKENDS,
+    dtype=KERNEL_DTYPES,
+    grad_layout=["channels_last", "contiguous", "sliced"],
+)
 def test_every_layout_gives_the_same_result(backend, dtype, grad_layout):
     values = torch.rand(3, 4, 5, 6).to(dtype)
     param = values.to(memory_format=torch.channels_last)
@@ -210,8 +196,8 @@ def test_every_layout_gives_the_same_result(backend, dtype, grad_layout):
         take_step(ours, [laid_out], hypers)
         take_step(theirs, [grad], hypers)
     assert torch.equal(param, theirs.params[0])
-    assert ours.exp_avgs[0].stride() == param.stride()
-    assert torch.equal(ours.exp_avgs[0], theirs.exp_avgs[0])
+    assert ours.moments["exp_avg"][0].stride() == param.stride()
+    assert torch.equal(ours.moments["exp_avg"][0], theirs.moments["exp_avg"][0])
 
 
 @needs_cpu_kernels
@@ -225,7 +211,7 @@ def test_threads_give_the_same_bits(dtype):
         plan = plan_of("cpu", [p.clone() for p in params], amsgrad=True)
         for grads in gradients:
             take_step(plan, grads, hyper_rows({"amsgrad": True}))
-        results.append(plan.params + plan.max_exp_avg_sqs)
+        results.append(plan.params + plan.moments["max_exp_avg_sq"])
     torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
 
@@ -237,7 +223,8 @@ def test_grad_scale_leaves_the_unscaled_gradient(backend, dtype):
     aligned, _ = take_step(plan, [grad], hyper_rows({}), grad_scale=4.0)
     assert (grad == 2).all()
     assert aligned[0] is grad
-    assert torch.allclose(plan.exp_avgs[0].double(), torch.tensor(0.2).double(), rtol=0.01)
+    [mean] = plan.moments["exp_avg"]
+    assert torch.allclose(mean.double(), torch.tensor(0.2).double(), rtol=0.01)
 
 
 def test_an_edited_count_is_honoured(backend):
@@ -266,9 +253,9 @@ def test_unstarted_parameters_are_told(backend, kind):
 
 def test_the_reference_takes_given_moments_at_step_0():
     plan = plan_of("reference", [torch.zeros(1)])
-    plan.exp_avgs[0], plan.exp_avg_sqs[0] = torch.full((1,), 2.0), torch.zeros(1)
+    plan.moments |= {"exp_avg": [torch.full((1,), 2.0)], "exp_avg_sq": [torch.zeros(1)]}
     take_step(plan, [torch.ones(1)], hyper_rows({}))
-    torch.testing.assert_close(plan.exp_avgs[0], torch.tensor([1.9]))
+    torch.testing.assert_close(plan.moments["exp_avg"][0], torch.tensor([1.9]))
 
 
 SEGMENTS = [
@@ -318,27 +305,19 @@ def test_special_values_spread_as_in_torch(backend, dtype):
         torch.testing.assert_close(param[~nan], expected[~nan].to(dtype))
         if "amsgrad" in case:
             largest = next(iter(truth.state.values()))["max_exp_avg_sq"]
-            assert torch.equal(plan.max_exp_avg_sqs[0].isnan(), largest.isnan())
+            assert torch.equal(plan.moments["max_exp_avg_sq"][0].isnan(), largest.isnan())
 
 
 @needs_cpu_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
-@every_side
-@every_dtype
-@pytest.mark.parametrize("size", [1, 33, 2051])
+@covering(dtype=KERNEL_DTYPES, size=[1, 33, 2051], side=SIDES)
 def test_nothing_beside_the_tensors_is_read_or_written(dtype, size, side):
     """A stray access ends the process."""
     param, grad, *moments = (guarded(torch.rand(size).to(dtype), side) for _ in range(5))
     steps = torch.ones(1)
-    fields = {
-        "groups": [0],
-        "segments": [()],
-        "eta_min": 0.0,
-        "warmup_steps": 0,
-        "state_dtype": None,
-        "first": [False],
-    }
-    plan = AdamCpuPlan(AdamSpec([param], *([m] for m in moments), steps=steps, **fields))
+    plan = AdamCpuPlan(
+        replace(spec_of([param], steps=steps), moments=named(*([m] for m in moments)))
+    )
     for count in (1.0, 0.0):
         steps.fill_(count)
         take_step(plan, [grad], hyper_rows({"amsgrad": True}), grad_scale=2.0)

@@ -14,6 +14,7 @@ import fastfreeze
 from fastfreeze.ensemble.averaging import average_weights, greedy_soup, reestimate_norms
 from fastfreeze.ensemble.snapshots import SnapshotStore
 from fastfreeze.errors import SnapshotError
+from tests.covering import covering
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 COMPLEX = [torch.complex64, torch.complex128]
@@ -71,9 +72,11 @@ def statistics(norm):
 
 
 class TestAverageWeights:
-    @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX], ids=str)
-    @pytest.mark.parametrize("shape", [(), (0,), (1,), (31,), (4, 33), (3, 2, 3, 3)], ids=str)
-    @pytest.mark.parametrize("M", [1, 2, 5])
+    @covering(
+        dtype=[*FLOATS, *COMPLEX],
+        shape=[(), (0,), (1,), (31,), (4, 33), (3, 2, 3, 3)],
+        M=[1, 2, 5],
+    )
     def test_it_is_the_average_in_double_precision(self, dtype, shape, M):
         tensors = [torch.randn(shape, dtype=dtype) * 3 for _ in range(M)]
         weights = [0.25 + m for m in range(M)]

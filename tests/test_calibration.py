@@ -11,6 +11,7 @@ from torch import nn
 from fastfreeze.ensemble import calibration
 from fastfreeze.ensemble.calibration import TemperatureScaling, fit_temperature
 from fastfreeze.ensemble.metrics import nll
+from tests.covering import covering
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,9 +174,11 @@ def test_scaling_lowers_the_nll_of_other_data():
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-@every_dtype
-@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 8.0])
-@pytest.mark.parametrize("shape", [(0, 3), (1, 2), (31, 33), (2, 3, 5), (7,)], ids=str)
+@covering(
+    dtype=DTYPES,
+    temperature=[0.05, 0.5, 1.0, 8.0],
+    shape=[(0, 3), (1, 2), (31, 33), (2, 3, 5), (7,)],
+)
 def test_forward(dtype, temperature, shape):
     probabilities = torch.rand(shape, dtype=torch.float64).add(0.01)
     probabilities = (probabilities / probabilities.sum(-1, keepdim=True)).to(dtype)

@@ -24,11 +24,11 @@ from tests.compiled import (
     ARCHITECTURES,
     MULTIPROCESSORS,
     NO_CUOBJDUMP,
-    NO_NVCC,
     contents,
     find_cuobjdump,
     find_nvcc,
     kernels_of,
+    needs_nvcc,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,6 @@ VECTOR_ARGUMENT = {
 STEP_ACCESSES = {"SGD": (3, 2), "Adam": (5, 4)}
 
 needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason=NO_CUOBJDUMP)
-needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 
 

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 import fastfreeze
 from tests.conformance import (
     IMPLEMENTATIONS,
+    PAIRS,
     SHAPES,
     assert_same,
     every_configuration,
@@ -26,6 +27,7 @@ from tests.conformance import (
     states,
     truth_of,
 )
+from tests.covering import covering
 
 
 @every_configuration
@@ -94,16 +96,18 @@ def test_states_of_older_versions_load(pair, kwargs):
     assert_same(older, optimizer)
 
 
-@every_input
+@every_pair
 @pytest.mark.parametrize("named", [(True, True), (True, False), (False, True)], ids=str)
-def test_named_parameters(pair, kwargs, named):
+def test_named_parameters(pair, named):
     names = [f"p{i}" for i in range(len(SHAPES))]
 
     def names_seen(make):
         params, others = parameters(), parameters()
-        saved = make(list(zip(names, params, strict=True)) if named[0] else params, **kwargs)
+        first = list(zip(names, params, strict=True)) if named[0] else params
+        second = list(zip(names, others, strict=True)) if named[1] else others
+        saved = make(first, **pair.keeping)
         run(saved, params, 2)
-        loaded = make(list(zip(names, others, strict=True)) if named[1] else others, **kwargs)
+        loaded = make(second, **pair.keeping)
         loaded.load_state_dict(saved.state_dict())
         run(loaded, others, 2, start=2)
         return [
@@ -168,9 +172,7 @@ def test_hooks_of_states(pair):
     assert states(optimizer) == [{}] * len(params)
 
 
-@every_pair
-@pytest.mark.parametrize("saved", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
-@pytest.mark.parametrize("loaded", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@covering(pair=PAIRS, saved=IMPLEMENTATIONS, loaded=IMPLEMENTATIONS)
 def test_the_flags_in_a_checkpoint_mean_nothing(pair, saved, loaded):
     """torch takes them over; with a GradScaler its fused step then fails."""
     found = []

@@ -94,7 +94,7 @@ def test_groups_in_one_launch(plan_class, device):
     """Each with hyperparameters of its own, one of them with amsgrad."""
     params = [torch.randn(n, device=device) for n in SIZES]
     spec = spec_of(params, amsgrad=True, groups=[0, 1, 2, 1], segments=[()] * 3)
-    spec.max_exp_avg_sqs[0] = spec.max_exp_avg_sqs[2] = None
+    spec.moments["max_exp_avg_sq"][0] = spec.moments["max_exp_avg_sq"][2] = None
     table = hypers(rows=3)
     table[1] = hypers(lr=0.05, betas=(0.5, 0.6), amsgrad=True, decoupled=False)[0]
     table[2] = hypers(lr=0.02, eps=0.1, maximize=True)[0]
@@ -191,7 +191,7 @@ def test_a_frozen_layer_starts_anew_and_an_overflow_counts_not(
         found_inf.fill_(float(at in overflows))
         if at in (3, 4):  # no moments while it is frozen
             truth._steps[0].zero_()
-            truth.exp_avgs[0] = truth.exp_avg_sqs[0] = None
+            truth.moments["exp_avg"][0] = truth.moments["exp_avg_sq"][0] = None
         if at not in overflows:
             step_truth(truth, grads, table, at, 4.0)
         if replayed and at == 1:
@@ -213,7 +213,7 @@ def test_who_has_not_started(plan_class, device):
     grads = gradients(SIZES, torch.float32, device)
     step(plan, grads, hypers(), 0, None, overflow)
     assert plan.unstarted() == {0, 1, 2, 3}
-    assert not any(t.any() for t in (*plan.exp_avgs, *plan.exp_avg_sqs))
+    assert not any(t.any() for t in (*plan.moments["exp_avg"], *plan.moments["exp_avg_sq"]))
     step(plan, [None, *grads[1:]], hypers(), 1)
     assert plan.unstarted() == {0}
     step(plan, grads, hypers(), 2)

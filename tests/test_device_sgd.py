@@ -274,10 +274,10 @@ def test_more_tensors_than_a_launch_has_arguments(backend, device):
 
 def plan_of(backend, sizes, device="cpu"):
     params = [torch.rand(n, device=device) for n in sizes]
-    buffers = [torch.rand_like(p) for p in params]
+    moments = {"momentum_buffer": [torch.rand_like(p) for p in params]}
     first, groups = [i % 2 == 0 for i in range(len(params))], [i % 3 for i in range(len(params))]
     segments = [Cosine(TOTAL).segments()] * 3
-    return sgd_ops.PLANS[backend](PlanSpec(params, buffers, first, groups, segments, 0.1, 0, None))
+    return sgd_ops.PLANS[backend](PlanSpec(params, moments, first, groups, segments, 0.1, 0, None))
 
 
 def test_the_tables_come_in_one_copy(backend, device):
@@ -290,8 +290,9 @@ def test_the_tables_come_in_one_copy(backend, device):
     assert plan.segment_begin.flatten().tolist() == [0, 1, 2, 3]
     assert plan.tensor_groups.flatten().tolist() == [0, 1, 2]
     assert plan.progress.flatten().tolist() == [0, 1, 0]
-    assert [b.any().item() for b in plan.buffers] == [False, True, False]
-    assert plan.runs[:, 1].min() >= min(b.data_ptr() for b in plan.buffers)
+    [buffers] = plan.moments.values()
+    assert [b.any().item() for b in buffers] == [False, True, False]
+    assert plan.runs[:, 1].min() >= min(b.data_ptr() for b in buffers)
 
 
 class Stream:

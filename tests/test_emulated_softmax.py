@@ -7,6 +7,7 @@ import torch
 
 from fastfreeze.ops.reference import sum_dtype
 from fastfreeze.ops.softmax import EnsembleStatistics
+from tests.covering import covering
 from tests.emulation import SANITIZERS, Addresses, build, dtype_code
 from tests.softmax_cases import (
     DTYPES,
@@ -16,7 +17,6 @@ from tests.softmax_cases import (
     TOLERANCE,
     assert_logs_near,
     assert_near,
-    every_dtype,
     log_truth,
     make,
     shares,
@@ -85,20 +85,10 @@ def statistics_of(program, members, labels=None, **options):
 
 
 @every_size
-def test_mean(plain, classes, dtype):
+def test_mean_logarithm_and_statistics(plain, classes, dtype):
     members = make((2 if classes > 2000 else 19, classes), 2, dtype)
     assert_near(mean_of(plain, members), members)
-
-
-@every_size
-def test_logarithm(plain, classes, dtype):
-    members = make((2 if classes > 2000 else 19, classes), 2, dtype)
     assert_logs_near(mean_of(plain, members, LOG), log_truth(members))
-
-
-@every_size
-def test_statistics(plain, classes, dtype):
-    members = make((2 if classes > 2000 else 19, classes), 2, dtype)
     labels = torch.randint(classes, (len(members[0]),))
     found = statistics_of(plain, members, labels)
     assert_statistics_near(found, true_statistics(members, labels), dtype)
@@ -110,10 +100,12 @@ def test_statistics_without_labels(plain, classes):
     assert_statistics_near(statistics_of(plain, members), true_statistics(members), torch.float32)
 
 
-@pytest.mark.parametrize("with_entropy", [False, True], ids=["", "entropy"])
-@pytest.mark.parametrize("with_total", [False, True], ids=["", "total"])
-@every_dtype
-@each_kernel
+@covering(
+    classes=EACH_KERNEL,
+    dtype=DTYPES,
+    with_total={"alone": False, "total": True},
+    with_entropy={"plain": False, "entropy": True},
+)
 def test_adding(plain, classes, dtype, with_total, with_entropy):
     logits = make((3, classes), 1, dtype)
     wide = sum_dtype(dtype)
@@ -230,9 +222,7 @@ def placed(values, offset, gap=0):
     return view.copy_(values), flat
 
 
-@pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
-@pytest.mark.parametrize("classes", EDGES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@covering(offsets=OFFSETS, classes=EDGES, dtype=[torch.float32, torch.bfloat16])
 def test_rows_between_vectors(plain, classes, dtype, offsets):
     (first, second), of_out, of_total, gap = offsets
     rows = 9 if classes < 2000 else 2
@@ -330,24 +320,26 @@ def test_what_underflows_has_a_logarithm(plain, classes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", SANITIZERS[1:])
-@pytest.mark.parametrize("mode", [SUM, LOG, STATISTICS])
-@pytest.mark.parametrize(
-    ("classes", "dtype"),
-    [
-        (10, torch.float16),
-        (99, torch.float32),
-        (512, torch.bfloat16),
-        (1000, torch.float32),
-        (1021, torch.float16),
-        (2048, torch.float32),
-        (2047, torch.float64),
-        (12304, torch.bfloat16),
-        (12289, torch.float32),
-    ],
-    ids=str,
+@covering(
+    size={
+        f"{classes}-{dtype}": (classes, dtype)
+        for classes, dtype in [
+            (10, torch.float16),
+            (99, torch.float32),
+            (512, torch.bfloat16),
+            (1000, torch.float32),
+            (1021, torch.float16),
+            (2048, torch.float32),
+            (2047, torch.float64),
+            (12304, torch.bfloat16),
+            (12289, torch.float32),
+        ]
+    },
+    mode={"sum": SUM, "log": LOG, "statistics": STATISTICS},
+    sanitizer=SANITIZERS[1:],
 )
-def test_touches_and_orders(sanitizer, mode, classes, dtype):
+def test_touches_and_orders(sanitizer, mode, size):
+    classes, dtype = size
     program = build("softmax_harness.cpp", sanitizer)
     members = make((5 if classes < 2000 else 2, classes), 2, dtype)
     if mode == STATISTICS:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tests.covering import covering
 from tests.emulation import SANITIZERS, Addresses, EmulationError, Program, build
 
 NAN = math.nan
@@ -197,12 +198,13 @@ def shuffle_sources(amount, width):
     )
 
 
-@plain_and_address
-@pytest.mark.parametrize("width", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize(
-    ("code", "dtype"), [*enumerate([torch.float32, torch.float64, torch.int32, torch.int64])]
+@covering(
+    width=[1, 2, 4, 8, 16, 32],
+    code=range(4),
+    sanitizer={"plain": None, "address": "address"},
 )
-def test_shuffles(emulator, code, dtype, width):
+def test_shuffles(emulator, code, width):
+    dtype = [torch.float32, torch.float64, torch.int32, torch.int64][code]
     x = (torch.randn(THREADS) * 1e6).to(dtype)
     for amount in (0, 1, 3, 8, 16, 31):
         out = torch.zeros(3, THREADS, dtype=dtype)

@@ -15,16 +15,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models import get_model, list_models
 
 from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.ensemble._members import hold_the_same, owners_of
 from fastfreeze.recipes.models import build_model
-from tests.zoo import AUX, EmptyOnMeta, build
+from tests.covering import covering
+from tests.zoo import FAMILIES, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,10 +115,11 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize(("shared", "expected"), SHARED.values(), ids=SHARED)
-@pytest.mark.parametrize("size", [(1, 1, 1), (3, 8, 8), (2, 17, 5)])
-def test_what_is_shared_runs_once(shared, expected, fold, size):
+@covering(
+    case=SHARED, size=[(1, 1, 1), (3, 8, 8), (2, 17, 5)], fold={"unfolded": False, "folded": True}
+)
+def test_what_is_shared_runs_once(case, fold, size):
+    shared, expected = case
     ensemble = SnapshotEnsemble(Net(), chain(Net, shared, 3), fold=fold)
     x = torch.randn(size[0], 3, *size[1:])
     assert_right(ensemble, x)
@@ -442,18 +442,17 @@ def check_torchvision(name):
     assert shared < whole
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16", "swin_t"])
+QUICK = ["resnet18", "mobilenet_v3_small", "vit_b_16", "swin_t"]
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_torchvision(name):
     check_torchvision(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models(module=torchvision.models))
-def test_every_torchvision_model(name):
-    with EmptyOnMeta():
-        model = get_model(name, weights=None, **({"init_weights": False} if name in AUX else {}))
-    if sum(p.numel() for p in model.parameters()) >= 60e6:
-        pytest.skip("too large to run here")
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(QUICK)))
+def test_every_family_of_torchvision(name):
     check_torchvision(name)
 
 

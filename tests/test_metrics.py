@@ -17,6 +17,7 @@ from fastfreeze.ensemble.metrics import (
     expected_calibration_error,
     nll,
 )
+from tests.covering import covering
 
 STATISTICS = [
     error_rate,
@@ -125,9 +126,9 @@ def plain_adaptive_error(confidences, correct, num_bins):
     return total / len(rows)
 
 
-@pytest.mark.parametrize("num_bins", [1, 2, 15, 100])
-@pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
-@pytest.mark.parametrize("ties", [False, True])
+@covering(
+    num_bins=[1, 2, 15, 100], rows=[1, 31, 32, 33, 200], ties={"distinct": False, "ties": True}
+)
 def test_adaptive_calibration_error(num_bins, rows, ties):
     probabilities = torch.randn(rows, 5, dtype=torch.float64).mul(2).softmax(-1)
     if ties:

@@ -256,6 +256,22 @@ def test_a_changed_list_of_betas_counts():
     assert_same_weights(*found)
 
 
+def test_tensors_as_betas_make_a_new_plan_where_they_change_and_no_other():
+    found, plans = [], []
+    for make in (fastfreeze.Adam, torch.optim.Adam):
+        model, betas = net(), [torch.tensor(0.9), torch.tensor(0.999)]
+        optimizer = make(model.parameters(), lr=torch.tensor(0.01), betas=tuple(betas))
+        for step in range(6):
+            if step == 4:
+                betas[1].fill_(0.99)
+            train(model, optimizer, [step])
+            plans.append(getattr(optimizer, "_runtime", None))
+        found.append(model)
+    assert_same_weights(*found)
+    kept = [plans[i] is plans[i + 1] for i in range(5)]
+    assert kept == [True, True, True, False, True]
+
+
 def test_amsgrad_may_be_switched_on_later():
     model = net()
     optimizer = fastfreeze.Adam(model.parameters(), lr=0.01)

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from fastfreeze.optim import SGD
-from tests.conftest import needs_cpu_kernels
+from tests.conftest import needs_cpu_kernels, sgd_kernels
+from tests.covering import covering
 from tests.test_optim import (
     _on_the_backends_device,  # noqa: F401 - a fixture
     assert_equal_training,
@@ -139,8 +140,12 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-@pytest.mark.parametrize("momentum", [0.9, 0.0], ids=["momentum", "plain"])
+@covering(
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
+    edit=EDITS,
+    momentum={"momentum": 0.9, "plain": 0.0},
+)
 def test_an_edit_counts_from_the_next_step_on(backend, edit, momentum):
     ours = Trained(lambda groups, **k: SGD(groups, backend=backend, **k), momentum)
     theirs = Trained(lambda groups, **k: torch.optim.SGD(groups, foreach=False, **k), momentum)
@@ -238,8 +243,12 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE)
-@pytest.mark.parametrize("shape", [(), (40, 50)], ids=["number", "matrix"])
+@covering(
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
+    strange=STRANGE,
+    shape={"number": (), "matrix": (40, 50)},
+)
 def test_a_strange_gradient(backend, strange, shape):
     def trained(make):
         torch.manual_seed(0)

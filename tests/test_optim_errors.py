@@ -13,6 +13,7 @@ import torch
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import Constant, Cosine, FreezeOut
+from tests.covering import covering
 from tests.test_optim import layer_groups, net, same_bits, train, weights
 
 FREEZING = FreezeOut(20, t_0=0.5)
@@ -341,10 +342,9 @@ TRIES = {
 }
 
 
-@pytest.mark.parametrize(("edit", "count"), BY_HAND.values(), ids=BY_HAND)
-@pytest.mark.parametrize("attempt", TRIES.values(), ids=TRIES)
-@pytest.mark.parametrize("schedule", [Cosine(20), FREEZING], ids=["cosine", "freezing"])
-def test_groups_edited_by_hand_are_refused(edit, count, attempt, schedule):
+@covering(case=BY_HAND, attempt=TRIES, schedule={"cosine": Cosine(20), "freezing": FREEZING})
+def test_groups_edited_by_hand_are_refused(case, attempt, schedule):
+    edit, count = case
     model, optimizer = trained(schedule=schedule)
     edit(optimizer)
     before = seen(model, optimizer)

@@ -18,6 +18,7 @@ from fastfreeze.ensemble.plots import diversity_plot, reliability_diagram
 @pytest.fixture(autouse=True)
 def _no_windows():
     plt.switch_backend("agg")
+    plt.close("all")  # what another file's tests left open
     yield
     plt.close("all")
 

@@ -266,8 +266,29 @@ def test_a_thaw_is_an_event_too():
     schedule = FreezeOutCycles(40, num_cycles=2, t_0=0.4, scale_lr=False, composition="thaw")
     _, _, report = freezing_run(schedule, steps=39)
     thaw = next(row for row in report.rows if not row.frozen)
-    assert thaw.step == 20
+    assert (thaw.step, thaw.thawed) == (20, (0, 1, 2, 3))
     assert 1 < thaw.predicted < thaw.limit
+    freezes = [row for row in report.rows if row is not thaw and not row.thawed]
+    assert len(freezes) == len(report.rows) - 1 > 4
+    saved = math.prod(row.predicted for row in freezes)
+    freezing, thawing = report.summary.splitlines()
+    assert freezing.startswith(f"step time by freezing: predicted {saved:.3f}, limit ")
+    assert thawing.startswith(f"step time by thawing: predicted {thaw.predicted:.3f}, limit ")
+
+
+def test_freezes_and_thaws_are_measured_apart(now):
+    model, x = slow_model(now), torch.randn(2, 4)
+    plan = split(model, x)
+    optimizer = torch.optim.SGD(plan.param_groups(), 1e-3)
+    report = FreezeReport(model, optimizer, plan, x)
+    for frozen, seconds in (((), 40.0), ((0,), 20.0), ((), 30.0), ((0,), 15.0)):
+        freeze_layers(plan, frozen)
+        for _ in range(6):
+            start = now[0]
+            with report.step():
+                model(x).square().sum().backward()
+                now[0] = start + seconds
+    assert [line.split()[-1] for line in report.summary.splitlines()] == ["0.250", "1.500"]
 
 
 def test_a_report_changes_no_number():

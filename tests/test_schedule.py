@@ -186,12 +186,14 @@ def test_frozen_is_a_prefix_and_a_cosine():
 NAMES = ["stem", "layer1.0", "layer1.1", "layer2.0", "head"]
 COSTS = [10, 40, 20, 25, 5]
 UNTIL = {"layer1": 1, "layer1.1": 2, "head": 4, 0.1: 1, 0.5: 2, 0.69: 2, 0.7: 3, 0.99: 4, 3: 3}
+UNTIL |= {np.int64(2): 2, np.float32(0.25): 1}
 
 
 @pytest.mark.parametrize(("until", "index"), UNTIL.items(), ids=map(str, UNTIL))
 def test_a_plan_resolves_a_name_or_a_share(until, index):
     resolved = Frozen(10, until=until, warmup_steps=2).for_layers(NAMES, COSTS)
     assert resolved == Frozen(10, until=index, warmup_steps=2)
+    json.dumps(Frozen(10, until=until).config())
 
 
 def test_thaw_steps():

@@ -11,6 +11,7 @@ import torch
 
 from fastfreeze.ensemble.metrics import error_rate, nll
 from fastfreeze.ensemble.selection import Selection, last_k_curve, select_members
+from tests.covering import covering
 
 METRICS = {"nll": nll, "error": error_rate}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -49,11 +50,14 @@ def plain_selection(members, labels, metric, replace, limit):
     return picks, [value[0] for value in path]
 
 
-@every_metric
-@pytest.mark.parametrize("replace", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("M", "B", "C"), [(1, 1, 2), (2, 31, 2), (5, 32, 7), (7, 33, 3)])
-def test_each_pick_is_the_best(metric, replace, dtype, M, B, C):
+@covering(
+    shape=[(1, 1, 2), (2, 31, 2), (5, 32, 7), (7, 33, 3)],
+    dtype=DTYPES,
+    metric=list(METRICS),
+    replace={"once": False, "again": True},
+)
+def test_each_pick_is_the_best(metric, replace, dtype, shape):
+    M, B, C = shape
     for _ in range(3):
         members, labels = sampled(M, B, C, dtype)
         found = select_members(members, labels, replace=replace, metric=metric)

@@ -13,8 +13,9 @@ from fastfreeze.ops import _library
 from fastfreeze.ops._plans import KERNEL_DTYPES
 from fastfreeze.ops.reference import sgd_reference
 from fastfreeze.ops.sgd import sgd
-from tests.conftest import needs_cpu_kernels, resolved, sgd_kernels
-from tests.guard import every_side, guarded
+from tests.conftest import ISAS, needs_cpu_kernels, resolved, sgd_kernels
+from tests.covering import covering
+from tests.guard import SIDES, guarded
 
 HYPERS = {
     "plain": {},
@@ -78,16 +79,18 @@ def assert_near_the_truth(backend, params, steps, dtype, hyper):
         assert {b.dtype for b in ours[1]} == {torch.float32 if wide else dtype}
 
 
-@every_dtype
-@every_hyper
+@covering(
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
+    dtype=KERNEL_DTYPES,
+    hyper=HYPERS,
+)
 def test_backends_against_the_reference_in_fp64(backend, device, dtype, hyper):
     params, steps = make(SIZES, dtype, device)
     assert_near_the_truth(backend, params, steps, dtype, hyper)
 
 
-@needs_cpu_kernels
-@every_dtype
-@every_hyper
+@covering("isa", isa=ISAS, dtype=KERNEL_DTYPES, hyper=HYPERS)
 def test_every_instruction_set_against_the_reference_in_fp64(isa, dtype, hyper):
     params, steps = make(SIZES, dtype)
     assert_near_the_truth("cpu", params, steps, dtype, hyper)
@@ -131,11 +134,13 @@ def layouts(base):
     }
 
 
-@every_dtype
-@pytest.mark.parametrize(
-    "param_layout", ["contiguous", "channels_last", "transposed", "sliced", "unaligned"]
+@covering(
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
+    dtype=KERNEL_DTYPES,
+    param_layout=["contiguous", "channels_last", "transposed", "sliced", "unaligned"],
+    grad_layout=["contiguous", "channels_last", "sliced", "unaligned"],
 )
-@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "sliced", "unaligned"])
 def test_every_layout_gives_the_same_result(backend, device, dtype, param_layout, grad_layout):
     if param_layout == "sliced":  # gaps: the reference's alone
         backend = None
@@ -169,31 +174,39 @@ def assert_writes_nothing_outside(backend, device, dtype, size):
     assert memory[:, guard + size :].isnan().all()
 
 
-GUARDED_SIZES = pytest.mark.parametrize("size", [1, 31, 33, 513, 2048, 8193])
+GUARDED_SIZES = [1, 31, 33, 513, 2048, 8193]
 
 
-@every_dtype
-@GUARDED_SIZES
+@covering(
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
+    dtype=KERNEL_DTYPES,
+    size=GUARDED_SIZES,
+)
 def test_writes_nothing_outside_its_tensors(backend, device, dtype, size):
     assert_writes_nothing_outside(backend, device, dtype, size)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
-@every_side
-@every_dtype
-@pytest.mark.parametrize("size", [1, 33, 2048, 2051])
-def test_nothing_beside_the_tensors_is_read_or_written(backend, device, dtype, size, side):
+@covering(
+    "backend_and_device",
+    backend_and_device=[
+        kernel
+        for kernel in sgd_kernels()
+        if kernel.values[0][0] != "reference" and kernel.values[0][1] != "cuda"
+    ],
+    dtype=KERNEL_DTYPES,
+    size=[1, 33, 2048, 2051],
+    side=SIDES,
+)
+def test_nothing_beside_the_tensors_is_read_or_written(backend, dtype, size, side):
     """A stray access ends the process."""
-    if device.type != "cpu" or backend == "reference":
-        pytest.skip("for kernels that run on the CPU's memory")
     param, grad, buffer = (guarded(torch.rand(size).to(dtype), side) for _ in range(3))
     sgd([param], [grad], [buffer], lr=0.1, momentum=0.9, grad_scale=2.0, backend=backend)
     assert not param.isnan().any()
 
 
-@needs_cpu_kernels
-@every_dtype
-@GUARDED_SIZES
+@covering("isa", isa=ISAS, dtype=KERNEL_DTYPES, size=GUARDED_SIZES)
 def test_no_instruction_set_writes_outside_its_tensors(isa, dtype, size):
     assert_writes_nothing_outside("cpu", "cpu", dtype, size)
 

@@ -13,66 +13,55 @@ from fastfreeze.errors import BackendUnavailableError
 from fastfreeze.ops import _library, softmax
 from fastfreeze.ops._softmax_arguments import choose_backend
 from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax, ensemble_statistics
-from tests.conftest import needs_cpu_kernels
+from tests.conftest import ISAS, kernels, needs_cpu_kernels, operators
+from tests.covering import covering
 from tests.guard import guarded
 from tests.softmax_cases import (
+    BAD,
+    COUNTS,
+    DTYPES,
+    EVERY_SHAPE,
+    EXTREME_ROWS,
     INF,
     NAN,
+    OPTIONS,
     assert_logs_near,
     assert_near,
-    every_dtype,
-    every_option,
-    every_shape,
     log_truth,
     make,
     truth,
 )
 
-
-@needs_cpu_kernels
-@every_dtype
-@every_shape
-def test_kernel_against_fp64(isa, dtype, shape):
-    members = make(shape, 3, dtype)
-    mean = ensemble_softmax(members, backend="cpu")
-    assert mean.dtype == dtype
-    assert_near(mean, members)
+MEAN_AND_LOG = {"mean": False, "log": True}
 
 
-@needs_cpu_kernels
-@every_option
-@every_dtype
-@every_shape
-def test_kernel_with_weights_and_temperature(isa, shape, dtype, weights, temperature):
-    members = make(shape, 4, dtype)
-    options = {"weights": weights, "temperature": temperature, "backend": "cpu"}
-    assert_near(ensemble_softmax(members, **options), members, weights, temperature)
+def assert_backend_is_right(backend, device, shape, dtype, option):
+    weights, temperature = option
+    members = make(shape, 4, dtype, device)
+    options = {"weights": weights, "temperature": temperature, "backend": backend}
+    mean = ensemble_softmax(members, **options)
+    assert (mean.dtype, mean.device) == (dtype, members[0].device)
+    assert_near(mean, members, weights, temperature)
+    assert torch.equal(ensemble_softmax(torch.stack(members), **options), mean)
     log = ensemble_softmax(members, log=True, **options)
     assert log.dtype == dtype
     assert_logs_near(log, log_truth(members, weights, temperature))
 
 
-@every_dtype
-@every_shape
-def test_backends_against_fp64(backend, device, shape, dtype):
-    members = make(shape, 3, dtype, device)
-    mean = ensemble_softmax(members, backend=backend)
-    assert mean.dtype == dtype
-    assert mean.device == members[0].device
-    assert_near(mean, members)
+@covering("isa", isa=ISAS, dtype=DTYPES, shape=EVERY_SHAPE, option=OPTIONS)
+def test_kernel_against_fp64(isa, dtype, shape, option):
+    assert_backend_is_right("cpu", "cpu", shape, dtype, option)
 
 
-@every_option
-@every_dtype
-def test_backends_with_weights_and_temperature(backend, device, dtype, weights, temperature):
-    for shape in [(2, 3, 7), (3, 40), (1, 2100)]:
-        members = make(shape, 4, dtype, device)
-        options = {"weights": weights, "temperature": temperature, "backend": backend}
-        mean = ensemble_softmax(members, **options)
-        assert_near(mean, members, weights, temperature)
-        assert torch.equal(ensemble_softmax(torch.stack(members), **options), mean)
-        log = ensemble_softmax(members, log=True, **options)
-        assert_logs_near(log, log_truth(members, weights, temperature))
+@covering(
+    "backend_and_device",
+    backend_and_device=kernels(),
+    dtype=DTYPES,
+    shape={**EVERY_SHAPE, "2x3x7": (2, 3, 7)},
+    option=OPTIONS,
+)
+def test_backends_against_fp64(backend, device, dtype, shape, option):
+    assert_backend_is_right(backend, device, shape, dtype, option)
 
 
 @pytest.mark.parametrize("classes", [3, 40, 2100])
@@ -89,7 +78,6 @@ def test_extreme_temperatures(backend, device, classes):
         torch.testing.assert_close(mean.cpu(), expected, rtol=1e-6, atol=0)
 
 
-@needs_cpu_kernels
 @pytest.mark.parametrize("classes", [2, 40, 2100])
 def test_logarithms_from_the_largest_to_the_smallest(isa, classes):
     gaps = torch.cat([torch.linspace(0, 200, 3001), torch.tensor([700.0, 1e4, 1e30, 3e38])])
@@ -108,10 +96,9 @@ def test_logarithms_of_what_underflows(backend, device):
     torch.testing.assert_close(log, expected, rtol=1e-6, atol=1e-6)
 
 
-@needs_cpu_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("members", "classes"), [(1, 40), (16, 40), (17, 40), (50, 10), (5, 2000)])
-def test_any_number_of_members(isa, members, classes, dtype):
+@covering("isa", isa=ISAS, dtype=[torch.float32, torch.bfloat16], count=COUNTS)
+def test_any_number_of_members(isa, dtype, count):
+    members, classes = count
     logits = make((5, classes), members, dtype)
     assert_near(ensemble_softmax(logits, backend="cpu"), logits)
 
@@ -142,8 +129,7 @@ LAYOUTS = {
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("classes", [5, 19, 2500])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@covering(layout=LAYOUTS, classes=[5, 19, 2500])
 def test_layouts(layout, classes):
     members = [layout(4, classes) for _ in range(3)]
     for z in members:
@@ -163,8 +149,7 @@ def test_one_row_for_all():
 
 @needs_cpu_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
-@every_dtype
-@pytest.mark.parametrize("classes", [1, 2, 10, 17, 31, 33, 100, 2049])
+@covering("isa", isa=ISAS, dtype=DTYPES, classes=[1, 2, 10, 17, 31, 33, 100, 2049])
 def test_nothing_past_the_end_is_read_or_written(isa, classes, dtype):
     """A stray access ends the process."""
     rows = [guarded(z) for z in make((3, classes), 2, dtype)]
@@ -190,19 +175,9 @@ def test_exponentials_from_the_largest_to_the_smallest(isa, classes):
     assert (mean[:, 1:-1] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        [1e4, -1e4, 9999.0],
-        [88.0, 89.0, 90.0],
-        [-90.0, -89.0, -88.0],
-        [3e38, 3e38, -3e38],
-        [0.0, -0.0, 0.0],
-        [-INF, -500.0, -INF],
-    ],
-    ids=str,
+@covering(
+    "backend_and_device", backend_and_device=kernels(), row=EXTREME_ROWS, copies=[1, 20, 1000]
 )
-@pytest.mark.parametrize("copies", [1, 20, 1000])
 def test_extreme_rows(backend, device, row, copies):
     logits = torch.tensor([row * copies], device=device)
     assert_near(ensemble_softmax([logits], backend=backend), [logits])
@@ -225,9 +200,11 @@ def test_masked_stretch_of_a_long_row(backend, device, masked):
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(9001, 10), (2001, 50), (33, 4097)], ids=str)
-@pytest.mark.parametrize("log", [False, True], ids=["mean", "log"])
+@covering(
+    log=MEAN_AND_LOG,
+    shape=[(9001, 10), (2001, 50), (33, 4097)],
+    dtype=[torch.float32, torch.float16],
+)
 def test_number_of_threads_changes_no_bit(log, shape, dtype):
     members = make(shape, 5, dtype)
     before = torch.get_num_threads()
@@ -242,12 +219,15 @@ def test_number_of_threads_changes_no_bit(log, shape, dtype):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("classes", [10, 100, 5000])
-@pytest.mark.parametrize(
-    ("bad", "found"), [(NAN, "nan"), (INF, "inf"), (-INF, "-inf throughout")], ids=str
+@covering(
+    "backend_and_device",
+    backend_and_device=kernels(),
+    log=MEAN_AND_LOG,
+    classes=[10, 100, 5000],
+    bad=BAD,
 )
-@pytest.mark.parametrize("log", [False, True], ids=["mean", "log"])
-def test_a_bad_row_is_named(backend, device, log, classes, bad, found):
+def test_a_bad_row_is_named(backend, device, log, classes, bad):
+    found = "-inf throughout" if bad == -INF else str(bad)
     members = make((2, 3, classes), 3, torch.float32, device)
     members[1][1, 2, 0 if bad != -INF else slice(None)] = bad
     if device.type != "cpu":  # to look would be to wait
@@ -260,10 +240,7 @@ def test_a_bad_row_is_named(backend, device, log, classes, bad, found):
         ensemble_softmax(members, log=log, backend=backend)
 
 
-@needs_cpu_kernels
-@pytest.mark.parametrize("classes", [10, 100, 5000])
-@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("log", [False, True], ids=["mean", "log"])
+@covering("isa", isa=ISAS, log=MEAN_AND_LOG, classes=[10, 100, 5000], bad=BAD)
 def test_a_bad_row_is_nan_throughout_and_no_other_is(isa, log, classes, bad):
     members = make((9, classes), 3, torch.float32)
     members[1][4, classes // 2 if bad != -INF else slice(None)] = bad
@@ -316,11 +293,8 @@ def test_gradients_of_some_members_in_low_precision():
         torch.testing.assert_close(z.grad.double(), expected.grad, rtol=1e-2, atol=1e-4)
 
 
-@every_dtype
-@pytest.mark.parametrize("log", [False, True], ids=["mean", "log"])
+@covering("backend_and_device", backend_and_device=operators(), dtype=DTYPES, log=MEAN_AND_LOG)
 def test_operators_are_registered_in_full(backend, device, log, dtype):
-    if backend == "reference":
-        pytest.skip("the reference is no operator")
     prefix = "triton_" if backend == "triton" else ""
     mean = getattr(torch.ops.fastfreeze, f"{prefix}ensemble_softmax").default
     add = getattr(torch.ops.fastfreeze, f"{prefix}softmax_add").default

@@ -19,13 +19,15 @@ import torch
 from fastfreeze.ops.reference import sum_dtype
 from fastfreeze.ops.softmax import EnsembleStatistics
 from tests.conftest import HAS_GPU, kernel
-from tests.guard import every_side, guarded
+from tests.covering import covering
+from tests.guard import SIDES, guarded
 from tests.softmax_cases import (
+    BAD,
+    DTYPES,
     INF,
     NAN,
     assert_logs_near,
     assert_near,
-    every_dtype,
     log_truth,
     make,
     shares,
@@ -47,12 +49,12 @@ SHAPES_OF_ITS_OWN = [(33, 2), (17, 64), (2, 2048), (2, 2049), (2, 4096), (2, 409
 without_gpu = pytest.mark.skipif(HAS_GPU, reason="guards memory of the CPU")
 
 
-@pytest.fixture(params=PATHS.values(), ids=PATHS)
+@pytest.fixture(params=PATHS)
 def kernels(request, monkeypatch):
     """The kernels' module, in each of its ways."""
     from fastfreeze.ops import _triton_softmax
 
-    for name, value in request.param.items():
+    for name, value in PATHS[request.param].items():
         monkeypatch.setattr(_triton_softmax, name, value)
     return _triton_softmax
 
@@ -70,24 +72,28 @@ def statistics(kernels, members, labels=None, weights=None, temperature=1.0):
     return EnsembleStatistics(*results)
 
 
-@every_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_fp64(kernels, shape, dtype):
-    for weights, temperature in [(None, 1.0), ([0.0, 1.0, 2.0, 3.0], 0.5)]:
-        members = make(shape, 4, dtype, DEVICE)
-        share = None if weights is None else shares(members, weights)
-        mean = kernels.ensemble_softmax(members, share, temperature, False)
-        assert mean.dtype == dtype
-        assert_near(mean, members, weights, temperature)
-        log = kernels.ensemble_softmax(members, share, temperature, True)
-        assert_logs_near(log, log_truth(members, weights, temperature))
-        labels = labels_of(members)
-        ours = statistics(kernels, members, labels, share, temperature)
-        assert_statistics_near(ours, true_statistics(members, labels, weights, temperature), dtype)
+@covering(
+    "kernels",
+    kernels=list(PATHS),
+    shape=SHAPES,
+    dtype=DTYPES,
+    option={"plain": (None, 1.0), "weighted, cold": ([0.0, 1.0, 2.0, 3.0], 0.5)},
+)
+def test_against_fp64(kernels, shape, dtype, option):
+    weights, temperature = option
+    members = make(shape, 4, dtype, DEVICE)
+    share = None if weights is None else shares(members, weights)
+    mean = kernels.ensemble_softmax(members, share, temperature, False)
+    assert mean.dtype == dtype
+    assert_near(mean, members, weights, temperature)
+    log = kernels.ensemble_softmax(members, share, temperature, True)
+    assert_logs_near(log, log_truth(members, weights, temperature))
+    labels = labels_of(members)
+    ours = statistics(kernels, members, labels, share, temperature)
+    assert_statistics_near(ours, true_statistics(members, labels, weights, temperature), dtype)
 
 
-@every_dtype
-@pytest.mark.parametrize("shape", SHAPES_OF_ITS_OWN, ids=str)
+@covering(shape=SHAPES_OF_ITS_OWN, dtype=[torch.float32, torch.bfloat16])
 def test_tiles_and_parts_of_its_own_against_fp64(shape, dtype):
     from fastfreeze.ops import _triton_softmax as kernels
 
@@ -99,8 +105,7 @@ def test_tiles_and_parts_of_its_own_against_fp64(shape, dtype):
     assert_statistics_near(ours, true_statistics(members, labels), dtype)
 
 
-@every_dtype
-@pytest.mark.parametrize("shape", [(3, 10), (2, 1, 33)], ids=str)
+@covering("kernels", kernels=list(PATHS), shape=[(3, 10), (2, 1, 33)], dtype=DTYPES)
 def test_adding_a_member(kernels, shape, dtype):
     tolerance = {"rtol": 2e-14 if dtype == torch.float64 else 2e-6, "atol": 1e-7}
     (logits,) = make(shape, 1, dtype, DEVICE)
@@ -140,8 +145,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("classes", [1, 5, 32])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@covering("kernels", kernels=list(PATHS), layout=LAYOUTS, classes=[1, 5, 32])
 def test_layouts(kernels, layout, classes):
     members = [layout(4, classes).fill_(NAN).to(DEVICE) for _ in range(2)]
     for z in members:
@@ -165,8 +169,7 @@ def test_no_rows(kernels):
     assert ours.nll.shape == ours.argmax.shape == (0,)
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("member", [0, 2])
+@covering("kernels", kernels=list(PATHS), bad=BAD, member=[0, 2])
 def test_a_bad_row_is_nan_throughout_and_no_other_is(kernels, member, bad):
     members = make((3, 40), 3, torch.float32, DEVICE)
     members[member][1, 20 if bad != -INF else slice(None)] = bad
@@ -247,9 +250,7 @@ def test_more_than_2_31_elements():
 
 
 @without_gpu
-@every_side
-@every_dtype
-@pytest.mark.parametrize("classes", [10, 33])
+@covering("kernels", kernels=list(PATHS), classes=[10, 33], dtype=DTYPES, side=SIDES)
 def test_nothing_beyond_the_ends_is_read_or_written(kernels, classes, dtype, side):
     members = [guarded(z, side) for z in make((2, classes), 3, dtype)]
     labels = guarded(labels_of(members), side)

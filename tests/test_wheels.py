@@ -11,7 +11,7 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,10 +43,13 @@ def installed(wheels, monkeypatch, tmp_path):
             return wheels.json.dumps(said["backends"])
         return said["versions"] if "import torch" in command[-1] else "3.10.1"
 
-    def environment(folder, *_):
-        said["made"] = said.get("made", 0) + 1
+    def environment(folder, python, packages):
+        said["calls"].append(["made", folder.parent.name, *packages])
+        if packages == ("absent",):
+            raise wheels.CheckError("pip found no absent")
         (folder / "bin").mkdir(parents=True)
-        (folder / "bin/python").symlink_to(sys.executable)
+        (folder / "bin/python").symlink_to(python)
+        return folder / "bin/python"
 
     monkeypatch.setattr(wheels, "environment", environment)
     monkeypatch.setattr(wheels, "call", said["calls"].append)
@@ -60,23 +63,26 @@ def installed(wheels, monkeypatch, tmp_path):
     said["tests"].write_text("def test_one(): pass\n")
     compiled = Path("compiled.whl")
     said["builder"] = SimpleNamespace(clone=clone, compiled_by=lambda *_: compiled)
-    return said
+    here = Path(sys.executable)
+    wanted = {"old": (here, ("torch==2.10.*",)), "new": (here, ("torch",))}
+    said["ready"] = wheels.Environments(tmp_path / "work", wanted)
+    yield said
+    said["ready"].close()
 
 
 def row(wheels, name="some", file="fastfreeze-0-py3-none-any.whl", cpu_torch=False):
-    here, needs = Path(sys.executable), ("torch==2.10.*",)
-    return wheels.Row(name, here, Path(file), needs, ABSENT, ("few",), cpu_torch=cpu_torch)
+    return wheels.Row(name, "old", Path(file), ABSENT, ("few",), cpu_torch=cpu_torch)
 
 
-def result_of(wheels, installed, tmp_path, **kwargs):
-    (result,) = wheels.test([row(wheels, **kwargs)], installed["builder"], tmp_path / "work")
+def result_of(wheels, installed, **kwargs):
+    (result,) = wheels.test([row(wheels, **kwargs)], installed["builder"], installed["ready"])
     return result
 
 
-def test_a_row_counts_its_tests(wheels, installed, tmp_path):
+def test_a_row_counts_its_tests(wheels, installed):
     more = "import pytest\n@pytest.mark.skip\ndef test_two(): pass\ndef test_triton(): assert 0\n"
     installed["tests"].write_text(installed["tests"].read_text() + more)
-    result = result_of(wheels, installed, tmp_path)
+    result = result_of(wheels, installed)
     assert (result.outcome, result.passed, result.skipped) == ("passed", 1, 1)
     assert result.cells()[:6] == ["some", "3.10.1", "2.10.0", "pure", "none", "1 (1 skipped)"]
 
@@ -90,38 +96,48 @@ def test_a_row_counts_its_tests(wheels, installed, tmp_path):
     ],
     ids=["a failure", "no tests", "all skipped"],
 )
-def test_a_row_without_all_tests_passed_fails(wheels, installed, tmp_path, text, why):
+def test_a_row_without_all_tests_passed_fails(wheels, installed, text, why):
     installed["tests"].write_text(text)
-    assert result_of(wheels, installed, tmp_path).outcome == f"FAILED: {why}"
+    assert result_of(wheels, installed).outcome == f"FAILED: {why}"
 
 
-def test_rows_of_the_same_packages_share_an_environment(wheels, installed, tmp_path, monkeypatch):
+def test_rows_share_an_environment(wheels, installed, tmp_path, monkeypatch):
     monkeypatch.setattr(wheels, "run_tests", lambda *_: None)
     todo = [row(wheels), row(wheels, file="fastfreeze-0.tar.gz"), row(wheels)]
-    todo[2] = replace(todo[2], packages=("torch==2.11.*",))
-    results = wheels.test(todo, installed["builder"], tmp_path / "work")
+    todo[2] = replace(todo[2], environment="new")
+    results = wheels.test(todo, installed["builder"], installed["ready"])
     assert [result.outcome for result in results] == ["passed"] * 3
     assert [result.cells()[3] for result in results] == ["pure", "compiled here", "pure"]
-    assert installed["made"] == 2
-    assert not (tmp_path / "work/environment").exists()
-    pip = [[*map(str, command[3:])] for command in installed["calls"]]
+    assert not list((tmp_path / "work").iterdir())
+    made = [words for words in installed["calls"] if words[0] == "made"]
+    new = [["made", "environment-old", "torch==2.10.*"], ["made", "environment-new", "torch"]]
+    assert made == new
+    pip = [[*map(str, words[3:])] for words in installed["calls"] if words[0] != "made"]
     files = [str(todo[0].file), "compiled.whl", str(todo[2].file)]
     uninstall = ["uninstall", "-y", "fastfreeze"]
     assert pip == [words for file in files for words in (uninstall, ["install", file])]
 
 
-def test_a_row_whose_library_does_not_load_fails(wheels, installed, tmp_path):
+def test_an_environment_that_cannot_be_made_fails_its_rows(wheels, installed, tmp_path):
+    wanted = {"old": (Path(sys.executable), ("absent",))}
+    ready = wheels.Environments(tmp_path / "other", wanted)
+    results = wheels.test([row(wheels)] * 2, installed["builder"], ready)
+    assert [result.outcome for result in results] == ["FAILED: pip found no absent"] * 2
+
+
+def test_a_row_whose_library_does_not_load_fails(wheels, installed):
     installed["backends"]["cpu"] = "libfastfreeze_cpu.so does not load: no such symbol"
-    result = result_of(wheels, installed, tmp_path)
+    result = result_of(wheels, installed)
     assert re.match("FAILED: backend cpu: .*no such symbol", result.outcome)
     assert result.passed == 0
 
 
-def test_a_torch_with_cuda_is_not_taken_for_one_without(wheels, installed, tmp_path):
+def test_a_torch_with_cuda_is_not_taken_for_one_without(wheels, installed):
     installed["versions"] = "2.13.0 13.0"
-    result = result_of(wheels, installed, tmp_path, cpu_torch=True)
-    assert result.outcome.startswith("not tested: torch==2.10.* is built for CUDA 13.0")
-    assert result_of(wheels, installed, tmp_path).outcome == "passed"
+    todo = [row(wheels, cpu_torch=True), row(wheels)]
+    found = [r.outcome for r in wheels.test(todo, installed["builder"], installed["ready"])]
+    assert found[0].startswith(f"not tested: {wheels.CPU_TORCH} is built for CUDA 13.0")
+    assert found[1] == "passed"
 
 
 def test_a_failing_row_fails_the_command_after_all_ran(wheels, monkeypatch, tmp_path, capsys):
@@ -145,6 +161,7 @@ def test_a_failing_row_fails_the_command_after_all_ran(wheels, monkeypatch, tmp_
     names = ["first", "second", "third"]
     monkeypatch.setattr(wheels, "run_row", run_row)
     monkeypatch.setattr(wheels, "Builder", Builder)
+    monkeypatch.setattr(wheels, "packages", lambda _: {})
     monkeypatch.setattr(wheels, "rows", lambda *_: [row(wheels, name) for name in names])
     monkeypatch.setattr(sys, "argv", ["wheels", str(tmp_path / "out")])
     assert wheels.main() == 1
@@ -182,6 +199,14 @@ def test_builds_that_differ_are_told(wheels, tmp_path):
         wheels.same_bytes(one, later)
 
 
+def test_wheels_are_compared_apart_from_cudas_library(wheels, tmp_path):
+    info = "fastfreeze-0.dist-info"
+    of_cuda = ["fastfreeze/libfastfreeze_cuda.so", f"{info}/RECORD", f"{info}/WHEEL"]
+    kept = {"fastfreeze/libfastfreeze_cpu.so": "1", f"{info}/METADATA": "2"}
+    wheel = archive(tmp_path / "one.whl", kept | dict.fromkeys(of_cuda, "3"))
+    assert set(wheels.apart_from_cuda(wheel)) == set(kept)
+
+
 def test_source_distributions_are_compared_but_for_setuptools_list(wheels, tmp_path):
     (tmp_path / "x.egg-info").mkdir()
     for name in ("SOURCES.txt", "PKG-INFO"):
@@ -194,15 +219,15 @@ def test_source_distributions_are_compared_but_for_setuptools_list(wheels, tmp_p
 def test_the_rows_are_the_oldest_the_newest_and_without(wheels):
     sdist, compiled, pure = map(Path, ("sources.tar.gz", "compiled.whl", "pure.whl"))
     old, new = Path("python3.10"), Path("python3.14")
-    rows = wheels.rows(sdist, compiled, pure, [old, new])
-    assert [r.file for r in rows] == [compiled, sdist, sdist, compiled, compiled, pure]
-    assert [r.python for r in rows[:2]] == [old, old]
-    assert rows[3].python == new
+    packages = wheels.packages([old, new])
+    assert [packages[name][0] for name in ("oldest", "newest")] == [old, new]
+    rows = wheels.rows(sdist, compiled, pure)
+    assert [r.file for r in rows] == [compiled, sdist, sdist, compiled, pure, compiled]
     assert [r.long for r in rows] == [True] + [False] * 5
-    assert [r.tests for r in rows[1:3]] == [wheels.FEW_TESTS] * 2
-    assert [r.tests for r in rows[3:]] == [wheels.SHORT_TESTS] * 3
-    shared = [a.surroundings() == b.surroundings() for a, b in pairwise(rows)]
-    assert shared == [True, False, False, False, True]
+    tests = [wheels.LONG_TESTS, *[wheels.FEW_TESTS] * 2, *[wheels.SHORT_TESTS] * 3]
+    assert [r.tests for r in rows] == tests
+    one_after_the_other = [name for name, _ in groupby(r.environment for r in rows)]
+    assert one_after_the_other == list(packages)
     named = {name for row in rows for name in row.tests}
     assert not [name for name in named if not (ROOT / f"tests/test_{name}.py").exists()]
 

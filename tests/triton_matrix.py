@@ -23,13 +23,15 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 from fastfreeze.ops import _triton_softmax, _triton_step
-from fastfreeze.ops._adam_plans import ADAM_HYPERS, AdamSpec
+from fastfreeze.ops._adam_plans import ADAM_HYPERS
 from fastfreeze.ops._device_adam import AdamTritonPlan
-from fastfreeze.ops._device_sgd import TritonPlan
+from fastfreeze.ops._device_sgd import SgdTritonPlan
 from fastfreeze.ops._placements import Given
-from fastfreeze.ops._plans import HYPERS, PlanSpec
+from fastfreeze.ops._plans import PlanSpec
+from fastfreeze.ops._sgd_plans import SGD_HYPERS
 from fastfreeze.schedule import Cosine
 from tests import compiled
+from tests.adam_plans import spec_of
 
 PTX_ACCESS = re.compile(r"\b((?:ld|st)\.(?:global|local)[\w.:]*)")
 AMD_ACCESS = re.compile(r"\b((?:global|flat|scratch|buffer)_(?:load|store)_\w+)")
@@ -80,16 +82,16 @@ def sgd_step(dtype, momentum_dtype=None, scaled=False):
     """Of one tensor."""
     param, buffer = (torch.zeros(5000, dtype=d) for d in (dtype, momentum_dtype or dtype))
     segments = Cosine(100).segments()
-    spec = PlanSpec([param], [buffer], [True], [0], [segments], 0.0, 0, momentum_dtype)
-    taken(TritonPlan, spec, len(HYPERS), scaled)
+    moments = {"momentum_buffer": [buffer]}
+    spec = PlanSpec([param], moments, [True], [0], [segments], 0.0, 0, momentum_dtype)
+    taken(SgdTritonPlan, spec, len(SGD_HYPERS), scaled)
 
 
 def adam_step(dtype, state_dtype=None, scaled=False):
     """The same, with amsgrad."""
     param = torch.zeros(5000, dtype=dtype)
-    moments = [[torch.zeros(5000, dtype=state_dtype or dtype)] for _ in range(3)]
     segments = Cosine(100).segments()
-    spec = AdamSpec([param], *moments, torch.zeros(1), [True], [0], [segments], 0.0, 0, state_dtype)
+    spec = spec_of([param], amsgrad=True, segments=[segments], state_dtype=state_dtype)
     taken(AdamTritonPlan, spec, len(ADAM_HYPERS), scaled)
 
 

@@ -177,9 +177,8 @@ void adam_step(int64_t handle, int64_t grads, int64_t hypers, int64_t step, doub
   const auto* rows = reinterpret_cast<const double*>(hypers);
   const Call call = call_of(*plan, grad, rows, step, inv_grad_scale, store_grad);
   const UpdateFn update = update_for(current_isa());
-  plan->for_each([&](const Run& run) {
-    const int64_t which = call.of_tensor[run.tensor];
-    if (which == Call::kNone) return;
+  const auto is_live = [&](int64_t tensor) { return call.of_tensor[tensor] != Call::kNone; };
+  plan->for_each(is_live, [&](const Run& run) {
     const PlannedTensor& t = plan->tensors[run.tensor];
     const int64_t at = run.offset * t.item_size, state_at = run.offset * t.state_item_size;
     const Elements elements{t.param + at,
@@ -190,7 +189,7 @@ void adam_step(int64_t handle, int64_t grads, int64_t hypers, int64_t step, doub
                             run.size,
                             t.dtype,
                             t.wide_state};
-    const TensorStep& tensor_step = call.steps[which];
+    const TensorStep& tensor_step = call.steps[call.of_tensor[run.tensor]];
     if (tensor_step.k == 1) clear(elements, t.state_item_size);
     update(elements, tensor_step);
   });

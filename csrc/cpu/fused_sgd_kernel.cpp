@@ -22,7 +22,7 @@
 namespace fastfreeze {
 namespace {
 
-// Columns of the table of tensors that fastfreeze/ops/_plans.py fills.
+// Columns of the table of tensors that fastfreeze/ops/_sgd_plans.py fills.
 enum TensorColumn { kParam, kBuffer, kNumel, kGroup, kDtype, kBufferDtype, kFirst, kTensorColumns };
 
 struct PlannedTensor {
@@ -113,10 +113,10 @@ void sgd_step(int64_t handle, int64_t grads, int64_t hypers, int64_t step, doubl
     reinterpret_cast<double*>(lrs)[g] = lr_at(step + 1);
   }
   const UpdateFn update = update_for(current_isa());
-  plan->for_each([&](const Run& run) {
+  const auto has_gradient = [&](int64_t tensor) { return grad[tensor] != 0; };
+  plan->for_each(has_gradient, [&](const Run& run) {
     const PlannedTensor& t = plan->tensors[run.tensor];
     char* g = reinterpret_cast<char*>(grad[run.tensor]);
-    if (g == nullptr) return;
     const int64_t bytes = run.offset * t.item_size;
     char* buffer = t.buffer == nullptr ? nullptr : t.buffer + run.offset * t.buffer_item_size;
     update({t.param + bytes, g + bytes, buffer, run.size, t.dtype, t.wide_buffer, t.momentum},

@@ -50,23 +50,36 @@ class PlannedRuns {
   void add(int64_t group, int64_t numel) {
     STD_TORCH_CHECK(group >= 0 && group < num_groups(), "a tensor names group ", group);
     STD_TORCH_CHECK(numel >= 0, "a tensor has ", numel, " elements");
-    for (int64_t at = 0; at < numel; at += kRunElements) {
-      const int64_t size = std::min(kRunElements, numel - at);
-      runs_.push_back({tensors_, at, size});
-      cost_.push_back(cost_.back() + size);
-    }
-    ++tensors_;
+    numel_.push_back(numel);
   }
 
-  // Calls update(run) for each run, in as many threads as that is worth.
-  template <typename Update>
-  void for_each(const Update& update) const {
-    const int64_t wanted = (cost_.back() + kElementsPerThread - 1) / kElementsPerThread;
+  // Calls update(run) for each run of the tensors that is_live(tensor) names, in as many threads as
+  // that is worth. Those of a network that is frozen in part cost nothing, and go to no thread.
+  template <typename IsLive, typename Update>
+  void for_each(const IsLive& is_live, const Update& update) const {
+    std::vector<int64_t> live, begin{0};  // who, and how many elements lie before each
+    live.reserve(numel_.size());
+    begin.reserve(numel_.size() + 1);
+    for (int64_t t = 0; t < static_cast<int64_t>(numel_.size()); ++t) {
+      if (numel_[t] == 0 || !is_live(t)) continue;
+      live.push_back(t);
+      begin.push_back(begin.back() + numel_[t]);
+    }
+    const int64_t wanted = (begin.back() + kElementsPerThread - 1) / kElementsPerThread;
     const int64_t threads =
         std::max<int64_t>(1, std::min<int64_t>(wanted, torch::stable::get_num_threads()));
-    const auto share = [&](int64_t begin, int64_t end) {
-      const int64_t last = first_run(end, threads);
-      for (int64_t r = first_run(begin, threads); r < last; ++r) update(runs_[r]);
+    // Of equal numbers of elements; a run is in the share in which it begins.
+    const auto share = [&](int64_t first, int64_t last) {
+      const int64_t from = begin.back() * first / threads, to = begin.back() * last / threads;
+      size_t i = std::upper_bound(begin.begin(), begin.end(), from) - begin.begin() - 1;
+      for (; i < live.size() && begin[i] < to; ++i) {
+        const int64_t numel = begin[i + 1] - begin[i],
+                      skipped = std::max<int64_t>(0, from - begin[i]);
+        int64_t offset = (skipped + kRunElements - 1) / kRunElements * kRunElements;
+        for (; offset < numel && begin[i] + offset < to; offset += kRunElements) {
+          update(Run{live[i], offset, std::min(kRunElements, numel - offset)});
+        }
+      }
     };
     if (threads == 1) {
       share(0, 1);
@@ -76,15 +89,7 @@ class PlannedRuns {
   }
 
  private:
-  // The first run of a thread's share, threads having equal numbers of elements.
-  int64_t first_run(int64_t thread, int64_t threads) const {
-    const int64_t target = cost_.back() * thread / threads;
-    return std::lower_bound(cost_.begin(), cost_.end(), target) - cost_.begin();
-  }
-
-  std::vector<Run> runs_;
-  std::vector<int64_t> cost_{0};  // elements in the runs before each run, and in all
-  int64_t tensors_ = 0;
+  std::vector<int64_t> numel_;  // of each tensor
   std::vector<Segment> segments_;
   std::vector<int64_t> begin_;  // of each group's segments, and the end
   double eta_min_;

@@ -65,13 +65,14 @@ def _until(ctx: click.Context, param: click.Parameter, value: Any) -> int | floa
 @run_options
 @click.pass_context
 def finetune(ctx: click.Context, /, **options: Any) -> None:
-    """Fine-tune a pretrained network, frozen in part, and keep its best epoch.
+    """Fine-tune a pretrained network, most often frozen in part, and keep its best epoch.
 
     \b
     Recipes:
       prefix     the first layers never train, and run once for each image
       gradual    the head trains first, then layer by layer what is before it
       freezeout  all layers train first; they freeze from the input on
+      full       nothing freezes: what the others are to be compared with
 
     \b
     Examples:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import traceback
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 
 
 class Background:
@@ -78,4 +77,4 @@ def _warn_of_errors(futures: deque[Future[None]]) -> None:
         error = future.exception() if future.done() else None
         if error is not None:
             message = f"a snapshot was not saved, and nobody asked: {error!r}"
-            warnings.warn(message, FastfreezeWarning, stacklevel=2)
+            warn(message)

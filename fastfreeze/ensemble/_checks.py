@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 from fastfreeze.ops._softmax_arguments import kind_of
 from fastfreeze.ops.reference import sum_dtype
 
@@ -77,9 +76,7 @@ def warn_of_probabilities(logits: Tensor, dim: int | None) -> None:
     sums_to_1 = (values.sum(-1 if dim is None else dim) - 1).abs() <= tolerance
     inside = (values > 0) & (values < 1)
     if bool(sums_to_1.all() & (values >= 0).all() & inside.any()):
-        warnings.warn(
+        warn(
             "model returns probabilities, not logits: they are >= 0 and sum to 1, and would get a "
-            "second softmax. Let it return what goes into its softmax, or their logarithms",
-            FastfreezeWarning,
-            stacklevel=2,
+            "second softmax. Let it return what goes into its softmax, or their logarithms"
         )

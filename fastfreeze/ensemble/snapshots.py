@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +30,7 @@ from fastfreeze.ensemble._manifest import (
 )
 from fastfreeze.ensemble._packs import PackReader, content_hash, copy_of, write_pack
 from fastfreeze.ensemble._states import Snapshots, checked_to_save, facts_of
-from fastfreeze.errors import FastfreezeWarning, SnapshotError
+from fastfreeze.errors import SnapshotError, warn
 from fastfreeze.files import FileLock, lock_file, read_file, remove_temporaries, write_atomic
 from fastfreeze.schedule import Schedule
 from fastfreeze.text import some
@@ -229,13 +228,11 @@ class SnapshotStore(Snapshots):
             begun, self._has_begun = self._has_begun, True
         later = [str(e.snapshot.step) for e in manifest.entries if e.snapshot.step > step]
         if later and not begun:
-            warnings.warn(
+            warn(
                 f"{self.directory} holds snapshots of later steps ({some(later)}) than step {step},"
                 " which this run begins with: an ensemble would mix them with this run's. Take"
                 " another directory, or remove them by store.remove, or all, before the training,"
-                " by store.prune(keep=[])",
-                FastfreezeWarning,
-                stacklevel=3,
+                " by store.prune(keep=[])"
             )
 
     def _check_model(self, signature: Signature, manifest: Manifest) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastfreeze.ensemble import MemorySnapshots, SnapshotStore
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 from fastfreeze.freezing import LayerPlan
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.report import FreezeReport
@@ -170,8 +169,4 @@ def _check_total_steps(schedule: Schedule, total_steps: int | None) -> None:
     text = f"the schedule has total_steps={schedule.total_steps}, the training {total_steps}"
     if total_steps > schedule.total_steps:
         raise ValueError(f"{text}: make the schedule with total_steps={total_steps}")
-    warnings.warn(
-        f"{text}: what is due later, snapshots among it, will not happen",
-        FastfreezeWarning,
-        stacklevel=2,
-    )
+    warn(f"{text}: what is due later, snapshots among it, will not happen")

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fastfreeze.ops._adam_plans import ADAM_HYPERS, AdamSpec
+from fastfreeze.ops._adam_plans import ADAM_HYPERS
 from fastfreeze.ops._device_plan import CudaLaunch, DevicePlan
 
 
@@ -16,10 +16,6 @@ class DeviceAdam(DevicePlan):
 
     num_hypers: ClassVar[int] = len(ADAM_HYPERS)
     counts: ClassVar[bool] = True
-
-    def __init__(self, spec: AdamSpec) -> None:
-        super().__init__(spec, spec.moments, spec.state_dtype, spec.steps.view(-1, 1))
-        self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs = spec.moments
 
 
 class AdamCudaPlan(DeviceAdam, CudaLaunch):

@@ -10,7 +10,7 @@ import weakref
 from abc import abstractmethod
 from array import array
 from collections.abc import Hashable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -22,8 +22,8 @@ from fastfreeze.ops._library import is_capturing
 from fastfreeze.ops._plans import (
     SCALAR_TYPES,
     Hypers,
+    PlanSpec,
     PointerPlan,
-    Spec,
     dtype_of_state,
     lrs_at,
     operators,
@@ -39,21 +39,15 @@ _WARPS = 16  # of the CUDA kernel on a multiprocessor, at least
 class DevicePlan(PointerPlan):
     """The tables that both device backends read, and what the host knows of them.
 
-    Args:
-        spec: what the plan is made for.
-        moments: all that is kept of each parameter beside its steps; the first of them are None
-            where a parameter has never had a gradient, or where its group keeps none.
-        state_dtype: theirs; None for the parameters'.
-        progress: the table of that name; copied to the device if it is not there.
-
     Attributes:
         run_elements: how many elements are updated together; a run never spans two tensors.
-        runs: int64 [num_runs, len(moments) + 3], rows of ``runs_dtype``.
+        runs: int64 [num_runs, number of moments + 3], rows of ``runs_dtype``.
         hypers: float64 [num_groups, num_hypers].
         segments: float64 [num_segments, 3], start, length and scale, of one group after the other.
         segment_begin: int64 [num_groups + 1, 1], where each group's segments begin.
         tensor_groups: int32 [num_tensors, 1].
-        progress: uint8 or float32 [num_tensors, 1], 0 where the moments have had no first step.
+        progress: [num_tensors, 1], 0 where the moments have had no first step: float32, the
+            state's own counts, for a rule that counts, else uint8.
         counters: int64 [2, 1], the next step, and how many blocks have read the tables for it.
         grad_table: int64 [num_tensors], addresses of gradients, where a launch cannot bring them.
     """
@@ -63,20 +57,14 @@ class DevicePlan(PointerPlan):
     num_hypers: ClassVar[int]
     counts: ClassVar[bool]  # whether each step changes ``progress``
 
-    def __init__(
-        self,
-        spec: Spec,
-        moments: Sequence[list[Tensor | None]],
-        state_dtype: torch.dtype | None,
-        progress: np.ndarray | Tensor,
-    ) -> None:
-        states = [t for tensors in moments for t in tensors]
-        super().__init__(spec.params, states, spec.first)
+    def __init__(self, spec: PlanSpec) -> None:
+        super().__init__(spec)
+        moments = list(spec.moments.values())
         self.device = spec.params[0].device
         self.param_dtype = spec.params[0].dtype
         self.state_dtype = next(
-            (t.dtype for t in states if t is not None),
-            dtype_of_state(spec.params[0], state_dtype),
+            (t.dtype for t in chain(*moments) if t is not None),
+            dtype_of_state(spec.params[0], spec.state_dtype),
         )
         self.eta_min, self.warmup_steps = spec.eta_min, spec.warmup_steps
         self._kept = [t is not None for t in moments[0]]
@@ -101,9 +89,9 @@ class DevicePlan(PointerPlan):
             np.array(spec.groups, np.int32).reshape(-1, 1),
             np.zeros((2, 1), np.int64),
             np.zeros(len(sizes), np.int64),
-            *([] if isinstance(progress, Tensor) else [progress]),
+            *([np.array(spec.first, np.uint8).reshape(-1, 1) ^ 1] if spec.steps is None else []),
         )
-        self.progress = progress if isinstance(progress, Tensor) else copied[0]
+        self.progress = copied[0] if spec.steps is None else spec.steps.view(-1, 1)
         # What an overflow leaves without its first step is then zeros, not garbage.
         fresh = [t for of in moments for i in self._unstarted if (t := of[i]) is not None]
         if fresh:
@@ -141,7 +129,7 @@ class DevicePlan(PointerPlan):
             self._spare = self._pinned()
         self._run(grad_scale, found_inf, track=self._may_start())
         if found_inf is None and not self._unsure:
-            self._started_now()
+            self._unstarted.difference_update(self._given.index)
         else:
             self._unsure = self._unsure or bool(self._unstarted)
         self._position = step + 1
@@ -197,7 +185,7 @@ class DevicePlan(PointerPlan):
     def _run(
         self, grad_scale: Tensor | float | None, found_inf: Tensor | None, track: bool
     ) -> None:
-        grad_addresses = self._gathered()
+        grad_addresses = self._addresses
         if len(grad_addresses) > self.table_from:
             self._set_grads(grad_addresses)
         self._keep_for(self._stream())
@@ -263,14 +251,8 @@ class CudaLaunch(DevicePlan):
     table_from: ClassVar[int] = 480  # kGradArguments
     kernel: ClassVar[str]  # what its operators are named after
 
-    def __init__(
-        self,
-        spec: Spec,
-        moments: Sequence[list[Tensor | None]],
-        state_dtype: torch.dtype | None,
-        progress: np.ndarray | Tensor,
-    ) -> None:
-        super().__init__(spec, moments, state_dtype, progress)
+    def __init__(self, spec: PlanSpec) -> None:
+        super().__init__(spec)
         self._handle = self._make()
 
     def _run_elements(self, sizes: npt.NDArray[np.int64]) -> int:
@@ -333,7 +315,7 @@ def runs_dtype(num_moments: int) -> np.dtype:
 
 
 def _runs(
-    spec: Spec,
+    spec: PlanSpec,
     moments: Sequence[list[Tensor | None]],
     sizes: npt.NDArray[np.int64],
     run_elements: int,

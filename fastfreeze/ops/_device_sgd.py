@@ -5,32 +5,26 @@ from __future__ import annotations
 from array import array
 from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from fastfreeze.ops._device_plan import CudaLaunch, DevicePlan
-from fastfreeze.ops._plans import HYPERS, PlanSpec
+from fastfreeze.ops._sgd_plans import SGD_HYPERS
 
 
 class DeviceSgd(DevicePlan):
     """Of a momentum buffer the device knows whether it has had its first step."""
 
-    num_hypers: ClassVar[int] = len(HYPERS)
+    num_hypers: ClassVar[int] = len(SGD_HYPERS)
     counts: ClassVar[bool] = False
 
-    def __init__(self, spec: PlanSpec) -> None:
-        started = np.array(spec.first, np.uint8).reshape(-1, 1) ^ 1
-        super().__init__(spec, [spec.buffers], spec.momentum_dtype, started)
-        self.buffers = spec.buffers
 
-
-class CudaPlan(DeviceSgd, CudaLaunch):
+class SgdCudaPlan(DeviceSgd, CudaLaunch):
     """One launch of csrc/cuda/fused_sgd.cuh."""
 
     kernel: ClassVar[str] = "sgd"
 
 
-class TritonPlan(DeviceSgd):
+class SgdTritonPlan(DeviceSgd):
     """One launch of the kernel in fastfreeze/ops/_triton_sgd.py."""
 
     def _launch(

@@ -1,4 +1,4 @@
-"""What plans are, and SGD's on the host: the C++ kernel's and the reference's.
+"""What plans are, and what those of the host share: the C++ kernels' and the references'.
 
 A plan holds what stays the same from step to step. Each backend has one, with the same methods.
 """
@@ -9,6 +9,7 @@ import weakref
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from typing import Any, ClassVar, Protocol
 
@@ -20,20 +21,8 @@ from torch import Tensor
 from fastfreeze.layers.groups import SegmentTable
 from fastfreeze.ops._memory import Gaps
 from fastfreeze.ops._placements import Given, Look, addresses_of, holds_values, kind_of
-from fastfreeze.ops.reference import sgd_reference
 from fastfreeze.schedule import Segment
 
-# Columns of a plan's table of hyperparameters, as csrc/sgd_tables.h reads them. Every optimizer's
-# begin with lr and end with initial_lr.
-HYPERS = (
-    "lr",
-    "momentum",
-    "dampening",
-    "weight_decay",
-    "nesterov",
-    "maximize",
-    "initial_lr",
-)
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
@@ -44,46 +33,39 @@ _shape_of = attrgetter("shape")
 
 @dataclass
 class PlanSpec:
-    """What a plan is made for.
+    """The parameters of one plan, as this process holds them.
 
     Attributes:
         params: the tensors to update.
-        buffers: their momentum buffers; None where the group has no momentum, or where a parameter
-            has never had a gradient.
-        first: whether a buffer is still uninitialised memory.
-        groups: each parameter's group, an index into the table of hyperparameters.
+        moments: by the state's name for them, what is kept of each parameter; None where it has
+            never had a gradient, or where its group keeps none.
+        first: whether a parameter's moments are still uninitialised memory.
+        groups: each parameter's, an index into the table of hyperparameters.
         segments: each group's schedule; empty where the table's lr counts, which is everywhere or
             nowhere.
         eta_min, warmup_steps: the schedule's.
-        momentum_dtype: the buffers' dtype; None for the parameters'.
+        state_dtype: the moments' dtype of 16-bit parameters; None for the parameters'.
+        steps: float32 [n], how many steps each parameter has taken, for rules that count: a plan's
+            steps advance it, and where it is 0 a kernel takes the moments as 0, whatever their
+            memory holds.
     """
 
     params: list[Tensor]
-    buffers: list[Tensor | None]
+    moments: dict[str, list[Tensor | None]]
     first: list[bool]
     groups: list[int]
     segments: Sequence[tuple[Segment, ...]]
     eta_min: float
     warmup_steps: int
-    momentum_dtype: torch.dtype | None
+    state_dtype: torch.dtype | None
+    steps: Tensor | None = None
 
 
-class Spec(Protocol):
-    """What specs of all optimizers have in common."""
-
-    params: list[Tensor]
-    first: list[bool]
-    groups: list[int]
-    segments: Sequence[tuple[Segment, ...]]
-    eta_min: float
-    warmup_steps: int
-
-
-class SgdPlan(Protocol):
+class Plan(Protocol):
     """Tensors that one backend updates together, step after step."""
 
     on_device: ClassVar[bool]  # grad_scale and found_inf are read there, not by the host
-    buffers: list[Tensor | None]
+    moments: dict[str, list[Tensor | None]]
 
     def __init__(self, spec: PlanSpec) -> None: ...
 
@@ -127,7 +109,7 @@ class SgdPlan(Protocol):
 
         Args:
             grads: one per parameter, or None; what ``align`` has returned last.
-            hypers: float64 [num_groups, len(HYPERS)].
+            hypers: float64 [num_groups, number of the rule's columns].
             step: 0-based step at which schedules are evaluated.
             grad_scale: what the gradients are divided by, in place; a number unless ``on_device``.
             found_inf: nothing is updated where it is not 0; None unless ``on_device``.
@@ -141,23 +123,16 @@ class SgdPlan(Protocol):
 
 
 class PointerPlan:
-    """What the plans of kernels share: gradients brought to their parameters' layout.
+    """What the plans of kernels share: gradients brought to their parameters' layout."""
 
-    Args:
-        params: the tensors to update.
-        state: what a step writes beside them.
-        first: whether a parameter's state is still uninitialised memory.
-    """
-
-    def __init__(
-        self, params: list[Tensor], state: Sequence[Tensor | None], first: Sequence[bool]
-    ) -> None:
-        self.params = params
-        self._look = Look(params, [*params, *state])
-        self._empty = [i for i, p in enumerate(params) if p.numel() == 0]
+    def __init__(self, spec: PlanSpec) -> None:
+        self.params, self.moments = spec.params, spec.moments
+        self._look = Look(spec.params, [*spec.params, *chain(*spec.moments.values())])
+        self._empty = [i for i, p in enumerate(spec.params) if p.numel() == 0]
         self._given = Given([])
-        self._addresses: array[int] | None = None  # of the gradients that were aligned last
-        self._unstarted = {i for i, is_first in enumerate(first) if is_first}
+        self._updated: Sequence[Tensor] = []  # the parameters of those
+        self._addresses = array("q")  # of the gradients that were aligned last
+        self._unstarted = {i for i, is_first in enumerate(spec.first) if is_first}
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         self._look.keep_clear(written)
@@ -172,14 +147,18 @@ class PointerPlan:
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
     ) -> Sequence[Tensor | None]:
         """The gradients with their parameters' strides; their addresses are noted for the step."""
-        self._given = given
-        self._addresses = self._look.find(params, grads, given)
-        if self._addresses is not None:
-            return grads
-        aligned = [
-            g if g is None else self._aligned(p, g) for p, g in zip(self.params, grads, strict=True)
-        ]
-        self._addresses = addresses_of(aligned)
+        if given is not self._given:
+            self._given, self._updated = given, given.of(self.params)
+        aligned, addresses = grads, self._look.find(params, grads, given)
+        if addresses is None:
+            aligned = [
+                g if g is None else self._aligned(p, g)
+                for p, g in zip(self.params, grads, strict=True)
+            ]
+            addresses = addresses_of(aligned)
+        for i in self._empty:  # a gradient without elements has no address, and counts
+            addresses[i] = int(given.flags[i])
+        self._addresses = addresses
         return aligned
 
     def _aligned(self, param: Tensor, grad: Tensor) -> Tensor:
@@ -193,23 +172,12 @@ class PointerPlan:
             return grad
         return torch.empty_like(param).copy_(grad)
 
-    def _gathered(self) -> array[int]:
-        if self._addresses is None:
-            raise RuntimeError("align() comes before step()")
-        for i in self._empty:  # a gradient without elements has no address, and counts
-            self._addresses[i] = int(self._given.flags[i])
-        return self._addresses
-
     def _note_step(self) -> None:
         """Tell PyTorch that the parameters with a gradient were written to, and no others.
 
         A frozen one must look as it is: unchanged. What is folded from it would be made anew.
         """
-        torch.autograd.graph.increment_version(self._given.of(self.params))
-
-    def _started_now(self) -> None:
-        if self._unstarted:
-            self._unstarted.difference_update(self._given.index)
+        torch.autograd.graph.increment_version(self._updated)
 
 
 class HostPlan(PointerPlan):
@@ -218,13 +186,14 @@ class HostPlan(PointerPlan):
     on_device: ClassVar[bool] = False
     _kernel: ClassVar[str]  # what its operators' names begin with
 
-    def _make(self, spec: Spec, *tables: Tensor) -> None:
+    def _make(self, spec: PlanSpec, *tables: Tensor) -> None:
         """Make the kernel's plan from its own tables and the schedule."""
         make, self._kernel_step, free = operators(self._kernel)
         self._handle = make(*tables, *segment_table(spec.segments), spec.eta_min, spec.warmup_steps)
         weakref.finalize(self, free, self._handle)
         self._lrs = np.empty(len(spec.segments))
         self._lrs_address = self._lrs.ctypes.data
+        self._hypers: Hypers | None = None  # whose address is known
 
     @staticmethod
     def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
@@ -238,48 +207,25 @@ class HostPlan(PointerPlan):
         grad_scale: Tensor | float | None,
         found_inf: Tensor | None,
     ) -> list[float]:
+        if hypers is not self._hypers:
+            self._hypers, self._hypers_address = hypers, hypers.ctypes.data
         self._kernel_step(
             self._handle,
-            self._gathered().buffer_info()[0],
-            hypers.ctypes.data,
+            self._addresses.buffer_info()[0],
+            self._hypers_address,
             step,
             1.0 if grad_scale is None else 1.0 / grad_scale,
             grad_scale is not None,
             self._lrs_address,
         )
         self._note_step()
-        self._started_now()
+        if self._unstarted:
+            self._unstarted.difference_update(self._given.index)
         lrs: list[float] = self._lrs.tolist()
         return lrs
 
     def unstarted(self) -> set[int]:
         return self._unstarted
-
-
-class CpuPlan(HostPlan):
-    """SGD of csrc/cpu/fused_sgd_kernel.cpp."""
-
-    _kernel: ClassVar[str] = "sgd"
-
-    def __init__(self, spec: PlanSpec) -> None:
-        super().__init__(spec.params, spec.buffers, spec.first)
-        self.buffers = spec.buffers
-        dtypes = [
-            p.dtype if b is None else b.dtype
-            for p, b in zip(spec.params, spec.buffers, strict=True)
-        ]
-        self._make(
-            spec,
-            rows(
-                addresses_of(spec.params),
-                addresses_of(spec.buffers),
-                map(Tensor.numel, spec.params),
-                spec.groups,
-                [SCALAR_TYPES[p.dtype] for p in spec.params],
-                [SCALAR_TYPES[dtype] for dtype in dtypes],
-                spec.first,
-            ),
-        )
 
 
 def operators(kernel: str) -> tuple[Any, Any, Any]:
@@ -307,8 +253,12 @@ class TensorwisePlan:
 
     on_device: ClassVar[bool] = False
 
-    def __init__(self, spec: Spec) -> None:
-        self.params = spec.params
+    def __init__(self, spec: PlanSpec) -> None:
+        self.params, self.state_dtype, self._first = spec.params, spec.state_dtype, spec.first
+        self.moments = {
+            name: [None if f else m for m, f in zip(moments, spec.first, strict=True)]
+            for name, moments in spec.moments.items()
+        }
         self._members = [
             [i for i, g in enumerate(spec.groups) if g == k] for k in range(len(spec.segments))
         ]
@@ -340,15 +290,6 @@ class TensorwisePlan:
             raise ValueError("a gradient has another shape than its parameter")
         return grads
 
-
-class ReferencePlan(TensorwisePlan):
-    """SGD of fastfreeze/ops/reference.py."""
-
-    def __init__(self, spec: PlanSpec) -> None:
-        super().__init__(spec)
-        self._spec = spec
-        self.buffers = [None if f else b for b, f in zip(spec.buffers, spec.first, strict=True)]
-
     def step(
         self,
         grads: Sequence[Tensor | None],
@@ -357,33 +298,35 @@ class ReferencePlan(TensorwisePlan):
         grad_scale: Tensor | float | None,
         found_inf: Tensor | None,
     ) -> list[float]:
-        lrs = lrs_at(self._rates, hypers, step)
-        for members, lr, row in zip(self._members, lrs, hypers, strict=True):
-            buffers = [self.buffers[i] for i in members]
-            named = dict(zip(HYPERS, row.tolist(), strict=True))
-            sgd_reference(
-                [self.params[i] for i in members],
-                [grads[i] for i in members],
-                buffers,
-                lr=lr,
-                momentum=named["momentum"],
-                dampening=named["dampening"],
-                weight_decay=named["weight_decay"],
-                nesterov=bool(named["nesterov"]),
-                maximize=bool(named["maximize"]),
-                grad_scale=None if grad_scale is None else float(grad_scale),
-                momentum_dtype=self._spec.momentum_dtype,
-            )
-            for i, buffer in zip(members, buffers, strict=True):
-                self.buffers[i] = buffer
+        scale = None if grad_scale is None else float(grad_scale)
+        frozen = set() if self._rates is None else self._rates.frozen(step)
+        for g, lr in enumerate(lrs_at(self._rates, hypers, step)):
+            if g in frozen:
+                continue
+            members = self._members[g]
+            own = [[moments[i] for i in members] for moments in self.moments.values()]
+            self._update(members, [grads[i] for i in members], own, lr, hypers[g].tolist(), scale)
+            for moments, updated in zip(self.moments.values(), own, strict=True):
+                for i, moment in zip(members, updated, strict=True):
+                    moments[i] = moment
         return lrs_at(self._rates, hypers, step + 1)
 
     def unstarted(self) -> set[int]:
-        return {
-            i
-            for i, (first, buffer) in enumerate(zip(self._spec.first, self.buffers, strict=True))
-            if first and buffer is None
-        }
+        moments = next(iter(self.moments.values()))
+        pairs = zip(self._first, moments, strict=True)
+        return {i for i, (first, moment) in enumerate(pairs) if first and moment is None}
+
+    def _update(
+        self,
+        members: list[int],
+        grads: list[Tensor | None],
+        moments: list[list[Tensor | None]],
+        lr: float,
+        row: list[float],
+        grad_scale: float | None,
+    ) -> None:
+        """Update one group's parameters, and replace in ``moments`` those that are None."""
+        raise NotImplementedError
 
 
 def segment_table(segments: Sequence[tuple[Segment, ...]]) -> tuple[Tensor, Tensor]:
@@ -396,7 +339,7 @@ def segment_table(segments: Sequence[tuple[Segment, ...]]) -> tuple[Tensor, Tens
     )
 
 
-def rates_of(spec: Spec) -> SegmentTable | None:
+def rates_of(spec: PlanSpec) -> SegmentTable | None:
     """The schedule's learning rates; None where the table's lr counts."""
     if not any(spec.segments):
         return None

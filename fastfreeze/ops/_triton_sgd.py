@@ -19,7 +19,7 @@ from fastfreeze.ops._triton_step import (
 )
 
 if TYPE_CHECKING:
-    from fastfreeze.ops._device_sgd import TritonPlan
+    from fastfreeze.ops._device_sgd import SgdTritonPlan
 
 # Columns of a group's row, as in csrc/sgd_tables.h.
 _MOMENTUM = tl.constexpr(1)
@@ -31,7 +31,7 @@ _HYPERS = tl.constexpr(7)
 
 
 def step(
-    plan: TritonPlan, grad_scale: Tensor | None, found_inf: Tensor | None, track: bool
+    plan: SgdTritonPlan, grad_scale: Tensor | None, found_inf: Tensor | None, track: bool
 ) -> None:
     """Launch a step of the plan, whose ``grad_table`` is up to date."""
     launch(_step_kernel, plan, grad_scale, found_inf, track)

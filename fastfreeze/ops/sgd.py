@@ -10,23 +10,17 @@ import torch
 from torch import Tensor
 
 from fastfreeze.ops._choice import choose_backends, copy_back, plan_members, state_for
-from fastfreeze.ops._device_sgd import CudaPlan, TritonPlan
+from fastfreeze.ops._device_sgd import SgdCudaPlan, SgdTritonPlan
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops._placements import Given
-from fastfreeze.ops._plans import (
-    HYPERS,
-    CpuPlan,
-    PlanSpec,
-    ReferencePlan,
-    SgdPlan,
-    dtype_of_state,
-)
+from fastfreeze.ops._plans import Plan, PlanSpec, dtype_of_state
+from fastfreeze.ops._sgd_plans import SGD_HYPERS, SgdCpuPlan, SgdReferencePlan
 
-PLANS: dict[Backend, type[SgdPlan]] = {
-    "cuda": CudaPlan,
-    "triton": TritonPlan,
-    "cpu": CpuPlan,
-    "reference": ReferencePlan,
+PLANS: dict[Backend, type[Plan]] = {
+    "cuda": SgdCudaPlan,
+    "triton": SgdTritonPlan,
+    "cpu": SgdCpuPlan,
+    "reference": SgdReferencePlan,
 }
 
 
@@ -81,7 +75,7 @@ def sgd(
         "nesterov": nesterov,
         "maximize": maximize,
     }
-    row = np.array([[float(hyper.get(name, lr)) for name in HYPERS]])
+    row = np.array([[float(hyper.get(name, lr)) for name in SGD_HYPERS]])
     backends = choose_backends(params, grads, [(b,) for b in momentum_buffers], backend)
     dtypes = [dtype_of_state(p, momentum_dtype) for p in params]
     for (name, _), index in plan_members(PLANS, params, backends, dtypes).items():
@@ -92,13 +86,13 @@ def sgd(
         plan = PLANS[name](
             PlanSpec(
                 params=[params[i] for i in index],
-                buffers=buffers,
+                moments={"momentum_buffer": buffers},
                 first=[momentum != 0 and momentum_buffers[i] is None for i in index],
                 groups=[0] * len(index),
                 segments=[()],
                 eta_min=0.0,
                 warmup_steps=0,
-                momentum_dtype=momentum_dtype,
+                state_dtype=momentum_dtype,
             )
         )
         own_grads = [grads[i] for i in index]
@@ -106,7 +100,7 @@ def sgd(
         aligned = plan.align(given.of([params[i] for i in index]), own_grads, given)
         plan.step(aligned, row, 0, grad_scale, None)
         copy_back(aligned, own_grads)
-        for i, buffer in zip(index, plan.buffers, strict=True):
+        for i, buffer in zip(index, plan.moments["momentum_buffer"], strict=True):
             if momentum != 0 and grads[i] is not None:
                 momentum_buffers[i] = buffer
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 
 from torch import Tensor
+from torch.optim import Optimizer
 
+from fastfreeze._frozen import is_driven
 from fastfreeze.errors import warn
 from fastfreeze.layers.groups import Group, earlier_run_message, layers_in_words
 
@@ -31,25 +33,26 @@ class Notices:
 
     def freeze(self, frozen: Frozen, step: int, had_gradients: set[int]) -> None:
         """Groups have frozen or thawed; ``had_gradients``: those that had some at the last step."""
-        self._frozen = [] if self._told_of_thaw else [ps[0] for ps in frozen.values() if ps]
+        self._frozen = frozen
+        self._watched = [] if self._told_of_thaw else [ps[0] for ps in frozen.values() if ps]
         if not self._silent:
             self._silent, self._since = had_gradients - set(frozen), step
 
     def look(
         self,
-        groups: Sequence[Group],
-        frozen: Frozen,
+        optimizer: Optimizer,
         step: int,
         groups_with_gradients: Callable[[], set[int]],
-        is_driven: bool,
     ) -> None:
-        """Before a step. ``is_driven``: a scheduler tells of earlier runs."""
+        """Before a step of the schedule."""
+        groups, frozen = optimizer.param_groups, self._frozen
         if not self._has_begun:  # a checkpoint may have been loaded until now
             self._has_begun = True
-            message = None if is_driven else earlier_run_message(groups, frozen)
+            # A scheduler tells of earlier runs by itself.
+            message = None if is_driven(optimizer) else earlier_run_message(groups, frozen)
             if message:
                 warn(message)
-        if any(map(_requires_grad_of, self._frozen)):
+        if any(map(_requires_grad_of, self._watched)):
             self._tell_of_thaw(groups, frozen)
         if not self._silent:
             return
@@ -66,7 +69,7 @@ class Notices:
 
     def _tell_of_thaw(self, groups: Sequence[Group], frozen: Frozen) -> None:
         thawed = {g for g, params in frozen.items() if any(map(_requires_grad_of, params))}
-        self._frozen, self._told_of_thaw = [], True
+        self._watched, self._told_of_thaw = [], True
         warn(
             f"{layers_in_words(groups, thawed)} are frozen by the schedule, and require gradients "
             "again, which are computed for nothing. requires_grad_(True) does not thaw a layer; a "

@@ -17,8 +17,8 @@ from fastfreeze.layers.groups import check_number
 from fastfreeze.ops import _choice
 from fastfreeze.ops._library import Backend
 from fastfreeze.ops._placements import Given, kind_of, place_of
-from fastfreeze.ops._plans import dtype_of_state
-from fastfreeze.optim._rule import Planned, UpdateRule
+from fastfreeze.ops._plans import PlanSpec, dtype_of_state
+from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
 from fastfreeze.schedule import Segment
 
@@ -72,9 +72,8 @@ class Runtime:
         self.hypers_of = itemgetter(*task.rule.keys, *["initial_lr"] * self.scheduled)
         self.hyper_values = [tuple(map(_copied, self.hypers_of(group))) for group in groups]
         self.has_tensors = any(map(_has_tensor, self.hyper_values))
-        self.hypers = np.array(
-            [_row(task.rule, *each) for each in enumerate(groups)], dtype=np.float64
-        )
+        self.rule = task.rule
+        self.hypers = self._rows(groups)
         self.left_out = task.left_out
         self.lr = task.rule.hypers.index("lr")
         members = [
@@ -84,6 +83,8 @@ class Runtime:
             _check(task, *member)
         params = [local_part(p, p) for p, _ in members]
         self.parts = _parts(task, members, params)
+        self.host = [part for part in self.parts if not part.plan.on_device]
+        self.device = [part for part in self.parts if part.plan.on_device]
         self.cuda_devices = cuda_devices(params)
         self.state = task.state
         self._remember_state()
@@ -91,22 +92,32 @@ class Runtime:
     def _remember_state(self) -> None:
         self.states = list(self.state.values())
 
-    def fits(self, groups: Groups, state: State) -> bool:
-        """Whether the groups and the state are as planned."""
+    def serves(self, groups: Groups, state: State) -> bool:
+        """Collect the gradients; False if the groups, the state or a part is not as planned."""
         lists = list(map(_params_of, groups))
         return (
             list(map(len, lists)) == self.lengths
             and all(map(is_, chain.from_iterable(lists), self.params))
-            and not self.has_tensors
             and list(map(self.hypers_of, groups)) == self.hyper_values
+            and not (self.has_tensors and self._have_changed(groups))
             and state is self.state
             and len(state) == len(self.states)
             and all(map(is_, state.values(), self.states))
+            and self.collect()
         )
+
+    def _rows(self, groups: Groups) -> np.ndarray:
+        return np.array([_row(self.rule, *each) for each in enumerate(groups)], dtype=np.float64)
+
+    def _have_changed(self, groups: Groups) -> bool:
+        """Whether other numbers are in the groups' tensors, which may be the same objects."""
+        rows = self._rows(groups)
+        rows[:, self.lr] = self.hypers[:, self.lr]
+        return not np.array_equal(rows, self.hypers)
 
     def collect(self) -> bool:
         """Collect the gradients; False if a part is not as planned."""
-        return all(part.collect() for part in self.parts)
+        return all(map(Part.collect, self.parts))
 
     def groups_with_gradients(self) -> set[int]:
         """Those of which a parameter has had one, when they were collected last."""
@@ -125,30 +136,28 @@ class Runtime:
         Returns:
             The groups' learning rates of the next step; None if nothing was updated.
         """
-        self._refresh_lrs(groups)
-        lrs = None
-        host = [part for part in self.parts if not part.plan.on_device]
-        if host:
-            scale = None if grad_scale is None else float(grad_scale)
-            if found_inf is not None and found_inf.item():
-                host = []
+        if not self.scheduled:
+            self._refresh_lrs(groups)
+        lrs, host = None, self.host
+        if host and found_inf is not None and found_inf.item():
+            host = []
+        scale = float(grad_scale) if host and grad_scale is not None else None
         for part in host:
             lrs = part.step(self.hypers, step, scale, None)
-        for part in self.parts:
-            if part.plan.on_device:
-                lrs = part.step(self.hypers, step, grad_scale, found_inf)
+        for part in self.device:
+            lrs = part.step(self.hypers, step, grad_scale, found_inf)
         if len(self.state) != len(self.states):  # there are new ones
             self._remember_state()
         return lrs
 
     def capture(self, groups: Groups, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Record a step in the graph that is being captured."""
-        if not all(part.plan.on_device for part in self.parts):
+        if self.host:
             raise RuntimeError("a step can be captured only if all parameters are on the device")
-        self._refresh_lrs(groups)
+        if not self.scheduled:
+            self._refresh_lrs(groups)
         for part in self.parts:
-            part.plan.capture(part.grads, self.hypers, grad_scale, found_inf)
-            part.restore_grads(grad_scale)
+            part.capture(self.hypers, grad_scale, found_inf)
 
     def position(self) -> int:
         """How many steps the device has taken."""
@@ -160,8 +169,6 @@ class Runtime:
         return sum(part.settle() for part in self.parts) > 0  # each of them, not up to the first
 
     def _refresh_lrs(self, groups: Groups) -> None:
-        if self.scheduled:
-            return
         try:
             self.hypers[:, self.lr] = [float(lr) for lr in map(_lr_of, groups)]
         except (TypeError, ValueError, RuntimeError):
@@ -222,7 +229,10 @@ class Part:
             device = self.params[0].device if plan_type.on_device else torch.device("cpu")
             counts = [count for _, _, _, count in members]
             self.steps = torch.tensor(counts, dtype=torch.float32, device=device)
-        self.edits = self._edits()
+        # Changes of the counts by others: kernels leave no trace, and take moments at 0 as 0.
+        counted = self.steps is not None and self.kernels and not self.steps.is_inference()
+        self.counts = self.steps if counted else None
+        self.edits = self.counts._version if self.counts is not None else 0
         # By parameter: the state that holds its tensors, these, and where they were.
         self.kept: dict[int, tuple[dict[str, Any], dict[str, Tensor], list[object]]] = {}
         moments: dict[str, list[Tensor | None]] = {
@@ -232,29 +242,24 @@ class Part:
             for name, moment in self._claim(i, param, dtype).items():
                 moments[name][i] = moment
         filled_next = set(self.first)
-        self.plan = plan_type(
-            task.rule.spec(
-                Planned(
-                    params=list(self._local(self.params)),
-                    moments=moments,
-                    first=[i in filled_next for i in range(len(members))],
-                    steps=self.steps,
-                    groups=self.groups,
-                    segments=task.segments,
-                    eta_min=task.eta_min,
-                    warmup_steps=task.warmup_steps,
-                    state_dtype=task.state_dtype,
-                )
+        self.plan: Any = plan_type(
+            PlanSpec(
+                params=list(self._local(self.params)),
+                moments=moments,
+                first=[i in filled_next for i in range(len(members))],
+                groups=self.groups,
+                segments=task.segments,
+                eta_min=task.eta_min,
+                warmup_steps=task.warmup_steps,
+                state_dtype=task.state_dtype,
+                steps=self.steps,
             )
         )
         self._watch(Given([None] * len(members)))  # until gradients are collected
 
     def written(self) -> Iterable[Tensor | None]:
         """All that a step writes, other than gradients."""
-        return chain(self.plan.params, *self._moments().values())
-
-    def _moments(self) -> dict[str, list[Tensor | None]]:
-        return {name: getattr(self.plan, of) for name, of in self.rule.moments.items()}
+        return chain(self.plan.params, *self.plan.moments.values())
 
     def _local(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         return [local_part(p, p) for p in params] if self.sharded else params
@@ -300,27 +305,28 @@ class Part:
 
     def collect(self) -> bool:
         """Collect the gradients; False if storages, moments or layouts are not as planned."""
-        grads = self._local_grads()
+        grads = self._local_grads() if self.sharded else list(map(_grad_of, self.params))
         try:
             if not self.given.hold(grads):
                 given = Given(grads)
                 if any(given.flags[i] for i in self.waiting) or not self._are_in_place():
                     return False
                 self._watch(given)
-            if not self._has_moments() or self._edits() != self.edits:
+            for named, states, found in self.columns:
+                if not all(map(is_, map(named, states), found)):
+                    return False
+            if self.kinds is not None and list(map(kind_of, self.tensors)) != self.kinds:
                 return False
-            self.grads = self.plan.align(self._local(self.watched), grads, self.given)
-        except (ValueError, TypeError, RuntimeError):
-            # Moved, sparse where it was dense, of another dtype or shape; or a tensor has become
-            # one of a kind that operators cannot look at. A new plan takes it, or says why not.
+            if self.counts is not None and self.counts._version != self.edits:
+                return False
+            params = self._local(self.watched) if self.sharded else self.watched
+            self.grads = self.plan.align(params, grads, self.given)
+        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError):
+            # Moved, sparse where it was dense, of another dtype or shape; a moment that is gone or
+            # is none; or a tensor has become one of a kind that operators cannot look at. A new
+            # plan takes it, or says why not.
             return False
         return True
-
-    def _edits(self) -> int | None:
-        """Changes of the counts by others: kernels leave no trace, and take moments at 0 as 0."""
-        if self.steps is None or not self.kernels or self.steps.is_inference():
-            return None
-        return self.steps._version
 
     def _are_in_place(self) -> bool:
         """Whether parameters and moments are as planned, those not looked at among them."""
@@ -345,16 +351,6 @@ class Part:
         self.kinds = list(map(kind_of, self.tensors)) if self.sharded or not self.kernels else None
         self.plan.watch([] if self.kinds else self.tensors)
 
-    def _has_moments(self) -> bool:
-        """Whether the state holds the moments that are looked at, if not where."""
-        try:
-            same = all(
-                all(map(is_, map(named, states), found)) for named, states, found in self.columns
-            )
-            return same and (self.kinds is None or list(map(kind_of, self.tensors)) == self.kinds)
-        except (KeyError, AttributeError, TypeError):  # what was a moment is none
-            return False
-
     def step(
         self,
         hypers: np.ndarray,
@@ -364,22 +360,36 @@ class Part:
     ) -> list[float]:
         """Update with the gradients collected; the groups' learning rates of the next step."""
         lrs: list[float] = self.plan.step(self.grads, hypers, step, grad_scale, found_inf)
-        self.restore_grads(grad_scale)
-        started = [i for i in self.first if self.given.flags[i]]
-        if started:
-            moments = self._moments()
-            for i in started:
-                own = {name: moments[name][i] for name in self.names[i]}
-                self._keep(i, self.state[self.params[i]], own)  # type: ignore[arg-type]
-            self.first = [i for i in self.first if not self.given.flags[i]]
-            self._watch(self.given)
+        if grad_scale is not None:
+            self.restore_grads()
+        self.grads = []
+        if self.first:
+            self._keep_started()
         return lrs
 
-    def restore_grads(self, grad_scale: Tensor | float | None) -> None:
-        """Give gradients of another layout what the step has written into their copies."""
+    def capture(
+        self, hypers: np.ndarray, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Record a step with the gradients collected."""
+        self.plan.capture(self.grads, hypers, grad_scale, found_inf)
         if grad_scale is not None:
-            _choice.copy_back(self.grads, self._local_grads())
+            self.restore_grads()
         self.grads = []
+
+    def _keep_started(self) -> None:
+        """Let the state hold the moments of those that have had their first step."""
+        started = [i for i in self.first if self.given.flags[i]]
+        moments = self.plan.moments
+        for i in started:
+            own = {name: moments[name][i] for name in self.names[i]}
+            self._keep(i, self.state[self.params[i]], own)
+        self.first = [i for i in self.first if not self.given.flags[i]]
+        if started:
+            self._watch(self.given)
+
+    def restore_grads(self) -> None:
+        """Give gradients of another layout what the step has written into their copies."""
+        _choice.copy_back(self.grads, self._local_grads())
 
     def settle(self) -> bool:
         """Drop the moments that have had no step; whether there was one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 # What signal's functions wrap: they take 20 times as long, to make enums.
 import _signal  # type: ignore[import-not-found]
 import signal
-import threading
 from types import FrameType
 from typing import Any
 
@@ -30,16 +29,13 @@ class SignalsDeferred:
         self._deferring = False
 
     def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
         try:
-            for number in _NUMBERS:
-                handler = _signal.getsignal(number)
+            for number, handler in zip(_NUMBERS, map(_signal.getsignal, _NUMBERS), strict=True):
                 if callable(handler):
                     self._handlers[number] = handler
                     _signal.signal(number, self._handle)
             self._deferring = True
-        except ValueError:  # an embedded Python's main thread is not the runtime's
+        except ValueError:  # not the main thread: it has no handlers to put off
             self._handlers.clear()
         except BaseException:  # a handler's own
             self._restore()
@@ -50,15 +46,16 @@ class SignalsDeferred:
         try:
             self._restore()
         finally:
-            self._catch_up()
+            if self._came:
+                self._catch_up()
 
     def _catch_up(self) -> None:
         """Call the handlers whose signals came, each of them, whatever one before it raises."""
-        if self._came:
-            number, frame = self._came.pop(0)
-            try:
-                self._handlers[number](number, frame)
-            finally:
+        number, frame = self._came.pop(0)
+        try:
+            self._handlers[number](number, frame)
+        finally:
+            if self._came:
                 self._catch_up()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastfreeze.layers.groups import Group, check_number
 from fastfreeze.ops import adam as adam_ops
-from fastfreeze.ops._adam_plans import ADAM_HYPERS, AdamSpec
+from fastfreeze.ops._adam_plans import ADAM_HYPERS
 from fastfreeze.ops._library import Backend
 from fastfreeze.optim._checks import check_numbers, check_state_dtype
-from fastfreeze.optim._rule import Planned, UpdateRule
+from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim.fused import FusedOptimizer
 from fastfreeze.schedule import Schedule
 
@@ -35,16 +35,12 @@ class AdamRule(UpdateRule):
     hypers = ADAM_HYPERS
     plans = adam_ops.PLANS
     takes_sparse = False
-    moments: ClassVar[Mapping[str, str]] = {
-        "exp_avg": "exp_avgs",
-        "exp_avg_sq": "exp_avg_sqs",
-        "max_exp_avg_sq": "max_exp_avg_sqs",
-    }
+    moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     together = ("exp_avg", "exp_avg_sq")
     counter = "step"
 
     def kept(self, group: Group) -> Sequence[str]:
-        return list(self.moments)[: 3 if group["amsgrad"] else 2]
+        return self.moments[: 3 if group["amsgrad"] else 2]
 
     def row(self, group: Group) -> list[float]:
         beta1, beta2 = group["betas"]
@@ -57,22 +53,6 @@ class AdamRule(UpdateRule):
             "amsgrad": bool(group["amsgrad"]),
         }
         return [float(named.get(name, 0.0)) for name in ADAM_HYPERS]
-
-    def spec(self, planned: Planned) -> AdamSpec:
-        assert planned.steps is not None
-        return AdamSpec(
-            params=planned.params,
-            exp_avgs=planned.moments["exp_avg"],
-            exp_avg_sqs=planned.moments["exp_avg_sq"],
-            max_exp_avg_sqs=planned.moments["max_exp_avg_sq"],
-            steps=planned.steps,
-            first=planned.first,
-            groups=planned.groups,
-            segments=planned.segments,
-            eta_min=planned.eta_min,
-            warmup_steps=planned.warmup_steps,
-            state_dtype=planned.state_dtype,
-        )
 
 
 class AdamWRule(AdamRule):

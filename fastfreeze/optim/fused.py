@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from fastfreeze._frozen import is_driven
 from fastfreeze.layers.followed import FollowedGroups
 from fastfreeze.layers.groups import as_step, check_group_rate, layers_of, tell_of_plan
 from fastfreeze.ops._library import Backend, is_capturing, require
@@ -157,7 +156,6 @@ class FusedOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     @_disable_dynamo  # pointers cannot be traced: a compiled step breaks its graph here
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient and is not frozen.
 
@@ -179,25 +177,20 @@ class FusedOptimizer(Optimizer):
             TypeError: an ``initial_lr``, or a count of steps in the state, is no number. Nothing
                 has been changed then.
         """
-        with self._lock:
-            capturing = self._is_capturing()
-            if not capturing:
-                self._follow_replays()
-            self._check_group_count()
-            if self._is_to_make_state():
-                self._make_state()
-                return None
-            if capturing or closure is not None:
-                self._check_schedule()
         loss = None
         if closure is not None:
+            with self._lock, torch.no_grad():
+                if not self._is_ready(self._is_capturing()):
+                    return None
             with torch.enable_grad():
                 loss = closure()
-        with self._lock:
-            if capturing:
-                self._capture()
-            else:
-                self._take_step()
+        with self._lock, torch.no_grad():
+            capturing = self._is_capturing()
+            if self._is_ready(capturing):
+                if capturing:
+                    self._capture()
+                else:
+                    self._take_step()
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -291,6 +284,23 @@ class FusedOptimizer(Optimizer):
         """By group, the parameters that the schedule has switched off."""
         return {} if self._followed is None else self._followed.frozen
 
+    def _is_ready(self, capturing: bool) -> bool:
+        """Whether to take a step: not where there was state to make. Raises if groups forbid it."""
+        if self._captured and not capturing:
+            self._follow_replays()
+        groups, schedule = self.param_groups, self._schedule
+        if schedule is None:
+            return True
+        known = len(groups) == len(self._shown) and list(map(_lr_of, groups)) == self._shown
+        if known and self._step < schedule.total_steps:
+            self._check_initial_lrs(schedule)
+            return True
+        self._check_group_count()
+        if not self._is_to_make_state():
+            raise self._off_schedule(schedule)
+        self._make_state()
+        return False
+
     def _is_to_make_state(self) -> bool:
         """Whether this is no step: torch.distributed.checkpoint wants an optimizer to have state.
 
@@ -319,33 +329,25 @@ class FusedOptimizer(Optimizer):
         self._runtime = None
 
     def _take_step(self) -> None:
-        self._check_schedule()
-        runtime = self._collected()
-        self._notices.look(
-            self.param_groups,
-            self._frozen,
-            self._step,
-            runtime.groups_with_gradients,
-            is_driven(self),
-        )
+        runtime = self._runtime
+        if runtime is None or not runtime.serves(self.param_groups, self.state):
+            runtime = self._planned()
+        self._notices.look(self, self._step, runtime.groups_with_gradients)
         with SignalsDeferred():
             lrs = runtime.step(self.param_groups, self._step, *_scaler_of(self))
             self._step += 1
             if self._followed is not None:
-                self._advance(self._followed, lrs)
+                self._show(self._scheduled_lrs(self._followed) if lrs is None else lrs)
+                if self._step in self._followed.changes:
+                    self._follow(self._followed)
 
-    def _collected(self) -> Runtime:
-        """Plans that fit, with this step's gradients."""
-        runtime = self._runtime
-        if runtime is None or not self._is_served_by(runtime):
-            self._settle()
-            runtime = self._runtime = Runtime(self._task())
-            if not runtime.collect():
-                raise RuntimeError("parameters or gradients change while they are being read")
+    def _planned(self) -> Runtime:
+        """New plans, with this step's gradients."""
+        self._settle()
+        runtime = self._runtime = Runtime(self._task())
+        if not runtime.collect():
+            raise RuntimeError("parameters or gradients change while they are being read")
         return runtime
-
-    def _is_served_by(self, runtime: Runtime) -> bool:
-        return runtime.fits(self.param_groups, self.state) and runtime.collect()
 
     def _task(self) -> Task:
         followed = self._followed
@@ -370,7 +372,7 @@ class FusedOptimizer(Optimizer):
 
     def _capture(self) -> None:
         runtime = self._runtime
-        if runtime is None or not self._is_served_by(runtime):
+        if runtime is None or not runtime.serves(self.param_groups, self.state):
             raise RuntimeError(
                 "parameter groups, gradients or layers have changed since the last step: take a "
                 "step before capturing one"
@@ -419,11 +421,8 @@ class FusedOptimizer(Optimizer):
         else:
             self._step = step
 
-    def _advance(self, followed: FollowedGroups, lrs: list[float] | None) -> None:
-        """Show the next step's learning rates, and freeze or thaw what is due at it."""
-        self._show(self._scheduled_lrs(followed) if lrs is None else lrs)
-        if self._step not in followed.changes:
-            return
+    def _follow(self, followed: FollowedGroups) -> None:
+        """Freeze or thaw what is due at the step."""
         had_gradients = set() if self._runtime is None else self._runtime.groups_with_gradients()
         self._settle()
         followed.go_to(self._step, self.param_groups, self.state)
@@ -432,10 +431,9 @@ class FusedOptimizer(Optimizer):
 
     def _show(self, lrs: list[float]) -> None:
         """Put learning rates and the step into the groups, where users and checkpoints look."""
-        self._shown = lrs
+        self._shown, step = lrs, self._step
         for group, lr in zip(self.param_groups, lrs, strict=True):
-            group["lr"] = lr
-            group["step"] = self._step
+            group["lr"], group["step"] = lr, step
 
     def _apply_schedule(self, step: int) -> None:
         """Bring all groups to where the schedule is at a step; checks come first."""
@@ -481,24 +479,21 @@ class FusedOptimizer(Optimizer):
                 "add groups with add_param_group, and make a new optimizer to be without some",
             )
 
-    def _check_schedule(self) -> None:
-        if self._schedule is None:
-            return
-        if self._step >= self._schedule.total_steps:
-            raise ValueError(
-                f"step() was called after the schedule's total_steps={self._schedule.total_steps} "
+    def _off_schedule(self, schedule: Schedule) -> ValueError:
+        """What keeps a step from being taken: all have been, or a rate is not as it was set."""
+        if self._step >= schedule.total_steps:
+            return ValueError(
+                f"step() was called after the schedule's total_steps={schedule.total_steps} "
                 "steps. A step is a call of step(), one for each batch: total_steps must be epochs "
                 "x batches per epoch, as len(loader) counts them"
             )
-        self._check_initial_lrs(self._schedule)
-        if list(map(_lr_of, self.param_groups)) != self._shown:
-            g = next(g for g, lr in enumerate(self._shown) if self.param_groups[g]["lr"] != lr)
-            raise ValueError(
-                f"lr of parameter group {g} must be {self._shown[g]!r} as the schedule says, got "
-                f"{self.param_groups[g]['lr']!r}. If a torch.optim.lr_scheduler sets it, leave "
-                "out that scheduler's step(): the schedule sets the rates. To change one by hand, "
-                "change group['initial_lr'], or make the optimizer without a schedule"
-            )
+        g = next(g for g, lr in enumerate(self._shown) if self.param_groups[g]["lr"] != lr)
+        return ValueError(
+            f"lr of parameter group {g} must be {self._shown[g]!r} as the schedule says, got "
+            f"{self.param_groups[g]['lr']!r}. If a torch.optim.lr_scheduler sets it, leave "
+            "out that scheduler's step(): the schedule sets the rates. To change one by hand, "
+            "change group['initial_lr'], or make the optimizer without a schedule"
+        )
 
     def _checked(self, state_dict: Mapping[str, Any]) -> Loaded:
         self._check_group_count()

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastfreeze.layers.groups import Group, check_number
 from fastfreeze.ops import sgd as sgd_ops
 from fastfreeze.ops._library import Backend
-from fastfreeze.ops._plans import HYPERS, PlanSpec
+from fastfreeze.ops._sgd_plans import SGD_HYPERS
 from fastfreeze.optim._checks import check_numbers, check_state_dtype
-from fastfreeze.optim._rule import Planned, UpdateRule
+from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim.fused import FusedOptimizer
 from fastfreeze.schedule import Schedule
 
@@ -30,30 +30,18 @@ class SgdRule(UpdateRule):
         "fused": None,
     }
     keys = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    hypers = HYPERS
+    hypers = SGD_HYPERS
     plans = sgd_ops.PLANS
     takes_sparse = True
-    moments: ClassVar[Mapping[str, str]] = {"momentum_buffer": "buffers"}
+    moments = ("momentum_buffer",)
 
     def kept(self, group: Group) -> Sequence[str]:
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+        return self.moments if group["momentum"] != 0 else ()
 
     def row(self, group: Group) -> list[float]:
         flags = {name: bool(group.get(name)) for name in ("nesterov", "maximize")}
         named = {**group, **flags}  # None is False, as torch takes it
-        return [float(named.get(name, 0.0)) for name in HYPERS]
-
-    def spec(self, planned: Planned) -> PlanSpec:
-        return PlanSpec(
-            params=planned.params,
-            buffers=planned.moments["momentum_buffer"],
-            first=planned.first,
-            groups=planned.groups,
-            segments=planned.segments,
-            eta_min=planned.eta_min,
-            warmup_steps=planned.warmup_steps,
-            momentum_dtype=planned.state_dtype,
-        )
+        return [float(named.get(name, 0.0)) for name in SGD_HYPERS]
 
 
 class SGD(FusedOptimizer):

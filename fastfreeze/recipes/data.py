@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import signal
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 from fastfreeze.recipes.augmentation import augment, epoch_generator, lighting
 from fastfreeze.recipes.errors import RecipeError, optional_package
 from fastfreeze.recipes.folders import class_folders, visible
@@ -395,11 +394,9 @@ def _warn_of_shared(train: FileImages, test: FileImages) -> None:
     """Tell of a test image that has the name and the content of one of the training images."""
     for name in map(os.fsdecode, np.intersect1d(train.names, test.names)):
         if filecmp.cmp(Path(train.root, name), Path(test.root, name), shallow=False):
-            warnings.warn(
+            warn(
                 f"{train.root} and {test.root} share images, such as {name}: "
-                "the test error will be too good",
-                FastfreezeWarning,
-                stacklevel=4,
+                "the test error will be too good"
             )
             return
 

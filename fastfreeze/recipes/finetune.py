@@ -17,7 +17,7 @@ from fastfreeze.recipes.report import Report, finetune_table
 from fastfreeze.recipes.rundir import RunDir
 from fastfreeze.recipes.runs import Experiment, run_all
 from fastfreeze.recipes.training import Method, fine_tuning
-from fastfreeze.schedule import FreezeOut, Frozen, GradualUnfreezing, Schedule
+from fastfreeze.schedule import Cosine, FreezeOut, Frozen, GradualUnfreezing, Schedule
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ class FinetuneConfig:
                 )
             every = max(1, total_steps // (2 * num_layers))
             return GradualUnfreezing(total_steps, unfreeze_every=every, warmup_steps=warm)
+        if self.recipe == "full":
+            return Cosine(total_steps, warmup_steps=warm)
         return FreezeOut(total_steps, t_0=self.t_0, scale_lr=False, warmup_steps=warm)
 
     def _num_layers(self, data: ImageData) -> int:

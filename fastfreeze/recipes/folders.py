@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from pathlib import Path
 
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 from fastfreeze.recipes.images import FORMATS, image_endings
 from fastfreeze.text import some
 
@@ -67,7 +66,7 @@ def class_folders(root: Path, inside: str = "") -> tuple[list[str], list[int], d
     _check(root, by_class, outside, nested)
     for text in (outside, nested, _alike(list(classes))):
         if text:
-            warnings.warn(f"{root}: {text}", FastfreezeWarning, stacklevel=5)
+            warn(f"{root}: {text}")
     labels = [classes[name] for name, found in by_class.items() for _ in found]
     return [path for found in images for path in found], labels, classes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 METHOD_NAMES = ("sgd", "freezeout", "snapshot", "both")
-RECIPE_NAMES = ("prefix", "gradual", "freezeout")
+RECIPE_NAMES = ("prefix", "gradual", "freezeout", "full")
 DATA_NAMES = (
     "mnist5k",
     "cifar10",

@@ -19,6 +19,7 @@ METHOD_TITLES = {
     "both": "FreezeOut + Snapshot",
     "prefix": "frozen prefix",
     "gradual": "gradual unfreezing",
+    "full": "everything trains",
     "single": "step decay",
     "snapshot-0.1": "Snapshot, lr 0.1",
     "snapshot-0.2": "Snapshot, lr 0.2",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
+
+import numpy as np
 
 from fastfreeze.schedule._checks import check_int, check_number
 from fastfreeze.schedule.base import Schedule
@@ -32,6 +35,9 @@ class Frozen(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        until: Any = self.until
+        if isinstance(until, np.number):
+            object.__setattr__(self, "until", until.item())
         if isinstance(self.until, int):
             check_int("until", self.until, minimum=1)
         elif not isinstance(self.until, str):

@@ -20,10 +20,6 @@ class EmulatedLaunch(CudaLaunch):
     seed = 0
     multiprocessors = 0
 
-    def __init__(self, spec, moments, state_dtype, progress):
-        self.moments = moments
-        super().__init__(spec, moments, state_dtype, progress)
-
     def _make(self):
         self.program = build("step_harness.cpp", self.sanitizer)
         return 0
@@ -36,7 +32,7 @@ class EmulatedLaunch(CudaLaunch):
         if self.sanitizer is not None:  # another process: addresses must be translated
             addresses = Addresses(addresses)
             runs = Addresses(runs, columns=tuple(range(1 + len(self.moments))))
-            owned = [self.grads, self.params, *self.moments]
+            owned = [self.grads, self.params, *self.moments.values()]
             pointees = [t for tensors in owned for t in tensors if t is not None]
         buffers = [runs, self.hypers, self.segments, self.segment_begin, self.tensor_groups]
         buffers += [self.progress, self.counters, addresses, found_inf, grad_scale, *pointees]
