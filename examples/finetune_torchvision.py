@@ -98,7 +98,7 @@ def main() -> None:
         groups = plan.param_groups()
         optimizer = fastfreeze.SGD(groups, lr=arguments.lr, momentum=0.9, schedule=schedule)
     print(plan)
-    network = fastfreeze.trim(model, example)
+    network = fastfreeze.trim(model)
     cache = fastfreeze.FeatureCache(network, max_bytes=2**30)
     for epoch in range(arguments.epochs):
         start, total = time.perf_counter(), 0.0

@@ -53,7 +53,7 @@ def test_a_family_freezes_and_makes_an_ensemble(name, size, options):
     assert len(plan.layers) > 4
     optimizer = fastfreeze.SGD(plan.param_groups(), 0.01, momentum=0.9, schedule=schedule)
     store = fastfreeze.MemorySnapshots()
-    network = fastfreeze.trim(model, images)
+    network = fastfreeze.trim(model)
     for _ in range(STEPS):
         frozen = [p for i in optimizer.frozen_layers for _, p in plan.layers[i].parameters]
         before = [p.clone() for p in frozen]

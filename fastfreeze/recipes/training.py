@@ -138,7 +138,7 @@ def freezing(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -
     """Layers freeze as the schedule says; the backward of the frozen ones is cut off."""
     plan = split(model, example, schedule=schedule, lr=lr)
     optimizer = SGD(plan.param_groups(), lr, **_HYPERS, schedule=schedule)
-    return Setup(model, trim(model, example), optimizer, schedule, plan=plan)
+    return Setup(model, trim(model), optimizer, schedule, plan=plan)
 
 
 def fine_tuning(
@@ -159,7 +159,7 @@ def fine_tuning(
         steps = SGD(groups, lr, **_HYPERS, schedule=schedule)
     else:
         steps = AdamW(groups, lr, schedule=schedule)
-    network = trim(model, example)
+    network = trim(model)
     kept = FeatureCache(network) if cache else None
     return Setup(model, network, steps, schedule, plan=plan, cache=kept)
 

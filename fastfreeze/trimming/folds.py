@@ -9,18 +9,47 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastfreeze.trimming.compare import excess
 from fastfreeze.trimming.operations import Convolution
-from fastfreeze.trimming.pending import TooLateError
 from fastfreeze.trimming.watch import Contents, Steps
 
 _MAX_CHANGES = 16
+Key = tuple[Any, ...]
+
+
+class Convolving(NamedTuple):
+    """What torch's convolution of images is called with, but for the images."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def kernel_size(self) -> torch.Size:
+        return self.weight.shape[2:]
+
+    @property
+    def out_channels(self) -> int:
+        return len(self.weight)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """What torch computes."""
+        return F.conv2d(x, *self)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in self[:2] if t is not None]
+
+    def key(self) -> Key:
+        return *map(id, self[:2]), *self[2:]
 
 
 class Norm(NamedTuple):
-    """The tensors of a norm in eval mode."""
+    """What torch's batch norm in eval mode is called with, but for the images."""
 
     mean: Tensor
     var: Tensor
@@ -34,6 +63,9 @@ class Norm(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         return [t for t in self[:4] if t is not None]
+
+    def key(self) -> Key:
+        return *map(id, self[:4]), self.eps
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift per channel, in float64."""
@@ -50,13 +82,11 @@ class Fold:
     Attributes:
         operation: computes with them.
         checked: whether it has been found to give what torch gives.
-        writes: how many writes torch had counted.
         refused: why it is not to be used; empty if it is.
     """
 
-    def __init__(self, operation: Any, contents: Contents, writes: int, refused: str) -> None:
+    def __init__(self, operation: Any, contents: Contents, refused: str) -> None:
         self.operation, self.contents, self.refused = operation, contents, refused
-        self.writes = writes
         self.checked = False
 
     def result(self, found: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Tensor:
@@ -80,15 +110,15 @@ class Folds:
     """The folded weights of one model.
 
     Attributes:
-        usable: whether values may wait at all.
-        exact: whether they are computed as the modules compute them.
+        exact: whether values that wait are computed as torch computes them.
     """
 
     def __init__(self) -> None:
-        self.usable, self.exact = True, False
-        self._folds: dict[tuple[int, int], Fold] = {}
-        self._changes: dict[tuple[int, int], int] = {}
-        self._turns: Iterator[tuple[int, int]] = cycle(())
+        self.exact = False
+        self._folds: dict[Key, Fold] = {}
+        self._changes: dict[Key, int] = {}
+        self._turns: Iterator[Key] = cycle(())
+        self._known: set[int] = set()
         self._steps = Steps()
 
     def __len__(self) -> int:
@@ -98,42 +128,32 @@ class Folds:
         """Why some are not used, each reason once."""
         return sorted({fold.refused for fold in self._folds.values() if fold.refused})
 
-    def get(
-        self,
-        key: tuple[int, int],
-        tensors: Sequence[Tensor],
-        counts: int,
-        reader: Any,
-        make: Callable[[], Any],
-    ) -> Fold:
-        """What ``make`` gives of ``tensors``, as they were after ``counts`` writes.
-
-        Raises:
-            TooLateError: they have been written to since.
-        """
+    def get(self, key: Key, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Fold:
+        """What ``make`` gives of ``tensors`` as they are; ``key`` has their ids."""
         found = self._folds.get(key)
-        late = writes_to(tensors) != counts
-        known = found is not None and found.writes == counts and found.contents.are(tensors)
-        if found is not None and known and (late or found.contents.as_counted()):
-            return found
-        if late:
-            raise TooLateError(reader)
         if found is not None:
+            if found.contents.as_counted():
+                return found
             self._drop(key)
         often = self._changes.get(key, 0) >= _MAX_CHANGES
         refused = "its weights change again and again" if often else ""
         with torch.inference_mode(False), torch.no_grad():
             operation = None if refused else make()
-        found = self._folds[key] = Fold(operation, Contents(tensors), counts, refused)
+        found = self._folds[key] = Fold(operation, Contents(tensors), refused)
         self._look_anew()
         return found
 
-    def check(self) -> None:
-        """Drop those whose weights hold other bits.
+    def check(self, known: set[int]) -> None:
+        """Drop those whose weights hold other bits, or are not among those that are known.
 
-        All after a step of an optimizer that may have moved them, else one in each call, in turn,
-        and the statistics of all.
+        All after a step of an optimizer that may have moved them, else one in each call, in turn.
         """
+        if known != self._known:
+            self._known = known
+            for key, fold in list(self._folds.items()):
+                if not all(id(t) in known for t in fold.contents.tensors):
+                    del self._folds[key]
+            self._look_anew()
         self._steps.look()
         if self._steps.seen:
             self._steps.seen = False
@@ -146,7 +166,7 @@ class Folds:
                 self._look_anew()
 
     @contextmanager
-    def as_modules_compute(self) -> Iterator[None]:
+    def as_torch_computes(self) -> Iterator[None]:
         """Fold nothing, but let values wait as ever."""
         self.exact = True
         try:
@@ -154,19 +174,12 @@ class Folds:
         finally:
             self.exact = False
 
-    def too_late(self, reader: Any) -> None:
-        """Take a stand-in at its word from now on, whose input has been written to meanwhile."""
-        if reader is None:
-            self.usable = False
-        else:
-            reader.waits = False
-
     def clear(self) -> None:
         """Forget all: what is frozen has changed."""
         self._folds.clear()
         self._look_anew()
 
-    def _drop(self, key: tuple[int, int]) -> None:
+    def _drop(self, key: Key) -> None:
         self._changes[key] = self._changes.get(key, 0) + 1
         del self._folds[key]
 
@@ -175,16 +188,12 @@ class Folds:
         self._steps.tensors = [t for f in self._folds.values() for t in f.contents.tensors]
 
 
-def folded(module: nn.Conv2d, norm: Norm | None) -> Convolution:
-    weight = module.weight.detach().double()
-    bias = None if module.bias is None else module.bias.detach().double()
+def folded(convolving: Convolving, norm: Norm | None) -> Convolution:
+    """The convolution with the norm behind it in its weights."""
+    weight = convolving.weight.detach().double()
+    bias = None if convolving.bias is None else convolving.bias.detach().double()
     if norm is not None:
         scale, shift = norm.affine()
         weight = weight * scale[:, None, None, None]
         bias = shift if bias is None else bias * scale + shift
-    return Convolution(module, weight, bias, module.weight.dtype)
-
-
-def writes_to(tensors: Sequence[Tensor]) -> int:
-    """How many writes torch has counted."""
-    return sum([t._version for t in tensors])
+    return Convolution(convolving, weight, bias, convolving.weight.dtype)

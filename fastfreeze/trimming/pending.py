@@ -1,27 +1,33 @@
 """Values that are computed when something reads them.
 
 A :class:`Pending` is a tensor whose :class:`Node` tells how to compute it. Its shape, dtype and
-device are known at once. A few functions (``FUSED``) make another pending value of one; anything
-else that touches it, in Python or in C++, gets the real tensor.
+device are known at once. A :class:`Run` sees each of torch's functions that the model calls: a few
+(``FUSED``) make another pending value of one. Before any other function runs, all that the fused
+ones have put off is computed, and is a plain tensor in its place: nothing can be written to in
+between.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 FUSED: dict[Any, Callable[..., Any]] = {}  # what makes a pending value, or gives NotImplemented
 
 _METADATA = {
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse")
+    for name in (
+        *("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse"),
+        "requires_grad",  # nothing that does waits
+    )
 } | {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point),
     *(Tensor.is_complex, Tensor.get_device, Tensor.element_size, Tensor.nelement),
@@ -31,12 +37,12 @@ _LOCK = threading.RLock()  # for models whose forward reads a value in a thread 
 
 
 class TooLateError(BaseException):
-    """What a pending value was to be computed from has been written to; the call starts anew.
+    """What a pending value was to be computed from has been written to.
 
     No ``Exception``: the model's own handlers are not to see it.
 
     Attributes:
-        reader: the stand-in that should not have waited; None if it is not known.
+        reader: what should not have put it off; None if that is a fused function.
     """
 
     def __init__(self, reader: Any) -> None:
@@ -49,9 +55,9 @@ class Node:
 
     Attributes:
         shape, dtype, device: of the value.
-        reader: the stand-in that would have to compute it at once if this turns out to be too late.
+        reader: what has put it off; None for a fused function.
         value: once it is known, in the layout in which it was computed.
-        moved: whether that is another one than its module would have given.
+        moved: whether that is another one than the model would have given.
     """
 
     __slots__ = ("device", "dtype", "moved", "reader", "shape", "value", "version")
@@ -77,11 +83,13 @@ class Node:
         return self.value
 
     def _set(self) -> None:
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
+        run = LOCAL.run
+        with torch.inference_mode(False):
+            if run is None or not run.known:
                 value = self.compute()
-        else:
-            value = self.compute()
+            else:
+                with run.anew():
+                    value = settle(self.compute())
         self.version, self.value = value._version, value
 
     def now(self) -> Tensor:
@@ -97,7 +105,7 @@ class Node:
 
 
 class Given(Node):
-    """A tensor that is there already, for a stand-in to read later."""
+    """A tensor that is there already, to be read later."""
 
     __slots__ = ()
 
@@ -113,11 +121,8 @@ class Pending(Tensor):
 
     @staticmethod
     def of(node: Node) -> Pending:
-        """A value of this node, noted in the present run."""
-        pending: Pending = Tensor._make_wrapper_subclass(
-            Pending, node.shape, dtype=node.dtype, device=node.device
-        )
-        pending.node = node
+        """A value of this node, which may wait until the present run ends."""
+        pending = _wrapper(node)
         current_run().pending.append(weakref.ref(pending))
         return pending
 
@@ -125,50 +130,110 @@ class Pending(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _METADATA:
-            with _PLAIN():
-                return func(*args, **(kwargs or {}))
-        kwargs = kwargs or {}
-        run = LOCAL.run
-        if run is not None and run.keeper is not None:
-            result = run.keeper.call_function(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        if run is not None and (fused := FUSED.get(func)) is not None:
-            result = fused(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return func(*settled(args), **settled(kwargs))
+        run, kwargs = LOCAL.run, kwargs or {}
+        if run is not None:
+            return run.call(func, types, args, kwargs)
+        return _with_values(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return func(*settled(args), **settled(kwargs or {}))
+        args, kwargs = tree_map_only(Pending, _value, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
-class Run:
-    """One call of a trimmed model.
+class Run(TorchFunctionMode):
+    """One call of a trimmed model; as a mode, it sees torch's functions.
 
     Attributes:
         folds: the model's folded weights.
-        restores: whether values are handed on in torch's usual layout.
+        known: ids of the tensors that may be folded.
         keeper: puts off calls of frozen modules, and functions of what they give; None for nothing.
-        pending: all pending values that were made.
+        pending: values of the keeper's.
+        waiting: values of fused functions, by the id of their nodes.
     """
 
-    def __init__(self, folds: Any, restores: bool, keeper: Any = None) -> None:
-        self.folds, self.restores, self.keeper = folds, restores, keeper
+    def __init__(self, folds: Any, known: set[int], keeper: Any = None) -> None:
+        super().__init__()
+        self.folds, self.known, self.keeper = folds, known, keeper
         self.pending: list[weakref.ref[Pending]] = []
+        self.waiting: dict[int, weakref.ref[Pending]] = {}
+        self._has_wrappers = keeper is not None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.compiler.is_compiling():  # traced as if this were not there
+            return func(*args, **(kwargs or {}))
+        return self.call(func, types, args, kwargs or {})
+
+    def call(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call one of torch's functions, or put it off."""
+        is_pending = Pending in types
+        if func in _METADATA:
+            if not is_pending:
+                return func(*args, **kwargs)
+            with _PLAIN():
+                return func(*args, **kwargs)
+        if is_pending and self.keeper is not None:
+            result = self.keeper.call_function(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        fused = FUSED.get(func)
+        if fused is not None and args:
+            result = fused(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        self.close()
+        if is_pending and self._has_wrappers:
+            return _with_values(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def wait(self, node: Node, into: Pending | None = None) -> Pending:
+        """A value of a fused function's node; ``into`` becomes it, if it is given."""
+        pending = _wrapper(node) if into is None else into
+        if into is not None:
+            self.waiting.pop(id(into.node), None)
+            into.node = node
+        self.waiting[id(node)] = weakref.ref(pending)
+        return pending
+
+    def holds(self, node: Node) -> bool:
+        """Whether someone may still read the value of a fused function's node."""
+        found = self.waiting.get(id(node))
+        return found is not None and (pending := found()) is not None and pending.node is node
+
+    def close(self) -> None:
+        """Compute what fused functions have put off and anyone holds: plain from now on."""
+        while self.waiting:
+            left = [ref() for ref in self.waiting.values()]
+            self.waiting.clear()
+            for pending in left:
+                if pending is not None and not _become_plain(pending):
+                    self._has_wrappers = True
+
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """As in a forward of its own: for what a keeper has put off."""
+        outer, self.waiting = self.waiting, {}
+        try:
+            with self:
+                yield
+            self.close()
+        finally:
+            self.waiting = outer
 
     def finish(self, output: Any) -> Any:
         """Compute what is still pending and held by anyone; these are plain tensors from now on."""
+        self.close()
         if self.keeper is not None:
             self.keeper.release()
-        left = [p for p in (ref() for ref in self.pending) if p is not None]
+        left = [ref() for ref in self.pending]
         self.pending.clear()
         for pending in left:
-            _become_plain(pending)
+            if pending is not None:
+                _become_plain(pending)
         return settle(output)
 
 
@@ -189,12 +254,9 @@ def settle(value: Any) -> Any:
     """The tensor that a pending value is; anything else as it is."""
     if type(value) is not Pending:
         return value
-    node = value.node
-    tensor = node.get()
-    if node.moved and LOCAL.run is not None and LOCAL.run.restores:
-        tensor = node.value = tensor.contiguous()
-        node.version, node.moved = tensor._version, False
-    return tensor
+    with _PLAIN():
+        has_gradient = value.requires_grad  # by a custom autograd function that it went through
+    return value if has_gradient else _value(value)
 
 
 def settled(values: Any) -> Any:
@@ -202,20 +264,48 @@ def settled(values: Any) -> Any:
     return tree_map_only(Pending, settle, values)
 
 
-def node_of(value: Any, reader: Any = None) -> Node:
-    """The node of a tensor as it is now, which ``reader`` may read later."""
-    if type(value) is not Pending:
-        return Given(value, reader)
-    node: Node = value.node
-    if node.value is None:
-        return node
-    given = Given(node.value, reader)
-    given.moved = node.moved
-    return given
+def node_of(value: Any) -> Node:
+    """The node of a tensor as it is now."""
+    return value.node if type(value) is Pending else Given(value)
 
 
-def _become_plain(pending: Pending) -> None:
-    value = settle(pending)
+def _wrapper(node: Node) -> Pending:
+    pending: Pending = Tensor._make_wrapper_subclass(
+        Pending, node.shape, dtype=node.dtype, device=node.device
+    )
+    torch._C._set_throw_on_mutable_data_ptr(pending)  # an error instead of a crash
+    pending.node = node
+    return pending
+
+
+def _value(pending: Pending) -> Tensor:
+    node = pending.node
+    tensor = node.get()
+    if node.moved:
+        tensor = node.value = tensor.contiguous()
+        node.version, node.moved = tensor._version, False
+    return tensor
+
+
+def _with_values(func: Any, args: Any, kwargs: Any) -> Any:
+    args, kwargs = settled(args), settled(kwargs)
+    if not any(type(leaf) is Pending for leaf in tree_leaves((args, kwargs))):
+        return func(*args, **kwargs)
+    with _PLAIN():
+        return func(*args, **kwargs)
+
+
+def _become_plain(pending: Pending) -> bool:
+    """Whether a pending value is a plain tensor now, with the attributes that it was given."""
+    if type(pending) is not Pending:
+        return True
+    value = _value(pending)
     alias = value.view_as(value) if value.requires_grad else value.detach()
-    with suppress(RuntimeError), _PLAIN():  # where others refer to it weakly
-        torch.utils.swap_tensors(pending, alias)
+    own = {name: held for name, held in vars(pending).items() if name != "node"}
+    try:
+        with torch._C.DisableTorchFunction():
+            torch.utils.swap_tensors(pending, alias)
+    except RuntimeError:  # others refer to it weakly, or in C++
+        return False
+    vars(pending).update(own)
+    return True

@@ -1,7 +1,8 @@
-"""Frozen modules during a call: in eval mode, with stand-ins for what can be folded."""
+"""Frozen modules during a call: in eval mode, some with another forward."""
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.trimming.fold import ConvStandIn, NormStandIn
-from fastfreeze.trimming.folds import Folds
+from fastfreeze.trimming.fold import may_fold
 from fastfreeze.trimming.operations import may_take_winograd
-from fastfreeze.trimming.pending import LOCAL, Run
-from fastfreeze.trimming.state import in_checkpoint
+from fastfreeze.trimming.pending import LOCAL, Run, settled
+from fastfreeze.trimming.state import is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -53,8 +53,7 @@ class Frozen:
 
     Args:
         model: the model.
-        fold: whether there are to be stand-ins that fold.
-        folds: the model's folded weights.
+        fold: whether what they compute with may be folded.
         outermost: code of the function that runs the model.
 
     Attributes:
@@ -63,53 +62,46 @@ class Frozen:
         folds: whether something may gain by waiting: a norm, or a convolution of Winograd's kind.
     """
 
-    def __init__(self, model: nn.Module, fold: bool, folds: Folds, outermost: CodeType) -> None:
+    def __init__(self, model: nn.Module, fold: bool, outermost: CodeType) -> None:
         self.modules = frozen_modules(model)
-        self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = []
-        self._forwards: list[tuple[dict[str, Any], Any]] = []
-        self._units: list[tuple[nn.Module, Callable[..., Any]]] = []
-        for module in self.modules:
-            forward: Callable[..., Any] | None = None
-            own = vars(module).get("forward")
-            self._forwards.append((vars(module), own))
-            if fold and own is None and type(module) is nn.Conv2d:
-                forward = ConvStandIn(module, folds)
-            elif fold and own is None and type(module) is nn.BatchNorm2d:
-                forward = NormStandIn(module)
-            if _has_modes(module):
-                forward = _Guard(module, forward or module.forward, self, outermost)
-            if forward is not None:
-                self._stand_ins.append((module, forward))
-            if not isinstance(module, _LISTS):
-                unit = _Unit(module, forward or module.forward)
-                self._units.append((module, unit))
-        self.names = {m: n for n, m in model.named_modules() if m in set(self.modules)}
-        self.folds = fold and any(map(_may_fold, self.modules))
         frozen = set(self.modules)
-        self._buffers = [b for m in model.modules() if m not in frozen for b in m._buffers.values()]
+        self.names = {m: n for n, m in model.named_modules() if m in frozen}
+        self.folds = fold and any(map(_may_fold, self.modules))
+        self._forwards = [(vars(m), vars(m).get("forward")) for m in self.modules]
+        compiled: list[StandIn] = [_Compiled(m) for m in model.modules() if _is_compiled(m)]
+        self._guards, self._units = list(compiled), compiled
+        for module in self.modules:
+            forward = module.forward
+            if _has_modes(module):
+                forward = _Guard(module, forward, self, outermost)
+                self._guards.append(forward)
+            if not isinstance(module, _LISTS):
+                self._units.append(_Unit(module, forward))
+        self._held = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
+        self._buffers = [m._buffers for m in model.modules() if m not in frozen and m._buffers]
         self._lock = threading.Lock()
         self._users = 0
         self._was_training: list[nn.Module] = []
-        self._before: list[tuple[nn.Module, Any]] = []
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
 
     def outdated(self) -> bool:
         """Whether a module has been given another forward."""
         return not self._users and any(d.get("forward") is not f for d, f in self._forwards)
 
+    def known(self) -> set[int]:
+        """Ids of the tensors that folded weights may be made of now."""
+        if not self.folds:
+            return set()
+        return {id(t) for d in self._held for t in d.values() if may_fold(t)}
+
     def buffers(self) -> list[Tensor]:
         """Those of modules that are not frozen."""
-        return [b for b in self._buffers if b is not None]
-
-    def waiting_tensors(self) -> list[Tensor]:
-        """What convolutions and norms compute with that may wait."""
-        modules = [m for m, _ in self._stand_ins if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-        own = [d for m in modules for d in (m._parameters, m._buffers)]
-        return [t for d in own for t in d.values() if t is not None]
+        return [b for d in self._buffers for b in d.values() if b is not None]
 
     @contextmanager
     def inside(self, run: Run | None) -> Iterator[None]:
         """For a call of the model in this thread; ``run`` None folds nothing."""
-        self.enter(self._stand_ins if run is None or run.keeper is None else self._units)
+        self.enter(self._guards if run is None or run.keeper is None else self._units)
         outer, LOCAL.run = LOCAL.run, run
         try:
             yield
@@ -121,25 +113,23 @@ class Frozen:
     def as_they_were(self, module: nn.Module) -> Iterator[None]:
         """With what is in ``module`` in the mode that it had before the call."""
         own = [m for m in module.modules() if m in set(self._was_training)]
-        outer, LOCAL.run = LOCAL.run, None
         _set_training(own, True)
         try:
             yield
         finally:
             _set_training(own, False)
-            LOCAL.run = outer
 
-    def enter(self, stand_ins: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
-        """In eval mode from now on, with these in the place of their forwards."""
+    def enter(self, stand_ins: Sequence[StandIn]) -> None:
+        """In eval mode from now on, with these in their places."""
         with self._lock:
             self._users += 1
             if self._users > 1:
                 return
             self._was_training = [m for m in self.modules if m.training]
             _set_training(self._was_training, False)
-            self._before = [(m, vars(m).get("forward")) for m, _ in stand_ins]
-            for module, stand_in in stand_ins:
-                vars(module)["forward"] = stand_in
+            self._before = [(vars(s.module), s.name, vars(s.module).get(s.name)) for s in stand_ins]
+            for stand_in in stand_ins:
+                vars(stand_in.module)[stand_in.name] = stand_in
 
     def leave(self) -> None:
         """Take back what :meth:`enter` did."""
@@ -147,64 +137,97 @@ class Frozen:
             self._users -= 1
             if self._users:
                 return
-            for module, forward in self._before:
-                if forward is None:
-                    vars(module).pop("forward", None)
+            for own, name, before in self._before:
+                if before is None:
+                    own.pop(name, None)
                 else:
-                    vars(module)["forward"] = forward
+                    own[name] = before
             _set_training(self._was_training, True)
             self._was_training, self._before = [], []
 
 
-class _Guard:
+class StandIn:
+    """Stands in for a module's forward; a copy of the module has its own.
+
+    Attributes:
+        name: of the attribute that it stands in for.
+    """
+
+    name = "forward"
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module, self._forward = module, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo.get(id(self.module), self.module)
+        return type(twin).forward.__get__(twin)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, "forward")
+
+
+class _Compiled(StandIn):
+    """Stands in for what torch.compile has made of a module: it gets plain tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.name = "forward" if isinstance(module, OptimizedModule) else "_compiled_call_impl"
+        super().__init__(module, vars(module)[self.name])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if LOCAL.run is not None:
+            LOCAL.run.close()
+        return self._forward(*settled(args), **settled(kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._forward, memo)
+
+
+class _Guard(StandIn):
     """Stands in for the forward of a frozen module whose mode matters.
 
-    In an activation checkpoint it leaves the module in its own mode: the second forward, during the
-    backward, will not come past here, and must find the same modes.
+    In an activation checkpoint, or a custom autograd function, it leaves the module in its own
+    mode: a second forward, during the backward, will not come past here, and must find the same
+    modes.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        forward: Callable[..., Any],
-        frozen: Frozen,
-        outermost: CodeType,
+        self, module: nn.Module, forward: Callable[..., Any], frozen: Frozen, outermost: CodeType
     ) -> None:
-        self._module, self._forward = module, forward
+        super().__init__(module, forward)
         self._frozen, self._outermost = frozen, outermost
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _may_be_checkpointed() or not in_checkpoint(self._outermost):
+        if not _may_be_checkpointed() or not is_run_again(self._outermost):
             return self._forward(*args, **kwargs)
-        with self._frozen.as_they_were(self._module):
-            if any(m.training for m in self._module.modules()):
+        with self._frozen.as_they_were(self.module):
+            if any(m.training for m in self.module.modules()):
                 warnings.warn(
-                    f"a frozen {type(self._module).__name__} inside an activation checkpoint keeps "
-                    "its training mode; call eval() on it to freeze its norms and dropouts as well",
+                    f"a frozen {type(self.module).__name__} inside an activation checkpoint or "
+                    "a custom autograd function keeps its training mode; call eval() on it to "
+                    "freeze its norms and dropouts as well",
                     FastfreezeWarning,
                     stacklevel=3,
                 )
             return self._forward(*args, **kwargs)
 
 
-class _Unit:
+class _Unit(StandIn):
     """Stands in for the forward of a frozen module whose calls may be put off."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self._module, self._forward = module, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         keeper = None if LOCAL.run is None else LOCAL.run.keeper
         if keeper is not None and not _may_be_checkpointed():
-            result = keeper.call_module(self._module, self._forward, args, kwargs)
+            result = keeper.call_module(self.module, self._forward, args, kwargs)
             if result is not NotImplemented:
                 return result
         return self._forward(*args, **kwargs)
 
 
-def folds_now() -> bool:
-    """Whether values may wait here: in no transform of torch.func, and under no dispatch mode."""
-    return peek_interpreter_stack() is None and not torch._C._len_torch_dispatch_stack()
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
 def _may_fold(module: nn.Module) -> bool:
@@ -228,4 +251,7 @@ def _may_be_checkpointed() -> bool:
 
 def _set_training(modules: Sequence[nn.Module], mode: bool) -> None:
     for module in modules:
-        vars(module)["training"] = mode
+        if "training" in vars(module):
+            vars(module)["training"] = mode
+        else:  # in TorchScript
+            module.training = mode

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import function
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
@@ -69,9 +70,18 @@ def copied(value: Any) -> Any:
 
 def in_checkpoint(outermost: CodeType) -> bool:
     """Whether a call between here and the function of code ``outermost`` is checkpointed."""
+    return _is_inside((checkpoint.__file__,), outermost)
+
+
+def is_run_again(outermost: CodeType) -> bool:
+    """Whether it is, or in a custom autograd function, which may be a checkpoint of its own."""
+    return _is_inside((checkpoint.__file__, function.__file__), outermost)
+
+
+def _is_inside(files: Sequence[str], outermost: CodeType) -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not outermost:
-        if frame.f_code.co_filename == checkpoint.__file__:
+        if frame.f_code.co_filename in files:
             return True
         frame = frame.f_back
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,15 +13,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.execution import arguments
 from fastfreeze.trimming.compare import difference, observe
 from fastfreeze.trimming.folds import Folds
-from fastfreeze.trimming.layout import Layouts, are_channels_last, in_channels_last
 from fastfreeze.trimming.pending import LOCAL, Run, TooLateError, settled
-from fastfreeze.trimming.standins import Frozen, folds_now
+from fastfreeze.trimming.standins import Frozen
 from fastfreeze.trimming.state import Undo, Watch, copied, preserved
 
 _NO_FULL_GRAPH = "a trimmed model, whose own model is compiled: fullgraph=True is not for it"
+_WRITTEN = (
+    "what a frozen convolution or norm reads was written to by code that torch does not show, such "
+    "as TorchScript, before its value was used: expected fastfreeze.trim(model, fold=False)"
+)
 _RESET_NORMS = (
     "runs untrimmed while torch's update_bn estimates the statistics of all norms, which it has "
     "reset in frozen layers too; fastfreeze.ensemble.reestimate_norms(network.model, batches, "
@@ -28,7 +31,7 @@ _RESET_NORMS = (
 )
 
 
-def trim(model: nn.Module, example_inputs: Any = None, *, fold: bool = True) -> TrimmedModel:
+def trim(model: nn.Module, *, fold: bool = True) -> TrimmedModel:
     """A module that computes as ``model`` does, and leaves what is frozen alone.
 
     In training mode ``model``'s own forward runs, with its *frozen modules* in eval mode: those
@@ -37,30 +40,22 @@ def trim(model: nn.Module, example_inputs: Any = None, *, fold: bool = True) -> 
 
     Args:
         model: is shared, not copied: its parameters, buffers, submodules and training mode.
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-            With them ``model`` is run at once for what the first call would else find out: in which
-            layout it takes images.
         fold: compute frozen convolutions in their fastest form, where nothing that requires grad
-            goes in: with the norms, sums and ReLUs behind them, in channels_last. Each is compared
-            with its modules when it is first computed, and used if no value differs by more than
-            the square root of its dtype's epsilon (of TF32's or bf16's where torch may take that),
-            relative to the tensor's greatest element. Without, all is computed bit for bit as by
-            ``model`` with its frozen modules in eval mode.
+            goes in: with the norms, sums and ReLUs behind them. Each is compared with what torch
+            computes when it is first used, and kept if no value differs by more than the square
+            root of its dtype's epsilon (of TF32's or bf16's where torch may take that), relative to
+            the tensor's greatest element. Without, all is computed bit for bit as by ``model`` with
+            its frozen modules in eval mode.
 
     Raises:
-        TypeError: ``model`` is no module or is trimmed already, or ``example_inputs`` is of another
-            type than those above.
+        TypeError: ``model`` is no module or is trimmed already.
         ValueError: ``model`` has lazy parameters that are not initialized yet.
     """
     if not isinstance(model, nn.Module) or isinstance(model, TrimmedModel):
         raise TypeError(f"model must be an untrimmed torch.nn.Module, got {type(model).__name__}")
     if any(map(is_lazy, model.parameters())):
         raise ValueError("model must be initialized, but it has lazy parameters: run it once")
-    trimmed = TrimmedModel(model, fold)
-    if example_inputs is not None:
-        args, kwargs = arguments("example_inputs", example_inputs)
-        trimmed.choose_layout(*args, **kwargs)
-    return trimmed
+    return TrimmedModel(model, fold)
 
 
 class TrimmedModel(nn.Module):
@@ -125,21 +120,7 @@ class TrimmedModel(nn.Module):
         if self._resets_norms():
             self._warn(_RESET_NORMS)
             return self.model(*args, **kwargs)
-        layout = self._layouts.of(args, kwargs) if self._fold else None
-        if layout is None or not layout.channels_last:
-            run = Run(self._folds, not are_channels_last(args, kwargs), keeper)
-            return self._call(frozen, run, args, kwargs)
-        args, kwargs = in_channels_last(args, kwargs)
-        run = Run(self._folds, False, keeper)
-        return layout.given_back(self._call(frozen, run, args, kwargs))
-
-    def choose_layout(self, *args: Any, **kwargs: Any) -> None:
-        """Find out ahead of the first call like this one in which layout it takes its images.
-
-        Hooks that are put on modules later do not change that.
-        """
-        if self._fold and self.model.training:
-            self._layouts.of(args, kwargs)
+        return self._call(frozen, args, kwargs, keeper)
 
     def frozen_names(self) -> dict[nn.Module, str]:
         """The frozen modules, and what they are called."""
@@ -188,10 +169,10 @@ class TrimmedModel(nn.Module):
 
             def waiting() -> Any:
                 new_args, new_kwargs = copied((args, kwargs))
-                return self._call(frozen, Run(self._folds, False), new_args, new_kwargs)
+                return self._call(frozen, new_args, new_kwargs)
 
             expected = observe(self.model, in_eval, backward=True)
-            with self._folds.as_modules_compute():
+            with self._folds.as_torch_computes():
                 problem = difference(observe(self.model, waiting, backward=True), expected)
         if problem:
             raise RuntimeError(f"trimmed {type(self.model).__name__}: {problem}")
@@ -232,7 +213,7 @@ class TrimmedModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_folds", "_layouts", "_known", "_careful")
+        own = ("_folds", "_known")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -242,9 +223,7 @@ class TrimmedModel(nn.Module):
     def _forget(self) -> None:
         """Start with nothing known of the model."""
         self._folds = Folds()
-        self._layouts = Layouts(self.model)
         self._known: _Known | None = None
-        self._careful = True  # something may turn out to be too late
 
     def _now(self) -> Frozen:
         """The frozen modules under the present flags."""
@@ -253,10 +232,10 @@ class TrimmedModel(nn.Module):
         known = self._known
         flags = known.read_flags()
         if flags != known.flags or known.frozen.outdated():
-            known.flags, self._careful = flags, True
+            known.flags = flags
             self._folds.clear()
             code = TrimmedModel._call.__code__
-            known.frozen = Frozen(self.model, self._fold, self._folds, code)
+            known.frozen = Frozen(self.model, self._fold, code)
         return known.frozen
 
     def _compiled(self, args: Any, kwargs: Any) -> Any:
@@ -268,27 +247,30 @@ class TrimmedModel(nn.Module):
         finally:
             torch.compiler.disable(frozen.leave)()
 
-    def _call(self, frozen: Frozen, run: Run, args: Any, kwargs: Any) -> Any:
+    def _call(self, frozen: Frozen, args: Any, kwargs: Any, keeper: Any = None) -> Any:
         """``model``'s own forward with its frozen modules as they are to be."""
-        if run.keeper is not None:
-            run.keeper.begin(args, kwargs)
-        waits = run.keeper is not None or (frozen.folds and self._folds.usable)
-        if not (waits and frozen.modules and folds_now()):
-            with frozen.inside(None):
-                return self.model(*args, **kwargs)
-        self._folds.check()
-        undo = Undo(frozen.buffers() + (frozen.waiting_tensors() if self._careful else []))
+        known = frozen.known()
+        if known:
+            self._folds.check(known)
+        if keeper is None:
+            try:
+                return self._forward(frozen, Run(self._folds, known), args, kwargs)
+            except TooLateError:
+                raise RuntimeError(_WRITTEN) from None
+        keeper.begin(args, kwargs)
+        undo = Undo(frozen.buffers())
         try:
-            with frozen.inside(run):
-                output = run.finish(self.model(*args, **kwargs))
-            self._careful = False
-            return output
-        except TooLateError as error:
-            self._folds.too_late(error.reader)
-            self._careful = True
+            return self._forward(frozen, Run(self._folds, known, keeper), args, kwargs)
+        except TooLateError:
+            keeper.waits = False
         undo.restore()
-        with frozen.inside(None):
-            return self.model(*args, **kwargs)
+        return self._forward(frozen, Run(self._folds, set()), args, kwargs)
+
+    def _forward(self, frozen: Frozen, run: Run, args: Any, kwargs: Any) -> Any:
+        with frozen.inside(run):
+            with run if run.known else nullcontext():
+                output = self.model(*args, **kwargs)
+            return run.finish(output)
 
     def _resets_norms(self) -> bool:
         return any(norm.momentum is None for norm in self._norms)
@@ -312,7 +294,7 @@ class _Known:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._structure = Watch([m._modules for m in modules])
-        self._parameters = [m._parameters for m in modules if m._parameters]
+        self._parameters = [m._parameters for m in modules]
         self.flags: tuple[bool, ...] | None = None
 
     def outdated(self) -> bool:
