@@ -25,7 +25,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from fastfreeze.trimming.folds import Convolving, Fold, Norm, folded
 from fastfreeze.trimming.operations import Affine, may_take_winograd
-from fastfreeze.trimming.pending import FUSED, Node, Pending, Run, TooLateError, node_of
+from fastfreeze.trimming.pending import FUSED, Given, Node, Pending, Run, TooLateError, node_of
 
 
 class FusedNode(Node):
@@ -42,6 +42,8 @@ class FusedNode(Node):
     ) -> None:
         super().__init__(shape, like.dtype, like.device, None)
         self.run, self.tensors, self.base = run, tensors, base
+        if base is not None:
+            base.passed = True
         self.versions = [t._version for t in tensors]
 
     def _set(self) -> None:
@@ -52,18 +54,12 @@ class FusedNode(Node):
             value = self.compute().data  # torch has counted no write to it
         self.version, self.value, self.base = value._version, value, None
 
-    def _read(self) -> None:
-        """Compute what is held of this value before the last steps; see that weights are as then.
+    def _check(self) -> None:
+        """See that the weights are as they were.
 
         Raises:
             TooLateError: they are not.
         """
-        bases = [self.base]
-        while bases[-1] is not None:
-            bases.append(bases[-1].base)
-        for base in reversed(bases[:-1]):
-            if self.run.holds(base):
-                base.get()
         if [t._version for t in self.tensors] != self.versions:
             raise TooLateError(None)
 
@@ -108,7 +104,7 @@ class ConvNode(FusedNode):
 
     def compute(self) -> Tensor:
         residual = None if self.residual is None else self.residual.now()
-        self._read()
+        self._check()
         base = self.base
         while base is not None and base.value is None:
             base = base.base
@@ -166,18 +162,17 @@ class AffineNode(FusedNode):
         return node
 
     def fits_convolution(self) -> bool:
-        """Whether a convolution may compute it on the way: nobody else is to have its value."""
+        """Whether a convolution may compute it on the way."""
         apart = self.relu and len(self.parts) == 1 and self.base.value is None
-        held = self.run.holds(self) or self.run.holds(self.base)
-        return apart and not held and self.fold().checked
+        return apart and self.fold().checked
 
     def fold(self) -> Fold:
-        self._read()
+        self._check()
         make = lambda: Affine(*self.norm.affine(), self.dtype)  # noqa: E731
         return self.run.folds.get((None, self.norm.key(), self.dtype), self.tensors, make)
 
     def compute(self) -> Tensor:
-        self._read()
+        self._check()
         if self.base is not None and self.base.value is not None:
             self.moved = self.base.moved
             return torch.relu(self.base.now())
@@ -246,7 +241,9 @@ def _conv2d(
     shape = None if node is None else _convolved(node.shape, weight.shape, *how, groups)
     if node is None or shape is None:
         return NotImplemented
-    if not (isinstance(node, AffineNode) and may_take_winograd(convolving)):
+    if isinstance(node, AffineNode) and may_take_winograd(convolving):
+        node.passed = True
+    else:
         node.get()  # it is read for certain, and so stays a short way back
     return run.wait(ConvNode(run, node, convolving, shape))
 
@@ -274,6 +271,7 @@ def _batch_norm(
     node = x.then_norm(norm) if isinstance(x, ConvNode) else None
     if node is not None:
         return run.wait(node)
+    x.passed = True
     parts = x.parts if isinstance(x, CatNode) and x.value is None else (x,)
     for part in parts:
         part.get()
@@ -343,6 +341,39 @@ def _cat(run: Run, tensors: Any, dim: int = 0, *rest: Any, **others: Any) -> Any
         return NotImplemented
     shape = torch.Size((n, sum([p.shape[1] for p in parts]), *rest_of_shape[1:]))
     return run.wait(CatNode(run, parts, shape))
+
+
+def _pass_on(
+    function: Callable[..., Any], run: Run, x: Any, *args: Any, inplace: bool = False, **kwargs: Any
+) -> Any:
+    """Call a function, to which layout is the same, on values in that in which they are.
+
+    It writes to nothing, so that what was put off may stay so.
+    """
+    given = [x, *args, *kwargs.values()]
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    if type(x) is not Pending or not all(map(_may_be_read_later, tensors)):
+        return NotImplemented
+    if "out" in kwargs or not _may_wait_here(x.device.type):
+        return NotImplemented
+    nodes = [t.node for t in tensors if type(t) is Pending]
+    values = [_now(t) for t in (x, *args)]
+    with torch._C.DisableTorchFunction():
+        result = Given(function(*values, **{name: _now(t) for name, t in kwargs.items()}))
+    result.moved = any(node.moved for node in nodes)
+    return run.wait(result, x if inplace else None)
+
+
+def _now(value: Any) -> Any:
+    return value.node.get() if type(value) is Pending else value
+
+
+for _function in (
+    *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, Tensor.mean, F.relu6),
+    *(F.hardtanh, F.hardswish, F.silu, F.gelu, F.mish, F.leaky_relu, F.hardsigmoid),
+    *(torch.sigmoid, Tensor.sigmoid, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
+):
+    FUSED[_function] = partial(_pass_on, _function)
 
 
 def may_fold(tensor: Any) -> bool:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 FUSED: dict[Any, Callable[..., Any]] = {}  # what makes a pending value, or gives NotImplemented
 
-_METADATA = {
+_METADATA = {  # reads and writes no values
     getattr(Tensor, name).__get__
     for name in (
         *("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse"),
@@ -31,7 +31,10 @@ _METADATA = {
 } | {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point),
     *(Tensor.is_complex, Tensor.get_device, Tensor.element_size, Tensor.nelement),
+    torch._assert,
 }
+_WRITING_METHODS = ("__setitem__", "__set__", "__array__", "__dlpack__")
+_SHARING = ("numpy", "data_ptr", "storage", "untyped_storage", "embedding")
 _PLAIN = torch._C.DisableTorchFunctionSubclass
 _LOCK = threading.RLock()  # for models whose forward reads a value in a thread of its own
 
@@ -58,20 +61,26 @@ class Node:
         reader: what has put it off; None for a fused function.
         value: once it is known, in the layout in which it was computed.
         moved: whether that is another one than the model would have given.
+        passed: whether more has been done to it by a fused function.
     """
 
-    __slots__ = ("device", "dtype", "moved", "reader", "shape", "value", "version")
+    __slots__ = ("device", "dtype", "moved", "passed", "reader", "shape", "value", "version")
 
     def __init__(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, reader: Any
     ) -> None:
         self.shape, self.dtype, self.device, self.reader = shape, dtype, device, reader
         self.value: Tensor | None = None
-        self.version, self.moved = 0, False
+        self.version, self.moved, self.passed = 0, False, False
 
     def compute(self) -> Tensor:
         """The value; called once."""
         raise NotImplementedError
+
+    @property
+    def waits_on(self) -> bool:
+        """Whether its value is not known, and may never be read."""
+        return self.passed and self.value is None
 
     def get(self) -> Tensor:
         """The value, for one who has it under this name and may write to it."""
@@ -185,8 +194,8 @@ class Run(TorchFunctionMode):
             result = fused(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        self.close()
-        if is_pending and self._has_wrappers:
+        self.close(not _may_write(func, args, kwargs))
+        if is_pending and (self._has_wrappers or self.waiting):
             return _with_values(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -199,19 +208,19 @@ class Run(TorchFunctionMode):
         self.waiting[id(node)] = weakref.ref(pending)
         return pending
 
-    def holds(self, node: Node) -> bool:
-        """Whether someone may still read the value of a fused function's node."""
-        found = self.waiting.get(id(node))
-        return found is not None and (pending := found()) is not None and pending.node is node
+    def close(self, reads: bool = False) -> None:
+        """Compute what fused functions have put off and anyone holds: plain from now on.
 
-    def close(self) -> None:
-        """Compute what fused functions have put off and anyone holds: plain from now on."""
-        while self.waiting:
-            left = [ref() for ref in self.waiting.values()]
-            self.waiting.clear()
-            for pending in left:
-                if pending is not None and not _become_plain(pending):
-                    self._has_wrappers = True
+        Args:
+            reads: leave what more has been done to: most likely it is held by a name, and not read.
+        """
+        left = [p for ref in self.waiting.values() if (p := ref()) is not None]
+        waiting = {id(p.node): weakref.ref(p) for p in left if reads and p.node.waits_on}
+        left = [p for p in left if id(p.node) not in waiting]
+        self.waiting = waiting
+        for pending in left:
+            if not _become_plain(pending):
+                self._has_wrappers = True
 
     @contextmanager
     def anew(self) -> Iterator[None]:
@@ -285,6 +294,22 @@ def _value(pending: Pending) -> Tensor:
         tensor = node.value = tensor.contiguous()
         node.version, node.moved = tensor._version, False
     return tensor
+
+
+def _may_write(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a function may write to a tensor that it is given, or let others do so."""
+    name = getattr(func, "__name__", "_").partition(".")[0]
+    if name.startswith("__"):
+        return name.startswith("__i") or name in (
+            "__setitem__",
+            "__set__",
+            "__array__",
+            "__dlpack__",
+        )
+    schema = getattr(func, "_schema", None)
+    if name.endswith("_") or name in _SHARING or (schema is not None and schema.is_mutable):
+        return True
+    return bool("out" in kwargs or kwargs.get("inplace") or any(a is True for a in args))
 
 
 def _with_values(func: Any, args: Any, kwargs: Any) -> Any:
