@@ -94,7 +94,7 @@ class Node:
     def _set(self) -> None:
         run = LOCAL.run
         with torch.inference_mode(False):
-            if run is None or not run.known:
+            if run is None:
                 value = self.compute()
             else:
                 with run.anew():
@@ -227,8 +227,7 @@ class Run(TorchFunctionMode):
         """As in a forward of its own: for what a keeper has put off."""
         outer, self.waiting = self.waiting, {}
         try:
-            with self:
-                yield
+            yield
             self.close()
         finally:
             self.waiting = outer
@@ -291,8 +290,9 @@ def _value(pending: Pending) -> Tensor:
     node = pending.node
     tensor = node.get()
     if node.moved:
-        tensor = node.value = tensor.contiguous()
-        node.version, node.moved = tensor._version, False
+        with torch._C.DisableTorchFunction():
+            tensor = node.value = tensor.contiguous()
+            node.version, node.moved = tensor._version, False
     return tensor
 
 

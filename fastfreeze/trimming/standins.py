@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.trimming.fold import may_fold
 from fastfreeze.trimming.operations import may_take_winograd
-from fastfreeze.trimming.pending import LOCAL, Run, settled
+from fastfreeze.trimming.pending import LOCAL, Run, current_run, settled
 from fastfreeze.trimming.state import is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
@@ -220,10 +220,15 @@ class _Unit(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         keeper = None if LOCAL.run is None else LOCAL.run.keeper
         if keeper is not None and not _may_be_checkpointed():
-            result = keeper.call_module(self.module, self._forward, args, kwargs)
+            with torch._C.DisableTorchFunction():  # what it looks at is not the model's
+                result = keeper.call_module(self.module, self._seen, args, kwargs)
             if result is not NotImplemented:
                 return result
         return self._forward(*args, **kwargs)
+
+    def _seen(self, *args: Any, **kwargs: Any) -> Any:
+        with torch._C._EnableTorchFunction(), current_run():
+            return self._forward(*args, **kwargs)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -69,19 +69,18 @@ class TrimmedModel(nn.Module):
     * Frozen modules are in eval mode, wherever they are: norms keep their statistics and counters
       bit for bit. A module without parameters, such as a dropout, is in eval mode if it is inside a
       frozen module and nowhere else.
-    * A frozen convolution or norm whose input requires no grad waits for what is done to its value:
-      a norm, a sum or a ReLU behind it is computed with it. Anything else gets the value. If it
-      turns out that what it reads has been written to in place meanwhile, ``model`` is called
-      again, with random numbers and the buffers of what trains as before, and that module no
-      longer waits.
-    * It does not wait where it has hooks, under autocast, in inference mode, under a dispatch mode,
-      in a transform of torch.func or in an activation checkpoint.
+    * A convolution or norm of frozen weights and of images that require no grad waits for what is
+      done to its value: a norm, a sum or a ReLU behind it is computed with it. Before any other of
+      torch's functions runs, the values are computed, and are plain tensors. ``model`` runs once in
+      each call, with its inputs as they are.
+    * Nothing waits under autocast, in inference mode, under a dispatch mode, in a transform of
+      torch.func or where hooks look after saved tensors, as in an activation checkpoint.
+    * In an activation checkpoint, and in the forward of a custom autograd function, frozen modules
+      keep the mode that they have, and that is announced. So they do in a generator that a forward
+      returns: call ``eval()`` on them.
     * Folded weights are copies, made again when the originals have been written to: torch's count
       of writes is compared in each call, and their contents when an optimizer has stepped while
       they had gradients, else one module's in each call. On a GPU contents are not compared.
-    * While nothing is frozen, and with ``fold``, images are given to ``model`` in channels_last
-      where that gives the same and is faster: on a CPU, where there are many values for each
-      weight of a convolution, and few products with each value.
     * In eval mode of ``model`` it is called as it is. So it is while
       ``torch.optim.swa_utils.update_bn`` estimates statistics anew, which it resets in frozen norms
       too, and that is announced.
