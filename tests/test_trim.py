@@ -409,6 +409,134 @@ def test_in_a_checkpoint_modules_keep_their_mode(use_reentrant):
     assert torch.equal(model.norm.running_mean, before)
 
 
+def swaps_weights(m, x):
+    y = m.norm(m.a(x))
+    m.a.weight.data = m.a.weight.data.flip(0)
+    return m.head(m.b(y + m.a(x)).mean((2, 3)))
+
+
+def has_two_epsilons(m, x):
+    y, n = m.a(x), m.norm
+    z = F.batch_norm(y + 0, n.running_mean, n.running_var, eps=1.0)
+    return m.head(m.b(m.norm(y) + z).mean((2, 3)))
+
+
+def enters_autocast(m, x):
+    y = m.norm(m.a(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.tanh(y)
+    assert y.dtype == torch.float32
+    return m.head(m.b(y).mean((2, 3)))
+
+
+def wants_a_gradient(m, x):
+    y = m.norm(m.a(x)).requires_grad_()
+    z = m.norm(m.a(y[:, :3]))
+    return (
+        m.head(m.b(z).mean((2, 3))) + torch.autograd.grad(z.sum(), y, retain_graph=True)[0].mean()
+    )
+
+
+def adds_what_trains(m, x):
+    y = m.norm(m.a(x))
+    y += m.b.bias[:, None, None]
+    return m.head(m.b(F.relu(y)).mean((2, 3)))
+
+
+def is_called_by_keyword(m, x):
+    y = torch.relu(input=m.norm(m.a(x)))
+    y = F.avg_pool2d(input=y.add(other=torch.mul(y, other=y)), kernel_size=2)
+    return m.head(m.b(y).mean((2, 3)))
+
+
+def writes_to_a_base(m, x):
+    y = m.a(x)
+    z = torch.relu(y)
+    F.silu(y, inplace=True)
+    return m.head(m.b(y.mean() + z).mean((2, 3)))
+
+
+def copies_a_module(m, x):
+    twin = copy.deepcopy(m.norm)
+    assert "forward" not in vars(copy.deepcopy(m.a))
+    pickle.dumps(m.norm)
+    return m.head(m.b(F.relu(twin(m.a(x)))).mean((2, 3)))
+
+
+def draws_and_writes_late(m, x):
+    y = m.a(x)
+    scale = torch.rand(1, generator=m.table.setdefault("own", torch.Generator().manual_seed(1)))
+    x.mul_(2)
+    m.losses.append(1)
+    return m.head(m.b(m.norm(y) * scale).mean((2, 3)))
+
+
+def keeps_an_attribute(m, x):
+    y = m.norm(m.a(x))
+    y.tag = 7
+    z = m.head(m.b(y).mean((2, 3)))
+    assert type(y) is Tensor
+    return z * y.tag
+
+
+def maps(m, x):
+    y = torch.func.vmap(m.a)(torch.stack([x, 2 * x])).sum(0)
+    return m.head(m.b(m.norm(y)).mean((2, 3)))
+
+
+class Dirty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g, g.sum((0, 2, 3))
+
+
+def goes_through_a_function(m, x):
+    return m.head(m.b(F.relu(Dirty.apply(m.norm(m.a(x)), m.b.bias))).mean((2, 3)))
+
+
+STRANGE = [
+    *(swaps_weights, has_two_epsilons, enters_autocast, wants_a_gradient, adds_what_trains, maps),
+    *(is_called_by_keyword, writes_to_a_base, copies_a_module, draws_and_writes_late),
+    *(keeps_an_attribute, goes_through_a_function),
+]
+
+
+def changes_eps_and_stride(m, step):
+    if step == 2:
+        m.norm.eps, m.a.stride, m.a.padding, m.a.dilation = 1.0, (2, 2), (1, 1), (2, 2)
+
+
+def changes_weights_unseen(m, step):
+    if step == 2:
+        m.a.weight.numpy()[:] = m.a.weight.flip(0).numpy()
+
+
+@pytest.mark.parametrize("change", [changes_eps_and_stride, changes_weights_unseen])
+@pytest.mark.parametrize("body", STRANGE, ids=lambda body: body.__name__)
+def test_strange_models(body, change):
+    """Folded or not, a model computes what it computes; contents are compared in turn."""
+    model, twin = net(body), net(body)
+    network = trim(model)
+    for step in range(7):
+        x = images()
+        change(model, step)
+        change(twin, step)
+        with by_hand(twin):
+            expected = twin(x.clone())
+        found = network(x.clone())
+        if change is changes_eps_and_stride or step < 2 or step > 5:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        for output in (found, expected):
+            output.sum().backward()
+        assert len(model.losses) == len(twin.losses)
+    torch.testing.assert_close(model.b.bias.grad, twin.b.bias.grad, rtol=1e-2, atol=1e-2)
+
+
 def test_statistics_estimated_anew():
     model = net(reads_what_may_change)
     network = trim(model)
