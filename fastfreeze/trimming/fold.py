@@ -111,8 +111,9 @@ class ConvNode(FusedNode):
         alone = self.base is None and not may_take_winograd(self.convolving)
         fold = None if base is not None or alone or self.run.folds.exact else self._fold()
         value = self._plain() if fold is None or fold.refused else self._folded(fold, residual)
-        on_the_way = isinstance(self.x, AffineNode) and self.x.value is None
-        source = self.x.parts[0] if on_the_way else self.x
+        source = self.x
+        if isinstance(source, AffineNode) and source.value is None:  # computed on the way
+            source = source.parts[0]
         moved = source.moved or (self.residual is not None and self.residual.moved)
         self.moved = moved or (source.now().is_contiguous() and not value.is_contiguous())
         return value
@@ -124,7 +125,8 @@ class ConvNode(FusedNode):
     def _fold(self) -> Fold:
         convolving, norm = self.convolving, self.norm
         key = convolving.key(), None if norm is None else norm.key()
-        return self.run.folds.get(key, self.tensors, lambda: folded(convolving, norm))
+        fold: Fold = self.run.folds.get(key, self.tensors, lambda: folded(convolving, norm))
+        return fold
 
     def _folded(self, fold: Fold, residual: Tensor | None) -> Tensor:
         affine, x = None, self.x
@@ -169,7 +171,9 @@ class AffineNode(FusedNode):
     def fold(self) -> Fold:
         self._check()
         make = lambda: Affine(*self.norm.affine(), self.dtype)  # noqa: E731
-        return self.run.folds.get((None, self.norm.key(), self.dtype), self.tensors, make)
+        key = None, self.norm.key(), self.dtype
+        fold: Fold = self.run.folds.get(key, self.tensors, make)
+        return fold
 
     def compute(self) -> Tensor:
         self._check()
@@ -235,10 +239,10 @@ def _conv2d(
 ) -> Any:
     if id(weight) not in run.known or rest or others or isinstance(padding, str):
         return NotImplemented
-    how = [(v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation)]
-    convolving = Convolving(weight, bias, *how, groups)
+    s, p, d = [(v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation)]
+    convolving = Convolving(weight, bias, s, p, d, groups)
     node = _images(run, x, convolving.tensors())
-    shape = None if node is None else _convolved(node.shape, weight.shape, *how, groups)
+    shape = None if node is None else _convolved(node.shape, weight.shape, s, p, d, groups)
     if node is None or shape is None:
         return NotImplemented
     if isinstance(node, AffineNode) and may_take_winograd(convolving):
@@ -282,13 +286,14 @@ def _batch_norm(
 def _relu(run: Run, x: Any, inplace: bool = False, *rest: Any, **others: Any) -> Any:
     if type(x) is not Pending or rest or others:
         return NotImplemented
-    node, new = x.node, None
+    node = x.node
+    new: Node | None = None
     if isinstance(node, AffineNode):
         new = node.then_relu()
     elif isinstance(node, ConvNode):
-        new = node.then(torch.relu)
-        if new is not None:
-            new.relu = True
+        if (chained := node.then(torch.relu)) is not None:
+            chained.relu = True
+        new = chained
     return NotImplemented if new is None else run.wait(new, x if inplace else None)
 
 

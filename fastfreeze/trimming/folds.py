@@ -24,9 +24,9 @@ class Convolving(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: Any
+    padding: Any
+    dilation: Any
     groups: int
 
     @property

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastfreeze.ops.affine import affine_relu_cat
 from fastfreeze.ops.winograd import pays as winograd_pays
@@ -35,13 +36,13 @@ class Convolution:
     """torch's convolution in the faster layout, or Winograd's for the images where that pays.
 
     Args:
-        module: whose strides and so on are meant.
+        module: a ``nn.Conv2d``, or what has its strides and so on.
         weight, bias: float64, with the norm behind it in them.
         dtype: in which it computes.
     """
 
     def __init__(
-        self, module: nn.Conv2d, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+        self, module: Any, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> None:
         self._module = module
         self._format = _layout_for(weight.device, dtype)
@@ -74,7 +75,7 @@ class Convolution:
             self._transformed = transform_weight(self._weight)
         return winograd_conv2d(
             *(x, self._transformed, self._bias),
-            padding=self._module.padding,  # type: ignore[arg-type]  # pairs alone come here
+            padding=self._module.padding,  # pairs alone come here
             relu=relu,
             residual=residual,
             input_scale=affine.scale if affine else None,
@@ -86,7 +87,7 @@ def is_cpu_fp32(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
-def may_take_winograd(module: nn.Conv2d) -> bool:
+def may_take_winograd(module: Any) -> bool:
     """Whether a module is a convolution as :func:`winograd_conv2d` makes them."""
     how = (*module.kernel_size, *module.stride, *module.dilation)
     plain = how == (3, 3, 1, 1, 1, 1) and module.groups == 1
