@@ -363,6 +363,8 @@ def _pass_on(
         return NotImplemented
     nodes = [t.node for t in tensors if type(t) is Pending]
     values = [_now(t) for t in (x, *args)]
+    if function in _IN_ORDER:
+        values[0] = values[0].contiguous() if nodes[0].moved else values[0]
     with torch._C.DisableTorchFunction():
         result = Given(function(*values, **{name: _now(t) for name, t in kwargs.items()}))
     result.moved = any(node.moved for node in nodes)
@@ -373,8 +375,9 @@ def _now(value: Any) -> Any:
     return value.node.get() if type(value) is Pending else value
 
 
+_IN_ORDER = (torch.mean, Tensor.mean)  # the order of memory is in their rounding
 for _function in (
-    *(F.max_pool2d, F.avg_pool2d, F.relu6),  # not mean: the order of memory is in its rounding
+    *(*_IN_ORDER, F.max_pool2d, F.avg_pool2d, F.relu6),
     *(F.hardtanh, F.hardswish, F.silu, F.gelu, F.mish, F.leaky_relu, F.hardsigmoid),
     *(torch.sigmoid, Tensor.sigmoid, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
 ):
