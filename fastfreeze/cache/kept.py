@@ -93,8 +93,6 @@ class Kept:
     Attributes:
         name: of the store.
         wanted: keys of the nodes whose values they are.
-        place: calls of the modules behind them.
-        held: digest of what these held.
         conditions: what else the values depend on.
         rows: the store.
         size: samples of the first batch. Others count only if they give the same bits.
@@ -105,11 +103,9 @@ class Kept:
 
     rows: RowStore
 
-    def __init__(
-        self, name: str, held: str, conditions: str, chain: Chain, dtype: torch.dtype | None
-    ) -> None:
-        self.name, self.held, self.conditions = name, held, conditions
-        self.wanted, self.place, self.size = chain.keys, chain.place, len(chain.samples)
+    def __init__(self, name: str, conditions: str, chain: Chain, dtype: torch.dtype | None) -> None:
+        self.name, self.conditions = name, conditions
+        self.wanted, self.size = chain.keys, len(chain.samples)
         self.verified: set[str] = set()
         self.unchecked = _CHECKED_BATCHES
         self.account: Account | None = None

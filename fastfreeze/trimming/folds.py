@@ -84,8 +84,8 @@ class Folds:
         exact: whether they are computed as the modules compute them.
     """
 
-    def __init__(self) -> None:
-        self.usable, self.exact = True, False
+    def __init__(self, exact: bool = False) -> None:
+        self.usable, self.exact = True, exact
         self._folds: dict[tuple[int, int], Fold] = {}
         self._changes: dict[tuple[int, int], int] = {}
         self._turns: Iterator[tuple[int, int]] = cycle(())
@@ -148,11 +148,11 @@ class Folds:
     @contextmanager
     def as_modules_compute(self) -> Iterator[None]:
         """Fold nothing, but let values wait as ever."""
-        self.exact = True
+        before, self.exact = self.exact, True
         try:
             yield
         finally:
-            self.exact = False
+            self.exact = before
 
     def too_late(self, reader: Any) -> None:
         """Take a stand-in at its word from now on, whose input has been written to meanwhile."""

@@ -27,7 +27,6 @@ _METADATA = {
     *(Tensor.is_complex, Tensor.get_device, Tensor.element_size, Tensor.nelement),
 }
 _PLAIN = torch._C.DisableTorchFunctionSubclass
-_LOCK = threading.RLock()  # for models whose forward reads a value in a thread of its own
 
 
 class TooLateError(BaseException):
@@ -52,16 +51,17 @@ class Node:
         reader: the stand-in that would have to compute it at once if this turns out to be too late.
         value: once it is known, in the layout in which it was computed.
         moved: whether that is another one than its module would have given.
+        lock: for models whose forward reads a value in a thread of its own.
     """
 
-    __slots__ = ("device", "dtype", "moved", "reader", "shape", "value", "version")
+    __slots__ = ("device", "dtype", "lock", "moved", "reader", "shape", "value", "version")
 
     def __init__(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, reader: Any
     ) -> None:
         self.shape, self.dtype, self.device, self.reader = shape, dtype, device, reader
         self.value: Tensor | None = None
-        self.version, self.moved = 0, False
+        self.version, self.moved, self.lock = 0, False, threading.RLock()
 
     def compute(self) -> Tensor:
         """The value; called once."""
@@ -70,7 +70,7 @@ class Node:
     def get(self) -> Tensor:
         """The value, for one who has it under this name and may write to it."""
         if self.value is None:
-            with _LOCK:
+            with self.lock:
                 if self.value is None:
                     self._set()
         assert self.value is not None

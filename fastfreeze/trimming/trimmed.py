@@ -241,7 +241,7 @@ class TrimmedModel(nn.Module):
 
     def _forget(self) -> None:
         """Start with nothing known of the model."""
-        self._folds = Folds()
+        self._folds = Folds(exact=not self._fold)
         self._layouts = Layouts(self.model)
         self._known: _Known | None = None
         self._careful = True  # something may turn out to be too late
