@@ -232,6 +232,9 @@ class FeatureCache:
         except CannotKeepError as error:
             self._reason = str(error)
             return None
+        except OSError as error:
+            self._give_up(f"its files cannot be used: {error}")
+            return None
         if self._reason == _NOTHING_READ:
             self._reason = ""
         return values

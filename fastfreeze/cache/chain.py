@@ -36,7 +36,16 @@ from fastfreeze.cache.rows import (
     row_numbers,
     take_rows,
 )
-from fastfreeze.trimming.pending import Given, Node, Pending, TooLateError, current_run, settle
+from fastfreeze.trimming.pending import (
+    LOCAL,
+    Given,
+    Node,
+    Pending,
+    Run,
+    TooLateError,
+    current_run,
+    settle,
+)
 
 _STATIC = (
     *(bool, int, float, str, type(None), slice, type(...)),
@@ -612,7 +621,7 @@ class Chain:
         ends = {node.call for node in self.wanted}
         last = {n.call: call for call in needed for n in call.leaves if isinstance(n, CallNode)}
         made: dict[Call, list[Any]] = {}
-        run = current_run()
+        run = LOCAL.run or Run(None, False)  # of this thread
         outer, run.keeper = run.keeper, None
         try:
             for call in needed:
