@@ -66,7 +66,7 @@ _VIEWS = (  # may give views of the first argument, or itself
     *("to", "float", "__getitem__"),
 )
 _MAY_BE_IN_PLACE = (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, F.elu, F.leaky_relu)
-_TRIALS = 2  # a model may set itself up in its first call
+_TRIALS = 2  # a model may set itself up in its first call, and folds are compared
 _MAX_ARGUMENTS = 64  # that are no tensors, of one module or function
 _MAX_FORMS = 4096
 _INTEGERS = (torch.int64, torch.int32)
@@ -459,10 +459,10 @@ class Chains:
         own = [v for v in values if isinstance(v, Tensor) and id(v) not in numbers]
         fits = all(v is None or (isinstance(v, Tensor) and _may_wait(v)) for v in values)
         if module is not None:
-            fits = fits and not (asks.found or _share_storage(own, [*real, *_tensors_of(module)]))
+            fits = fits and not _share_storage(own, [*real, *_tensors_of(module)])
         if not fits:
             trials = _TRIALS
-        elif self._effects(real, module) != before:
+        elif asks.found or self._effects(real, module) != before:
             trials, fits = trials + 1, False
         metas = [Argument(numbers[id(v)]) if id(v) in numbers else _meta(v) for v in values]
         self._known.forms[given] = Form(tuple(metas), nesting) if fits else trials

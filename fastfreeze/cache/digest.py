@@ -29,6 +29,7 @@ _FIXED = (
 _SEQUENCES = (tuple, list, set, frozenset, deque)
 _BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
+_FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property, cached_property)
 _ABC = "_abc_impl"
 _WORD = 8  # bytes
 _values = methodcaller("values")
@@ -208,15 +209,18 @@ class Holdings:
         if id(kind) in self._seen:
             return self._seen[id(kind)][0]
         self._seen[id(kind)] = len(self._seen), kind
-        functions = (types.FunctionType, staticmethod, classmethod, property, cached_property)
-        skipped = [
-            name
-            for name, value in vars(kind).items()
-            if isinstance(value, _DESCRIPTORS)
-            or name == _ABC
-            or (name.startswith("__") and not isinstance(value, functions))
-        ]
-        return self._attributes(vars(kind), f"{path}.{kind.__name__}", skipped)
+        self._containers.append(vars(kind))
+        self._dicts.append(vars(kind))
+        parts = []
+        for name, value in vars(kind).items():
+            is_function = isinstance(value, _FUNCTIONS)
+            if is_function or not (name.startswith("__") or isinstance(value, _DESCRIPTORS)):
+                try:
+                    parts.append((name, self._describe(value, f"{path}.{name}")))
+                except UnsureError:  # what decorators hold does not count
+                    if not is_function and name != _ABC:
+                        raise
+        return parts
 
     def _function(self, function: Any, path: str) -> Any:
         """Its code, what that is bound to, and the plain values and functions that it names."""
