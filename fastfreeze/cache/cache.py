@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastfreeze.cache.chain import Chain, Chains, Known
+from fastfreeze.cache.calls import Chain
+from fastfreeze.cache.chain import Chains, Known
 from fastfreeze.cache.kept import (
     TRIALS,
     Account,
@@ -69,7 +70,9 @@ class FeatureCache:
 
     A frozen module is called where the model calls it, not put off, if a tensor that goes in
     requires grad, if something in it has hooks, draws random numbers, writes to its input or to
-    what it holds, or in inference mode; what is in it may be put off all the same.
+    what it holds, gives anything but tensors and None, or asks what values are (``.item()``,
+    ``nonzero()``); if it holds something whose content cannot be seen, such as a generator, a lock
+    or a module outside of it; or in inference mode. What is in it may be put off all the same.
 
     It does without for good when a sample comes with other inputs than before: the data set is then
     not deterministic. With random augmentation, see :class:`~fastfreeze.RepeatableViews`.

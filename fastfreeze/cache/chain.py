@@ -16,8 +16,6 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,33 +23,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fastfreeze.cache.calls import (
+    Argument,
+    Call,
+    CallNode,
+    Chain,
+    Form,
+    Outer,
+    autocast_state,
+    flattened,
+    is_put_off,
+    is_static,
+    may_wait,
+    meta_of,
+    unflattened,
+)
 from fastfreeze.cache.digest import Holdings
-from fastfreeze.cache.rows import (
-    CannotKeepError,
-    Fetched,
-    by_sample,
-    hash_rows,
-    row_numbers,
-    take_rows,
-)
-from fastfreeze.trimming.pending import (
-    LOCAL,
-    Given,
-    Node,
-    Pending,
-    Run,
-    TooLateError,
-    current_run,
-    settle,
-)
+from fastfreeze.trimming.pending import Given, Pending, TooLateError, current_run, settle
 
-_STATIC = (
-    *(bool, int, float, str, type(None), slice, type(...)),
-    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
-)
-_LEAVES = (Tensor, *_STATIC)
 _FRESH = (  # give new tensors, whatever they are given
     *("relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid"),
     *("tanh", "softmax", "log_softmax", "elu", "leaky_relu", "selu", "softplus", "max_pool1d"),
@@ -66,7 +57,7 @@ _VIEWS = (  # may give views of the first argument, or itself
     *("to", "float", "__getitem__"),
 )
 _MAY_BE_IN_PLACE = (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, F.elu, F.leaky_relu)
-_TRIALS = 2  # a model may set itself up in its first call, and folds are compared
+_TRIALS = 2  # in its first call a model may set itself up, and folds are compared
 _MAX_ARGUMENTS = 64  # that are no tensors, of one module or function
 _MAX_FORMS = 4096
 _INTEGERS = (torch.int64, torch.int32)
@@ -80,165 +71,14 @@ def _functions(names: Iterable[str]) -> dict[Any, str]:
 _KNOWN = _functions((*_FRESH, *_VIEWS))
 
 
-@dataclass(frozen=True)
-class Argument:
-    """The argument of this number, handed back."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a call gave the last time.
-
-    Attributes:
-        metas: shape, dtype and device of each tensor, which argument it is, or None.
-        spec: how they are nested.
-        keys: keys and idents of such calls, by what the module holds and the keys of what goes in.
-    """
-
-    metas: tuple[Any, ...]
-    spec: TreeSpec
-    keys: dict[Any, tuple[str, str]] = field(default_factory=dict)
-
-
-class Call:
-    """A call that has been put off.
-
-    Attributes:
-        function: makes it.
-        leaves: arguments: nodes, and values that are no tensors.
-        key: what it is called, with what, what went in there and what the modules hold; the same
-            in every process.
-        ident: the same but for what the modules hold.
-        index: its place in the forward.
-        outputs: while they are there.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        leaves: list[Any],
-        spec: Any,
-        form: Form,
-        key: str,
-        ident: str,
-        index: int,
-        autocast: Any,
-    ) -> None:
-        self.function, self.leaves, self.spec, self.ident = function, leaves, spec, ident
-        self.key, self.index, self._form, self._autocast = key, index, form, autocast
-        self.outputs: list[Any] | None = None
-        self.versions: list[int] = []
-
-    def make(self, values: list[Any], reader: Chains) -> list[Any]:
-        """Make it, with the values of its arguments.
-
-        Raises:
-            TooLateError: what it gives has another form than the last time.
-        """
-        args, kwargs = _unflattened(values, self.spec)
-        with ExitStack() as stack:
-            if self._autocast != autocast_state():
-                for device, (enabled, dtype) in zip(("cpu", "cuda"), self._autocast, strict=True):
-                    stack.enter_context(torch.autocast(device, dtype, enabled))
-            outputs, spec = tree_flatten(self.function(*args, **kwargs))
-        outputs, form = [settle(value) for value in outputs], self._form
-        if spec != form.spec or not all(
-            value is values[meta.number]
-            if isinstance(meta, Argument)
-            else meta == _meta(value) and (value is None or not value.requires_grad)
-            for meta, value in zip(form.metas, outputs, strict=True)
-        ):
-            reader.forget(form)
-            raise TooLateError(reader)
-        return outputs
-
-    def keep(self, outputs: list[Any]) -> None:
-        """Keep what it gave until the end of the step."""
-        self.outputs = outputs
-        self.versions = [-1 if v is None else v._version for v in outputs]
-
-    def kept(self, reader: Chains) -> list[Any]:
-        """What it gave.
-
-        Raises:
-            TooLateError: something has been written to since.
-        """
-        assert self.outputs is not None
-        if self.versions != [-1 if v is None else v._version for v in self.outputs]:
-            raise TooLateError(reader)
-        return self.outputs
-
-
-class CallNode(Node):
-    """One of the values that a call gives.
-
-    Attributes:
-        root: what it is a view of, or itself.
-        views: all of this one, in the order in which they were taken.
-    """
-
-    __slots__ = ("call", "chains", "i", "ident", "key", "root", "views")
-
-    def __init__(
-        self, call: Call, i: int, meta: tuple[Any, ...], chains: Chains, root: CallNode | None
-    ) -> None:
-        shape, dtype, device = meta
-        super().__init__(shape, dtype, device, chains)
-        self.call, self.i, self.chains, self.lock = call, i, chains, chains.lock
-        self.key, self.ident = f"{call.key}.{i}", f"{call.ident}.{i}"
-        self.root, self.views = root or self, list[CallNode]()
-        if root is not None:
-            root.views.append(self)
-
-    def get(self) -> Tensor:
-        self.chains.note(self)
-        return super().get()
-
-    def compute(self) -> Tensor:
-        return self.chains.read(self)
-
-    def there(self) -> Tensor:
-        """The value that it has, for another one to be computed from.
-
-        Raises:
-            TooLateError: it has been written to since.
-        """
-        assert self.value is not None
-        if self.value._version != self.version:
-            raise TooLateError(self.chains)
-        return self.value
-
-    def set(self, value: Tensor) -> None:
-        """Have this value from now on."""
-        self.version, self.value = value._version, value
-
-    def parted(self) -> list[CallNode]:
-        """Views that have a value apart from the others' of their group."""
-        root = self.root
-        return [] if root.value is not None else [v for v in root.views if v.value is not None]
-
-
-class _Outer(Given):
-    """A tensor that came from outside, the n-th of the call."""
-
-    __slots__ = ("ident", "key", "number")
-
-    def __init__(self, value: Tensor, number: int, chains: Chains) -> None:
-        super().__init__(value, chains)
-        self.number, self.key = number, f"<{number}>"
-        self.ident = self.key
-
-
 class Known:
     """What is known of a model's calls from earlier steps.
 
     Attributes:
         forms: of what calls gave, by what they are and what they are given; a number is how often
             they could not be put off.
-        reads: idents of what was read in the last step with inputs of a form; missing if that is not
-            known.
+        reads: idents of what was read in the last step with inputs of a form; missing if that is
+            not known.
         changes: how often what a module holds has changed.
         reasons: why modules are not put off, by their names.
     """
@@ -289,7 +129,8 @@ class Known:
     def compare_one(self) -> None:
         """See whether one of the tensors that are held was written to without torch's knowledge."""
         for holdings, i in self._turns:
-            return holdings.compare(i)
+            holdings.compare(i)
+            return
         held = self._holdings.values()
         self._turns = iter([(h, i) for h in held for i in range(len(h.tensors))])
 
@@ -332,7 +173,7 @@ class Chains:
         self._form, self._reads = form, known.reads.get(form)
         self.samples, self.waits, self.lock = samples, True, threading.RLock()
         self.given: set[int] = set()
-        self._outer: dict[int, _Outer] = {}  # tensors that came from outside
+        self._outer: dict[int, Outer] = {}  # tensors that came from outside
         self._num_outer = self._index = 0
         self._nodes: list[CallNode] = []
         self._read: dict[CallNode, None] = {}
@@ -380,23 +221,23 @@ class Chains:
             return NotImplemented
         return self._put_off(("function", name), function, None, args, kwargs)
 
-    def _put_off(
+    def _put_off(  # noqa: PLR0911
         self, what: Any, function: Any, module: Any, args: Any, kwargs: Any, held: Any = ("", "")
     ) -> Any:
         if torch.is_inference_mode_enabled():
             return NotImplemented
-        leaves, spec = _flattened(args, kwargs)
-        if not all(_may_wait(x) if isinstance(x, Tensor) else _is_static(x) for x in leaves):
+        leaves, spec = flattened(args, kwargs)
+        if not all(may_wait(x) if isinstance(x, Tensor) else is_static(x) for x in leaves):
             return NotImplemented
         is_view = module is None and what[1] in _VIEWS
         if not self._learned and module is None:
             # What is there already has a value that others may write to.
             chosen = leaves[:1] if is_view else leaves
-            if not any(_is_put_off(leaf) for leaf in chosen):
+            if not any(is_put_off(leaf) for leaf in chosen):
                 return NotImplemented
         if is_view and any(isinstance(x, Tensor) and x.dtype not in _INTEGERS for x in leaves[1:]):
             return NotImplemented  # how many are true depends on the batch
-        signature = [_meta(x) if isinstance(x, Tensor) else repr(x) for x in leaves]
+        signature = [meta_of(x) if isinstance(x, Tensor) else repr(x) for x in leaves]
         given = (
             *what,
             spec if type(spec) is tuple else str(spec),
@@ -410,13 +251,15 @@ class Chains:
             if form == _TRIALS or not self._known.fits(what, str(arguments)):
                 return NotImplemented
             return self._learn(given, function, module, leaves, spec)
-        nodes = [self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, _Outer))])
+        nodes: list[Any] = [
+            self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
+        keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, Outer))])
         known = held[1], *keys
         if known not in form.keys:
             if len(form.keys) >= _MAX_ARGUMENTS:
                 form.keys.clear()
-            idents = [node.ident for node in nodes if isinstance(node, (CallNode, _Outer))]
+            idents = [node.ident for node in nodes if isinstance(node, (CallNode, Outer))]
             form.keys[known] = self._key(given, known), self._key(given[:-1], idents)
         if module is not None:
             self._known.put_off(what[1])
@@ -441,7 +284,7 @@ class Chains:
         """
         self._learned = True
         leaves = [settle(leaf) for leaf in leaves]
-        args, kwargs = _unflattened(leaves, spec)
+        args, kwargs = unflattened(leaves, spec)
         real = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         before = self._effects(real, module)
         run, asks = current_run(), _Asks()
@@ -457,14 +300,14 @@ class Chains:
         trials = trials if isinstance(trials, int) else 0
         numbers = {id(x): i for i, x in enumerate(leaves) if isinstance(x, Tensor) and module}
         own = [v for v in values if isinstance(v, Tensor) and id(v) not in numbers]
-        fits = all(v is None or (isinstance(v, Tensor) and _may_wait(v)) for v in values)
+        fits = all(v is None or (isinstance(v, Tensor) and may_wait(v)) for v in values)
         if module is not None:
             fits = fits and not _share_storage(own, [*real, *_tensors_of(module)])
         if not fits:
             trials = _TRIALS
         elif asks.found or self._effects(real, module) != before:
             trials, fits = trials + 1, False
-        metas = [Argument(numbers[id(v)]) if id(v) in numbers else _meta(v) for v in values]
+        metas = [Argument(numbers[id(v)]) if id(v) in numbers else meta_of(v) for v in values]
         self._known.forms[given] = Form(tuple(metas), nesting) if fits else trials
         if not fits:
             return tree_unflatten(values, nesting)
@@ -472,7 +315,7 @@ class Chains:
         return tree_unflatten([v if v is None else Pending.of(Given(v)) for v in values], nesting)
 
     def _effects(self, inputs: Sequence[Tensor], module: nn.Module | None) -> Any:
-        """What a call must leave as it is: random numbers, its inputs, and what its module holds."""
+        """What a call must leave as it is: random numbers, its inputs, what its module holds."""
         if module is None:
             return None
         name = self._names[module]
@@ -484,8 +327,8 @@ class Chains:
             self._known.held(name, module),
         )
 
-    def _node(self, tensor: Any) -> CallNode | _Outer:
-        if _is_put_off(tensor):
+    def _node(self, tensor: Any) -> CallNode | Outer:
+        if is_put_off(tensor):
             node: CallNode = tensor.node
             for view in node.parted():
                 view.there()
@@ -493,7 +336,7 @@ class Chains:
         value = settle(tensor)
         known = self._outer.get(id(value))
         if known is None or known.version != value._version:
-            known = self._outer[id(value)] = _Outer(value, self._num_outer, self)
+            known = self._outer[id(value)] = Outer(value, self._num_outer, self)
             self._num_outer += 1
         return known
 
@@ -553,110 +396,12 @@ class Chains:
         return node.ident in reads and not there and self._times(node.shape) == times
 
 
-class Chain:
-    """The calls behind some nodes.
-
-    Attributes:
-        wanted: the nodes.
-        keys: of these.
-        chains: that they belong to.
-        samples: numbers of those in the batch.
-        outer: the tensors that go in, by their number.
-    """
-
-    def __init__(self, wanted: Sequence[CallNode], chains: Chains) -> None:
-        self.wanted, self.chains, self.samples = list(wanted), chains, chains.samples
-        self.keys = [node.key for node in wanted]
-        leaves = [leaf for call in _behind(wanted) for leaf in call.leaves]
-        self.outer = {leaf.number: leaf for leaf in leaves if isinstance(leaf, _Outer)}
-        self._nodes = {n.key: n for n in (*leaves, *wanted) if isinstance(n, CallNode)}
-
-    @cached_property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that go in, all on one device, one of them with a row for each sample.
-
-        Raises:
-            CannotKeepError: that is not so.
-        """
-        inputs, n = [self.outer[number].now() for number in sorted(self.outer)], len(self.samples)
-        if not any(t.ndim and len(t) == n for t in inputs):
-            raise CannotKeepError(f"no tensor with a row for each of {n} samples goes in")
-        if len(devices := {str(t.device) for t in inputs}) > 1:
-            raise CannotKeepError(f"what goes in is on {' and '.join(sorted(devices))}")
-        return inputs
-
-    @property
-    def device(self) -> torch.device:
-        return self.inputs[0].device
-
-    @cached_property
-    def digests(self) -> Fetched:
-        """For each sample one number for the bits of all that goes in."""
-        n = len(self.samples)
-        total = torch.zeros(n, dtype=torch.int64, device=self.device)
-        for tensor in self.inputs:
-            rows = tensor if tensor.ndim and len(tensor) == n else tensor.reshape(1, -1)
-            total = total * 3 + hash_rows(rows)
-        return Fetched(total)
-
-    def node(self, key: str) -> CallNode | None:
-        """The node of this key, if it is on the way to those that are wanted, or one of them."""
-        return self._nodes.get(key)
-
-    def compute(
-        self,
-        keep: bool = False,
-        rows: Sequence[int] = (),
-        given: dict[str, Tensor] | None = None,
-    ) -> list[Tensor]:
-        """The values of the nodes.
-
-        Args:
-            keep: also keep all that is computed on the way, for who reads it later in this step.
-            rows: which samples of the inputs to take, as many as there are; empty for all in order.
-            given: values of nodes on the way that are known, by their keys.
-        """
-        given = given or {}
-        needed = _behind(self.wanted, given)
-        ends = {node.call for node in self.wanted}
-        last = {n.call: call for call in needed for n in call.leaves if isinstance(n, CallNode)}
-        made: dict[Call, list[Any]] = {}
-        run = LOCAL.run or Run(None, False)  # of this thread
-        outer, run.keeper = run.keeper, None
-        try:
-            for call in needed:
-                if call.outputs is None:
-                    values = [self._value(leaf, made, rows, given) for leaf in call.leaves]
-                    made[call] = call.make(values, self.chains)
-                else:
-                    made[call] = call.kept(self.chains)
-                if keep:
-                    call.keep(made[call])
-                for done in [c for c in made if last.get(c) is call and c not in ends]:
-                    del made[done]
-            return [made[node.call][node.i] for node in self.wanted]
-        finally:
-            run.keeper = outer
-
-    def _value(
-        self, leaf: Any, made: dict[Call, list[Any]], rows: Sequence[int], given: dict[str, Tensor]
-    ) -> Any:
-        if not isinstance(leaf, Node):
-            return leaf
-        if isinstance(leaf, CallNode) and leaf.value is None:
-            return given[leaf.key] if leaf.key in given else made[leaf.call][leaf.i]
-        value, n = leaf.there() if isinstance(leaf, CallNode) else leaf.now(), len(rows)
-        may_have_rows = value.ndim > 0 and n > 0 and len(value) % n == 0
-        if not may_have_rows or (len(value) > n and isinstance(leaf, _Outer)):
-            return value
-        taken = take_rows(by_sample(value, n), row_numbers(rows, value.device))
-        return taken if len(value) == n else taken.flatten(0, 1)
-
-
 class _Asks(TorchDispatchMode):
     """Notes whether something asks on the way what values are, to go on by that."""
 
-    found = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -669,74 +414,6 @@ class _Asks(TorchDispatchMode):
             )
             self.found = self.found or not by_numbers
         return function(*args, **(kwargs or {}))
-
-
-def _behind(wanted: Sequence[CallNode], given: dict[str, Tensor] | None = None) -> list[Call]:
-    """The calls behind some nodes; not those behind values that are ``given`` or there."""
-    found: set[Call] = set()
-    queue = [node.call for node in wanted]
-    while queue:
-        call = queue.pop()
-        if call in found:
-            continue
-        found.add(call)
-        nodes = [leaf for leaf in call.leaves if isinstance(leaf, CallNode)]
-        queue += [
-            n.call for n in nodes if given is None or (n.value is None and n.key not in given)
-        ]
-    return sorted(found, key=lambda call: call.index)
-
-
-def _flattened(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
-    """Arguments in a row, and how they are nested: of most, how many have which name."""
-    leaves = [*args, *kwargs.values()]
-    if all(isinstance(leaf, _LEAVES) for leaf in leaves):
-        return leaves, (len(args), *kwargs)
-    return tree_flatten((args, kwargs))
-
-
-def _unflattened(leaves: Sequence[Any], spec: Any) -> Any:
-    if isinstance(spec, TreeSpec):
-        return tree_unflatten(leaves, spec)
-    n, *names = spec
-    return leaves[:n], dict(zip(names, leaves[n:], strict=True))
-
-
-def autocast_state() -> tuple[Any, ...]:
-    return tuple(
-        [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    )
-
-
-def _is_put_off(value: Any) -> bool:
-    """Whether something is the value of a call that nobody has read yet."""
-    if type(value) is not Pending or not isinstance(value.node, CallNode):
-        return False
-    return value.node.value is None
-
-
-def _meta(value: Any) -> Any:
-    if type(value) is Pending:
-        node = value.node
-        return node.shape, node.dtype, node.device
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device
-    return None if value is None else type(value)
-
-
-def _is_static(value: Any) -> bool:
-    if type(value) is slice:
-        return all(type(v) in (int, type(None)) for v in (value.start, value.stop, value.step))
-    return type(value) in _STATIC
-
-
-def _may_wait(tensor: Tensor) -> bool:
-    """Whether nothing is lost if a tensor is read later: no gradient, above all."""
-    if type(tensor) is Pending:
-        value = tensor.node.value
-        return value is None or _may_wait(value)
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return plain and not (tensor.requires_grad or tensor.is_inference())
 
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:

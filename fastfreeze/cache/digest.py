@@ -132,7 +132,7 @@ class Holdings:
         self._seen.clear()
         self._lengths, self._live = [*map(len, self._containers)], [*self._now()]
 
-    def _describe(self, value: Any, path: str) -> Any:
+    def _describe(self, value: Any, path: str) -> Any:  # noqa: PLR0911
         """A value in terms that can be compared and printed; all that is in it is watched.
 
         Raises:
@@ -188,7 +188,7 @@ class Holdings:
         if module not in self._inside:
             raise UnsureError(f"{path} is a module outside of it")
         parts = self._attributes(vars(module), path, _OWN)
-        forward = vars(module).get("forward")
+        forward: Any = vars(module).get("forward")
         while type(forward).__module__.startswith("fastfreeze.trimming."):  # a stand-in
             forward = getattr(forward, "_forward", None) or forward.forward
         if forward is None or getattr(forward, "__self__", None) is module:
@@ -240,7 +240,7 @@ class Holdings:
             self._names.append(attribute)
             if attribute != "__code__":
                 parts.append(self._describe(value, f"{path}.{attribute}"))
-        return parts + [*self._named(function, path)]
+        return [*parts, *self._named(function, path)]
 
     def _named(self, function: Any, path: str) -> Iterator[Any]:
         own = function.__globals__
@@ -301,7 +301,7 @@ _KINDS: Sequence[tuple[Any, Any]] = (
 
 def _are_near(a: Any, b: Any) -> bool:
     """Whether two functions are of one package."""
-    return a.__module__.partition(".")[0] == b.__module__.partition(".")[0]
+    return bool(a.__module__.partition(".")[0] == b.__module__.partition(".")[0])
 
 
 @lru_cache(maxsize=4096)

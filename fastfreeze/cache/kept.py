@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fastfreeze.cache.chain import Chain
+from fastfreeze.cache.calls import Chain
 from fastfreeze.cache.rows import CannotKeepError, Form, row_numbers, share_memory
 from fastfreeze.cache.store import RowStore
 from fastfreeze.trimming.state import record_stream
@@ -224,7 +224,7 @@ def pick(flat: Rows, rows: Sequence[int]) -> Rows:
 
 def same_bits(a: Rows, b: Rows) -> bool:
     """Whether all bits are the same."""
-    pairs = zip(a, b, strict=True)
+    pairs = [(x.contiguous(), y.contiguous()) for x, y in zip(a, b, strict=True)]
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
 
 
