@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import fastfreeze
 from fastfreeze import FeatureCache, RepeatableViews, trim
 from fastfreeze.cache import cache as cache_module
-from fastfreeze.cache import chain, kept
+from fastfreeze.cache import calls, kept
 from tests.conftest import every_device
 from tests.killed import killed
 
@@ -100,13 +100,13 @@ def epochs(cache, x, num_epochs=2, batch=6, seed=0):
 def runs(monkeypatch):
     """How chains are computed, as they come: from the inputs, or from kept values."""
     seen = []
-    real = chain.Chain.compute
+    real = calls.Chain.compute
 
     def compute(self, *args, **options):
         seen.append("carried on" if options.get("given") else "inputs")
         return real(self, *args, **options)
 
-    monkeypatch.setattr(chain.Chain, "compute", compute)
+    monkeypatch.setattr(calls.Chain, "compute", compute)
     return seen
 
 

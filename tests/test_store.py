@@ -318,8 +318,8 @@ def test_a_smaller_budget_takes_over_what_fits(tmp_path):
     assert held(store, range(20)) == set(range(7))
 
 
-def test_a_full_device_only_ends_growth(path, monkeypatch):
-    store = Stores(PLENTY, path).open(NAME, COLUMNS)
+def test_a_full_device_only_ends_growth(tmp_path, monkeypatch):
+    store = Stores(PLENTY, tmp_path).open(NAME, COLUMNS)
     add(store, range(10))
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[: 3 * ROW + 7], at))
@@ -489,8 +489,8 @@ def test_killed_while_writing(tmp_path):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_going_on_after_an_interrupt(path, late, monkeypatch):
-    store = Stores(PLENTY, path).open(NAME, COLUMNS)
+def test_going_on_after_an_interrupt(tmp_path, late, monkeypatch):
+    store = Stores(PLENTY, tmp_path).open(NAME, COLUMNS)
     add(store, range(10))
     real = os.pwrite
 

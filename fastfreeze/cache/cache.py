@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
+from torch.nn.modules.module import _has_any_global_hook
 
-from fastfreeze.cache.chain import Chain, Chains, Known
-from fastfreeze.cache.digest import Holdings
+from fastfreeze.cache.calls import Chain
+from fastfreeze.cache.chain import Chains, Known
 from fastfreeze.cache.kept import (
     TRIALS,
     Account,
@@ -39,6 +40,7 @@ _NOTHING_READ = "nothing frozen was read that has a row for each sample"
 _UNKNOWN = "it is found out what is read of the frozen modules"
 _NOT_THE_SAME = "the frozen modules do not always give the same bits"
 _WAIT = 500  # calls, until what was refused is tried again for the first time
+_CHANGES = "what is frozen changes again and again"
 _LATE = "what frozen modules read was written to before their values were read"
 
 
@@ -68,7 +70,9 @@ class FeatureCache:
 
     A frozen module is called where the model calls it, not put off, if a tensor that goes in
     requires grad, if something in it has hooks, draws random numbers, writes to its input or to
-    what it holds, or in inference mode; what is in it may be put off all the same.
+    what it holds, gives anything but tensors and None, or asks what values are (``.item()``,
+    ``nonzero()``); if it holds something whose content cannot be seen, such as a generator, a lock
+    or a module outside of it; or in inference mode. What is in it may be put off all the same.
 
     It does without for good when a sample comes with other inputs than before: the data set is then
     not deterministic. With random augmentation, see :class:`~fastfreeze.RepeatableViews`.
@@ -129,9 +133,7 @@ class FeatureCache:
         self._known = Known()
         self._names: dict[Any, str] | None = None
         self._old: set[str] = set()  # kept when something else was frozen, and not used since
-        self._holdings: dict[tuple[str, ...], Holdings] = {}
-        self._digests: dict[tuple[str, ...], str] = {}  # of what was held in the last step
-        self._num_changes = self._num_late = 0
+        self._num_late = 0
         self._counts = CacheStats()
         self._off = "switched off by enabled=False" if enabled is False else ""
         self._reason = self._off or "it has not been called yet"
@@ -150,9 +152,14 @@ class FeatureCache:
         """
         keys = _keys_of(samples)
         self._reason, self._calls = self._off, self._calls + 1
-        if self._off or peek_interpreter_stack() is not None:
-            self._reason = self._off or "in a transform of torch.func"
-            return self.network(*args, **kwargs)
+        for applies, reason in (
+            (self._off, self._off),
+            (peek_interpreter_stack() is not None, "in a transform of torch.func"),
+            (_has_any_global_hook(), "all modules have hooks"),
+        ):
+            if applies:
+                self._reason = reason
+                return self.network(*args, **kwargs)
         self._check_lengths(args, kwargs, len(keys))
         names = self.network.frozen_names()
         if names is not self._names:  # what is read now is not known
@@ -167,10 +174,16 @@ class FeatureCache:
             return self.network(*args, **kwargs)
         form = tuple([(t.shape, t.dtype, t.device) for t in tensors_in((args, kwargs))])
         self._reason = _NOTHING_READ if form in self._known.reads else _UNKNOWN
-        chains = Chains(self._known, form, keys, names, self._find)
+        chains, changes = Chains(self._known, form, keys, names, self._find), self._known.changes
         output = self.network.run(args, kwargs, chains)
+        if self._known.changes != changes:
+            self._old = set(self._kept)
+        if self._known.changes > _MAX_CHANGES:
+            self._give_up(_CHANGES)
         if chains.waits:
             chains.finish()
+            if self._reason == _NOTHING_READ and self._known.reasons:
+                self._reason = next(iter(self._known.reasons.values()))
             return output
         self._num_late += 1
         self._known.reads.clear()
@@ -222,22 +235,25 @@ class FeatureCache:
         except CannotKeepError as error:
             self._reason = str(error)
             return None
+        except OSError as error:
+            self._give_up(f"its files cannot be used: {error}")
+            return None
         if self._reason == _NOTHING_READ:
             self._reason = ""
         return values
 
     def _values(self, chain: Chain) -> list[Tensor]:
         start = time.perf_counter()
-        conditions, held = self._conditions(chain.device), self._held(chain)
+        conditions = self._conditions(chain.device)
         strides = [row_strides(t) for t in chain.inputs if t.ndim]
-        text = f"{held}\n{chain.keys}\n{strides}\n{conditions}"
+        text = f"{chain.keys}\n{strides}\n{conditions}"
         name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         refusal = self._refusals.get(name)
         if refusal and self._calls < refusal.until:
             raise CannotKeepError(refusal.reason)
         kept = self._kept.get(name)
         if kept is None:
-            return self._first(Kept(name, held, conditions, chain, self._dtype), chain)
+            return self._first(Kept(name, conditions, chain, self._dtype), chain)
         self._old.discard(name)
         if not kept.agrees(chain):
             size = len(chain.samples)
@@ -251,19 +267,6 @@ class FeatureCache:
         if flat is None:
             flat = self._compute(kept, chain, time.perf_counter() - start)
         return kept.values(flat)
-
-    def _held(self, chain: Chain) -> str:
-        """Digest of what a chain's modules hold; noted for what was kept of them."""
-        place, modules = chain.place, chain.modules
-        if place not in self._holdings or self._holdings[place].modules != modules:
-            self._holdings[place] = Holdings(modules)
-        digest = self._holdings[place].digest()
-        if self._digests.setdefault(place, digest) != digest:
-            self._digests[place] = digest
-            self._num_changes += 1
-            if self._num_changes > _MAX_CHANGES:
-                self._give_up("what is frozen changes again and again")
-        return digest
 
     def _conditions(self, device: torch.device) -> str:
         """What else values depend on, or how they are kept; in words."""
@@ -390,9 +393,9 @@ class FeatureCache:
         sample, view = divmod(chain.samples[i], 1 << _VIEW_BITS)
         came = f"sample {sample}, view {view}, came with other inputs than before"
         if all(id(t) in chain.chains.given for t in chain.inputs):
-            self._give_up(
-                f"{came}: the data set is not deterministic (see fastfreeze.RepeatableViews)"
-            )
+            reason = f"{came}: the data set is not deterministic (see fastfreeze.RepeatableViews)"
+            self._give_up(reason)
+            raise CannotKeepError(reason)
         reason = f"for {came}: something random, or that trains, lies in front"
         self._refuse(kept.name, reason)
         raise CannotKeepError(reason)
@@ -406,9 +409,7 @@ class FeatureCache:
         for other in list(self._kept.values()):
             if other is kept:
                 continue
-            if self._holdings[other.place].digest() != other.held:
-                self._delete(other.name)
-            elif other.leads_to(kept, chain):
+            if other.leads_to(kept, chain):
                 found.append(other)
             elif other.name in self._old:
                 self._delete(other.name)
@@ -472,10 +473,9 @@ class FeatureCache:
             self._delete(name)
 
     def _give_up(self, reason: str) -> None:
-        self._off = reason
+        self._off = self._reason = reason
         for name in list(self._kept):
             self._delete(name)
-        raise CannotKeepError(reason)
 
     def _delete(self, name: str) -> None:
         self._stores.drop(name)

@@ -4,53 +4,63 @@ In a call through a cache, frozen modules and a list of torch's functions comput
 are called: they hand on pending values, whose form is known from the last time. When something else
 reads one, the calls behind it are made, or what they gave before is found in the cache. What was
 read in the last step is asked for together.
+
+A view is in one *group* with what it is a view of. Of a group one value is kept: the view, if that
+alone is read, else what all are views of; they are taken from that very tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from fastfreeze.cache.rows import (
-    CannotKeepError,
-    Fetched,
-    by_sample,
-    hash_rows,
-    row_numbers,
-    take_rows,
+from fastfreeze.cache.calls import (
+    Argument,
+    Call,
+    CallNode,
+    Chain,
+    Form,
+    Outer,
+    autocast_state,
+    flattened,
+    is_put_off,
+    is_static,
+    may_wait,
+    meta_of,
+    unflattened,
 )
-from fastfreeze.trimming.pending import Given, Node, Pending, TooLateError, current_run, settle
+from fastfreeze.cache.digest import Holdings
+from fastfreeze.trimming.pending import Given, Pending, TooLateError, current_run, settle
 
-_STATIC = (
-    *(bool, int, float, str, type(None), slice, type(...)),
-    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
-)
-_LEAVES = (Tensor, *_STATIC)
-_PURE = (
-    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk"),
-    *("split", "contiguous", "expand", "select", "narrow", "swapaxes", "movedim", "view_as"),
-    *("unflatten", "expand_as", "type_as", "to", "float", "__getitem__"),
+_FRESH = (  # give new tensors, whatever they are given
     *("relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid"),
     *("tanh", "softmax", "log_softmax", "elu", "leaky_relu", "selu", "softplus", "max_pool1d"),
     *("max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
     *("adaptive_max_pool2d", "add", "sub", "mul", "div", "__add__", "__radd__", "__sub__"),
     *("__mul__", "__rmul__", "__truediv__", "cat", "concat", "concatenate", "stack", "mean"),
-    *("sum", "amax", "amin", "pad", "interpolate", "normalize", "layer_norm", "clone"),
-    "masked_fill",
+    *("sum", "amax", "amin", "interpolate", "normalize", "layer_norm", "clone", "masked_fill"),
+)
+_VIEWS = (  # may give views of the first argument, or itself
+    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk"),
+    *("split", "contiguous", "expand", "select", "narrow", "swapaxes", "movedim", "unflatten"),
+    *("to", "float", "__getitem__"),
 )
 _MAY_BE_IN_PLACE = (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, F.elu, F.leaky_relu)
-_TRIALS = 2  # a model may set itself up in its first call
+_TRIALS = 2  # in its first call a model may set itself up, and folds are compared
+_MAX_ARGUMENTS = 64  # that are no tensors, of one module or function
+_MAX_FORMS = 4096
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def _functions(names: Iterable[str]) -> dict[Any, str]:
@@ -58,144 +68,81 @@ def _functions(names: Iterable[str]) -> dict[Any, str]:
     return {getattr(o, name): name for o in owners for name in names if hasattr(o, name)}
 
 
-_KNOWN = _functions(_PURE)
+_KNOWN = _functions((*_FRESH, *_VIEWS))
 
 
-@dataclass(frozen=True)
-class Argument:
-    """The argument of this number, handed back."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a call gave the last time.
-
-    Attributes:
-        metas: shape, dtype and device of each tensor, or which argument it is; other values as they
-            are.
-        spec: how they are nested.
-        keys: of such calls, by those of what goes in.
-    """
-
-    metas: tuple[Any, ...]
-    spec: TreeSpec
-    keys: dict[Any, str] = field(default_factory=dict)
-
-
-class Call:
-    """A call that has been put off.
-
-    Attributes:
-        function: makes it.
-        modules: that it runs.
-        leaves: arguments: nodes, and values that are no tensors.
-        key: what it is called, with what, and what went in there; the same in every process.
-        index: its place in the forward.
-        outputs: while they are there.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        modules: Sequence[nn.Module],
-        leaves: list[Any],
-        spec: Any,
-        form: Form,
-        key: str,
-        index: int,
-        autocast: Any,
-    ) -> None:
-        self.function, self.modules, self.leaves, self.spec = function, modules, leaves, spec
-        self.key, self.index, self._form, self._autocast = key, index, form, autocast
-        self.outputs: list[Any] | None = None
-
-    def make(self, values: list[Any], reader: Chains) -> list[Any]:
-        """Make it, with the values of its arguments.
-
-        Raises:
-            TooLateError: what it gives has another form than the last time.
-        """
-        args, kwargs = _unflattened(values, self.spec)
-        with ExitStack() as stack:
-            if self._autocast != autocast_state():
-                for device, (enabled, dtype) in zip(("cpu", "cuda"), self._autocast, strict=True):
-                    stack.enter_context(torch.autocast(device, dtype, enabled))
-            outputs, spec = tree_flatten(self.function(*args, **kwargs))
-        form = self._form
-        if spec != form.spec or any(
-            meta != _meta(value) and not isinstance(meta, Argument)
-            for meta, value in zip(form.metas, outputs, strict=True)
-        ):
-            reader.forget(form)
-            raise TooLateError(reader)
-        return outputs
-
-
-class CallNode(Node):
-    """One of the values that a call gives."""
-
-    __slots__ = ("call", "chains", "i", "ident", "key")
-
-    def __init__(self, call: Call, i: int, meta: tuple[Any, ...], chains: Chains) -> None:
-        shape, dtype, device = meta
-        super().__init__(shape, dtype, device, chains)
-        self.call, self.i, self.chains = call, i, chains
-        self.key = f"{call.key}.{i}"
-        self.ident = call.index, self.key
-
-    def compute(self) -> Tensor:
-        return self.chains.read(self)
-
-
-class _Outer(Given):
-    """A tensor that came from outside, the n-th of the call."""
-
-    __slots__ = ("key", "number")
-
-    def __init__(self, value: Tensor, number: int, chains: Chains) -> None:
-        super().__init__(value, chains)
-        self.number, self.key = number, f"<{number}>"
-
-
-@dataclass
 class Known:
     """What is known of a model's calls from earlier steps.
 
     Attributes:
         forms: of what calls gave, by what they are and what they are given; a number is how often
             they could not be put off.
-        reads: what was read in the last step with inputs of a form; missing if that is not known.
-        inside: what is in the modules whose calls are put off.
-        holders: names of what holds one of these. It is not put off itself when it is frozen, too:
-            what was kept is then carried on.
+        reads: idents of what was read in the last step with inputs of a form; missing if that is
+            not known.
+        changes: how often what a module holds has changed.
+        reasons: why modules are not put off, by their names.
     """
 
-    forms: dict[Any, Form | int] = field(default_factory=dict)
-    reads: dict[Any, set[Any]] = field(default_factory=dict)
-    inside: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
-    holders: set[str] = field(default_factory=set)
+    def __init__(self) -> None:
+        self.forms: dict[Any, Form | int] = {}
+        self.reads: dict[Any, set[str]] = {}
+        self.changes, self.reasons = 0, dict[str, str]()
+        self._arguments: dict[Any, set[Any]] = {}
+        self._holders: set[str] = set()
+        self._holdings: dict[str, Holdings] = {}
+        self._digests: dict[str, tuple[str, str]] = {}
+        self._turns: Iterator[tuple[Holdings, int]] = iter(())
 
     def frozen_anew(self) -> None:
         """Forget what may be otherwise when something else is frozen."""
         self.reads.clear()
-        self.inside.clear()
+        self.reasons.clear()
+        self._holdings = {n: h for n, h in self._holdings.items() if not h.problem}
 
     def put_off(self, name: str) -> None:
         """Note that a module's call is put off."""
         parts = name.split(".") if name else []
-        self.holders.update(".".join(parts[:i]) for i in range(len(parts)))
+        self._holders.update(".".join(parts[:i]) for i in range(len(parts)))
 
-    def has_hooks_inside(self, module: nn.Module) -> bool:
-        """Whether something in a module has hooks; those of its own are called as ever."""
-        if module not in self.inside:
-            self.inside[module] = [m for m in module.modules() if m is not module]
-        hooks = [
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-            for m in self.inside[module]
-        ]
-        return any(hooks)
+    def held(self, name: str, module: nn.Module) -> tuple[str, str] | None:
+        """Digests of what a module holds; None if it is not to be put off.
+
+        Nor is what holds a module that was put off before, if it is frozen later: what was kept is
+        then carried on.
+        """
+        if name in self._holders:
+            return None
+        holdings = self._holdings.get(name)
+        if holdings is None or holdings.module is not module:
+            holdings = self._holdings[name] = Holdings(module)
+        digest = holdings.digest()
+        if holdings.problem:
+            self.reasons[name] = f"{name} is not put off: {holdings.problem}"
+            return None
+        if holdings.has_hooks_inside():
+            return None
+        if self._digests.setdefault(name, digest) != digest:
+            self._digests[name] = digest
+            self.changes += 1
+        return digest
+
+    def compare_one(self) -> None:
+        """See whether one of the tensors that are held was written to without torch's knowledge."""
+        for holdings, i in self._turns:
+            holdings.compare(i)
+            return
+        held = self._holdings.values()
+        self._turns = iter([(h, i) for h in held for i in range(len(h.tensors))])
+
+    def fits(self, what: Any, arguments: Any) -> bool:
+        """Whether a call may be new: not if what is called gets other numbers all the time."""
+        if len(self.forms) >= _MAX_FORMS:
+            self.forms.clear()
+            self.reads.clear()
+        seen = self._arguments.setdefault(what, set())
+        if len(seen) < _MAX_ARGUMENTS:
+            seen.add(arguments)
+        return arguments in seen
 
 
 class Chains:
@@ -211,6 +158,7 @@ class Chains:
     Attributes:
         waits: False if what a chain reads was written to before it was read.
         given: ids of the tensors that the model is called with.
+        lock: for who reads a value.
     """
 
     def __init__(
@@ -223,17 +171,18 @@ class Chains:
     ) -> None:
         self._known, self._find, self._names = known, find, names
         self._form, self._reads = form, known.reads.get(form)
-        self.samples, self.waits = samples, True
+        self.samples, self.waits, self.lock = samples, True, threading.RLock()
         self.given: set[int] = set()
-        self._outer: dict[int, _Outer] = {}  # tensors that came from outside, in order
+        self._outer: dict[int, Outer] = {}  # tensors that came from outside
+        self._num_outer = self._index = 0
         self._nodes: list[CallNode] = []
-        self._index = 0
-        self._read: set[Any] = set()
+        self._read: dict[CallNode, None] = {}
         self._learned = False
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """Note what the model is called with."""
         self.given = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        self._known.compare_one()
 
     def release(self) -> None:
         """Let go of what was computed on the way."""
@@ -244,8 +193,12 @@ class Chains:
         """Note what was read, for the next step."""
         if self._learned:
             self._known.reads.pop(self._form, None)
-        else:
-            self._known.reads[self._form] = self._read
+            return
+        groups: dict[CallNode, list[CallNode]] = {}
+        for node in self._read:
+            groups.setdefault(node.root, []).append(node)
+        alone = {root: group[0] if len(group) == 1 else root for root, group in groups.items()}
+        self._known.reads[self._form] = {node.ident for node in alone.values()}
 
     def forget(self, form: Form) -> None:
         """Never put a call off again that gave something of another form than the last time."""
@@ -255,111 +208,143 @@ class Chains:
     def call_module(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a call of a frozen module; NotImplemented if it must be made."""
         name = self._names[module]
-        if name in self._known.holders or self._known.has_hooks_inside(module):
+        held = self._known.held(name, module)
+        if held is None:
             return NotImplemented
-        return self._put_off(("module", name), function, [module], args, kwargs)
+        return self._put_off(("module", name), function, module, args, kwargs, held)
 
     def call_function(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a function of pending values; NotImplemented if it must be called."""
         name = _KNOWN.get(function)
         in_place = function in _MAY_BE_IN_PLACE and any(a is True for a in args[1:])
-        if name is None or in_place or kwargs.get("inplace"):
+        if name is None or in_place or not kwargs.keys().isdisjoint(("inplace", "out")):
             return NotImplemented
-        return self._put_off(("function", name), function, [], args, kwargs)
+        return self._put_off(("function", name), function, None, args, kwargs)
 
-    def _put_off(
-        self, what: tuple[str, str], function: Any, modules: Any, args: Any, kwargs: Any
+    def _put_off(  # noqa: PLR0911
+        self, what: Any, function: Any, module: Any, args: Any, kwargs: Any, held: Any = ("", "")
     ) -> Any:
         if torch.is_inference_mode_enabled():
             return NotImplemented
-        leaves, spec = _flattened(args, kwargs)
-        signature: list[Any] = []
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                if not _may_wait(leaf):
-                    return NotImplemented
-                signature.append(_meta(leaf))
-            elif isinstance(leaf, _STATIC):
-                signature.append(repr(leaf))
-            else:
+        leaves, spec = flattened(args, kwargs)
+        if not all(may_wait(x) if isinstance(x, Tensor) else is_static(x) for x in leaves):
+            return NotImplemented
+        is_view = module is None and what[1] in _VIEWS
+        if not self._learned and module is None:
+            # What is there already has a value that others may write to.
+            chosen = leaves[:1] if is_view else leaves
+            if not any(is_put_off(leaf) for leaf in chosen):
                 return NotImplemented
+        if is_view and any(isinstance(x, Tensor) and x.dtype not in _INTEGERS for x in leaves[1:]):
+            return NotImplemented  # how many are true depends on the batch
+        signature = [meta_of(x) if isinstance(x, Tensor) else repr(x) for x in leaves]
         given = (
             *what,
             spec if type(spec) is tuple else str(spec),
             tuple(signature),
             autocast_state(),
+            held[0],
         )
         form = self._known.forms.get(given, 0)
         if self._learned or not isinstance(form, Form):
-            if form == _TRIALS:
+            arguments = spec, tuple(s for s in signature if isinstance(s, str))
+            if form == _TRIALS or not self._known.fits(what, str(arguments)):
                 return NotImplemented
-            return self._learn(given, function, modules, leaves, spec)
-        nodes = [self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, _Outer))])
-        if keys not in form.keys:
-            form.keys[keys] = self._key(given, keys)
-            if modules:
-                self._known.put_off(what[1])
-        place = self._index, given[-1]
-        call = Call(function, modules, nodes, spec, form, form.keys[keys], *place)
+            return self._learn(given, function, module, leaves, spec)
+        nodes: list[Any] = [
+            self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
+        keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, Outer))])
+        known = held[1], *keys
+        if known not in form.keys:
+            if len(form.keys) >= _MAX_ARGUMENTS:
+                form.keys.clear()
+            idents = [node.ident for node in nodes if isinstance(node, (CallNode, Outer))]
+            form.keys[known] = self._key(given, known), self._key(given[:-1], idents)
+        if module is not None:
+            self._known.put_off(what[1])
+        call = Call(function, nodes, spec, form, *form.keys[known], self._index, given[-2])
         self._index += 1
-        outputs = [self._output(call, i, meta, leaves) for i, meta in enumerate(form.metas)]
+        root = nodes[0].root if is_view else None
+        outputs = [self._output(call, i, meta, leaves, root) for i, meta in enumerate(form.metas)]
         return tree_unflatten(outputs, form.spec)
 
-    def _output(self, call: Call, i: int, meta: Any, leaves: Sequence[Any]) -> Any:
+    def _output(self, call: Call, i: int, meta: Any, leaves: Sequence[Any], root: Any) -> Any:
         if isinstance(meta, Argument):
             return leaves[meta.number]
-        if not isinstance(meta, tuple):
-            return meta
-        self._nodes.append(CallNode(call, i, meta, self))
+        if meta is None:
+            return None
+        self._nodes.append(CallNode(call, i, meta, self, root))
         return Pending.of(self._nodes[-1])
 
-    def _learn(self, given: Any, function: Any, modules: Any, leaves: list[Any], spec: Any) -> Any:
+    def _learn(self, given: Any, function: Any, module: Any, leaves: list[Any], spec: Any) -> Any:
         """Make a call that is new, and see what it gives and whether it may be put off.
 
         From here on nothing is put off in this step: the model may write to what it was given.
         """
         self._learned = True
-        leaves = [settle(leaf) if _is_put_off(leaf) else leaf for leaf in leaves]
-        args, kwargs = _unflattened(leaves, spec)
-        real = [leaf for leaf in leaves if isinstance(leaf, Tensor) and type(leaf) is not Pending]
-        before = _effects(real, modules)
-        run = current_run()
+        leaves = [settle(leaf) for leaf in leaves]
+        args, kwargs = unflattened(leaves, spec)
+        real = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        before = self._effects(real, module)
+        run, asks = current_run(), _Asks()
         outer, run.keeper = run.keeper, None
         try:
-            result = function(*args, **kwargs)
+            with asks if module is not None else ExitStack():
+                result = function(*args, **kwargs)
         finally:
             run.keeper = outer
         values, nesting = tree_flatten(result)
-        known = self._known.forms.get(given, 0)
-        trials = known if isinstance(known, int) else 0
-        numbers = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        fits = all(_may_wait(v) if isinstance(v, Tensor) else _is_static(v) for v in values)
-        own = [v for v in values if id(v) not in numbers]
-        if not fits or (modules and _share_storage(own, real)):
-            trials, fits = _TRIALS, False
-        elif _effects(real, modules) != before:
+        values = [settle(value) for value in values]
+        trials = self._known.forms.get(given, 0)
+        trials = trials if isinstance(trials, int) else 0
+        numbers = {id(x): i for i, x in enumerate(leaves) if isinstance(x, Tensor) and module}
+        own = [v for v in values if isinstance(v, Tensor) and id(v) not in numbers]
+        fits = all(v is None or (isinstance(v, Tensor) and may_wait(v)) for v in values)
+        if module is not None:
+            fits = fits and not _share_storage(own, [*real, *_tensors_of(module)])
+        if not fits:
+            trials = _TRIALS
+        elif asks.found or self._effects(real, module) != before:
             trials, fits = trials + 1, False
-        metas = [Argument(numbers[id(v)]) if id(v) in numbers else _meta(v) for v in values]
+        metas = [Argument(numbers[id(v)]) if id(v) in numbers else meta_of(v) for v in values]
         self._known.forms[given] = Form(tuple(metas), nesting) if fits else trials
         if not fits:
-            return result
+            return tree_unflatten(values, nesting)
         # So that functions of these come here, too.
-        return tree_unflatten([_wrapped(value) for value in values], nesting)
+        return tree_unflatten([v if v is None else Pending.of(Given(v)) for v in values], nesting)
 
-    def _node(self, tensor: Any) -> CallNode | _Outer:
-        if _is_put_off(tensor) and tensor.node.value is None:
+    def _effects(self, inputs: Sequence[Tensor], module: nn.Module | None) -> Any:
+        """What a call must leave as it is: random numbers, its inputs, what its module holds."""
+        if module is None:
+            return None
+        name = self._names[module]
+        return (
+            torch.get_rng_state().numpy().tobytes(),
+            random.getstate(),
+            str(np.random.get_state()),
+            [t._version for t in inputs],
+            self._known.held(name, module),
+        )
+
+    def _node(self, tensor: Any) -> CallNode | Outer:
+        if is_put_off(tensor):
             node: CallNode = tensor.node
+            for view in node.parted():
+                view.there()
             return node
         value = settle(tensor)
-        known = self._outer.setdefault(id(value), _Outer(value, len(self._outer), self))
-        return known if known.version == value._version else _Outer(value, known.number, self)
+        known = self._outer.get(id(value))
+        if known is None or known.version != value._version:
+            known = self._outer[id(value)] = Outer(value, self._num_outer, self)
+            self._num_outer += 1
+        return known
 
-    def _key(self, given: Any, keys: tuple[str, ...]) -> str:
+    def _key(self, given: Any, keys: Sequence[str]) -> str:
         """What a call is, whatever the number of samples."""
-        *what, signature, autocast = given
+        kind, name, spec, signature, *others = given
         forms = [self._without_samples(form) for form in signature]
-        text = repr((what, forms, autocast, keys)).encode()
+        text = repr((kind, name, spec, forms, others, list(keys))).encode()
         return hashlib.blake2b(text, digest_size=16).hexdigest()
 
     def _without_samples(self, form: Any) -> Any:
@@ -371,213 +356,71 @@ class Chains:
         n = len(self.samples)
         return 0 if not (n and shape) or shape[0] % n else shape[0] // n
 
+    def note(self, node: CallNode) -> None:
+        """Note that a value is read."""
+        self._read[node] = None
+
     def read(self, node: CallNode) -> Tensor:
         """The value of a node that something reads; with it those that were read the last time."""
-        reads, times = self._reads, self._times(node.shape)
-        self._read.add(node.ident)
+        reads, root = self._reads, node.root
+        alone = reads is not None and node.ident in reads and root.value is None
+        target = node if alone else root
+        if target.value is None:
+            if not alone and root.parted():
+                raise TooLateError(self)
+            self._fill(target)
+        if node.value is None:
+            node.set(Chain([node], self).compute(keep=True)[0])
+        assert node.value is not None
+        return node.value
+
+    def _fill(self, target: CallNode) -> None:
+        """Have the value of a node, and of those that were read the last time."""
+        reads, times, wanted = self._reads, self._times(target.shape), [target]
         if reads is None:
-            return Chain([node], self).compute(keep=True)[0]
-        wanted = [
-            n
-            for n in self._nodes
-            if n is node or (n.value is None and n.ident in reads and self._times(n.shape) == times)
-        ]
-        self._read.update(n.ident for n in wanted)
-        chain = Chain(wanted, self)
-        values = self._find(chain) if times else None
-        if values is None:
-            values = chain.compute()
-        for n, value in zip(wanted, values, strict=True):
-            if n is not node:
-                n.version, n.value = value._version, value
-        return values[wanted.index(node)]
+            values = Chain(wanted, self).compute(keep=True)
+        else:
+            wanted = [n for n in self._nodes if n is target or self._is_wanted(n, times)]
+            chain = Chain(wanted, self)
+            found = self._find(chain) if times else None
+            values = chain.compute() if found is None else found
+        for node, value in zip(wanted, values, strict=True):
+            node.set(value)
+        for view in [view for node in wanted for view in node.views if view.value is None]:
+            view.set(Chain([view], self).compute(keep=True)[0])
+
+    def _is_wanted(self, node: CallNode, times: int) -> bool:
+        reads, root = self._reads, node.root
+        assert reads is not None
+        there = node.value is not None or root.value is not None or node.parted()
+        return node.ident in reads and not there and self._times(node.shape) == times
 
 
-class Chain:
-    """The calls behind some nodes, also those whose values are known.
+class _Asks(TorchDispatchMode):
+    """Notes whether something asks on the way what values are, to go on by that."""
 
-    Attributes:
-        wanted: the nodes.
-        keys: of these.
-        chains: that they belong to.
-        samples: numbers of those in the batch.
-        calls: in the order in which they were put off.
-        outer: the tensors that go in, by their number.
-        modules: that the calls run.
-        place: which calls of modules they are.
-    """
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
 
-    def __init__(self, wanted: Sequence[CallNode], chains: Chains) -> None:
-        self.wanted, self.chains, self.samples = list(wanted), chains, chains.samples
-        self.calls, self.keys = _behind(wanted), [node.key for node in wanted]
-        leaves = [leaf for call in self.calls for leaf in call.leaves]
-        self.outer = {leaf.number: leaf for leaf in leaves if isinstance(leaf, _Outer)}
-        self._nodes = {n.key: n for n in (*leaves, *wanted) if isinstance(n, CallNode)}
-        self.modules = list(dict.fromkeys(m for call in self.calls for m in call.modules))
-        self.place = tuple([call.key for call in self.calls if call.modules])
-
-    @cached_property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that go in, all on one device, one of them with a row for each sample.
-
-        Raises:
-            CannotKeepError: that is not so.
-        """
-        inputs, n = [self.outer[number].now() for number in sorted(self.outer)], len(self.samples)
-        if not any(t.ndim and len(t) == n for t in inputs):
-            raise CannotKeepError(f"no tensor with a row for each of {n} samples goes in")
-        if len(devices := {str(t.device) for t in inputs}) > 1:
-            raise CannotKeepError(f"what goes in is on {' and '.join(sorted(devices))}")
-        return inputs
-
-    @property
-    def device(self) -> torch.device:
-        return self.inputs[0].device
-
-    @cached_property
-    def digests(self) -> Fetched:
-        """For each sample one number for the bits of all that goes in."""
-        n = len(self.samples)
-        total = torch.zeros(n, dtype=torch.int64, device=self.device)
-        for tensor in self.inputs:
-            rows = tensor if tensor.ndim and len(tensor) == n else tensor.reshape(1, -1)
-            total = total * 3 + hash_rows(rows)
-        return Fetched(total)
-
-    def node(self, key: str) -> CallNode | None:
-        """The node of this key, if it is on the way to those that are wanted, or one of them."""
-        return self._nodes.get(key)
-
-    def compute(
-        self,
-        keep: bool = False,
-        rows: Sequence[int] = (),
-        given: dict[str, Tensor] | None = None,
-    ) -> list[Tensor]:
-        """The values of the nodes.
-
-        Args:
-            keep: also keep all that is computed on the way, for who reads it later in this step.
-            rows: which samples of the inputs to take, as many as there are; empty for all in order.
-            given: values of nodes on the way that are known, by their keys.
-        """
-        given = given or {}
-        needed = _behind(self.wanted, given)
-        ends = {node.call for node in self.wanted}
-        last = {n.call: call for call in needed for n in call.leaves if isinstance(n, CallNode)}
-        made: dict[Call, list[Any]] = {}
-        run = current_run()
-        outer, run.keeper = run.keeper, None
-        try:
-            for call in needed:
-                if call.outputs is None:
-                    values = [self._value(leaf, made, rows, given) for leaf in call.leaves]
-                    made[call] = call.make(values, self.chains)
-                else:
-                    made[call] = call.outputs
-                if keep:
-                    call.outputs = made[call]
-                for done in [c for c in made if last.get(c) is call and c not in ends]:
-                    del made[done]
-            return [settle(made[node.call][node.i]) for node in self.wanted]
-        finally:
-            run.keeper = outer
-
-    def _value(
-        self, leaf: Any, made: dict[Call, list[Any]], rows: Sequence[int], given: dict[str, Tensor]
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if not isinstance(leaf, Node):
-            return leaf
-        if isinstance(leaf, CallNode) and leaf.value is None:
-            return given[leaf.key] if leaf.key in given else made[leaf.call][leaf.i]
-        value, n = leaf.now(), len(rows)
-        may_have_rows = value.ndim > 0 and n > 0 and len(value) % n == 0
-        if not may_have_rows or (len(value) > n and isinstance(leaf, _Outer)):
-            return value
-        taken = take_rows(by_sample(value, n), row_numbers(rows, value.device))
-        return taken if len(value) == n else taken.flatten(0, 1)
+        if torch.Tag.data_dependent_output in function.tags:
+            self.found = True
+        elif torch.Tag.dynamic_output_shape in function.tags:
+            by_numbers = function is torch.ops.aten.index.Tensor and all(
+                index is None or index.dtype in _INTEGERS for index in args[1]
+            )
+            self.found = self.found or not by_numbers
+        return function(*args, **(kwargs or {}))
 
 
-def _behind(wanted: Sequence[CallNode], given: dict[str, Tensor] | None = None) -> list[Call]:
-    """The calls behind some nodes; not those behind values that are ``given`` or there."""
-    found: set[Call] = set()
-    queue = [node.call for node in wanted]
-    while queue:
-        call = queue.pop()
-        if call in found:
-            continue
-        found.add(call)
-        nodes = [leaf for leaf in call.leaves if isinstance(leaf, CallNode)]
-        queue += [
-            n.call for n in nodes if given is None or (n.value is None and n.key not in given)
-        ]
-    return sorted(found, key=lambda call: call.index)
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
-def _flattened(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
-    """Arguments in a row, and how they are nested: of most, how many have which name."""
-    leaves = [*args, *kwargs.values()]
-    if all(isinstance(leaf, _LEAVES) for leaf in leaves):
-        return leaves, (len(args), *kwargs)
-    return tree_flatten((args, kwargs))
-
-
-def _unflattened(leaves: Sequence[Any], spec: Any) -> Any:
-    if isinstance(spec, TreeSpec):
-        return tree_unflatten(leaves, spec)
-    n, *names = spec
-    return leaves[:n], dict(zip(names, leaves[n:], strict=True))
-
-
-def autocast_state() -> tuple[Any, ...]:
-    return tuple(
-        [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    )
-
-
-def _is_put_off(value: Any) -> bool:
-    return type(value) is Pending and isinstance(value.node, CallNode)
-
-
-def _meta(value: Any) -> Any:
-    if type(value) is Pending:
-        node = value.node
-        return node.shape, node.dtype, node.device
-    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
-
-
-def _wrapped(value: Any) -> Any:
-    known = isinstance(value, Tensor) and type(value) is not Pending
-    return Pending.of(Given(value)) if known else value
-
-
-def _is_static(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, type(None)))
-
-
-def _may_wait(tensor: Tensor) -> bool:
-    if type(tensor) is Pending:
-        return True
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return plain and not (tensor.requires_grad or tensor.is_inference())
-
-
-def _effects(inputs: Sequence[Tensor], modules: Sequence[nn.Module]) -> Any:
-    """What a call must leave as it is: random numbers, its inputs, and what its modules hold."""
-    held = [vars(m) for module in modules for m in module.modules()]
-    tensors = [t for d in held for t in (*d["_parameters"].values(), *d["_buffers"].values())]
-    return (
-        torch.get_rng_state().numpy().tobytes(),
-        random.getstate(),
-        str(np.random.get_state()),
-        [t._version for t in inputs],
-        [(id(t), t._version) for t in tensors if t is not None],
-        [(name, id(value)) for d in held for name, value in d.items() if name != "forward"],
-    )
-
-
-def _share_storage(values: Sequence[Any], inputs: Sequence[Tensor]) -> bool:
-    there = [v for v in values if isinstance(v, Tensor) and type(v) is not Pending]
-    places = [v.untyped_storage().data_ptr() for v in there]
+def _share_storage(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    places = [v.untyped_storage().data_ptr() for v in values if v.numel()]
     taken = {t.untyped_storage().data_ptr() for t in inputs}
     return len(set(places)) < len(places) or not taken.isdisjoint(places)

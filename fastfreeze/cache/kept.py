@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fastfreeze.cache.chain import Chain
+from fastfreeze.cache.calls import Chain
 from fastfreeze.cache.rows import CannotKeepError, Form, row_numbers, share_memory
 from fastfreeze.cache.store import RowStore
 from fastfreeze.trimming.state import record_stream
@@ -93,8 +93,6 @@ class Kept:
     Attributes:
         name: of the store.
         wanted: keys of the nodes whose values they are.
-        place: calls of the modules behind them.
-        held: digest of what these held.
         conditions: what else the values depend on.
         rows: the store.
         size: samples of the first batch. Others count only if they give the same bits.
@@ -105,11 +103,9 @@ class Kept:
 
     rows: RowStore
 
-    def __init__(
-        self, name: str, held: str, conditions: str, chain: Chain, dtype: torch.dtype | None
-    ) -> None:
-        self.name, self.held, self.conditions = name, held, conditions
-        self.wanted, self.place, self.size = chain.keys, chain.place, len(chain.samples)
+    def __init__(self, name: str, conditions: str, chain: Chain, dtype: torch.dtype | None) -> None:
+        self.name, self.conditions = name, conditions
+        self.wanted, self.size = chain.keys, len(chain.samples)
         self.verified: set[str] = set()
         self.unchecked = _CHECKED_BATCHES
         self.account: Account | None = None
@@ -228,7 +224,7 @@ def pick(flat: Rows, rows: Sequence[int]) -> Rows:
 
 def same_bits(a: Rows, b: Rows) -> bool:
     """Whether all bits are the same."""
-    pairs = zip(a, b, strict=True)
+    pairs = [(x.contiguous(), y.contiguous()) for x, y in zip(a, b, strict=True)]
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
 
 

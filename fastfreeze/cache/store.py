@@ -1,10 +1,11 @@
 """Rows by key, in memory or in files, within a budget of bytes.
 
-A store is a file to which rows are only added, and which goes as a whole; memory is a file without
-a name. A row comes with its key, a digest, and a checksum of it all: a process may be killed at any
-moment, and files may be cut short or altered; a row is then whole or it is not there.
+A store is a row of records to which more are only added, and which goes as a whole. A record comes
+with its key, a digest, and a checksum of it all: a process may be killed at any moment, and files
+may be cut short or altered; a row is then whole or it is not there.
 
 Files are read and written, not mapped into memory: to touch what is cut off would end the process.
+They are opened for each batch: a cache may have any number of them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import re
 import stat
 import weakref
 from array import array
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch import Tensor
 from fastfreeze.cache.rows import hash_rows
 from fastfreeze.files import FileLock, lock_file
 
-_VERSION = 3
+_VERSION = 4
 _WORD, _STAMP = 8, 3  # bytes; words: the key of a row, its digest, its checksum
 _HEADER = 32
 _LOCK = "lock"
@@ -72,17 +74,19 @@ class Stores:
         Raises:
             OSError: its file cannot be made.
         """
-        path = None if self._path is None else self._path / f"{name}.rows"
-        store = self._open[name] = RowStore(columns, self.room, path)
-        if path is not None:
-            store.find_rows()
+        records: _Memory | _File = _Memory()
+        if self._path is not None:
+            records = _File(self._path / f"{name}.rows", columns)
+        store = self._open[name] = RowStore(columns, self.room, records)
+        store.take_over()
         return store
 
     def drop(self, name: str) -> None:
         """Delete a store that is open."""
-        self._open.pop(name).close()
+        self._open.pop(name)
         if self._path is not None:
-            (self._path / f"{name}.rows").unlink(missing_ok=True)
+            with suppress(OSError):  # it is of no use, but does no harm
+                (self._path / f"{name}.rows").unlink()
 
     def room(self, wanted: int) -> int:
         """Bytes that are left, ``wanted`` if that is possible without deleting open stores."""
@@ -98,8 +102,6 @@ class Stores:
 
     def close(self) -> None:
         """Let go of memory and files; the files stay."""
-        for store in self._open.values():
-            store.close()
         self._open.clear()
         self._unlock()
 
@@ -122,18 +124,14 @@ class RowStore:
     Args:
         columns: the dtype and the number of elements, >= 1, of a row of each column.
         room: tells how many bytes may be added, and makes room for so many.
-        path: a file that keeps the rows; None for memory. What it holds of other columns, or in
-            another format, is deleted, and so is a link in its place.
+        records: where they are.
     """
 
-    def __init__(self, columns: Sequence[Column], room: _Room, path: Path | None = None) -> None:
-        self._columns, self._room = columns, room
-        self.row_bytes = _WORD * _STAMP + sum(d.itemsize * numel for d, numel in columns)
-        self._in_file = path is not None
+    def __init__(self, columns: Sequence[Column], room: _Room, records: _Memory | _File) -> None:
+        self._columns, self._room, self._records = columns, room, records
+        self.row_bytes = row_bytes(columns)
         self._slots: dict[int, int] = {}
         self._digests, self._num_found = array("q"), 0
-        fd = os.memfd_create("fastfreeze") if path is None else _opened(path)
-        self._fd, self.close = fd, weakref.finalize(self, os.close, fd)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -172,11 +170,8 @@ class RowStore:
             for dtype, numel in self._columns
         ]
         buffers = [t.view(torch.uint8).numpy() for t in (stamps, *columns)]
-        whole = [
-            os.preadv(self._fd, [b[i] for b in buffers], self._place(slot)) == self.row_bytes
-            for i, slot in enumerate(slots)
-        ]
-        if self._in_file:
+        whole = self._records.read(slots, buffers)
+        if self._records.may_be_altered:
             same = (_checksums(stamps, columns) == stamps[:, -1]).tolist()
             whole = [a and b for a, b in zip(whole, same, strict=True)]
         if all(whole):
@@ -208,44 +203,110 @@ class RowStore:
         stamps[:, -1] = _checksums(stamps, values)
         data = torch.cat([t.view(torch.uint8) for t in (stamps, *values)], 1)
         start = len(self._digests)
-        for i in chosen[: self._write(data, self._place(start)) // self.row_bytes]:
+        for i in chosen[: self._records.write(data.numpy(), start)]:
             self._slots[keys[i]] = len(self._digests)
             self._digests.append(digests[i])
         return len(self._digests) - start
+
+    def take_over(self) -> None:
+        """Have what earlier processes have left, as far as there is room."""
+        size = self._records.size()
+        count = min(self._room(size), size) // self.row_bytes
+        for slot, stamp in enumerate(self._records.stamps(count)):
+            if stamp[2]:
+                self._slots[stamp[0]] = slot
+            self._digests.append(stamp[1])
+        self._num_found = count
 
     def forget(self, keys: Collection[int]) -> None:
         """Have no rows of these keys any more; their bytes stay taken up."""
         for key in keys:
             self._slots.pop(key, None)
 
-    def _place(self, slot: int) -> int:
-        return _HEADER + slot * self.row_bytes
 
-    def _write(self, data: Tensor, place: int) -> int:
-        """How many bytes were written; fewer where the device is full."""
-        left, written = data.numpy().reshape(-1).data, 0
-        with suppress(OSError):
-            while written < len(left):
-                written += os.pwrite(self._fd, left[written:], place + written)
-        return written
+class _Memory:
+    """Records in memory."""
 
-    def find_rows(self) -> None:
-        """Take over what earlier processes have left, as far as there is room."""
-        text = f"fastfreeze rows {_VERSION}\n" + "".join(f"{d} {n}\n" for d, n in self._columns)
+    may_be_altered = False
+
+    def __init__(self) -> None:
+        self._rows: list[Any] = []  # bytes of each
+
+    def size(self) -> int:
+        return 0
+
+    def stamps(self, count: int) -> Sequence[Any]:
+        return ()
+
+    def read(self, slots: Sequence[int], buffers: Sequence[Any]) -> list[bool]:
+        """Copy records, each into a row of the buffers; whether they were whole."""
+        start = 0
+        for buffer in buffers:
+            width = buffer.shape[1]
+            for row, slot in zip(buffer, slots, strict=True):
+                row[:] = self._rows[slot][start : start + width]
+            start += width
+        return [True] * len(slots)
+
+    def write(self, data: Any, start: int) -> int:
+        """Add records, ``[n, row_bytes]``; how many were added."""
+        del self._rows[start:]
+        self._rows.extend(data)
+        return len(data)
+
+
+class _File:
+    """Records in a file. What it holds of other columns, or in another format, is deleted.
+
+    Raises:
+        OSError: it cannot be made, here and in all methods.
+    """
+
+    may_be_altered = True
+
+    def __init__(self, path: Path, columns: Sequence[Column]) -> None:
+        self._path, self._row_bytes = path, row_bytes(columns)
+        text = f"fastfreeze rows {_VERSION}\n" + "".join(f"{d} {n}\n" for d, n in columns)
         header = hashlib.blake2b(text.encode(), digest_size=_HEADER).digest()
-        if os.pread(self._fd, _HEADER, 0) != header:
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, header, 0)
-        size = os.fstat(self._fd).st_size - _HEADER
-        count = min(self._room(size), size) // self.row_bytes
-        os.ftruncate(self._fd, self._place(count))
-        os.utime(self._fd)
-        for slot in range(count):
-            stamp = array("q", os.pread(self._fd, _WORD * _STAMP, self._place(slot)))
-            if stamp[2]:
-                self._slots[stamp[0]] = slot
-            self._digests.append(stamp[1])
-        self._num_found = count
+        with _opened(path) as fd:
+            if os.pread(fd, _HEADER, 0) != header:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, header, 0)
+
+    def size(self) -> int:
+        return self._path.stat().st_size - _HEADER
+
+    def stamps(self, count: int) -> Iterator[Any]:
+        """What stands in front of each of the first records; the others are cut off."""
+        with _opened(self._path) as fd:
+            os.ftruncate(fd, self._place(count))
+            os.utime(fd)
+            for slot in range(count):
+                yield array("q", os.pread(fd, _WORD * _STAMP, self._place(slot)))
+
+    def read(self, slots: Sequence[int], buffers: Sequence[Any]) -> list[bool]:
+        """Copy records, each into a row of the buffers; whether they were whole."""
+        with _opened(self._path) as fd:
+            return [
+                os.preadv(fd, [b[i] for b in buffers], self._place(slot)) == self._row_bytes
+                for i, slot in enumerate(slots)
+            ]
+
+    def write(self, data: Any, start: int) -> int:
+        """Add records, ``[n, row_bytes]``; how many: fewer where the device is full."""
+        left, written, place = data.reshape(-1).data, 0, self._place(start)
+        with _opened(self._path) as fd, suppress(OSError):
+            while written < len(left):
+                written += os.pwrite(fd, left[written:], place + written)
+        return written // self._row_bytes
+
+    def _place(self, slot: int) -> int:
+        return _HEADER + slot * self._row_bytes
+
+
+def row_bytes(columns: Sequence[Column]) -> int:
+    """Of a record."""
+    return _WORD * _STAMP + sum(d.itemsize * numel for d, numel in columns)
 
 
 def _checksums(stamps: Tensor, values: Sequence[Tensor]) -> Tensor:
@@ -256,14 +317,21 @@ def _checksums(stamps: Tensor, values: Sequence[Tensor]) -> Tensor:
     return total | 1
 
 
-def _opened(path: Path) -> int:
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
     """A file to read and write, to which no other name leads: not one that lies elsewhere, too."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = -1
     with suppress(OSError):
         fd = os.open(path, flags, 0o666)
         found = os.fstat(fd)
-        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
-            return fd
+        if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
+            os.close(fd)
+            fd = -1
+    if fd < 0:
+        path.unlink(missing_ok=True)
+        fd = os.open(path, flags | os.O_EXCL, 0o666)
+    try:
+        yield fd
+    finally:
         os.close(fd)
-    path.unlink(missing_ok=True)
-    return os.open(path, flags | os.O_EXCL, 0o666)

@@ -113,8 +113,8 @@ class Folds:
         exact: whether values that wait are computed as torch computes them.
     """
 
-    def __init__(self) -> None:
-        self.exact = False
+    def __init__(self, exact: bool = False) -> None:
+        self.exact = exact
         self._folds: dict[Key, Fold] = {}
         self._changes: dict[Key, int] = {}
         self._turns: Iterator[Key] = cycle(())
@@ -168,11 +168,11 @@ class Folds:
     @contextmanager
     def as_torch_computes(self) -> Iterator[None]:
         """Fold nothing, but let values wait as ever."""
-        self.exact = True
+        before, self.exact = self.exact, True
         try:
             yield
         finally:
-            self.exact = False
+            self.exact = before
 
     def clear(self) -> None:
         """Forget all: what is frozen has changed."""

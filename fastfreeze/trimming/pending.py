@@ -36,7 +36,6 @@ _METADATA = {  # reads and writes no values
 _WRITING_METHODS = ("__setitem__", "__set__", "__array__", "__dlpack__")
 _SHARING = ("numpy", "data_ptr", "storage", "untyped_storage", "embedding")
 _PLAIN = torch._C.DisableTorchFunctionSubclass
-_LOCK = threading.RLock()  # for models whose forward reads a value in a thread of its own
 
 
 class TooLateError(BaseException):
@@ -62,9 +61,20 @@ class Node:
         value: once it is known, in the layout in which it was computed.
         moved: whether that is another one than the model would have given.
         passed: whether more has been done to it by a fused function.
+        lock: for models whose forward reads a value in a thread of its own.
     """
 
-    __slots__ = ("device", "dtype", "moved", "passed", "reader", "shape", "value", "version")
+    __slots__ = (
+        "device",
+        "dtype",
+        "lock",
+        "moved",
+        "passed",
+        "reader",
+        "shape",
+        "value",
+        "version",
+    )
 
     def __init__(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, reader: Any
@@ -72,6 +82,7 @@ class Node:
         self.shape, self.dtype, self.device, self.reader = shape, dtype, device, reader
         self.value: Tensor | None = None
         self.version, self.moved, self.passed = 0, False, False
+        self.lock = threading.RLock()
 
     def compute(self) -> Tensor:
         """The value; called once."""
@@ -85,7 +96,7 @@ class Node:
     def get(self) -> Tensor:
         """The value, for one who has it under this name and may write to it."""
         if self.value is None:
-            with _LOCK:
+            with self.lock:
                 if self.value is None:
                     self._set()
         assert self.value is not None

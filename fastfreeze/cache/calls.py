@@ -1,0 +1,351 @@
+"""Calls that are put off, the values that they give, and chains of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from fastfreeze.cache.rows import (
+    CannotKeepError,
+    Fetched,
+    by_sample,
+    hash_rows,
+    row_numbers,
+    take_rows,
+)
+from fastfreeze.trimming.pending import LOCAL, Given, Node, Pending, Run, TooLateError, settle
+
+if TYPE_CHECKING:
+    from fastfreeze.cache.chain import Chains
+
+_STATIC = (
+    *(bool, int, float, str, type(None), slice, type(...)),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
+)
+_LEAVES = (Tensor, *_STATIC)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The argument of this number, handed back."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a call gave the last time.
+
+    Attributes:
+        metas: shape, dtype and device of each tensor, which argument it is, or None.
+        spec: how they are nested.
+        keys: keys and idents of such calls, by what the module holds and keys of what goes in.
+    """
+
+    metas: tuple[Any, ...]
+    spec: TreeSpec
+    keys: dict[Any, tuple[str, str]] = field(default_factory=dict)
+
+
+class Call:
+    """A call that has been put off.
+
+    Attributes:
+        function: makes it.
+        leaves: arguments: nodes, and values that are no tensors.
+        key: what it is called, with what, what went in there and what the modules hold; the same
+            in every process.
+        ident: the same but for what the modules hold.
+        index: its place in the forward.
+        outputs: while they are there.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        leaves: list[Any],
+        spec: Any,
+        form: Form,
+        key: str,
+        ident: str,
+        index: int,
+        autocast: Any,
+    ) -> None:
+        self.function, self.leaves, self.spec, self.ident = function, leaves, spec, ident
+        self.key, self.index, self._form, self._autocast = key, index, form, autocast
+        self.outputs: list[Any] | None = None
+        self.versions: list[int] = []
+
+    def make(self, values: list[Any], reader: Chains) -> list[Any]:
+        """Make it, with the values of its arguments.
+
+        Raises:
+            TooLateError: what it gives has another form than the last time.
+        """
+        args, kwargs = unflattened(values, self.spec)
+        with ExitStack() as stack:
+            if self._autocast != autocast_state():
+                for device, (enabled, dtype) in zip(("cpu", "cuda"), self._autocast, strict=True):
+                    stack.enter_context(torch.autocast(device, dtype, enabled))
+            outputs, spec = tree_flatten(self.function(*args, **kwargs))
+        outputs, form = [settle(value) for value in outputs], self._form
+        if spec != form.spec or not all(
+            value is values[meta.number]
+            if isinstance(meta, Argument)
+            else meta == meta_of(value) and (value is None or not value.requires_grad)
+            for meta, value in zip(form.metas, outputs, strict=True)
+        ):
+            reader.forget(form)
+            raise TooLateError(reader)
+        return outputs
+
+    def keep(self, outputs: list[Any]) -> None:
+        """Keep what it gave until the end of the step."""
+        self.outputs = outputs
+        self.versions = [-1 if v is None else v._version for v in outputs]
+
+    def kept(self, reader: Chains) -> list[Any]:
+        """What it gave.
+
+        Raises:
+            TooLateError: something has been written to since.
+        """
+        assert self.outputs is not None
+        if self.versions != [-1 if v is None else v._version for v in self.outputs]:
+            raise TooLateError(reader)
+        return self.outputs
+
+
+class CallNode(Node):
+    """One of the values that a call gives.
+
+    Attributes:
+        root: what it is a view of, or itself.
+        views: all of this one, in the order in which they were taken.
+    """
+
+    __slots__ = ("call", "chains", "i", "ident", "key", "root", "views")
+
+    def __init__(
+        self, call: Call, i: int, meta: tuple[Any, ...], chains: Chains, root: CallNode | None
+    ) -> None:
+        shape, dtype, device = meta
+        super().__init__(shape, dtype, device, chains)
+        self.call, self.i, self.chains, self.lock = call, i, chains, chains.lock
+        self.key, self.ident = f"{call.key}.{i}", f"{call.ident}.{i}"
+        self.root, self.views = root or self, list[CallNode]()
+        if root is not None:
+            root.views.append(self)
+
+    def get(self) -> Tensor:
+        self.chains.note(self)
+        return super().get()
+
+    def compute(self) -> Tensor:
+        return self.chains.read(self)
+
+    def there(self) -> Tensor:
+        """The value that it has, for another one to be computed from.
+
+        Raises:
+            TooLateError: it has been written to since.
+        """
+        assert self.value is not None
+        if self.value._version != self.version:
+            raise TooLateError(self.chains)
+        return self.value
+
+    def set(self, value: Tensor) -> None:
+        """Have this value from now on."""
+        self.version, self.value = value._version, value
+
+    def parted(self) -> list[CallNode]:
+        """Views that have a value apart from the others' of their group."""
+        root = self.root
+        return [] if root.value is not None else [v for v in root.views if v.value is not None]
+
+
+class Outer(Given):
+    """A tensor that came from outside, the n-th of the call."""
+
+    __slots__ = ("ident", "key", "number")
+
+    def __init__(self, value: Tensor, number: int, chains: Chains) -> None:
+        super().__init__(value, chains)
+        self.number, self.key = number, f"<{number}>"
+        self.ident = self.key
+
+
+class Chain:
+    """The calls behind some nodes.
+
+    Attributes:
+        wanted: the nodes.
+        keys: of these.
+        chains: that they belong to.
+        samples: numbers of those in the batch.
+        outer: the tensors that go in, by their number.
+    """
+
+    def __init__(self, wanted: Sequence[CallNode], chains: Chains) -> None:
+        self.wanted, self.chains, self.samples = list(wanted), chains, chains.samples
+        self.keys = [node.key for node in wanted]
+        leaves = [leaf for call in _behind(wanted) for leaf in call.leaves]
+        self.outer = {leaf.number: leaf for leaf in leaves if isinstance(leaf, Outer)}
+        self._nodes = {n.key: n for n in (*leaves, *wanted) if isinstance(n, CallNode)}
+
+    @cached_property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that go in, all on one device, one of them with a row for each sample.
+
+        Raises:
+            CannotKeepError: that is not so.
+        """
+        inputs, n = [self.outer[number].now() for number in sorted(self.outer)], len(self.samples)
+        if not any(t.ndim and len(t) == n for t in inputs):
+            raise CannotKeepError(f"no tensor with a row for each of {n} samples goes in")
+        if len(devices := {str(t.device) for t in inputs}) > 1:
+            raise CannotKeepError(f"what goes in is on {' and '.join(sorted(devices))}")
+        return inputs
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs[0].device
+
+    @cached_property
+    def digests(self) -> Fetched:
+        """For each sample one number for the bits of all that goes in."""
+        n = len(self.samples)
+        total = torch.zeros(n, dtype=torch.int64, device=self.device)
+        for tensor in self.inputs:
+            rows = tensor if tensor.ndim and len(tensor) == n else tensor.reshape(1, -1)
+            total = total * 3 + hash_rows(rows)
+        return Fetched(total)
+
+    def node(self, key: str) -> CallNode | None:
+        """The node of this key, if it is on the way to those that are wanted, or one of them."""
+        return self._nodes.get(key)
+
+    def compute(
+        self,
+        keep: bool = False,
+        rows: Sequence[int] = (),
+        given: dict[str, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """The values of the nodes.
+
+        Args:
+            keep: also keep all that is computed on the way, for who reads it later in this step.
+            rows: which samples of the inputs to take, as many as there are; empty for all in order.
+            given: values of nodes on the way that are known, by their keys.
+        """
+        given = given or {}
+        needed = _behind(self.wanted, given)
+        ends = {node.call for node in self.wanted}
+        last = {n.call: call for call in needed for n in call.leaves if isinstance(n, CallNode)}
+        made: dict[Call, list[Any]] = {}
+        run = LOCAL.run or Run(None, False)  # of this thread
+        outer, run.keeper = run.keeper, None
+        try:
+            for call in needed:
+                if call.outputs is None:
+                    values = [self._value(leaf, made, rows, given) for leaf in call.leaves]
+                    made[call] = call.make(values, self.chains)
+                else:
+                    made[call] = call.kept(self.chains)
+                if keep:
+                    call.keep(made[call])
+                for done in [c for c in made if last.get(c) is call and c not in ends]:
+                    del made[done]
+            return [made[node.call][node.i] for node in self.wanted]
+        finally:
+            run.keeper = outer
+
+    def _value(
+        self, leaf: Any, made: dict[Call, list[Any]], rows: Sequence[int], given: dict[str, Tensor]
+    ) -> Any:
+        if not isinstance(leaf, Node):
+            return leaf
+        if isinstance(leaf, CallNode) and leaf.value is None:
+            return given[leaf.key] if leaf.key in given else made[leaf.call][leaf.i]
+        value, n = leaf.there() if isinstance(leaf, CallNode) else leaf.now(), len(rows)
+        may_have_rows = value.ndim > 0 and n > 0 and len(value) % n == 0
+        if not may_have_rows or (len(value) > n and isinstance(leaf, Outer)):
+            return value
+        taken = take_rows(by_sample(value, n), row_numbers(rows, value.device))
+        return taken if len(value) == n else taken.flatten(0, 1)
+
+
+def _behind(wanted: Sequence[CallNode], given: dict[str, Tensor] | None = None) -> list[Call]:
+    """The calls behind some nodes; not those behind values that are ``given`` or there."""
+    found: set[Call] = set()
+    queue = [node.call for node in wanted]
+    while queue:
+        call = queue.pop()
+        if call in found:
+            continue
+        found.add(call)
+        nodes = [leaf for leaf in call.leaves if isinstance(leaf, CallNode)]
+        queue += [
+            n.call for n in nodes if given is None or (n.value is None and n.key not in given)
+        ]
+    return sorted(found, key=lambda call: call.index)
+
+
+def flattened(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """Arguments in a row, and how they are nested: of most, how many have which name."""
+    leaves = [*args, *kwargs.values()]
+    if all(isinstance(leaf, _LEAVES) for leaf in leaves):
+        return leaves, (len(args), *kwargs)
+    return tree_flatten((args, kwargs))
+
+
+def unflattened(leaves: Sequence[Any], spec: Any) -> Any:
+    if isinstance(spec, TreeSpec):
+        return tree_unflatten(leaves, spec)
+    n, *names = spec
+    return leaves[:n], dict(zip(names, leaves[n:], strict=True))
+
+
+def autocast_state() -> tuple[Any, ...]:
+    return tuple(
+        [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    )
+
+
+def is_put_off(value: Any) -> bool:
+    """Whether something is the value of a call that nobody has read yet."""
+    if type(value) is not Pending or not isinstance(value.node, CallNode):
+        return False
+    return value.node.value is None
+
+
+def meta_of(value: Any) -> Any:
+    if type(value) is Pending:
+        node = value.node
+        return node.shape, node.dtype, node.device
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    return None if value is None else type(value)
+
+
+def is_static(value: Any) -> bool:
+    if type(value) is slice:
+        return all(type(v) in (int, type(None)) for v in (value.start, value.stop, value.step))
+    return type(value) in _STATIC
+
+
+def may_wait(tensor: Tensor) -> bool:
+    """Whether nothing is lost if a tensor is read later: no gradient, above all."""
+    if type(tensor) is Pending:
+        value = tensor.node.value
+        return value is None or may_wait(value)
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and not (tensor.requires_grad or tensor.is_inference())
