@@ -291,9 +291,10 @@ class Chains:
         outer, run.keeper = run.keeper, None
         try:
             with asks if module is not None else ExitStack():
+                run.own_modes = int(module is not None)
                 result = function(*args, **kwargs)
         finally:
-            run.keeper = outer
+            run.keeper, run.own_modes = outer, 0
         values, nesting = tree_flatten(result)
         values = [settle(value) for value in values]
         trials = self._known.forms.get(given, 0)

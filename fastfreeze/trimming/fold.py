@@ -359,7 +359,7 @@ def _pass_on(
     tensors = [t for t in given if isinstance(t, Tensor)]
     if type(x) is not Pending or not all(map(_may_be_read_later, tensors)):
         return NotImplemented
-    if "out" in kwargs or not _may_wait_here(x.device.type):
+    if "out" in kwargs or not _may_wait_here(run, x.device.type):
         return NotImplemented
     nodes = [t.node for t in tensors if type(t) is Pending]
     values = [_now(t) for t in (x, *args)]
@@ -392,7 +392,7 @@ def may_fold(tensor: Any) -> bool:
 
 def _images(run: Run, x: Any, weights: Sequence[Tensor]) -> Node | None:
     """The node of images ``x`` if a function of them and ``weights`` may wait."""
-    if not _may_be_read_later(x) or not _may_wait_here(x.device.type):
+    if not _may_be_read_later(x) or not _may_wait_here(run, x.device.type):
         return None
     node = node_of(x)
     fits = len(node.shape) == 4 and node.dtype.is_floating_point and 0 not in node.shape
@@ -406,13 +406,13 @@ def _images(run: Run, x: Any, weights: Sequence[Tensor]) -> Node | None:
     return node if fits and go_together else None
 
 
-def _may_wait_here(device: str) -> bool:
+def _may_wait_here(run: Run, device: str) -> bool:
     """Whether nothing is switched on that looks at what functions compute, or changes it."""
     return not (
         torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled(device)
         or peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_dispatch_stack() > run.own_modes
         # An activation checkpoint, perhaps: the second forward does not come here.
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )

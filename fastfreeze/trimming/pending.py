@@ -172,10 +172,12 @@ class Run(TorchFunctionMode):
         keeper: puts off calls of frozen modules, and functions of what they give; None for nothing.
         pending: values of the keeper's.
         waiting: values of fused functions, by the id of their nodes.
+        own_modes: how many dispatch modes the keeper has switched on.
     """
 
     def __init__(self, folds: Any, known: set[int], keeper: Any = None) -> None:
         super().__init__()
+        self.own_modes = 0
         self.folds, self.known, self.keeper = folds, known, keeper
         self.pending: list[weakref.ref[Pending]] = []
         self.waiting: dict[int, weakref.ref[Pending]] = {}

@@ -6,7 +6,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import CodeType
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.trimming.fold import may_fold
 from fastfreeze.trimming.operations import may_take_winograd
-from fastfreeze.trimming.pending import LOCAL, Run, current_run, settled
+from fastfreeze.trimming.pending import LOCAL, Run, settled
 from fastfreeze.trimming.state import is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
@@ -227,7 +227,8 @@ class _Unit(StandIn):
         return self._forward(*args, **kwargs)
 
     def _seen(self, *args: Any, **kwargs: Any) -> Any:
-        with torch._C._EnableTorchFunction(), current_run():
+        run = LOCAL.run or nullcontext()  # none in a thread of the model's own
+        with torch._C._EnableTorchFunction(), run:
             return self._forward(*args, **kwargs)
 
 
