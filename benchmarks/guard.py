@@ -25,7 +25,7 @@ from benchmarks.report import RESULTS
 from benchmarks.results import read_json
 from fastfreeze.text import format_table
 
-BASELINE = str(RESULTS / "cpu-epyc-1-thread.json")
+BASELINE = str(RESULTS / "cpu-xeon-1-thread.json")
 LEAST_TOLERANCE, MOST_TOLERANCE = 0.05, 0.5
 SPREADS = 2
 FAILED = ("worse", "refused", "no such case")

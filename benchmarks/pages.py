@@ -51,7 +51,7 @@ STEPS = {
     "one group": "sgd-resnet110",
     "one group, in channels_last": "sgd-resnet110-channels-last",
 }
-THREADS = {"1 thread": "cpu-epyc-1-thread.json", "2 threads": "cpu-epyc-2-threads.json"}
+THREADS = {"1 thread": "cpu-xeon-1-thread.json", "2 threads": "cpu-xeon-2-threads.json"}
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 

@@ -7,6 +7,9 @@ import math
 import pytest
 import torch
 
+from tests.conftest import ISAS, kernels
+from tests.covering import covering
+
 NAN, INF = math.nan, math.inf
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # [B, C]: a row to a lane up to 16 classes, groups of rows up to 2048, blocks above.
@@ -31,6 +34,15 @@ TOLERANCE = {
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EVERY_SHAPE = {f"{b}x{c}": (b, c) for b, c in SHAPES}
+# What both operators are compared with fp64 by.
+every_kernel_case = covering("isa", isa=ISAS, dtype=DTYPES, shape=EVERY_SHAPE, option=OPTIONS)
+every_backend_case = covering(
+    "backend_and_device",
+    backend_and_device=kernels(),
+    dtype=DTYPES,
+    shape={**EVERY_SHAPE, "2x3x7": (2, 3, 7)},
+    option=OPTIONS,
+)
 # How many members of how many classes: one, as many as a group, one more, and many of each.
 COUNTS = [(1, 40), (16, 40), (17, 40), (50, 10), (5, 2000)]
 BAD = [NAN, INF, -INF]

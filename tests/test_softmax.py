@@ -20,13 +20,13 @@ from tests.softmax_cases import (
     BAD,
     COUNTS,
     DTYPES,
-    EVERY_SHAPE,
     EXTREME_ROWS,
     INF,
     NAN,
-    OPTIONS,
     assert_logs_near,
     assert_near,
+    every_backend_case,
+    every_kernel_case,
     log_truth,
     make,
     truth,
@@ -48,18 +48,12 @@ def assert_backend_is_right(backend, device, shape, dtype, option):
     assert_logs_near(log, log_truth(members, weights, temperature))
 
 
-@covering("isa", isa=ISAS, dtype=DTYPES, shape=EVERY_SHAPE, option=OPTIONS)
+@every_kernel_case
 def test_kernel_against_fp64(isa, dtype, shape, option):
     assert_backend_is_right("cpu", "cpu", shape, dtype, option)
 
 
-@covering(
-    "backend_and_device",
-    backend_and_device=kernels(),
-    dtype=DTYPES,
-    shape={**EVERY_SHAPE, "2x3x7": (2, 3, 7)},
-    option=OPTIONS,
-)
+@every_backend_case
 def test_backends_against_fp64(backend, device, dtype, shape, option):
     assert_backend_is_right(backend, device, shape, dtype, option)
 

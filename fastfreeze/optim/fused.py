@@ -296,19 +296,19 @@ class FusedOptimizer(Optimizer):
             self._check_initial_lrs(schedule)
             return True
         self._check_group_count()
-        if not self._is_to_make_state():
+        if not self._is_to_make_state(schedule):
             raise self._off_schedule(schedule)
         self._make_state()
         return False
 
-    def _is_to_make_state(self) -> bool:
+    def _is_to_make_state(self, schedule: Schedule) -> bool:
         """Whether this is no step: torch.distributed.checkpoint wants an optimizer to have state.
 
         It then calls ``step`` with every learning rate and gradient set to 0.
         """
-        if self._schedule is None or any(map(_lr_of, self.param_groups)):
+        if any(map(_lr_of, self.param_groups)):
             return False
-        if self._step < self._schedule.total_steps and not any(self._shown):
+        if self._step < schedule.total_steps and not any(self._shown):
             return False  # the schedule is at 0
         params = (p for group in self.param_groups for p in group["params"])
         grads = [p.grad for p in params if p.grad is not None]
