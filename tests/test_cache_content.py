@@ -60,6 +60,7 @@ def agree(cache, calls=6):
     x = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(1))
     for _ in range(calls):
         assert cache(x, samples=torch.arange(6)).equal(cache.network(x))
+    assert cache.network(x).equal(cache.network.model(x))
 
 
 class Slotted:
@@ -111,6 +112,10 @@ def patch_method(patch, model):
     patch.setattr(Frozen, "scaled", lambda self, y: y * 3)
 
 
+def patch_forward(patch, model):
+    patch.setattr(Frozen, "forward", lambda self, x: self.conv(x) * 3)
+
+
 def patch_global(patch, model):
     patch.setattr(sys.modules[__name__], "SCALE", 3.0)
 
@@ -125,7 +130,7 @@ def add_global_hook(patch, model):
 
 
 @pytest.mark.parametrize(
-    "change", [patch_method, patch_global, patch_class_object, add_global_hook]
+    "change", [patch_method, patch_forward, patch_global, patch_class_object, add_global_hook]
 )
 def test_code_is_followed(change, monkeypatch):
     cache = cached(Net(Frozen()))

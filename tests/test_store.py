@@ -11,16 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastfreeze.cache.rows import (
-    CannotKeepError,
-    Form,
-    _factors,
-    by_sample,
-    hash_rows,
-    share_memory,
-    take_rows,
-)
+from fastfreeze.cache.rows import CannotKeepError, Form, by_sample, take_rows
 from fastfreeze.cache.store import Stores
+from fastfreeze.trimming.bits import _factors, checksum, hash_rows
 from tests.killed import killed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.complex64]
@@ -90,6 +83,21 @@ def test_hash_notices_each_bit_and_the_order_and_nothing_else():
     shifted.copy_(bits(x))
     assert hash_rows(shifted.view(4, -1)).equal(hash_rows(x))
     assert hash_rows(x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, 100, 4097, 30_000])
+def test_checksum_notices_each_bit_and_the_order_and_nothing_else(size, dtype):
+    x = some((size,), dtype)
+    assert checksum(x) == checksum(x.clone()) == checksum(x.view(-1, 1).T)
+    assert size < 2 or checksum(x) != checksum(x.roll(1)) or len(x.unique()) == 1
+    for at in {i % size for i in (0, 4095, 4096, -1)} if size else ():
+        data = bits(x.clone())
+        data[at * x.element_size()] ^= 1
+        assert checksum(data.view(dtype)) != checksum(x)
+    for element in (torch.tensor(3.0), torch.randn(3, dtype=torch.complex64).conj()):
+        assert checksum(element) == checksum(element.clone())
+    assert checksum(torch.empty(3, device="meta")) is None
 
 
 # --- forms -------------------------------------------------------------------------------------
@@ -192,20 +200,6 @@ def test_forms_refuse(value, message):
 def test_forms_refuse_other_values(other):
     with pytest.raises(CannotKeepError, match="another shape or dtype"):
         Form.of(x, 4, None).flat(other, 4)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "shares"),
-    [
-        (x, x.view(torch.int32), True),
-        (x, x.relu(), False),
-        (x, x[:, :2], True),
-        (x[:, :4], x[:, 3:], True),
-        (x[:, :3], x[:, 3:], False),
-    ],
-)
-def test_elements_in_common(a, b, shares):
-    assert share_memory(a, b) == shares
 
 
 # --- the store, against a dictionary -----------------------------------------------------------

@@ -342,6 +342,19 @@ def test_a_forward_of_its_own_given_later():
     assert model.a.forward.__name__ == "<lambda>"
 
 
+def test_a_forward_that_their_class_is_given_later(monkeypatch):
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    model = net(reads_what_may_change)
+    model.norm = Own(6).requires_grad_(False)
+    network, x = trim(model), images()
+    network(x)
+    monkeypatch.setattr(Own, "forward", lambda self, x: 3 * x + self.bias[0])
+    torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_exceptions_threads_and_calls_within_calls():
     model = net(lambda m, x: m.head(m.b(m.features(x)).mean((2, 3))))
     network, x = trim(model), images()

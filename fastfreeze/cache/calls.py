@@ -16,10 +16,10 @@ from fastfreeze.cache.rows import (
     CannotKeepError,
     Fetched,
     by_sample,
-    hash_rows,
     row_numbers,
     take_rows,
 )
+from fastfreeze.trimming.bits import hash_rows
 from fastfreeze.trimming.pending import LOCAL, Given, Node, Pending, Run, TooLateError, settle
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Argument:
 
 
 @dataclass(frozen=True)
-class Form:
+class Outcome:
     """What a call gave the last time.
 
     Attributes:
@@ -54,34 +54,32 @@ class Form:
     keys: dict[Any, tuple[str, str]] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
 class Call:
     """A call that has been put off.
 
     Attributes:
         function: makes it.
         leaves: arguments: nodes, and values that are no tensors.
+        spec: how they are nested.
+        expected: what it gives.
         key: what it is called, with what, what went in there and what the modules hold; the same
             in every process.
         ident: the same but for what the modules hold.
         index: its place in the forward.
+        autocast: as it was where it was called.
         outputs: while they are there.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        leaves: list[Any],
-        spec: Any,
-        form: Form,
-        key: str,
-        ident: str,
-        index: int,
-        autocast: Any,
-    ) -> None:
-        self.function, self.leaves, self.spec, self.ident = function, leaves, spec, ident
-        self.key, self.index, self._form, self._autocast = key, index, form, autocast
-        self.outputs: list[Any] | None = None
-        self.versions: list[int] = []
+    function: Callable[..., Any]
+    leaves: list[Any]
+    spec: Any
+    expected: Outcome
+    key: str
+    ident: str
+    index: int
+    autocast: Any
+    outputs: list[Given | None] | None = None
 
     def make(self, values: list[Any], reader: Chains) -> list[Any]:
         """Make it, with the values of its arguments.
@@ -91,36 +89,20 @@ class Call:
         """
         args, kwargs = unflattened(values, self.spec)
         with ExitStack() as stack:
-            if self._autocast != autocast_state():
-                for device, (enabled, dtype) in zip(("cpu", "cuda"), self._autocast, strict=True):
+            if self.autocast != autocast_state():
+                for device, (enabled, dtype) in zip(("cpu", "cuda"), self.autocast, strict=True):
                     stack.enter_context(torch.autocast(device, dtype, enabled))
             outputs, spec = tree_flatten(self.function(*args, **kwargs))
-        outputs, form = [settle(value) for value in outputs], self._form
-        if spec != form.spec or not all(
+        outputs, expected = [settle(value) for value in outputs], self.expected
+        if spec != expected.spec or not all(
             value is values[meta.number]
             if isinstance(meta, Argument)
             else meta == meta_of(value) and (value is None or not value.requires_grad)
-            for meta, value in zip(form.metas, outputs, strict=True)
+            for meta, value in zip(expected.metas, outputs, strict=True)
         ):
-            reader.forget(form)
-            raise TooLateError(reader)
+            reader.forget(expected)
+            raise TooLateError
         return outputs
-
-    def keep(self, outputs: list[Any]) -> None:
-        """Keep what it gave until the end of the step."""
-        self.outputs = outputs
-        self.versions = [-1 if v is None else v._version for v in outputs]
-
-    def kept(self, reader: Chains) -> list[Any]:
-        """What it gave.
-
-        Raises:
-            TooLateError: something has been written to since.
-        """
-        assert self.outputs is not None
-        if self.versions != [-1 if v is None else v._version for v in self.outputs]:
-            raise TooLateError(reader)
-        return self.outputs
 
 
 class CallNode(Node):
@@ -137,7 +119,7 @@ class CallNode(Node):
         self, call: Call, i: int, meta: tuple[Any, ...], chains: Chains, root: CallNode | None
     ) -> None:
         shape, dtype, device = meta
-        super().__init__(shape, dtype, device, chains)
+        super().__init__(shape, dtype, device)
         self.call, self.i, self.chains, self.lock = call, i, chains, chains.lock
         self.key, self.ident = f"{call.key}.{i}", f"{call.ident}.{i}"
         self.root, self.views = root or self, list[CallNode]()
@@ -150,17 +132,6 @@ class CallNode(Node):
 
     def compute(self) -> Tensor:
         return self.chains.read(self)
-
-    def there(self) -> Tensor:
-        """The value that it has, for another one to be computed from.
-
-        Raises:
-            TooLateError: it has been written to since.
-        """
-        assert self.value is not None
-        if self.value._version != self.version:
-            raise TooLateError(self.chains)
-        return self.value
 
     def set(self, value: Tensor) -> None:
         """Have this value from now on."""
@@ -177,8 +148,8 @@ class Outer(Given):
 
     __slots__ = ("ident", "key", "number")
 
-    def __init__(self, value: Tensor, number: int, chains: Chains) -> None:
-        super().__init__(value, chains)
+    def __init__(self, value: Tensor, number: int) -> None:
+        super().__init__(value)
         self.number, self.key = number, f"<{number}>"
         self.ident = self.key
 
@@ -259,9 +230,9 @@ class Chain:
                     values = [self._value(leaf, made, rows, given) for leaf in call.leaves]
                     made[call] = call.make(values, self.chains)
                 else:
-                    made[call] = call.kept(self.chains)
+                    made[call] = [node and node.there() for node in call.outputs]
                 if keep:
-                    call.keep(made[call])
+                    call.outputs = [None if v is None else Given(v) for v in made[call]]
                 for done in [c for c in made if last.get(c) is call and c not in ends]:
                     del made[done]
             return [made[node.call][node.i] for node in self.wanted]
@@ -275,7 +246,7 @@ class Chain:
             return leaf
         if isinstance(leaf, CallNode) and leaf.value is None:
             return given[leaf.key] if leaf.key in given else made[leaf.call][leaf.i]
-        value, n = leaf.there() if isinstance(leaf, CallNode) else leaf.now(), len(rows)
+        value, n = leaf.there(), len(rows)
         may_have_rows = value.ndim > 0 and n > 0 and len(value) % n == 0
         if not may_have_rows or (len(value) > n and isinstance(leaf, Outer)):
             return value

@@ -30,7 +30,7 @@ from fastfreeze.cache.calls import (
     Call,
     CallNode,
     Chain,
-    Form,
+    Outcome,
     Outer,
     autocast_state,
     flattened,
@@ -41,6 +41,7 @@ from fastfreeze.cache.calls import (
     unflattened,
 )
 from fastfreeze.cache.digest import Holdings
+from fastfreeze.cache.rows import share_storage
 from fastfreeze.trimming.pending import Given, Pending, TooLateError, current_run, settle
 
 _FRESH = (  # give new tensors, whatever they are given
@@ -84,7 +85,7 @@ class Known:
     """
 
     def __init__(self) -> None:
-        self.forms: dict[Any, Form | int] = {}
+        self.forms: dict[Any, Outcome | int] = {}
         self.reads: dict[Any, set[str]] = {}
         self.changes, self.reasons = 0, dict[str, str]()
         self._arguments: dict[Any, set[Any]] = {}
@@ -200,10 +201,10 @@ class Chains:
         alone = {root: group[0] if len(group) == 1 else root for root, group in groups.items()}
         self._known.reads[self._form] = {node.ident for node in alone.values()}
 
-    def forget(self, form: Form) -> None:
+    def forget(self, outcome: Outcome) -> None:
         """Never put a call off again that gave something of another form than the last time."""
         forms = self._known.forms
-        forms.update({given: _TRIALS for given, found in forms.items() if found is form})
+        forms.update({given: _TRIALS for given, found in forms.items() if found is outcome})
 
     def call_module(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a call of a frozen module; NotImplemented if it must be made."""
@@ -246,7 +247,7 @@ class Chains:
             held[0],
         )
         form = self._known.forms.get(given, 0)
-        if self._learned or not isinstance(form, Form):
+        if self._learned or not isinstance(form, Outcome):
             arguments = spec, tuple(s for s in signature if isinstance(s, str))
             if form == _TRIALS or not self._known.fits(what, str(arguments)):
                 return NotImplemented
@@ -303,13 +304,14 @@ class Chains:
         own = [v for v in values if isinstance(v, Tensor) and id(v) not in numbers]
         fits = all(v is None or (isinstance(v, Tensor) and may_wait(v)) for v in values)
         if module is not None:
-            fits = fits and not _share_storage(own, [*real, *_tensors_of(module)])
+            held = [*module.parameters(), *module.buffers()]
+            fits = fits and not share_storage(own, [*real, *held])
         if not fits:
             trials = _TRIALS
         elif asks.found or self._effects(real, module) != before:
             trials, fits = trials + 1, False
         metas = [Argument(numbers[id(v)]) if id(v) in numbers else meta_of(v) for v in values]
-        self._known.forms[given] = Form(tuple(metas), nesting) if fits else trials
+        self._known.forms[given] = Outcome(tuple(metas), nesting) if fits else trials
         if not fits:
             return tree_unflatten(values, nesting)
         # So that functions of these come here, too.
@@ -337,7 +339,7 @@ class Chains:
         value = settle(tensor)
         known = self._outer.get(id(value))
         if known is None or known.version != value._version:
-            known = self._outer[id(value)] = Outer(value, self._num_outer, self)
+            known = self._outer[id(value)] = Outer(value, self._num_outer)
             self._num_outer += 1
         return known
 
@@ -368,7 +370,7 @@ class Chains:
         target = node if alone else root
         if target.value is None:
             if not alone and root.parted():
-                raise TooLateError(self)
+                raise TooLateError
             self._fill(target)
         if node.value is None:
             node.set(Chain([node], self).compute(keep=True)[0])
@@ -415,13 +417,3 @@ class _Asks(TorchDispatchMode):
             )
             self.found = self.found or not by_numbers
         return function(*args, **(kwargs or {}))
-
-
-def _tensors_of(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _share_storage(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
-    places = [v.untyped_storage().data_ptr() for v in values if v.numel()]
-    taken = {t.untyped_storage().data_ptr() for t in inputs}
-    return len(set(places)) < len(places) or not taken.isdisjoint(places)

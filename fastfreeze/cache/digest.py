@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from fastfreeze.trimming.watch import Steps, checksum
+from fastfreeze.trimming.watch import Contents, Steps
 
 _OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"} | {"forward"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -56,7 +56,7 @@ class Holdings:
         self._lengths: list[int] = []
         self._live: list[Any] = []  # what `_now` gave
         self._steps = Steps()
-        self._state: Any = None
+        self._contents: Contents | None = None
         self._text = self._bits = ""
 
     def digest(self) -> tuple[str, str]:
@@ -75,19 +75,17 @@ class Holdings:
             except UnsureError as error:
                 self.problem, self.tensors = f"{type(self.module).__name__}{error}", []
                 return "", ""
-        state = [(id(t), t.data_ptr(), t._version) for t in self.tensors]
         self._steps.look()
-        if state != self._state or self._steps.seen:
-            self._state, self._steps.seen, self._steps.tensors = state, False, self.tensors
-            self._pinned = [(t, t.detach()) for t in self.tensors]  # no other gets an address
-            self._sums = [checksum(t) for t in self.tensors]
-            self._bits = _digest_of(self.tensors)
+        contents, tensors = self._contents, self.tensors
+        if contents is None or self._steps.seen or not contents.as_counted(tensors):
+            self._steps.seen, self._steps.tensors = False, tensors
+            self._contents, self._bits = Contents(tensors), _digest_of(tensors)
         return self._text, self._bits
 
     def compare(self, i: int) -> None:
         """See whether a tensor was written to without torch's knowledge."""
-        if i < len(self.tensors) and self._sums[i] != checksum(self.tensors[i]):
-            self._state = None
+        if self._contents and i < len(self.tensors) and not self._contents.as_compared(i):
+            self._contents = None
 
     def has_hooks_inside(self) -> bool:
         """Whether something in the module has hooks; its own are called as ever."""
@@ -170,14 +168,10 @@ class Holdings:
         self._arrays.append((value, _content(value)))
         return str(getattr(value, "dtype", "")), getattr(value, "shape", ()), _content(value)
 
-    def _dict(self, value: Any, path: str, without: Any = ()) -> Any:
-        self._containers.append(value)
-        self._dicts.append(value)
-        return [
-            (self._describe(k, path), self._describe(v, f"{path}[{k!r}]" if path else f".{k}"))
-            for k, v in value.items()
-            if k not in without
-        ]
+    def _dict(self, value: Any, path: str) -> Any:
+        self._watch(value)
+        items = value.items()
+        return [(self._describe(k, path), self._describe(v, f"{path}[{k!r}]")) for k, v in items]
 
     def _sequence(self, value: Any, path: str) -> Any:
         self._containers.append(value)
@@ -193,24 +187,28 @@ class Holdings:
             forward = getattr(forward, "_forward", None) or forward.forward
         if forward is None or getattr(forward, "__self__", None) is module:
             forward = type(module).forward
-        self._owners.append(type(module))
-        self._names.append("forward")
+        self._watch_attribute(type(module), "forward")
         parts.append(self._describe(forward, f"{path}.forward"))
         bases = [b for b in type(module).__mro__ if not b.__module__.startswith("torch.")]
         return parts, [self._class(base, path) for base in bases if base is not object]
 
     def _attributes(self, own: Any, path: str, without: Any = ()) -> list[Any]:
+        self._watch(own)
+        return [(k, self._describe(v, f"{path}.{k}")) for k, v in own.items() if k not in without]
+
+    def _watch(self, own: Any) -> None:
         self._containers.append(own)
         self._dicts.append(own)
-        items = [(k, v) for k, v in own.items() if k not in without]
-        return [(k, self._describe(v, f"{path}.{k}")) for k, v in items]
+
+    def _watch_attribute(self, owner: Any, name: str) -> None:
+        self._owners.append(owner)
+        self._names.append(name)
 
     def _class(self, kind: type, path: str) -> Any:
         if id(kind) in self._seen:
             return self._seen[id(kind)][0]
         self._seen[id(kind)] = len(self._seen), kind
-        self._containers.append(vars(kind))
-        self._dicts.append(vars(kind))
+        self._watch(vars(kind))
         parts = []
         for name, value in vars(kind).items():
             is_function = isinstance(value, _FUNCTIONS)
@@ -236,8 +234,7 @@ class Holdings:
                 value = getattr(owner, attribute)
             except ValueError:  # an empty cell
                 continue
-            self._owners.append(owner)
-            self._names.append(attribute)
+            self._watch_attribute(owner, attribute)
             if attribute != "__code__":
                 parts.append(self._describe(value, f"{path}.{attribute}"))
         return [*parts, *self._named(function, path)]
@@ -269,14 +266,12 @@ class Holdings:
         if kind.__dictoffset__ < 0:  # in front of the object
             extra = int(kind.__weakrefoffset__ > 0)
         plain = kind.__basicsize__ <= object.__basicsize__ + _WORD * (len(names) + extra)
-        if isinstance(value, types.SimpleNamespace):
-            plain = True
+        plain = plain or isinstance(value, types.SimpleNamespace)
         if not plain or kind.__itemsize__ or not (names or hasattr(value, "__dict__")):
             raise UnsureError(f"{path} is a {kind.__name__}, which may change unseen")
         parts = []
         for name in names:
-            self._owners.append(value)
-            self._names.append(name)
+            self._watch_attribute(value, name)
             parts.append(self._describe(getattr(value, name, None), f"{path}.{name}"))
         return parts, self._attributes(vars(value), path) if hasattr(value, "__dict__") else ()
 

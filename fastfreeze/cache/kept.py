@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastfreeze.cache.calls import Chain
-from fastfreeze.cache.rows import CannotKeepError, Form, row_numbers, share_memory
+from fastfreeze.cache.rows import CannotKeepError, Form, row_numbers, share_storage
 from fastfreeze.cache.store import RowStore
 from fastfreeze.trimming.state import record_stream
 
@@ -128,9 +128,8 @@ class Kept:
         self._forms = [Form.of(value, n, self._dtype) for value in values]
         if len(devices := {str(t.device) for t in (*chain.inputs, *values)}) > 1:
             raise CannotKeepError(f"inputs and what is read are on {' and '.join(sorted(devices))}")
-        for i, value in enumerate(values):
-            if any(share_memory(value, other) for other in (*chain.inputs, *values[:i])):
-                raise CannotKeepError("values that are read share memory")
+        if share_storage(values, chain.inputs):
+            raise CannotKeepError("values that are read share memory")
         flat = self._flat(values, n)
         rows = [(n - 1) - i // 2 for i in range(n)]  # half of them, twice, in another order
         if not same_bits(self._flat(chain.compute(rows=rows), n), pick(flat, rows)):

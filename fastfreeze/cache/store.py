@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfreeze.cache.rows import hash_rows
 from fastfreeze.files import FileLock, lock_file
+from fastfreeze.trimming.bits import hash_rows
 
 _VERSION = 4
 _WORD, _STAMP = 8, 3  # bytes; words: the key of a row, its digest, its checksum

@@ -24,8 +24,9 @@ from fastfreeze.ensemble.merge import (
     write_merged,
 )
 from fastfreeze.ensemble.ways import Captured
+from fastfreeze.execution import preserved
 from fastfreeze.trimming.compare import excess
-from fastfreeze.trimming.state import preserved, requires_grad
+from fastfreeze.trimming.state import requires_grad
 
 MAX_KEPT = 8  # of the latest kinds of calls
 

@@ -4,60 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.trimming.state import fp32_precision, preserved, tensors_in
+from fastfreeze.execution import preserved
+from fastfreeze.trimming.state import fp32_precision, tensors_in
 
 Tensors = dict[str, Tensor | None]
+Observation = tuple[Any, dict[str, Tensors]]  # the output's nested types; tensors by kind and name
 _EPSILONS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What a run gave, by name; None for a parameter without a gradient.
+def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
+    """What ``run`` gives, buffers, and gradients of the parameters that require grad.
 
-    Attributes:
-        structure: the output's nested types.
+    None for a parameter without one. The model and the random number generators are left as they
+    were.
     """
-
-    structure: Any
-    gradient: Tensors
-    output: Tensors
-    buffer: Tensors
-
-
-def observe(model: nn.Module, run: Callable[[], Any], *, backward: bool = False) -> Observation:
-    """What ``run`` gives; the model and the random number generators are left as they were.
-
-    Args:
-        model: what is run.
-        run: runs it and returns its output.
-        backward: also get the gradients of the parameters that require grad.
-    """
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad} if backward else {}
-    with preserved(model), torch.set_grad_enabled(backward):
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with preserved(model), torch.enable_grad():
         output = run()
         outputs = list(tensors_in(output))
         gradients = _gradients(outputs, list(trained.values()))
-        return Observation(
-            structure=_structure(output),
-            gradient=dict(zip(trained, gradients, strict=True)),
-            output={str(i): t.detach() for i, t in enumerate(outputs)},
-            buffer={n: b.detach().clone() for n, b in model.named_buffers()},
-        )
+        return _structure(output), {
+            "gradient": dict(zip(trained, gradients, strict=True)),
+            "output": {str(i): t.detach() for i, t in enumerate(outputs)},
+            "buffer": {n: b.detach().clone() for n, b in model.named_buffers()},
+        }
 
 
 def difference(found: Observation, expected: Observation) -> str:
     """The greatest difference, in words; empty if there is none beyond rounding."""
-    if found.structure != expected.structure:
-        return f"output is {found.structure}, not {expected.structure}"
+    if found[0] != expected[0]:
+        return f"output is {found[0]}, not {expected[0]}"
     worst, text = 1.0, ""
-    for kind in ("gradient", "output", "buffer"):
-        a, b = getattr(found, kind), getattr(expected, kind)
+    for kind, a in found[1].items():
+        b = expected[1][kind]
         floor = 1e-3 * max((_magnitude(t) for t in b.values() if t is not None), default=0.0)
         for name in sorted(a.keys() | b.keys()):
             error, tolerance = _error(a.get(name), b.get(name), floor)
@@ -67,17 +51,13 @@ def difference(found: Observation, expected: Observation) -> str:
     return text
 
 
-def excess(found: Any, expected: Any, tolerance: float = 0.0) -> float:
-    """The greatest difference between tensors, relative to each one's greatest element.
-
-    Returns:
-        It as a multiple of ``tolerance``; if that is 0, of what rounding may explain.
-    """
+def excess(found: Any, expected: Any) -> float:
+    """The greatest difference between tensors, as a multiple of what rounding may explain."""
     if _structure(found) != _structure(expected):
         return math.inf
     pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
     errors = [_error(a, b, 0.0) for a, b in pairs]
-    return max((error / (tolerance or rounding) for error, rounding in errors), default=0.0)
+    return max((error / rounding for error, rounding in errors), default=0.0)
 
 
 def _structure(value: Any) -> Any:

@@ -24,27 +24,99 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
 from fastfreeze.trimming.folds import Convolving, Fold, Norm, folded
-from fastfreeze.trimming.operations import Affine, may_take_winograd
+from fastfreeze.trimming.operations import Affine, Convolution, may_take_winograd
 from fastfreeze.trimming.pending import FUSED, Given, Node, Pending, Run, TooLateError, node_of
 
 
 class FusedNode(Node):
-    """What a fused function gives, computed as where it was called.
+    """What fused functions give, computed as where they were called.
+
+    That is, as far as they are there, and in this order: the parts side by side along the channels,
+    a convolution, a norm, a residual that is added, and a ReLU.
 
     Attributes:
         base: the same without what was done last; None if there is no such.
     """
 
-    __slots__ = ("base", "run", "tensors", "versions")
+    __slots__ = (
+        *("base", "convolving", "norm", "parts", "relu", "residual", "run"),
+        *("tensors", "versions"),
+    )
 
     def __init__(
-        self, run: Run, shape: torch.Size, like: Node, tensors: Sequence[Tensor], base: Any = None
+        self,
+        run: Run,
+        parts: Sequence[Node],
+        shape: torch.Size,
+        convolving: Convolving | None = None,
+        norm: Norm | None = None,
+        base: Any = None,
     ) -> None:
-        super().__init__(shape, like.dtype, like.device, None)
-        self.run, self.tensors, self.base = run, tensors, base
+        super().__init__(shape, parts[0].dtype, parts[0].device)
+        self.run, self.parts, self.base = run, parts, base
+        self.convolving, self.norm = convolving, norm
+        self.residual: Node | None = None
+        self.relu = False
+        new = (convolving or norm) if base is None else None if norm is base.norm else norm
+        self.tensors: list[Tensor] = new.tensors() if new else []
+        self.versions = [t._version for t in self.tensors]
         if base is not None:
-            base.passed = True
-        self.versions = [t._version for t in tensors]
+            self.tensors = base.tensors + self.tensors
+            self.versions = base.versions + self.versions
+
+    @property
+    def is_cat(self) -> bool:
+        return self.convolving is None and self.norm is None
+
+    @property
+    def is_affine(self) -> bool:
+        return self.convolving is None and self.norm is not None
+
+    def then(
+        self, norm: Norm | None = None, residual: Node | None = None, relu: bool = False
+    ) -> FusedNode | None:
+        """With one of these behind it; None if it cannot be, or the value is there."""
+        if self.value is not None or self.relu or self.is_cat:
+            return None
+        if norm and (self.norm or self.residual):
+            return None
+        if residual and (self.is_affine or self.residual):
+            return None
+        own = self.run, self.parts, self.shape, self.convolving
+        node = FusedNode(*own, norm or self.norm, self)
+        node.residual, node.relu = residual or self.residual, relu
+        self.passed = True
+        return node
+
+    def fits_convolution(self) -> bool:
+        """Whether a convolution may compute it on the way."""
+        if self.value is not None or not (self.is_affine and self.relu):
+            return False
+        return len(self.parts) == 1 and self.base.value is None and self._fold().checked
+
+    def compute(self) -> Tensor:
+        if self.residual is not None:
+            self.residual.get()
+        self._check()
+        base = self.base
+        while base is not None and base.value is None:
+            base = base.base
+        alone = self.is_cat or (
+            self.convolving and self.base is None and not may_take_winograd(self.convolving)
+        )
+        if base is not None or alone or self.run.folds.exact:
+            value = self._plain()
+        else:
+            fold = self._fold()
+            value = fold.result(partial(self._folded, fold), self._plain)
+        sources = self.parts
+        if self.convolving:
+            if isinstance(sources[0], FusedNode) and sources[0].value is None:
+                sources = sources[0].parts  # computed on the way
+            self.moved = sources[0].now().is_contiguous() and not value.is_contiguous()
+        nodes = (*sources, base, self.residual)
+        self.moved = self.moved or any(node.moved for node in nodes if node is not None)
+        return value
 
     def _set(self) -> None:
         kind = self.device.type
@@ -52,7 +124,8 @@ class FusedNode(Node):
         outside = torch.autocast(kind, enabled=False) if autocasts else nullcontext()
         with torch.inference_mode(False), torch._C.DisableTorchFunction(), outside:
             value = self.compute().data  # torch has counted no write to it
-            self.version, self.value, self.base = value._version, value, None
+            self.version, self.value = value._version, value
+        self.parts, self.base, self.residual = (), None, None
 
     def _check(self) -> None:
         """See that the weights are as they were.
@@ -61,157 +134,48 @@ class FusedNode(Node):
             TooLateError: they are not.
         """
         if [t._version for t in self.tensors] != self.versions:
-            raise TooLateError(None)
-
-
-class ConvNode(FusedNode):
-    """A convolution, perhaps with a norm, a residual and a ReLU behind it.
-
-    Attributes:
-        step: what was done to the base, as torch does it.
-    """
-
-    __slots__ = ("convolving", "norm", "relu", "residual", "step", "x")
-
-    def __init__(
-        self, run: Run, x: Node, convolving: Convolving, shape: torch.Size, base: Any = None
-    ) -> None:
-        super().__init__(run, shape, x, convolving.tensors(), base)
-        self.x, self.convolving = x, convolving
-        self.norm: Norm | None = None
-        self.residual: Node | None = None
-        self.relu = False
-        self.step: Callable[[Tensor], Tensor] | None = None
-
-    def then(self, step: Callable[[Tensor], Tensor]) -> ConvNode | None:
-        """A copy with another step behind it; None if this one's value is there."""
-        if self.value is not None or self.relu:
-            return None
-        node = ConvNode(self.run, self.x, self.convolving, self.shape, self)
-        node.norm, node.residual, node.step = self.norm, self.residual, step
-        node.tensors, node.versions = self.tensors, self.versions
-        return node
-
-    def then_norm(self, norm: Norm) -> ConvNode | None:
-        if self.norm is not None or self.residual is not None:
-            return None
-        node = self.then(norm.plain)
-        if node is not None:
-            own = norm.tensors()
-            node.norm, node.tensors = norm, [*self.tensors, *own]
-            node.versions = [*self.versions, *[t._version for t in own]]
-        return node
-
-    def compute(self) -> Tensor:
-        residual = None if self.residual is None else self.residual.now()
-        self._check()
-        base = self.base
-        while base is not None and base.value is None:
-            base = base.base
-        alone = self.base is None and not may_take_winograd(self.convolving)
-        fold = None if base is not None or alone or self.run.folds.exact else self._fold()
-        value = self._plain() if fold is None or fold.refused else self._folded(fold, residual)
-        source = self.x
-        if isinstance(source, AffineNode) and source.value is None:  # computed on the way
-            source = source.parts[0]
-        moved = source.moved or (self.residual is not None and self.residual.moved)
-        self.moved = moved or (source.now().is_contiguous() and not value.is_contiguous())
-        return value
-
-    def _set(self) -> None:
-        super()._set()
-        self.step = self.residual = None
+            raise TooLateError
 
     def _fold(self) -> Fold:
-        convolving, norm = self.convolving, self.norm
-        key = convolving.key(), None if norm is None else norm.key()
-        fold: Fold = self.run.folds.get(key, self.tensors, lambda: folded(convolving, norm))
-        return fold
-
-    def _folded(self, fold: Fold, residual: Tensor | None) -> Tensor:
-        affine, x = None, self.x
-        if isinstance(x, AffineNode) and x.value is None and x.fits_convolution():
-            affine, x = x.fold().operation, x.parts[0]
-        value, operation = x.now(), fold.operation
-        return fold.result(lambda: operation(value, residual, self.relu, affine), self._plain)
-
-    def _plain(self) -> Tensor:
-        """As torch computes it, from the last value that is known."""
-        if self.base is None:
-            return self.convolving.plain(self.x.now())
-        assert self.step is not None
-        base = self.base
-        return self.step(base._plain() if base.value is None else base.now())
-
-
-class AffineNode(FusedNode):
-    """A norm over the parts of a ``cat``, perhaps with a ReLU behind it."""
-
-    __slots__ = ("norm", "parts", "relu")
-
-    def __init__(
-        self, run: Run, parts: Sequence[Node], norm: Norm, shape: torch.Size, base: Any = None
-    ) -> None:
-        super().__init__(run, shape, parts[0], norm.tensors(), base)
-        self.parts, self.norm, self.relu = parts, norm, base is not None
-
-    def then_relu(self) -> AffineNode | None:
-        """A copy with a ReLU behind it; None if this one's value is there."""
-        if self.value is not None or self.relu:
-            return None
-        node = AffineNode(self.run, self.parts, self.norm, self.shape, self)
-        node.versions = self.versions
-        return node
-
-    def fits_convolution(self) -> bool:
-        """Whether a convolution may compute it on the way."""
-        apart = self.relu and len(self.parts) == 1 and self.base.value is None
-        return apart and self.fold().checked
-
-    def fold(self) -> Fold:
         self._check()
-        make = lambda: Affine(*self.norm.affine(), self.dtype)  # noqa: E731
-        key = None, self.norm.key(), self.dtype
+        convolving, norm, dtype = self.convolving, self.norm, self.dtype
+
+        def make() -> Affine | Convolution:
+            if convolving is not None:
+                return folded(convolving, norm)
+            assert norm is not None
+            return Affine(*norm.affine(), dtype)
+
+        key = convolving and convolving.key(), norm and norm.key(), dtype
         fold: Fold = self.run.folds.get(key, self.tensors, make)
         return fold
 
-    def compute(self) -> Tensor:
-        self._check()
-        if self.base is not None and self.base.value is not None:
-            self.moved = self.base.moved
-            return torch.relu(self.base.now())
-        parts = [part.now() for part in self.parts]
-        plain = partial(self._plain, parts)
-        if self.run.folds.exact:
-            value = plain()
-        else:
-            fold = self.fold()
-            value = fold.result(lambda: fold.operation(parts, self.relu), plain)
-        self.moved = any(part.moved for part in self.parts)
-        return value
+    def _folded(self, fold: Fold) -> Tensor:
+        operation: Callable[..., Tensor] = fold.operation
+        if self.convolving is None:
+            return operation([part.now() for part in self.parts], self.relu)
+        affine, x = None, self.parts[0]
+        if isinstance(x, FusedNode) and x.fits_convolution():
+            affine, x = x._fold().operation, x.parts[0]
+        residual = None if self.residual is None else self.residual.now()
+        return operation(x.now(), residual, self.relu, affine)
 
-    def _set(self) -> None:
-        super()._set()
-        self.parts = ()
-
-    def _plain(self, parts: Sequence[Tensor]) -> Tensor:
-        value = self.norm.plain(parts[0] if len(parts) == 1 else torch.cat(list(parts), 1))
-        return value.relu_() if self.relu else value
-
-
-class CatNode(FusedNode):
-    """Images side by side along the channels."""
-
-    __slots__ = ("parts",)
-
-    def __init__(self, run: Run, parts: Sequence[Node], shape: torch.Size) -> None:
-        super().__init__(run, shape, parts[0], ())
-        self.parts = parts
-
-    def compute(self) -> Tensor:
-        value = torch.cat([part.now() for part in self.parts], 1)
-        self.moved = any(part.moved for part in self.parts)
-        return value
+    def _plain(self) -> Tensor:
+        """As torch computes it, from the last value that is known."""
+        base = self.base
+        if base is None:
+            parts = [part.now() for part in self.parts]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            last = self.convolving or self.norm
+            return whole if last is None else last.plain(whole)
+        value: Tensor = base._plain() if base.value is None else base.now()
+        if self.relu:
+            return value.relu()
+        if self.norm is not base.norm:
+            assert self.norm is not None
+            return self.norm.plain(value)
+        assert self.residual is not None
+        return value + self.residual.now()
 
 
 def _fuse(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -245,11 +209,11 @@ def _conv2d(
     shape = None if node is None else _convolved(node.shape, weight.shape, s, p, d, groups)
     if node is None or shape is None:
         return NotImplemented
-    if isinstance(node, AffineNode) and may_take_winograd(convolving):
+    if isinstance(node, FusedNode) and node.is_affine and may_take_winograd(convolving):
         node.passed = True
     else:
         node.get()  # it is read for certain, and so stays a short way back
-    return run.wait(ConvNode(run, node, convolving, shape))
+    return run.wait(FusedNode(run, (node,), shape, convolving))
 
 
 @_fuse(F.batch_norm)
@@ -272,28 +236,21 @@ def _batch_norm(
     x = _images(run, input, norm.tensors())
     if x is None or any(t.shape != x.shape[1:2] for t in norm.tensors()):
         return NotImplemented
-    node = x.then_norm(norm) if isinstance(x, ConvNode) else None
+    node = x.then(norm) if isinstance(x, FusedNode) else None
     if node is not None:
         return run.wait(node)
     x.passed = True
-    parts = x.parts if isinstance(x, CatNode) and x.value is None else (x,)
+    parts = _parts(x)
     for part in parts:
         part.get()
-    return run.wait(AffineNode(run, parts, norm, x.shape))
+    return run.wait(FusedNode(run, parts, x.shape, norm=norm))
 
 
 @_fuse(F.relu, torch.relu, Tensor.relu)
 def _relu(run: Run, x: Any, inplace: bool = False, *rest: Any, **others: Any) -> Any:
     if type(x) is not Pending or rest or others:
         return NotImplemented
-    node = x.node
-    new: Node | None = None
-    if isinstance(node, AffineNode):
-        new = node.then_relu()
-    elif isinstance(node, ConvNode):
-        if (chained := node.then(torch.relu)) is not None:
-            chained.relu = True
-        new = chained
+    new = x.node.then(relu=True) if isinstance(x.node, FusedNode) else None
     return NotImplemented if new is None else run.wait(new, x if inplace else None)
 
 
@@ -310,20 +267,13 @@ def _add(run: Run, a: Any, b: Any = None, *rest: Any, inplace: bool = False, **o
         return NotImplemented
     for x, other in ((b, a), (a, b)):
         node = x.node if type(x) is Pending else None
-        if not isinstance(node, ConvNode) or node.residual is not None:
+        if not isinstance(node, FusedNode) or not _may_be_read_later(other):
             continue
-        residual = node_of(other) if _may_be_read_later(other) else None
-        if residual is None or _form(residual) != _form(node):
-            continue
-        new = node.then(partial(_plus, residual))
+        residual = node_of(other)
+        new = node.then(residual=residual) if _form(residual) == _form(node) else None
         if new is not None:
-            new.residual = residual
             return run.wait(new, a if inplace else None)
     return NotImplemented
-
-
-def _plus(residual: Node, value: Tensor) -> Tensor:
-    return value + residual.now()
 
 
 @_fuse(Tensor.__iadd__, Tensor.add_)
@@ -339,13 +289,20 @@ def _cat(run: Run, tensors: Any, dim: int = 0, *rest: Any, **others: Any) -> Any
         return NotImplemented
     parts: list[Node] = []
     for node in map(node_of, tensors):
-        parts += node.parts if isinstance(node, CatNode) and node.value is None else [node]
+        parts += _parts(node)
     n, *rest_of_shape = parts[0].shape
     forms = {(p.shape[:1], p.shape[2:], len(p.shape), p.dtype, p.device) for p in parts}
-    if len(forms) > 1 or len(rest_of_shape) != 3:
+    if len(forms) > 1 or len(rest_of_shape) != 3 or len(parts) < 2:
         return NotImplemented
     shape = torch.Size((n, sum([p.shape[1] for p in parts]), *rest_of_shape[1:]))
-    return run.wait(CatNode(run, parts, shape))
+    return run.wait(FusedNode(run, parts, shape))
+
+
+def _parts(node: Node) -> Sequence[Node]:
+    """What a cat that waits is of; else the node alone."""
+    if isinstance(node, FusedNode) and node.is_cat and node.value is None:
+        return node.parts
+    return (node,)
 
 
 def _pass_on(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -132,7 +131,7 @@ class Folds:
         """What ``make`` gives of ``tensors`` as they are; ``key`` has their ids."""
         found = self._folds.get(key)
         if found is not None:
-            if found.contents.as_counted():
+            if found.contents.as_counted(tensors):
                 return found
             self._drop(key)
         often = self._changes.get(key, 0) >= _MAX_CHANGES
@@ -164,20 +163,6 @@ class Folds:
             if not self._folds[key].contents.as_compared():
                 self._drop(key)
                 self._look_anew()
-
-    @contextmanager
-    def as_torch_computes(self) -> Iterator[None]:
-        """Fold nothing, but let values wait as ever."""
-        before, self.exact = self.exact, True
-        try:
-            yield
-        finally:
-            self.exact = before
-
-    def clear(self) -> None:
-        """Forget all: what is frozen has changed."""
-        self._folds.clear()
-        self._look_anew()
 
     def _drop(self, key: Key) -> None:
         self._changes[key] = self._changes.get(key, 0) + 1

@@ -33,7 +33,7 @@ _METADATA = {  # reads and writes no values
     *(Tensor.is_complex, Tensor.get_device, Tensor.element_size, Tensor.nelement),
     torch._assert,
 }
-_WRITING_METHODS = ("__setitem__", "__set__", "__array__", "__dlpack__")
+_WRITING_METHODS = ("__setitem__", "__set__", "__array__", "__dlpack__")  # and __iadd__, ...
 _SHARING = ("numpy", "data_ptr", "storage", "untyped_storage", "embedding")
 _PLAIN = torch._C.DisableTorchFunctionSubclass
 
@@ -42,14 +42,7 @@ class TooLateError(BaseException):
     """What a pending value was to be computed from has been written to.
 
     No ``Exception``: the model's own handlers are not to see it.
-
-    Attributes:
-        reader: what should not have put it off; None if that is a fused function.
     """
-
-    def __init__(self, reader: Any) -> None:
-        super().__init__()
-        self.reader = reader
 
 
 class Node:
@@ -57,29 +50,16 @@ class Node:
 
     Attributes:
         shape, dtype, device: of the value.
-        reader: what has put it off; None for a fused function.
         value: once it is known, in the layout in which it was computed.
         moved: whether that is another one than the model would have given.
         passed: whether more has been done to it by a fused function.
         lock: for models whose forward reads a value in a thread of its own.
     """
 
-    __slots__ = (
-        "device",
-        "dtype",
-        "lock",
-        "moved",
-        "passed",
-        "reader",
-        "shape",
-        "value",
-        "version",
-    )
+    __slots__ = ("device", "dtype", "lock", "moved", "passed", "shape", "value", "version")
 
-    def __init__(
-        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, reader: Any
-    ) -> None:
-        self.shape, self.dtype, self.device, self.reader = shape, dtype, device, reader
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
         self.value: Tensor | None = None
         self.version, self.moved, self.passed = 0, False, False
         self.lock = threading.RLock()
@@ -118,10 +98,15 @@ class Node:
         Raises:
             TooLateError: it has been written to since.
         """
-        value = self.get()
-        if value._version != self.version:
-            raise TooLateError(self.reader)
-        return value
+        self.get()
+        return self.there()
+
+    def there(self) -> Tensor:
+        """The same of a value that is known, which this does not count as read."""
+        assert self.value is not None
+        if self.value._version != self.version:
+            raise TooLateError
+        return self.value
 
 
 class Given(Node):
@@ -129,8 +114,8 @@ class Given(Node):
 
     __slots__ = ()
 
-    def __init__(self, value: Tensor, reader: Any = None) -> None:
-        super().__init__(value.shape, value.dtype, value.device, reader)
+    def __init__(self, value: Tensor) -> None:
+        super().__init__(value.shape, value.dtype, value.device)
         self.value, self.version = value, value._version
 
 
@@ -313,12 +298,7 @@ def _may_write(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a function may write to a tensor that it is given, or let others do so."""
     name = getattr(func, "__name__", "_").partition(".")[0]
     if name.startswith("__"):
-        return name.startswith("__i") or name in (
-            "__setitem__",
-            "__set__",
-            "__array__",
-            "__dlpack__",
-        )
+        return name.startswith("__i") or name in _WRITING_METHODS
     schema = getattr(func, "_schema", None)
     if name.endswith("_") or name in _SHARING or (schema is not None and schema.is_mutable):
         return True

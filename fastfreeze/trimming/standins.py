@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import CodeType
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
 from fastfreeze.trimming.fold import may_fold
 from fastfreeze.trimming.operations import may_take_winograd
 from fastfreeze.trimming.pending import LOCAL, Run, settled
-from fastfreeze.trimming.state import is_run_again
+from fastfreeze.trimming.state import Watch, is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -49,7 +48,7 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 
 class Frozen:
-    """A model's frozen modules under its present flags.
+    """A model's frozen modules under the flags that it has now, and as it is built now.
 
     Args:
         model: the model.
@@ -63,30 +62,39 @@ class Frozen:
     """
 
     def __init__(self, model: nn.Module, fold: bool, outermost: CodeType) -> None:
+        modules = list(model.modules())
+        self._structure = Watch([m._modules for m in modules])
+        self._parameters = [m._parameters for m in modules]
+        self._flags = self._read_flags()
         self.modules = frozen_modules(model)
         frozen = set(self.modules)
         self.names = {m: n for n, m in model.named_modules() if m in frozen}
         self.folds = fold and any(map(_may_fold, self.modules))
         self._forwards = [(vars(m), vars(m).get("forward")) for m in self.modules]
-        compiled: list[StandIn] = [_Compiled(m) for m in model.modules() if _is_compiled(m)]
-        self._guards, self._units = list(compiled), compiled
-        for module in self.modules:
-            forward = module.forward
-            if _has_modes(module):
-                forward = _Guard(module, forward, self, outermost)
-                self._guards.append(forward)
-            if not isinstance(module, _LISTS):
-                self._units.append(_Unit(module, forward))
+        self._classes = [(k, _forward_of(k)) for k in {type(m) for m in self.modules}]
+        compiled: list[StandIn] = [_Compiled(m) for m in modules if _is_compiled(m)]
+        units = [_Unit(m, self, outermost) for m in self.modules if not isinstance(m, _LISTS)]
+        self._guards = [*compiled, *[u for u in units if u.has_modes]]
+        self._units = [*compiled, *units]
         self._held = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
-        self._buffers = [m._buffers for m in model.modules() if m not in frozen and m._buffers]
+        self._buffers = [m._buffers for m in modules if m not in frozen]
         self._lock = threading.Lock()
         self._users = 0
         self._was_training: list[nn.Module] = []
         self._before: list[tuple[dict[str, Any], str, Any]] = []
 
     def outdated(self) -> bool:
-        """Whether a module has been given another forward."""
-        return not self._users and any(d.get("forward") is not f for d, f in self._forwards)
+        """Whether flags or modules are others now, or one or its class has another forward."""
+        if self._structure.changed() or self._read_flags() != self._flags:
+            return True
+        return not self._users and (
+            any(d.get("forward") is not f for d, f in self._forwards)
+            or any(_forward_of(kind) is not f for kind, f in self._classes)
+        )
+
+    def _read_flags(self) -> list[bool]:
+        """Whether each parameter requires grad; True where there is none."""
+        return [p is None or p.requires_grad for d in self._parameters for p in d.values()]
 
     def known(self) -> set[int]:
         """Ids of the tensors that folded weights may be made of now."""
@@ -185,51 +193,48 @@ class _Compiled(StandIn):
         return copy.deepcopy(self._forward, memo)
 
 
-class _Guard(StandIn):
-    """Stands in for the forward of a frozen module whose mode matters.
+class _Unit(StandIn):
+    """Stands in for the forward of a frozen module, whose calls may be put off.
 
-    In an activation checkpoint, or a custom autograd function, it leaves the module in its own
-    mode: a second forward, during the backward, will not come past here, and must find the same
-    modes.
+    In an activation checkpoint, or a custom autograd function, it leaves a module whose mode
+    matters in its own mode: a second forward, during the backward, will not come past here, and
+    must find the same modes.
     """
 
-    def __init__(
-        self, module: nn.Module, forward: Callable[..., Any], frozen: Frozen, outermost: CodeType
-    ) -> None:
-        super().__init__(module, forward)
+    def __init__(self, module: nn.Module, frozen: Frozen, outermost: CodeType) -> None:
+        super().__init__(module, module.forward)
+        self.has_modes = _has_modes(module)
         self._frozen, self._outermost = frozen, outermost
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _may_be_checkpointed() or not is_run_again(self._outermost):
-            return self._forward(*args, **kwargs)
-        with self._frozen.as_they_were(self.module):
-            if any(m.training for m in self.module.modules()):
-                warnings.warn(
-                    f"a frozen {type(self.module).__name__} inside an activation checkpoint or "
-                    "a custom autograd function keeps its training mode; call eval() on it to "
-                    "freeze its norms and dropouts as well",
-                    FastfreezeWarning,
-                    stacklevel=3,
-                )
-            return self._forward(*args, **kwargs)
-
-
-class _Unit(StandIn):
-    """Stands in for the forward of a frozen module whose calls may be put off."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        keeper = None if LOCAL.run is None else LOCAL.run.keeper
-        if keeper is not None and not _may_be_checkpointed():
+        if _may_be_checkpointed():
+            if self.has_modes and is_run_again(self._outermost):
+                return self._in_its_mode(args, kwargs)
+        elif LOCAL.run is not None and LOCAL.run.keeper is not None:
             with torch._C.DisableTorchFunction():  # what it looks at is not the model's
-                result = keeper.call_module(self.module, self._seen, args, kwargs)
+                result = LOCAL.run.keeper.call_module(self.module, self._seen, args, kwargs)
             if result is not NotImplemented:
                 return result
         return self._forward(*args, **kwargs)
+
+    def _in_its_mode(self, args: Any, kwargs: Any) -> Any:
+        with self._frozen.as_they_were(self.module):
+            if any(m.training for m in self.module.modules()):
+                warn(
+                    f"a frozen {type(self.module).__name__} inside an activation checkpoint or "
+                    "a custom autograd function keeps its training mode; call eval() on it to "
+                    "freeze its norms and dropouts as well"
+                )
+            return self._forward(*args, **kwargs)
 
     def _seen(self, *args: Any, **kwargs: Any) -> Any:
         run = LOCAL.run or nullcontext()  # none in a thread of the model's own
         with torch._C._EnableTorchFunction(), run:
             return self._forward(*args, **kwargs)
+
+
+def _forward_of(kind: type) -> Any:
+    return getattr(kind, "forward", None)  # TorchScript's has none
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,12 +11,13 @@ from torch._C._dynamo import eval_frame
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.errors import warn
+from fastfreeze.execution import Undo, preserved
 from fastfreeze.trimming.compare import difference, observe
 from fastfreeze.trimming.folds import Folds
 from fastfreeze.trimming.pending import LOCAL, Run, TooLateError, settled
 from fastfreeze.trimming.standins import Frozen
-from fastfreeze.trimming.state import Undo, Watch, copied, preserved
+from fastfreeze.trimming.state import copied
 
 _NO_FULL_GRAPH = "a trimmed model, whose own model is compiled: fullgraph=True is not for it"
 _WRITTEN = (
@@ -99,7 +99,7 @@ class TrimmedModel(nn.Module):
         self._fold = fold
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self._norms = [norm for norm in norms if norm.momentum is not None]
-        self._announced: set[str] = set()
+        self._warned = False
         self._forget()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,10 +116,12 @@ class TrimmedModel(nn.Module):
         if LOCAL.run is not None:  # called by a trimmed model
             args, kwargs = settled(args), settled(kwargs)
         frozen = self._now()
-        if self._resets_norms():
-            self._warn(_RESET_NORMS)
+        if any(norm.momentum is None for norm in self._norms):
+            if not self._warned:
+                self._warned = True
+                warn(f"{type(self.model).__name__} {_RESET_NORMS}")
             return self.model(*args, **kwargs)
-        return self._call(frozen, args, kwargs, keeper)
+        return self._call(frozen, self._folds, args, kwargs, keeper)
 
     def frozen_names(self) -> dict[nn.Module, str]:
         """The frozen modules, and what they are called."""
@@ -168,11 +170,10 @@ class TrimmedModel(nn.Module):
 
             def waiting() -> Any:
                 new_args, new_kwargs = copied((args, kwargs))
-                return self._call(frozen, new_args, new_kwargs)
+                return self._call(frozen, Folds(exact=True), new_args, new_kwargs)
 
-            expected = observe(self.model, in_eval, backward=True)
-            with self._folds.as_torch_computes():
-                problem = difference(observe(self.model, waiting, backward=True), expected)
+            expected = observe(self.model, in_eval)
+            problem = difference(observe(self.model, waiting), expected)
         if problem:
             raise RuntimeError(f"trimmed {type(self.model).__name__}: {problem}")
 
@@ -212,7 +213,7 @@ class TrimmedModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_folds", "_known")
+        own = ("_folds", "_frozen")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -222,20 +223,13 @@ class TrimmedModel(nn.Module):
     def _forget(self) -> None:
         """Start with nothing known of the model."""
         self._folds = Folds(exact=not self._fold)
-        self._known: _Known | None = None
+        self._frozen: Frozen | None = None
 
     def _now(self) -> Frozen:
         """The frozen modules under the present flags."""
-        if self._known is None or self._known.outdated():
-            self._known = _Known(self.model)
-        known = self._known
-        flags = known.read_flags()
-        if flags != known.flags or known.frozen.outdated():
-            known.flags = flags
-            self._folds.clear()
-            code = TrimmedModel._call.__code__
-            known.frozen = Frozen(self.model, self._fold, code)
-        return known.frozen
+        if self._frozen is None or self._frozen.outdated():
+            self._frozen = Frozen(self.model, self._fold, TrimmedModel._call.__code__)
+        return self._frozen
 
     def _compiled(self, args: Any, kwargs: Any) -> Any:
         """``model`` compiled, with its frozen modules in eval mode; what surrounds it is not."""
@@ -246,60 +240,29 @@ class TrimmedModel(nn.Module):
         finally:
             torch.compiler.disable(frozen.leave)()
 
-    def _call(self, frozen: Frozen, args: Any, kwargs: Any, keeper: Any = None) -> Any:
+    def _call(
+        self, frozen: Frozen, folds: Folds, args: Any, kwargs: Any, keeper: Any = None
+    ) -> Any:
         """``model``'s own forward with its frozen modules as they are to be."""
         known = frozen.known()
-        if known:
-            self._folds.check(known)
+        folds.check(known)
         if keeper is None:
             try:
-                return self._forward(frozen, Run(self._folds, known), args, kwargs)
+                return self._forward(frozen, Run(folds, known), args, kwargs)
             except TooLateError:
                 raise RuntimeError(_WRITTEN) from None
         keeper.begin(args, kwargs)
-        undo = Undo(frozen.buffers())
+        asks = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
+        undo = Undo(frozen.buffers(), [torch.cuda.current_device()] if asks else [])
         try:
-            return self._forward(frozen, Run(self._folds, known, keeper), args, kwargs)
+            return self._forward(frozen, Run(folds, known, keeper), args, kwargs)
         except TooLateError:
             keeper.waits = False
         undo.restore()
-        return self._forward(frozen, Run(self._folds, set()), args, kwargs)
+        return self._forward(frozen, Run(folds, set()), args, kwargs)
 
     def _forward(self, frozen: Frozen, run: Run, args: Any, kwargs: Any) -> Any:
         with frozen.inside(run):
             with run if run.known else nullcontext():
                 output = self.model(*args, **kwargs)
             return run.finish(output)
-
-    def _resets_norms(self) -> bool:
-        return any(norm.momentum is None for norm in self._norms)
-
-    def _warn(self, text: str) -> None:
-        if text in self._announced:
-            return
-        self._announced.add(text)
-        warnings.warn(f"{type(self.model).__name__} {text}", FastfreezeWarning, stacklevel=3)
-
-
-class _Known:
-    """What is known of a model's present structure and flags.
-
-    Attributes:
-        flags: for which ``frozen`` is.
-    """
-
-    frozen: Frozen
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._structure = Watch([m._modules for m in modules])
-        self._parameters = [m._parameters for m in modules]
-        self.flags: tuple[bool, ...] | None = None
-
-    def outdated(self) -> bool:
-        """Whether modules were added, removed or replaced."""
-        return self._structure.changed()
-
-    def read_flags(self) -> tuple[bool, ...]:
-        """Whether each parameter requires grad; True where there is none."""
-        return tuple([p is None or p.requires_grad for d in self._parameters for p in d.values()])

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.trimming.state import Snapshot, Watch
+from fastfreeze.execution import Snapshot
+from fastfreeze.trimming.state import Watch
 
 _MISSING = object()
 _SCALARS = (bool, int, float, complex, str, bytes)

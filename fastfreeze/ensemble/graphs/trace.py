@@ -28,7 +28,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 from fastfreeze.ensemble.graphs.held import AttributeReads, changed
-from fastfreeze.trimming.state import in_checkpoint, preserved, tensors_in
+from fastfreeze.execution import preserved
+from fastfreeze.trimming.state import is_run_again, tensors_in
 
 _CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), Enum),
@@ -249,7 +250,7 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient_state() != self._state:
             raise UntraceableError("forward changes grad mode or autocast")
-        if in_checkpoint(trace.__code__):
+        if is_run_again(trace.__code__):
             raise UntraceableError("forward uses activation checkpointing")
         return super().create_node(*args, **kwargs)
 
