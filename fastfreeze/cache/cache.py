@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,6 @@ _VIEW_BITS = 20
 _INDEX_BITS = 63 - _VIEW_BITS
 _MAX_CHANGES = 8  # of weights
 _MAX_LATE = 4
-_IN_EVAL = "the model is in eval mode"
 _NOTHING_READ = "nothing frozen was read that has a row for each sample"
 _UNKNOWN = "it is found out what is read of the frozen modules"
 _NOT_THE_SAME = "the frozen modules do not always give the same bits"
@@ -131,7 +131,7 @@ class FeatureCache:
         self._refusals: dict[str, _Refusal] = {}
         self._calls = 0
         self._known = Known()
-        self._names: dict[Any, str] | None = None
+        self._names: dict[Any, str] = {}
         self._old: set[str] = set()  # kept when something else was frozen, and not used since
         self._num_late = 0
         self._counts = CacheStats()
@@ -151,30 +151,14 @@ class FeatureCache:
             TypeError, ValueError: ``samples`` is not as above, or not of the inputs' length.
         """
         keys = _keys_of(samples)
-        self._reason, self._calls = self._off, self._calls + 1
-        for applies, reason in (
-            (self._off, self._off),
-            (peek_interpreter_stack() is not None, "in a transform of torch.func"),
-            (_has_any_global_hook(), "all modules have hooks"),
-        ):
-            if applies:
-                self._reason = reason
-                return self.network(*args, **kwargs)
-        self._check_lengths(args, kwargs, len(keys))
-        names = self.network.frozen_names()
-        if names is not self._names:  # what is read now is not known
-            self._names = names
-            self._known.frozen_anew()
-            self._old = set(self._kept)
-        if not (names and self.network.training):
-            self._reason = "nothing is frozen" if self.network.training else _IN_EVAL
-            return self.network(*args, **kwargs)
-        if requires_grad((args, kwargs)):
-            self._reason = "an input requires grad"
+        self._calls += 1
+        self._reason = self._off or self._obstacle(args, kwargs, len(keys))
+        if self._reason:
             return self.network(*args, **kwargs)
         form = tuple([(t.shape, t.dtype, t.device) for t in tensors_in((args, kwargs))])
         self._reason = _NOTHING_READ if form in self._known.reads else _UNKNOWN
-        chains, changes = Chains(self._known, form, keys, names, self._find), self._known.changes
+        changes = self._known.changes
+        chains = Chains(self._known, form, keys, self._names, self._find)
         output = self.network.run(args, kwargs, chains)
         if self._known.changes != changes:
             self._old = set(self._kept)
@@ -189,8 +173,30 @@ class FeatureCache:
         self._known.reads.clear()
         self._reason = _LATE
         if self._num_late > _MAX_LATE:
-            self._off = _LATE
+            self._give_up(_LATE)
         return output
+
+    def _obstacle(self, args: Any, kwargs: Any, n: int) -> str:
+        """Why a call with these inputs goes to the network alone; empty if it does not."""
+        if peek_interpreter_stack() is not None:
+            return "in a transform of torch.func"
+        if _has_any_global_hook():
+            return "all modules have hooks"
+        tensors = [t for t in tensors_in((args, kwargs)) if t.ndim]
+        if tensors and not any(len(t) == n for t in tensors):
+            raise ValueError(
+                f"samples must have a row for each of {len(tensors[0])} inputs, got {n}"
+            )
+        names = self.network.frozen_names()
+        if names is not self._names:  # what is read now is not known
+            self._names = names
+            self._known.frozen_anew()
+            self._old = set(self._kept)
+        if not self.network.training:
+            return "the model is in eval mode"
+        if not names:
+            return "nothing is frozen"
+        return "an input requires grad" if requires_grad((args, kwargs)) else ""
 
     @property
     def active(self) -> bool:
@@ -204,10 +210,9 @@ class FeatureCache:
 
     def stats(self) -> CacheStats:
         """Counts so far."""
-        counts = self._counts
-        counts.rows = sum(len(kept.rows) for kept in self._kept.values())
-        counts.bytes = sum(kept.rows.nbytes for kept in self._kept.values())
-        return CacheStats(**vars(counts))
+        stores = [kept.rows for kept in self._kept.values()]
+        num_bytes = sum(store.nbytes for store in stores)
+        return replace(self._counts, rows=sum(map(len, stores)), bytes=num_bytes)
 
     def close(self) -> None:
         """Let go of memory and files; the files stay. Calls then run the network alone."""
@@ -220,13 +225,6 @@ class FeatureCache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check_lengths(self, args: Any, kwargs: Any, n: int) -> None:
-        tensors = [t for t in tensors_in((args, kwargs)) if t.ndim]
-        if tensors and not any(len(t) == n for t in tensors):
-            raise ValueError(
-                f"samples must have a row for each of {len(tensors[0])} inputs, got {n}"
-            )
 
     def _find(self, chain: Chain) -> list[Tensor] | None:
         """The values of a chain, from what is kept as far as possible; None if it is to be made."""
@@ -270,14 +268,11 @@ class FeatureCache:
 
     def _conditions(self, device: torch.device) -> str:
         """What else values depend on, or how they are kept; in words."""
-        return "\n".join(
-            (
-                f"{self._dtype} {fp32_precision(device)} {torch.get_num_threads()}",
-                f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {device.type}",
-                torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-                f"{self.network.folding}",
-            )
-        )
+        cpu, gpu = torch.backends.cpu.get_cpu_capability(), ""
+        if device.type == "cuda":
+            gpu = torch.cuda.get_device_name(device)
+        how = self._dtype, fp32_precision(device), torch.get_num_threads(), self.network.folding
+        return f"{how} {torch.__version__} {cpu} {device.type} {gpu}"
 
     def _first(self, kept: Kept, chain: Chain) -> list[Tensor]:
         """The first batch of its kind: find out whether its values can be kept, and how."""
@@ -287,8 +282,7 @@ class FeatureCache:
         try:
             flat = kept.first(chain)
         except CannotKeepError as error:
-            self._refuse(kept.name, str(error))
-            raise
+            raise self._refused(kept.name, str(error)) from None
         kept.rows = self._stores.open(kept.name, kept.columns)
         kept.account = Account() if self._measures else None
         self._kept[kept.name] = kept
@@ -316,13 +310,11 @@ class FeatureCache:
             kept.values(flat)
             kept.account.looking.append(now(chain.device) - start)
             if problem := kept.account.problem(fills=False):
-                self._refuse(kept.name, problem)
-                raise CannotKeepError(problem)
+                raise self._refused(kept.name, problem)
         if kept.unchecked:
             kept.unchecked -= 1
             if not same_bits(flat, kept.compute(chain)):
-                self._refuse(kept.name, _NOT_THE_SAME)
-                raise CannotKeepError(_NOT_THE_SAME)
+                raise self._refused(kept.name, _NOT_THE_SAME)
         self._counts.hits += len(slots)
         return flat
 
@@ -346,7 +338,7 @@ class FeatureCache:
             looking = asking + now(chain.device) - stored
             account.computed(computed - start, stored - computed, looking)
         if problem := account.problem(fills=True):
-            self._refuse(kept.name, problem)
+            self._refused(kept.name, problem)
         return flat
 
     def _add(self, kept: Kept, chain: Chain, samples: Sequence[int], flat: Rows) -> int:
@@ -397,8 +389,7 @@ class FeatureCache:
             self._give_up(reason)
             raise CannotKeepError(reason)
         reason = f"for {came}: something random, or that trains, lies in front"
-        self._refuse(kept.name, reason)
-        raise CannotKeepError(reason)
+        raise self._refused(kept.name, reason)
 
     def _earlier(self, kept: Kept, chain: Chain) -> list[Kept]:
         """What is kept of values on the way to those that are wanted, the latest first.
@@ -465,12 +456,13 @@ class FeatureCache:
         self._counts.advanced += len(samples)
         return flat
 
-    def _refuse(self, name: str, reason: str) -> None:
+    def _refused(self, name: str, reason: str) -> CannotKeepError:
         """Do without for a while, the longer the more often."""
         wait = 2 * self._refusals[name].wait if name in self._refusals else _WAIT
         self._refusals[name] = _Refusal(reason, wait, self._calls + wait)
         if name in self._kept:
             self._delete(name)
+        return CannotKeepError(reason)
 
     def _give_up(self, reason: str) -> None:
         self._off = self._reason = reason

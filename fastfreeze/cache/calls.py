@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastfreeze.cache.rows import (
@@ -194,11 +194,8 @@ class Chain:
     def digests(self) -> Fetched:
         """For each sample one number for the bits of all that goes in."""
         n = len(self.samples)
-        total = torch.zeros(n, dtype=torch.int64, device=self.device)
-        for tensor in self.inputs:
-            rows = tensor if tensor.ndim and len(tensor) == n else tensor.reshape(1, -1)
-            total = total * 3 + hash_rows(rows)
-        return Fetched(total)
+        rows = [t if t.ndim and len(t) == n else t.reshape(1, -1) for t in self.inputs]
+        return Fetched(hash_rows(*rows))
 
     def node(self, key: str) -> CallNode | None:
         """The node of this key, if it is on the way to those that are wanted, or one of them."""
@@ -311,12 +308,3 @@ def is_static(value: Any) -> bool:
     if type(value) is slice:
         return all(type(v) in (int, type(None)) for v in (value.start, value.stop, value.step))
     return type(value) in _STATIC
-
-
-def may_wait(tensor: Tensor) -> bool:
-    """Whether nothing is lost if a tensor is read later: no gradient, above all."""
-    if type(tensor) is Pending:
-        value = tensor.node.value
-        return value is None or may_wait(value)
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return plain and not (tensor.requires_grad or tensor.is_inference())

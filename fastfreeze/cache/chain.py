@@ -36,13 +36,19 @@ from fastfreeze.cache.calls import (
     flattened,
     is_put_off,
     is_static,
-    may_wait,
     meta_of,
     unflattened,
 )
 from fastfreeze.cache.digest import Holdings
 from fastfreeze.cache.rows import share_storage
-from fastfreeze.trimming.pending import Given, Pending, TooLateError, current_run, settle
+from fastfreeze.trimming.pending import (
+    Given,
+    Pending,
+    TooLateError,
+    current_run,
+    may_wait,
+    settle,
+)
 
 _FRESH = (  # give new tensors, whatever they are given
     *("relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid"),

@@ -75,10 +75,9 @@ class Holdings:
             except UnsureError as error:
                 self.problem, self.tensors = f"{type(self.module).__name__}{error}", []
                 return "", ""
-        self._steps.look()
         contents, tensors = self._contents, self.tensors
-        if contents is None or self._steps.seen or not contents.as_counted(tensors):
-            self._steps.seen, self._steps.tensors = False, tensors
+        if self._steps.seen() or contents is None or not contents.as_counted(tensors):
+            self._steps.tensors = tensors
             self._contents, self._bits = Contents(tensors), _digest_of(tensors)
         return self._text, self._bits
 

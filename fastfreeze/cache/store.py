@@ -78,7 +78,8 @@ class Stores:
         if self._path is not None:
             records = _File(self._path / f"{name}.rows", columns)
         store = self._open[name] = RowStore(columns, self.room, records)
-        store.take_over()
+        if isinstance(records, _File):
+            store.take_over(records)
         return store
 
     def drop(self, name: str) -> None:
@@ -171,7 +172,7 @@ class RowStore:
         ]
         buffers = [t.view(torch.uint8).numpy() for t in (stamps, *columns)]
         whole = self._records.read(slots, buffers)
-        if self._records.may_be_altered:
+        if isinstance(self._records, _File):  # it may have been altered
             same = (_checksums(stamps, columns) == stamps[:, -1]).tolist()
             whole = [a and b for a, b in zip(whole, same, strict=True)]
         if all(whole):
@@ -208,11 +209,11 @@ class RowStore:
             self._digests.append(digests[i])
         return len(self._digests) - start
 
-    def take_over(self) -> None:
+    def take_over(self, records: _File) -> None:
         """Have what earlier processes have left, as far as there is room."""
-        size = self._records.size()
+        size = records.size()
         count = min(self._room(size), size) // self.row_bytes
-        for slot, stamp in enumerate(self._records.stamps(count)):
+        for slot, stamp in enumerate(records.stamps(count)):
             if stamp[2]:
                 self._slots[stamp[0]] = slot
             self._digests.append(stamp[1])
@@ -227,16 +228,8 @@ class RowStore:
 class _Memory:
     """Records in memory."""
 
-    may_be_altered = False
-
     def __init__(self) -> None:
         self._rows: list[Any] = []  # bytes of each
-
-    def size(self) -> int:
-        return 0
-
-    def stamps(self, count: int) -> Sequence[Any]:
-        return ()
 
     def read(self, slots: Sequence[int], buffers: Sequence[Any]) -> list[bool]:
         """Copy records, each into a row of the buffers; whether they were whole."""
@@ -261,8 +254,6 @@ class _File:
     Raises:
         OSError: it cannot be made, here and in all methods.
     """
-
-    may_be_altered = True
 
     def __init__(self, path: Path, columns: Sequence[Column]) -> None:
         self._path, self._row_bytes = path, row_bytes(columns)
@@ -311,10 +302,7 @@ def row_bytes(columns: Sequence[Column]) -> int:
 
 def _checksums(stamps: Tensor, values: Sequence[Tensor]) -> Tensor:
     """Of rows and what else their stamps say; never 0, which a hole in a file holds."""
-    total = hash_rows(stamps[:, :-1])
-    for value in values:
-        total = total * 3 + hash_rows(value)
-    return total | 1
+    return hash_rows(stamps[:, :-1], *values) | 1
 
 
 @contextmanager

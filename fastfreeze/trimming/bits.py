@@ -13,12 +13,21 @@ _LOW_BITS = (1 << 33) - 1
 _WIDTH = 4096  # elements of which a checksum is made at once
 
 
-def hash_rows(tensor: Tensor) -> Tensor:
-    """A 64-bit hash of the bits of each row, as it lies in memory, on the tensor's device.
+def hash_rows(*tensors: Tensor) -> Tensor:
+    """A 64-bit hash of the bits of each row of some tensors, on their device.
 
-    A sum of the row's 32-bit words, each times an odd 64-bit number of its own, modulo 2**64. Any
-    change within one word is noticed, and changes of several but for a chance of about 2**-32.
+    Tensors of one row have it in common with each of the others'. It is a sum of the row's 32-bit
+    words as they lie in memory, each times an odd 64-bit number of its own, modulo 2**64; those of
+    several tensors are added, each times 3 to the number of those behind it. Any change within one
+    word is noticed, and changes of several but for a chance of about 2**-32.
     """
+    total, *more = map(_hash_rows, tensors)
+    for hashes in more:
+        total = total * 3 + hashes
+    return total
+
+
+def _hash_rows(tensor: Tensor) -> Tensor:
     n, numel = len(tensor), tensor.shape[1:].numel()
     tensor = tensor.detach()
     if tensor.is_complex():

@@ -25,7 +25,16 @@ from torch._C._functorch import peek_interpreter_stack
 
 from fastfreeze.trimming.folds import Convolving, Fold, Norm, folded
 from fastfreeze.trimming.operations import Affine, Convolution, may_take_winograd
-from fastfreeze.trimming.pending import FUSED, Given, Node, Pending, Run, TooLateError, node_of
+from fastfreeze.trimming.pending import (
+    FUSED,
+    Given,
+    Node,
+    Pending,
+    Run,
+    TooLateError,
+    may_wait,
+    node_of,
+)
 
 
 class FusedNode(Node):
@@ -57,6 +66,8 @@ class FusedNode(Node):
         self.convolving, self.norm = convolving, norm
         self.residual: Node | None = None
         self.relu = False
+        if base is not None:
+            base.passed = True  # first: to look at a tensor may be one of torch's functions
         new = (convolving or norm) if base is None else None if norm is base.norm else norm
         self.tensors: list[Tensor] = new.tensors() if new else []
         self.versions = [t._version for t in self.tensors]
@@ -85,7 +96,6 @@ class FusedNode(Node):
         own = self.run, self.parts, self.shape, self.convolving
         node = FusedNode(*own, norm or self.norm, self)
         node.residual, node.relu = residual or self.residual, relu
-        self.passed = True
         return node
 
     def fits_convolution(self) -> bool:
@@ -267,7 +277,7 @@ def _add(run: Run, a: Any, b: Any = None, *rest: Any, inplace: bool = False, **o
         return NotImplemented
     for x, other in ((b, a), (a, b)):
         node = x.node if type(x) is Pending else None
-        if not isinstance(node, FusedNode) or not _may_be_read_later(other):
+        if not isinstance(node, FusedNode) or not may_wait(other):
             continue
         residual = node_of(other)
         new = node.then(residual=residual) if _form(residual) == _form(node) else None
@@ -285,7 +295,7 @@ def _add_in_place(run: Run, a: Any, b: Any = None, *rest: Any, **others: Any) ->
 def _cat(run: Run, tensors: Any, dim: int = 0, *rest: Any, **others: Any) -> Any:
     if rest or others or dim not in (1, -3) or not isinstance(tensors, (tuple, list)):
         return NotImplemented
-    if not any(type(t) is Pending for t in tensors) or not all(map(_may_be_read_later, tensors)):
+    if not any(type(t) is Pending for t in tensors) or not all(map(may_wait, tensors)):
         return NotImplemented
     parts: list[Node] = []
     for node in map(node_of, tensors):
@@ -314,7 +324,7 @@ def _pass_on(
     """
     given = [x, *args, *kwargs.values()]
     tensors = [t for t in given if isinstance(t, Tensor)]
-    if type(x) is not Pending or not all(map(_may_be_read_later, tensors)):
+    if type(x) is not Pending or not all(map(may_wait, tensors)):
         return NotImplemented
     if "out" in kwargs or not _may_wait_here(run, x.device.type):
         return NotImplemented
@@ -349,7 +359,7 @@ def may_fold(tensor: Any) -> bool:
 
 def _images(run: Run, x: Any, weights: Sequence[Tensor]) -> Node | None:
     """The node of images ``x`` if a function of them and ``weights`` may wait."""
-    if not _may_be_read_later(x) or not _may_wait_here(run, x.device.type):
+    if not may_wait(x) or not _may_wait_here(run, x.device.type):
         return None
     node = node_of(x)
     fits = len(node.shape) == 4 and node.dtype.is_floating_point and 0 not in node.shape
@@ -373,15 +383,6 @@ def _may_wait_here(run: Run, device: str) -> bool:
         # An activation checkpoint, perhaps: the second forward does not come here.
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )
-
-
-def _may_be_read_later(x: Any) -> bool:
-    """Whether it is a tensor that may go into what waits."""
-    if type(x) is Pending:
-        with torch._C.DisableTorchFunction():
-            return not x.requires_grad
-    plain = type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided
-    return plain and not (x.requires_grad or x.is_inference() or x.is_neg() or x.is_meta)
 
 
 def _form(node: Node) -> tuple[Any, ...]:

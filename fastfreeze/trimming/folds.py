@@ -153,9 +153,7 @@ class Folds:
                 if not all(id(t) in known for t in fold.contents.tensors):
                     del self._folds[key]
             self._look_anew()
-        self._steps.look()
-        if self._steps.seen:
-            self._steps.seen = False
+        if self._steps.seen():
             keys = list(self._folds)
         else:
             keys = [key for key in (next(self._turns, None),) if key is not None]

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -268,6 +268,18 @@ def settle(value: Any) -> Any:
 def settled(values: Any) -> Any:
     """:func:`settle` for all tensors in nested containers."""
     return tree_map_only(Pending, settle, values)
+
+
+def may_wait(value: Any) -> bool:
+    """Whether it is a tensor that may be read later, and nothing is lost: no gradient above all."""
+    if type(value) is Pending:
+        known = value.node.value
+        with torch._C.DisableTorchFunction():
+            return not (value.requires_grad or (known is not None and known.requires_grad))
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
+    return plain and not (
+        value.requires_grad or value.is_inference() or value.is_neg() or value.is_meta
+    )
 
 
 def node_of(value: Any) -> Node:

@@ -42,7 +42,6 @@ class Steps:
 
     Attributes:
         tensors: that are watched.
-        seen: set then; to be reset by whoever has looked at the tensors.
     """
 
     _all: ClassVar[weakref.WeakSet[Steps]] = weakref.WeakSet()
@@ -50,7 +49,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
-        self.seen = False
+        self._seen = False
         if not Steps._hooked:
             Steps._hooked = True
             register_optimizer_step_post_hook(Steps._stepped)
@@ -59,11 +58,16 @@ class Steps:
     @staticmethod
     def _stepped(*_: Any) -> None:
         for steps in Steps._all:
-            steps.look()
+            steps._look()
 
-    def look(self) -> None:
-        """See whether one of the tensors has a gradient now."""
-        self.seen = self.seen or any(t.grad is not None for t in self.tensors)
+    def seen(self) -> bool:
+        """Whether one has since the last question, or may do so by gradients that are there."""
+        self._look()
+        seen, self._seen = self._seen, False
+        return seen
+
+    def _look(self) -> None:
+        self._seen = self._seen or any(t.grad is not None for t in self.tensors)
 
 
 def _counts(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
