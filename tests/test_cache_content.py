@@ -285,7 +285,7 @@ def test_numbers_that_change_in_each_call_do_not_pile_up():
     cache = cached(Timed(frozen))
     for i in range(150):
         cache(torch.ones(2, 3, 5, 5), i / 150, samples=torch.arange(2))
-    assert len(cache._known.forms) < 140
+    assert len(cache._known.outcomes) < 140
 
 
 def remove(directory):

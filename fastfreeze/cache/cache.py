@@ -22,10 +22,10 @@ from fastfreeze.cache.kept import (
     CacheStats,
     Kept,
     Rows,
+    all_same_bits,
     assembled,
     now,
     pick,
-    same_bits,
 )
 from fastfreeze.cache.rows import CannotKeepError, row_strides
 from fastfreeze.cache.store import Stores
@@ -289,7 +289,7 @@ class FeatureCache:
         slots = self._slots(kept, chain, range(n))
         if known := [i for i in range(n) if slots[i] >= 0]:
             found = kept.get([slots[i] for i in known], chain.device)
-            if found and not same_bits(found, pick(flat, known)):
+            if found and not all_same_bits(found, pick(flat, known)):
                 self._stores.drop(kept.name)
                 kept.rows = self._stores.open(kept.name, kept.columns)
         for earlier in self._earlier(kept, chain):
@@ -300,20 +300,17 @@ class FeatureCache:
 
     def _whole(self, kept: Kept, chain: Chain, slots: list[int], start: float) -> Rows | None:
         """A batch that is there; None if it turns out to be damaged."""
-        timed = kept.is_timed()
         flat = kept.get(slots, chain.device)
         if flat is None:
             return None
-        if kept.account is not None:
-            kept.account.idle = 0
-        if timed and kept.account is not None:
+        if kept.account is not None and kept.account.found_whole():
             kept.values(flat)
             kept.account.looking.append(now(chain.device) - start)
             if problem := kept.account.problem(fills=False):
                 raise self._refused(kept.name, problem)
         if kept.unchecked:
             kept.unchecked -= 1
-            if not same_bits(flat, kept.compute(chain)):
+            if not all_same_bits(flat, kept.compute(chain)):
                 raise self._refused(kept.name, _NOT_THE_SAME)
         self._counts.hits += len(slots)
         return flat
@@ -448,7 +445,7 @@ class FeatureCache:
         if flat is None:
             return None
         if earlier.name not in kept.verified:
-            if not same_bits(flat, pick(expected or kept.compute(chain), samples)):
+            if not all_same_bits(flat, pick(expected or kept.compute(chain), samples)):
                 self._delete(earlier.name)
                 return None
             kept.verified.add(earlier.name)

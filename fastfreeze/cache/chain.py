@@ -66,7 +66,7 @@ _VIEWS = (  # may give views of the first argument, or itself
 _MAY_BE_IN_PLACE = (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, F.elu, F.leaky_relu)
 _TRIALS = 2  # in its first call a model may set itself up, and folds are compared
 _MAX_ARGUMENTS = 64  # that are no tensors, of one module or function
-_MAX_FORMS = 4096
+_MAX_OUTCOMES = 4096
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -82,7 +82,7 @@ class Known:
     """What is known of a model's calls from earlier steps.
 
     Attributes:
-        forms: of what calls gave, by what they are and what they are given; a number is how often
+        outcomes: of calls, by what they are and what they are given; a number is how often
             they could not be put off.
         reads: idents of what was read in the last step with inputs of a form; missing if that is
             not known.
@@ -91,7 +91,7 @@ class Known:
     """
 
     def __init__(self) -> None:
-        self.forms: dict[Any, Outcome | int] = {}
+        self.outcomes: dict[Any, Outcome | int] = {}
         self.reads: dict[Any, set[str]] = {}
         self.changes, self.reasons = 0, dict[str, str]()
         self._arguments: dict[Any, set[Any]] = {}
@@ -143,8 +143,8 @@ class Known:
 
     def fits(self, what: Any, arguments: Any) -> bool:
         """Whether a call may be new: not if what is called gets other numbers all the time."""
-        if len(self.forms) >= _MAX_FORMS:
-            self.forms.clear()
+        if len(self.outcomes) >= _MAX_OUTCOMES:
+            self.outcomes.clear()
             self.reads.clear()
         seen = self._arguments.setdefault(what, set())
         if len(seen) < _MAX_ARGUMENTS:
@@ -209,8 +209,8 @@ class Chains:
 
     def forget(self, outcome: Outcome) -> None:
         """Never put a call off again that gave something of another form than the last time."""
-        forms = self._known.forms
-        forms.update({given: _TRIALS for given, found in forms.items() if found is outcome})
+        outcomes = self._known.outcomes
+        outcomes.update({given: _TRIALS for given, found in outcomes.items() if found is outcome})
 
     def call_module(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a call of a frozen module; NotImplemented if it must be made."""
@@ -252,10 +252,10 @@ class Chains:
             autocast_state(),
             held[0],
         )
-        form = self._known.forms.get(given, 0)
-        if self._learned or not isinstance(form, Outcome):
+        outcome = self._known.outcomes.get(given, 0)
+        if self._learned or not isinstance(outcome, Outcome):
             arguments = spec, tuple(s for s in signature if isinstance(s, str))
-            if form == _TRIALS or not self._known.fits(what, str(arguments)):
+            if outcome == _TRIALS or not self._known.fits(what, str(arguments)):
                 return NotImplemented
             return self._learn(given, function, module, leaves, spec)
         nodes: list[Any] = [
@@ -263,18 +263,20 @@ class Chains:
         ]
         keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, Outer))])
         known = held[1], *keys
-        if known not in form.keys:
-            if len(form.keys) >= _MAX_ARGUMENTS:
-                form.keys.clear()
+        if known not in outcome.keys:
+            if len(outcome.keys) >= _MAX_ARGUMENTS:
+                outcome.keys.clear()
             idents = [node.ident for node in nodes if isinstance(node, (CallNode, Outer))]
-            form.keys[known] = self._key(given, known), self._key(given[:-1], idents)
+            outcome.keys[known] = self._key(given, known), self._key(given[:-1], idents)
         if module is not None:
             self._known.put_off(what[1])
-        call = Call(function, nodes, spec, form, *form.keys[known], self._index, given[-2])
+        call = Call(function, nodes, spec, outcome, *outcome.keys[known], self._index, given[-2])
         self._index += 1
         root = nodes[0].root if is_view else None
-        outputs = [self._output(call, i, meta, leaves, root) for i, meta in enumerate(form.metas)]
-        return tree_unflatten(outputs, form.spec)
+        outputs = [
+            self._output(call, i, meta, leaves, root) for i, meta in enumerate(outcome.metas)
+        ]
+        return tree_unflatten(outputs, outcome.spec)
 
     def _output(self, call: Call, i: int, meta: Any, leaves: Sequence[Any], root: Any) -> Any:
         if isinstance(meta, Argument):
@@ -304,7 +306,7 @@ class Chains:
             run.keeper, run.own_modes = outer, 0
         values, nesting = tree_flatten(result)
         values = [settle(value) for value in values]
-        trials = self._known.forms.get(given, 0)
+        trials = self._known.outcomes.get(given, 0)
         trials = trials if isinstance(trials, int) else 0
         numbers = {id(x): i for i, x in enumerate(leaves) if isinstance(x, Tensor) and module}
         own = [v for v in values if isinstance(v, Tensor) and id(v) not in numbers]
@@ -317,7 +319,7 @@ class Chains:
         elif asks.found or self._effects(real, module) != before:
             trials, fits = trials + 1, False
         metas = [Argument(numbers[id(v)]) if id(v) in numbers else meta_of(v) for v in values]
-        self._known.forms[given] = Outcome(tuple(metas), nesting) if fits else trials
+        self._known.outcomes[given] = Outcome(tuple(metas), nesting) if fits else trials
         if not fits:
             return tree_unflatten(values, nesting)
         # So that functions of these come here, too.

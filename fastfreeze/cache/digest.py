@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
+from fastfreeze.trimming.bits import bits
 from fastfreeze.trimming.watch import Contents, Steps
 
 _OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"} | {"forward"}
@@ -331,6 +332,5 @@ def _digest_of(tensors: Sequence[Tensor]) -> str:
     total = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         total.update(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}".encode())
-        flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        total.update(bits(tensor.cpu()).numpy().data if tensor.numel() else b"")
     return total.hexdigest()

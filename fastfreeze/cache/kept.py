@@ -15,6 +15,7 @@ from torch import Tensor
 from fastfreeze.cache.calls import Chain
 from fastfreeze.cache.rows import CannotKeepError, Form, row_numbers, share_storage
 from fastfreeze.cache.store import RowStore
+from fastfreeze.trimming.bits import same_bits
 from fastfreeze.trimming.state import record_stream
 
 _CHECKED_BATCHES = 2  # found whole, and computed all the same
@@ -53,12 +54,19 @@ class Account:
         storing: it.
         looking: it up, from the question to the values: digests, what modules hold, loading.
         idle: how many batches in a row gained nothing.
+        turn: of the batches that were found whole.
     """
 
     computing: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
     storing: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
     looking: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
     idle: int = 0
+    turn: int = 0
+
+    def found_whole(self) -> bool:
+        """Note such a batch; whether it is to be timed."""
+        self.idle, self.turn = 0, self.turn + 1
+        return self.turn <= TRIALS or self.turn % _EVERY == 0
 
     def computed(self, computing: float, storing: float, looking: float) -> None:
         """Note a batch that was computed and stored, and how long it takes to look one up."""
@@ -109,7 +117,6 @@ class Kept:
         self.verified: set[str] = set()
         self.unchecked = _CHECKED_BATCHES
         self.account: Account | None = None
-        self._turn = 0
         self._agreeing = {self.size: True}
         self._dtype = dtype
         self._forms: list[Form] = []
@@ -132,7 +139,7 @@ class Kept:
             raise CannotKeepError("values that are read share memory")
         flat = self._flat(values, n)
         rows = [(n - 1) - i // 2 for i in range(n)]  # half of them, twice, in another order
-        if not same_bits(self._flat(chain.compute(rows=rows), n), pick(flat, rows)):
+        if not all_same_bits(self._flat(chain.compute(rows=rows), n), pick(flat, rows)):
             raise CannotKeepError("what a sample gives depends on the others in its batch")
         return flat
 
@@ -170,7 +177,7 @@ class Kept:
             found = self.get([slots[i] for i in here], chain.device) if here else None
             if not found:
                 return False
-            self._agreeing[n] = same_bits(found, pick(self.compute(chain), here))
+            self._agreeing[n] = all_same_bits(found, pick(self.compute(chain), here))
         return self._agreeing[n]
 
     def leads_to(self, other: Kept, chain: Chain) -> bool:
@@ -196,11 +203,6 @@ class Kept:
         values = chain.compute(rows=[samples[i] for i in chosen], given=given)
         return [column[: len(samples)] for column in self._flat(values, n)]
 
-    def is_timed(self) -> bool:
-        """Whether a batch that is found whole is to be timed."""
-        self._turn += 1
-        return self.account is not None and (self._turn <= TRIALS or self._turn % _EVERY == 0)
-
     def _flat(self, values: Sequence[Tensor], n: int) -> Rows:
         return [form.flat(value, n) for form, value in zip(self._forms, values, strict=True)]
 
@@ -221,10 +223,8 @@ def pick(flat: Rows, rows: Sequence[int]) -> Rows:
     return [column[list(rows)] for column in flat]
 
 
-def same_bits(a: Rows, b: Rows) -> bool:
-    """Whether all bits are the same."""
-    pairs = [(x.contiguous(), y.contiguous()) for x, y in zip(a, b, strict=True)]
-    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
+def all_same_bits(a: Rows, b: Rows) -> bool:
+    return all(map(same_bits, a, b))
 
 
 def assembled(parts: Sequence[tuple[Sequence[int], Rows]]) -> Rows:

@@ -1,4 +1,4 @@
-"""How tensors lie in memory, and hashes of their bits."""
+"""The bits of tensors: compared, hashed, and how they lie in memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from torch import Tensor
 _WORD = 4  # bytes
 _LOW_BITS = (1 << 33) - 1
 _WIDTH = 4096  # elements of which a checksum is made at once
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on one device hold the same, of whatever strides."""
+    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return alike and torch.equal(bits(a), bits(b))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes in the order of its elements: uint8 ``[nbytes]``."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.contiguous().reshape(-1).view(torch.uint8)
 
 
 def hash_rows(*tensors: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import _get_current_function_mode_stack
 
 from fastfreeze.errors import warn
 from fastfreeze.trimming.fold import may_fold
@@ -22,6 +23,7 @@ from fastfreeze.trimming.state import Watch, is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
+_COMPILED = "_compiled_call_impl"  # of a module, by its method compile
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
@@ -72,6 +74,8 @@ class Frozen:
         self.folds = fold and any(map(_may_fold, self.modules))
         self._forwards = [(vars(m), vars(m).get("forward")) for m in self.modules]
         self._classes = [(k, _forward_of(k)) for k in {type(m) for m in self.modules}]
+        self._all = [vars(m) for m in modules]
+        self._num_compiled = self._count_compiled()
         compiled: list[StandIn] = [_Compiled(m) for m in modules if _is_compiled(m)]
         units = [_Unit(m, self, outermost) for m in self.modules if not isinstance(m, _LISTS)]
         self._guards = [*compiled, *[u for u in units if u.has_modes]]
@@ -84,13 +88,17 @@ class Frozen:
         self._before: list[tuple[dict[str, Any], str, Any]] = []
 
     def outdated(self) -> bool:
-        """Whether flags or modules are others now, or one or its class has another forward."""
+        """Whether flags, modules, or forwards of them or their classes are others, or compiled."""
         if self._structure.changed() or self._read_flags() != self._flags:
             return True
         return not self._users and (
             any(d.get("forward") is not f for d, f in self._forwards)
             or any(_forward_of(kind) is not f for kind, f in self._classes)
+            or self._count_compiled() != self._num_compiled
         )
+
+    def _count_compiled(self) -> int:
+        return sum([own.get(_COMPILED) is not None for own in self._all])
 
     def _read_flags(self) -> list[bool]:
         """Whether each parameter requires grad; True where there is none."""
@@ -181,7 +189,7 @@ class _Compiled(StandIn):
     """Stands in for what torch.compile has made of a module: it gets plain tensors."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.name = "forward" if isinstance(module, OptimizedModule) else "_compiled_call_impl"
+        self.name = "forward" if isinstance(module, OptimizedModule) else _COMPILED
         super().__init__(module, vars(module)[self.name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -228,8 +236,9 @@ class _Unit(StandIn):
             return self._forward(*args, **kwargs)
 
     def _seen(self, *args: Any, **kwargs: Any) -> Any:
-        run = LOCAL.run or nullcontext()  # none in a thread of the model's own
-        with torch._C._EnableTorchFunction(), run:
+        run = LOCAL.run  # none in a thread of the model's own
+        sees = run is None or run in _get_current_function_mode_stack()
+        with torch._C._EnableTorchFunction(), nullcontext() if sees else run:
             return self._forward(*args, **kwargs)
 
 
