@@ -113,7 +113,16 @@ def patch_method(patch, model):
 
 
 def patch_forward(patch, model):
-    patch.setattr(Frozen, "forward", lambda self, x: self.conv(x) * 3)
+    patch.setattr(Frozen, "forward", Tripled.forward)
+
+
+class Tripled(Frozen):
+    def forward(self, x):
+        return self.conv(x) * 3
+
+
+def change_class(patch, model):
+    model.__class__ = Tripled
 
 
 def patch_global(patch, model):
@@ -130,7 +139,11 @@ def add_global_hook(patch, model):
 
 
 @pytest.mark.parametrize(
-    "change", [patch_method, patch_forward, patch_global, patch_class_object, add_global_hook]
+    "change",
+    [
+        *(patch_method, patch_forward, change_class, patch_global, patch_class_object),
+        add_global_hook,
+    ],
 )
 def test_code_is_followed(change, monkeypatch):
     cache = cached(Net(Frozen()))

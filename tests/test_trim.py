@@ -342,16 +342,24 @@ def test_a_forward_of_its_own_given_later():
     assert model.a.forward.__name__ == "<lambda>"
 
 
-def test_a_forward_that_their_class_is_given_later(monkeypatch):
+@pytest.mark.parametrize("change", ["a forward", "a class"])
+def test_a_forward_by_their_class_later(change, monkeypatch):
     class Own(nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x)
+
+    class Other(Own):
+        def forward(self, x):
+            return 3 * x + self.bias[0]
 
     model = net(reads_what_may_change)
     model.norm = Own(6).requires_grad_(False)
     network, x = trim(model), images()
     network(x)
-    monkeypatch.setattr(Own, "forward", lambda self, x: 3 * x + self.bias[0])
+    if change == "a forward":
+        monkeypatch.setattr(Own, "forward", Other.forward)
+    else:
+        model.norm.__class__ = Other
     torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
 
 

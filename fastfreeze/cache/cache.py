@@ -23,7 +23,6 @@ from fastfreeze.cache.kept import (
     Kept,
     Rows,
     all_same_bits,
-    assembled,
     now,
     pick,
 )
@@ -253,10 +252,11 @@ class FeatureCache:
         if kept is None:
             return self._first(Kept(name, conditions, chain, self._dtype), chain)
         self._old.discard(name)
-        if not kept.agrees(chain):
-            size = len(chain.samples)
-            raise CannotKeepError(f"a batch of {size} gives other bits than one of {kept.size}")
         slots = self._slots(kept, chain, range(len(chain.samples)))
+        if not kept.agrees(chain, slots):
+            raise CannotKeepError(
+                f"a batch of {len(slots)} gives other bits than one of {kept.size}"
+            )
         missing = [i for i, slot in enumerate(slots) if slot < 0]
         if not missing:
             flat = self._whole(kept, chain, slots, start)
@@ -414,12 +414,12 @@ class FeatureCache:
             flat = self._carry_on_from(earlier, kept, chain, missing)
             if flat is None:
                 continue
-            here = [i for i, slot in enumerate(slots) if slot >= 0]
-            if not here:
+            if len(missing) == len(slots):
                 return flat
-            found = kept.get([slots[i] for i in here], chain.device)
-            self._counts.hits += len(here)
-            return found and assembled([(missing, flat), (here, found)])
+            slots = kept.rows.find(chain.samples)  # by now all, if there was room
+            found = kept.get(slots, chain.device) if min(slots) >= 0 else None
+            self._counts.hits += len(slots) - len(missing) if found else 0
+            return found
         return None
 
     def _carry_on_from(

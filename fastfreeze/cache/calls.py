@@ -174,7 +174,7 @@ class Chain:
 
     @cached_property
     def inputs(self) -> list[Tensor]:
-        """The tensors that go in, all on one device, one of them with a row for each sample.
+        """The tensors that go in, one of them with a row for each sample.
 
         Raises:
             CannotKeepError: that is not so.
@@ -182,8 +182,6 @@ class Chain:
         inputs, n = [self.outer[number].now() for number in sorted(self.outer)], len(self.samples)
         if not any(t.ndim and len(t) == n for t in inputs):
             raise CannotKeepError(f"no tensor with a row for each of {n} samples goes in")
-        if len(devices := {str(t.device) for t in inputs}) > 1:
-            raise CannotKeepError(f"what goes in is on {' and '.join(sorted(devices))}")
         return inputs
 
     @property

@@ -109,6 +109,7 @@ class Holdings:
         return chain(
             chain.from_iterable(self._containers),
             chain.from_iterable(map(_values, self._dicts)),
+            map(type, self._inside),
             map(getattr, self._owners, self._names, repeat(None)),
             map(dict.get, self._globals, self._global_names),
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastfreeze.cache.calls import Chain
-from fastfreeze.cache.rows import CannotKeepError, Form, row_numbers, share_storage
+from fastfreeze.cache.rows import CannotKeepError, Form, share_storage
 from fastfreeze.cache.store import RowStore
 from fastfreeze.trimming.bits import same_bits
 from fastfreeze.trimming.state import record_stream
@@ -168,12 +168,11 @@ class Kept:
         """The rows that a chain gives for its batch."""
         return self._flat(chain.compute(), len(chain.samples))
 
-    def agrees(self, chain: Chain) -> bool:
+    def agrees(self, chain: Chain, slots: Sequence[int]) -> bool:
         """Whether rows in a batch of this size give the same bits as in one of the usual size."""
-        n = len(chain.samples)
+        n = len(slots)
         if n not in self._agreeing:
-            digests, slots = chain.digests.wait(), self.rows.find(chain.samples)
-            here = [i for i, s in enumerate(slots) if s >= 0 and self.rows.digest(s) == digests[i]]
+            here = [i for i, slot in enumerate(slots) if slot >= 0]
             found = self.get([slots[i] for i in here], chain.device) if here else None
             if not found:
                 return False
@@ -225,11 +224,3 @@ def pick(flat: Rows, rows: Sequence[int]) -> Rows:
 
 def all_same_bits(a: Rows, b: Rows) -> bool:
     return all(map(same_bits, a, b))
-
-
-def assembled(parts: Sequence[tuple[Sequence[int], Rows]]) -> Rows:
-    """Parts of a batch, in the batch's order."""
-    order = [i for rows, _ in parts for i in rows]
-    joined = [torch.cat(column) for column in zip(*(flat for _, flat in parts), strict=True)]
-    back = row_numbers(sorted(range(len(order)), key=order.__getitem__), joined[0].device)
-    return [column.index_select(0, back) for column in joined]

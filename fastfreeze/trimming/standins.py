@@ -73,7 +73,8 @@ class Frozen:
         self.names = {m: n for n, m in model.named_modules() if m in frozen}
         self.folds = fold and any(map(_may_fold, self.modules))
         self._forwards = [(vars(m), vars(m).get("forward")) for m in self.modules]
-        self._classes = [(k, _forward_of(k)) for k in {type(m) for m in self.modules}]
+        self._classes = list(map(type, self.modules))
+        self._forwards_of_classes = [(k, _forward_of(k)) for k in set(self._classes)]
         self._all = [vars(m) for m in modules]
         self._num_compiled = self._count_compiled()
         compiled: list[StandIn] = [_Compiled(m) for m in modules if _is_compiled(m)]
@@ -93,7 +94,8 @@ class Frozen:
             return True
         return not self._users and (
             any(d.get("forward") is not f for d, f in self._forwards)
-            or any(_forward_of(kind) is not f for kind, f in self._classes)
+            or list(map(type, self.modules)) != self._classes
+            or any(_forward_of(kind) is not f for kind, f in self._forwards_of_classes)
             or self._count_compiled() != self._num_compiled
         )
 
@@ -236,9 +238,10 @@ class _Unit(StandIn):
             return self._forward(*args, **kwargs)
 
     def _seen(self, *args: Any, **kwargs: Any) -> Any:
-        run = LOCAL.run  # none in a thread of the model's own
-        sees = run is None or run in _get_current_function_mode_stack()
-        with torch._C._EnableTorchFunction(), nullcontext() if sees else run:
+        run: Any = LOCAL.run  # none in a thread of the model's own
+        if run is None or run in _get_current_function_mode_stack():
+            run = nullcontext()
+        with torch._C._EnableTorchFunction(), run:
             return self._forward(*args, **kwargs)
 
 

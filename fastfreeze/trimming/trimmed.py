@@ -222,7 +222,7 @@ class TrimmedModel(nn.Module):
 
     def _forget(self) -> None:
         """Start with nothing known of the model."""
-        self._folds = Folds(exact=not self._fold)
+        self._folds = Folds()
         self._frozen: Frozen | None = None
 
     def _now(self) -> Frozen:
