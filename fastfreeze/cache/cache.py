@@ -437,7 +437,7 @@ class FeatureCache:
         """
         if earlier.name not in self._kept:  # deleted to make room
             return None
-        nodes = [node for node in map(chain.node, earlier.wanted) if node is not None]
+        nodes = [chain.nodes[key] for key in earlier.wanted]
         slots = self._slots(earlier, Chain(nodes, chain.chains), samples)
         if any(slot < 0 for slot in slots):
             return None

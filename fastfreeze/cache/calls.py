@@ -33,18 +33,11 @@ _LEAVES = (Tensor, *_STATIC)
 
 
 @dataclass(frozen=True)
-class Argument:
-    """The argument of this number, handed back."""
-
-    number: int
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a call gave the last time.
 
     Attributes:
-        metas: shape, dtype and device of each tensor, which argument it is, or None.
+        metas: shape, dtype and device of each tensor; the number of the argument that it is; None.
         spec: how they are nested.
         keys: keys and idents of such calls, by what the module holds and keys of what goes in.
     """
@@ -95,8 +88,8 @@ class Call:
             outputs, spec = tree_flatten(self.function(*args, **kwargs))
         outputs, expected = [settle(value) for value in outputs], self.expected
         if spec != expected.spec or not all(
-            value is values[meta.number]
-            if isinstance(meta, Argument)
+            value is values[meta]
+            if isinstance(meta, int)
             else meta == meta_of(value) and (value is None or not value.requires_grad)
             for meta, value in zip(expected.metas, outputs, strict=True)
         ):
@@ -163,6 +156,7 @@ class Chain:
         chains: that they belong to.
         samples: numbers of those in the batch.
         outer: the tensors that go in, by their number.
+        nodes: those that are wanted, and all on the way to them, by their keys.
     """
 
     def __init__(self, wanted: Sequence[CallNode], chains: Chains) -> None:
@@ -170,7 +164,7 @@ class Chain:
         self.keys = [node.key for node in wanted]
         leaves = [leaf for call in _behind(wanted) for leaf in call.leaves]
         self.outer = {leaf.number: leaf for leaf in leaves if isinstance(leaf, Outer)}
-        self._nodes = {n.key: n for n in (*leaves, *wanted) if isinstance(n, CallNode)}
+        self.nodes = {n.key: n for n in (*leaves, *wanted) if isinstance(n, CallNode)}
 
     @cached_property
     def inputs(self) -> list[Tensor]:
@@ -194,10 +188,6 @@ class Chain:
         n = len(self.samples)
         rows = [t if t.ndim and len(t) == n else t.reshape(1, -1) for t in self.inputs]
         return Fetched(hash_rows(*rows))
-
-    def node(self, key: str) -> CallNode | None:
-        """The node of this key, if it is on the way to those that are wanted, or one of them."""
-        return self._nodes.get(key)
 
     def compute(
         self,

@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastfreeze.cache.calls import (
-    Argument,
     Call,
     CallNode,
     Chain,
@@ -279,8 +278,8 @@ class Chains:
         return tree_unflatten(outputs, outcome.spec)
 
     def _output(self, call: Call, i: int, meta: Any, leaves: Sequence[Any], root: Any) -> Any:
-        if isinstance(meta, Argument):
-            return leaves[meta.number]
+        if isinstance(meta, int):
+            return leaves[meta]
         if meta is None:
             return None
         self._nodes.append(CallNode(call, i, meta, self, root))
@@ -318,7 +317,7 @@ class Chains:
             trials = _TRIALS
         elif asks.found or self._effects(real, module) != before:
             trials, fits = trials + 1, False
-        metas = [Argument(numbers[id(v)]) if id(v) in numbers else meta_of(v) for v in values]
+        metas = [numbers.get(id(v), meta_of(v)) for v in values]
         self._known.outcomes[given] = Outcome(tuple(metas), nesting) if fits else trials
         if not fits:
             return tree_unflatten(values, nesting)

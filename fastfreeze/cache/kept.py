@@ -184,7 +184,7 @@ class Kept:
         narrows = any(form.stored != form.dtype for form in self._forms)
         if narrows or self.conditions != other.conditions or self.wanted == other.wanted:
             return False
-        return bool(len(self.rows)) and all(map(chain.node, self.wanted))
+        return bool(len(self.rows)) and chain.nodes.keys() >= set(self.wanted)
 
     def carried_on(
         self, earlier: Kept, chain: Chain, samples: Sequence[int], slots: Sequence[int]
