@@ -320,7 +320,7 @@ def _pass_on(
 ) -> Any:
     """Call a function, to which layout is the same, on values in that in which they are.
 
-    It writes to nothing, so that what was put off may stay so.
+    It writes to nothing but what ``x`` alone waits for, so that what was put off may stay so.
     """
     given = [x, *args, *kwargs.values()]
     tensors = [t for t in given if isinstance(t, Tensor)]
@@ -329,6 +329,8 @@ def _pass_on(
     if "out" in kwargs or not _may_wait_here(run, x.device.type):
         return NotImplemented
     nodes = [t.node for t in tensors if type(t) is Pending]
+    if inplace and isinstance(x.node, FusedNode) and x.node.value is None and not x.node.passed:
+        kwargs["inplace"] = True
     values = [_now(t) for t in (x, *args)]
     if function in _IN_ORDER:
         values[0] = values[0].contiguous() if nodes[0].moved else values[0]

@@ -151,9 +151,13 @@ class Pending(Tensor):
 class Run(TorchFunctionMode):
     """One call of a trimmed model; as a mode, it sees torch's functions.
 
+    To look at each of them costs microseconds, so without a keeper it is a mode only while frozen
+    modules run in which something may wait (:meth:`watch`).
+
     Attributes:
         folds: the model's folded weights.
         known: ids of the tensors that may be folded.
+        watches: whether it is a mode now.
         keeper: puts off calls of frozen modules, and functions of what they give; None for nothing.
         pending: values of the keeper's.
         waiting: values of fused functions, by the id of their nodes.
@@ -163,6 +167,7 @@ class Run(TorchFunctionMode):
     def __init__(self, folds: Any, known: set[int], keeper: Any = None) -> None:
         super().__init__()
         self.own_modes = 0
+        self.watches = False
         self.folds, self.known, self.keeper = folds, known, keeper
         self.pending: list[weakref.ref[Pending]] = []
         self.waiting: dict[int, weakref.ref[Pending]] = {}
@@ -174,6 +179,17 @@ class Run(TorchFunctionMode):
         if torch.compiler.is_compiling():  # traced as if this were not there
             return func(*args, **(kwargs or {}))
         return self.call(func, types, args, kwargs or {})
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Functions may wait until this ends."""
+        self.watches = True
+        try:
+            with self:
+                yield
+        finally:
+            self.watches = False
+            self.close()
 
     def call(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call one of torch's functions, or put it off."""
@@ -188,7 +204,7 @@ class Run(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         fused = FUSED.get(func)
-        if fused is not None and args:
+        if fused is not None and args and (self.watches or self.keeper is not None):
             result = fused(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
 from types import CodeType
 from typing import Any
 
@@ -79,7 +80,9 @@ class Frozen:
         self._num_compiled = self._count_compiled()
         compiled: list[StandIn] = [_Compiled(m) for m in modules if _is_compiled(m)]
         units = [_Unit(m, self, outermost) for m in self.modules if not isinstance(m, _LISTS)]
-        self._guards = [*compiled, *[u for u in units if u.has_modes]]
+        chains = [_Chain(m, frozen) for m in modules if m not in frozen and _is_chain(m)]
+        self._guards = [*compiled, *[u for u in units if u.has_modes or u.watches]]
+        self._guards += chains if self.folds else []
         self._units = [*compiled, *units]
         self._held = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
         self._buffers = [m._buffers for m in modules if m not in frozen]
@@ -203,6 +206,23 @@ class _Compiled(StandIn):
         return copy.deepcopy(self._forward, memo)
 
 
+class _Chain(StandIn):
+    """Stands in for the forward of a Sequential: what is frozen in a row is watched as one."""
+
+    def __init__(self, module: nn.Module, frozen: set[nn.Module]) -> None:
+        super().__init__(module, module.forward)
+        self._quiet = {
+            m for m in module.children() if m in frozen or next(m.parameters(), None) is None
+        }
+
+    def __call__(self, input: Any) -> Any:
+        for quiet, modules in groupby(self.module.children(), self._quiet.__contains__):
+            with _watched() if quiet else nullcontext():
+                for module in modules:
+                    input = module(input)
+        return input
+
+
 class _Unit(StandIn):
     """Stands in for the forward of a frozen module, whose calls may be put off.
 
@@ -214,17 +234,22 @@ class _Unit(StandIn):
     def __init__(self, module: nn.Module, frozen: Frozen, outermost: CodeType) -> None:
         super().__init__(module, module.forward)
         self.has_modes = _has_modes(module)
+        self.watches = frozen.folds and any(map(_may_fold, module.modules()))
         self._frozen, self._outermost = frozen, outermost
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = LOCAL.run
         if _may_be_checkpointed():
             if self.has_modes and is_run_again(self._outermost):
                 return self._in_its_mode(args, kwargs)
-        elif LOCAL.run is not None and LOCAL.run.keeper is not None:
+        elif run is not None and run.keeper is not None:
             with torch._C.DisableTorchFunction():  # what it looks at is not the model's
-                result = LOCAL.run.keeper.call_module(self.module, self._seen, args, kwargs)
+                result = run.keeper.call_module(self.module, self._seen, args, kwargs)
             if result is not NotImplemented:
                 return result
+        if self.watches:
+            with _watched():
+                return self._forward(*args, **kwargs)
         return self._forward(*args, **kwargs)
 
     def _in_its_mode(self, args: Any, kwargs: Any) -> Any:
@@ -245,12 +270,25 @@ class _Unit(StandIn):
             return self._forward(*args, **kwargs)
 
 
+def _watched() -> AbstractContextManager[None]:
+    """In which functions may wait, unless a call around it has seen to that."""
+    run = LOCAL.run
+    if run is None or run.watches or not run.known or torch.compiler.is_compiling():
+        return nullcontext()
+    return run.watch()
+
+
 def _forward_of(kind: type) -> Any:
     return getattr(kind, "forward", None)  # TorchScript's has none
 
 
 def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _is_chain(module: nn.Module) -> bool:
+    plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return plain and "forward" not in vars(module)
 
 
 def _may_fold(module: nn.Module) -> bool:

@@ -263,6 +263,6 @@ class TrimmedModel(nn.Module):
 
     def _forward(self, frozen: Frozen, run: Run, args: Any, kwargs: Any) -> Any:
         with frozen.inside(run):
-            with run if run.known else nullcontext():
+            with run.watch() if run.known and run.keeper is not None else nullcontext():
                 output = self.model(*args, **kwargs)
             return run.finish(output)
