@@ -176,6 +176,7 @@ def trim(results: Path) -> Iterator[str]:
             "`trim` : flags",
             "frozen part in eval mode : flags",
             "and channels_last : flags",
+            "`trim`, channels_last : flags",
         )
         for key, seconds in measured:
             yield _row(
@@ -184,6 +185,7 @@ def trim(results: Path) -> Iterator[str]:
                 f"**{_of_flags(seconds, OURS)}**",
                 _of_flags(seconds, step_cases.IN_EVAL),
                 _of_flags(seconds, step_cases.CHANNELS_LAST),
+                _of_flags(seconds, step_cases.OURS_CHANNELS_LAST),
             )
         for key, entry in cases:
             if OURS not in entry["seconds"]:

@@ -3,7 +3,7 @@
 Forward, loss, backward and torch's SGD, which is the same for all; only the network differs.
 *flags* is ``requires_grad=False`` alone, on a copy of the model: its frozen norms stay in training
 mode and move their statistics. Two more do by hand what flags forget: put what is frozen into eval
-mode, and bring model and images into channels_last.
+mode, and bring model and images into channels_last, in which trim is timed, too.
 
 In *trim* cases the first half of the parameters is frozen, in order of execution, wherever that
 cuts the model. In *kept* cases it is a part without which the rest can run, and the floor is that:
@@ -32,6 +32,7 @@ from benchmarks.training_rivals import HYPERS, LR, Training
 FLAGS = "flags"
 IN_EVAL = "flags, frozen part in eval mode"
 CHANNELS_LAST = "flags, frozen part in eval mode, channels_last"
+OURS_CHANNELS_LAST = f"{OURS}, channels_last"
 CACHE = f"{OURS} cache"
 REST = "rest alone"  # the floor of kept cases
 GATE_STEPS = 4
@@ -89,6 +90,11 @@ class Work:
     batch_size: int
     cut: Cut | None = None
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """In which images are fastest, mostly."""
+        return torch.channels_last if self.inputs.ndim == 4 else torch.contiguous_format
+
     def start(self) -> nn.Module:
         """A copy in training mode, what is frozen in eval mode."""
         model = copy.deepcopy(self.model).train()
@@ -123,23 +129,24 @@ def by_hand(work: Work, layout: torch.memory_format = torch.contiguous_format) -
     return Step(_training(model, lambda x, ids: model(x), layout), work, work.inputs)
 
 
-def by_trim(work: Work) -> Step:
+def by_trim(work: Work, layout: torch.memory_format = torch.contiguous_format) -> Step:
     """The trimmed model."""
-    model = work.start()
+    model = work.start().to(memory_format=layout)
     trimmed = fastfreeze.trim(model)
-    return Step(_training(model, lambda x, ids: trimmed(x)), work, work.inputs)
+    return Step(_training(model, lambda x, ids: trimmed(x), layout), work, work.inputs)
 
 
 def by_cache(work: Work) -> Step:
-    """The trimmed model with values that are kept already."""
-    model = work.start()
+    """The trimmed model with values that are kept already, images in channels_last."""
+    layout = work.layout
+    model = work.start().to(memory_format=layout)
     cache = fastfreeze.FeatureCache(fastfreeze.trim(model), enabled=True)
     num_batches = len(work.labels) // work.batch_size
     for ids in islice(work.batches(), FILLING_EPOCHS * num_batches):
-        cache(work.inputs[ids], samples=ids)
+        cache(work.inputs[ids].contiguous(memory_format=layout), samples=ids)
     model.load_state_dict(work.model.state_dict())  # norms that train have moved
     misses = cache.stats().misses
-    training = _training(model, lambda x, ids: cache(x, samples=ids))
+    training = _training(model, lambda x, ids: cache(x, samples=ids), layout)
     training.notes = lambda: {"missed": cache.stats().misses - misses, "reason": cache.reason}
     return Step(training, work, work.inputs)
 
@@ -148,8 +155,8 @@ def rest_alone(work: Work) -> Step:
     """What trains, on stored features."""
     assert work.cut is not None
     model = work.start()
-    frozen, rest = work.cut(model)
-    layout = torch.channels_last if work.inputs.ndim == 4 else torch.contiguous_format
+    frozen, rest = work.cut(model.to(memory_format=work.layout))
+    layout = work.layout
     with torch.no_grad():
         features = frozen(work.inputs.contiguous(memory_format=layout))
     if features.ndim != 4:
@@ -174,7 +181,8 @@ def step_case(work: Work, name: str) -> Case:
     start = copy.deepcopy(work.model.state_dict())
     truth = _after_the_gate(by_hand(work))
     makes: dict[str, Callable[[Work], Step]] = {OURS: by_trim, FLAGS: by_hand, IN_EVAL: by_hand}
-    if work.inputs.ndim == 4:
+    if work.layout == torch.channels_last:
+        makes[OURS_CHANNELS_LAST] = partial(by_trim, layout=torch.channels_last)
         makes[CHANNELS_LAST] = partial(by_hand, layout=torch.channels_last)
     if work.cut is not None:
         makes |= {CACHE: by_cache, REST: rest_alone}

@@ -155,13 +155,20 @@ def frozen_work():
     return step_cases.Work(model, images, labels, 4, lambda model: (model[:1], model[1:]))
 
 
-HANDS = [step_cases.FLAGS, step_cases.IN_EVAL, step_cases.CHANNELS_LAST]
+RIVALS = [
+    "fastfreeze",
+    step_cases.FLAGS,
+    step_cases.IN_EVAL,
+    step_cases.OURS_CHANNELS_LAST,
+    step_cases.CHANNELS_LAST,
+    "fastfreeze cache",
+]
 
 
 def test_rivals_of_a_step_with_a_frozen_part():
     case = step_cases.step_case(frozen_work(), "a case")
     assert case.left_out == {}
-    assert list(case.runs) == ["fastfreeze", *HANDS, "fastfreeze cache"]
+    assert list(case.runs) == RIVALS
     for name, run in [*case.runs.items(), ("rest alone", case.floor)]:
         model = run.training.model
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -207,9 +214,10 @@ def test_a_step_of_another_training_is_not_timed(monkeypatch, maker, made, rival
             step_cases.fastfreeze, "FeatureCache", lambda network, enabled: cache(network)
         )
     else:
-        monkeypatch.setattr(step_cases, maker, made)
+        monkeypatch.setattr(step_cases, maker, lambda work, **layout: made(work))
     case = step_cases.step_case(frozen_work(), "a case")
-    assert list(case.left_out) == [rival]
+    both = [rival, step_cases.OURS_CHANNELS_LAST] if maker == "by_trim" else [rival]
+    assert list(case.left_out) == both
     assert reason in case.left_out[rival]
     assert case.refused == rival.startswith("fastfreeze")
     assert (case.floor is None) == (rival == "rest alone")
