@@ -24,6 +24,8 @@ from fastfreeze.trimming.state import Watch, is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
+# Elements of a module's inputs for which a pass over memory takes longer than to look at a function.
+LARGE = 2**18
 _COMPILED = "_compiled_call_impl"  # of a module, by its method compile
 
 
@@ -217,7 +219,7 @@ class _Chain(StandIn):
 
     def __call__(self, input: Any) -> Any:
         for quiet, modules in groupby(self.module.children(), self._quiet.__contains__):
-            with _watched() if quiet else nullcontext():
+            with _watched(input) if quiet else nullcontext():
                 for module in modules:
                     input = module(input)
         return input
@@ -248,7 +250,7 @@ class _Unit(StandIn):
             if result is not NotImplemented:
                 return result
         if self.watches:
-            with _watched():
+            with _watched(*args, *kwargs.values()):
                 return self._forward(*args, **kwargs)
         return self._forward(*args, **kwargs)
 
@@ -270,12 +272,14 @@ class _Unit(StandIn):
             return self._forward(*args, **kwargs)
 
 
-def _watched() -> AbstractContextManager[None]:
-    """In which functions may wait, unless a call around it has seen to that."""
+def _watched(*args: Any) -> AbstractContextManager[None]:
+    """In which functions may wait, if that can pay and no call around it has seen to it."""
     run = LOCAL.run
     if run is None or run.watches or not run.known or torch.compiler.is_compiling():
         return nullcontext()
-    return run.watch()
+    flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
+    elements = sum([t.numel() for t in flat if isinstance(t, Tensor)])
+    return run.watch() if elements >= LARGE else nullcontext()
 
 
 def _forward_of(kind: type) -> Any:
