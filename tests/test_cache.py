@@ -24,7 +24,7 @@ from tests.killed import killed
 on = partial(FeatureCache, enabled=True)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_counts")
 
 
 def block(inputs, outputs, stride=1):

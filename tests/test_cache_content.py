@@ -19,7 +19,7 @@ from torch import nn
 
 from fastfreeze import FeatureCache, trim
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_counts")
 SCALE = 1.0
 
 

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from fastfreeze import FeatureCache, trim
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_counts")
 
 
 def block(c, k):

@@ -23,7 +23,7 @@ from fastfreeze import FastfreezeWarning, trim
 from fastfreeze.trimming.standins import frozen_modules
 from fastfreeze.trimming.state import tensors_in
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_counts")
 
 
 @contextmanager

@@ -207,7 +207,7 @@ class Chain:
         ends = {node.call for node in self.wanted}
         last = {n.call: call for call in needed for n in call.leaves if isinstance(n, CallNode)}
         made: dict[Call, list[Any]] = {}
-        run = LOCAL.run or Run(None, set())  # of this thread
+        run = LOCAL.run or Run(None, None)  # of this thread
         outer, run.keeper = run.keeper, None
         try:
             for call in needed:

@@ -156,19 +156,24 @@ class Run(TorchFunctionMode):
 
     Attributes:
         folds: the model's folded weights.
-        known: ids of the tensors that may be folded.
-        watches: whether it is a mode now.
+        known: ids of the tensors that may be folded; found when it becomes a mode.
+        may_watch: whether it ever becomes one.
+        watches: whether it is one now.
         keeper: puts off calls of frozen modules, and functions of what they give; None for nothing.
         pending: values of the keeper's.
         waiting: values of fused functions, by the id of their nodes.
         own_modes: how many dispatch modes the keeper has switched on.
     """
 
-    def __init__(self, folds: Any, known: set[int], keeper: Any = None) -> None:
+    def __init__(
+        self, folds: Any, find_known: Callable[[], set[int]] | None, keeper: Any = None
+    ) -> None:
         super().__init__()
+        self._find_known, self.may_watch = find_known, find_known is not None
         self.own_modes = 0
         self.watches = False
-        self.folds, self.known, self.keeper = folds, known, keeper
+        self.folds, self.keeper = folds, keeper
+        self.known: set[int] = set()
         self.pending: list[weakref.ref[Pending]] = []
         self.waiting: dict[int, weakref.ref[Pending]] = {}
         self._has_wrappers = keeper is not None
@@ -183,6 +188,9 @@ class Run(TorchFunctionMode):
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Functions may wait until this ends."""
+        if self._find_known is not None:
+            self.known, self._find_known = self._find_known(), None
+            self.folds.check(self.known)
         self.watches = True
         try:
             with self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import groupby
 from types import CodeType
 from typing import Any
@@ -25,7 +25,7 @@ from fastfreeze.trimming.state import Watch, is_run_again
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 # Elements of a module's inputs for which a pass over memory takes longer than to look at a function.
-LARGE = 2**18
+LARGE = 2**19
 _COMPILED = "_compiled_call_impl"  # of a module, by its method compile
 
 
@@ -113,8 +113,6 @@ class Frozen:
 
     def known(self) -> set[int]:
         """Ids of the tensors that folded weights may be made of now."""
-        if not self.folds:
-            return set()
         return {id(t) for d in self._held for t in d.values() if may_fold(t)}
 
     def buffers(self) -> list[Tensor]:
@@ -219,8 +217,10 @@ class _Chain(StandIn):
 
     def __call__(self, input: Any) -> Any:
         for quiet, modules in groupby(self.module.children(), self._quiet.__contains__):
-            with _watched(input) if quiet else nullcontext():
+            with ExitStack() as stack:
                 for module in modules:
+                    if quiet:
+                        stack.enter_context(_watched(input))
                     input = module(input)
         return input
 
@@ -236,7 +236,8 @@ class _Unit(StandIn):
     def __init__(self, module: nn.Module, frozen: Frozen, outermost: CodeType) -> None:
         super().__init__(module, module.forward)
         self.has_modes = _has_modes(module)
-        self.watches = frozen.folds and any(map(_may_fold, module.modules()))
+        several = any(True for _ in module.children())
+        self.watches = several and frozen.folds and any(map(_may_fold, module.modules()))
         self._frozen, self._outermost = frozen, outermost
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -275,7 +276,7 @@ class _Unit(StandIn):
 def _watched(*args: Any) -> AbstractContextManager[None]:
     """In which functions may wait, if that can pay and no call around it has seen to it."""
     run = LOCAL.run
-    if run is None or run.watches or not run.known or torch.compiler.is_compiling():
+    if run is None or run.watches or not run.may_watch or torch.compiler.is_compiling():
         return nullcontext()
     flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
     elements = sum([t.numel() for t in flat if isinstance(t, Tensor)])

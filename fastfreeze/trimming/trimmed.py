@@ -244,25 +244,25 @@ class TrimmedModel(nn.Module):
         self, frozen: Frozen, folds: Folds, args: Any, kwargs: Any, keeper: Any = None
     ) -> Any:
         """``model``'s own forward with its frozen modules as they are to be."""
-        known = frozen.known()
-        folds.check(known)
+        if not frozen.folds:
+            folds.check(set())
         if keeper is None:
             try:
-                return self._forward(frozen, Run(folds, known), args, kwargs)
+                return self._forward(frozen, Run(folds, frozen.known), args, kwargs)
             except TooLateError:
                 raise RuntimeError(_WRITTEN) from None
         keeper.begin(args, kwargs)
         asks = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
         undo = Undo(frozen.buffers(), [torch.cuda.current_device()] if asks else [])
         try:
-            return self._forward(frozen, Run(folds, known, keeper), args, kwargs)
+            return self._forward(frozen, Run(folds, frozen.known, keeper), args, kwargs)
         except TooLateError:
             keeper.waits = False
         undo.restore()
-        return self._forward(frozen, Run(folds, set()), args, kwargs)
+        return self._forward(frozen, Run(folds, None), args, kwargs)
 
     def _forward(self, frozen: Frozen, run: Run, args: Any, kwargs: Any) -> Any:
         with frozen.inside(run):
-            with run.watch() if run.known and run.keeper is not None else nullcontext():
+            with run.watch() if frozen.folds and run.keeper is not None else nullcontext():
                 output = self.model(*args, **kwargs)
             return run.finish(output)
