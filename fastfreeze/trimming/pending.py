@@ -151,8 +151,8 @@ class Pending(Tensor):
 class Run(TorchFunctionMode):
     """One call of a trimmed model; as a mode, it sees torch's functions.
 
-    To look at each of them costs microseconds, so without a keeper it is a mode only while frozen
-    modules run in which something may wait (:meth:`watch`).
+    To look at each of them costs microseconds, so it is a mode only while frozen modules run in
+    which something may wait (:meth:`watch`).
 
     Attributes:
         folds: the model's folded weights.
@@ -185,19 +185,24 @@ class Run(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return self.call(func, types, args, kwargs or {})
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Functions may wait until this ends."""
+    def look(self) -> None:
+        """Find what may be folded, and that what was is still right."""
         if self._find_known is not None:
             self.known, self._find_known = self._find_known(), None
             self.folds.check(self.known)
+
+    @contextmanager
+    def watch(self, closing: bool = True) -> Iterator[None]:
+        """Functions may wait until this ends; if it is not ``closing`` their values are settled."""
+        self.look()
         self.watches = True
         try:
             with self:
                 yield
         finally:
             self.watches = False
-            self.close()
+            if closing:
+                self.close()
 
     def call(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call one of torch's functions, or put it off."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import _get_current_function_mode_stack
 
 from fastfreeze.errors import warn
 from fastfreeze.trimming.fold import may_fold
@@ -24,8 +23,8 @@ from fastfreeze.trimming.state import Watch, is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
-# Elements of a module's inputs for which a pass over memory takes longer than to look at a function.
-LARGE = 2**19
+# Elements of a module's inputs from which on a pass over memory takes longer than a look at a function.
+LARGE = 2**20
 _COMPILED = "_compiled_call_impl"  # of a module, by its method compile
 
 
@@ -266,21 +265,19 @@ class _Unit(StandIn):
             return self._forward(*args, **kwargs)
 
     def _seen(self, *args: Any, **kwargs: Any) -> Any:
-        run: Any = LOCAL.run  # none in a thread of the model's own
-        if run is None or run in _get_current_function_mode_stack():
-            run = nullcontext()
-        with torch._C._EnableTorchFunction(), run:
+        # A keeper settles what this gives: it looks at what the module does, not at folding.
+        with torch._C._EnableTorchFunction(), _watched(*args, *kwargs.values(), closing=False):
             return self._forward(*args, **kwargs)
 
 
-def _watched(*args: Any) -> AbstractContextManager[None]:
+def _watched(*args: Any, closing: bool = True) -> AbstractContextManager[None]:
     """In which functions may wait, if that can pay and no call around it has seen to it."""
     run = LOCAL.run
     if run is None or run.watches or not run.may_watch or torch.compiler.is_compiling():
         return nullcontext()
     flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
     elements = sum([t.numel() for t in flat if isinstance(t, Tensor)])
-    return run.watch() if elements >= LARGE else nullcontext()
+    return run.watch(closing) if elements >= LARGE else nullcontext()
 
 
 def _forward_of(kind: type) -> Any:

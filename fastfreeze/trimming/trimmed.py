@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -69,10 +68,11 @@ class TrimmedModel(nn.Module):
     * Frozen modules are in eval mode, wherever they are: norms keep their statistics and counters
       bit for bit. A module without parameters, such as a dropout, is in eval mode if it is inside a
       frozen module and nowhere else.
-    * A convolution or norm of frozen weights and of images that require no grad waits for what is
-      done to its value: a norm, a sum or a ReLU behind it is computed with it. Before any other of
-      torch's functions runs, the values are computed, and are plain tensors. ``model`` runs once in
-      each call, with its inputs as they are.
+    * Inside a frozen module, and a frozen part of a ``Sequential``, whose inputs hold 2**20 values
+      or more, a convolution or norm of frozen weights and of images that require no grad waits for
+      what is done to its value: a norm, a sum or a ReLU behind it is computed with it. Before any
+      other of torch's functions runs, and at the end of that module, the values are computed, and
+      are plain tensors. ``model`` runs once in each call, with its inputs as they are.
     * Nothing waits under autocast, in inference mode, under a dispatch mode, in a transform of
       torch.func or where hooks look after saved tensors, as in an activation checkpoint.
     * In an activation checkpoint, and in the forward of a custom autograd function, frozen modules
@@ -254,8 +254,11 @@ class TrimmedModel(nn.Module):
         keeper.begin(args, kwargs)
         asks = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
         undo = Undo(frozen.buffers(), [torch.cuda.current_device()] if asks else [])
+        run = Run(folds, frozen.known, keeper)
+        if frozen.folds:
+            run.look()  # not while a keeper looks at what a module does
         try:
-            return self._forward(frozen, Run(folds, frozen.known, keeper), args, kwargs)
+            return self._forward(frozen, run, args, kwargs)
         except TooLateError:
             keeper.waits = False
         undo.restore()
@@ -263,6 +266,4 @@ class TrimmedModel(nn.Module):
 
     def _forward(self, frozen: Frozen, run: Run, args: Any, kwargs: Any) -> Any:
         with frozen.inside(run):
-            with run.watch() if frozen.folds and run.keeper is not None else nullcontext():
-                output = self.model(*args, **kwargs)
-            return run.finish(output)
+            return run.finish(self.model(*args, **kwargs))
