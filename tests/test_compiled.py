@@ -73,16 +73,6 @@ def test_follows_the_flags(way):
     torch.testing.assert_close(found, steps(lambda network: network), rtol=1e-4, atol=1e-5)
 
 
-def test_a_module_inside_that_is_compiled_later():
-    torch._dynamo.reset()
-    model, x = Net(), torch.randn(4, 3, 10, 10)
-    model.blocks[:2].requires_grad_(False)
-    network = trim(model)
-    expected = network(x)
-    model.blocks[1].compile(backend="eager")
-    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_as_one_graph_it_is_refused():
     network = torch.compile(trim(Net()), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="fullgraph=True is not for it"):

@@ -23,9 +23,8 @@ from fastfreeze.trimming.state import Watch, is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
-# Elements of a module's inputs from which on a pass over memory takes longer than a look at a function.
+# Values in a module's inputs from which on a pass over them takes longer than to see a function.
 LARGE = 2**20
-_COMPILED = "_compiled_call_impl"  # of a module, by its method compile
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
@@ -77,8 +76,6 @@ class Frozen:
         self._forwards = [(vars(m), vars(m).get("forward")) for m in self.modules]
         self._classes = list(map(type, self.modules))
         self._forwards_of_classes = [(k, _forward_of(k)) for k in set(self._classes)]
-        self._all = [vars(m) for m in modules]
-        self._num_compiled = self._count_compiled()
         compiled: list[StandIn] = [_Compiled(m) for m in modules if _is_compiled(m)]
         units = [_Unit(m, self, outermost) for m in self.modules if not isinstance(m, _LISTS)]
         chains = [_Chain(m, frozen) for m in modules if m not in frozen and _is_chain(m)]
@@ -93,18 +90,14 @@ class Frozen:
         self._before: list[tuple[dict[str, Any], str, Any]] = []
 
     def outdated(self) -> bool:
-        """Whether flags, modules, or forwards of them or their classes are others, or compiled."""
+        """Whether flags or modules are others now, or forwards of these or of their classes."""
         if self._structure.changed() or self._read_flags() != self._flags:
             return True
         return not self._users and (
             any(d.get("forward") is not f for d, f in self._forwards)
             or list(map(type, self.modules)) != self._classes
             or any(_forward_of(kind) is not f for kind, f in self._forwards_of_classes)
-            or self._count_compiled() != self._num_compiled
         )
-
-    def _count_compiled(self) -> int:
-        return sum([own.get(_COMPILED) is not None for own in self._all])
 
     def _read_flags(self) -> list[bool]:
         """Whether each parameter requires grad; True where there is none."""
@@ -193,7 +186,7 @@ class _Compiled(StandIn):
     """Stands in for what torch.compile has made of a module: it gets plain tensors."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.name = "forward" if isinstance(module, OptimizedModule) else _COMPILED
+        self.name = "forward" if isinstance(module, OptimizedModule) else "_compiled_call_impl"
         super().__init__(module, vars(module)[self.name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
