@@ -244,19 +244,19 @@ class TrimmedModel(nn.Module):
         self, frozen: Frozen, folds: Folds, args: Any, kwargs: Any, keeper: Any = None
     ) -> Any:
         """``model``'s own forward with its frozen modules as they are to be."""
-        if not frozen.folds:
+        known = frozen.known if frozen.folds else None
+        if known is None:
             folds.check(set())
         if keeper is None:
             try:
-                return self._forward(frozen, Run(folds, frozen.known), args, kwargs)
+                return self._forward(frozen, Run(folds, known), args, kwargs)
             except TooLateError:
                 raise RuntimeError(_WRITTEN) from None
         keeper.begin(args, kwargs)
         asks = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
         undo = Undo(frozen.buffers(), [torch.cuda.current_device()] if asks else [])
-        run = Run(folds, frozen.known, keeper)
-        if frozen.folds:
-            run.look()  # not while a keeper looks at what a module does
+        run = Run(folds, known, keeper)
+        run.look()  # not while a keeper looks at what a module does
         try:
             return self._forward(frozen, run, args, kwargs)
         except TooLateError:
