@@ -7,7 +7,6 @@ the same weights, and its losses and weights after a few steps must be those of 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -148,20 +147,18 @@ class Side:
         ours: our SGD with its schedule, else torch's fused one at a constant rate.
         trim: the trimmed network; else frozen parameters need no gradient, that is all.
         cache: which finds each batch.
-        ahead: the next batch's frozen prefix runs beside the backward.
         graph: the step as a CUDA graph; in a dry run on a CPU as it is.
     """
 
     ours: bool
     trim: bool = False
     cache: bool = False
-    ahead: bool = False
     graph: bool = False
 
     @property
     def name(self) -> str:
         parts = [OURS if self.ours else "torch fused"]
-        parts += [part for part in ("trim", "cache", "ahead", "graph") if getattr(self, part)]
+        parts += [part for part in ("trim", "cache", "graph") if getattr(self, part)]
         return ", ".join(parts)
 
     def make(self, work: Work, start: Start) -> Training:
@@ -181,9 +178,6 @@ class Side:
             features = fastfreeze.FeatureCache(trimmed, enabled=True)
             samples = torch.arange(len(labels))
             training.forward = lambda x: features(x, samples=samples)
-        if self.ahead:
-            following = trimmed.ahead(itertools.cycle([(images,), (images.clone(),)]))
-            training.forward = lambda _: trimmed(next(following)[0])
         if self.graph and work.device == "cuda":
             training.capture()
         return training
@@ -194,7 +188,6 @@ FROZEN = [
     Side(False),
     Side(True, trim=True),
     Side(True, trim=True, cache=True),
-    Side(True, trim=True, ahead=True),
     Side(False, graph=True),
     Side(True, trim=True, graph=True),
 ]

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import step_cases
 from benchmarks.accuracy import table as accuracy_table
 from benchmarks.compare import lines_of_entry
-from benchmarks.lines import Line
+from benchmarks.lines import Line, seconds_text, spread_text
 from benchmarks.measure import Times
+from benchmarks.results import hardware_of, made_by
 from benchmarks.training_rivals import BEST_TORCH, FLAGS
 from fastfreeze.files import write_atomic
 
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/what-trim-gains.md")
 TITLES = {
     "densenet-bc-40": "DenseNet-BC-40 (k=12)",
     "wrn16-2": "WRN-16-2",
@@ -27,13 +29,6 @@ TITLES = {
     "resnet20": "ResNet-20",
 }
 OURS, CACHE = "fastfreeze", "fastfreeze cache"
-# What the README shows of the trainings: model, t_0 and steps.
-SHORT = (
-    ("densenet-bc-40", "0.5", 800),
-    ("wrn16-2", "0.5", 640),
-    ("vgg16", "0.5", 800),
-    ("vgg16", "0.8", 96),
-)
 # What docs/results.md shows of steps and averages.
 KERNELS = (
     "sgd-resnet110-per-layer",
@@ -111,7 +106,7 @@ def trainings(results: Path) -> Iterator[str]:
         "with `FeatureCache`",
         "long run",
         "limit",
-        "re-cut in steps: median (highest)",
+        "a freeze in steps: median (highest)",
     )
     for model, t_0, steps, at in _trainings(results):
         rivals = at["rivals"]
@@ -128,23 +123,107 @@ def trainings(results: Path) -> Iterator[str]:
             f"{at['limit']['median']:.0%}",
             f"{statistics.median(recuts):.1f} ({max(recuts):.1f})",
         )
+    for path in sorted(results.glob("training-*.json")):
+        data = json.loads(path.read_text())
+        yield from ("", f"{hardware_of(data)}. Made by {made_by(data, path.name)}.")
 
 
 def trainings_short(results: Path) -> Iterator[str]:
-    """The README's selection of them."""
+    """The same for the README: flags, ours and the cache."""
     yield from _header(
         "model, `t_0`, steps", "`requires_grad=False` alone", "`trim`", "with `FeatureCache`"
     )
-    known = {(model, t_0, steps): at for model, t_0, steps, at in _trainings(results)}
-    for model, t_0, steps in SHORT:
-        rivals = known[model, t_0, steps]["rivals"]
-        name = f"{TITLES[model]}, {t_0}, {steps}"
-        flags, own, cache = (_saved(rivals, rival) for rival in (FLAGS, OURS, CACHE))
-        yield _row(name, flags, f"**{own}**", cache)
+    for model, t_0, steps, at in _trainings(results):
+        flags, own, cache = (_saved(at["rivals"], rival) for rival in (FLAGS, OURS, CACHE))
+        yield _row(f"{TITLES[model]}, {t_0}, {steps}", flags, f"**{own}**", cache)
 
 
 def _saved(rivals: dict, name: str) -> str:
     return f"{rivals[name]['saved']['median']:.0%}" if name in rivals else "-"
+
+
+def _steps(results: Path, kind: str) -> Iterator[tuple[str, dict, list[tuple[str, dict]]]]:
+    """Of each file of training steps: its name, the data, and the cases of a kind."""
+    for path in sorted(results.glob("trim-*.json")):
+        data = json.loads(path.read_text())
+        cases = data["results"].items()
+        yield path.name, data, [(key, e) for key, e in cases if key.startswith(f"{kind}-")]
+
+
+def _of_flags(seconds: Mapping[str, dict], rival: str) -> str:
+    """A rival's time as a share of that of flags."""
+    if rival not in seconds:
+        return "-"
+    return f"{seconds[rival]['median'] / seconds[step_cases.FLAGS]['median']:.2f}"
+
+
+def trim(results: Path) -> Iterator[str]:
+    """Steps of each model with half of it frozen, those that gain most first."""
+    for name, data, cases in _steps(results, "trim"):
+        measured = [(key, e["seconds"]) for key, e in cases if OURS in e["seconds"]]
+        measured.sort(key=lambda case: float(_of_flags(case[1], OURS)))
+        shares = [float(_of_flags(seconds, OURS)) for _, seconds in measured]
+        faster, slower = sum(x < 0.98 for x in shares), sum(x > 1.02 for x in shares)
+        yield (
+            f"{hardware_of(data)}. Of {len(shares)} models {faster} are faster than with flags by "
+            f"more than 2%, {slower} slower."
+        )
+        yield ""
+        yield from _header(
+            "model",
+            "flags",
+            "`trim`",
+            "`trim` : flags",
+            "frozen part in eval mode : flags",
+            "and channels_last : flags",
+            "`trim`, channels_last : flags",
+        )
+        for key, seconds in measured:
+            yield _row(
+                key.removeprefix("trim-"),
+                *(spread_text(Times(**seconds[rival])) for rival in (step_cases.FLAGS, OURS)),
+                f"**{_of_flags(seconds, OURS)}**",
+                _of_flags(seconds, step_cases.IN_EVAL),
+                _of_flags(seconds, step_cases.CHANNELS_LAST),
+                _of_flags(seconds, step_cases.OURS_CHANNELS_LAST),
+            )
+        for key, entry in cases:
+            if OURS not in entry["seconds"]:
+                yield from ("", f"{key.removeprefix('trim-')}: {entry['left_out'][OURS]}.")
+        yield from ("", f"Made by {made_by(data, name)}.", "")
+
+
+def kept(results: Path) -> Iterator[str]:
+    """Steps with kept values, beside flags and beside the rest alone."""
+    for name, data, cases in _steps(results, "kept"):
+        yield from (f"{hardware_of(data)}.", "")
+        yield from _header(
+            "model, what is frozen",
+            "flags",
+            "frozen part in eval mode : flags",
+            "`trim` : flags",
+            "kept values",
+            "flags : kept values",
+            "the rest alone",
+            "kept values : the rest alone",
+        )
+        for _, entry in cases:
+            seconds, floor = entry["seconds"], entry.get("floor_s")
+            if step_cases.CACHE not in seconds:
+                yield _row(entry["name"], f"refused: {entry['left_out']}", *["-"] * 6)
+                continue
+            own = seconds[step_cases.CACHE]["median"]
+            yield _row(
+                entry["name"],
+                spread_text(Times(**seconds[step_cases.FLAGS])),
+                _of_flags(seconds, step_cases.IN_EVAL),
+                _of_flags(seconds, OURS),
+                spread_text(Times(**seconds[step_cases.CACHE])),
+                f"**{seconds[step_cases.FLAGS]['median'] / own:.1f}**",
+                "-" if floor is None else seconds_text(floor),
+                "-" if floor is None else f"{own / floor:.2f}",
+            )
+        yield from ("", f"Made by {made_by(data, name)}.", "")
 
 
 _ENSEMBLE_RIVALS = {
@@ -239,6 +318,8 @@ def _row(*cells: str) -> str:
 TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
     "trainings": trainings,
     "trainings-short": trainings_short,
+    "trim": trim,
+    "kept": kept,
     "ensembles": ensembles,
     "ensembles-short": ensembles_short,
     "kernels": kernels,

@@ -1,6 +1,6 @@
 """python -m benchmarks report: all results in one Markdown file and one picture.
 
-The tables in README.md and docs/results.md are written anew, too (pages.py).
+The tables in README.md and of pages in docs/ are written anew, too (pages.py).
 
 Results of one kind and one machine share a table. It holds one line for each of ours in each case.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from benchmarks.compare import lines_of_entry
 from benchmarks.lines import HEADER, Line, lines_of
 from benchmarks.measure import Times
 from benchmarks.picture import draw
+from benchmarks.results import hardware_of, made_by
 from fastfreeze.files import write_atomic
 
 REPOSITORY = Path(__file__).parent.parent
@@ -32,7 +32,8 @@ KERNEL_TITLES = {  # by how a case's name begins
     "sgd": "Optimizer step",
     "adamw": "Optimizer step",
     "host": "Host time of an optimizer step on a GPU",
-    "step": "Training step",
+    "trim": "Training step, half of the parameters frozen",
+    "kept": "Training step with kept values",
 }
 OTHER_KERNELS = "Kernels"
 ENSEMBLES, TRAININGS, PEERS = "Ensembles", "Whole trainings", "Snapshot ensembles and their peers"
@@ -41,8 +42,8 @@ FLOORS = {
     "Optimizer step": "updating as many elements in one flat tensor",
     "Host time of an optimizer step on a GPU": "not known; nothing is launched, and torch's "
     "launches, one for each group, are not counted",
-    "Training step": "torch's step of the layers that train alone, fed with what the others give, "
-    "in channels_last: another layout may pass it. Known where the network is a chain",
+    "Training step, half of the parameters frozen": "not known",
+    "Training step with kept values": "training the rest alone, on features that were stored",
     OTHER_KERNELS: "the case's bytes at the bandwidth of a large copy",
     ENSEMBLES: "the loop's time, divided by how many times fewer MACs there are to do if what "
     "members share is done once; folding norms goes beyond it",
@@ -74,14 +75,14 @@ class Table:
         hardware: machine, threads and versions.
         lines: as they are in the files.
         left_out: who has no numbers and why, with the number of cases.
-        commands: what made each file and how, by its name.
+        made_by: what made each file and how, by its name.
     """
 
     title: str
     hardware: str
     lines: list[Line] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
-    commands: dict[str, str] = field(default_factory=dict)
+    made_by: dict[str, str] = field(default_factory=dict)
 
     def markdown(self) -> str:
         parts = [f"## {self.title}", self.hardware, f"*floor*: {FLOORS[self.title]}."]
@@ -90,10 +91,7 @@ class Table:
         if self.left_out:
             notes = [f"- {who} ({n} case{'s' * (n > 1)})" for who, n in self.left_out.items()]
             parts.append("\n".join(["Without numbers:", "", *notes]))
-        made = [
-            f"- {command} ([data](../benchmarks/results/{name}))"
-            for name, command in self.commands.items()
-        ]
+        made = [f"- {text}" for text in self.made_by.values()]
         parts.append("\n".join(["Made by", "", *made]))
         return "\n\n".join(parts)
 
@@ -132,31 +130,8 @@ def collect(folder: Path) -> list[Table]:
             table = tables.setdefault((title, hardware), Table(title, hardware))
             table.lines += lines
             table.left_out.update(left_out)
-            note = f"; {data['note']}" if "note" in data else ""
-            table.commands[path.name] = f"`{command_of(data)}`{note}"
+            table.made_by[path.name] = made_by(data, path.name)
     return sorted(tables.values(), key=lambda table: list(FLOORS).index(table.title))
-
-
-def hardware_of(data: dict) -> str:
-    """Machine, threads and versions, in words."""
-    machine = data["machine"]
-    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
-    return (
-        f"{machine['cpu']}, {threads}; torch {machine['torch']}, "
-        f"Python {machine['python']}, fastfreeze {machine['fastfreeze']}"
-    )
-
-
-def command_of(data: dict) -> str:
-    """What made the results, but for where it wrote them."""
-    words = iter(shlex.split(data.get("command", "python -m benchmarks")))
-    kept = []
-    for word in words:
-        if word == "--out":
-            next(words, None)
-        elif not word.startswith("--out="):
-            kept.append(word)
-    return shlex.join(kept)
 
 
 Part = tuple[str, list[Line], list[str]]  # title, lines, who has no numbers

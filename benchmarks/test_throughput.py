@@ -18,7 +18,7 @@ def made(case: str) -> Case:
 
 
 def most_runs(case: str) -> int:
-    return 4 + (len(PACKAGES) if case.endswith("momentum") else 0)
+    return 5 + (len(PACKAGES) if case.endswith("momentum") else 0)
 
 
 @pytest.mark.parametrize(

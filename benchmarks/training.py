@@ -1,7 +1,7 @@
 """python -m benchmarks.training [MODEL ...]: whole trainings under FreezeOut against torch's own.
 
-Everything counts as training time: making the network and the optimizer, first calls, tracing,
-cutting anew, filling the cache. Every rival sees the same batches; they run side by side, ten steps
+Everything counts as training time: making the network and the optimizer, first calls, folding
+anew, filling the cache. Every rival sees the same batches; they run side by side, ten steps
 at a time. Before that a short training of each must end with the weights that torch gets, and in
 the runs themselves half the losses must agree, else no time is told. The table shows for each t_0
 

@@ -1,18 +1,17 @@
 """Draws the pictures of docs/: ``python docs/pictures.py`` writes them anew.
 
-The graphs are those of a real :class:`fastfreeze.TrimmedModel`: before trimming its trace, after it
-the source of the two programs that run. Text in the files is text, so that a test can compare it.
+They show a real :class:`fastfreeze.TrimmedModel`: the operations of its model, and those that run
+when its frozen modules have stand-ins. Text in the files is text, so that a test can compare it.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import matplotlib as mpl
 import networkx as nx
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 import fastfreeze
 from fastfreeze.files import write_atomic
+from fastfreeze.trimming.operations import Convolution
 
 FROZEN, CROSSING, TRAINED, DATA = "#cfe2f3", "#9fc5e8", "#fce5cd", "#eeeeee"
 IMAGES = "images"
@@ -73,59 +73,55 @@ def trimmed_net() -> fastfreeze.TrimmedModel:
 
 
 def before(network: fastfreeze.TrimmedModel) -> list[Operation]:
-    """The model's graph as it is, its frozen prefix marked."""
-    cut = network.cut
-    operations = []
-    for node in torch.fx.symbolic_trace(network.model).graph.nodes:
+    """The model's operations, those of its frozen part marked."""
+    model = network.model
+    operations: list[Operation] = []
+    trains: set[str] = set()
+    for node in torch.fx.symbolic_trace(model).graph.nodes:
         if node.op == "output":
             continue
         label = str(node.target) if node.op == "call_module" else node.name.rstrip("_0123456789")
-        colour = DATA if node.op == "placeholder" else TRAINED
-        if node.name in cut.frozen:
-            colour = FROZEN
         inputs = tuple(i.name for i in node.all_input_nodes)
-        operations.append(Operation(node.name, label, inputs, colour))
+        own = model.get_submodule(label).parameters() if node.op == "call_module" else ()
+        if any(p.requires_grad for p in own) or not trains.isdisjoint(inputs):
+            trains.add(node.name)
+        colour = TRAINED if node.name in trains else FROZEN
+        operations.append(
+            Operation(node.name, label, inputs, DATA if node.op == "placeholder" else colour)
+        )
     return operations
 
 
 def after(network: fastfreeze.TrimmedModel) -> list[Operation]:
-    """What runs in training: the folded prefix, then the rest on what crosses."""
-    graphs = network._graphs
-    assert graphs is not None
-    prefix = graphs.latest_graph().prefix
-    assert prefix is not None
-    assert prefix._part._fast is not None
-    *first, last = _calls(prefix._part._fast.program.function, FROZEN, "prefix ")
-    (crossing,) = prefix.split.crossing
-    handed_over = Operation(crossing.name, last.label, last.inputs, CROSSING)
-    rest = _calls(prefix.suffix.function, TRAINED)
-    return [Operation(IMAGES, "images", (), DATA), *first, handed_over, *rest]
+    """What runs in training: folded convolutions, then the rest on the value of the last."""
+    model = before(network)
+    rest = [operation for operation in model if operation.colour == TRAINED]
+    (crossing,) = {i for operation in rest for i in operation.inputs} - {o.name for o in rest}
+    folded: list[Operation] = []
+    names: dict[int, str] = {}
+    for x, residual, relu, value in _folded_convolutions(network):
+        inputs = [names.get(id(t), IMAGES) for t in (x, residual) if t is not None]
+        parts = ["conv and norm", *["add"] * (len(inputs) - 1), *["relu"] * relu]
+        names[id(value)] = f"folded {len(folded)}"
+        folded.append(Operation(names[id(value)], ", ".join(parts), tuple(inputs), FROZEN))
+    last = folded.pop()
+    handed_over = Operation(crossing, last.label, last.inputs, CROSSING)
+    return [Operation(IMAGES, "images", (), DATA), *folded, handed_over, *rest]
 
 
-def _calls(function: Callable[..., Any], colour: str, mark: str = "") -> Iterator[Operation]:
-    """The calls of a program that fastfreeze has written, from its source."""
-    (definition,) = ast.parse(inspect.getsource(function)).body
-    assert isinstance(definition, ast.FunctionDef)
-    _, images, *crossing = [argument.arg for argument in definition.args.args]
-    known = {images: IMAGES} | {name: name for name in crossing}
-    for statement in definition.body:
-        if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call)):
-            continue
-        name, called = ast.unparse(statement.targets[0]), ast.unparse(statement.value.func)
-        if called.endswith("detached"):
-            continue
-        read = [n.id for n in ast.walk(statement.value) if isinstance(n, ast.Name)]
-        inputs = tuple(dict.fromkeys(known[n] for n in read if n in known))
-        known[name] = mark + name
-        yield Operation(mark + name, _label(function, called, len(inputs)), inputs, colour)
+def _folded_convolutions(network: fastfreeze.TrimmedModel) -> list[tuple[Any, Any, bool, Any]]:
+    """Input, residual, whether there is a ReLU, and value of each in a call of the network."""
+    seen = []
+    real = Convolution.__call__
 
+    def noted(self: Convolution, x: Tensor, residual: Tensor | None, relu: bool, *more: Any) -> Any:
+        value = real(self, x, residual, relu, *more)
+        seen.append((x, residual, relu, value))
+        return value
 
-def _label(function: Callable[..., Any], called: str, num_inputs: int) -> str:
-    operation: Any = function.__globals__.get(called)
-    if not hasattr(operation, "_relu"):
-        return called.rpartition(".")[2]
-    parts = ["conv and norm", *["add"] * (num_inputs - 1), *["relu"] * operation._relu]
-    return ", ".join(parts)
+    with mock.patch.object(Convolution, "__call__", noted):
+        network(torch.randn(2, 3, 8, 8))
+    return seen
 
 
 def draw_graph(operations: Sequence[Operation], key: Sequence[tuple[str, str]]) -> Figure:

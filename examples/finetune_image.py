@@ -97,7 +97,7 @@ def main() -> None:
     plan = fastfreeze.split(model, example, schedule=schedule, lr=arguments.lr)
     groups, follows = plan.param_groups(), plan.schedule or schedule
     optimizer = fastfreeze.SGD(groups, lr=arguments.lr, momentum=0.9, schedule=follows)
-    network = fastfreeze.trim(model, example)
+    network = fastfreeze.trim(model)
     cache = fastfreeze.FeatureCache(network)
     start = time.process_time()
     for _ in range(arguments.epochs):

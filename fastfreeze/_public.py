@@ -1,19 +1,11 @@
 """The public names, which ``fastfreeze`` imports when the first of them is needed."""
 
 from fastfreeze._version import __version__
+from fastfreeze.blockers import BackwardBlocker, backward_blockers
+from fastfreeze.cache import CacheStats, FeatureCache
 from fastfreeze.ensemble import MemorySnapshots, Snapshot, SnapshotEnsemble, SnapshotStore
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
 from fastfreeze.freezing import Layer, LayerPlan, split
-from fastfreeze.graph import (
-    CacheStats,
-    CompiledStage,
-    CompiledStages,
-    FeatureCache,
-    TrimmedModel,
-    compile_stages,
-    trim,
-)
-from fastfreeze.graph.blockers import BackwardBlocker, backward_blockers
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.ops._library import backends
 from fastfreeze.ops.softmax import (
@@ -35,6 +27,7 @@ from fastfreeze.schedule import (
     Schedule,
     SnapshotCycles,
 )
+from fastfreeze.trimming import TrimmedModel, trim
 from fastfreeze.views import RepeatableViews
 
 __all__ = [
@@ -44,8 +37,6 @@ __all__ = [
     "BackendUnavailableError",
     "BackwardBlocker",
     "CacheStats",
-    "CompiledStage",
-    "CompiledStages",
     "Constant",
     "Cosine",
     "EnsembleAverage",
@@ -73,7 +64,6 @@ __all__ = [
     "__version__",
     "backends",
     "backward_blockers",
-    "compile_stages",
     "ensemble_softmax",
     "ensemble_statistics",
     "freezeout_for_saving",

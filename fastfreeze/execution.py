@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -241,6 +241,71 @@ def run_events(model: nn.Module, example_inputs: Any, training: bool = True) -> 
     return recorder.events
 
 
+class Undo:
+    """What it takes to call a model again: random number generators, and some tensors.
+
+    Args:
+        tensors: which.
+        gpus: whose generators.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor], gpus: Iterable[int]) -> None:
+        self._tensors = [(t, t.detach().clone()) for t in tensors]
+        self.python, self.numpy = random.getstate(), np.random.get_state()
+        self._torch = torch.get_rng_state()
+        self._gpus = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
+
+    def restore(self) -> None:
+        """Have all as it was."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self._torch)
+        for gpu, state in self._gpus.items():
+            torch.cuda.set_rng_state(state, gpu)
+        with torch.no_grad():
+            for tensor, values in self._tensors:
+                if not _is_equal(tensor, values):  # a write would invalidate saved tensors
+                    tensor.copy_(values)
+
+
+class Snapshot(Undo):
+    """A model's attributes, buffers and training flags as well.
+
+    Attributes that are containers or generators are restored, too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.owners = [(type(m).__name__, vars(m), dict(vars(m))) for m in model.modules()]
+        held = [(f"{o}.{n}", v) for o, _, seen in self.owners for n, v in seen.items()]
+        self.containers = [
+            (name, value, copy.copy(value))
+            for name, value in held
+            if type(value) in (list, dict, OrderedDict)  # hooks are in the last
+        ]
+        self._restorers = [restore for _, value in held if (restore := restorer(value))]
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        super().__init__(model.buffers(), gpus)
+
+    def restore(self) -> None:
+        for _, own, seen in self.owners:
+            own.clear()
+            own.update(seen)
+        for restore in self._restorers:
+            restore()
+        super().restore()
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[Snapshot]:
+    """Undo, on leaving, what runs of the model do to it and to random number generators."""
+    snapshot = Snapshot(model)
+    try:
+        yield snapshot
+    finally:
+        snapshot.restore()
+        torch.clear_autocast_cache()  # casts made under no_grad have no gradient
+
+
 @contextmanager
 def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
     """A mode without its traces: afterwards modules, buffers and generators are as before.
@@ -248,33 +313,24 @@ def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
     Only modules with submodules are in training mode: they decide what runs, while a norm in
     training mode would refuse a batch of one.
     """
-    found = [(module, dict(vars(module))) for module in model.modules()]
-    restores = [restore for _, held in found for restore in map(_restore, held.values()) if restore]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with preserved(model):
+        for module in model.modules():
+            own = vars(module)
+            own["training"] = training and any(True for _ in module.children())
+            for name, value in own.items():
+                if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                    own[name] = value.clone()
+        yield
+
+
+def _is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     try:
-        with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
-            for module, attributes in found:
-                for name, value in attributes.items():
-                    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-                        vars(module)[name] = value.clone()
-                vars(module)["training"] = training and any(True for _ in module.children())
-                vars(module)["_buffers"] = {
-                    name: None if buffer is None else buffer.clone()
-                    for name, buffer in attributes["_buffers"].items()
-                }
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for module, attributes in found:
-            vars(module).clear()
-            vars(module).update(attributes)
-        for restore in restores:
-            restore()
+        return torch.equal(a, b)
+    except RuntimeError:  # not for such tensors
+        return False
 
 
-def _restore(value: Any) -> Callable[[], object] | None:
+def restorer(value: Any) -> Callable[[], object] | None:
     """What gives a module's attribute its present contents again; None where that is known of none.
 
     Hooks, parameters and submodules are in such attributes, too.

@@ -14,12 +14,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from fastfreeze.blockers import BackwardBlocker, blockers_below, checked_model
 from fastfreeze.clock import Clock
 from fastfreeze.errors import warn
-from fastfreeze.execution import arguments, run_events
+from fastfreeze.execution import run_events
 from fastfreeze.freezing import Layer, LayerPlan
-from fastfreeze.graph.blockers import BackwardBlocker, blockers_below, checked_model
-from fastfreeze.graph.trim import TrimmedModel
 from fastfreeze.layer_costs import LayerFlops, StepProfile, measured_costs, profiled
 from fastfreeze.optim import FusedOptimizer
 from fastfreeze.text import format_table, ranges, some
@@ -120,9 +119,6 @@ class FreezeReport:
         if not isinstance(plan, LayerPlan):
             raise TypeError(f"plan must be a LayerPlan, got {type(plan).__name__}")
         model = checked_model(network, plan)
-        if isinstance(network, TrimmedModel):  # the hooks of the first steps must change nothing
-            args, keywords = arguments("example_inputs", example_inputs)
-            network.trace(*args, **keywords)
         self._optimizer, self._plan, self._example = optimizer, plan, example_inputs
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)

@@ -97,6 +97,12 @@ def device_kernels():
     return [kernel("triton", "cpu"), EMULATED]
 
 
+@pytest.fixture
+def small_counts(monkeypatch):
+    """Convolutions and norms wait however small their images are."""
+    monkeypatch.setattr("fastfreeze.trimming.standins.LARGE", 0)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

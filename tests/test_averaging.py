@@ -535,7 +535,7 @@ class TestReestimateNorms:
         """It is in eval mode meanwhile, in which the model itself runs."""
         model, expected, batches = trained(0), trained(0), images(3)
         model[:3].requires_grad_(False)
-        trimmed = fastfreeze.trim(model, batches[0])
+        trimmed = fastfreeze.trim(model)
         trimmed(batches[0])
         reestimate_norms(trimmed, batches)
         reestimate_norms(expected, batches)

@@ -5,9 +5,6 @@ Two predictions, and both are met exactly:
 * Nodes of autograd's graph: those of the model with everything trainable, from which the gradient
   of a parameter that still trains can be reached.
 * Bytes kept for the backward: as many as in the untrimmed model, called with the same flags.
-
-A folded prefix may hand on channels_last values, which autograd treats otherwise here and there. It
-is compared with a model whose input, and with it every value, has the layout that was handed on.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from torch.utils._pytree import tree_leaves
 from torchvision.models import get_model, list_models
 
 from fastfreeze import trim
@@ -51,47 +47,23 @@ def count_leading_to(nodes, parameters):
     return len(kept)
 
 
-def layout_handed_on(trimmed, x):
-    """The memory format of what crosses to the part that trains."""
-    call = trimmed._begin((x,), {})
-    if call.reason == "nothing is frozen":
-        takes = trimmed._graphs.latest_graph().takes_channels_last
-        return torch.channels_last if takes else torch.contiguous_format
-    values = () if call.prefix is None else call.prefix.run(call.tensors)
-    images = [v for v in tree_leaves(values) if isinstance(v, torch.Tensor) and v.ndim == 4]
-    last = torch.channels_last
-    if any(v.is_contiguous(memory_format=last) and not v.is_contiguous() for v in images):
-        return last
-    return torch.contiguous_format
-
-
 def check_sizes(model, x, counts, fold):
     """At cuts behind these numbers of parameters, in the order of execution."""
     order = in_execution_order(model, x)
     for parameter in order:
         parameter.requires_grad_(True)
-    layouts = (torch.contiguous_format, torch.channels_last)
-    inputs = {layout: x.contiguous(memory_format=layout) for layout in layouts}
-    contiguous = [t.is_contiguous() for t in tensors(model(x))]
-
-    def viewable(output):
-        """As the trimmed model gives it, whatever layout is inside."""
-        pairs = zip(tensors(output), contiguous, strict=True)
-        return [t.contiguous() if flag else t for t, flag in pairs]
-
-    whole = {layout: backward_nodes(viewable(model(y))) for layout, y in inputs.items()}
+    whole = backward_nodes(model(x))
     trimmed = trim(model, fold=fold)
     sizes, kept = [], []
     for count in counts:
         for number, parameter in enumerate(order):
             parameter.requires_grad_(number >= count)
         trimmed(x)  # the first call under a cut does more
-        layout = layout_handed_on(trimmed, x)
         sizes.append(len(backward_nodes(trimmed(x))))
         kept.append(saved_bytes(lambda: trimmed(x)))
         where = f"{count} of {len(order)} frozen"
-        assert sizes[-1] == count_leading_to(whole[layout], order[count:]), where
-        assert kept[-1] == saved_bytes(lambda: model(inputs[layout])), where  # noqa: B023
+        assert sizes[-1] == count_leading_to(whole, order[count:]), where
+        assert kept[-1] == saved_bytes(lambda: model(x)), where
     assert sizes == sorted(set(sizes), reverse=True)
     assert kept == sorted(kept, reverse=True)
     return sizes, kept

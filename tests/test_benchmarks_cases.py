@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
+
+import fastfreeze
 
 case_module = pytest.importorskip("benchmarks.case", reason="tests run outside the source tree")
 from benchmarks import __main__ as command  # noqa: E402
@@ -33,7 +37,7 @@ def test_every_network_is_measured_in_one_group_and_many_with_layers_frozen():
         for groups, frozen in itertools.product(["", "-per-layer"], ["", "-frozen-50"]):
             assert f"sgd-{model}{groups}{frozen}" in CASES
     assert not any(name.endswith("compiled") for name in CASES)
-    assert {"sgd-resnet110-compiled", "step-vgg16-frozen-50", "norm-64-32"} < ALL_CASES.keys()
+    assert {"sgd-resnet110-compiled", "trim-resnet18", "norm-64-32"} < ALL_CASES.keys()
 
 
 @pytest.mark.parametrize(
@@ -137,39 +141,118 @@ def test_ours_computing_something_else_gets_no_numbers(monkeypatch):
     assert compare.lines_of_entry("case", entry) == []
 
 
-@needs_cpu_kernels
-def test_a_trimmed_step_is_torchs():
-    case = step_cases.step_case(MODEL, 8)
+def frozen_work():
+    """Two blocks of which the first is frozen, and what trains behind it."""
+    torch.manual_seed(0)
+
+    def block(inputs, *layers):
+        return nn.Sequential(nn.Conv2d(inputs, 4, 3), nn.BatchNorm2d(4), *layers, nn.ReLU())
+
+    head = (nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))
+    model = nn.Sequential(block(3, nn.Dropout(0.2)), block(4), *head)
+    model[0].requires_grad_(False)
+    images, labels = torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
+    return step_cases.Work(model, images, labels, 4, lambda model: (model[:1], model[1:]))
+
+
+RIVALS = [
+    "fastfreeze",
+    step_cases.FLAGS,
+    step_cases.IN_EVAL,
+    step_cases.OURS_CHANNELS_LAST,
+    step_cases.CHANNELS_LAST,
+    "fastfreeze cache",
+]
+
+
+def test_rivals_of_a_step_with_a_frozen_part():
+    case = step_cases.step_case(frozen_work(), "a case")
     assert case.left_out == {}
-    ours = ["fastfreeze", "fastfreeze channels_last"]
-    assert list(case.runs) == [*ours, "torch", "torch fused", "torch channels_last fused"]
-    assert case.name.endswith("2 of 5 layers frozen")
-    step = case.runs["fastfreeze"]
-    model = step.training.model
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    step()
-    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    assert changed
-    assert frozen
-    assert not changed & frozen
-    assert case.floor() > 0
-
-
-def test_a_step_that_freezes_nothing_is_refused(monkeypatch):
-    def unfrozen(batch):
-        step = step_cases.by_flags(batch)
-        step.training.model.requires_grad_(True)
-        return step_cases.Step(
-            step_cases._torch_training(step.training.model, torch.contiguous_format),
-            batch.images,
-            batch.labels,
+    assert list(case.runs) == RIVALS
+    for name, run in [*case.runs.items(), ("rest alone", case.floor)]:
+        model = run.training.model
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        run()
+        now = model.state_dict()
+        moved = {key for key, value in now.items() if not value.equal(before[key])}
+        statistics = {"0.1.running_mean", "0.1.running_var", "0.1.num_batches_tracked"}
+        assert moved & {key for key in now if key.startswith("0.")} == (
+            statistics if name == step_cases.FLAGS else set()
         )
+        assert {"1.0.weight", "1.1.running_mean", "4.weight"} < moved
 
-    monkeypatch.setattr(step_cases, "by_fastfreeze", unfrozen)
-    case = step_cases.step_case(MODEL, 8)
-    assert case.refused
-    assert "inf of its change" in case.left_out["fastfreeze"]
+
+def trains_all(work):
+    model = work.start().requires_grad_(True)
+    return step_cases.Step(step_cases._training(model, lambda x, ids: model(x)), work, work.inputs)
+
+
+def forgets_momentum(work):
+    step = step_cases.by_hand(work)
+    step.training.after_step = step.training.optimizer.state.clear
+    return step
+
+
+def takes_other_samples(work):
+    return step_cases.Step(step_cases.by_hand(work).training, work, work.inputs.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("maker", "made", "rival", "reason"),
+    [
+        ("by_trim", trains_all, "fastfreeze", "0.0.bias is frozen and has changed"),
+        ("by_trim", forgets_momentum, "fastfreeze", "weights are "),
+        ("by_trim", takes_other_samples, "fastfreeze", "weights are "),
+        ("rest_alone", takes_other_samples, "rest alone", "weights are "),
+        ("by_cache", "off", "fastfreeze cache", "not all values are found"),
+    ],
+)
+def test_a_step_of_another_training_is_not_timed(monkeypatch, maker, made, rival, reason):
+    if made == "off":
+        cache = partial(fastfreeze.FeatureCache, enabled=False)
+        monkeypatch.setattr(
+            step_cases.fastfreeze, "FeatureCache", lambda network, enabled: cache(network)
+        )
+    else:
+        monkeypatch.setattr(step_cases, maker, lambda work, **layout: made(work))
+    case = step_cases.step_case(frozen_work(), "a case")
+    both = [rival, step_cases.OURS_CHANNELS_LAST] if maker == "by_trim" else [rival]
+    assert list(case.left_out) == both
+    assert reason in case.left_out[rival]
+    assert case.refused == rival.startswith("fastfreeze")
+    assert (case.floor is None) == (rival == "rest alone")
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+
+
+@pytest.mark.parametrize(
+    ("package", "make", "name", "kept"),
+    [
+        ("timm", partial(step_cases.trim_case, "test_resnet", 2), "test_resnet, half", False),
+        ("torchvision", partial(step_cases.mobilenet_case, 15, 4), "15 of 19 blocks", True),
+        (
+            "transformers",
+            partial(step_cases.bert_case, 1, 2, 6, **TINY),
+            "embeddings and 1 of 2 layers",
+            True,
+        ),
+        ("transformers", partial(step_cases.bert_case, None, 2, 6, **TINY), "but the head", True),
+    ],
+)
+def test_models_of_others_with_a_frozen_part(package, make, name, kept):
+    pytest.importorskip(package)
+    case = make()
+    assert case.left_out == {}
+    assert name in case.name
+    assert (case.floor is not None) == kept == ("fastfreeze cache" in case.runs)
+    flags = case.runs[step_cases.FLAGS].training.model
+    assert len({p.requires_grad for p in flags.parameters()}) == 2
+
+
+def test_what_is_frozen_has_cases():
+    assert sum(name.startswith("trim-") for name in CASES) == 19
+    assert sum(name.startswith("kept-") for name in CASES) == 5
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,28 @@ KERNELS = {
             "left_out": {"fastfreeze": "wrong", "other": "no nesterov"},
             "seconds": {},
         },
-        "step-net": {
-            "name": "training step, net",
+        "trim-net": {
+            "name": "net, half of the parameters frozen",
             "floor_s": None,
-            "seconds": {"fastfreeze": times(0.1), "torch": times(0.25)},
+            "seconds": {
+                "fastfreeze": times(0.1),
+                "flags": times(0.25),
+                "flags, frozen part in eval mode": times(0.2),
+            },
+        },
+        "trim-other": {
+            "name": "other",
+            "seconds": {"fastfreeze": times(0.05), "flags": times(0.2)},
+        },
+        "trim-wrong": {"name": "wrong", "left_out": {"fastfreeze": "wrong"}, "seconds": {}},
+        "kept-net": {
+            "name": "net, 3 of 4 layers frozen",
+            "floor_s": 0.025,
+            "seconds": {
+                "fastfreeze": times(0.08),
+                "fastfreeze cache": times(0.03),
+                "flags": times(0.1),
+            },
         },
         "host-net": {
             "name": "host time of a step, net",
@@ -172,7 +190,10 @@ def rows(folder):
     "row",
     [
         "| SGD step, net | 1 ms (0.9-1.1) | torch fused: 2 ms (1-3) | 2.00 | 500 µs |",
-        "| training step, net | 100 ms (90-110) | torch: 250 ms (225-275) | 2.50 | - |",
+        "| net, half of the parameters frozen | 100 ms (90-110) "
+        "| flags, frozen part in eval mode: 200 ms (180-220) | 2.00 | - |",
+        "| net, 3 of 4 layers frozen | fastfreeze cache: 30 ms (27-33) | flags: 100 ms (90-110) "
+        "| 3.33 | 25 ms |",
         "| host time of a step, net | 100 µs (90-110) | torch: 200 µs (180-220) | 2.00 | - |",
         "| norm | 20 µs (18-22) | torch: 30 µs (27-33) | 1.50 | - |",
         "| net, batch 4, 5 members, 75% of the MACs shared | fastfreeze, not folded: 4 ms (3.6-4.4)"
@@ -192,7 +213,7 @@ def test_each_kind_of_result_has_its_line(rows, row):
 
 
 def test_nothing_else_has_a_line(rows):
-    assert len([row for row in rows if not row.startswith("| case")]) == 12
+    assert len([row for row in rows if not row.startswith("| case")]) == 15
 
 
 def test_who_has_no_numbers_is_named(folder):
@@ -228,7 +249,7 @@ def test_one_machine_has_one_table_of_a_kind_and_another_its_own(folder):
         ["SGD step, net", "more"],
         ["more"],
     ]
-    assert list(steps[0].commands) == ["a.json", "e.json"]
+    assert list(steps[0].made_by) == ["a.json", "e.json"]
 
 
 def test_the_order_of_kinds_does_not_depend_on_the_files(folder):
@@ -339,7 +360,7 @@ def test_a_table_is_replaced_and_nothing_else(tmp_path):
     }
     at = {"0.5": {"freezes": 7, "limit": spread(0.62), "rivals": rivals}}
     data = {"models": {"vgg16": {"steps": 100, "t_0": at}}}
-    (results / "training-a.json").write_text(json.dumps(data))
+    (results / "training-a.json").write_text(json.dumps({**data, "machine": MACHINE}))
     for page in pages.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text(
@@ -350,8 +371,32 @@ def test_a_table_is_replaced_and_nothing_else(tmp_path):
         text = (tmp_path / page).read_text()
         row = "| VGG-16, 0.5 | 100, 7 | 30% | - | **45%** | 50% | 61% | 50% | 62% | 0.5 (1.0) |"
         assert text.startswith("before\n<!-- table: trainings -->\n| model, t_0 |")
-        assert text.endswith(f"\n{row}\n<!-- end of table -->\nafter\n")
+        assert f"\n{row}\n\nSome CPU, 1 thread; torch 2.14," in text
+        assert text.endswith("training-a.json)).\n<!-- end of table -->\nafter\n")
         assert "old" not in text
+
+
+def test_what_trim_gains(folder):
+    (folder / "a.json").rename(folder / "trim-a.json")
+    text = pages.with_tables(
+        "".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in ("trim", "kept")),
+        folder,
+    )
+    gains, kept = text.split("<!-- table: kept -->")
+    assert "Of 2 models 2 are faster than with flags by more than 2%, 0 slower." in gains
+    rows = [line for line in gains.splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        "| other | 200 ms (180-220) | 50 ms (45-55) | **0.25** | - | - |",
+        "| net | 250 ms (225-275) | 100 ms (90-110) | **0.40** | 0.80 | - |",
+    ]
+    assert "\nwrong: wrong.\n" in gains
+    assert (
+        "| net, 3 of 4 layers frozen | 100 ms (90-110) | - | 0.80 | 30 ms (27-33) | **3.3** "
+        "| 25 ms | 1.20 |"
+    ) in kept
+    made_by = "Made by `python -m benchmarks`; beside other work ([data]"
+    assert made_by in gains
+    assert made_by in kept
 
 
 def test_an_unknown_table_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfreeze import FastfreezeWarning, split, trim
-from fastfreeze.graph.blockers import BackwardBlocker, backward_blockers
+from fastfreeze.blockers import BackwardBlocker, backward_blockers
 
 SIZE, BATCH = 7, 3
 CHANNELS = (3, 5, 4, 6, 2)

@@ -168,25 +168,6 @@ def test_another_optimizer_freezes_in_all_processes(ranks, seed):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def trained_in_stages(seed):
-    model, inputs = net(seed), torch.ones(BATCH // 2, SIZES[0]).double()
-    schedule = FreezeOut(STEPS, t_0=0.5, stages=2)
-    plan = fastfreeze.split(model, inputs, schedule=schedule)
-    optimizer = fastfreeze.SGD(plan.param_groups(), schedule=schedule, **HYPERS["SGD"])
-    network = fastfreeze.trim(model)
-    if dist.is_initialized():
-        fastfreeze.compile_stages(network, plan, inputs, backend="eager")
-        network = DataParallel(network, optimizer)
-    train(network, optimizer, range(STEPS), seed)
-    return weights(model)
-
-
-def test_compiled_stages_train_in_parallel(ranks, seed):
-    expected = trained_in_stages(seed)
-    for found in ranks.run(trained_in_stages, seed):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-
-
 class SentBytes:
     """A communication hook that counts what is reduced, and reduces it."""
 
@@ -469,13 +450,11 @@ def whole(model):
 def trained_in_shards(seed, backend, trimmed, name):
     model, optimizer = sharded(seed, name, backend=backend)
     network = fastfreeze.trim(model) if trimmed else model
-    hooked = pytest.warns(fastfreeze.FastfreezeWarning, match="at module level.* has hooks")
     gradients = []
-    with hooked if trimmed else nullcontext():
-        for step in range(STEPS):
-            train(network, optimizer, [step], seed)
-            with_gradient = [any(p.grad is not None for p in layer.parameters()) for layer in model]
-            gradients.append(with_gradient)
+    for step in range(STEPS):
+        train(network, optimizer, [step], seed)
+        with_gradient = [any(p.grad is not None for p in layer.parameters()) for layer in model]
+        gradients.append(with_gradient)
     return whole(model), gradients
 
 

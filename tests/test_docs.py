@@ -20,8 +20,8 @@ from torch import nn
 import fastfreeze
 import fastfreeze.distributed
 import fastfreeze.ensemble
-import fastfreeze.graph
 import fastfreeze.schedule
+import fastfreeze.trimming
 from tests import snippets
 from tests.snippets import ROOT
 
@@ -39,8 +39,8 @@ ELSEWHERE = {"distributed.md", "integrations.md"}
 REPLACED = [
     ("num_workers=2", "num_workers=0"),
     (
-        "compile_stages(network, plan, images)",
-        "compile_stages(network, plan, images, backend='eager')",
+        "torch.compile(fastfreeze.trim(model))",
+        "torch.compile(fastfreeze.trim(model), backend='eager')",
     ),
 ]
 NOT_RUN = {"backends.md": ["needs a GPU"]}
@@ -139,7 +139,7 @@ MODULES = ["lightning", "transformers", "tensorboard"]
 def public():
     """Each public object by its name, with the module that it is a name of."""
     found = {}
-    for module in (fastfreeze.graph, fastfreeze.ensemble, fastfreeze):
+    for module in (fastfreeze.trimming, fastfreeze.cache, fastfreeze.ensemble, fastfreeze):
         found |= {n: (module.__name__, getattr(module, n)) for n in module.__all__ if n[0] != "_"}
     for module in (fastfreeze.distributed, fastfreeze.schedule):
         for name in own_names(module):

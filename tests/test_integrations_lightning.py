@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastfreeze
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph import TrimmedModel
+from fastfreeze.trimming import TrimmedModel
 
 lightning = pytest.importorskip("lightning.pytorch")
 from fastfreeze.integrations.lightning import FastfreezeCallback, total_steps  # noqa: E402

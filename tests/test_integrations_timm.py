@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastfreeze
-from fastfreeze.errors import FastfreezeWarning
 
 timm = pytest.importorskip("timm")
 
@@ -17,21 +14,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 6
 
 
-def family(name, mode="fx", *, size=64, quick=False, **options):
+def family(name, *, size=64, quick=False, **options):
     marks = [] if quick else [pytest.mark.slow]
-    return pytest.param(name, mode, size, options, marks=marks, id=name)
-
-
-def announced(mode):
-    """Whether a model without a graph is announced, once."""
-    if mode == "fx":
-        return nullcontext()
-    return pytest.warns(FastfreezeWarning, match="is trimmed at module level")
+    return pytest.param(name, size, options, marks=marks, id=name)
 
 
 FAMILIES = [
     family("test_resnet", quick=True),
-    family("test_vit", "module", quick=True, img_size=64),
+    family("test_vit", quick=True, img_size=64),
     family("test_convnext"),
     family("test_efficientnet"),
     family("resnet18", size=32),
@@ -45,17 +35,16 @@ FAMILIES = [
     family("mixer_s32_224", size=224),
     family("poolformer_s12"),
     family("edgenext_xx_small"),
-    family("vgg11", "module", size=32, drop_path_rate=None, mlp_ratio=0.02),
+    family("vgg11", size=32, drop_path_rate=None, mlp_ratio=0.02),
     family("ghostnet_050", drop_path_rate=None),
     family("repvgg_a0"),
-    family("mobilevit_xxs", "module"),
+    family("mobilevit_xxs"),
     family("xcit_nano_12_p16_224", img_size=64),
 ]
 
 
-@pytest.mark.parametrize(("name", "mode", "size", "options"), FAMILIES)
-@pytest.mark.filterwarnings("ignore:.* is trimmed at module level")
-def test_a_family_freezes_and_makes_an_ensemble(name, mode, size, options):
+@pytest.mark.parametrize(("name", "size", "options"), FAMILIES)
+def test_a_family_freezes_and_makes_an_ensemble(name, size, options):
     options = {"drop_path_rate": 0.1, "num_classes": 3} | options
     model = timm.create_model(name, pretrained=False, **options)
     images, labels = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 0])
@@ -64,15 +53,13 @@ def test_a_family_freezes_and_makes_an_ensemble(name, mode, size, options):
     assert len(plan.layers) > 4
     optimizer = fastfreeze.SGD(plan.param_groups(), 0.01, momentum=0.9, schedule=schedule)
     store = fastfreeze.MemorySnapshots()
-    with announced(mode):
-        network = fastfreeze.trim(model, images)
+    network = fastfreeze.trim(model)
     for _ in range(STEPS):
         frozen = [p for i in optimizer.frozen_layers for _, p in plan.layers[i].parameters]
         before = [p.clone() for p in frozen]
         optimizer.zero_grad()
         F.cross_entropy(network(images), labels).backward()
         if frozen:
-            assert network.cut.mode == mode
             network.verify(images)
         optimizer.step()
         assert all(map(torch.equal, before, frozen))

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastfreeze
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.graph import TrimmedModel
+from fastfreeze.trimming import TrimmedModel
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -24,7 +24,6 @@ from fastfreeze.integrations.transformers import (  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.* is trimmed at module level"),
 ]
 SAMPLES, BATCH, EPOCHS, CYCLES = 12, 4, 6, 3
 STEPS = EPOCHS * SAMPLES // BATCH

@@ -186,7 +186,7 @@ def test_without_a_profile_flops_predict():
     model, x = build_model("resnet8-w4", num_classes=2), torch.randn(2, 3, 8, 8)
     model.stem.layers[1].bias.requires_grad_(False)
     plan = split(model, x)
-    network = trim(model, x)
+    network = trim(model)
     optimizer = torch.optim.SGD(plan.param_groups(), 1e-3)
     report = FreezeReport(network, optimizer, plan, x)
     train(report, network, optimizer, x, 5)

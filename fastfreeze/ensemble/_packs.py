@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastfreeze.errors import SnapshotError
 from fastfreeze.files import open_file, write_atomic
+from fastfreeze.trimming.bits import bits, same_bits
 
 _MAX_HEADER_BYTES = 100_000_000  # as the library safetensors has it
 
@@ -140,18 +141,6 @@ def content_hash(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
     digest.update(bits(tensor).numpy().data)
     return digest.hexdigest()
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors on one device hold the same, of whatever strides."""
-    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    return alike and torch.equal(bits(a), bits(b))
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """A tensor's bytes in the order of its elements: uint8 ``[nbytes]``."""
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    return plain.contiguous().reshape(-1).view(torch.uint8)
 
 
 def copy_of(

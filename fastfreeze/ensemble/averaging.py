@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fastfreeze.ensemble._checks import call_and_labels, check_count
 from fastfreeze.ensemble._manifest import Signature, check_signature, signature_of
-from fastfreeze.ensemble._packs import same_bits
 from fastfreeze.ensemble._states import check_state
 from fastfreeze.ops._softmax_arguments import normalised_weights
+from fastfreeze.trimming.bits import same_bits
 
 
 @torch.no_grad()

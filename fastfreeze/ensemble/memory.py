@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastfreeze.ensemble._manifest import Snapshot, check_signature, signature_of
-from fastfreeze.ensemble._packs import copy_of, same_bits
+from fastfreeze.ensemble._packs import copy_of
 from fastfreeze.ensemble._states import Snapshots, checked_to_save, facts_of, load_into
 from fastfreeze.schedule import Schedule
+from fastfreeze.trimming.bits import same_bits
 
 
 class MemorySnapshots(Snapshots):

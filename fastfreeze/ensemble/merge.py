@@ -17,11 +17,10 @@ from torch.fx.node import map_arg
 
 from fastfreeze.ensemble._checks import logits_of
 from fastfreeze.ensemble._members import CannotCopyError, Owners, copy_of
-from fastfreeze.graph.cut import Dataflow, called_name
-from fastfreeze.graph.fold import CannotFoldError, Folded, fold
-from fastfreeze.graph.rewrite import Piece, Program, compiled
-from fastfreeze.graph.split import draws_random_numbers
-from fastfreeze.graph.trace import IN_PLACE_FUNCTIONS, Trace
+from fastfreeze.ensemble.graphs.dataflow import Dataflow, called_name, draws_random_numbers
+from fastfreeze.ensemble.graphs.fold import CannotFoldError, Folded, fold
+from fastfreeze.ensemble.graphs.rewrite import Piece, Program, compiled
+from fastfreeze.ensemble.graphs.trace import IN_PLACE_FUNCTIONS, Trace
 from fastfreeze.ops._softmax_arguments import classes_back, classes_last
 from fastfreeze.ops.reference import softmax_add_reference
 

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastfreeze.ensemble._members import MembersState, difference, share
+from fastfreeze.ensemble.graphs.fold import CannotFoldError, Folded, check_unchanged
+from fastfreeze.ensemble.graphs.held import Held, autocasts
+from fastfreeze.ensemble.graphs.rewrite import Program, write_measured
+from fastfreeze.ensemble.graphs.trace import CallPattern, Trace, UntraceableError, hooked, trace
 from fastfreeze.ensemble.merge import (
     CannotMergeError,
     Merged,
@@ -20,12 +24,9 @@ from fastfreeze.ensemble.merge import (
     write_merged,
 )
 from fastfreeze.ensemble.ways import Captured
-from fastfreeze.graph._state import Held, preserved, requires_grad
-from fastfreeze.graph.fold import CannotFoldError, Folded, check_unchanged
-from fastfreeze.graph.prefix import autocasts
-from fastfreeze.graph.rewrite import Program, write_measured
-from fastfreeze.graph.trace import CallPattern, Trace, UntraceableError, hooked, trace
-from fastfreeze.graph.verify import excess
+from fastfreeze.execution import preserved
+from fastfreeze.trimming.compare import excess
+from fastfreeze.trimming.state import requires_grad
 
 MAX_KEPT = 8  # of the latest kinds of calls
 

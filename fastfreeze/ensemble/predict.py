@@ -20,11 +20,11 @@ from fastfreeze.ensemble._checks import (
 )
 from fastfreeze.ensemble._members import new_member, share, unshare
 from fastfreeze.ensemble._states import last_of, load_into
+from fastfreeze.ensemble.graphs.trace import UntraceableError
 from fastfreeze.ensemble.memory import MemorySnapshots
 from fastfreeze.ensemble.plans import MAX_KEPT, Key, Plan, make_plan, one_by_one
 from fastfreeze.ensemble.snapshots import SnapshotStore
 from fastfreeze.ensemble.ways import WAYS, Measured, Stacked, Way, checked_way, measure, on_streams
-from fastfreeze.graph.trace import UntraceableError
 from fastfreeze.ops._softmax_arguments import check_logits
 from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
 

@@ -26,8 +26,8 @@ from fastfreeze.ensemble._members import (
     held_again,
     owners_of,
 )
-from fastfreeze.graph._state import record_stream, tensors_in
 from fastfreeze.text import format_table
+from fastfreeze.trimming.state import record_stream, tensors_in
 
 Way = Literal["loop", "graph", "vmap", "compiled", "streams", "cuda_graph"]
 WAYS: tuple[Way, ...] = get_args(Way)

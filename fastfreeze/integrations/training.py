@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from fastfreeze.ensemble import MemorySnapshots, SnapshotStore
 from fastfreeze.errors import warn
 from fastfreeze.freezing import LayerPlan
-from fastfreeze.graph import trim
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Schedule
+from fastfreeze.trimming import trim
 
 Store = SnapshotStore | MemorySnapshots
 

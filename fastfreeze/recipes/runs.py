@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfreeze.cache import FeatureCache
 from fastfreeze.ensemble import (
     SnapshotEnsemble,
     SnapshotStore,
@@ -21,7 +22,6 @@ from fastfreeze.ensemble import (
     nll,
 )
 from fastfreeze.files import write_atomic
-from fastfreeze.graph import FeatureCache
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError, optional_package
 from fastfreeze.recipes.events import Events

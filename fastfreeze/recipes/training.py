@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
+from fastfreeze.cache import FeatureCache
 from fastfreeze.clock import Clock
 from fastfreeze.freezing import LayerPlan, split
-from fastfreeze.graph import FeatureCache, trim
 from fastfreeze.optim import SGD, AdamW
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Cosine, Schedule, StepDecay
+from fastfreeze.trimming import trim
 
 EVALUATION_BATCH = 250
 # Both papers: Nesterov momentum, and weight decay on every parameter.
@@ -137,7 +138,7 @@ def freezing(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -
     """Layers freeze as the schedule says; the backward of the frozen ones is cut off."""
     plan = split(model, example, schedule=schedule, lr=lr)
     optimizer = SGD(plan.param_groups(), lr, **_HYPERS, schedule=schedule)
-    return Setup(model, trim(model, example), optimizer, schedule, plan=plan)
+    return Setup(model, trim(model), optimizer, schedule, plan=plan)
 
 
 def fine_tuning(
@@ -158,7 +159,7 @@ def fine_tuning(
         steps = SGD(groups, lr, **_HYPERS, schedule=schedule)
     else:
         steps = AdamW(groups, lr, schedule=schedule)
-    network = trim(model, example)
+    network = trim(model)
     kept = FeatureCache(network) if cache else None
     return Setup(model, network, steps, schedule, plan=plan, cache=kept)
 

@@ -1,0 +1,489 @@
+"""What frozen modules give, kept for each sample, so that they need not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastfreeze.cache.calls import Chain
+from fastfreeze.cache.chain import Chains, Known
+from fastfreeze.cache.kept import (
+    TRIALS,
+    Account,
+    CacheStats,
+    Kept,
+    Rows,
+    all_same_bits,
+    now,
+    pick,
+)
+from fastfreeze.cache.rows import CannotKeepError, row_strides
+from fastfreeze.cache.store import Stores
+from fastfreeze.trimming.state import fp32_precision, requires_grad, tensors_in
+from fastfreeze.trimming.trimmed import TrimmedModel
+
+_VIEW_BITS = 20
+_INDEX_BITS = 63 - _VIEW_BITS
+_MAX_CHANGES = 8  # of weights
+_MAX_LATE = 4
+_NOTHING_READ = "nothing frozen was read that has a row for each sample"
+_UNKNOWN = "it is found out what is read of the frozen modules"
+_NOT_THE_SAME = "the frozen modules do not always give the same bits"
+_WAIT = 500  # calls, until what was refused is tried again for the first time
+_CHANGES = "what is frozen changes again and again"
+_LATE = "what frozen modules read was written to before their values were read"
+
+
+class _Refusal(NamedTuple):
+    """Why something is not kept, for how many calls, and until which one."""
+
+    reason: str
+    wait: int
+    until: int
+
+
+class FeatureCache:
+    """Calls a trimmed model, and runs its frozen modules once for each sample, not once an epoch.
+
+    What the rest of the model reads of them is kept for each sample and view, and taken from there
+    when the sample comes again. Nothing need be said about where the frozen part ends: it is what
+    was read in the last step. When more is frozen, what was kept is carried on from the old values
+    to the new ones as the samples come; when frozen weights or what modules hold change (a thaw,
+    ``load_state_dict``), it is computed anew. Kept rows are compared with a digest of all tensors
+    that go into the frozen modules, masks too.
+
+    The model sees the same bits as without the cache (with ``dtype``, the same but for that
+    rounding): what may differ is compared first. That is whether a row depends on the others,
+    whether carrying on gives what computing from the inputs gives, once for each pair, and the
+    first two batches that are found whole, and the first of another size. Where bits differ the
+    cache does without.
+
+    A frozen module is called where the model calls it, not put off, if a tensor that goes in
+    requires grad, if something in it has hooks, draws random numbers, writes to its input or to
+    what it holds, gives anything but tensors and None, or asks what values are (``.item()``,
+    ``nonzero()``); if it holds something whose content cannot be seen, such as a generator, a lock
+    or a module outside of it; or in inference mode. What is in it may be put off all the same.
+
+    It does without for good when a sample comes with other inputs than before: the data set is then
+    not deterministic. With random augmentation, see :class:`~fastfreeze.RepeatableViews`.
+
+    Args:
+        network: made by :func:`fastfreeze.trim`.
+        max_bytes: > 0; of what is kept. When it is reached nothing more is added, but what was kept
+            before something else was frozen makes room: with shuffled epochs, to replace one sample
+            by another gains nothing.
+        directory: keep in files there, to go on with after a restart; without, in memory. One
+            process at a time may use it. Files that are damaged, cut short or made by another
+            version, device or number of threads are not used. The files of the least recently used
+            values are deleted when their space is needed.
+        dtype: a floating-point dtype to keep wider values in: ``torch.bfloat16`` halves the bytes
+            of fp32, with a relative error of up to 2**-8 in each value, kept or just computed. What
+            is kept is then not carried on when more is frozen.
+        enabled: None: on while looking up takes less time than the frozen modules, and storing too
+            while it fills; measured in the first few batches after something else was frozen, and
+            now and then. What does not pay is tried again after a while. True: without that. False:
+            off.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        RuntimeError: ``directory`` is in use.
+        OSError: ``directory`` cannot be made.
+
+    Example:
+        >>> network = fastfreeze.trim(model)
+        >>> with fastfreeze.FeatureCache(network) as cache:
+        ...     for (images, labels), samples in loader:  # of RepeatableViews
+        ...         loss = criterion(cache(images, samples=samples), labels)
+    """
+
+    def __init__(
+        self,
+        network: TrimmedModel,
+        max_bytes: int = 4 * 2**30,
+        directory: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        enabled: bool | None = None,
+    ) -> None:
+        if not isinstance(network, TrimmedModel):
+            raise TypeError(f"network must be a TrimmedModel, got {type(network).__name__}")
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+            raise TypeError(f"max_bytes must be an int > 0, got {max_bytes!r}")
+        if max_bytes <= 0:
+            raise ValueError(f"max_bytes must be > 0, got {max_bytes}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype}")
+        if enabled is not None and not isinstance(enabled, bool):
+            raise TypeError(f"enabled must be True, False or None, got {enabled!r}")
+        self.network = network
+        self._dtype, self._measures = dtype, enabled is None
+        self._stores = Stores(max_bytes, None if directory is None else Path(directory))
+        self._kept: dict[str, Kept] = {}  # in the order in which they came
+        self._refusals: dict[str, _Refusal] = {}
+        self._calls = 0
+        self._known = Known()
+        self._names: dict[Any, str] = {}
+        self._old: set[str] = set()  # kept when something else was frozen, and not used since
+        self._num_late = 0
+        self._counts = CacheStats()
+        self._off = "switched off by enabled=False" if enabled is False else ""
+        self._reason = self._off or "it has not been called yet"
+
+    def __call__(self, *args: Any, samples: Tensor, **kwargs: Any) -> Any:
+        """``network(*args, **kwargs)``, with the frozen prefix from the cache where possible.
+
+        Args:
+            samples: int64 ``[B]``, the index of each sample, in 0..2**43 - 1; or ``[B, 2]``, index
+                and view, in 0..2**20 - 1, as :class:`~fastfreeze.RepeatableViews` gives them. The
+                same sample and view always mean the same inputs. They belong on the CPU: others are
+                waited for.
+
+        Raises:
+            TypeError, ValueError: ``samples`` is not as above, or not of the inputs' length.
+        """
+        keys = _keys_of(samples)
+        self._calls += 1
+        self._reason = self._off or self._obstacle(args, kwargs, len(keys))
+        if self._reason:
+            return self.network(*args, **kwargs)
+        form = tuple([(t.shape, t.dtype, t.device) for t in tensors_in((args, kwargs))])
+        self._reason = _NOTHING_READ if form in self._known.reads else _UNKNOWN
+        changes = self._known.changes
+        chains = Chains(self._known, form, keys, self._names, self._find)
+        output = self.network.run(args, kwargs, chains)
+        if self._known.changes != changes:
+            self._old = set(self._kept)
+        if self._known.changes > _MAX_CHANGES:
+            self._give_up(_CHANGES)
+        if chains.waits:
+            chains.finish()
+            if self._reason == _NOTHING_READ and self._known.reasons:
+                self._reason = next(iter(self._known.reasons.values()))
+            return output
+        self._num_late += 1
+        self._known.reads.clear()
+        self._reason = _LATE
+        if self._num_late > _MAX_LATE:
+            self._give_up(_LATE)
+        return output
+
+    def _obstacle(self, args: Any, kwargs: Any, n: int) -> str:
+        """Why a call with these inputs goes to the network alone; empty if it does not."""
+        if peek_interpreter_stack() is not None:
+            return "in a transform of torch.func"
+        if _has_any_global_hook():
+            return "all modules have hooks"
+        tensors = [t for t in tensors_in((args, kwargs)) if t.ndim]
+        if tensors and not any(len(t) == n for t in tensors):
+            raise ValueError(
+                f"samples must have a row for each of {len(tensors[0])} inputs, got {n}"
+            )
+        names = self.network.frozen_names()
+        if names is not self._names:  # what is read now is not known
+            self._names = names
+            self._known.frozen_anew()
+            self._old = set(self._kept)
+        if not self.network.training:
+            return "the model is in eval mode"
+        if not names:
+            return "nothing is frozen"
+        return "an input requires grad" if requires_grad((args, kwargs)) else ""
+
+    @property
+    def active(self) -> bool:
+        """Whether the latest call looked its samples up and kept what was missing."""
+        return not self._reason
+
+    @property
+    def reason(self) -> str:
+        """Why not; empty if it did."""
+        return self._reason
+
+    def stats(self) -> CacheStats:
+        """Counts so far."""
+        stores = [kept.rows for kept in self._kept.values()]
+        num_bytes = sum(store.nbytes for store in stores)
+        return replace(self._counts, rows=sum(map(len, stores)), bytes=num_bytes)
+
+    def close(self) -> None:
+        """Let go of memory and files; the files stay. Calls then run the network alone."""
+        self._stores.close()
+        self._kept.clear()
+        self._off = self._reason = "it is closed"
+
+    def __enter__(self) -> FeatureCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _find(self, chain: Chain) -> list[Tensor] | None:
+        """The values of a chain, from what is kept as far as possible; None if it is to be made."""
+        try:
+            values = self._values(chain)
+        except CannotKeepError as error:
+            self._reason = str(error)
+            return None
+        except OSError as error:
+            self._give_up(f"its files cannot be used: {error}")
+            return None
+        if self._reason == _NOTHING_READ:
+            self._reason = ""
+        return values
+
+    def _values(self, chain: Chain) -> list[Tensor]:
+        start = time.perf_counter()
+        conditions = self._conditions(chain.device)
+        strides = [row_strides(t) for t in chain.inputs if t.ndim]
+        text = f"{chain.keys}\n{strides}\n{conditions}"
+        name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        refusal = self._refusals.get(name)
+        if refusal and self._calls < refusal.until:
+            raise CannotKeepError(refusal.reason)
+        kept = self._kept.get(name)
+        if kept is None:
+            return self._first(Kept(name, conditions, chain, self._dtype), chain)
+        self._old.discard(name)
+        slots = self._slots(kept, chain, range(len(chain.samples)))
+        if not kept.agrees(chain, slots):
+            raise CannotKeepError(
+                f"a batch of {len(slots)} gives other bits than one of {kept.size}"
+            )
+        missing = [i for i, slot in enumerate(slots) if slot < 0]
+        if not missing:
+            flat = self._whole(kept, chain, slots, start)
+        else:
+            flat = self._carry_on(kept, chain, slots, missing)
+        if flat is None:
+            flat = self._compute(kept, chain, time.perf_counter() - start)
+        return kept.values(flat)
+
+    def _conditions(self, device: torch.device) -> str:
+        """What else values depend on, or how they are kept; in words."""
+        cpu, gpu = torch.backends.cpu.get_cpu_capability(), ""
+        if device.type == "cuda":
+            gpu = torch.cuda.get_device_name(device)
+        how = self._dtype, fp32_precision(device), torch.get_num_threads(), self.network.folding
+        return f"{how} {torch.__version__} {cpu} {device.type} {gpu}"
+
+    def _first(self, kept: Kept, chain: Chain) -> list[Tensor]:
+        """The first batch of its kind: find out whether its values can be kept, and how."""
+        n = len(chain.samples)
+        if n < 2:
+            raise CannotKeepError("a batch of one sample does not show what depends on the others")
+        try:
+            flat = kept.first(chain)
+        except CannotKeepError as error:
+            raise self._refused(kept.name, str(error)) from None
+        kept.rows = self._stores.open(kept.name, kept.columns)
+        kept.account = Account() if self._measures else None
+        self._kept[kept.name] = kept
+        slots = self._slots(kept, chain, range(n))
+        if known := [i for i in range(n) if slots[i] >= 0]:
+            found = kept.get([slots[i] for i in known], chain.device)
+            if found and not all_same_bits(found, pick(flat, known)):
+                self._stores.drop(kept.name)
+                kept.rows = self._stores.open(kept.name, kept.columns)
+        for earlier in self._earlier(kept, chain):
+            self._carry_on_from(earlier, kept, chain, range(n), flat)
+        self._add(kept, chain, range(n), flat)
+        self._counts.misses += n
+        return kept.values(flat)
+
+    def _whole(self, kept: Kept, chain: Chain, slots: list[int], start: float) -> Rows | None:
+        """A batch that is there; None if it turns out to be damaged."""
+        flat = kept.get(slots, chain.device)
+        if flat is None:
+            return None
+        if kept.account is not None and kept.account.found_whole():
+            kept.values(flat)
+            kept.account.looking.append(now(chain.device) - start)
+            if problem := kept.account.problem(fills=False):
+                raise self._refused(kept.name, problem)
+        if kept.unchecked:
+            kept.unchecked -= 1
+            if not all_same_bits(flat, kept.compute(chain)):
+                raise self._refused(kept.name, _NOT_THE_SAME)
+        self._counts.hits += len(slots)
+        return flat
+
+    def _compute(self, kept: Kept, chain: Chain, asking: float) -> Rows:
+        """The whole batch; what is missing is kept from now on."""
+        samples, account = range(len(chain.samples)), kept.account
+        self._counts.misses += len(samples)
+        if account is None:
+            flat = kept.compute(chain)
+            self._add(kept, chain, samples, flat)
+            return flat
+        start = now(chain.device)
+        flat = kept.compute(chain)
+        computed = now(chain.device)
+        added = self._add(kept, chain, samples, flat)
+        account.idle = 0 if added else account.idle + 1
+        if added and len(account.computing) < TRIALS:
+            stored = now(chain.device)
+            if found := kept.get(kept.rows.some(len(samples)), chain.device):
+                kept.values(found)
+            looking = asking + now(chain.device) - stored
+            account.computed(computed - start, stored - computed, looking)
+        if problem := account.problem(fills=True):
+            self._refused(kept.name, problem)
+        return flat
+
+    def _add(self, kept: Kept, chain: Chain, samples: Sequence[int], flat: Rows) -> int:
+        """Keep rows of some samples; what is no longer wanted makes room."""
+        keys = [chain.samples[i] for i in samples]
+        numbers = chain.digests.wait()
+        digests = [numbers[i] for i in samples]
+        pairs = zip(keys, kept.rows.find(keys), strict=True)
+        wanted = len({key for key, slot in pairs if slot < 0})
+        added = kept.rows.add(keys, digests, flat)
+        while added < wanted and (old := next(iter(self._old), None)):
+            self._delete(old)
+            added += kept.rows.add(keys, digests, flat)
+        for name in self._old:
+            self._kept[name].rows.forget(keys)
+        for name in [name for name in self._old if not len(self._kept[name].rows)]:
+            self._delete(name)
+        return added
+
+    def _slots(self, kept: Kept, chain: Chain, samples: Sequence[int]) -> list[int]:
+        """Slots of samples of the batch, -1 where there is none; inputs are the same as then.
+
+        This is the one wait for a GPU in front of what trains, and only where rows are found. Later
+        would be too late: a step on rows of other inputs cannot be taken back, and nothing else
+        tells that a sample came with the same inputs again.
+        """
+        slots = kept.rows.find([chain.samples[i] for i in samples])
+        if not any(slot >= 0 for slot in slots):
+            return slots
+        digests = chain.digests.wait()
+        differ = [
+            (i, slot)
+            for i, slot in zip(samples, slots, strict=True)
+            if slot >= 0 and kept.rows.digest(slot) != digests[i]
+        ]
+        for i, slot in differ:
+            if not kept.rows.was_found(slot):
+                self._blame(kept, chain, i)
+        kept.rows.forget([chain.samples[i] for i, _ in differ])
+        return kept.rows.find([chain.samples[i] for i in samples]) if differ else slots
+
+    def _blame(self, kept: Kept, chain: Chain, i: int) -> None:
+        """Give up what depends on other inputs than before: all, if they are the model's own."""
+        sample, view = divmod(chain.samples[i], 1 << _VIEW_BITS)
+        came = f"sample {sample}, view {view}, came with other inputs than before"
+        if all(id(t) in chain.chains.given for t in chain.inputs):
+            reason = f"{came}: the data set is not deterministic (see fastfreeze.RepeatableViews)"
+            self._give_up(reason)
+            raise CannotKeepError(reason)
+        reason = f"for {came}: something random, or that trains, lies in front"
+        raise self._refused(kept.name, reason)
+
+    def _earlier(self, kept: Kept, chain: Chain) -> list[Kept]:
+        """What is kept of values on the way to those that are wanted, the latest first.
+
+        What is no longer valid, or of no use to what is frozen now, is deleted.
+        """
+        found = []
+        for other in list(self._kept.values()):
+            if other is kept:
+                continue
+            if other.leads_to(kept, chain):
+                found.append(other)
+            elif other.name in self._old:
+                self._delete(other.name)
+        return found[::-1]
+
+    def _carry_on(
+        self, kept: Kept, chain: Chain, slots: list[int], missing: list[int]
+    ) -> Rows | None:
+        """A batch of which some samples are kept only on the way to what is wanted.
+
+        None if it is to be computed.
+        """
+        for earlier in self._earlier(kept, chain):
+            flat = self._carry_on_from(earlier, kept, chain, missing)
+            if flat is None:
+                continue
+            if len(missing) == len(slots):
+                return flat
+            slots = kept.rows.find(chain.samples)  # by now all, if there was room
+            found = kept.get(slots, chain.device) if min(slots) >= 0 else None
+            self._counts.hits += len(slots) - len(missing) if found else 0
+            return found
+        return None
+
+    def _carry_on_from(
+        self,
+        earlier: Kept,
+        kept: Kept,
+        chain: Chain,
+        samples: Sequence[int],
+        expected: Rows | None = None,
+    ) -> Rows | None:
+        """Some samples of a batch, carried on from earlier values of all of them, and kept.
+
+        Args:
+            expected: what the whole chain gives for the batch, if that is known.
+        """
+        if earlier.name not in self._kept:  # deleted to make room
+            return None
+        nodes = [chain.nodes[key] for key in earlier.wanted]
+        slots = self._slots(earlier, Chain(nodes, chain.chains), samples)
+        if any(slot < 0 for slot in slots):
+            return None
+        flat = kept.carried_on(earlier, chain, samples, slots)
+        if flat is None:
+            return None
+        if earlier.name not in kept.verified:
+            if not all_same_bits(flat, pick(expected or kept.compute(chain), samples)):
+                self._delete(earlier.name)
+                return None
+            kept.verified.add(earlier.name)
+        self._add(kept, chain, samples, flat)
+        self._counts.advanced += len(samples)
+        return flat
+
+    def _refused(self, name: str, reason: str) -> CannotKeepError:
+        """Do without for a while, the longer the more often."""
+        wait = 2 * self._refusals[name].wait if name in self._refusals else _WAIT
+        self._refusals[name] = _Refusal(reason, wait, self._calls + wait)
+        if name in self._kept:
+            self._delete(name)
+        return CannotKeepError(reason)
+
+    def _give_up(self, reason: str) -> None:
+        self._off = self._reason = reason
+        for name in list(self._kept):
+            self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        self._stores.drop(name)
+        del self._kept[name]
+        self._old.discard(name)
+
+
+def _keys_of(samples: Tensor) -> list[int]:
+    """One number for each sample and view."""
+    if not isinstance(samples, Tensor) or samples.dtype != torch.int64:
+        what = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
+        raise TypeError(f"samples must be an int64 tensor, got {what}")
+    if not (samples.ndim == 1 or (samples.ndim == 2 and samples.shape[1] == 2)):
+        raise ValueError(f"samples must be [B] or [B, 2], got {list(samples.shape)}")
+    pairs = samples.tolist() if samples.ndim == 2 else [(i, 0) for i in samples.tolist()]
+    for index, view in pairs:
+        if not (0 <= index < 1 << _INDEX_BITS and 0 <= view < 1 << _VIEW_BITS):
+            raise ValueError(
+                f"samples must hold indices in 0..2**{_INDEX_BITS} - 1 and views in "
+                f"0..2**{_VIEW_BITS} - 1, got {index}, {view}"
+            )
+    return [index << _VIEW_BITS | view for index, view in pairs]

@@ -1,0 +1,426 @@
+"""Calls of frozen modules that are put off, and the chains that they make.
+
+In a call through a cache, frozen modules and a list of torch's functions compute nothing when they
+are called: they hand on pending values, whose form is known from the last time. When something else
+reads one, the calls behind it are made, or what they gave before is found in the cache. What was
+read in the last step is asked for together.
+
+A view is in one *group* with what it is a view of. Of a group one value is kept: the view, if that
+alone is read, else what all are views of; they are taken from that very tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from fastfreeze.cache.calls import (
+    Call,
+    CallNode,
+    Chain,
+    Outcome,
+    Outer,
+    autocast_state,
+    flattened,
+    is_put_off,
+    is_static,
+    meta_of,
+    unflattened,
+)
+from fastfreeze.cache.digest import Holdings
+from fastfreeze.cache.rows import share_storage
+from fastfreeze.trimming.pending import (
+    Given,
+    Pending,
+    TooLateError,
+    current_run,
+    may_wait,
+    settle,
+)
+
+_FRESH = (  # give new tensors, whatever they are given
+    *("relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid"),
+    *("tanh", "softmax", "log_softmax", "elu", "leaky_relu", "selu", "softplus", "max_pool1d"),
+    *("max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    *("adaptive_max_pool2d", "add", "sub", "mul", "div", "__add__", "__radd__", "__sub__"),
+    *("__mul__", "__rmul__", "__truediv__", "cat", "concat", "concatenate", "stack", "mean"),
+    *("sum", "amax", "amin", "interpolate", "normalize", "layer_norm", "clone", "masked_fill"),
+)
+_VIEWS = (  # may give views of the first argument, or itself
+    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk"),
+    *("split", "contiguous", "expand", "select", "narrow", "swapaxes", "movedim", "unflatten"),
+    *("to", "float", "__getitem__"),
+)
+_MAY_BE_IN_PLACE = (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, F.elu, F.leaky_relu)
+_TRIALS = 2  # in its first call a model may set itself up, and folds are compared
+_MAX_ARGUMENTS = 64  # that are no tensors, of one module or function
+_MAX_OUTCOMES = 4096
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def _functions(names: Iterable[str]) -> dict[Any, str]:
+    owners = (torch, Tensor, F, torch._C._nn)
+    return {getattr(o, name): name for o in owners for name in names if hasattr(o, name)}
+
+
+_KNOWN = _functions((*_FRESH, *_VIEWS))
+
+
+class Known:
+    """What is known of a model's calls from earlier steps.
+
+    Attributes:
+        outcomes: of calls, by what they are and what they are given; a number is how often
+            they could not be put off.
+        reads: idents of what was read in the last step with inputs of a form; missing if that is
+            not known.
+        changes: how often what a module holds has changed.
+        reasons: why modules are not put off, by their names.
+    """
+
+    def __init__(self) -> None:
+        self.outcomes: dict[Any, Outcome | int] = {}
+        self.reads: dict[Any, set[str]] = {}
+        self.changes, self.reasons = 0, dict[str, str]()
+        self._arguments: dict[Any, set[Any]] = {}
+        self._holders: set[str] = set()
+        self._holdings: dict[str, Holdings] = {}
+        self._digests: dict[str, tuple[str, str]] = {}
+        self._turns: Iterator[tuple[Holdings, int]] = iter(())
+
+    def frozen_anew(self) -> None:
+        """Forget what may be otherwise when something else is frozen."""
+        self.reads.clear()
+        self.reasons.clear()
+        self._holdings = {n: h for n, h in self._holdings.items() if not h.problem}
+
+    def put_off(self, name: str) -> None:
+        """Note that a module's call is put off."""
+        parts = name.split(".") if name else []
+        self._holders.update(".".join(parts[:i]) for i in range(len(parts)))
+
+    def held(self, name: str, module: nn.Module) -> tuple[str, str] | None:
+        """Digests of what a module holds; None if it is not to be put off.
+
+        Nor is what holds a module that was put off before, if it is frozen later: what was kept is
+        then carried on.
+        """
+        if name in self._holders:
+            return None
+        holdings = self._holdings.get(name)
+        if holdings is None or holdings.module is not module:
+            holdings = self._holdings[name] = Holdings(module)
+        digest = holdings.digest()
+        if holdings.problem:
+            self.reasons[name] = f"{name} is not put off: {holdings.problem}"
+            return None
+        if holdings.has_hooks_inside():
+            return None
+        if self._digests.setdefault(name, digest) != digest:
+            self._digests[name] = digest
+            self.changes += 1
+        return digest
+
+    def compare_one(self) -> None:
+        """See whether one of the tensors that are held was written to without torch's knowledge."""
+        for holdings, i in self._turns:
+            holdings.compare(i)
+            return
+        held = self._holdings.values()
+        self._turns = iter([(h, i) for h in held for i in range(len(h.tensors))])
+
+    def fits(self, what: Any, arguments: Any) -> bool:
+        """Whether a call may be new: not if what is called gets other numbers all the time."""
+        if len(self.outcomes) >= _MAX_OUTCOMES:
+            self.outcomes.clear()
+            self.reads.clear()
+        seen = self._arguments.setdefault(what, set())
+        if len(seen) < _MAX_ARGUMENTS:
+            seen.add(arguments)
+        return arguments in seen
+
+
+class Chains:
+    """The calls that are put off in one call of a model.
+
+    Args:
+        known: from earlier steps.
+        form: of the model's inputs.
+        samples: numbers of these.
+        names: of its frozen modules.
+        find: values of nodes from the cache, or computed by it; or None.
+
+    Attributes:
+        waits: False if what a chain reads was written to before it was read.
+        given: ids of the tensors that the model is called with.
+        lock: for who reads a value.
+    """
+
+    def __init__(
+        self,
+        known: Known,
+        form: Any,
+        samples: list[int],
+        names: dict[nn.Module, str],
+        find: Callable[[Chain], list[Tensor] | None],
+    ) -> None:
+        self._known, self._find, self._names = known, find, names
+        self._form, self._reads = form, known.reads.get(form)
+        self.samples, self.waits, self.lock = samples, True, threading.RLock()
+        self.given: set[int] = set()
+        self._outer: dict[int, Outer] = {}  # tensors that came from outside
+        self._num_outer = self._index = 0
+        self._nodes: list[CallNode] = []
+        self._read: dict[CallNode, None] = {}
+        self._learned = False
+
+    def begin(self, args: Any, kwargs: Any) -> None:
+        """Note what the model is called with."""
+        self.given = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        self._known.compare_one()
+
+    def release(self) -> None:
+        """Let go of what was computed on the way."""
+        for node in self._nodes:
+            node.call.outputs = None
+
+    def finish(self) -> None:
+        """Note what was read, for the next step."""
+        if self._learned:
+            self._known.reads.pop(self._form, None)
+            return
+        groups: dict[CallNode, list[CallNode]] = {}
+        for node in self._read:
+            groups.setdefault(node.root, []).append(node)
+        alone = {root: group[0] if len(group) == 1 else root for root, group in groups.items()}
+        self._known.reads[self._form] = {node.ident for node in alone.values()}
+
+    def forget(self, outcome: Outcome) -> None:
+        """Never put a call off again that gave something of another form than the last time."""
+        outcomes = self._known.outcomes
+        outcomes.update({given: _TRIALS for given, found in outcomes.items() if found is outcome})
+
+    def call_module(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
+        """Put off a call of a frozen module; NotImplemented if it must be made."""
+        name = self._names[module]
+        held = self._known.held(name, module)
+        if held is None:
+            return NotImplemented
+        return self._put_off(("module", name), function, module, args, kwargs, held)
+
+    def call_function(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Put off a function of pending values; NotImplemented if it must be called."""
+        name = _KNOWN.get(function)
+        in_place = function in _MAY_BE_IN_PLACE and any(a is True for a in args[1:])
+        if name is None or in_place or not kwargs.keys().isdisjoint(("inplace", "out")):
+            return NotImplemented
+        return self._put_off(("function", name), function, None, args, kwargs)
+
+    def _put_off(  # noqa: PLR0911
+        self, what: Any, function: Any, module: Any, args: Any, kwargs: Any, held: Any = ("", "")
+    ) -> Any:
+        if torch.is_inference_mode_enabled():
+            return NotImplemented
+        leaves, spec = flattened(args, kwargs)
+        if not all(may_wait(x) if isinstance(x, Tensor) else is_static(x) for x in leaves):
+            return NotImplemented
+        is_view = module is None and what[1] in _VIEWS
+        if not self._learned and module is None:
+            # What is there already has a value that others may write to.
+            chosen = leaves[:1] if is_view else leaves
+            if not any(is_put_off(leaf) for leaf in chosen):
+                return NotImplemented
+        if is_view and any(isinstance(x, Tensor) and x.dtype not in _INTEGERS for x in leaves[1:]):
+            return NotImplemented  # how many are true depends on the batch
+        signature = [meta_of(x) if isinstance(x, Tensor) else repr(x) for x in leaves]
+        given = (
+            *what,
+            spec if type(spec) is tuple else str(spec),
+            tuple(signature),
+            autocast_state(),
+            held[0],
+        )
+        outcome = self._known.outcomes.get(given, 0)
+        if self._learned or not isinstance(outcome, Outcome):
+            arguments = spec, tuple(s for s in signature if isinstance(s, str))
+            if outcome == _TRIALS or not self._known.fits(what, str(arguments)):
+                return NotImplemented
+            return self._learn(given, function, module, leaves, spec)
+        nodes: list[Any] = [
+            self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
+        keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, Outer))])
+        known = held[1], *keys
+        if known not in outcome.keys:
+            if len(outcome.keys) >= _MAX_ARGUMENTS:
+                outcome.keys.clear()
+            idents = [node.ident for node in nodes if isinstance(node, (CallNode, Outer))]
+            outcome.keys[known] = self._key(given, known), self._key(given[:-1], idents)
+        if module is not None:
+            self._known.put_off(what[1])
+        call = Call(function, nodes, spec, outcome, *outcome.keys[known], self._index, given[-2])
+        self._index += 1
+        root = nodes[0].root if is_view else None
+        outputs = [
+            self._output(call, i, meta, leaves, root) for i, meta in enumerate(outcome.metas)
+        ]
+        return tree_unflatten(outputs, outcome.spec)
+
+    def _output(self, call: Call, i: int, meta: Any, leaves: Sequence[Any], root: Any) -> Any:
+        if isinstance(meta, int):
+            return leaves[meta]
+        if meta is None:
+            return None
+        self._nodes.append(CallNode(call, i, meta, self, root))
+        return Pending.of(self._nodes[-1])
+
+    def _learn(self, given: Any, function: Any, module: Any, leaves: list[Any], spec: Any) -> Any:
+        """Make a call that is new, and see what it gives and whether it may be put off.
+
+        From here on nothing is put off in this step: the model may write to what it was given.
+        """
+        self._learned = True
+        leaves = [settle(leaf) for leaf in leaves]
+        args, kwargs = unflattened(leaves, spec)
+        real = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        before = self._effects(real, module)
+        run, asks = current_run(), _Asks()
+        outer, run.keeper = run.keeper, None
+        try:
+            with asks if module is not None else ExitStack():
+                run.own_modes = int(module is not None)
+                result = function(*args, **kwargs)
+        finally:
+            run.keeper, run.own_modes = outer, 0
+        values, nesting = tree_flatten(result)
+        values = [settle(value) for value in values]
+        trials = self._known.outcomes.get(given, 0)
+        trials = trials if isinstance(trials, int) else 0
+        numbers = {id(x): i for i, x in enumerate(leaves) if isinstance(x, Tensor) and module}
+        own = [v for v in values if isinstance(v, Tensor) and id(v) not in numbers]
+        fits = all(v is None or (isinstance(v, Tensor) and may_wait(v)) for v in values)
+        if module is not None:
+            held = [*module.parameters(), *module.buffers()]
+            fits = fits and not share_storage(own, [*real, *held])
+        if not fits:
+            trials = _TRIALS
+        elif asks.found or self._effects(real, module) != before:
+            trials, fits = trials + 1, False
+        metas = [numbers.get(id(v), meta_of(v)) for v in values]
+        self._known.outcomes[given] = Outcome(tuple(metas), nesting) if fits else trials
+        if not fits:
+            return tree_unflatten(values, nesting)
+        # So that functions of these come here, too.
+        return tree_unflatten([v if v is None else Pending.of(Given(v)) for v in values], nesting)
+
+    def _effects(self, inputs: Sequence[Tensor], module: nn.Module | None) -> Any:
+        """What a call must leave as it is: random numbers, its inputs, what its module holds."""
+        if module is None:
+            return None
+        name = self._names[module]
+        return (
+            torch.get_rng_state().numpy().tobytes(),
+            random.getstate(),
+            str(np.random.get_state()),
+            [t._version for t in inputs],
+            self._known.held(name, module),
+        )
+
+    def _node(self, tensor: Any) -> CallNode | Outer:
+        if is_put_off(tensor):
+            node: CallNode = tensor.node
+            for view in node.parted():
+                view.there()
+            return node
+        value = settle(tensor)
+        known = self._outer.get(id(value))
+        if known is None or known.version != value._version:
+            known = self._outer[id(value)] = Outer(value, self._num_outer)
+            self._num_outer += 1
+        return known
+
+    def _key(self, given: Any, keys: Sequence[str]) -> str:
+        """What a call is, whatever the number of samples."""
+        kind, name, spec, signature, *others = given
+        forms = [self._without_samples(form) for form in signature]
+        text = repr((kind, name, spec, forms, others, list(keys))).encode()
+        return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+    def _without_samples(self, form: Any) -> Any:
+        times = self._times(form[0]) if isinstance(form, tuple) else 0
+        return (f"{times}n", *form[0][1:], *form[1:]) if times else form
+
+    def _times(self, shape: torch.Size) -> int:
+        """Rows for each sample; 0 where there are none."""
+        n = len(self.samples)
+        return 0 if not (n and shape) or shape[0] % n else shape[0] // n
+
+    def note(self, node: CallNode) -> None:
+        """Note that a value is read."""
+        self._read[node] = None
+
+    def read(self, node: CallNode) -> Tensor:
+        """The value of a node that something reads; with it those that were read the last time."""
+        reads, root = self._reads, node.root
+        alone = reads is not None and node.ident in reads and root.value is None
+        target = node if alone else root
+        if target.value is None:
+            if not alone and root.parted():
+                raise TooLateError
+            self._fill(target)
+        if node.value is None:
+            node.set(Chain([node], self).compute(keep=True)[0])
+        assert node.value is not None
+        return node.value
+
+    def _fill(self, target: CallNode) -> None:
+        """Have the value of a node, and of those that were read the last time."""
+        reads, times, wanted = self._reads, self._times(target.shape), [target]
+        if reads is None:
+            values = Chain(wanted, self).compute(keep=True)
+        else:
+            wanted = [n for n in self._nodes if n is target or self._is_wanted(n, times)]
+            chain = Chain(wanted, self)
+            found = self._find(chain) if times else None
+            values = chain.compute() if found is None else found
+        for node, value in zip(wanted, values, strict=True):
+            node.set(value)
+        for view in [view for node in wanted for view in node.views if view.value is None]:
+            view.set(Chain([view], self).compute(keep=True)[0])
+
+    def _is_wanted(self, node: CallNode, times: int) -> bool:
+        reads, root = self._reads, node.root
+        assert reads is not None
+        there = node.value is not None or root.value is not None or node.parted()
+        return node.ident in reads and not there and self._times(node.shape) == times
+
+
+class _Asks(TorchDispatchMode):
+    """Notes whether something asks on the way what values are, to go on by that."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.data_dependent_output in function.tags:
+            self.found = True
+        elif torch.Tag.dynamic_output_shape in function.tags:
+            by_numbers = function is torch.ops.aten.index.Tensor and all(
+                index is None or index.dtype in _INTEGERS for index in args[1]
+            )
+            self.found = self.found or not by_numbers
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,325 @@
+"""Rows by key, in memory or in files, within a budget of bytes.
+
+A store is a row of records to which more are only added, and which goes as a whole. A record comes
+with its key, a digest, and a checksum of it all: a process may be killed at any moment, and files
+may be cut short or altered; a row is then whole or it is not there.
+
+Files are read and written, not mapped into memory: to touch what is cut off would end the process.
+They are opened for each batch: a cache may have any number of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import weakref
+from array import array
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfreeze.files import FileLock, lock_file
+from fastfreeze.trimming.bits import hash_rows
+
+_VERSION = 4
+_WORD, _STAMP = 8, 3  # bytes; words: the key of a row, its digest, its checksum
+_HEADER = 32
+_LOCK = "lock"
+_STORE = re.compile(r"[0-9a-f]{32}\.rows")
+
+Column = tuple[torch.dtype, int]  # dtype and elements of a row
+_Room = Callable[[int], int]
+
+
+class Stores:
+    """Stores by name that share a budget, and perhaps a directory that one process uses at a time.
+
+    The directory is locked until ``close()``, or the process ends in whatever way; processes that
+    it has forked do not hold the lock.
+
+    Args:
+        max_bytes: what they may hold together. Files of earlier processes that are not in use make
+            room when it is needed, those first that were used least recently.
+        path: made if it is not there; None for memory.
+
+    Raises:
+        RuntimeError: the directory is in use.
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, max_bytes: int, path: Path | None = None) -> None:
+        self._max_bytes, self._path = max_bytes, None if path is None else path.resolve()
+        self._open: dict[str, RowStore] = {}
+        self._unlock: Callable[[], object] = lambda: None
+        if path is None or self._path is None:
+            return
+        self._path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = lock_file(self._path / _LOCK)
+        except BlockingIOError as error:
+            raise RuntimeError(f"{path} is in use by another process") from error
+        if not lock.mutex.acquire(blocking=False):
+            raise RuntimeError(f"{path} is in use by another cache of this process")
+        self._unlock = weakref.finalize(self, _release, lock)
+
+    def open(self, name: str, columns: Sequence[Column]) -> RowStore:
+        """The store ``name``, 32 hexadecimal digits, with what an earlier process has left there.
+
+        Raises:
+            OSError: its file cannot be made.
+        """
+        records: _Memory | _File = _Memory()
+        if self._path is not None:
+            records = _File(self._path / f"{name}.rows", columns)
+        store = self._open[name] = RowStore(columns, self.room, records)
+        if isinstance(records, _File):
+            store.take_over(records)
+        return store
+
+    def drop(self, name: str) -> None:
+        """Delete a store that is open."""
+        self._open.pop(name)
+        if self._path is not None:
+            with suppress(OSError):  # it is of no use, but does no harm
+                (self._path / f"{name}.rows").unlink()
+
+    def room(self, wanted: int) -> int:
+        """Bytes that are left, ``wanted`` if that is possible without deleting open stores."""
+        left = self._max_bytes - sum(store.nbytes for store in self._open.values())
+        others = self._others()
+        left -= sum(found.st_size for found in others.values())
+        for path in sorted(others, key=lambda path: others[path].st_mtime):
+            if left >= wanted:
+                break
+            path.unlink()
+            left += others[path].st_size
+        return max(left, 0)
+
+    def close(self) -> None:
+        """Let go of memory and files; the files stay."""
+        self._open.clear()
+        self._unlock()
+
+    def _others(self) -> dict[Path, os.stat_result]:
+        if self._path is None:
+            return {}
+        names = {f"{name}.rows" for name in self._open}
+        paths = [p for p in self._path.iterdir() if _STORE.fullmatch(p.name)]
+        found = {path: path.lstat() for path in paths if path.name not in names}
+        return {path: s for path, s in found.items() if stat.S_ISREG(s.st_mode)}
+
+
+def _release(lock: FileLock) -> None:
+    lock.mutex.release()
+
+
+class RowStore:
+    """Rows of a few columns, by key.
+
+    Args:
+        columns: the dtype and the number of elements, >= 1, of a row of each column.
+        room: tells how many bytes may be added, and makes room for so many.
+        records: where they are.
+    """
+
+    def __init__(self, columns: Sequence[Column], room: _Room, records: _Memory | _File) -> None:
+        self._columns, self._room, self._records = columns, room, records
+        self.row_bytes = row_bytes(columns)
+        self._slots: dict[int, int] = {}
+        self._digests, self._num_found = array("q"), 0
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are taken up."""
+        return len(self._digests) * self.row_bytes
+
+    def find(self, keys: Sequence[int]) -> list[int]:
+        """The slot of each key; -1 where there is no row."""
+        return [self._slots.get(key, -1) for key in keys]
+
+    def some(self, n: int) -> list[int]:
+        """Slots of ``n`` rows here and there, some perhaps more than once."""
+        slots = list(self._slots.values())
+        return [slots[i * 7919 % len(slots)] for i in range(n)] if slots else []
+
+    def digest(self, slot: int) -> int:
+        """What came with a row."""
+        return self._digests[slot]
+
+    def was_found(self, slot: int) -> bool:
+        """Whether a row is left from an earlier process."""
+        return slot < self._num_found
+
+    def get(self, slots: Sequence[int], pinned: bool = False) -> list[Tensor] | None:
+        """Copies of rows, ``[n, numel]`` of each column; in pinned memory, or not.
+
+        None if a file was cut short or altered; the rows that this has cost are gone.
+        """
+        n = len(slots)
+        stamps = torch.empty(n, _STAMP, dtype=torch.int64, device="cpu")
+        columns = [
+            torch.empty(n, numel, dtype=dtype, device="cpu", pin_memory=pinned)
+            for dtype, numel in self._columns
+        ]
+        buffers = [t.view(torch.uint8).numpy() for t in (stamps, *columns)]
+        whole = self._records.read(slots, buffers)
+        if isinstance(self._records, _File):  # it may have been altered
+            same = (_checksums(stamps, columns) == stamps[:, -1]).tolist()
+            whole = [a and b for a, b in zip(whole, same, strict=True)]
+        if all(whole):
+            return columns
+        gone = {slot for slot, good in zip(slots, whole, strict=True) if not good}
+        self.forget([key for key, slot in self._slots.items() if slot in gone])
+        return None
+
+    def add(self, keys: Sequence[int], digests: Sequence[int], values: Sequence[Tensor]) -> int:
+        """Add rows whose keys are not there yet, as far as there is room.
+
+        Args:
+            keys: of each row, >= 0.
+            digests: 64-bit integers, of whatever meaning.
+            values: ``[n, numel]`` of each column, on any device.
+
+        Returns:
+            How many were added.
+        """
+        first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._slots}
+        chosen = sorted(first.values())
+        chosen = chosen[: self._room(len(chosen) * self.row_bytes) // self.row_bytes]
+        if not chosen:
+            return 0
+        if len(chosen) < len(keys):
+            values = [value[chosen] for value in values]
+        values = [value.cpu().contiguous() for value in values]
+        stamps = torch.tensor([[keys[i], digests[i], 0] for i in chosen], device="cpu")
+        stamps[:, -1] = _checksums(stamps, values)
+        data = torch.cat([t.view(torch.uint8) for t in (stamps, *values)], 1)
+        start = len(self._digests)
+        for i in chosen[: self._records.write(data.numpy(), start)]:
+            self._slots[keys[i]] = len(self._digests)
+            self._digests.append(digests[i])
+        return len(self._digests) - start
+
+    def take_over(self, records: _File) -> None:
+        """Have what earlier processes have left, as far as there is room."""
+        size = records.size()
+        count = min(self._room(size), size) // self.row_bytes
+        for slot, stamp in enumerate(records.stamps(count)):
+            if stamp[2]:
+                self._slots[stamp[0]] = slot
+            self._digests.append(stamp[1])
+        self._num_found = count
+
+    def forget(self, keys: Collection[int]) -> None:
+        """Have no rows of these keys any more; their bytes stay taken up."""
+        for key in keys:
+            self._slots.pop(key, None)
+
+
+class _Memory:
+    """Records in memory."""
+
+    def __init__(self) -> None:
+        self._rows: list[Any] = []  # bytes of each
+
+    def read(self, slots: Sequence[int], buffers: Sequence[Any]) -> list[bool]:
+        """Copy records, each into a row of the buffers; whether they were whole."""
+        start = 0
+        for buffer in buffers:
+            width = buffer.shape[1]
+            for row, slot in zip(buffer, slots, strict=True):
+                row[:] = self._rows[slot][start : start + width]
+            start += width
+        return [True] * len(slots)
+
+    def write(self, data: Any, start: int) -> int:
+        """Add records, ``[n, row_bytes]``; how many were added."""
+        del self._rows[start:]
+        self._rows.extend(data)
+        return len(data)
+
+
+class _File:
+    """Records in a file. What it holds of other columns, or in another format, is deleted.
+
+    Raises:
+        OSError: it cannot be made, here and in all methods.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[Column]) -> None:
+        self._path, self._row_bytes = path, row_bytes(columns)
+        text = f"fastfreeze rows {_VERSION}\n" + "".join(f"{d} {n}\n" for d, n in columns)
+        header = hashlib.blake2b(text.encode(), digest_size=_HEADER).digest()
+        with _opened(path) as fd:
+            if os.pread(fd, _HEADER, 0) != header:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, header, 0)
+
+    def size(self) -> int:
+        return self._path.stat().st_size - _HEADER
+
+    def stamps(self, count: int) -> Iterator[Any]:
+        """What stands in front of each of the first records; the others are cut off."""
+        with _opened(self._path) as fd:
+            os.ftruncate(fd, self._place(count))
+            os.utime(fd)
+            for slot in range(count):
+                yield array("q", os.pread(fd, _WORD * _STAMP, self._place(slot)))
+
+    def read(self, slots: Sequence[int], buffers: Sequence[Any]) -> list[bool]:
+        """Copy records, each into a row of the buffers; whether they were whole."""
+        with _opened(self._path) as fd:
+            return [
+                os.preadv(fd, [b[i] for b in buffers], self._place(slot)) == self._row_bytes
+                for i, slot in enumerate(slots)
+            ]
+
+    def write(self, data: Any, start: int) -> int:
+        """Add records, ``[n, row_bytes]``; how many: fewer where the device is full."""
+        left, written, place = data.reshape(-1).data, 0, self._place(start)
+        with _opened(self._path) as fd, suppress(OSError):
+            while written < len(left):
+                written += os.pwrite(fd, left[written:], place + written)
+        return written // self._row_bytes
+
+    def _place(self, slot: int) -> int:
+        return _HEADER + slot * self._row_bytes
+
+
+def row_bytes(columns: Sequence[Column]) -> int:
+    """Of a record."""
+    return _WORD * _STAMP + sum(d.itemsize * numel for d, numel in columns)
+
+
+def _checksums(stamps: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Of rows and what else their stamps say; never 0, which a hole in a file holds."""
+    return hash_rows(stamps[:, :-1], *values) | 1
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A file to read and write, to which no other name leads: not one that lies elsewhere, too."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = -1
+    with suppress(OSError):
+        fd = os.open(path, flags, 0o666)
+        found = os.fstat(fd)
+        if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
+            os.close(fd)
+            fd = -1
+    if fd < 0:
+        path.unlink(missing_ok=True)
+        fd = os.open(path, flags | os.O_EXCL, 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

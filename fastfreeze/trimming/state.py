@@ -1,0 +1,87 @@
+"""Tensors in what models are given and give, and what is noticed of the calls around them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import function
+from torch.utils import checkpoint
+from torch.utils._pytree import tree_map
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, dicts and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def record_stream(value: Any, stream: torch.cuda.Stream) -> None:
+    """Keep the memory of tensors in ``value`` for what ``stream`` does with them."""
+    for tensor in tensors_in(value):
+        if tensor.is_cuda:  # others, such as a number on the CPU, have no streams
+            tensor.record_stream(stream)
+
+
+def requires_grad(value: Any) -> bool:
+    """Whether a tensor in ``value`` requires grad."""
+    return any(tensor.requires_grad for tensor in tensors_in(value))
+
+
+def fp32_precision(device: torch.device) -> tuple[str, str, str]:
+    """In what torch computes convolutions, matrix products and recurrent layers of fp32.
+
+    "tf32" or "bf16"; in fp32 where it is another word.
+    """
+    # One by one: asked for all at once, torch raises where they have been set one by one.
+    backends, on_gpu = torch.backends, device.type == "cuda"
+    library = backends.cudnn if on_gpu else backends.mkldnn
+    products = (backends.cuda if on_gpu else backends.mkldnn).matmul
+    return tuple(x.fp32_precision for x in (library.conv, products, library.rnn))
+
+
+def copied(value: Any) -> Any:
+    """Nested containers with their tensors cloned and detached."""
+    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, value)
+
+
+def is_run_again(outermost: CodeType) -> bool:
+    """Whether a call between here and the function of code ``outermost`` is checkpointed.
+
+    Or in a custom autograd function, which may be a checkpoint of its own.
+    """
+    files = checkpoint.__file__, function.__file__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not outermost:
+        if frame.f_code.co_filename in files:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Watch:
+    """Notices entries of dictionaries that were added, removed or rebound."""
+
+    def __init__(self, live: Sequence[dict[Any, Any]]) -> None:
+        self._live = list(live)
+        self._seen = [dict(d) for d in live]
+
+    def changed(self) -> bool:
+        try:
+            return self._live != self._seen  # identical values are not compared further
+        except (RuntimeError, TypeError, ValueError):  # two tensors or arrays have no single truth
+            return True

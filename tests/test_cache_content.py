@@ -1,0 +1,347 @@
+"""The feature cache follows all that frozen modules hold, views, and what it cannot see."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastfreeze import FeatureCache, trim
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small_counts")
+SCALE = 1.0
+
+
+class Frozen(nn.Module):
+    """A convolution, and what is done with something that the module holds."""
+
+    shared = SimpleNamespace(scale=1.0)
+
+    def __init__(self, held=None, use=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.held, self.use = held, use
+
+    def scaled(self, y):
+        return y * SCALE * self.shared.scale
+
+    def forward(self, x):
+        y = self.scaled(self.conv(x))
+        return y if self.use is None else self.use(self.held, y)
+
+
+class Net(nn.Module):
+    def __init__(self, frozen, read=None):
+        super().__init__()
+        self.frozen, self.head, self.read = frozen.requires_grad_(False), nn.Linear(4, 3), read
+
+    def forward(self, x):
+        y = self.frozen(x)
+        return self.head(y.mean((2, 3)) if self.read is None else self.read(y))
+
+
+def cached(model, **options):
+    torch.manual_seed(0)
+    return FeatureCache(trim(model.train(), fold=False), enabled=True, **options)
+
+
+def agree(cache, calls=6):
+    x = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    for _ in range(calls):
+        assert cache(x, samples=torch.arange(6)).equal(cache.network(x))
+    assert cache.network(x).equal(cache.network.model(x))
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale):
+        self.scale = scale
+
+
+def times(k):
+    return lambda y: y * k
+
+
+def product(held, y):
+    return y * float(held)
+
+
+KINDS = {
+    "array": (np.ones(1), lambda m: m.held.fill(3), lambda v, y: y * float(v[0])),
+    "scalar of NumPy": (np.float32(1), np.float32(3), product),
+    "sign of zero": (0.0, -0.0, lambda v, y: y + torch.ones(()).copysign(torch.tensor(v))),
+    "partial": (partial(F.elu, alpha=0.1), partial(F.elu, alpha=0.9), lambda v, y: v(y)),
+    "closure": (times(1.0), times(3.0), lambda v, y: v(y)),
+    "slice": (slice(0, 2), slice(2, 4), lambda v, y: y[:, v].repeat(1, 2, 1, 1)),
+    "range": (range(2), range(2, 4), lambda v, y: y[:, list(v)].repeat(1, 2, 1, 1)),
+    "slots": (Slotted(1.0), lambda m: setattr(m.held, "scale", 3.0), lambda v, y: y * v.scale),
+    "deque": (deque([1.0]), lambda m: m.held.append(3.0), lambda v, y: y * v[-1]),
+    "nested": ({"a": [1.0]}, lambda m: m.held["a"].append(3.0), lambda v, y: y * v["a"][-1]),
+    "shape": (1, 2, lambda v, y: F.avg_pool2d(y, v)),
+    "tensor": (torch.ones(1), lambda m: m.held.add_(1), lambda v, y: y * v),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_modules_hold_is_followed(kind):
+    held, new, use = KINDS[kind]
+    cache = cached(Net(Frozen(held, use)))
+    agree(cache)
+    assert cache.active
+    model = cache.network.model.frozen
+    new(model) if callable(new) and not isinstance(new, partial) and kind != "closure" else setattr(
+        model, "held", new
+    )
+    agree(cache)
+    assert cache.active
+
+
+def patch_method(patch, model):
+    patch.setattr(Frozen, "scaled", lambda self, y: y * 3)
+
+
+def patch_forward(patch, model):
+    patch.setattr(Frozen, "forward", Tripled.forward)
+
+
+class Tripled(Frozen):
+    def forward(self, x):
+        return self.conv(x) * 3
+
+
+def change_class(patch, model):
+    model.__class__ = Tripled
+
+
+def patch_global(patch, model):
+    patch.setattr(sys.modules[__name__], "SCALE", 3.0)
+
+
+def patch_class_object(patch, model):
+    patch.setattr(Frozen.shared, "scale", 3.0)
+
+
+def add_global_hook(patch, model):
+    hooks = nn.modules.module
+    return hooks.register_module_forward_hook(lambda m, a, o: o * 2 if m is model.conv else None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(patch_method, patch_forward, change_class, patch_global, patch_class_object),
+        add_global_hook,
+    ],
+)
+def test_code_is_followed(change, monkeypatch):
+    cache = cached(Net(Frozen()))
+    agree(cache)
+    assert cache.active
+    handle = change(monkeypatch, cache.network.model.frozen)
+    try:
+        agree(cache)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def outside():
+    net = Net(Frozen())
+    net.frozen.held, net.frozen.use, net.scale = [net], lambda v, y: y * v[0].scale, 1.0
+    return net
+
+
+def draws(coin, y):
+    return y * (2.0 if coin.random() < 0.5 else 1.0)
+
+
+REFUSED = {
+    "a module outside of it": outside,
+    "held is a Random": lambda: Net(Frozen(random.Random(3), draws)),
+    "held is a Generator": lambda: Net(Frozen(np.random.default_rng(3), draws)),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_modules_whose_content_is_not_seen_run_in_each_call(reason):
+    cache = cached(REFUSED[reason]())
+    x = torch.randn(6, 3, 5, 5)
+    outputs = [cache(x, samples=torch.arange(6)) for _ in range(8)]
+    assert reason in cache._known.reasons["frozen"]
+    if reason == "a module outside of it":
+        cache.network.model.scale = 3.0
+        assert not cache(x, samples=torch.arange(6)).equal(outputs[-1])
+    else:
+        assert len({tuple(o.flatten().tolist()) for o in outputs}) == 2
+    assert cache.active  # the convolution is still put off
+
+
+def number(held, y):
+    return y, y.max().item()
+
+
+def chosen(held, y):
+    return y, y.mean((1, 2, 3)).gt(y.mean()).nonzero()
+
+
+def by_value(held, y):
+    return (y * 2 if y.sum() > 0 else y), None
+
+
+@pytest.mark.parametrize("use", [number, chosen, by_value])
+def test_what_depends_on_values_is_not_put_off(use):
+    def read(given):
+        y, other = given
+        factor = other if isinstance(other, float) else 1 if other is None else len(other)
+        return y.mean((2, 3)) * factor
+
+    cache = cached(Net(Frozen(None, use), read))
+    for seed in range(8):
+        x = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+        assert cache(x, samples=torch.arange(6 * seed, 6 * seed + 6)).equal(cache.network(x))
+
+
+def flattened(y):
+    y.flatten(1).add_(1)
+    return y.mean((2, 3))
+
+
+def chunks(y):
+    first, second = y.chunk(2, 1)
+    first.add_(1)
+    second.relu_()
+    return y.mean((2, 3)) + first.sum((1, 2, 3))[:, None]
+
+
+def contiguous(y):
+    z = y.contiguous()
+    z.add_(1)
+    return y.mean((2, 3)) + z.sum((1, 2, 3))[:, None]
+
+
+def written_before_it_is_viewed(y):
+    v = y.flatten(1)
+    y.add_(1)
+    return y.mean((2, 3)) + v.sum(1, keepdim=True)
+
+
+def twice(y):
+    y[:, 0].add_(1)
+    return y[:, 0].mean((1, 2))[:, None] + y.mean((2, 3))
+
+
+def pooled_after_a_write(y):
+    v = y[:, 0]
+    v.add_(1)
+    return F.relu(y).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [flattened, chunks, contiguous, written_before_it_is_viewed, twice, pooled_after_a_write],
+)
+def test_writes_through_views(read):
+    cache = cached(Net(Frozen(), read))
+    agree(cache, 10)
+    assert cache.active
+
+
+def test_a_view_that_alone_is_read_is_kept_alone():
+    cache = cached(Net(Frozen(), lambda y: y[:, :, 0, 0]))
+    agree(cache)
+    assert cache.active
+    assert cache.stats().bytes == 6 * (24 + 4 * 4)
+
+
+def test_rows_that_require_grad_are_not_kept():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.gate = Frozen().requires_grad_(False), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            y = self.frozen(x) * self.gate[:, None, None]
+            return torch.cat([y.flatten(1).chunk(2, 1)[0], y.relu().flatten(1)], 1)
+
+    cache = cached(Gate())
+    agree(cache)
+    cache(torch.randn(6, 3, 5, 5), samples=torch.arange(6, 12)).sum().backward()
+    assert cache.network.model.gate.grad.abs().min() > 0
+
+
+def test_threads_in_frozen_modules():
+    with ThreadPoolExecutor(2) as pool:
+        use = lambda v, y: sum(f.result() for f in [pool.submit(torch.mul, y, k) for k in (1, 2)])  # noqa: E731
+        cache = cached(Net(Frozen(None, use)))
+        agree(cache)
+
+
+def test_numbers_that_change_in_each_call_do_not_pile_up():
+    class Timed(Net):
+        def forward(self, x, t):
+            return self.head(self.frozen(x, t).mean((2, 3)))
+
+    frozen = Frozen()
+    frozen.forward = lambda x, t: frozen.conv(x) * t
+    cache = cached(Timed(frozen))
+    for i in range(150):
+        cache(torch.ones(2, 3, 5, 5), i / 150, samples=torch.arange(2))
+    assert len(cache._known.outcomes) < 140
+
+
+def remove(directory):
+    shutil.rmtree(directory)
+
+
+def replace(directory):
+    shutil.rmtree(directory)
+    directory.write_text("")
+
+
+@pytest.mark.parametrize("damage", [remove, replace])
+def test_a_directory_that_is_lost_ends_the_cache_alone(tmp_path, damage):
+    cache = cached(Net(Frozen()), directory=tmp_path / "rows")
+    agree(cache)
+    assert cache.active
+    damage(tmp_path / "rows")
+    agree(cache)
+    assert cache.reason.startswith("its files cannot be used: ")
+    cache.close()
+
+
+RESTARTED = """
+import sys, torch, torch.nn.functional as F
+from torch import nn
+import fastfreeze
+
+class Frozen(nn.Linear):
+    acts = {"relu": F.relu, "own": lambda x: x + len({"a", "b"})}
+    def forward(self, x):
+        return self.acts["own"](super().forward(x))
+
+torch.manual_seed(0)
+model = nn.Sequential(Frozen(3, 4).requires_grad_(False), nn.Linear(4, 2))
+cache = fastfreeze.FeatureCache(fastfreeze.trim(model), enabled=True, directory=sys.argv[1])
+for _ in range(5):
+    cache(torch.ones(4, 3), samples=torch.arange(4))
+print(cache.stats().hits)
+"""
+
+
+def test_functions_are_the_same_after_a_restart(tmp_path):
+    command = [sys.executable, "-c", RESTARTED, str(tmp_path)]
+    found = [subprocess.run(command, check=True, capture_output=True).stdout for _ in range(2)]
+    assert [int(hits) for hits in found] == [8, 8]
+    assert len(list(tmp_path.glob("*.rows"))) == 1
