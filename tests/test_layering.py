@@ -34,6 +34,7 @@ ORDER = [
     "integrations",
     "distributed",
     "recipes",
+    "reproduction",
     "cli",
     "__main__",
 ]

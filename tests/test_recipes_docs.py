@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from fastfreeze.cli import main
-from fastfreeze.recipes.papers import FREEZEOUT_T_0S
 from fastfreeze.recipes.rundir import __doc__ as run_directory
+from fastfreeze.reproduction.papers import FREEZEOUT_T_0S
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="tests run outside the source tree")

@@ -11,22 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastfreeze.recipes import reproduce as reproduce_module
-from fastfreeze.recipes.budget import scaled
 from fastfreeze.recipes.data import ImageData, MemoryImages, load_data
 from fastfreeze.recipes.models import build_model
-from fastfreeze.recipes.names import DATA_NAMES
-from fastfreeze.recipes.papers import (
-    EMBEDDED,
+from fastfreeze.recipes.names import DATA_NAMES, EMBEDDED
+from fastfreeze.recipes.plot import plot_run
+from fastfreeze.recipes.rundir import RunDir, describe
+from fastfreeze.reproduction import reproduce as reproduce_module
+from fastfreeze.reproduction.budget import scaled
+from fastfreeze.reproduction.papers import (
     SNAPSHOT_COLUMNS,
     FreezeOutRow,
     SnapshotRow,
     freezeout_rows,
     snapshot_rows,
 )
-from fastfreeze.recipes.plot import plot_run
-from fastfreeze.recipes.reproduce import FreezeOutConfig, SnapshotConfig
-from fastfreeze.recipes.rundir import RunDir, describe
+from fastfreeze.reproduction.reproduce import FreezeOutConfig, SnapshotConfig
 from fastfreeze.schedule import SnapshotCycles, StepDecay, from_config
 from tests.killed import untimed
 

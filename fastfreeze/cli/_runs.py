@@ -24,7 +24,7 @@ from fastfreeze.cli._options import (
     with_options,
 )
 from fastfreeze.recipes.errors import RecipeError
-from fastfreeze.recipes.papers import EMBEDDED
+from fastfreeze.recipes.names import EMBEDDED
 
 if TYPE_CHECKING:
     from fastfreeze.recipes.data import ImageData

@@ -11,11 +11,11 @@ import click
 
 from fastfreeze.cli._options import AT_LEAST_1, DIRECTORY, Command, finite, with_options
 from fastfreeze.cli._runs import run_command, run_options, seed_options
-from fastfreeze.recipes.papers import Row, freezeout_rows, snapshot_rows
+from fastfreeze.reproduction.papers import Row, freezeout_rows, snapshot_rows
 from fastfreeze.text import format_table
 
 if TYPE_CHECKING:
-    from fastfreeze.recipes.reproduce import ReproduceConfig
+    from fastfreeze.reproduction.reproduce import ReproduceConfig
 
 
 @click.group()
@@ -88,7 +88,7 @@ def snapshot(ctx: click.Context, /, table: str, **options: Any) -> None:
           --data-dir data --device cuda
       fastfreeze reproduce snapshot --dataset mnist5k --model densenet40 --scale 0.001
     """
-    from fastfreeze.recipes.reproduce import SnapshotConfig
+    from fastfreeze.reproduction.reproduce import SnapshotConfig
 
     _reproduce(ctx, "snapshot", SnapshotConfig, **options)
 
@@ -107,7 +107,7 @@ def freezeout(ctx: click.Context, /, **options: Any) -> None:
           --data-dir data --device cuda
       fastfreeze reproduce freezeout --dataset mnist5k --model wrn40-4 --scale 0.001
     """
-    from fastfreeze.recipes.reproduce import FreezeOutConfig
+    from fastfreeze.reproduction.reproduce import FreezeOutConfig
 
     _reproduce(ctx, "freezeout", FreezeOutConfig, **options)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 METHOD_NAMES = ("sgd", "freezeout", "snapshot", "both")
 RECIPE_NAMES = ("prefix", "gradual", "freezeout", "full")
+EMBEDDED = "mnist5k"  # needs no files
 DATA_NAMES = (
-    "mnist5k",
+    EMBEDDED,
     "cifar10",
     "cifar100",
     "svhn",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from fastfreeze.recipes.papers import Row
 from fastfreeze.recipes.rundir import Line
+from fastfreeze.reproduction.papers import Row
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,8 @@ from typing import ClassVar
 import numpy as np
 
 from fastfreeze.files import write_atomic
-from fastfreeze.recipes.budget import Budget, scaled
 from fastfreeze.recipes.data import ImageData, balanced, load_data
 from fastfreeze.recipes.errors import optional_package
-from fastfreeze.recipes.papers import (
-    FREEZEOUT_T_0S,
-    INITIAL_LR,
-    SNAPSHOT_LRS,
-    FreezeOutRow,
-    Row,
-    SnapshotRow,
-    freezeout_rows,
-    snapshot_rows,
-)
 from fastfreeze.recipes.plot import Bars, Curves, Panel, plot_reproduction
 from fastfreeze.recipes.report import (
     CPU_NOTE,
@@ -37,6 +26,17 @@ from fastfreeze.recipes.report import (
 from fastfreeze.recipes.rundir import Line, RunDir
 from fastfreeze.recipes.runs import Experiment, run_all
 from fastfreeze.recipes.training import Method
+from fastfreeze.reproduction.budget import Budget, scaled
+from fastfreeze.reproduction.papers import (
+    FREEZEOUT_T_0S,
+    INITIAL_LR,
+    SNAPSHOT_LRS,
+    FreezeOutRow,
+    Row,
+    SnapshotRow,
+    freezeout_rows,
+    snapshot_rows,
+)
 from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, StepDecay
 
 
@@ -46,7 +46,7 @@ class ReproduceConfig(ABC):
 
     Attributes:
         model, data: of one of :meth:`rows`.
-        scale: share of the paper's budget, in (0, 1]; see :func:`fastfreeze.recipes.budget.scaled`.
+        scale: share of the paper's budget, in (0, 1]; see :func:`~fastfreeze.reproduction.budget.scaled`.
         test_images: test on so many, as many of each class as can be; None for all.
         seed, seeds: the first seed, and how many from there on.
         device: "cpu" or "cuda:<n>".
