@@ -10,6 +10,7 @@ import fastfreeze
 PACKAGE = Path(fastfreeze.__file__).parent
 ORDER = [
     "_version",
+    "checks",
     "errors",
     "files",
     "text",

@@ -60,7 +60,7 @@ def plan(
     MODEL is one of the papers' networks (as in `fastfreeze train --model`), a classification
     network as torchvision:NAME or timm:NAME, or your own as MODULE:FUNCTION, where the function
     takes no arguments and returns the network. Large images are those of torchvision's and timm's
-    networks and of imagenet-resnet50.
+    networks.
 
     \b
     Examples:
@@ -106,7 +106,7 @@ def _layers(
 
     from fastfreeze.recipes.networks import is_own, layers_of, outline
 
-    large = model.startswith(("torchvision:", "timm:", "imagenet-"))
+    large = model.startswith(("torchvision:", "timm:"))
     size = image_size or (224 if large else 32)
     if is_own(model) and num_classes is not None:
         raise click.UsageError(f"--num-classes is not for {model}, which takes no arguments")

@@ -24,6 +24,5 @@ MODEL_NAMES = {
     "densenet-bc-<6n+4>[-<growth>]": "densenet-bc-76",
     "vgg16": "vgg16",
     "vgg16-fc": "vgg16-fc",
-    "imagenet-resnet50": "imagenet-resnet50",
 }
 OTHER_MODELS = ("torchvision:NAME", "timm:NAME", "MODULE:FUNCTION")

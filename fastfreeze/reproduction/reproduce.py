@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
-from fastfreeze.files import write_atomic
+from fastfreeze.checks import check_int
+from fastfreeze.recipes.config import RunConfig
 from fastfreeze.recipes.data import ImageData, balanced, load_data
-from fastfreeze.recipes.errors import optional_package
-from fastfreeze.recipes.plot import Bars, Curves, Panel, plot_reproduction
-from fastfreeze.recipes.report import (
-    CPU_NOTE,
-    METHOD_TITLES,
-    Report,
-    Table,
-    cell,
-    machine_note,
-)
-from fastfreeze.recipes.rundir import Line, RunDir
-from fastfreeze.recipes.runs import Experiment, run_all
+from fastfreeze.recipes.rundir import Line
+from fastfreeze.recipes.runs import Experiment
+from fastfreeze.recipes.tables import CPU_NOTE, METHOD_TITLES, Outcome, Table, cell
 from fastfreeze.recipes.training import Method
 from fastfreeze.reproduction.budget import Budget, scaled
 from fastfreeze.reproduction.papers import (
     FREEZEOUT_T_0S,
     INITIAL_LR,
     SNAPSHOT_LRS,
-    FreezeOutRow,
     Row,
-    SnapshotRow,
     freezeout_rows,
     snapshot_rows,
 )
@@ -41,26 +29,17 @@ from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, StepDecay
 
 
 @dataclass(frozen=True)
-class ReproduceConfig(ABC):
-    """What a reproduction is asked to do.
+class ReproduceConfig(RunConfig):
+    """What a reproduction is asked to do: ``model`` and ``data`` are of one of :meth:`rows`.
 
     Attributes:
-        model, data: of one of :meth:`rows`.
-        scale: share of the paper's budget, in (0, 1]; see :func:`~fastfreeze.reproduction.budget.scaled`.
+        scale: share of the paper's budget, in (0, 1]; see
+            :func:`fastfreeze.reproduction.budget.scaled`.
         test_images: test on so many, as many of each class as can be; None for all.
-        seed, seeds: the first seed, and how many from there on.
-        device: "cpu" or "cuda:<n>".
-        threads: torch's threads.
     """
 
-    model: str
-    data: str
     scale: float
     test_images: int | None
-    seed: int
-    seeds: int
-    device: str
-    threads: int
 
     paper: ClassVar[str]
 
@@ -76,14 +55,6 @@ class ReproduceConfig(ABC):
     @abstractmethod
     def table(self, results: Sequence[Line], note: str) -> Table:
         """Ours beside the paper's."""
-
-    @abstractmethod
-    def values(self, results: Sequence[Line]) -> list[Line]:
-        """The table as plain data."""
-
-    @abstractmethod
-    def panels(self, results: Sequence[Line]) -> tuple[Panel, Panel]:
-        """The table as pictures."""
 
     @classmethod
     def find(cls, model: str, data: str) -> Row:
@@ -106,7 +77,6 @@ class ReproduceConfig(ABC):
         return self.find(self.model, self.data)
 
     def load(self, data_dir: Path | None, workers: int) -> ImageData:
-        """All images, from the files in ``data_dir``, read by so many processes."""
         return load_data(self.data, data_dir, workers=workers)
 
     def budget(self, data: ImageData) -> Budget:
@@ -117,52 +87,37 @@ class ReproduceConfig(ABC):
         """
         all_tested = len(data.test.labels)
         tested = all_tested if self.test_images is None else self.test_images
-        if tested > all_tested:
-            raise ValueError(f"test_images must be in 1..{all_tested}, got {tested}")
+        check_int("test_images", tested, minimum=1, maximum=all_tested)
         num_images = len(data.train.labels)
         return scaled(self.row, self.scale, num_images, data.num_classes, tested, all_tested)
 
-    def experiment(self, budget: Budget) -> Experiment:
-        """The trainings that this asks for."""
+    def experiment(self, data: ImageData) -> Experiment:
         row = self.row
         return Experiment(
             self.methods(),
             row.network,
-            budget.epochs,
+            self.budget(data).epochs,
             row.batch_size,
-            range(self.seed, self.seed + self.seeds),
+            self.all_seeds,
             self.device,
             row.stem_stride,
         )
 
-    def check(self, data: ImageData) -> None:
-        """Raise ValueError where values that are fine alone do not fit together."""
+    def part(self, data: ImageData) -> ImageData:
         budget = self.budget(data)
-        self.experiment(budget).check(_part(data, budget))
+        if budget.tested < budget.all_tested:
+            chosen = balanced(data.test.labels, budget.tested)
+            data = replace(data, test=data.test.part(chosen))
+        return data if budget.images == budget.all_images else data.part(budget.images)
 
-    def run(
-        self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
-    ) -> Report:
-        """Train, from where it stopped, and write table and picture; see :func:`run_all`."""
-        optional_package("matplotlib")  # before the training that its picture is of
+    def told(self, data: ImageData) -> str:
+        return str(self.budget(data))
+
+    def outcome(self, results: Sequence[Line], data: ImageData) -> Outcome:
         budget, row = self.budget(data), self.row
-        say(str(budget))
-        results = run_all(self.experiment(budget), _part(data, budget), run_dir, say, quiet)
-        title = f"{row.title} on {row.data}: {budget}."
-        report = Report(
-            self.table(results, title),
-            {
-                "paper": self.paper,
-                "row": asdict(row),
-                "budget": budget.values(),
-                "table": self.values(results),
-                "results": results,
-            },
-        )
-        report.write(run_dir)
-        picture = plot_reproduction(run_dir, title, self.panels(results))
-        write_atomic(run_dir.path / "reproduction.png", picture)
-        return report
+        table = self.table(results, f"{row.title} on {row.data}: {budget}.")
+        values = {"paper": self.paper, "row": asdict(row), "budget": budget.values()}
+        return Outcome(table, {**values, "results": results})
 
 
 @dataclass(frozen=True)
@@ -172,14 +127,8 @@ class SnapshotConfig(ReproduceConfig):
     paper: ClassVar[str] = "Snapshot Ensembles, table 1"
 
     @staticmethod
-    def rows() -> Sequence[SnapshotRow]:
+    def rows() -> Sequence[Row]:
         return snapshot_rows()
-
-    @property
-    def row(self) -> SnapshotRow:
-        row = super().row
-        assert isinstance(row, SnapshotRow)
-        return row
 
     def methods(self) -> tuple[Method, ...]:
         cycles = self.row.cycles
@@ -187,54 +136,21 @@ class SnapshotConfig(ReproduceConfig):
         cyclic = partial(SnapshotCycles, num_cycles=cycles)
         return single, *(Method(f"snapshot-{lr}", lr, cyclic) for lr in SNAPSHOT_LRS)
 
-    def values(self, results: Sequence[Line]) -> list[Line]:
-        errors = self.row.errors or {}
-        return [
-            {
-                "column": column,
-                "error": [result[key] for result in _of(results, method)],
-                "paper_error": errors.get(column),
-                "lr": next(m.lr for m in self.methods() if m.name == method),
-                "seconds": [result["seconds"] for result in _of(results, method)],
-                "cpu_seconds": [result["cpu_seconds"] for result in _of(results, method)],
-            }
-            for column, method, key in _SNAPSHOT_COLUMNS
-        ]
-
     def table(self, results: Sequence[Line], note: str) -> Table:
-        rows = [
-            [
-                COLUMN_TITLES[value["column"]],
-                cell([100 * error for error in value["error"]], 2),
-                "-" if value["paper_error"] is None else f"{100 * value['paper_error']:.2f}",
-                f"{value['lr']:g}",
-                cell(value["seconds"], 1),
-                cell(value["cpu_seconds"], 1),
-            ]
-            for value in self.values(results)
-        ]
+        rates = {method.name: method.lr for method in self.methods()}
+        rows = []
+        for column, method, key in _SNAPSHOT_COLUMNS:
+            own, paper = _of(results, method), (self.row.errors or {}).get(column)
+            error = cell([100 * result[key] for result in own], 2)
+            said = "-" if paper is None else f"{100 * paper:.2f}"
+            rows.append([_TITLES[column], error, said, f"{rates[method]:g}", *_times(own)])
         return Table(
             ["method", "error %", "paper %", "lr", "time s", "CPU s"],
             rows,
             f"{note}\nThe single model and NoCycle are one training: a tenth of the rate after a "
             f"half and three quarters of it.\nNoCycle and Snapshot: the mean probabilities of "
-            f"{self.row.cycles} snapshots, at the same steps.\n{CPU_NOTE}{machine_note(results)}",
+            f"{self.row.cycles} snapshots, at the same steps.\n{CPU_NOTE}",
         )
-
-    def panels(self, results: Sequence[Line]) -> tuple[Panel, Panel]:
-        values = self.values(results)
-        bars = Bars(
-            "error %",
-            [COLUMN_TITLES[value["column"]] for value in values],
-            [100 * float(np.mean(value["error"])) for value in values],
-            [value["paper_error"] and 100 * value["paper_error"] for value in values],
-        )
-        curves = {}
-        for column, method, key in _SNAPSHOT_COLUMNS:
-            if key == "ensemble_error":
-                errors = [result["last_k_errors"] for result in _of(results, method)]
-                curves[COLUMN_TITLES[column]] = (100 * np.mean(errors, axis=0)).tolist()
-        return bars, Curves("last snapshots in the ensemble", "error %", curves)
 
 
 # Column of the paper's table, the training that gives it, and where in its result.
@@ -243,11 +159,7 @@ _SNAPSHOT_COLUMNS = (
     ("nocycle", "single", "ensemble_error"),
     *((f"snapshot-{lr}", f"snapshot-{lr}", "ensemble_error") for lr in SNAPSHOT_LRS),
 )
-COLUMN_TITLES = {
-    **METHOD_TITLES,
-    "single": "single model",
-    "nocycle": "NoCycle",
-}
+_TITLES = {**METHOD_TITLES, "single": "single model", "nocycle": "NoCycle"}
 
 
 @dataclass(frozen=True)
@@ -257,14 +169,8 @@ class FreezeOutConfig(ReproduceConfig):
     paper: ClassVar[str] = "FreezeOut"
 
     @staticmethod
-    def rows() -> Sequence[FreezeOutRow]:
+    def rows() -> Sequence[Row]:
         return freezeout_rows()
-
-    @property
-    def row(self) -> FreezeOutRow:
-        row = super().row
-        assert isinstance(row, FreezeOutRow)
-        return row
 
     def methods(self) -> tuple[Method, ...]:
         freezing = (
@@ -273,80 +179,31 @@ class FreezeOutConfig(ReproduceConfig):
         )
         return Method("sgd", INITIAL_LR, Cosine), *freezing
 
-    def values(self, results: Sequence[Line]) -> list[Line]:
-        plain = _of(results, "sgd")
-        found = []
-        for method in self.methods():
-            own, freezes = _of(results, method.name), method.name != "sgd"
-            pairs = list(zip(own, plain, strict=True))
-            found.append(
-                {
-                    "method": method.name,
-                    "error": [result["error"] for result in own],
-                    "relative_loss": [_relative_loss(*pair) for pair in pairs] if freezes else None,
-                    "paper_relative_loss": self.row.relative_loss if freezes else None,
-                    "time_saved": [_time_saved(*pair) for pair in pairs] if freezes else None,
-                    "paper_time_saved": self.row.time_saved if freezes else None,
-                    "seconds": [result["seconds"] for result in own],
-                    "cpu_seconds": [result["cpu_seconds"] for result in own],
-                }
-            )
-        return found
-
     def table(self, results: Sequence[Line], note: str) -> Table:
-        def percent(values: list[float] | float | None) -> str:
-            if values is None:
-                return "-"
-            if isinstance(values, float):
-                return f"{100 * values:.0f}"
-            return cell([100 * value for value in values], 1)
-
-        rows = [
-            [
-                METHOD_TITLES[value["method"]],
-                cell([100 * error for error in value["error"]], 2),
-                percent(value["relative_loss"]),
-                percent(value["paper_relative_loss"]),
-                cell(value["seconds"], 1),
-                cell(value["cpu_seconds"], 1),
-                percent(value["time_saved"]),
-                percent(value["paper_time_saved"]),
-            ]
-            for value in self.values(results)
-        ]
+        plain = _of(results, "sgd")
+        rows = [["plain SGD", _errors(plain), "-", "-", *_times(plain), "-", "-"]]
+        for t_0 in FREEZEOUT_T_0S:
+            own = _of(results, f"freezeout-{t_0}")
+            pairs = list(zip(own, plain, strict=True))
+            rows.append(
+                [
+                    METHOD_TITLES[f"freezeout-{t_0}"],
+                    _errors(own),
+                    cell([100 * _relative_loss(*pair) for pair in pairs], 1),
+                    _percent(self.row.relative_loss),
+                    *_times(own),
+                    cell([100 * (1 - a["seconds"] / b["seconds"]) for a, b in pairs], 1),
+                    _percent(self.row.time_saved),
+                ]
+            )
         headers = ["method", "error %", "accuracy lost %", "paper", "time s", "CPU s"]
         claim = f"\nThe paper: {self.row.claim}." if self.row.claim else ""
         return Table(
             [*headers, "time saved %", "paper"],
             rows,
             f"{note}{claim}\nFreezeOut: cubic, scaled. Accuracy lost and time saved: relative to "
-            f"plain SGD with the same seed.\n{CPU_NOTE}{machine_note(results)}",
+            f"plain SGD with the same seed.\n{CPU_NOTE}",
         )
-
-    def panels(self, results: Sequence[Line]) -> tuple[Panel, Panel]:
-        values = self.values(results)
-        errors = Bars(
-            "error %",
-            [METHOD_TITLES[value["method"]] for value in values],
-            [100 * float(np.mean(value["error"])) for value in values],
-            [None] * len(values),
-        )
-        freezing = values[1:]
-        saved = Bars(
-            "time saved %",
-            [METHOD_TITLES[value["method"]] for value in freezing],
-            [100 * float(np.mean(value["time_saved"])) for value in freezing],
-            [None if self.row.time_saved is None else 100 * self.row.time_saved for _ in freezing],
-        )
-        return errors, saved
-
-
-def _part(data: ImageData, budget: Budget) -> ImageData:
-    """The images of a budget."""
-    if budget.tested < budget.all_tested:
-        chosen = balanced(data.test.labels, budget.tested)
-        data = replace(data, test=data.test.part(chosen))
-    return data if budget.images == budget.all_images else data.part(budget.images)
 
 
 def _of(results: Sequence[Line], method: str) -> list[Line]:
@@ -354,11 +211,19 @@ def _of(results: Sequence[Line], method: str) -> list[Line]:
     return [result for result in results if result["method"] == method]
 
 
+def _errors(results: Sequence[Line]) -> str:
+    return cell([100 * result["error"] for result in results], 2)
+
+
+def _times(results: Sequence[Line]) -> list[str]:
+    return [cell([result[key] for result in results], 1) for key in ("seconds", "cpu_seconds")]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}"
+
+
 def _relative_loss(result: Line, plain: Line) -> float:
     """Accuracy lost, as a share of that without freezing; 0 where there is none to lose."""
     accuracy = 1 - plain["error"]
     return (result["error"] - plain["error"]) / accuracy if accuracy > 0 else 0.0
-
-
-def _time_saved(result: Line, plain: Line) -> float:
-    return 1 - float(result["seconds"]) / float(plain["seconds"])
