@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,17 @@ from fastfreeze.recipes.names import (
 )
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles
 
+
+class Finite(click.FloatRange):
+    """A number in a range that is neither infinite nor NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"must be a finite number, got {number}", param, ctx)
+        return number
+
+
 AT_LEAST_1 = click.IntRange(min=1)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 RUN = click.Path(path_type=Path, file_okay=False, exists=True)
@@ -37,13 +47,6 @@ def methods(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str
             did = f"; did you mean {near[0]}?" if near else ""
             raise click.BadParameter(f"{name!r} is none of {', '.join(METHOD_NAMES)}{did}")
     return names
-
-
-def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    """A number that is neither infinite nor NaN."""
-    if not math.isfinite(value):
-        raise click.BadParameter(f"must be a finite number, got {value}")
-    return value
 
 
 def model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -72,14 +75,6 @@ def device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
 
 
-def thread_count(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
-    """A number of threads that this machine can run at once."""
-    cpus = os.cpu_count()
-    if value is not None and cpus is not None and value > cpus:
-        raise click.BadParameter(f"must be at most {cpus}, the CPUs of this machine, got {value}")
-    return value
-
-
 Command = Callable[..., Any]
 
 
@@ -97,8 +92,7 @@ def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
 t_0_option = click.option(
     "--t0",
     "t_0",
-    type=click.FloatRange(0, 1, min_open=True),
-    callback=finite,
+    type=Finite(0, 1, min_open=True),
     default=FreezeOut.t_0,
     help="FreezeOut: share of the run, before how_scale, for which layer 0 trains.",
 )
@@ -113,8 +107,7 @@ freezeout_options = options(
     t_0_option,
     click.option(
         "--lr",
-        type=click.FloatRange(min=0, min_open=True),
-        callback=finite,
+        type=Finite(min=0, min_open=True),
         default=0.1,
         help="Initial learning rate.",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,13 +16,11 @@ import click
 from click.core import ParameterSource
 
 from fastfreeze.cli._options import (
-    AT_LEAST_1,
     DIRECTORY,
     RUN,
     Command,
     device_name,
     options,
-    thread_count,
 )
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.names import EMBEDDED
@@ -47,8 +46,7 @@ run_options = options(
     click.option("--device", callback=device_name, default="cpu", help="cpu, cuda, cuda:<n>."),
     click.option(
         "--threads",
-        type=AT_LEAST_1,
-        callback=thread_count,
+        type=click.IntRange(1, os.cpu_count()),
         help="Threads of torch. [default: torch's own]",
     ),
     click.option(

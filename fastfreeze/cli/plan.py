@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from fastfreeze.cli._options import AT_LEAST_1, finite, freezeout_options
+from fastfreeze.cli._options import AT_LEAST_1, Finite, freezeout_options
 from fastfreeze.schedule import FreezeOut, HowScale
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 @freezeout_options
 @click.option(
     "--saving",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    callback=lambda ctx, param, value: value if value is None else finite(ctx, param, value),
+    type=Finite(0, 1, min_open=True, max_open=True),
     help="Find the --t0 that is predicted to save this share of the run.",
 )
 @click.option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastfreeze.cli._options import AT_LEAST_1, DATA_DIR, Command, finite, options
+from fastfreeze.cli._options import AT_LEAST_1, DATA_DIR, Command, Finite, options
 from fastfreeze.cli._runs import run_command, run_options, seed_options
 from fastfreeze.reproduction.papers import Row, freezeout_rows, snapshot_rows
 from fastfreeze.text import format_table
@@ -38,8 +38,7 @@ def _row_options(rows: Sequence[Row]) -> Callable[[Command], Command]:
         DATA_DIR,
         click.option(
             "--scale",
-            type=click.FloatRange(0, 1, min_open=True),
-            callback=finite,
+            type=Finite(0, 1, min_open=True),
             default=1.0,
             help="Share of the paper's budget: fewer epochs first, then fewer images.",
         ),

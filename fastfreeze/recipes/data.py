@@ -135,12 +135,15 @@ class ImageData:
     def _vary(self) -> Callable[[Tensor], Tensor] | None:
         """What is done to each training image once it has its size."""
         v2 = optional_package("torchvision.transforms.v2")
-        parts = [
+        parts: list[Any] = [
             *([v2.RandomCrop(self.train[[0]][0].shape[2:], self.pad)] if self.pad else []),
             *([v2.RandomHorizontalFlip()] if self.flip else []),
             *([v2.ColorJitter(0.4, 0.4, 0.4)] if self.colours else []),
         ]
-        return v2.Compose(parts) if parts else None
+        if not parts:
+            return None
+        vary: Callable[[Tensor], Tensor] = v2.Compose(parts)
+        return vary
 
     def test_batches(
         self, batch_size: int, device: torch.device
@@ -334,10 +337,11 @@ def _svhn(data_dir: Path, workers: int, *, extra: bool) -> ImageData:
     train, test = read("train"), read("test")
     if extra:
         generator = torch.Generator().manual_seed(0)
-        kept = [
-            images.part(drawn_by_class(images.labels, lambda _, n=held_out: n, generator)[0])
-            for images, held_out in ((train, 400), (read("extra"), 200))
-        ]
+
+        def less(images: MemoryImages, per_class: int) -> MemoryImages:
+            return images.part(drawn_by_class(images.labels, lambda _: per_class, generator)[0])
+
+        kept = [less(train, 400), less(read("extra"), 200)]
         pixels, labels = ([images.pixels for images in kept], [images.labels for images in kept])
         train = MemoryImages(torch.cat(pixels), torch.cat(labels))
     return _in_memory(train, test, pad=0, flip=False, workers=workers)

@@ -104,7 +104,7 @@ class RunDir:
             runs = f"; {some(found)} may be one" if found else ""
             raise RecipeError(f"{path} is no run directory: it holds no config.json{runs}")
         config = _read_json(file)
-        fields = {"command": str, "arguments": dict, "data_dir": str | None}
+        fields: dict[str, Any] = {"command": str, "arguments": dict, "data_dir": str | None}
         if not (
             isinstance(config, dict)
             and all(isinstance(config.get(key), kind) for key, kind in fields.items())
