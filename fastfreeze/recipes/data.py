@@ -324,14 +324,14 @@ def _cifar(name: str, data_dir: Path, workers: int) -> ImageData:
 def _svhn(data_dir: Path, workers: int, *, extra: bool) -> ImageData:
     optional_package("scipy.io")  # which torchvision imports when it reads
     dataset = optional_package("torchvision").datasets.SVHN
-    splits = ["train", "extra", "test"] if extra else ["train", "test"]
+    parts = ["train", "extra", "test"] if extra else ["train", "test"]
     call = f"SVHN({_literal(data_dir)}, split, download=True)"
-    how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps(splits)}]")
+    how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps(parts)}]")
 
-    def read(split: str) -> MemoryImages:
+    def read(part: str) -> MemoryImages:
         name = "svhn-extra" if extra else "svhn"
-        with _needed(name, data_dir, f"a whole {split}_32x32.mat", how):
-            found = dataset(data_dir, split)
+        with _needed(name, data_dir, f"a whole {part}_32x32.mat", how):
+            found = dataset(data_dir, part)
         return MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels))
 
     train, test = read("train"), read("test")
