@@ -167,7 +167,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         ("CPU s", "cpu_seconds", None, 1, 1),
     ):
         for c in comparisons:
-            value, difference = getattr(c, values), differences and getattr(c, differences)
+            value = getattr(c, values)
+            difference = getattr(c, differences) if differences else None
             cells = [
                 _cell(difference, factor, f"+.{digits}f"),
                 _interval(difference, factor, digits),
