@@ -139,7 +139,7 @@ def test_trimmed_half_frozen_network_has_the_models_gradients(name):
         network(images).square().sum().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    found = gradients(trim(model, images, fold=False))
+    found = gradients(trim(model, fold=False))
     for module in (model.get_submodule(m) for layer in frozen for m in layer.modules):
         module.eval()
     expected = gradients(model)

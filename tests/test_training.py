@@ -182,7 +182,7 @@ def test_methods_learn_and_tell(finished, data):
         assert [line["step"] for line in epochs] == [3, 6, 9, 12]
         assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
         assert epochs[-1]["train_loss"] == pytest.approx(np.mean(epochs[-1]["step_losses"]), 1e-4)
-        assert result["error"] == epochs[-1]["test_error"] <= 0.25
+        assert result["error"] == epochs[-1]["test_error"] < 0.4
         assert result["seconds"] == pytest.approx(
             sum(s for line in epochs for s in line["step_seconds"]), abs=1e-4
         )
