@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from fastfreeze.checks import check_int
+
 _VIEW, _ORDER = 0, 1  # what a seed is for
 
 
@@ -49,8 +51,9 @@ class RepeatableViews(Dataset[tuple[Any, Tensor]]):
             lack = f" without {missing[0]}" if missing else ""
             raise TypeError(f"dataset must be map-style, got {type(dataset).__name__}{lack}")
         self.dataset = dataset
-        self.num_views = _checked_int("num_views", num_views, 1)
-        self.seed = _checked_int("seed", seed, 0)
+        check_int("num_views", num_views, minimum=1)
+        check_int("seed", seed, minimum=0)
+        self.num_views, self.seed = num_views, seed
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def __len__(self) -> int:
@@ -78,7 +81,8 @@ class RepeatableViews(Dataset[tuple[Any, Tensor]]):
 
         It reaches the workers of a loader, those that stay (``persistent_workers``) too.
         """
-        self._epoch.fill_(_checked_int("epoch", epoch, 0))
+        check_int("epoch", epoch, minimum=0)
+        self._epoch.fill_(epoch)
 
     def view(self, index: int) -> int:
         """Which view of a sample, 0..num_views - 1, this epoch sees."""
@@ -104,11 +108,3 @@ def _seeded(seed: int, index: int, view: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(of_numpy)
         torch.set_rng_state(of_torch)
-
-
-def _checked_int(name: str, value: int, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= {minimum}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
-    return value

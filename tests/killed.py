@@ -13,9 +13,7 @@ import torch
 TIMINGS = {
     "seconds",
     "cpu_seconds",
-    "others_share",
     "step_seconds",
-    "seconds_per_epoch",
     "peak_memory_mb",
 }
 

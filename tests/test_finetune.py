@@ -250,8 +250,8 @@ def test_held_out_images_are_of_each_class_and_not_varied(own):
     parted = data.held_out(0.2)
     assert parted.train.labels.bincount().tolist() == [8, 8]
     assert parted.test.labels.bincount().tolist() == [2, 2]
-    assert not set(parted.train.names) & set(parted.test.names)
-    assert list(data.held_out(0.2).test.names) == list(parted.test.names)
+    assert not set(parted.train.paths) & set(parted.test.paths)
+    assert list(data.held_out(0.2).test.paths) == list(parted.test.paths)
     assert data.held_out(0.001).test.labels.bincount().tolist() == [1, 1]
     cpu = torch.device("cpu")
     images, labels = next(iter(parted.unvaried().train_batches(3, 1, 4, cpu)))

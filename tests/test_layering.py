@@ -10,6 +10,7 @@ import fastfreeze
 PACKAGE = Path(fastfreeze.__file__).parent
 ORDER = [
     "_version",
+    "checks",
     "errors",
     "files",
     "text",
@@ -34,6 +35,7 @@ ORDER = [
     "integrations",
     "distributed",
     "recipes",
+    "reproduction",
     "cli",
     "__main__",
 ]

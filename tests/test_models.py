@@ -108,25 +108,6 @@ def test_vgg16_convolutions_are_torchvisions_without_biases():
         assert count(on_meta(name)) == count(theirs) - biases + head
 
 
-def test_imagenet_resnet50_is_torchvisions():
-    model = on_meta("imagenet-resnet50", num_classes=1000)
-    published = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["num_params"]
-    assert count(model) == published == 25_557_032
-    assert type(model) is torchvision.models.ResNet
-    assert model.conv1.stride == (2, 2)
-
-
-def test_imagenet_resnet50_for_other_images():
-    torch.manual_seed(0)
-    model = build_model("imagenet-resnet50", num_classes=7, in_channels=1, stem_stride=2)
-    assert model.conv1.stride == (4, 4)
-    assert model.conv1.weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
-    assert model.eval()(torch.zeros(2, 1, 64, 64)).shape == (2, 7)
-    layers = split(model, torch.zeros(2, 1, 64, 64)).layers
-    blocks = [f"layer{i + 1}.{j}" for i, n in enumerate((3, 4, 6, 3)) for j in range(n)]
-    assert [layer.name for layer in layers] == ["conv1", *blocks, "fc"]
-
-
 FAMILIES = ["resnet8-w4", "wrn10-1", "densenet7-4", "densenet-bc-10-4", "vgg16", "vgg16-fc"]
 
 

@@ -1,7 +1,6 @@
 """The methods do what they say, and an interrupted run ends as an uninterrupted one."""
 
 import dataclasses
-import importlib.util
 import os
 import signal
 import time
@@ -11,24 +10,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from fastfreeze.ensemble import SnapshotStore
 from fastfreeze.freezing import split
-from fastfreeze.recipes import report as report_module
 from fastfreeze.recipes import rundir as rundir_module
 from fastfreeze.recipes import runs
+from fastfreeze.recipes import tables as tables_module
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.images import MemoryImages
 from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import METHOD_NAMES
-from fastfreeze.recipes.processors import CpuTime
-from fastfreeze.recipes.report import machine_note, results_table
 from fastfreeze.recipes.rundir import RunDir, describe, write_atomic
+from fastfreeze.recipes.tables import results_table
 from fastfreeze.recipes.train import TrainConfig
-from fastfreeze.recipes.training import StepClock, plain_sgd, predict, set_up, train_epoch
+from fastfreeze.recipes.training import plain_sgd, predict, set_up, train_epoch
 from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, from_config
 from tests.killed import untimed
 
@@ -90,20 +87,6 @@ def finished(tmp_path_factory, data):
     return train(tmp_path_factory.mktemp("runs") / "run", data)
 
 
-def events(run, name):
-    """The scalars that TensorBoard reads, but for times; nothing without it."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = EventAccumulator(str(run.events(name)), {"scalars": 0}).Reload()
-    timed = {"time/seconds", "memory/peak_mb", "result/seconds"}
-    return {
-        tag: [(event.step, event.value) for event in found.Scalars(tag)]
-        for tag in set(found.Tags()["scalars"]) - timed
-    }
-
-
 def weights(run, name):
     return run.load_checkpoint(name)["model"]
 
@@ -123,7 +106,6 @@ def assert_same_run(found, expected):
             for run in (found, expected)
         ]
         assert hashes[0] == hashes[1]
-        assert events(found, name) == events(expected, name)
 
 
 def test_plain_sgd_is_torchs_with_the_cosine(data):
@@ -191,15 +173,6 @@ def test_losses_and_times_are_those_of_each_step(data):
     assert min(seconds) > 0
 
 
-def test_step_clock(monkeypatch):
-    times = iter([1.0, 1.5, 3.5])
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
-    clock = StepClock(CPU)
-    clock.tick()
-    clock.tick()
-    assert clock.seconds() == [0.5, 2.0]
-
-
 def test_methods_learn_and_tell(finished, data):
     results = {r["method"]: r for r in finished.results()}
     assert list(results) == list(METHOD_NAMES)
@@ -209,12 +182,11 @@ def test_methods_learn_and_tell(finished, data):
         assert [line["step"] for line in epochs] == [3, 6, 9, 12]
         assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
         assert epochs[-1]["train_loss"] == pytest.approx(np.mean(epochs[-1]["step_losses"]), 1e-4)
-        assert result["error"] == epochs[-1]["test_error"] <= 0.25
+        assert result["error"] == epochs[-1]["test_error"] < 0.4
         assert result["seconds"] == pytest.approx(
             sum(s for line in epochs for s in line["step_seconds"]), abs=1e-4
         )
         assert result["cpu_seconds"] > 0
-        assert result["seconds_per_epoch"] == pytest.approx(result["seconds"] / 4)
         members = [line["step"] for line in lines if line["event"] == "snapshot"]
         assert members == ([4, 8, 12] if method in ("snapshot", "both") else [])
         assert (result["ensemble_error"] is None) == (not members)
@@ -256,7 +228,7 @@ def test_ensemble_is_of_all_snapshots(finished, data, method):
 
 
 @pytest.mark.parametrize("method", ["snapshot", "both"])
-def test_members_are_told_in_words_and_drawn(finished, data, method):
+def test_members_are_told(finished, data, method):
     path = finished.path / f"ensemble-{method}-seed3.txt"
     store = SnapshotStore(finished.snapshots(f"{method}-seed3"))
     lines = path.read_text().splitlines()
@@ -272,9 +244,6 @@ def test_members_are_told_in_words_and_drawn(finished, data, method):
     )
     assert f"{len(data.test.labels)} rows" in lines[-3]
     assert "members as one graph" in lines[-1]
-    with Image.open(path.with_suffix(".png")) as picture:
-        assert picture.format == "PNG"
-        assert len(picture.convert("RGB").getcolors(2**24)) > 100  # something is drawn
 
 
 def test_methods_start_from_the_same_weights_and_images(finished):
@@ -319,18 +288,6 @@ def test_metrics_tell_schedules_layers_and_freezes(finished):
             assert line["lr"] == pytest.approx(expected)
 
 
-def test_events_are_those_of_the_metrics(finished):
-    pytest.importorskip("tensorboard")
-    for method in METHOD_NAMES:
-        found = events(finished, f"{method}-seed3")
-        lines = [line for line in finished.metrics() if line["method"] == method]
-        epochs = [line for line in lines if line["event"] == "epoch"]
-        losses = [loss for line in epochs for loss in line["step_losses"]]
-        assert found["loss/step"] == [(i, pytest.approx(loss)) for i, loss in enumerate(losses)]
-        assert found["error/test"] == [(e["step"], pytest.approx(e["test_error"])) for e in epochs]
-        assert ("result/ensemble_error" in found) == (method in ("snapshot", "both"))
-
-
 def test_thawing_layers_are_told(tmp_path, data):
     config = dataclasses.replace(CONFIG, methods=("both",), composition="thaw", cycles=2)
     lines = train(tmp_path / "run", data, config).metrics()
@@ -367,7 +324,7 @@ def test_resumes_bit_identical_after_a_crash_between_any_writes(
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "log", crashing(RunDir.log))
         patch.setattr(SnapshotStore, "save", crashing(SnapshotStore.save))
-        for module in (rundir_module, report_module, runs):
+        for module in (rundir_module, tables_module, runs):
             patch.setattr(module, "write_atomic", crashing(write_atomic))
         run = RunDir(tmp_path, describe("train", dataclasses.asdict(CONFIG), None))
         (tmp_path / "checkpoints").mkdir()
@@ -485,7 +442,7 @@ def test_unknown_peak_memory_is_none(monkeypatch):
     assert PeakMemory(CPU).mb() is None
 
 
-def result_of(method, seed, seconds, error, ensemble_error=None, others=None):
+def result_of(method, seed, seconds, error, ensemble_error=None):
     return {
         "method": method,
         "seed": seed,
@@ -495,8 +452,6 @@ def result_of(method, seed, seconds, error, ensemble_error=None, others=None):
         "ece": 0.01,
         "seconds": seconds,
         "cpu_seconds": 1.5 * seconds,
-        "others_share": others,
-        "seconds_per_epoch": seconds / 4,
         "backward_removed": 0.25,
         "peak_memory_mb": None,
     }
@@ -518,7 +473,6 @@ def test_table():
         "ECE": "0.0100 ± 0.0000",
         "time s": "12.0 ± 2.0",
         "CPU s": "18.0 ± 3.0",
-        "s/epoch": "3.00 ± 0.50",
         "backward removed %": "25.0 ± 0.0",
         "peak memory MB": "-",
         "vs SGD": "1.00x",
@@ -526,52 +480,6 @@ def test_table():
     assert table.rows[1][0] == "FreezeOut + Snapshot"
     assert table.rows[1][2] == "1.00"
     assert table.rows[1][-1] == "0.50x"
-    markdown = results_table([result_of("snapshot", 0, 10, 0.02)]).markdown()
-    assert markdown.splitlines()[2].endswith("| - |")
-
-
-@pytest.mark.parametrize(
-    ("shares", "said"),
-    [
-        ([None, None], ""),
-        ([0.02, None], "Other processes had at most 2% of the CPUs' time."),
-        (
-            [0.02, 0.45],
-            "The machine was busy: of the CPUs' time other processes had 2% during plain SGD, 45%",
-        ),
-    ],
-)
-def test_the_table_says_whether_the_machine_was_busy(shares, said):
-    results = [
-        result_of(method, 0, 10, 0.02, others=share)
-        for method, share in zip(("sgd", "freezeout"), shares, strict=True)
-    ]
-    assert machine_note(results).startswith(f"\n{said}" if said else "")
-    assert (machine_note(results) == "") == (said == "")
-    assert results_table(results).note.endswith(machine_note(results))
-
-
-STAT = """cpu  999 999 999 999 999 999 999 999 999 999
-cpu0 {} 20 30 4000 500 6 7 8 99 9
-cpu1 100 0 0 0 0 0 0 0 0 0
-cpu10 700 0 0 0 0 0 0 0 0 0
-intr 1 2 3
-"""
-
-
-def test_cpu_time_of_others_is_that_of_our_cpus_without_ours(monkeypatch, tmp_path):
-    stat = tmp_path / "stat"
-    monkeypatch.setattr("fastfreeze.recipes.processors.Path", lambda path: stat)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 10})
-    monkeypatch.setattr("os.sysconf", lambda name: 100)
-    monkeypatch.setattr("os.times", lambda: (1.0, 2.0, 3.0, 4.0, 99.0))
-    stat.write_text(STAT.format(10))
-    cpu = CpuTime()
-    monkeypatch.setattr("os.times", lambda: (2.0, 2.5, 3.0, 4.0, 999.0))
-    stat.write_text(STAT.format(510))
-    assert (cpu.own(), cpu.others()) == (1.5, pytest.approx((5 - 1.5) / 2))
-    stat.unlink()
-    assert cpu.others() is None
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"method": "sgd", "seed": 0}]'])
@@ -609,7 +517,8 @@ def test_damaged_metrics(tmp_path, text):
     "text",
     [
         *("{", "[]", "{}", '{"arguments": 3}', '{"arguments": {"seed": 0}}', "[" * 10**5),
-        '{"arguments": {"model": "m", "data": "d", "seed": 0}, "data_dir": 3}',
+        '{"arguments": {"model": "m", "data": "d", "seed": 0}}',
+        '{"command": "train", "arguments": {"model": "m", "data": "d", "seed": 0}, "data_dir": 3}',
     ],
 )
 def test_damaged_config(tmp_path, text):

@@ -28,6 +28,7 @@ from fastfreeze.cache.kept import (
 )
 from fastfreeze.cache.rows import CannotKeepError, row_strides
 from fastfreeze.cache.store import Stores
+from fastfreeze.checks import check_int
 from fastfreeze.trimming.state import fp32_precision, requires_grad, tensors_in
 from fastfreeze.trimming.trimmed import TrimmedModel
 
@@ -115,10 +116,7 @@ class FeatureCache:
     ) -> None:
         if not isinstance(network, TrimmedModel):
             raise TypeError(f"network must be a TrimmedModel, got {type(network).__name__}")
-        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
-            raise TypeError(f"max_bytes must be an int > 0, got {max_bytes!r}")
-        if max_bytes <= 0:
-            raise ValueError(f"max_bytes must be > 0, got {max_bytes}")
+        check_int("max_bytes", max_bytes, minimum=1)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype}")
         if enabled is not None and not isinstance(enabled, bool):

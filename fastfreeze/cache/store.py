@@ -1,4 +1,4 @@
-"""Rows by key, in memory or in files, within a budget of bytes.
+"""Rows by key, in memory or in files, up to a number of bytes.
 
 A store is a row of records to which more are only added, and which goes as a whole. A record comes
 with its key, a digest, and a checksum of it all: a process may be killed at any moment, and files
@@ -38,7 +38,7 @@ _Room = Callable[[int], int]
 
 
 class Stores:
-    """Stores by name that share a budget, and perhaps a directory that one process uses at a time.
+    """Stores by name that share a number of bytes, and perhaps a directory, one process at a time.
 
     The directory is locked until ``close()``, or the process ends in whatever way; processes that
     it has forked do not hold the lock.

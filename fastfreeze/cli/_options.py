@@ -7,15 +7,31 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fastfreeze.recipes.names import DATA_NAMES, METHOD_NAMES, MODEL_NAMES, OTHER_MODELS
+from fastfreeze.recipes.names import (
+    DATA_NAMES,
+    EMBEDDED,
+    METHOD_NAMES,
+    MODEL_NAMES,
+    OTHER_MODELS,
+)
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles
+
+
+class Finite(click.FloatRange):
+    """A number in a range that is neither infinite nor NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"must be a finite number, got {number}", param, ctx)
+        return number
+
 
 AT_LEAST_1 = click.IntRange(min=1)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -31,13 +47,6 @@ def methods(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str
             did = f"; did you mean {near[0]}?" if near else ""
             raise click.BadParameter(f"{name!r} is none of {', '.join(METHOD_NAMES)}{did}")
     return names
-
-
-def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    """A number that is neither infinite nor NaN."""
-    if not math.isfinite(value):
-        raise click.BadParameter(f"must be a finite number, got {value}")
-    return value
 
 
 def model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -66,95 +75,81 @@ def device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
 
 
-def thread_count(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
-    """A number of threads that this machine can run at once."""
-    cpus = os.cpu_count()
-    if value is not None and cpus is not None and value > cpus:
-        raise click.BadParameter(f"must be at most {cpus}, the CPUs of this machine, got {value}")
-    return value
-
-
 Command = Callable[..., Any]
 
 
-def with_options(command: Command, *options: Callable[[Command], Command]) -> Command:
-    """The command with these options, which ``--help`` lists in this order."""
-    for option in reversed(options):
-        command = option(command)
-    return command
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one, which ``--help`` lists in this order."""
+
+    def add(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return add
 
 
 t_0_option = click.option(
     "--t0",
     "t_0",
-    type=click.FloatRange(0, 1, min_open=True),
-    callback=finite,
+    type=Finite(0, 1, min_open=True),
     default=FreezeOut.t_0,
     help="FreezeOut: share of the run, before how_scale, for which layer 0 trains.",
 )
 
 
-def freezeout_options(command: Command) -> Command:
-    """The options that train and plan share."""
-    return with_options(
-        command,
-        click.option(
-            "--how-scale",
-            type=click.Choice(["linear", "squared", "cubic"]),
-            default=FreezeOut.how_scale,
-        ),
-        t_0_option,
-        click.option(
-            "--lr",
-            type=click.FloatRange(min=0, min_open=True),
-            callback=finite,
-            default=0.1,
-            help="Initial learning rate.",
-        ),
-    )
+freezeout_options = options(
+    click.option(
+        "--how-scale",
+        type=click.Choice(["linear", "squared", "cubic"]),
+        default=FreezeOut.how_scale,
+    ),
+    t_0_option,
+    click.option(
+        "--lr",
+        type=Finite(min=0, min_open=True),
+        default=0.1,
+        help="Initial learning rate.",
+    ),
+)
+
+DATA_DIR = click.option(
+    "--data-dir", type=DIRECTORY, help=f"Where the data's files are; not for {EMBEDDED}."
+)
 
 
 def data_options(data: str, image_size: int, model: str) -> Callable[[Command], Command]:
     """What is trained on what, with these defaults."""
-
-    def add(command: Command) -> Command:
-        return with_options(
-            command,
-            click.option("--data", type=click.Choice(DATA_NAMES), default=data),
-            click.option(
-                "--data-dir", type=DIRECTORY, help="Where the files of --data are; not for mnist5k."
-            ),
-            click.option(
-                "--image-size",
-                type=click.IntRange(min=8),
-                default=image_size,
-                help="For --data folder.",
-            ),
-            click.option(
-                "--model",
-                callback=model_name,
-                default=model,
-                help=f"{', '.join(MODEL_NAMES)}; {', '.join(OTHER_MODELS)}, the last your own.",
-            ),
-        )
-
-    return add
-
-
-def training_options(command: Command) -> Command:
-    """The options that train and compare share: data, network, budget, methods' parameters."""
-    return with_options(
-        command,
-        data_options("mnist5k", 64, "tiny-resnet20"),
-        click.option("--epochs", type=AT_LEAST_1, default=15),
-        click.option("--batch-size", type=AT_LEAST_1, default=64),
-        freezeout_options,
-        click.option("--cycles", type=AT_LEAST_1, default=5, help="Snapshots."),
+    return options(
+        click.option("--data", type=click.Choice(DATA_NAMES), default=data),
+        DATA_DIR,
         click.option(
-            "--composition",
-            type=click.Choice(["sticky", "last_k", "thaw"]),
-            default=FreezeOutCycles.composition,
-            help="How the method 'both' freezes.",
+            "--image-size",
+            type=click.IntRange(min=8),
+            default=image_size,
+            help="For --data folder.",
         ),
-        click.option("--last-k", type=AT_LEAST_1, default=2, help="For --composition last_k."),
+        click.option(
+            "--model",
+            callback=model_name,
+            default=model,
+            help=f"{', '.join(MODEL_NAMES)}; {', '.join(OTHER_MODELS)}, the last your own.",
+        ),
     )
+
+
+# What train and compare share: data, network, length, methods' parameters.
+training_options = options(
+    data_options(EMBEDDED, 64, "tiny-resnet20"),
+    click.option("--epochs", type=AT_LEAST_1, default=15),
+    click.option("--batch-size", type=AT_LEAST_1, default=64),
+    freezeout_options,
+    click.option("--cycles", type=AT_LEAST_1, default=5, help="Snapshots."),
+    click.option(
+        "--composition",
+        type=click.Choice(["sticky", "last_k", "thaw"]),
+        default=FreezeOutCycles.composition,
+        help="How the method 'both' freezes.",
+    ),
+    click.option("--last-k", type=AT_LEAST_1, default=2, help="For --composition last_k."),
+)

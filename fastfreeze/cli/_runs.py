@@ -1,156 +1,102 @@
-"""What the commands that train have in common: from options to a run directory and its report."""
+"""What the commands that train have in common: from options to a run directory and its table."""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from fastfreeze.cli._options import (
-    AT_LEAST_1,
     DIRECTORY,
     RUN,
     Command,
     device_name,
-    thread_count,
-    with_options,
+    options,
 )
 from fastfreeze.recipes.errors import RecipeError
-from fastfreeze.recipes.papers import EMBEDDED
+from fastfreeze.recipes.names import EMBEDDED
 
 if TYPE_CHECKING:
+    from fastfreeze.recipes.config import RunConfig
     from fastfreeze.recipes.data import ImageData
-    from fastfreeze.recipes.report import Report
     from fastfreeze.recipes.rundir import RunDir
-
-
-class Config(Protocol):
-    """What a run is asked to do: a frozen dataclass, whose fields are the command's options."""
-
-    @property
-    def data(self) -> str:
-        """The data set's name."""
-
-    @property
-    def threads(self) -> int:
-        """torch's threads."""
-
-    def load(self, data_dir: Path | None, workers: int) -> ImageData:
-        """The images."""
-
-    def check(self, data: ImageData) -> None:
-        """Raise ValueError where values do not fit together."""
-
-    def run(
-        self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
-    ) -> Report:
-        """Train, from where it stopped."""
+    from fastfreeze.recipes.tables import Outcome
 
 
 def seed_options(default: int, minimum: int = 1) -> Callable[[Command], Command]:
     """``--seed`` and ``--seeds``."""
-
-    def add(command: Command) -> Command:
-        return with_options(
-            command,
-            click.option(
-                "--seed", type=click.IntRange(0, 2**32), default=0, help="The first seed."
-            ),
-            click.option(
-                "--seeds",
-                type=click.IntRange(min=minimum),
-                default=default,
-                help="Repeat with so many seeds.",
-            ),
-        )
-
-    return add
-
-
-def run_options(command: Command) -> Command:
-    """Where to run, where to write, what to print."""
-    return with_options(
-        command,
-        click.option("--device", callback=device_name, default="cpu", help="cpu, cuda, cuda:<n>."),
-        click.option(
-            "--threads",
-            type=AT_LEAST_1,
-            callback=thread_count,
-            help="Threads of torch. [default: torch's own]",
-        ),
-        click.option(
-            "--workers", type=click.IntRange(min=0), default=0, help="Processes that read images."
-        ),
-        click.option("--run-dir", type=DIRECTORY, help="Where to write. [default: runs/<time>]"),
-        click.option("--resume", type=RUN, metavar="RUN", help="Go on with an interrupted run."),
-        click.option("--quiet", is_flag=True, help="No progress, only the table."),
-        click.option("--json", "as_json", is_flag=True, help="The results as JSON."),
+    counts = click.IntRange(min=minimum)
+    return options(
+        click.option("--seed", type=click.IntRange(0, 2**32), default=0, help="The first seed."),
+        click.option("--seeds", type=counts, default=default, help="Repeat with so many seeds."),
     )
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What of a command's options is not of its configuration."""
-
-    data_dir: Path | None
-    workers: int
-    run_dir: Path | None
-    resume: Path | None
-    quiet: bool
-    as_json: bool
+# Where to run, where to write, what to print.
+run_options = options(
+    click.option("--device", callback=device_name, default="cpu", help="cpu, cuda, cuda:<n>."),
+    click.option(
+        "--threads",
+        type=click.IntRange(1, os.cpu_count()),
+        help="Threads of torch. [default: torch's own]",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(min=0), default=0, help="Processes that read images."
+    ),
+    click.option("--run-dir", type=DIRECTORY, help="Where to write. [default: runs/<time>]"),
+    click.option("--resume", type=RUN, metavar="RUN", help="Go on with an interrupted run."),
+    click.option("--quiet", is_flag=True, help="No progress, only the table."),
+    click.option("--json", "as_json", is_flag=True, help="The results as JSON."),
+)
 
 
 def run_command(
-    ctx: click.Context, command: str, kind: Callable[..., Config], options: dict[str, Any]
+    ctx: click.Context, command: str, kind: Callable[..., RunConfig], given: dict[str, Any]
 ) -> None:
-    """Start a run or go on with one, and print what it has shown.
+    """Start a run or go on with one, and print what it has come to.
 
     Args:
         ctx: of the command.
         command: its name, as the user types it.
         kind: the dataclass of its configuration, whose fields are the remaining options.
-        options: all of the command's options.
+        given: all of the command's options.
     """
     import torch
 
     from fastfreeze.recipes.rundir import RunDir, describe
 
-    own = RunOptions(**{field.name: options.pop(field.name) for field in fields(RunOptions)})
-    run: RunDir | None = None
-    if own.resume is None:
-        options["threads"] = options["threads"] or torch.get_num_threads()
-        config, data_dir = kind(**options), own.data_dir
-        data = _load(config, data_dir, own.workers)
+    names = ("data_dir", "workers", "run_dir", "resume", "quiet", "as_json")
+    data_dir, workers, path, resume, quiet, as_json = (given.pop(name) for name in names)
+    if resume is None:
+        given["threads"] = given["threads"] or torch.get_num_threads()
+        config = kind(**given)
+        data = _load(config, data_dir, workers)
+        path = path or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+        run = RunDir.create(path, describe(command, asdict(config), data_dir))
     else:
-        run = RunDir.open(own.resume)
+        run = RunDir.open(resume)
         config = _saved_config(ctx, run, command, kind)
         try:
-            data = _load(config, own.data_dir or run.data_dir, own.workers)
+            data = _load(config, data_dir or run.data_dir, workers)
         except TypeError as error:
             raise RecipeError(f"{run.path}/config.json is damaged: {error}") from error
-    if run is None:
-        path = own.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        run = RunDir.create(path, describe(command, _arguments(config), data_dir))
-    report = _run(config, data, run, command, own.quiet)
-    if own.as_json:
-        click.echo(json.dumps({"run_dir": str(run.path), **report.values}, indent=2))
+    outcome = _run(config, data, run, command, quiet)
+    if as_json:
+        click.echo(json.dumps({"run_dir": str(run.path), **outcome.values}, indent=2))
     else:
-        click.echo(str(report.table))
+        click.echo(str(outcome.table))
 
 
-def _arguments(config: Any) -> dict[str, Any]:
-    return asdict(config)
-
-
-def _load(config: Config, data_dir: Path | None, workers: int) -> ImageData:
+def _load(config: RunConfig, data_dir: Path | None, workers: int) -> ImageData:
     if config.data == EMBEDDED and data_dir is not None:
         raise click.UsageError(f"--data-dir is not for {EMBEDDED}, which needs no files")
     import torch
@@ -165,8 +111,8 @@ def _load(config: Config, data_dir: Path | None, workers: int) -> ImageData:
 
 
 def _saved_config(
-    ctx: click.Context, run: RunDir, command: str, kind: Callable[..., Config]
-) -> Config:
+    ctx: click.Context, run: RunDir, command: str, kind: Callable[..., RunConfig]
+) -> RunConfig:
     """The run's own configuration; options that say otherwise are an error."""
     if run.command != command:
         raise RecipeError(f"{run.path} is of another command: fastfreeze {run.command} --resume")
@@ -207,7 +153,7 @@ def _check_saved(ctx: click.Context, run: RunDir, parameter: click.Parameter, va
         raise RecipeError(f"{run.path}/config.json is damaged: {parameter.name} is {value!r}")
 
 
-def _run(config: Config, data: ImageData, run: RunDir, command: str, quiet: bool) -> Report:
+def _run(config: RunConfig, data: ImageData, run: RunDir, command: str, quiet: bool) -> Outcome:
     def say(line: str) -> None:
         if not quiet:
             click.echo(line, err=True)

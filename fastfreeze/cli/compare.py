@@ -30,7 +30,7 @@ def compare(ctx: click.Context, /, **options: Any) -> None:
 
     With each seed all start from the same weights and see the same batches, so that differences
     are paired: mean, standard deviation, and, from three seeds on, the 95% interval of the mean by
-    Student's t. The run directory gets a picture of errors and times, comparison.png.
+    Student's t.
 
     \b
     Examples:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from fastfreeze.cli._options import AT_LEAST_1, data_options, finite, t_0_option
+from fastfreeze.cli._options import AT_LEAST_1, Finite, data_options, t_0_option
 from fastfreeze.cli._runs import run_command, run_options, seed_options
 from fastfreeze.recipes.names import RECIPE_NAMES
 
@@ -38,8 +38,7 @@ def _until(ctx: click.Context, param: click.Parameter, value: Any) -> int | floa
 @click.option("--batch-size", type=AT_LEAST_1, default=32)
 @click.option(
     "--lr",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=lambda ctx, param, value: value if value is None else finite(ctx, param, value),
+    type=Finite(min=0, min_open=True),
     help="Initial learning rate. [default: "
     + ", ".join(f"{lr:g} for {name}" for name, lr in _RATES.items())
     + "]",
@@ -55,8 +54,7 @@ def _until(ctx: click.Context, param: click.Parameter, value: Any) -> int | floa
 @click.option("--warmup-steps", type=click.IntRange(min=0), default=0, help="The rates rise first.")
 @click.option(
     "--validation",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    callback=finite,
+    type=Finite(0, 1, min_open=True, max_open=True),
     default=0.1,
     help="Share of the training images that is held out to choose the best epoch by.",
 )

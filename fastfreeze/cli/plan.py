@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from fastfreeze.cli._options import AT_LEAST_1, finite, freezeout_options
+from fastfreeze.cli._options import AT_LEAST_1, Finite, freezeout_options
 from fastfreeze.schedule import FreezeOut, HowScale
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 @freezeout_options
 @click.option(
     "--saving",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    callback=lambda ctx, param, value: value if value is None else finite(ctx, param, value),
+    type=Finite(0, 1, min_open=True, max_open=True),
     help="Find the --t0 that is predicted to save this share of the run.",
 )
 @click.option(
@@ -60,7 +59,7 @@ def plan(
     MODEL is one of the papers' networks (as in `fastfreeze train --model`), a classification
     network as torchvision:NAME or timm:NAME, or your own as MODULE:FUNCTION, where the function
     takes no arguments and returns the network. Large images are those of torchvision's and timm's
-    networks and of imagenet-resnet50.
+    networks.
 
     \b
     Examples:
@@ -106,7 +105,7 @@ def _layers(
 
     from fastfreeze.recipes.networks import is_own, layers_of, outline
 
-    large = model.startswith(("torchvision:", "timm:", "imagenet-"))
+    large = model.startswith(("torchvision:", "timm:"))
     size = image_size or (224 if large else 32)
     if is_own(model) and num_classes is not None:
         raise click.UsageError(f"--num-classes is not for {model}, which takes no arguments")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastfreeze.cli._options import AT_LEAST_1, DIRECTORY, Command, finite, with_options
+from fastfreeze.cli._options import AT_LEAST_1, DATA_DIR, Command, Finite, options
 from fastfreeze.cli._runs import run_command, run_options, seed_options
-from fastfreeze.recipes.papers import Row, freezeout_rows, snapshot_rows
+from fastfreeze.reproduction.papers import Row, freezeout_rows, snapshot_rows
 from fastfreeze.text import format_table
 
 if TYPE_CHECKING:
-    from fastfreeze.recipes.reproduce import ReproduceConfig
+    from fastfreeze.reproduction.reproduce import ReproduceConfig
 
 
 @click.group()
@@ -32,30 +32,22 @@ def reproduce() -> None:
 def _row_options(rows: Sequence[Row]) -> Callable[[Command], Command]:
     models = ", ".join(dict.fromkeys(row.model for row in rows))
     datasets = ", ".join(dict.fromkeys(row.data for row in rows))
-
-    def add(command: Command) -> Command:
-        return with_options(
-            command,
-            click.option("--model", help=f"One of {models}."),
-            click.option("--dataset", "--data", "data", help=f"One of {datasets}."),
-            click.option(
-                "--data-dir", type=DIRECTORY, help="Where the data's files are; not for mnist5k."
-            ),
-            click.option(
-                "--scale",
-                type=click.FloatRange(0, 1, min_open=True),
-                callback=finite,
-                default=1.0,
-                help="Share of the paper's budget: fewer epochs first, then fewer images.",
-            ),
-            click.option(
-                "--test-images",
-                type=AT_LEAST_1,
-                help="Test on so many, with equal classes. [default: all]",
-            ),
-        )
-
-    return add
+    return options(
+        click.option("--model", help=f"One of {models}."),
+        click.option("--dataset", "--data", "data", help=f"One of {datasets}."),
+        DATA_DIR,
+        click.option(
+            "--scale",
+            type=Finite(0, 1, min_open=True),
+            default=1.0,
+            help="Share of the paper's budget: fewer epochs first, then fewer images.",
+        ),
+        click.option(
+            "--test-images",
+            type=AT_LEAST_1,
+            help="Test on so many, with equal classes. [default: all]",
+        ),
+    )
 
 
 def _reproduce(ctx: click.Context, command: str, kind: type[ReproduceConfig], **o: Any) -> None:
@@ -71,12 +63,11 @@ def _reproduce(ctx: click.Context, command: str, kind: type[ReproduceConfig], **
 
 
 @reproduce.command(context_settings={"show_default": True})
-@click.option("--table", type=click.Choice(["1"]), default="1", help="Of the paper.")
 @_row_options(snapshot_rows())
 @seed_options(default=1)
 @run_options
 @click.pass_context
-def snapshot(ctx: click.Context, /, table: str, **options: Any) -> None:
+def snapshot(ctx: click.Context, /, **given: Any) -> None:
     """A row of Snapshot Ensembles' table 1, on one data set.
 
     Three trainings: a single model with step decay, which gives NoCycle too, and Snapshot
@@ -84,13 +75,13 @@ def snapshot(ctx: click.Context, /, table: str, **options: Any) -> None:
 
     \b
     Examples:
-      fastfreeze reproduce snapshot --table 1 --dataset cifar100 --model densenet40 \\
+      fastfreeze reproduce snapshot --dataset cifar100 --model densenet40 \\
           --data-dir data --device cuda
       fastfreeze reproduce snapshot --dataset mnist5k --model densenet40 --scale 0.001
     """
-    from fastfreeze.recipes.reproduce import SnapshotConfig
+    from fastfreeze.reproduction.reproduce import SnapshotConfig
 
-    _reproduce(ctx, "snapshot", SnapshotConfig, **options)
+    _reproduce(ctx, "snapshot", SnapshotConfig, **given)
 
 
 @reproduce.command(context_settings={"show_default": True})
@@ -98,7 +89,7 @@ def snapshot(ctx: click.Context, /, table: str, **options: Any) -> None:
 @seed_options(default=1)
 @run_options
 @click.pass_context
-def freezeout(ctx: click.Context, /, **options: Any) -> None:
+def freezeout(ctx: click.Context, /, **given: Any) -> None:
     """A network of FreezeOut: without freezing, and with t_0 of 0.8 and 0.5.
 
     \b
@@ -107,9 +98,9 @@ def freezeout(ctx: click.Context, /, **options: Any) -> None:
           --data-dir data --device cuda
       fastfreeze reproduce freezeout --dataset mnist5k --model wrn40-4 --scale 0.001
     """
-    from fastfreeze.recipes.reproduce import FreezeOutConfig
+    from fastfreeze.reproduction.reproduce import FreezeOutConfig
 
-    _reproduce(ctx, "freezeout", FreezeOutConfig, **options)
+    _reproduce(ctx, "freezeout", FreezeOutConfig, **given)
 
 
 @reproduce.command("list")
@@ -121,26 +112,18 @@ def show_rows(as_json: bool) -> None:
     Example:
       fastfreeze reproduce list
     """
-    papers: dict[str, tuple[Row, ...]] = {
-        "snapshot": snapshot_rows(),
-        "freezeout": freezeout_rows(),
-    }
+    papers = {"snapshot": snapshot_rows(), "freezeout": freezeout_rows()}
     if as_json:
         rows = {paper: [asdict(row) for row in found] for paper, found in papers.items()}
         click.echo(json.dumps(rows, indent=2))
         return
-    headers = ["paper", "--model", "--dataset", "network", "epochs", "batch", "snapshots"]
     cells = [
         [
-            paper,
-            row.model,
-            row.data,
-            row.title,
-            str(row.epochs),
-            str(row.batch_size),
+            *(paper, row.model, row.data, row.title, str(row.epochs), str(row.batch_size)),
             str(row.cycles) if paper == "snapshot" else "-",
         ]
         for paper, found in papers.items()
         for row in found
     ]
+    headers = ["paper", "--model", "--dataset", "network", "epochs", "batch", "snapshots"]
     click.echo(format_table(headers, cells))

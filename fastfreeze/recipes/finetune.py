@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from fastfreeze.recipes.config import RunConfig
 from fastfreeze.recipes.data import ImageData, load_data
 from fastfreeze.recipes.errors import optional_package
 from fastfreeze.recipes.networks import is_own, layers_of, outline
 from fastfreeze.recipes.plot import plot_run
-from fastfreeze.recipes.report import Report, finetune_table
-from fastfreeze.recipes.rundir import RunDir
-from fastfreeze.recipes.runs import Experiment, run_all
+from fastfreeze.recipes.rundir import Line, RunDir
+from fastfreeze.recipes.runs import Experiment
+from fastfreeze.recipes.tables import Outcome, finetune_table
 from fastfreeze.recipes.training import Method, fine_tuning
 from fastfreeze.schedule import Cosine, FreezeOut, Frozen, GradualUnfreezing, Schedule
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(RunConfig):
     """What a fine-tuning is asked to do.
 
     Attributes:
         recipe: of :data:`fastfreeze.recipes.names.RECIPE_NAMES`.
         optimizer: "adamw" or "sgd".
-        data, image_size: as in :func:`fastfreeze.recipes.data.load_data`.
-        model: as in :func:`fastfreeze.recipes.networks.build_network`.
+        image_size: as in :func:`fastfreeze.recipes.data.load_data`.
         weights: the file of all but the head's; None for a user's own network, which has its own.
         epochs, batch_size: length of the run, and images in a step; >= 1.
         lr: learning rate at the start, > 0.
@@ -37,16 +37,11 @@ class FinetuneConfig:
         warmup_steps: steps over which the rates rise.
         validation: share of each class's training images that is held out, in (0, 1).
         augment: whether training images are varied.
-        seed, seeds: the first seed, and how many from there on.
-        device: "cpu" or "cuda:<n>".
-        threads: torch's threads.
     """
 
     recipe: str
     optimizer: str
-    data: str
     image_size: int
-    model: str
     weights: str | None
     epochs: int
     batch_size: int
@@ -56,17 +51,8 @@ class FinetuneConfig:
     warmup_steps: int
     validation: float
     augment: bool
-    seed: int
-    seeds: int
-    device: str
-    threads: int
 
     def experiment(self, data: ImageData) -> Experiment:
-        """The trainings that this asks for.
-
-        Raises:
-            RecipeError: the network cannot be built or split.
-        """
         keep = self.recipe == "prefix" and not self.augment
         set_up = partial(fine_tuning, optimizer=self.optimizer, cache=keep)
         num_layers = self._num_layers(data) if self.recipe == "gradual" else 0
@@ -75,7 +61,7 @@ class FinetuneConfig:
             self.model,
             self.epochs,
             self.batch_size,
-            range(self.seed, self.seed + self.seeds),
+            self.all_seeds,
             self.device,
             weights=self.weights,
             validation=self.validation,
@@ -111,21 +97,20 @@ class FinetuneConfig:
         return len(plan.layers)
 
     def load(self, data_dir: Path | None, workers: int) -> ImageData:
-        """The images, from the files in ``data_dir``, read by so many processes."""
         data = load_data(self.data, data_dir, workers=workers, image_size=self.image_size)
         return data if self.augment else data.unvaried()
 
     def check(self, data: ImageData) -> None:
-        """Raise ValueError where values that are fine alone do not fit together."""
         optional_package("matplotlib")  # before the training that its picture is of
-        self.experiment(data).check(data)
+        super().check(data)
+
+    def outcome(self, results: Sequence[Line], data: ImageData) -> Outcome:
+        return Outcome(finetune_table(results), {"results": results})
 
     def run(
         self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
-    ) -> Report:
-        """Train, from where it stopped; write the table and the picture. See :func:`run_all`."""
-        results = run_all(self.experiment(data), data, run_dir, say, quiet)
-        report = Report(finetune_table(results), {"results": results})
-        report.write(run_dir)
+    ) -> Outcome:
+        """Train, from where it stopped; write the table and the picture."""
+        outcome = super().run(data, run_dir, say, quiet)
         plot_run(run_dir, run_dir.path / "plot.png")
-        return report
+        return outcome

@@ -1,15 +1,15 @@
-"""The networks of the two papers, for small images of any size, and ImageNet's ResNet-50.
+"""The networks of the two papers, for small images of any size.
 
 ResNet (He et al., 2016, section 4.2), Wide ResNet (Zagoruyko and Komodakis, 2016), DenseNet and
 DenseNet-BC (Huang et al., 2017), VGG-16 with batch normalisation (Simonyan and Zisserman, 2015).
 Every model is a chain ``stem, blocks, head``, whose links :func:`fastfreeze.freezing.split` takes
 as layers, and ends in a global average, so that the image size is free. Convolutions start from
-He's normal distribution over the outputs, as in the papers. ResNet-50 is torchvision's.
+He's normal distribution over the outputs, as in the papers.
 
 Snapshot Ensembles (section 4.2) trains "resnet110", a Wide ResNet of 32 layers, which is a ResNet
-with four times the channels ("resnet32-w64"), "densenet40", "densenet100-24" and, on ImageNet,
-"imagenet-resnet50"; on Tiny ImageNet with ``stem_stride=2``. FreezeOut trains "densenet-bc-76",
-"wrn40-4" and "vgg16-fc". Where that differs from the authors' code:
+with four times the channels ("resnet32-w64"), "densenet40" and "densenet100-24"; on Tiny ImageNet
+with ``stem_stride=2``. FreezeOut trains "densenet-bc-76", "wrn40-4" and "vgg16-fc". Where that
+differs from the authors' code:
 
 * DenseNet without bottlenecks starts with 16 channels, as its paper says; its public Lua code takes
   ``2 * growth`` there, as for DenseNet-BC.
@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfreeze.recipes.errors import optional_package
+from fastfreeze.checks import check_int
 from fastfreeze.recipes.names import MODEL_NAMES
 
 
@@ -42,7 +43,7 @@ def build_model(
         name: such as "resnet20", "resnet110", "resnet20-w32" (32 channels in the first stage),
             "tiny-resnet20" (a stem of stride 2: a quarter of the work), "wrn16-2", "wrn40-4",
             "densenet40" (growth 12), "densenet-bc-76", "densenet-bc-100-24", "vgg16", "vgg16-fc"
-            (the head of FreezeOut's code: three linear layers), "imagenet-resnet50".
+            (the head of FreezeOut's code: three linear layers).
         num_classes: outputs, >= 1.
         in_channels: channels of the images, >= 1.
         stem_stride: multiplies the stride of the first convolution, >= 1. Snapshot Ensembles
@@ -53,12 +54,10 @@ def build_model(
 
     Raises:
         ValueError: no network has that name, its depth does not exist, or a count is below 1.
-        RecipeError: "imagenet-resnet50" without torchvision.
     """
     sizes = {"num_classes": num_classes, "in_channels": in_channels, "stem_stride": stem_stride}
     for key, count in sizes.items():
-        if count < 1:
-            raise ValueError(f"{key} must be >= 1, got {count}")
+        check_int(key, count, minimum=1)
     for pattern, build in _BUILDERS:
         match = re.fullmatch(pattern, name)
         if match:
@@ -87,17 +86,22 @@ class Network(nn.Module):
 
 
 def resnet(
-    depth: int, width: int = 16, *, num_classes: int, in_channels: int, stem_stride: int
+    depth: int,
+    width: int = 16,
+    *,
+    num_classes: int,
+    in_channels: int,
+    stem_stride: int,
+    tiny: bool = False,
 ) -> Network:
     """ResNet of ``6n + 2`` layers in three stages of ``width``, ``2 * width``, ``4 * width``.
 
-    Shortcuts hold no parameters (option A of the paper): where the shape changes they skip every
-    second pixel and pad the new channels with zeros.
+    ``tiny`` doubles the stem's stride. Shortcuts hold no parameters (option A of the paper): where
+    the shape changes they skip every second pixel and pad the new channels with zeros.
     """
     blocks_per_stage = _blocks_per_stage("resnet", depth, layers_per_block=2, rest=2)
-    stem = _Chain(
-        _conv(in_channels, width, 3, stride=stem_stride), nn.BatchNorm2d(width), nn.ReLU()
-    )
+    stride = 2 * stem_stride if tiny else stem_stride
+    stem = _Chain(_conv(in_channels, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU())
     blocks: list[nn.Module] = []
     channels = width
     for stage in range(3):
@@ -153,16 +157,16 @@ def densenet(
     return Network(stem, blocks, _head(channels, num_classes))
 
 
-def vgg16(*, num_classes: int, in_channels: int, stem_stride: int) -> Network:
-    """VGG-16 with batch normalisation and one linear layer on the last 512 channels."""
-    convolutions = _vgg16_convolutions(in_channels, stem_stride)
-    head = _Chain(_halved(), _head(512, num_classes, norm=False))
-    return Network(convolutions[0], convolutions[1:], head)
+def vgg16(*, num_classes: int, in_channels: int, stem_stride: int, fc: bool = False) -> Network:
+    """VGG-16 with batch normalisation and one linear layer on the last 512 channels.
 
-
-def vgg16_fc(*, num_classes: int, in_channels: int, stem_stride: int) -> Network:
-    """VGG-16 as in FreezeOut's code: three linear layers, with norms and dropout, as one head."""
+    Or, with ``fc``, as in FreezeOut's code: three linear layers, with norms and dropout, as one
+    head.
+    """
     convolutions = _vgg16_convolutions(in_channels, stem_stride)
+    if not fc:
+        head = _Chain(_halved(), _head(512, num_classes, norm=False))
+        return Network(convolutions[0], convolutions[1:], head)
     pool = [_halved(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     first = [nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout()]
     second = [nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.BatchNorm1d(512)]
@@ -186,21 +190,6 @@ def _vgg16_convolutions(in_channels: int, stem_stride: int) -> list[nn.Module]:
             convolutions.append(_Chain(*layers))
             channels = width
     return convolutions
-
-
-def imagenet_resnet50(*, num_classes: int, in_channels: int, stem_stride: int) -> nn.Module:
-    """torchvision's ResNet-50 for large images (He et al., 2016, table 1), not trained.
-
-    The stride of 2 that a bottleneck needs is in its 3x3 convolution, as in the Torch code that
-    Snapshot Ensembles builds on; the ResNet paper has it in the first 1x1.
-    """
-    model = optional_package("torchvision").models.resnet50(weights=None, num_classes=num_classes)
-    first = model.conv1
-    if (in_channels, stem_stride) != (first.in_channels, 1):
-        stride = stem_stride * first.stride[0]
-        model.conv1 = nn.Conv2d(in_channels, 64, 7, stride, padding=3, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    return cast(nn.Module, model)
 
 
 class _Chain(nn.Module):
@@ -301,21 +290,12 @@ def _blocks_per_stage(name: str, depth: int, layers_per_block: int, rest: int) -
     return blocks
 
 
-def _tiny_resnet(depth: int, *, stem_stride: int, **sizes: int) -> Network:
-    return resnet(depth, stem_stride=2 * stem_stride, **sizes)
-
-
-def _densenet_bc(depth: int, growth: int = 12, **sizes: int) -> Network:
-    return densenet(depth, growth, bottleneck=True, **sizes)
-
-
 _BUILDERS: tuple[tuple[str, Callable[..., nn.Module]], ...] = (
     (r"resnet-?([1-9]\d*)(?:-w([1-9]\d*))?", resnet),
-    (r"tiny-resnet-?([1-9]\d*)", _tiny_resnet),
+    (r"tiny-resnet-?([1-9]\d*)", partial(resnet, tiny=True)),
     (r"wrn-?([1-9]\d*)-([1-9]\d*)", wide_resnet),
     (r"densenet-?([1-9]\d*)(?:-([1-9]\d*))?", densenet),
-    (r"densenet-bc-?([1-9]\d*)(?:-([1-9]\d*))?", _densenet_bc),
+    (r"densenet-bc-?([1-9]\d*)(?:-([1-9]\d*))?", partial(densenet, bottleneck=True)),
     (r"vgg16", vgg16),
-    (r"vgg16-fc", vgg16_fc),
-    (r"imagenet-resnet50", imagenet_resnet50),
+    (r"vgg16-fc", partial(vgg16, fc=True)),
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 METHOD_NAMES = ("sgd", "freezeout", "snapshot", "both")
 RECIPE_NAMES = ("prefix", "gradual", "freezeout", "full")
+EMBEDDED = "mnist5k"  # needs no files
 DATA_NAMES = (
-    "mnist5k",
+    EMBEDDED,
     "cifar10",
     "cifar100",
     "svhn",
@@ -23,6 +24,5 @@ MODEL_NAMES = {
     "densenet-bc-<6n+4>[-<growth>]": "densenet-bc-76",
     "vgg16": "vgg16",
     "vgg16-fc": "vgg16-fc",
-    "imagenet-resnet50": "imagenet-resnet50",
 }
 OTHER_MODELS = ("torchvision:NAME", "timm:NAME", "MODULE:FUNCTION")

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,9 +62,8 @@ def build_network(
     Args:
         name: as in :func:`fastfreeze.recipes.models.build_model`; ``torchvision:NAME``, a
             classification network of torchvision; ``timm:NAME``, one of timm; or
-            ``MODULE:FUNCTION``, where the function takes no arguments and returns the network. What
-            it returns is copied: a module that it keeps is not trained. ``FUNCTION`` may be such a
-            module, too.
+            ``MODULE:FUNCTION``, where the function takes no arguments and returns the network, of
+            which a copy is trained. ``FUNCTION`` may be a module, too.
         num_classes, in_channels, stem_stride: as in :func:`~fastfreeze.recipes.models.build_model`;
             a user's own decides for itself, and torchvision's and timm's have no ``stem_stride``.
 
@@ -88,7 +87,12 @@ def build_network(
             name, num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride
         )
     except ValueError as error:
-        raise ValueError(f"{error}{_near(name)}") from error
+        known = {example: example for example in MODEL_NAMES.values()}
+        if importlib.util.find_spec("torchvision") is not None:
+            known |= {theirs: f"torchvision:{theirs}" for theirs in _torchvision_names()}
+        near = f"near it: {_near(name, known)}; " if _near(name, known) else ""
+        others = f"{near}beside these there are {', '.join(OTHER_MODELS)}"
+        raise ValueError(f"{error} ({others})") from error
 
 
 def check_network(name: str, network: nn.Module, images: Tensor, num_classes: int) -> None:
@@ -146,20 +150,16 @@ def _torchvision_names() -> Sequence[str]:
     return names
 
 
-def _near(name: str) -> str:
-    """What else the user may have meant by a name that is no network's."""
-    known = {example: example for example in MODEL_NAMES.values()}
-    if importlib.util.find_spec("torchvision") is not None:
-        known |= {theirs: f"torchvision:{theirs}" for theirs in _torchvision_names()}
+def _near(name: str, known: Mapping[str, str]) -> str:
+    """What a user may have meant by a name that is no network's, or nothing."""
     found = [name] if name in known else difflib.get_close_matches(name, known)
-    near = f"near it: {', '.join(known[other] for other in found)}; " if found else ""
-    return f" ({near}beside these there are {', '.join(OTHER_MODELS)})"
+    return ", ".join(known[other] for other in found)
 
 
 def _torchvision_network(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    known = _torchvision_names()
+    known = {name: name for name in _torchvision_names()}
     if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known) or known[:3])
+        near = _near(name, known) or "resnet18"
         raise ValueError(f"torchvision has no classification network {name!r}; try {near}")
     if in_channels != 3:
         raise ValueError(f"torchvision:{name} takes images of 3 channels, not of {in_channels}")
@@ -172,8 +172,8 @@ def _torchvision_network(name: str, num_classes: int, in_channels: int) -> nn.Mo
 def _timm_network(name: str, num_classes: int, in_channels: int) -> nn.Module:
     timm = optional_package("timm", "pip install timm")
     if not timm.is_model(name):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models()))
-        raise ValueError(f"timm has no network {name!r}" + (f"; try {near}" if near else ""))
+        near = _near(name, {known: known for known in timm.list_models()}) or "resnet18"
+        raise ValueError(f"timm has no network {name!r}; try {near}")
     network: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
     return network
 
@@ -194,8 +194,8 @@ def _own_network(name: str) -> nn.Module:
         found: Any = importlib.import_module(module)
     for part in function.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found))
-            did = f"; did you mean {', '.join(near)}?" if near else ""
+            near = _near(part, {name: name for name in dir(found)})
+            did = f"; did you mean {near}?" if near else ""
             raise RecipeError(f"{module} has no {function}{did}")
         found = getattr(found, part)
     if not callable(found):

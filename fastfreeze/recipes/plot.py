@@ -1,29 +1,23 @@
-"""Pictures of a run, of an ensemble's members, and of methods beside one another."""
+"""A picture of a run."""
 
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from fastfreeze.ensemble import EnsembleEvaluation, diversity_plot, reliability_diagram
 from fastfreeze.files import write_atomic
 from fastfreeze.recipes.errors import RecipeError, optional_package
-from fastfreeze.recipes.report import METHOD_TITLES
 from fastfreeze.recipes.rundir import Line, RunDir
+from fastfreeze.recipes.tables import METHOD_TITLES
 from fastfreeze.schedule import FloatArray, from_config
 
-_OURS_COLOR = "#4c72b0"
-_PAPER_COLOR = "#b0b0b0"
 _FREEZE_COLOR = "#c44e52"
 _SNAPSHOT_COLOR = "#2a7f3f"
-_CPU_COLOR = "#dd8452"
+_THAW_COLOR = "#dd8452"
 _SMOOTHING = 0.05  # of the steps, for losses and times
 
 
@@ -67,164 +61,6 @@ def plot_run(run_dir: RunDir, path: Path) -> None:
     figure.suptitle(f"{arguments['model']} on {arguments['data']}, seed {arguments['seed']}")
     write_atomic(path, _png(figure))
     plt.close(figure)
-
-
-def plot_ensemble(evaluation: EnsembleEvaluation, probabilities: Tensor, labels: Tensor) -> bytes:
-    """A PNG of an ensemble's calibration, and of how much its members differ.
-
-    Args:
-        evaluation: of the ensemble, on the same rows.
-        probabilities: [B, C], the ensemble's.
-        labels: [B].
-
-    Raises:
-        RecipeError: matplotlib is not installed.
-    """
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    reliability_diagram(probabilities, labels, num_bins=evaluation.num_bins, ax=left)
-    errors = [scores.error for scores in evaluation.members]
-    diversity_plot(evaluation.disagreement, errors, ax=right)
-    picture = _png(figure)
-    plt.close(figure)
-    return picture
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Ours beside the paper's, where it has a number."""
-
-    ylabel: str
-    labels: list[str]
-    ours: list[float]
-    paper: list[float | None]
-
-    def draw(self, axis: Any) -> None:
-        """Draw them on an axis."""
-        places, paper = np.arange(len(self.labels)), [p for p in self.paper if p is not None]
-        width = 0.4 if paper else 0.6
-        axis.bar(places, self.ours, width, color=_OURS_COLOR, label="ours")
-        if paper:
-            there = [
-                place + width for place, p in zip(places, self.paper, strict=True) if p is not None
-            ]
-            axis.bar(there, paper, width, color=_PAPER_COLOR, label="paper")
-        middle = width / 2 if paper else 0
-        axis.set_xticks(places + middle, self.labels, rotation=15)
-        axis.set_ylabel(self.ylabel)
-        axis.legend(fontsize="small")
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Lines over 1, 2, ..."""
-
-    xlabel: str
-    ylabel: str
-    lines: dict[str, list[float]]
-
-    def draw(self, axis: Any) -> None:
-        """Draw them on an axis."""
-        for label, values in self.lines.items():
-            axis.plot(range(1, len(values) + 1), values, marker="o", label=label)
-        axis.set_xlabel(self.xlabel)
-        axis.set_ylabel(self.ylabel)
-        axis.legend(fontsize="small")
-
-
-Panel = Bars | Curves
-
-
-@dataclass(frozen=True)
-class Dots:
-    """A row for each method: a dot for each seed, joined to the same seed's next, and the mean.
-
-    Attributes:
-        xlabel: what all of them are.
-        digits: of the means, behind the point.
-        series: by name and method, the values of each seed.
-    """
-
-    xlabel: str
-    digits: int
-    series: dict[str, dict[str, list[float]]]
-
-    def draw(self, axis: Any) -> None:
-        """Draw them on an axis."""
-        colors = dict(zip(self.series, (_OURS_COLOR, _CPU_COLOR), strict=False))
-        for i, (name, rows) in enumerate(self.series.items()):
-            places = np.arange(len(rows)) + 0.36 * (i - (len(self.series) - 1) / 2)
-            axis.plot(list(rows.values()), places, color=colors[name], alpha=0.2, linewidth=1)
-            for place, values in zip(places, rows.values(), strict=True):
-                mean = float(np.mean(values))
-                axis.scatter(values, [place] * len(values), color=colors[name], alpha=0.5, s=25)
-                axis.scatter(mean, place, marker="|", s=300, color=colors[name])
-                axis.annotate(
-                    f"{mean:.{self.digits}f}",
-                    (mean, place),
-                    (0, 9),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize="small",
-                    color=colors[name],
-                )
-            axis.scatter([], [], color=colors[name], label=name)
-            axis.set_yticks(range(len(rows)), list(rows))
-            axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.margins(x=0.08)
-        axis.set_xlim(left=0)
-        axis.set_xlabel(self.xlabel)
-        if len(self.series) > 1:
-            axis.legend(
-                fontsize="small",
-                loc="lower right",
-                bbox_to_anchor=(1, 1),
-                ncols=len(self.series),
-                frameon=False,
-            )
-
-
-def plot_comparison(title: str, left: Dots, right: Dots) -> bytes:
-    """A PNG of two panels with a row for each method, the same in both.
-
-    Raises:
-        RecipeError: matplotlib is not installed.
-    """
-    plt = pyplot()
-    [rows] = {len(rows) for dots in (left, right) for rows in dots.series.values()}
-    figure, axes = plt.subplots(
-        1, 2, figsize=(11, 1.5 + 0.8 * rows), sharey=True, layout="constrained"
-    )
-    figure.suptitle(title)
-    for axis, dots in zip(axes, (left, right), strict=True):
-        dots.draw(axis)
-    picture = _png(figure)
-    plt.close(figure)
-    return picture
-
-
-def plot_reproduction(run_dir: RunDir, title: str, panels: tuple[Panel, Panel]) -> bytes:
-    """A PNG of two panels, and of each method's learning rates below them.
-
-    Raises:
-        RecipeError: matplotlib is not installed.
-    """
-    plt = pyplot()
-    histories = _histories(run_dir)
-    figure = plt.figure(figsize=(3.6 * max(2, len(histories)), 7), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize="medium")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
-    for axis, panel in zip(above.subplots(1, 2), panels, strict=True):
-        panel.draw(axis)
-    axes = below.subplots(1, len(histories), sharey=True, squeeze=False)[0]
-    for axis, (method, lines) in zip(axes, histories.items(), strict=True):
-        _plot_rates(axis, lines)
-        axis.set_title(METHOD_TITLES[method], fontsize="medium")
-        axis.set_xlabel("step")
-    axes[0].set_ylabel("learning rate")
-    picture = _png(figure)
-    plt.close(figure)
-    return picture
 
 
 def pyplot() -> Any:
@@ -284,7 +120,7 @@ def _plot_losses(axis: Any, lines: list[Line]) -> None:
     for event, color, style in (
         ("snapshot", _SNAPSHOT_COLOR, "-"),
         ("freeze", _FREEZE_COLOR, ":"),
-        ("thaw", _CPU_COLOR, ":"),
+        ("thaw", _THAW_COLOR, ":"),
     ):
         for i, step in enumerate(sorted({line["step"] for line in _events(lines, event)})):
             label = f"{event}s" if i == 0 else None

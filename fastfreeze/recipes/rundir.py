@@ -9,12 +9,9 @@
                           ``finetune``
     plot.png              a picture of the run, if it is of ``finetune``
     snapshots/<run>/      the members of each snapshot ensemble
-    tensorboard/<run>/    the lines of metrics.jsonl as events, if TensorBoard is installed
     results.json          one entry per finished method and seed
-    table.txt, table.md   what was printed
-    comparison.png        errors and times by seed, if it is of ``compare``
-    reproduction.png      what it shows, if it is of ``reproduce``
-    ensemble-<run>.txt    each snapshot and the ensemble on the test images; .png: a picture of it
+    table.txt             what was printed
+    ensemble-<run>.txt    each snapshot and the ensemble on the test images
     freezing-<run>.txt    what was saved as layers froze, since the run was started or resumed
 
 A checkpoint is written after the lines that lead up to it. What a killed process has written after
@@ -107,19 +104,22 @@ class RunDir:
             runs = f"; {some(found)} may be one" if found else ""
             raise RecipeError(f"{path} is no run directory: it holds no config.json{runs}")
         config = _read_json(file)
-        arguments = config.get("arguments") if isinstance(config, dict) else None
-        if not (isinstance(arguments, dict) and {"model", "data", "seed"} <= set(arguments)):
+        fields: dict[str, Any] = {"command": str, "arguments": dict, "data_dir": str | None}
+        if not (
+            isinstance(config, dict)
+            and all(isinstance(config.get(key), kind) for key, kind in fields.items())
+            and {"model", "data", "seed"} <= set(config["arguments"])
+        ):
             raise RecipeError(
-                f"{path} is no run directory: config.json holds no arguments with model, data, seed"
+                f"{path} is no run directory: config.json holds no command, or no arguments with "
+                "model, data, seed"
             )
-        if not isinstance(config.get("data_dir"), str | None):
-            raise RecipeError(f"{file} is damaged: data_dir is {config['data_dir']!r}")
         return cls(path, config)
 
     @property
     def command(self) -> str:
         """The command that made it, such as "reproduce snapshot"."""
-        return str(self.config.get("command", "train"))  # the only one before it was noted
+        return str(self.config["command"])
 
     @property
     def arguments(self) -> Line:
@@ -135,10 +135,6 @@ class RunDir:
     def snapshots(self, run: str) -> Path:
         """Where the snapshots of a run are kept."""
         return self.path / "snapshots" / run
-
-    def events(self, run: str) -> Path:
-        """Where TensorBoard finds the events of a run."""
-        return self.path / "tensorboard" / run
 
     def log(self, line: Line) -> None:
         """Append a line to metrics.jsonl; ``method``, ``seed`` and ``step`` must be in it."""
@@ -193,15 +189,11 @@ class RunDir:
 
     def save_checkpoint(self, run: str, state: Line) -> None:
         """Replace the checkpoint of a run, all at once."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(self._checkpoint(run), buffer.getvalue())
+        _save(self._checkpoint(run), state)
 
     def save_best(self, run: str, weights: dict[str, torch.Tensor]) -> None:
         """Replace the file of a run's best weights, all at once."""
-        buffer = io.BytesIO()
-        torch.save(weights, buffer)
-        write_atomic(self.path / f"best-{run}.pth", buffer.getvalue())
+        _save(self.path / f"best-{run}.pth", weights)
 
     def load_checkpoint(self, run: str) -> Line | None:
         """The newest checkpoint of a run, on the CPU; None before its first.
@@ -239,8 +231,7 @@ class RunDir:
         results = _read_json(path)
         if not (isinstance(results, list) and all(map(_is_result, results))):
             raise RecipeError(
-                f"{path} is damaged, or of an older version: expected a list of entries with "
-                + ", ".join(_OF_A_RESULT)
+                f"{path} is damaged: expected a list of entries with {', '.join(_OF_A_RESULT)}"
             )
         return results
 
@@ -258,9 +249,7 @@ def _is_result(entry: Any) -> bool:
 
 def _is_of_a_run(entry: Any) -> bool:
     """Whether it names a method and a seed, of which files are called."""
-    if not isinstance(entry, dict):
-        return False
-    method, seed = entry.get("method"), entry.get("seed")
+    method, seed = (entry.get(k) if isinstance(entry, dict) else None for k in ("method", "seed"))
     return isinstance(method, str) and "/" not in method and isinstance(seed, int)
 
 
@@ -278,6 +267,12 @@ def _read_json(path: Path) -> Any:
         return json.loads(read_file(path))
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
+
+
+def _save(path: Path, state: Line) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getvalue())
 
 
 def _json_bytes(value: Any) -> bytes:

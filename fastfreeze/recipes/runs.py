@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import closing
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -13,18 +13,17 @@ from torch import Tensor
 
 from fastfreeze.cache import FeatureCache
 from fastfreeze.ensemble import (
+    PredictionScores,
     SnapshotEnsemble,
     SnapshotStore,
     error_rate,
     evaluate,
     expected_calibration_error,
-    last_k_curve,
     nll,
 )
 from fastfreeze.files import write_atomic
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError, optional_package
-from fastfreeze.recipes.events import Events
 from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.networks import (
     build_network,
@@ -33,8 +32,6 @@ from fastfreeze.recipes.networks import (
     layers_of,
     outline,
 )
-from fastfreeze.recipes.plot import plot_ensemble
-from fastfreeze.recipes.processors import CpuTime
 from fastfreeze.recipes.rundir import Line, RunDir, run_name
 from fastfreeze.recipes.training import (
     EVALUATION_BATCH,
@@ -140,10 +137,6 @@ def run_all(
         RecipeError: a loss is not finite, a file cannot be read, a package is not installed, or
             another process writes to the directory.
     """
-    steps = experiment.total_steps(experiment.parted(data))
-    schedules = [method.schedule(steps) for method in experiment.methods]
-    if any(isinstance(schedule, SnapshotCycles) for schedule in schedules):
-        optional_package("matplotlib")  # before the training that its picture is of
     if experiment.device.startswith("cuda"):
         torch.cuda.set_device(experiment.device)
     run_dir.rewind()
@@ -180,8 +173,7 @@ class _Totals:
     Attributes:
         epoch, step: how many are done.
         seconds: training time.
-        cpu_seconds: the same by :class:`CpuTime`.
-        others: CPU time of other processes, likewise; None where it is unknown.
+        cpu_seconds: CPU time meanwhile, of all threads and of loader processes that have ended.
         removed: sum over the steps of the share of the backward that was removed.
         peak_mb: highest use of memory while training.
     """
@@ -190,18 +182,8 @@ class _Totals:
     step: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    others: float | None = 0.0
     removed: float = 0.0
     peak_mb: float | None = None
-
-
-@dataclass
-class _Best:
-    """The weights that err least on the images held out, their epoch, and their error."""
-
-    epoch: int
-    error: float
-    weights: dict[str, Tensor]
 
 
 class _Run:
@@ -231,8 +213,7 @@ class _Run:
         if isinstance(schedule, SnapshotCycles):
             self.store = SnapshotStore(run_dir.snapshots(self.name))
         self.totals = _Totals()
-        self._best: _Best | None = None
-        self._unwritten: list[Line] = []  # lines that TensorBoard's events lack
+        self._best: Line | None = None  # epoch, error and weights
         self._restore()
         self._forget_later_snapshots()
         self.setup.measure(data.example(self.device))
@@ -249,18 +230,12 @@ class _Run:
             leave=False,
             disable=True if quiet else None,  # None: shown on a terminal
         )
-        with closing(Events(self.run_dir.events(self.name))) as events, bar:
-            events.add(self._unwritten)
-            self._unwritten.clear()
+        with bar:
             while totals.epoch < self.experiment.epochs:
                 error = self._epoch(bar.update)
                 if bar.disable:
                     self._tell_tenths(error)
-                events.add(self._unwritten)
-                self._unwritten.clear()
-            result = self._result()
-            events.add_result(result, totals.step)
-        return result
+            return self._result()
 
     def _tell_tenths(self, error: float) -> None:
         epoch, epochs = self.totals.epoch, self.experiment.epochs
@@ -272,7 +247,7 @@ class _Run:
         """Train for an epoch; the error behind it, of the test or the held out images."""
         totals, batch_size = self.totals, self.experiment.batch_size
         release(self.device)
-        memory, cpu = PeakMemory(self.device), CpuTime()
+        memory, cpu_seconds = PeakMemory(self.device), _cpu_seconds()
         batches = self.data.train_batches(self.seed, totals.epoch, batch_size, self.device)
 
         def after_step() -> None:
@@ -287,10 +262,7 @@ class _Run:
                 raise self._diverged(f"the loss is {loss}", step)
         totals.epoch += 1
         totals.seconds += sum(seconds)
-        totals.cpu_seconds += cpu.own()
-        others = cpu.others()
-        if totals.others is not None:
-            totals.others = None if others is None else totals.others + others
+        totals.cpu_seconds += _cpu_seconds() - cpu_seconds
         peak = memory.mb()
         if peak is not None:
             totals.peak_mb = max(totals.peak_mb or 0.0, peak)
@@ -307,10 +279,10 @@ class _Run:
             step_losses=[round(loss, 6) for loss in losses],
             step_seconds=[round(s, 6) for s in seconds],
         )
-        if self.experiment.validation and (self._best is None or error < self._best.error):
+        if self.experiment.validation and (self._best is None or error < self._best["error"]):
             weights = self.setup.model.state_dict()
             copies = {key: value.to("cpu", copy=True) for key, value in weights.items()}
-            self._best = _Best(totals.epoch, error, copies)
+            self._best = {"epoch": totals.epoch, "error": error, "weights": copies}
         self._save()
         return error
 
@@ -338,9 +310,7 @@ class _Run:
 
     def _log(self, event: str, **values: Any) -> None:
         line = {"event": event, "method": self.method.name, "seed": self.seed}
-        line |= {"step": self.totals.step, **values}
-        self.run_dir.log(line)
-        self._unwritten.append(line)
+        self.run_dir.log(line | {"step": self.totals.step, **values})
 
     def _predict(self, data: ImageData) -> Tensor:
         """Probabilities of the data's test images by the present weights."""
@@ -362,7 +332,7 @@ class _Run:
             "optimizer": setup.optimizer.state_dict(),
             "scheduler": setup.scheduler and setup.scheduler.state_dict(),
             "random_state": torch.get_rng_state(),
-            "best": self._best and vars(self._best),
+            "best": self._best,
         }
         if self.device.type == "cuda":
             state["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
@@ -371,8 +341,8 @@ class _Run:
 
     def _write_best(self) -> None:
         """A file to go on with elsewhere; the checkpoint, which is written first, has them too."""
-        if self._best is not None and self._best.epoch == self.totals.epoch:
-            self.run_dir.save_best(self.name, self._best.weights)
+        if self._best is not None and self._best["epoch"] == self.totals.epoch:
+            self.run_dir.save_best(self.name, self._best["weights"])
 
     def _restore(self) -> None:
         """Go on from the checkpoint; without one, note what starts."""
@@ -386,11 +356,6 @@ class _Run:
                 layers=[] if setup.plan is None else [layer.name for layer in setup.plan.layers],
             )
             return
-        self._unwritten = [
-            line
-            for line in self.run_dir.metrics()
-            if (line["method"], line["seed"]) == (self.method.name, self.seed)
-        ]
         try:
             self._load(state)
         except Exception as error:  # of the many kinds that odd values provoke
@@ -404,8 +369,7 @@ class _Run:
     def _load(self, state: Line) -> None:
         setup = self.setup
         self.totals = _Totals(**{field.name: state[field.name] for field in fields(_Totals)})
-        if state.get("best"):  # None without validation; not in older ones
-            self._best = _Best(**state["best"])
+        self._best = state["best"]
         setup.model.load_state_dict(state["model"])
         setup.optimizer.load_state_dict(state["optimizer"])
         if setup.scheduler is not None:
@@ -418,64 +382,34 @@ class _Run:
     def _result(self) -> Line:
         totals, labels = self.totals, self.tested.test.labels
         if self._best is not None:
-            self.setup.model.load_state_dict(self._best.weights)
+            self.setup.model.load_state_dict(self._best["weights"])
         last = self._predict(self.tested)
-        members = None if self.store is None else self._evaluate_members(self.store)
-        best = last if members is None else members.mean(0)
+        ensemble = None if self.store is None else self._evaluate_members(self.store)
         return {
             "method": self.method.name,
             "seed": self.seed,
             "error": error_rate(last, labels),
-            "ensemble_error": None if members is None else error_rate(best, labels),
-            "last_k_errors": None if members is None else _last_k_errors(members, labels),
-            "nll": nll(best, labels),
-            "ece": expected_calibration_error(best, labels),
+            "ensemble_error": ensemble and ensemble.error,
+            "nll": ensemble.nll if ensemble else nll(last, labels),
+            "ece": ensemble.ece if ensemble else expected_calibration_error(last, labels),
             "seconds": totals.seconds,
             "cpu_seconds": totals.cpu_seconds,
-            "others_share": _share(totals.others, totals.seconds),
-            "seconds_per_epoch": totals.seconds / self.experiment.epochs,
             "backward_removed": totals.removed / totals.step,
             "peak_memory_mb": totals.peak_mb,
-            "validation_error": self._best and self._best.error,
-            "best_epoch": self._best and self._best.epoch,
+            "validation_error": self._best and self._best["error"],
+            "best_epoch": self._best and self._best["epoch"],
         }
 
-    def _evaluate_members(self, store: SnapshotStore) -> Tensor:
-        """Write what each member is worth, in words and as a picture.
-
-        Returns:
-            The members' probabilities of the test images, [M, N, C], on the CPU.
-        """
-        ensemble = _Recorded(SnapshotEnsemble.from_store(self.setup.model, store))
-        batches = self.data.test_batches(EVALUATION_BATCH, self.device)
+    def _evaluate_members(self, store: SnapshotStore) -> PredictionScores:
+        """Write what each member is worth on the test images; the ensemble's scores."""
+        ensemble = SnapshotEnsemble.from_store(self.setup.model, store)
+        batches = self.tested.test_batches(EVALUATION_BATCH, self.device)
         evaluation = evaluate(ensemble, batches)
-        members = torch.cat(ensemble.seen, 1)
-        text, path = f"{evaluation}\n\n{ensemble.ensemble.plan}\n", self.run_dir.path
-        write_atomic(path / f"ensemble-{self.name}.txt", text.encode())
-        picture = plot_ensemble(evaluation, members.mean(0), self.data.test.labels)
-        write_atomic(path / f"ensemble-{self.name}.png", picture)
-        return members
+        text = f"{evaluation}\n\n{ensemble.plan}\n"
+        write_atomic(self.run_dir.path / f"ensemble-{self.name}.txt", text.encode())
+        return evaluation.ensemble
 
 
-def _share(others: float | None, seconds: float) -> float | None:
-    """Of the CPUs' time; None where it is unknown, or less than a second, too short to measure."""
-    if others is None or seconds < 1:
-        return None
-    return min(1.0, max(0.0, others / seconds))
-
-
-class _Recorded:
-    """An ensemble, and what its members have said: [M, B, C] of each batch, on the CPU."""
-
-    def __init__(self, ensemble: SnapshotEnsemble) -> None:
-        self.ensemble = ensemble
-        self.seen: list[Tensor] = []
-
-    def member_probabilities(self, *inputs: Any) -> Iterator[Tensor]:
-        members = list(self.ensemble.member_probabilities(*inputs))
-        self.seen.append(torch.stack(members).cpu())
-        yield from members
-
-
-def _last_k_errors(members: Tensor, labels: Tensor) -> list[float]:
-    return list(last_k_curve(members, labels, metric="error"))
+def _cpu_seconds() -> float:
+    """Of this process, over all threads, and of the children that have ended."""
+    return sum(os.times()[:4])

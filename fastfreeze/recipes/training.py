@@ -109,12 +109,15 @@ class Method:
 
 
 def set_up(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
-    """The optimizer, and where layers freeze the trimmed network, that a schedule asks for."""
+    """The optimizer that a schedule asks for; where layers freeze, their backward is cut off."""
     if schedule.needs_layers:
-        return freezing(model, schedule, lr, example)
+        plan = split(model, example, schedule=schedule, lr=lr)
+        optimizer = SGD(plan.param_groups(), lr, **_HYPERS, schedule=schedule)
+        return Setup(model, trim(model), optimizer, schedule, plan=plan)
     if isinstance(schedule, (Cosine, StepDecay)) and not schedule.warmup_steps:
         return plain_sgd(model, schedule, lr)
-    return snapshots(model, schedule, lr)
+    optimizer = SGD(model.parameters(), lr, **_HYPERS, schedule=schedule)
+    return Setup(model, model, optimizer, schedule)
 
 
 def plain_sgd(model: nn.Module, schedule: Cosine | StepDecay, lr: float) -> Setup:
@@ -126,19 +129,6 @@ def plain_sgd(model: nn.Module, schedule: Cosine | StepDecay, lr: float) -> Setu
     else:
         scheduler = CosineAnnealingLR(optimizer, schedule.total_steps, schedule.eta_min)
     return Setup(model, model, optimizer, schedule, scheduler)
-
-
-def snapshots(model: nn.Module, schedule: Schedule, lr: float) -> Setup:
-    """Cyclic learning rates; nothing freezes."""
-    optimizer = SGD(model.parameters(), lr, **_HYPERS, schedule=schedule)
-    return Setup(model, model, optimizer, schedule)
-
-
-def freezing(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
-    """Layers freeze as the schedule says; the backward of the frozen ones is cut off."""
-    plan = split(model, example, schedule=schedule, lr=lr)
-    optimizer = SGD(plan.param_groups(), lr, **_HYPERS, schedule=schedule)
-    return Setup(model, trim(model), optimizer, schedule, plan=plan)
 
 
 def fine_tuning(
@@ -183,8 +173,8 @@ def train_epoch(
     Returns:
         The loss of each step, and its seconds: reading the batch, training, ``after_step``.
     """
-    losses = []
-    clock = StepClock(device)
+    losses, clock = [], Clock(device)
+    marks = [clock.now()]
     setup.model.train()
     indices: Iterable[Tensor | None] = repeat(None) if samples is None else samples
     for (images, labels), which in zip(batches, indices, strict=False):
@@ -197,24 +187,8 @@ def train_epoch(
                 setup.scheduler.step()
         losses.append(loss.detach())
         after_step()
-        clock.tick()
-    return torch.stack(losses).tolist(), clock.seconds()
-
-
-class StepClock:
-    """Times steps without making the GPU wait for the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._clock = Clock(device)
-        self._marks = [self._clock.now()]
-
-    def tick(self) -> None:
-        """A step is over."""
-        self._marks.append(self._clock.now())
-
-    def seconds(self) -> list[float]:
-        """Seconds between the ticks."""
-        return [self._clock.seconds(start, end) for start, end in pairwise(self._marks)]
+        marks.append(clock.now())
+    return torch.stack(losses).tolist(), [clock.seconds(*pair) for pair in pairwise(marks)]
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from fastfreeze.schedule._checks import check_int, check_number, check_rate
+from fastfreeze.checks import check_int
+from fastfreeze.schedule._checks import check_number, check_rate
 from fastfreeze.schedule.segments import FloatArray, Segment, segment_index, segments_lr
 
 # Arguments that came later: where they have no effect, a config is as in older checkpoints.

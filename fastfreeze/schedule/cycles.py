@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastfreeze.schedule._checks import check_int
+from fastfreeze.checks import check_int
 from fastfreeze.schedule.base import Annealed, Schedule
 from fastfreeze.schedule.segments import Segment
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastfreeze.schedule._checks import check_int, check_number
+from fastfreeze.checks import check_int
+from fastfreeze.schedule._checks import check_number
 from fastfreeze.schedule.base import Schedule
 from fastfreeze.schedule.segments import Segment
 

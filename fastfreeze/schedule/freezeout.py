@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastfreeze.schedule._checks import check_int, check_number
+from fastfreeze.checks import check_int
+from fastfreeze.schedule._checks import check_number
 from fastfreeze.schedule.base import Schedule
 from fastfreeze.schedule.cycles import SnapshotCycles
 from fastfreeze.schedule.segments import Segment

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from fastfreeze.recipes.papers import Row
 from fastfreeze.recipes.rundir import Line
+from fastfreeze.reproduction.papers import Row
 
 
 @dataclass(frozen=True)
@@ -51,27 +51,17 @@ class Budget:
 
     def values(self) -> Line:
         """The same as plain data."""
-        return {
-            **asdict(self),
-            "share": self.share,
-            "comparable": self.comparable,
-            "words": str(self),
-        }
+        derived = {"share": self.share, "comparable": self.comparable, "words": str(self)}
+        return {**asdict(self), **derived}
 
 
 def scaled(
     row: Row, scale: float, num_images: int, num_classes: int, tested: int, all_tested: int
 ) -> Budget:
-    """The budget of a row times ``scale``: fewer epochs, then fewer images in each.
+    """The budget of a row times ``scale``, in (0, 1]: fewer epochs, then fewer images in each.
 
     There are as many epochs in each cycle, at least one, and at least one image of each class. No
     epoch ends in a batch of one image, which norms cannot train on.
-
-    Args:
-        row: whose epochs, cycles and batch size count.
-        scale: in (0, 1].
-        num_images, num_classes: training images, and their classes.
-        tested, all_tested: as in :class:`Budget`.
     """
     wanted = round(scale * row.epochs, 9)  # else 0.1 * 30 would be more than 3
     epochs = min(row.epochs, row.cycles * math.ceil(wanted / row.cycles))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-EMBEDDED = "mnist5k"  # needs no files; no paper has it, so it runs with the budget of CIFAR
+from fastfreeze.recipes.names import EMBEDDED
+
 _CIFAR = ("cifar10", "cifar100")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network on one data set, and how long a paper trained it.
+    """One network on one data set, how long a paper trained it, and what it tells of that.
 
     Attributes:
         model: what the row is called.
@@ -23,6 +24,11 @@ class Row:
         data: as in :func:`fastfreeze.recipes.data.load_data`.
         epochs, batch_size: of each training.
         cycles: snapshots; 1 where there is no ensemble.
+        errors: of Snapshot Ensembles: share of the test images, in 0..1, by column.
+        time_saved: of FreezeOut: share of the training's wall-clock time, in 0..1.
+        relative_loss: by how much accuracy falls, as a share of it.
+        claim: the abstract's words, in short.
+        The last four are None where the paper tells nothing.
     """
 
     model: str
@@ -33,38 +39,15 @@ class Row:
     batch_size: int
     cycles: int
     stem_stride: int = 1
+    errors: dict[str, float] | None = None
+    time_saved: float | None = None
+    relative_loss: float | None = None
+    claim: str | None = None
 
     @property
     def in_paper(self) -> bool:
         """Whether the paper has this data set."""
         return self.data != EMBEDDED
-
-
-@dataclass(frozen=True)
-class SnapshotRow(Row):
-    """A network and data set of table 1 of Snapshot Ensembles.
-
-    Attributes:
-        errors: share of the test images, in 0..1, by column; None for data that the paper lacks.
-    """
-
-    errors: dict[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class FreezeOutRow(Row):
-    """A network of FreezeOut.
-
-    Attributes:
-        time_saved: share of the training's wall-clock time, in 0..1; None on other data.
-        relative_loss: by how much accuracy falls, as a share of it; None on other data, and where
-            the paper tells no number.
-        claim: the abstract's words, in short.
-    """
-
-    time_saved: float | None = None
-    relative_loss: float | None = None
-    claim: str | None = None
 
 
 SNAPSHOT_LRS = (0.1, 0.2)
@@ -105,19 +88,19 @@ _SNAPSHOT_TITLES = {
 }
 # With the claims of the abstract. The VGG of the authors' code has three linear layers.
 _FREEZEOUT = (
-    FreezeOutRow(
+    Row(
         *("densenet-bc-76", "DenseNet-BC, k=12, L=76", "densenet-bc-76", "cifar10", 100, 50, 1),
         time_saved=0.2,
         relative_loss=0.03,
         claim="up to 20% of the time saved, with a loss of 3% in accuracy",
     ),
-    FreezeOutRow(
+    Row(
         *("wrn40-4", "WRN-40-4", "wrn40-4", "cifar10", 100, 50, 1),
         time_saved=0.2,
         relative_loss=0.0,
         claim="20% faster without loss of accuracy",
     ),
-    FreezeOutRow(
+    Row(
         *("vgg16", "VGG-16", "vgg16-fc", "cifar10", 100, 50, 1),
         time_saved=0.0,
         claim="no improvement",
@@ -125,8 +108,11 @@ _FREEZEOUT = (
 )
 
 
-def snapshot_rows() -> tuple[SnapshotRow, ...]:
-    """Every row of table 1 that can be run, and each network on the embedded data."""
+def snapshot_rows() -> tuple[Row, ...]:
+    """Every row of table 1 that can be run, and each network on the embedded data.
+
+    No paper has these, so they run with the budget of CIFAR.
+    """
     return tuple(
         _snapshot_row(model, data)
         for model, errors in _TABLE_1.items()
@@ -134,12 +120,12 @@ def snapshot_rows() -> tuple[SnapshotRow, ...]:
     )
 
 
-def freezeout_rows() -> tuple[FreezeOutRow, ...]:
+def freezeout_rows() -> tuple[Row, ...]:
     """Every network of FreezeOut on both CIFARs, and on the embedded data."""
     return tuple(_on(row, data) for row in _FREEZEOUT for data in (*_CIFAR, EMBEDDED))
 
 
-def _snapshot_row(model: str, data: str) -> SnapshotRow:
+def _snapshot_row(model: str, data: str) -> Row:
     dense = model.startswith("densenet")
     if data == "tinyimagenet":
         epochs, cycles, batch_size, stem_stride = 150, 6, 64 if dense else 128, 2
@@ -153,12 +139,10 @@ def _snapshot_row(model: str, data: str) -> SnapshotRow:
         for column, percent in zip(SNAPSHOT_COLUMNS, percents, strict=True)
     }
     title = _SNAPSHOT_TITLES[model]
-    return SnapshotRow(
-        model, title, model, data, epochs, batch_size, cycles, stem_stride, errors=errors
-    )
+    return Row(model, title, model, data, epochs, batch_size, cycles, stem_stride, errors=errors)
 
 
-def _on(row: FreezeOutRow, data: str) -> FreezeOutRow:
+def _on(row: Row, data: str) -> Row:
     if data == EMBEDDED:
         return replace(row, data=data, time_saved=None, relative_loss=None, claim=None)
     return replace(row, data=data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,7 +34,6 @@ _COLUMNS: tuple[_Column, ...] = (
     ("ECE", "ece", 1, 4),
     ("time s", "seconds", 1, 1),
     ("CPU s", "cpu_seconds", 1, 1),
-    ("s/epoch", "seconds_per_epoch", 1, 2),
     ("backward removed %", "backward_removed", 100, 1),
     ("peak memory MB", "peak_memory_mb", 1, 0),
 )
@@ -44,7 +43,6 @@ _FINETUNE_COLUMNS: tuple[_Column, ...] = (
     ("best epoch", "best_epoch", 1, 0),
     *_COLUMNS[2:],
 )
-BUSY = 0.1  # share of the CPUs' time that other processes had, above which times are in doubt
 CPU_NOTE = "CPU: time of all threads, and of the processes that read images."
 _SEEDS_NOTE = "±: standard error of the mean over the seeds.\n"
 _TIME_NOTE = (
@@ -84,16 +82,10 @@ class Table:
     def __str__(self) -> str:
         return f"{format_table(self.headers, self.rows)}\n\n{self.note}"
 
-    def markdown(self) -> str:
-        """The table and its note in Markdown."""
-        lines = [self.headers, ["---", *["---:"] * (len(self.headers) - 1)], *self.rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"{table}\n\n{self.note}"
-
 
 @dataclass(frozen=True)
-class Report:
-    """What a run has shown.
+class Outcome:
+    """What a run has come to.
 
     Attributes:
         table: for people.
@@ -104,9 +96,8 @@ class Report:
     values: Line
 
     def write(self, run_dir: RunDir) -> None:
-        """Write the table into the run's directory, as text and in Markdown."""
+        """Write the table into the run's directory."""
         write_atomic(run_dir.path / "table.txt", f"{self.table}\n".encode())
-        write_atomic(run_dir.path / "table.md", f"{self.table.markdown()}\n".encode())
 
 
 def cell(values: Sequence[float], digits: int) -> str:
@@ -121,50 +112,35 @@ def cell(values: Sequence[float], digits: int) -> str:
 
 def results_table(results: Sequence[Line]) -> Table:
     """A row per method: one seed's value, or mean ± standard error of several."""
-    methods = dict.fromkeys(result["method"] for result in results)
     plain = _values(results, "sgd", "seconds")
-    headers = ["method", *(title for title, *_ in _COLUMNS), "vs SGD"]
-    rows = []
-    for method in methods:
-        row = _row(results, method, _COLUMNS)
+    table = _table("method", results, _COLUMNS, _NOTE)
+    for row, method in zip(table.rows, _methods(results), strict=True):
         seconds = np.mean(_values(results, method, "seconds"))
         row.append(f"{seconds / np.mean(plain):.2f}x" if plain else "-")
-        rows.append(row)
-    return Table(headers, rows, f"{_NOTE}{machine_note(results)}")
+    return replace(table, headers=[*table.headers, "vs SGD"])
 
 
 def finetune_table(results: Sequence[Line]) -> Table:
     """The same of a fine-tuning."""
-    methods = dict.fromkeys(result["method"] for result in results)
-    headers = ["recipe", *(title for title, *_ in _FINETUNE_COLUMNS)]
-    rows = [_row(results, method, _FINETUNE_COLUMNS) for method in methods]
-    return Table(headers, rows, f"{_FINETUNE_NOTE}{machine_note(results)}")
+    return _table("recipe", results, _FINETUNE_COLUMNS, _FINETUNE_NOTE)
 
 
-def _row(results: Sequence[Line], method: str, columns: Sequence[_Column]) -> list[str]:
-    cells = [
-        cell([factor * value for value in _values(results, method, key)], digits)
-        for _, key, factor, digits in columns
+def _table(first: str, results: Sequence[Line], columns: Sequence[_Column], note: str) -> Table:
+    rows = [
+        [
+            METHOD_TITLES[method],
+            *(
+                cell([factor * value for value in _values(results, method, key)], digits)
+                for _, key, factor, digits in columns
+            ),
+        ]
+        for method in _methods(results)
     ]
-    return [METHOD_TITLES[method], *cells]
+    return Table([first, *(title for title, *_ in columns)], rows, note)
 
 
-def machine_note(results: Sequence[Line]) -> str:
-    """A line on what other processes took of the machine; empty where no training knows it."""
-    shares: dict[str, float] = {}
-    for result in results:
-        if result["others_share"] is not None:
-            title = METHOD_TITLES[result["method"]]
-            shares[title] = max(shares.get(title, 0.0), result["others_share"])
-    if not shares:
-        return ""
-    if max(shares.values()) <= BUSY:
-        return f"\nOther processes had at most {max(shares.values()):.0%} of the CPUs' time."
-    listed = ", ".join(f"{share:.0%} during {title}" for title, share in shares.items())
-    return (
-        f"\nThe machine was busy: of the CPUs' time other processes had {listed}. "
-        "Measure times again where nothing else runs."
-    )
+def _methods(results: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(result["method"] for result in results))
 
 
 def _values(results: Sequence[Line], method: str, key: str) -> list[float]:
