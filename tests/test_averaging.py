@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import fastfreeze
-from fastfreeze.ensemble.averaging import average_weights, greedy_soup, reestimate_norms
-from fastfreeze.ensemble.snapshots import SnapshotStore
+from fastfreeze.ensemble.average import average_weights, greedy_soup, reestimate_norms
 from fastfreeze.errors import SnapshotError
+from fastfreeze.snapshots.store import SnapshotStore
 from tests.covering import covering
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

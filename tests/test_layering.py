@@ -29,6 +29,7 @@ ORDER = [
     "cache",
     "blockers",
     "report",
+    "snapshots",
     "ensemble",
     "_public",
     "integrations",

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfreeze.ensemble import SnapshotEnsemble
-from fastfreeze.ensemble._members import hold_the_same, owners_of
+from fastfreeze.ensemble.members import hold_the_same, owners_of
 from fastfreeze.recipes.models import build_model
 from tests.covering import covering
 from tests.zoo import FAMILIES, build

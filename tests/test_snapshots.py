@@ -31,18 +31,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import fastfreeze.ensemble._packs as packs_module
-import fastfreeze.ensemble.snapshots as snapshots_module
-from fastfreeze.ensemble import (
-    Snapshot,
-    SnapshotEnsemble,
-    SnapshotStore,
-)
-from fastfreeze.ensemble._packs import PackReader, can_be_stored, content_hash
-from fastfreeze.ensemble.memory import MemorySnapshots
+import fastfreeze.snapshots.store as snapshots_module
+import fastfreeze.snapshots.tensors as packs_module
+from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.errors import FastfreezeWarning, SnapshotError
 from fastfreeze.files import write_atomic
 from fastfreeze.schedule import Constant, FreezeOutCycles, SnapshotCycles, from_config
+from fastfreeze.snapshots import MemorySnapshots, Snapshot, SnapshotStore
+from fastfreeze.snapshots.tensors import PackReader, can_be_stored, content_hash
 
 
 def small_model():

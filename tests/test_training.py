@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastfreeze.ensemble import SnapshotStore
 from fastfreeze.freezing import split
 from fastfreeze.recipes import report as report_module
 from fastfreeze.recipes import rundir as rundir_module
@@ -30,6 +29,7 @@ from fastfreeze.recipes.rundir import RunDir, describe, write_atomic
 from fastfreeze.recipes.train import TrainConfig
 from fastfreeze.recipes.training import StepClock, plain_sgd, predict, set_up, train_epoch
 from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, from_config
+from fastfreeze.snapshots import SnapshotStore
 from tests.killed import untimed
 
 CPU = torch.device("cpu")

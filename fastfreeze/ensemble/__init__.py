@@ -1,10 +1,9 @@
-"""Snapshots on disk, the ensemble they make, and statistics of its predictions."""
+"""The ensemble that snapshots make, and statistics of its predictions."""
 
-from fastfreeze.ensemble._manifest import Snapshot
-from fastfreeze.ensemble.averaging import Soup, average_weights, greedy_soup, reestimate_norms
-from fastfreeze.ensemble.calibration import TemperatureScaling, fit_temperature
+from fastfreeze.ensemble.average import Soup, average_weights, greedy_soup, reestimate_norms
+from fastfreeze.ensemble.calibrate import TemperatureScaling, fit_temperature
+from fastfreeze.ensemble.ensemble import SnapshotEnsemble
 from fastfreeze.ensemble.evaluation import EnsembleEvaluation, PredictionScores, evaluate
-from fastfreeze.ensemble.memory import MemorySnapshots
 from fastfreeze.ensemble.metrics import (
     adaptive_calibration_error,
     brier_score,
@@ -14,20 +13,15 @@ from fastfreeze.ensemble.metrics import (
     nll,
 )
 from fastfreeze.ensemble.plots import diversity_plot, reliability_diagram
-from fastfreeze.ensemble.predict import SnapshotEnsemble
 from fastfreeze.ensemble.selection import Selection, last_k_curve, select_members
-from fastfreeze.ensemble.snapshots import SnapshotStore
 from fastfreeze.ensemble.ways import Measured, Way
 
 __all__ = [
     "EnsembleEvaluation",
     "Measured",
-    "MemorySnapshots",
     "PredictionScores",
     "Selection",
-    "Snapshot",
     "SnapshotEnsemble",
-    "SnapshotStore",
     "Soup",
     "TemperatureScaling",
     "Way",

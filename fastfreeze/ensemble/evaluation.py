@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble._checks import call_and_labels, check_count
+from fastfreeze.ensemble._checks import call_and_labels
 from fastfreeze.ensemble.metrics import (
     ace_of_rows,
     brier_of_rows,
@@ -20,6 +20,7 @@ from fastfreeze.ensemble.metrics import (
     num_differing,
 )
 from fastfreeze.ops.reference import entropy_reference
+from fastfreeze.snapshots.base import check_count
 from fastfreeze.text import format_table
 
 

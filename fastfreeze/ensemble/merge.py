@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from fastfreeze.ensemble._checks import logits_of
-from fastfreeze.ensemble._members import CannotCopyError, Owners, copy_of
 from fastfreeze.ensemble.graphs.dataflow import Dataflow, called_name, draws_random_numbers
 from fastfreeze.ensemble.graphs.fold import CannotFoldError, Folded, fold
 from fastfreeze.ensemble.graphs.rewrite import Piece, Program, compiled
 from fastfreeze.ensemble.graphs.trace import IN_PLACE_FUNCTIONS, Trace
+from fastfreeze.ensemble.members import CannotCopyError, Owners, copy_of
 from fastfreeze.ops._softmax_arguments import classes_back, classes_last
 from fastfreeze.ops.reference import softmax_add_reference
 

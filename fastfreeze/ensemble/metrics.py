@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble._checks import check_count
 from fastfreeze.ops._softmax_arguments import kind_of
+from fastfreeze.snapshots.base import check_count
 
 
 def error_rate(probabilities: Tensor, labels: Tensor) -> float:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble._checks import check_count
 from fastfreeze.ensemble.metrics import confidence_and_correct, ece_of_rows, sums_in_bins
+from fastfreeze.snapshots.base import check_count
 from fastfreeze.text import human_count
 
 if TYPE_CHECKING:

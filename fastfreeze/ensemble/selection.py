@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble._checks import check_count
 from fastfreeze.ensemble.metrics import check_like_first, checked_predictions, nll_of_rows
+from fastfreeze.snapshots.base import check_count
 
 Metric = Literal["nll", "error"]
 

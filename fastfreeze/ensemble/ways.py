@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastfreeze.clock import Clock
 from fastfreeze.ensemble._checks import logits_of
-from fastfreeze.ensemble._members import (
+from fastfreeze.ensemble.members import (
     CannotCopyError,
     MembersState,
     copy_of,

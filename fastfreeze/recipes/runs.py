@@ -14,7 +14,6 @@ from torch import Tensor
 from fastfreeze.cache import FeatureCache
 from fastfreeze.ensemble import (
     SnapshotEnsemble,
-    SnapshotStore,
     error_rate,
     evaluate,
     expected_calibration_error,
@@ -45,6 +44,7 @@ from fastfreeze.recipes.training import (
 )
 from fastfreeze.recipes.weights import load_weights
 from fastfreeze.schedule import SnapshotCycles
+from fastfreeze.snapshots import SnapshotStore
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.ensemble._background import Background
-from fastfreeze.ensemble._manifest import (
+from fastfreeze.errors import SnapshotError, warn
+from fastfreeze.files import FileLock, lock_file, read_file, remove_temporaries, write_atomic
+from fastfreeze.schedule import Schedule
+from fastfreeze.snapshots.background import Background
+from fastfreeze.snapshots.base import Snapshots, checked_to_save, facts_of
+from fastfreeze.snapshots.format import (
     Entry,
     Manifest,
     Signature,
@@ -28,11 +32,7 @@ from fastfreeze.ensemble._manifest import (
     signature_of,
     state_hash,
 )
-from fastfreeze.ensemble._packs import PackReader, content_hash, copy_of, write_pack
-from fastfreeze.ensemble._states import Snapshots, checked_to_save, facts_of
-from fastfreeze.errors import SnapshotError, warn
-from fastfreeze.files import FileLock, lock_file, read_file, remove_temporaries, write_atomic
-from fastfreeze.schedule import Schedule
+from fastfreeze.snapshots.tensors import PackReader, content_hash, copy_of, write_pack
 from fastfreeze.text import some
 
 _MANIFEST = "manifest.json"

@@ -18,11 +18,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from fastfreeze.ensemble._checks import call_and_labels, check_count
-from fastfreeze.ensemble._manifest import Signature, check_signature, signature_of
-from fastfreeze.ensemble._packs import same_bits
-from fastfreeze.ensemble._states import check_state
+from fastfreeze.ensemble._checks import call_and_labels
 from fastfreeze.ops._softmax_arguments import normalised_weights
+from fastfreeze.snapshots.base import check_count, check_state
+from fastfreeze.snapshots.format import Signature, check_signature, signature_of
+from fastfreeze.snapshots.tensors import same_bits
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble._packs import Pack, Spec, dtype_name
 from fastfreeze.errors import SnapshotError
+from fastfreeze.snapshots.tensors import Pack, Spec, dtype_name
 
 _FORMAT_VERSION = 2
 _HASH = re.compile("[0-9a-f]{64}")

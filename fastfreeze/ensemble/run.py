@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.ensemble._members import MembersState, difference, share
 from fastfreeze.ensemble.graphs.fold import CannotFoldError, Folded, check_unchanged
 from fastfreeze.ensemble.graphs.held import Held, autocasts
 from fastfreeze.ensemble.graphs.rewrite import Program, write_measured
 from fastfreeze.ensemble.graphs.trace import CallPattern, Trace, UntraceableError, hooked, trace
+from fastfreeze.ensemble.members import MembersState, difference, share
 from fastfreeze.ensemble.merge import (
     CannotMergeError,
     Merged,

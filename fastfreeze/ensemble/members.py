@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastfreeze.ensemble._packs import same_bits
 from fastfreeze.ensemble.graphs.held import Held, HeldState
 from fastfreeze.ensemble.graphs.trace import hooked
+from fastfreeze.snapshots.tensors import same_bits
 from fastfreeze.trimming.state import tensors_in
 
 # For each tensor of the model, by name: the first member that holds the same bits, for each member.

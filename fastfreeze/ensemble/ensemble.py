@@ -13,20 +13,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastfreeze.ensemble._checks import (
-    check_count,
     check_no_arrays,
     logits_of,
     warn_of_probabilities,
 )
-from fastfreeze.ensemble._members import new_member, share, unshare
-from fastfreeze.ensemble._states import last_of, load_into
 from fastfreeze.ensemble.graphs.trace import UntraceableError
-from fastfreeze.ensemble.memory import MemorySnapshots
-from fastfreeze.ensemble.plans import MAX_KEPT, Key, Plan, make_plan, one_by_one
-from fastfreeze.ensemble.snapshots import SnapshotStore
+from fastfreeze.ensemble.members import new_member, share, unshare
+from fastfreeze.ensemble.run import MAX_KEPT, Key, Plan, make_plan, one_by_one
 from fastfreeze.ensemble.ways import WAYS, Measured, Stacked, Way, checked_way, measure, on_streams
 from fastfreeze.ops._softmax_arguments import check_logits
 from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
+from fastfreeze.snapshots.base import check_count, last_of, load_into
+from fastfreeze.snapshots.memory import MemorySnapshots
+from fastfreeze.snapshots.store import SnapshotStore
 
 _Take = Callable[[Any], None]
 
