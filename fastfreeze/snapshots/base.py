@@ -73,7 +73,7 @@ class Snapshots(ABC):
         """Remove a snapshot, and give back what it alone takes up.
 
         Raises:
-            SnapshotError: it is not there, or what it shares with others is damaged.
+            SnapshotError: it is not there.
         """
         self._discard([self._own(self._by_key(), snapshot)])
 
@@ -91,7 +91,7 @@ class Snapshots(ABC):
 
         Raises:
             TypeError, ValueError: not one of the two is given, or ``keep_last`` is not a count.
-            SnapshotError: one of ``keep`` is not there, or what is to be kept is damaged.
+            SnapshotError: one of ``keep`` is not there.
         """
         if (keep_last is None) == (keep is None):
             raise TypeError("prune takes either keep_last or keep")

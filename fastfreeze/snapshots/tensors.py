@@ -1,17 +1,14 @@
-"""Tensors by what they hold: hashes of their content, and files of tensors, called packs."""
+"""Tensors by what they hold: hashes of their content, and a file for each hash."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import operator
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-from io import BufferedReader
+from functools import cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,118 +17,77 @@ from torch import Tensor
 from fastfreeze.errors import SnapshotError
 from fastfreeze.files import open_file, write_atomic
 
-_MAX_HEADER_BYTES = 100_000_000  # as the library safetensors has it
+HASH = re.compile("[0-9a-f]{64}")
+_FILE = re.compile(rf"tensor-{HASH.pattern}\.safetensors")
+_MAX_HEADER_BYTES = 4096
+_WRITERS = 8  # at once: most of a small file's time is waiting for the disk
 
 Spec = tuple[tuple[int, ...], str]  # a tensor's shape and its dtype's name
 
 
-@dataclass(frozen=True)
-class Pack:
-    """A safetensors file whose tensors are named by their hashes.
-
-    Attributes:
-        hashes: of its tensors.
-        nbytes: size of the file.
-    """
-
-    hashes: tuple[str, ...]
-    nbytes: int
-
-    @property
-    def file(self) -> str:
-        """Its name: packs of the same tensors are the same file."""
-        return f"pack-{hashlib.sha256(' '.join(self.hashes).encode()).hexdigest()[:32]}.safetensors"
+def tensor_path(directory: Path, digest: str) -> Path:
+    """The file of the tensor of a hash."""
+    return directory / f"tensor-{digest}.safetensors"
 
 
-def write_pack(directory: Path, tensors: Mapping[str, Tensor]) -> Pack:
-    """Write tensors, by hash, into a pack of their own."""
-    data = safetensors.torch.save(dict(tensors))
-    pack = Pack(tuple(tensors), len(data))
-    write_atomic(directory / pack.file, data)
-    return pack
+def tensor_files(directory: Path) -> list[Path]:
+    """All files that are called as those of tensors are."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if _FILE.fullmatch(path.name)]
+    return [path for path in found if path.is_symlink() or not path.is_dir()]
 
 
-class PackReader:
-    """Reads tensors of a store's packs by their hashes; each file is opened once.
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write CPU tensors, by hash, into files of their own."""
+    if tensors:
+        with ThreadPool(min(_WRITERS, len(tensors))) as threads:
+            threads.starmap(partial(_write, directory), tensors.items())
 
-    Files are read, not mapped into memory: one that is cut short meanwhile would kill the process.
+
+def _write(directory: Path, digest: str, tensor: Tensor) -> None:
+    write_atomic(tensor_path(directory, digest), safetensors.torch.save({"tensor": tensor}))
+
+
+def is_intact(directory: Path, digest: str, name: str, spec: Spec) -> bool:
+    """Whether a tensor is there as it was written; see :func:`read_tensor`."""
+    try:
+        read_tensor(directory, digest, name, spec)
+    except SnapshotError:
+        return False
+    return True
+
+
+def read_tensor(directory: Path, digest: str, name: str, spec: Spec) -> Tensor:
+    """A tensor.
+
+    Its file is read, not mapped into memory: one that is cut short meanwhile would kill the
+    process.
 
     Args:
-        directory: of the packs.
-        pack_of: the pack that holds each hash.
+        directory: of the files.
+        digest: its hash.
+        name: what errors call it.
+        spec: its shape and its dtype's name.
+
+    Raises:
+        SnapshotError: it is not there as it was written.
     """
-
-    def __init__(self, directory: Path, pack_of: Mapping[str, Pack]) -> None:
-        self._directory, self._pack_of = directory, pack_of
-        self._open: dict[Path, tuple[BufferedReader, int, Any]] = {}
-
-    def __enter__(self) -> PackReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for opened in self._open.values():
-            opened[0].close()
-
-    def holds(self, wanted: str, name: str, spec: Spec) -> bool:
-        """Whether a tensor is there as it was written; see :meth:`read`."""
-        try:
-            self.read(wanted, name, spec)
-        except (KeyError, SnapshotError):
-            return False
-        return True
-
-    def read(self, wanted: str, name: str, spec: Spec) -> Tensor:
-        """A tensor.
-
-        Args:
-            wanted: its hash.
-            name: what errors call it.
-            spec: its shape and its dtype's name.
-
-        Raises:
-            KeyError: no pack is known to hold it.
-            SnapshotError: it is not there as it was written.
-        """
-        path = self._directory / self._pack_of[wanted].file
-        try:
-            if path not in self._open:
-                self._open[path] = _opened(path)
-            tensor = _tensor_at(*self._open[path], wanted, spec)
-            if content_hash(tensor) != wanted:
-                raise ValueError("the tensor's sha256 is another")
-        except OSError as error:
-            raise SnapshotError(f"{path} cannot be read, it holds {name!r}: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise SnapshotError(f"{path} is truncated or altered, at {name!r}: {error}") from error
-        return tensor
-
-
-def _opened(path: Path) -> tuple[BufferedReader, int, Any]:
-    """A safetensors file, where its tensors begin, and its header."""
-    file = open_file(path)
+    path = tensor_path(directory, digest)
     try:
-        size = int.from_bytes(file.read(8), "little")
-        if size > min(os.fstat(file.fileno()).st_size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"a header of {size} bytes does not fit")
-        return file, 8 + size, json.loads(file.read(size))
-    except BaseException:
-        file.close()
-        raise
-
-
-def _tensor_at(file: BufferedReader, begin: int, header: Any, wanted: str, spec: Spec) -> Tensor:
-    shape, dtype = torch.Size(spec[0]), getattr(torch, spec[1])
-    try:
-        start, end = (operator.index(i) for i in header[wanted]["data_offsets"])
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"its header does not tell where {wanted} is") from error
-    size = os.fstat(file.fileno()).st_size - begin
-    if not 0 <= start <= end <= size or end - start != shape.numel() * dtype.itemsize:
-        raise ValueError(f"of {size} bytes, {start} to {end} are not a {spec[1]} {list(shape)}")
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")
-    file.seek(begin + start)
-    if file.readinto(bits(tensor).numpy().data) != end - start:
-        raise ValueError("it ends too early")
+        with torch.device("cpu"), open_file(path) as file:
+            due = torch.Size(spec[0]).numel() * getattr(torch, spec[1]).itemsize
+            size = min(os.fstat(file.fileno()).st_size, due + _MAX_HEADER_BYTES)
+            (tensor,) = safetensors.torch.load(file.read(size)).values()
+        if (tuple(tensor.shape), dtype_name(tensor.dtype)) != spec:
+            found = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+            raise ValueError(f"it holds a {found}, not a {spec[1]} {list(spec[0])}")
+        if content_hash(tensor) != digest:
+            raise ValueError("the tensor's sha256 is another")
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read, it holds {name!r}: {error}") from error
+    except Exception as error:  # of many kinds
+        raise SnapshotError(f"{path} is truncated or altered, at {name!r}: {error}") from error
     return tensor
 
 
