@@ -10,7 +10,7 @@ from torch import nn
 
 from fastfreeze.ensemble import calibrate
 from fastfreeze.ensemble.calibrate import TemperatureScaling, fit_temperature
-from fastfreeze.ensemble.metrics import nll
+from fastfreeze.ensemble.scores import nll
 from tests.covering import covering
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastfreeze.ensemble.metrics import error_rate, nll
+from fastfreeze.ensemble.scores import error_rate, nll
 from fastfreeze.ensemble.selection import Selection, last_k_curve, select_members
 from tests.covering import covering
 

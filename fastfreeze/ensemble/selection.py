@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble.metrics import check_like_first, checked_predictions, nll_of_rows
+from fastfreeze.ensemble.scores import check_like_first, checked_predictions
+from fastfreeze.ops.reference import nll_reference
 from fastfreeze.snapshots.base import check_count
 
 Metric = Literal["nll", "error"]
@@ -168,6 +169,6 @@ class _Scored:
         mean, dtype = total / count, self._members[0].dtype
         if self._metric == "nll":
             labels = torch.zeros_like(self._labels)
-            return (nll_of_rows(mean, labels, dtype).mean().item(),)
+            return (nll_reference(mean, labels, dtype).mean().item(),)
         error = (mean.argmax(-1) != self._labels).double().mean().item()
-        return (error, nll_of_rows(mean, self._labels, dtype).mean().item())
+        return (error, nll_reference(mean, self._labels, dtype).mean().item())

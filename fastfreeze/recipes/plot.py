@@ -1,4 +1,4 @@
-"""Pictures of a run, of an ensemble's members, and of methods beside one another."""
+"""Pictures of a run, of an ensemble's calibration, and of methods beside one another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastfreeze.ensemble import EnsembleEvaluation, diversity_plot, reliability_diagram
+from fastfreeze.ensemble import reliability_diagram
 from fastfreeze.files import write_atomic
 from fastfreeze.recipes.errors import RecipeError, optional_package
 from fastfreeze.recipes.report import METHOD_TITLES
@@ -69,11 +69,10 @@ def plot_run(run_dir: RunDir, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_ensemble(evaluation: EnsembleEvaluation, probabilities: Tensor, labels: Tensor) -> bytes:
-    """A PNG of an ensemble's calibration, and of how much its members differ.
+def plot_ensemble(probabilities: Tensor, labels: Tensor) -> bytes:
+    """A PNG of an ensemble's calibration.
 
     Args:
-        evaluation: of the ensemble, on the same rows.
         probabilities: [B, C], the ensemble's.
         labels: [B].
 
@@ -81,10 +80,8 @@ def plot_ensemble(evaluation: EnsembleEvaluation, probabilities: Tensor, labels:
         RecipeError: matplotlib is not installed.
     """
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    reliability_diagram(probabilities, labels, num_bins=evaluation.num_bins, ax=left)
-    errors = [scores.error for scores in evaluation.members]
-    diversity_plot(evaluation.disagreement, errors, ax=right)
+    figure, axis = plt.subplots(figsize=(5, 4.5), layout="constrained")
+    reliability_diagram(probabilities, labels, ax=axis)
     picture = _png(figure)
     plt.close(figure)
     return picture

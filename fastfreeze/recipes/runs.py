@@ -452,7 +452,7 @@ class _Run:
         members = torch.cat(ensemble.seen, 1)
         text, path = f"{evaluation}\n\n{ensemble.ensemble.plan}\n", self.run_dir.path
         write_atomic(path / f"ensemble-{self.name}.txt", text.encode())
-        picture = plot_ensemble(evaluation, members.mean(0), self.data.test.labels)
+        picture = plot_ensemble(members.mean(0), self.data.test.labels)
         write_atomic(path / f"ensemble-{self.name}.png", picture)
         return members
 
