@@ -149,7 +149,7 @@ REFUSED = {
         r"logits\[1\] must be finite at the label, got -inf",
     ),
     "float labels": (GOOD, Y.float(), TypeError, "labels must be .*integers"),
-    "too few labels": (GOOD, Y[:1], ValueError, r"labels must have shape \[2\]"),
+    "too few labels": (GOOD, Y[:1], ValueError, r"labels must have shape \(2,\)"),
     "label too high": (GOOD, Y + 1, ValueError, r"labels\[1\] must be in 0\.\.1, got 2"),
 }
 

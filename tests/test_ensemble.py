@@ -13,14 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune, weight_norm
 
-from fastfreeze.ensemble import (
-    MemorySnapshots,
-    SnapshotEnsemble,
-    SnapshotStore,
-    select_members,
-)
+from fastfreeze.ensemble import SnapshotEnsemble, select_members
 from fastfreeze.ensemble._checks import logits_of
 from fastfreeze.errors import FastfreezeWarning, SnapshotError
+from fastfreeze.snapshots import MemorySnapshots, SnapshotStore
 from tests.test_snapshots import assert_same_state, filled_store, small_model, states, tied_model
 
 

@@ -207,7 +207,7 @@ REFUSED = {
     "fewer members": (
         [(HALF, Y), (HALF[:, :1], Y)],
         ValueError,
-        "ensemble must give the same members .* expected 2 .* got 1",
+        "ensemble must give the same members .* expected 2, got 1",
     ),
     "logits": (
         [(HALF * torch.tensor([[1.0], [2.0]]), Y)],

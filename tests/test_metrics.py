@@ -184,8 +184,8 @@ REFUSED_PREDICTIONS = {
     "float labels": (GOOD, Y.float(), TypeError, "labels must be .*integers, got torch.float32"),
     "bool labels": (GOOD, Y.bool(), TypeError, "labels must be .*integers, got torch.bool"),
     "list of labels": (GOOD, [0, 1], TypeError, "labels must be .*integers, got list"),
-    "too few labels": (GOOD, Y[:1], ValueError, r"labels must have shape \[2\].*got \[1\]"),
-    "one-hot labels": (GOOD, torch.eye(2).long(), ValueError, r"labels must have shape \[2\]"),
+    "too few labels": (GOOD, Y[:1], ValueError, r"labels must have shape \(2,\).*got \(1,\)"),
+    "one-hot labels": (GOOD, torch.eye(2).long(), ValueError, r"labels must have shape \(2,\)"),
     "label too high": (GOOD, Y + 1, ValueError, r"labels\[1\] must be in 0\.\.1, got 2"),
     "label too low": (GOOD, Y - 1, ValueError, r"labels\[0\] must be in 0\.\.1, got -1"),
 }

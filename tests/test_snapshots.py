@@ -1068,7 +1068,7 @@ def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch):
         assert files_in(tmp_path) == before
 
 
-class StoppedError(Exception):
+class StoppedError(BaseException):
     """As a kill: nothing goes on."""
 
 

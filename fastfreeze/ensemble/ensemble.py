@@ -25,6 +25,7 @@ from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
 from fastfreeze.snapshots.base import check_count, last_of, load_into
 from fastfreeze.snapshots.memory import MemorySnapshots
 from fastfreeze.snapshots.store import SnapshotStore
+from fastfreeze.trimming.state import preserved
 
 How = Literal["loop", "shared"]
 _Take = Callable[[Any], None]
@@ -191,9 +192,11 @@ class SnapshotEnsemble(nn.Module):
             TypeError, ValueError: as from :meth:`forward`, for this example.
         """
         check_no_arrays("inputs", [*inputs, *keywords.values()])
-        plan, tensors = self._plan(inputs, keywords)
-        plan.look(self, tensors, self._logits)
-        return plan.module(self)
+        plan, _ = self._plan(inputs, keywords)
+        module = plan.module(self)
+        with preserved(self.members), torch.no_grad():  # which looks at the outputs
+            self._run(lambda _: None, *tree_map_only(Tensor, torch.clone, (inputs, keywords)))
+        return module
 
     def train(self, mode: bool = True) -> SnapshotEnsemble:
         """Set the flag ``training``; the members stay in eval mode."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,28 +53,23 @@ class Key:
         return cls(pattern, kinds, may_fold), tensors
 
 
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What runs for one key.
 
     Attributes:
+        text: what runs, and why nothing better does.
         program: takes the ensemble, then a function that is given each member's output in turn,
             then the call's tensors. None: the members run one by one.
         folded: the same, folded; None where that cannot be.
-        text: what runs, and why nothing better does.
     """
 
-    def __init__(
-        self,
-        text: str,
-        state: MembersState | None = None,
-        traced: Trace | None = None,
-        merged: Merged | None = None,
-        program: Program | None = None,
-        folded: Program | None = None,
-    ) -> None:
-        self.text, self.program, self.folded = text, program, folded
-        self._state, self._traced, self._merged = state, traced, merged
-        self._looked = False
+    text: str
+    _state: MembersState | None = None
+    _traced: Trace | None = None
+    _merged: Merged | None = None
+    program: Program | None = None
+    folded: Program | None = None
 
     def fits(self, members: nn.ModuleList) -> bool:
         """Whether the members' tensors, attributes and hooks are still those it was made for."""
@@ -89,17 +84,6 @@ class Plan:
         if torch.is_grad_enabled() and requires_grad([*tensors, *self._state.parameters]):
             return self.program
         return self.folded
-
-    def look(
-        self, ensemble: nn.Module, tensors: Sequence[Tensor], check: Callable[[Any], Any]
-    ) -> None:
-        """Have what members return for a call looked at, once: :meth:`module` looks at nothing."""
-        if self.program is not None and not self._looked:
-            members = cast(nn.ModuleList, ensemble.members)
-            with preserved(members), torch.no_grad():
-                for output in _outputs(self.program, ensemble, tensors):
-                    check(output)
-            self._looked = True
 
     def module(self, ensemble: nn.Module) -> nn.Module:
         """The graph and the average as a module of its own.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from fastfreeze.ensemble._checks import call_and_labels
+from fastfreeze.ops._softmax_arguments import checked_labels as integer_labels
 from fastfreeze.ops._softmax_arguments import kind_of
 from fastfreeze.ops.reference import (
     entropy_reference,
@@ -99,10 +100,7 @@ def disagreement(members: Tensor | Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError, ValueError: the members are not such; the message names the member and the row.
     """
-    if isinstance(members, Tensor) and members.dim() != 3:
-        raise ValueError(f"members must have shape [M, B, C], got {tuple(members.shape)}")
-    if len(members) == 0:
-        raise ValueError("members must hold at least one member, got none")
+    check_members(members)
     classes = []
     for m, member in enumerate(members):
         name = f"members[{m}]"
@@ -233,9 +231,9 @@ def evaluate(
         scored.append(_scored(members, labels))
     if not scored:
         raise ValueError("batches must give at least one batch, got none")
-    rows = torch.cat([batch.rows for batch in scored], 1)
+    rows = torch.cat([batch.rows for batch in scored], -1)
     *each, mean = (_scores(of_one, num_bins) for of_one in rows)
-    num_rows = rows.shape[1]
+    num_rows = rows.shape[-1]
     return EnsembleEvaluation(
         members=tuple(each),
         ensemble=mean,
@@ -258,7 +256,7 @@ class _Batch:
     """What is kept of a batch, on the CPU.
 
     Attributes:
-        rows: [M + 1, B, 5], of each member and of their mean: NLL, Brier score, entropy, the
+        rows: [M + 1, 5, B], of each member and of their mean: NLL, Brier score, entropy, the
             highest probability, and 1 where its class is not the label.
         mutual_information: [B].
         num_differing: [M, M].
@@ -277,7 +275,7 @@ def _scored(members: list[Tensor], labels: Tensor) -> _Batch:
         each.append(p)
     every, kinds = [*each, torch.stack(each).mean(0)], [*members, members[0]]
     rows = torch.stack([_row_scores(p, y, k.dtype) for p, k in zip(every, kinds, strict=True)])
-    information = mutual_information_reference(rows[-1, :, 2], rows[:-1, :, 2].mean(0))
+    information = mutual_information_reference(rows[-1, 2], rows[:-1, 2].mean(0))
     differing = num_differing([p.argmax(-1) for p in each])
     return _Batch(rows.cpu(), information.cpu(), differing.cpu())
 
@@ -286,12 +284,12 @@ def _row_scores(p: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     confidence, predicted = p.max(-1)
     wrong = (predicted != y).double()
     scores = (nll_reference(p, y, dtype), brier_of_rows(p, y), entropy_reference(p))
-    return torch.stack([*scores, confidence, wrong], -1)
+    return torch.stack([*scores, confidence, wrong])
 
 
 def _scores(rows: Tensor, num_bins: int) -> PredictionScores:
-    nll, brier, entropy, _, error = rows.mean(0).tolist()
-    ece = ece_of_rows(rows[:, 3], 1 - rows[:, 4], num_bins)
+    nll, brier, entropy, _, error = rows.mean(-1).tolist()
+    ece = ece_of_rows(rows[3], 1 - rows[4], num_bins)
     return PredictionScores(error=error, nll=nll, brier=brier, ece=ece, entropy=entropy)
 
 
@@ -333,6 +331,14 @@ def num_differing(classes: Sequence[Tensor]) -> Tensor:
     return torch.stack([(each != of_one).sum(-1) for of_one in each])
 
 
+def check_members(members: Tensor | Sequence[Tensor]) -> None:
+    """Raise a ValueError unless it is a tensor [M, B, C] or a sequence, of M >= 1."""
+    if isinstance(members, Tensor) and members.dim() != 3:
+        raise ValueError(f"members must have shape [M, B, C], got {tuple(members.shape)}")
+    if len(members) == 0:
+        raise ValueError("members must hold at least one member, got none")
+
+
 def check_like_first(name: str, member: Tensor, first: Tensor) -> None:
     """Raise a ValueError unless a member's shape and device are those of the first."""
     if member.shape != first.shape or member.device != first.device:
@@ -346,9 +352,8 @@ def checked_predictions(
     probabilities: Tensor, labels: Tensor, name: str = "probabilities"
 ) -> tuple[Tensor, Tensor]:
     """Both, without gradients: the probabilities in float64, the labels as int64."""
-    check_matrix(name, probabilities)
-    y = checked_labels(labels, probabilities)
-    return checked_probabilities(name, probabilities), y
+    p = checked_probabilities(name, probabilities)
+    return p, checked_labels(labels, probabilities)
 
 
 def check_matrix(name: str, matrix: Tensor) -> None:
@@ -364,15 +369,8 @@ def check_matrix(name: str, matrix: Tensor) -> None:
 
 
 def checked_labels(labels: Tensor, matrix: Tensor) -> Tensor:
-    """The labels of the rows of a matrix [B, C] as int64."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be a tensor of integers, got {kind_of(labels)}")
-    if labels.shape != matrix.shape[:1] or labels.device != matrix.device:
-        raise ValueError(
-            f"labels must have shape [{len(matrix)}] on {matrix.device}, "
-            f"got {list(labels.shape)} on {labels.device}"
-        )
-    y, classes = labels.long(), matrix.shape[1]
+    """The labels of the rows of a matrix [B, C] as int64, looked at on a GPU too."""
+    y, classes = cast(Tensor, integer_labels(labels, matrix)), matrix.shape[1]
     check_rows("labels", y, (y >= 0) & (y < classes), f"be in 0..{classes - 1}")
     return y
 

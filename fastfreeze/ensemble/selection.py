@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble.scores import check_like_first, checked_predictions
+from fastfreeze.ensemble.scores import check_like_first, check_members, checked_predictions
 from fastfreeze.ops.reference import nll_reference
 from fastfreeze.snapshots.base import check_count
 
@@ -139,10 +139,7 @@ class _Scored:
     """
 
     def __init__(self, members: Tensor | Sequence[Tensor], labels: Tensor, metric: Metric) -> None:
-        if isinstance(members, Tensor) and members.dim() != 3:
-            raise ValueError(f"members must have shape [M, B, C], got {tuple(members.shape)}")
-        if len(members) == 0:
-            raise ValueError("members must hold at least one member, got none")
+        check_members(members)
         if metric not in get_args(Metric):
             raise ValueError(f"metric must be one of {get_args(Metric)}, got {metric!r}")
         for m, member in enumerate(members):

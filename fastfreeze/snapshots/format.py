@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastfreeze.errors import SnapshotError
 from fastfreeze.snapshots.tensors import HASH, Spec, dtype_name
+from fastfreeze.text import some
 
 _FORMAT_VERSION = 3
-_NAMED_AT_MOST = 3  # tensors of a kind in an error message
 _MAX_TEXT = 200  # of a value in an error message
 _MAX_BYTES = 2**63 - 1  # of a tensor
 
@@ -78,14 +78,6 @@ def signature_of(state: Mapping[str, Tensor]) -> Signature:
     return {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in state.items()}
 
 
-def signature_bytes(signature: Signature) -> int:
-    """Size of the tensors."""
-    return sum(
-        torch.Size(shape).numel() * getattr(torch, dtype).itemsize
-        for shape, dtype in signature.values()
-    )
-
-
 def state_hash(signature: Signature, hashes: Sequence[str]) -> str:
     """Hash of a state dict whose tensors have these hashes."""
     return _sha256([list(signature), list(hashes)])
@@ -101,12 +93,7 @@ def check_signature(label: str, found: Signature, expected: Signature) -> None:
         if name in found and found[name] != expected[name]
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "unlike": unlike}
-    differences = [
-        f"{kind}: {', '.join(names[:_NAMED_AT_MOST])}"
-        + (f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else "")
-        for kind, names in kinds.items()
-        if names
-    ]
+    differences = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
     if differences:
         raise SnapshotError(f"{label} is of another model: " + "; ".join(differences))
 

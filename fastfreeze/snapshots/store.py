@@ -27,7 +27,6 @@ from fastfreeze.snapshots.format import (
     check_signature,
     manifest_bytes,
     parse_manifest,
-    signature_bytes,
     signature_of,
     state_hash,
 )
@@ -35,6 +34,7 @@ from fastfreeze.snapshots.tensors import (
     content_hash,
     copy_of,
     is_intact,
+    num_bytes,
     read_tensor,
     tensor_files,
     tensor_path,
@@ -213,7 +213,8 @@ class SnapshotStore(Snapshots):
         """Size of the tensors of all snapshots, each counted under each of its names."""
         self.flush()
         manifest = self._read()
-        return len(manifest.entries) * signature_bytes(manifest.signature)
+        sizes = map(num_bytes, manifest.signature.values())
+        return len(manifest.entries) * sum(sizes)
 
     def _snapshots(self) -> tuple[Snapshot, ...]:
         self.flush()

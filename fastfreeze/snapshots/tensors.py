@@ -6,9 +6,10 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from functools import cache, partial
-from multiprocessing.pool import ThreadPool
+from functools import cache
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 import safetensors.torch
 import torch
@@ -23,6 +24,11 @@ _MAX_HEADER_BYTES = 4096
 _WRITERS = 8  # at once: most of a small file's time is waiting for the disk
 
 Spec = tuple[tuple[int, ...], str]  # a tensor's shape and its dtype's name
+
+
+def num_bytes(spec: Spec) -> int:
+    """Size of a tensor."""
+    return torch.Size(spec[0]).numel() * int(getattr(torch, spec[1]).itemsize)
 
 
 def tensor_path(directory: Path, digest: str) -> Path:
@@ -40,13 +46,29 @@ def tensor_files(directory: Path) -> list[Path]:
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write CPU tensors, by hash, into files of their own."""
-    if tensors:
-        with ThreadPool(min(_WRITERS, len(tensors))) as threads:
-            threads.starmap(partial(_write, directory), tensors.items())
+    left: SimpleQueue[tuple[str, Tensor]] = SimpleQueue()
+    errors: list[BaseException] = []
+    for item in tensors.items():
+        left.put(item)
 
+    def write() -> None:
+        try:
+            while not errors:
+                digest, tensor = left.get_nowait()
+                content = safetensors.torch.save({"tensor": tensor})
+                write_atomic(tensor_path(directory, digest), content)
+        except Empty:
+            pass
+        except BaseException as error:
+            errors.append(error)
 
-def _write(directory: Path, digest: str, tensor: Tensor) -> None:
-    write_atomic(tensor_path(directory, digest), safetensors.torch.save({"tensor": tensor}))
+    threads = [Thread(target=write) for _ in range(min(_WRITERS, len(tensors)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def is_intact(directory: Path, digest: str, name: str, spec: Spec) -> bool:
@@ -76,8 +98,7 @@ def read_tensor(directory: Path, digest: str, name: str, spec: Spec) -> Tensor:
     path = tensor_path(directory, digest)
     try:
         with torch.device("cpu"), open_file(path) as file:
-            due = torch.Size(spec[0]).numel() * getattr(torch, spec[1]).itemsize
-            size = min(os.fstat(file.fileno()).st_size, due + _MAX_HEADER_BYTES)
+            size = min(os.fstat(file.fileno()).st_size, num_bytes(spec) + _MAX_HEADER_BYTES)
             (tensor,) = safetensors.torch.load(file.read(size)).values()
         if (tuple(tensor.shape), dtype_name(tensor.dtype)) != spec:
             found = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
