@@ -111,7 +111,6 @@ def cases_on_gpu() -> dict[str, Cases]:
     resnet110 = Work("resnet110", 128, 32, "cuda")
     resnet110_bf16 = Work("resnet110", 128, 32, "cuda", bf16=True, channels_last=True)
     vit = Work("vit_b_16", 128, 224, "cuda", bf16=True)
-    ways = ["loop", "graph", "vmap", "streams", "cuda_graph"]
     kernels = {
         "sgd resnet110, 110 groups": sgd("resnet110", 110),
         "sgd resnet110, 110 groups, graph": sgd("resnet110", 110, graph=True),
@@ -135,7 +134,7 @@ def cases_on_gpu() -> dict[str, Cases]:
         "training resnet110, bf16, 128 images, 50% frozen": training(resnet110_bf16, 50),
         "training resnet50, bf16, 256 images, 90% frozen": training(resnet50, 90),
         "ensemble of 5 resnet110, 256 images": loop(
-            partial(ensemble_case, Work("resnet110", 256, 32, "cuda"), 5, ways)
+            partial(ensemble_case, Work("resnet110", 256, 32, "cuda"), 5)
         ),
         "training vit_b_16, bf16, 128 images": training(vit),
         "training resnet110, bf16, 128 images, 90% frozen": training(resnet110_bf16, 90),
@@ -200,7 +199,7 @@ def cases_on_cpu() -> dict[str, Cases]:
             "training": training(work),
             "training, bf16, 50% frozen": training(Work("resnet8-w4", 4, 8, "cpu", bf16=True), 50),
             "training, 90% frozen": training(work, 90),
-            "ensemble": loop(partial(ensemble_case, work, 3, ["loop", "graph", "vmap"])),
+            "ensemble": loop(partial(ensemble_case, work, 3)),
         },
         "rest": {"softmax, bf16": kernel(softmax_case, 3, 8, 10, dtype=torch.bfloat16)},
         "profiled": {"sgd": once(sgd_case, tiny), "softmax": once(softmax_case, 3, 8, 10)},

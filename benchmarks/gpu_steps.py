@@ -240,7 +240,7 @@ def difference_of_trainings(
     return None
 
 
-def ensemble_case(work: Work, num_members: int, ways: list[str]) -> StepCase:
+def ensemble_case(work: Work, num_members: int) -> StepCase:
     """The mean of members' probabilities for a batch, against a loop over the models."""
     case, start = StepCase(), work.start()
     models, images = [], start.images
@@ -260,16 +260,21 @@ def ensemble_case(work: Work, num_members: int, ways: list[str]) -> StepCase:
     truth = loop()
     case.add("torch, loop", lambda: loop, lambda run: None)
     states = [model.state_dict() for model in models]
-    for how in ways:
-        ensemble = SnapshotEnsemble(models[0], states, how=how)
+    ensembles = {how: SnapshotEnsemble(models[0], states, how=how) for how in ("loop", "shared")}
+    ways = {how: lambda e=e: lambda: e(images) for how, e in ensembles.items()}
+    if work.device == "cuda":
+        ways["shared, graph"] = lambda: _graphed(ensembles["shared"], images)
+    for how, start_run in ways.items():
         with peak_memory(work.device) as peak:
-            case.add(
-                f"{OURS} {how}",
-                lambda e=ensemble: lambda: e(images),
-                lambda run: _other_probabilities(run(), truth),
-            )
+            case.add(f"{OURS} {how}", start_run, lambda run: _other_probabilities(run(), truth))
             case.peak_bytes[f"{OURS} {how}"] = peak()
     return case
+
+
+def _graphed(ensemble: SnapshotEnsemble, images: Tensor) -> Run:
+    module = ensemble.as_module(images)
+    graphed = torch.cuda.make_graphed_callables(module, (images.clone(),))
+    return lambda: graphed(images)
 
 
 def _other_probabilities(found: Tensor, truth: Tensor) -> str | None:

@@ -136,7 +136,9 @@ def vmap_of(model: nn.Module, states: Sequence[State]) -> Run:
     return lambda x: call(stacked, x).softmax(-1).mean(0)
 
 
-def rivals(model: nn.Module, states: Sequence[State], with_compile: bool) -> dict[str, Run]:
+def rivals(
+    model: nn.Module, states: Sequence[State], x: Tensor, with_compile: bool
+) -> dict[str, Run]:
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     runs: dict[str, Run] = {
         BASELINE: loop_of(model, states),
@@ -147,7 +149,8 @@ def rivals(model: nn.Module, states: Sequence[State], with_compile: bool) -> dic
     }
     if with_compile:
         runs["torch.compile of the loop"] = torch.compile(loop_of(model, states))
-        runs["fastfreeze compiled"] = SnapshotEnsemble(model, states, how="compiled")
+        module = SnapshotEnsemble(model, states).as_module(x)
+        runs["fastfreeze compiled"] = torch.compile(module)
     return runs
 
 
@@ -155,7 +158,7 @@ def rivals(model: nn.Module, states: Sequence[State], with_compile: bool) -> dic
 def measured(name: str, batch: int, arguments: argparse.Namespace) -> dict:
     x = torch.randn(batch, 3, 32, 32)
     model, states, share = members(name, arguments.members, arguments.shared, x)
-    runs = rivals(model, states, arguments.compile)
+    runs = rivals(model, states, x, arguments.compile)
     truth = loop_of(copy.deepcopy(model).double(), states)(x.double())
     wrong = {}
     for rival in list(runs):

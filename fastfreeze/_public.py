@@ -3,7 +3,7 @@
 from fastfreeze._version import __version__
 from fastfreeze.blockers import BackwardBlocker, backward_blockers
 from fastfreeze.cache import CacheStats, FeatureCache
-from fastfreeze.ensemble import MemorySnapshots, Snapshot, SnapshotEnsemble, SnapshotStore
+from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
 from fastfreeze.freezing import Layer, LayerPlan, split
 from fastfreeze.layers.freeze import FreezeScheduler
@@ -27,6 +27,7 @@ from fastfreeze.schedule import (
     Schedule,
     SnapshotCycles,
 )
+from fastfreeze.snapshots import MemorySnapshots, Snapshot, SnapshotStore
 from fastfreeze.trimming import TrimmedModel, trim
 from fastfreeze.views import RepeatableViews
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import fastfreeze
-from fastfreeze.ensemble.averaging import average_weights, greedy_soup, reestimate_norms
-from fastfreeze.ensemble.snapshots import SnapshotStore
+from fastfreeze.ensemble.average import average_weights, reestimate_norms
 from fastfreeze.errors import SnapshotError
+from fastfreeze.snapshots.store import SnapshotStore
 from tests.covering import covering
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -212,17 +212,14 @@ class TestAverageWeights:
                 average_weights([state, other])
             with pytest.raises(SnapshotError, match=message):
                 average_weights([state, other], [1, 0])
-            with pytest.raises(SnapshotError, match=message):
-                greedy_soup([state, other], lambda _: 0.0)
 
     def test_no_state_dicts(self):
-        for call in (average_weights, lambda states: greedy_soup(states, lambda _: 0.0)):
-            with pytest.raises(ValueError, match="states must hold at least one state dict, got n"):
-                call([])
-            with pytest.raises(TypeError, match=r"states\[0\] must be a state dict, got Tensor"):
-                call([torch.ones(1)])
-            with pytest.raises(TypeError, match=r"states\[1\]\['w'\] must be a tensor, got float"):
-                call([{"w": torch.ones(1)}, {"w": 1.0}])
+        with pytest.raises(ValueError, match="states must hold at least one state dict, got none"):
+            average_weights([])
+        with pytest.raises(TypeError, match=r"states\[0\] must be a state dict, got Tensor"):
+            average_weights([torch.ones(1)])
+        with pytest.raises(TypeError, match=r"states\[1\]\['w'\] must be a tensor, got float"):
+            average_weights([{"w": torch.ones(1)}, {"w": 1.0}])
 
     @pytest.mark.parametrize(
         ("weights", "error", "message"),
@@ -242,84 +239,6 @@ class TestAverageWeights:
         states = [{"w": torch.ones(1)}, {"w": torch.zeros(1)}]
         with pytest.raises(error, match=message):
             average_weights(states, weights)
-
-
-class TestGreedySoup:
-    @staticmethod
-    def away_from(target):
-        def evaluate(state):
-            return (state["w"] - torch.tensor(target)).abs().sum().item()
-
-        return evaluate
-
-    def test_by_hand(self):
-        """3 is nearest to 4; with 6 it is nearer, with 8 no more, with 1 as well no more."""
-        states = [{"w": torch.tensor([v])} for v in (8.0, 3.0, 6.0, 1.0)]
-        soup = greedy_soup(states, self.away_from([4.0]))
-        assert soup.values == (4.0, 1.0, 2.0, 3.0)
-        assert soup.indices == (1, 2)
-        assert soup.value == 0.5
-        assert soup.state["w"].item() == 4.5
-
-    def test_what_does_not_make_it_worse_is_kept(self):
-        states = [{"w": torch.tensor([v])} for v in (1.0, 3.0)]
-        soup = greedy_soup(states, lambda _: 2.0)
-        assert soup.indices == (0, 1)
-        assert soup.state["w"].item() == 2
-
-    def test_the_first_of_equal_ones_comes_first(self):
-        states = [{"w": torch.tensor([v])} for v in (5.0, 1.0, 3.0)]
-        assert greedy_soup(states, self.away_from([3.0])).indices == (2,)
-        assert greedy_soup(states[:2], self.away_from([3.0])).indices == (0, 1)
-        assert greedy_soup(states[1::-1], self.away_from([3.0])).indices == (0, 1)
-
-    def test_random_states(self):
-        for _ in range(10):
-            states = [{"w": torch.randn(31), "n": torch.tensor(m)} for m in range(6)]
-            calls, evaluate = [], self.away_from([0.0] * 31)
-
-            def counted(state, calls=calls, evaluate=evaluate):
-                calls.append(state)
-                return evaluate(state)
-
-            soup = greedy_soup(states, counted)
-            assert len(calls) == 2 * len(states) - 1
-            assert soup.value <= min(soup.values)
-            assert soup.values == tuple(evaluate(s) for s in states)
-            order = sorted(range(6), key=lambda m: soup.values[m])
-            kept = order[:1]
-            for m in order[1:]:  # the recipe once more, by numpy
-                value = evaluate({"w": plain_average([states[i]["w"] for i in [*kept, m]])})
-                if value <= evaluate({"w": plain_average([states[i]["w"] for i in kept])}):
-                    kept.append(m)
-            assert soup.indices == tuple(kept)
-            assert same(soup.state["w"], plain_average([states[m]["w"] for m in kept]))
-            assert soup.state["n"].item() == max(kept)
-            assert soup.value == evaluate(soup.state)
-
-    def test_evaluate_may_write_to_its_state(self):
-        states = [{"w": torch.full((2,), v)} for v in (1.0, 3.0)]
-
-        def evaluate(state):
-            state["w"] *= 0
-            return 0.0
-
-        assert greedy_soup(states, evaluate).state["w"].tolist() == [2.0, 2.0]
-        assert states[0]["w"].tolist() == [1.0, 1.0]
-
-    def test_a_single_state(self):
-        soup = greedy_soup([{"w": torch.tensor([7.0])}], lambda _: float("inf"))
-        assert soup.indices == (0,)
-        assert soup.state["w"].item() == 7
-
-    @pytest.mark.parametrize("value", ["low", None, torch.ones(2)], ids=repr)
-    def test_evaluate_must_return_a_number(self, value):
-        with pytest.raises(TypeError, match="evaluate must return a number, got "):
-            greedy_soup([{"w": torch.ones(1)}], lambda _: value)
-
-    def test_nan(self):
-        with pytest.raises(ValueError, match=r"got nan for the average of \[0\]"):
-            greedy_soup([{"w": torch.ones(1)}], lambda _: torch.nan)
 
 
 class TestReestimateNorms:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastfreeze.ensemble import calibration
-from fastfreeze.ensemble.calibration import TemperatureScaling, fit_temperature
-from fastfreeze.ensemble.metrics import nll
+from fastfreeze.ensemble import calibrate
+from fastfreeze.ensemble.calibrate import TemperatureScaling, fit_temperature
+from fastfreeze.ensemble.scores import nll
 from tests.covering import covering
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,9 +76,9 @@ def test_close_to_the_bounds(temperature):
 
 def test_few_evaluations(monkeypatch):
     calls = []
-    derivatives = calibration._derivatives
+    derivatives = calibrate._derivatives
     monkeypatch.setattr(
-        calibration, "_derivatives", lambda *args: calls.append(0) or derivatives(*args)
+        calibrate, "_derivatives", lambda *args: calls.append(0) or derivatives(*args)
     )
     for scale in (1e-2, 0.1, 1.0, 10.0, 60.0):
         logits, labels = sampled(100, 5, 1.0)
@@ -91,7 +91,7 @@ def test_few_evaluations(monkeypatch):
 def test_blocks_of_rows_add_up(monkeypatch, block):
     logits, labels = sampled(100, 5, 1.0)
     expected = fit_temperature(logits, labels)
-    monkeypatch.setattr(calibration, "_BLOCK", block)
+    monkeypatch.setattr(calibrate, "_BLOCK", block)
     assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-9)
 
 
@@ -149,7 +149,7 @@ REFUSED = {
         r"logits\[1\] must be finite at the label, got -inf",
     ),
     "float labels": (GOOD, Y.float(), TypeError, "labels must be .*integers"),
-    "too few labels": (GOOD, Y[:1], ValueError, r"labels must have shape \[2\]"),
+    "too few labels": (GOOD, Y[:1], ValueError, r"labels must have shape \(2,\)"),
     "label too high": (GOOD, Y + 1, ValueError, r"labels\[1\] must be in 0\.\.1, got 2"),
 }
 

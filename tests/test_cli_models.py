@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastfreeze.ensemble import SnapshotEnsemble, SnapshotStore
+from fastfreeze import SnapshotEnsemble, SnapshotStore
 from fastfreeze.recipes.networks import build_network
 from fastfreeze.recipes.rundir import RunDir
 from tests.test_cli import invoke

@@ -98,7 +98,7 @@ def members(model, batches, path):
     nn.init.constant_(other.head.weight, 0.1)
     states = [model.state_dict(), other.state_dict()]
     found = []
-    for how in ("loop", "graph", "vmap"):
+    for how in ("loop", "shared"):
         ensemble = SnapshotEnsemble(model, states, how=how)
         found += [ensemble(x).detach() for x, _ in batches]
     return found

@@ -30,6 +30,7 @@ ORDER = [
     "cache",
     "blockers",
     "report",
+    "snapshots",
     "ensemble",
     "_public",
     "integrations",

@@ -11,7 +11,6 @@ import re
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfreeze.ensemble import SnapshotEnsemble
-from fastfreeze.ensemble._members import hold_the_same, owners_of
+from fastfreeze.ensemble.members import hold_the_same, owners_of
 from fastfreeze.recipes.models import build_model
 from tests.covering import covering
 from tests.zoo import FAMILIES, build
@@ -469,7 +468,7 @@ def test_called_by_threads_at_once():
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["loop", "graph", None])
+@pytest.mark.parametrize("how", ["loop", "shared", None])
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2)])
 def test_members_that_need_gradients_lose_none(how, which):
     ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3), how=how)
@@ -528,20 +527,15 @@ UNLIKE = (other_activation, other_eps, other_head)
 CHANGES = [append, remove, swap, renew, *UNLIKE]
 
 
-@pytest.mark.parametrize("how", [None, "vmap"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("first_called", [False, True])
-def test_members_that_are_changed(how, change, first_called):
-    """The next call is right, or says why it cannot be."""
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks"), 3), how=how)
+def test_members_that_are_changed(change, first_called):
+    """The next call is right."""
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks"), 3))
     x = torch.randn(2, 3, 6, 6)
     if first_called:
         assert_right(ensemble, x)
     change(ensemble)
-    if how == "vmap" and change in UNLIKE:
-        with pytest.raises(ValueError, match="how='vmap' cannot run: member 1 differs"):
-            ensemble(x)
-        return
     assert_right(ensemble, x)
     if change in UNLIKE:
         assert "one by one: member 1 differs from the first in" in ensemble.plan
@@ -644,7 +638,7 @@ BODIES = {
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_modules_that_hold_tensors_in_their_own_way(body):
-    """They are shared where frozen, run once, exported, run in a batch or say why not, and load."""
+    """They are shared where frozen, run once, exported, and load."""
 
     def make():
         return Sequences(body())
@@ -657,11 +651,6 @@ def test_modules_that_hold_tensors_in_their_own_way(body):
     again = body is Listing  # what is read elsewhere too is each member's own
     assert len(in_common) == len(list(ensemble.members[0].body.parameters())) + 2 * again
     torch.testing.assert_close(ensemble.as_module(x)(x[:2]), ensemble(x[:2]))
-    ensemble.how = "vmap"
-    refusal = {Listing: r"body\.read holds a parameter", Guarded: "_thread.lock"}.get(body)
-    with pytest.raises(ValueError, match=refusal) if refusal else nullcontext():
-        assert_right(ensemble, x)
-    ensemble.how = None
     with torch.no_grad():
         for p in ensemble.members[1].body.parameters():
             p.mul_(1.5)

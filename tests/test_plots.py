@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -11,8 +10,8 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from fastfreeze.ensemble.metrics import disagreement, expected_calibration_error
-from fastfreeze.ensemble.plots import diversity_plot, reliability_diagram
+from fastfreeze.ensemble.plots import reliability_diagram
+from fastfreeze.ensemble.scores import expected_calibration_error
 
 
 @pytest.fixture(autouse=True)
@@ -87,62 +86,27 @@ def test_every_color_of_the_reliability_diagram_is_in_its_legend():
         assert {bar.get_facecolor()[:3] for bar in bars(ax, label)} == {color[:3]}
 
 
-def test_the_numbers_of_the_diversity_plot():
-    matrix = disagreement(torch.randn(3, 40, 5).softmax(-1))
-    ax = diversity_plot(matrix, errors=[0.1, 0.25, 0.5])
-    found = {text.get_position(): text.get_text() for text in ax.texts}
-    expected = {(j, i): f"{100 * matrix[i, j]:.1f}" for i in range(3) for j in range(3)}
-    assert found == expected
-    assert torch.equal(torch.as_tensor(ax.images[0].get_array()), matrix)
-    labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels == ["member 0\nerror 10.00%", "member 1\nerror 25.00%", "member 2\nerror 50.00%"]
-    ax.figure.canvas.draw()
-
-
-def test_members_that_never_differ():
-    ax = diversity_plot(torch.zeros(2, 2))
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["member 0", "member 1"]
-    assert ax.images[0].get_clim() == (0, 1)
-
-
-PLOTS = {
-    "reliability": lambda ax=None: reliability_diagram(*predictions(20), ax=ax),
-    "diversity": lambda ax=None: diversity_plot(torch.zeros(2, 2), ax=ax),
-}
-every_plot = pytest.mark.parametrize("plot", PLOTS.values(), ids=PLOTS)
-
-
-@every_plot
-def test_no_figure_but_the_callers(plot):
+def test_no_figure_but_the_callers():
     figure, (left, right) = plt.subplots(1, 2)
-    assert plot(ax=right) is right
+    assert reliability_diagram(*predictions(20), ax=right) is right
     assert plt.get_fignums() == [figure.number]
     assert not left.has_data()
     plt.close(figure)
-    ax = plot()
+    ax = reliability_diagram(*predictions(20))
     assert plt.get_fignums() == [ax.figure.number]
 
 
 Y = torch.tensor([0, 1])
-MATRIX = torch.zeros(2, 2)
 REFUSED = {
-    "logits": (reliability_diagram, (torch.eye(2) * 2, Y), "probabilities.* must sum to 1"),
-    "labels": (reliability_diagram, (torch.eye(2), Y + 1), "labels.* must be in 0..1, got 2"),
-    "a list": (diversity_plot, ([[0.0]],), "disagreement_matrix must be a .* got list"),
-    "integers": (diversity_plot, (MATRIX.long(),), "floating-point tensor, got torch.int64"),
-    "not square": (diversity_plot, (torch.ones(2, 3),), r"\[M, M\], M >= 1, got \(2, 3\)"),
-    "empty": (diversity_plot, (MATRIX[:0, :0],), r"\[M, M\], M >= 1, got \(0, 0\)"),
-    "percent": (diversity_plot, (MATRIX + 50,), "matrix must be in 0..1, got 50.0"),
-    "nan": (diversity_plot, (MATRIX * math.nan,), "matrix must be in 0..1, got nan"),
-    "too few errors": (diversity_plot, (MATRIX, [0.1]), "errors must be 2 numbers, got 1"),
-    "errors in percent": (diversity_plot, (MATRIX, [0.1, 5]), r"errors must be in 0..1, got \[0"),
+    "logits": ((torch.eye(2) * 2, Y), "probabilities.* must sum to 1"),
+    "labels": ((torch.eye(2), Y + 1), "labels.* must be in 0..1, got 2"),
 }
 
 
-@pytest.mark.parametrize(("plot", "arguments", "match"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused_leaves_no_figure(plot, arguments, match):
-    with pytest.raises((TypeError, ValueError), match=match):
-        plot(*arguments)
+@pytest.mark.parametrize(("arguments", "match"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_leaves_no_figure(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        reliability_diagram(*arguments)
     assert plt.get_fignums() == []
 
 
@@ -152,12 +116,11 @@ def test_refused_bins():
     assert plt.get_fignums() == []
 
 
-@every_plot
-def test_without_matplotlib_the_error_names_the_extra(plot, monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r'pip install "fastfreeze\[train\]"'):
-        plot()
+        reliability_diagram(*predictions(20))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastfreeze.ensemble.metrics import error_rate, nll
+from fastfreeze.ensemble.scores import error_rate, nll
 from fastfreeze.ensemble.selection import Selection, last_k_curve, select_members
 from tests.covering import covering
 
@@ -219,7 +219,7 @@ def test_bad_arguments(call):
         call(members[:, :0], labels[:0])
     with pytest.raises(TypeError, match=r"members\[1\] must be a floating-point .* torch\.int64"):
         call([members[0], labels], labels)
-    with pytest.raises(ValueError, match=r"labels must have shape \[4\] on cpu, got \[3\]"):
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\) on cpu, got \(3,\)"):
         call(members, labels[:3])
     with pytest.raises(ValueError, match=r"labels\[2\] must be in 0\.\.4, got 5"):
         call(members, torch.tensor([0, 1, 5, 2]))

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastfreeze.ensemble import SnapshotStore
 from fastfreeze.freezing import split
 from fastfreeze.recipes import rundir as rundir_module
 from fastfreeze.recipes import runs
@@ -27,6 +26,7 @@ from fastfreeze.recipes.tables import results_table
 from fastfreeze.recipes.train import TrainConfig
 from fastfreeze.recipes.training import plain_sgd, predict, set_up, train_epoch
 from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, from_config
+from fastfreeze.snapshots import SnapshotStore
 from tests.killed import untimed
 
 CPU = torch.device("cpu")

@@ -16,13 +16,6 @@ from fastfreeze.ops.reference import sum_dtype
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by name
 
 
-def check_count(name: str, value: int, minimum: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= {minimum}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
-
-
 def call_and_labels(label: str, batch: Any) -> tuple[Call, Any]:
     """How a model is called on a batch, and the batch's labels; None if it has none.
 

@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from fastfreeze.ensemble._checks import logits_of
-from fastfreeze.ensemble._members import CannotCopyError, Owners, copy_of
 from fastfreeze.ensemble.graphs.dataflow import Dataflow, called_name, draws_random_numbers
-from fastfreeze.ensemble.graphs.fold import CannotFoldError, Folded, fold
-from fastfreeze.ensemble.graphs.rewrite import Piece, Program, compiled
+from fastfreeze.ensemble.graphs.fold import CannotFoldError, fold
+from fastfreeze.ensemble.graphs.program import Program, copied
 from fastfreeze.ensemble.graphs.trace import IN_PLACE_FUNCTIONS, Trace
+from fastfreeze.ensemble.members import CannotCopyError, Owners, copy_of
 from fastfreeze.ops._softmax_arguments import classes_back, classes_last
 from fastfreeze.ops.reference import softmax_add_reference
 
@@ -80,13 +80,8 @@ def merged_module(merged: Merged, ensemble: nn.Module) -> nn.Module:
         raise CannotMergeError(error) from error
 
 
-def write_merged(merged: Merged) -> Program:
-    """The graph as a function of the module that holds ``members``, and then its placeholders."""
-    return Program(compiled(merged.graph))
-
-
-def fold_merged(merged: Merged, ensemble: nn.Module, metas: Mapping[str, Any]) -> Folded:
-    """As :func:`write_merged`, with norms folded into convolutions and so on.
+def fold_merged(merged: Merged, ensemble: nn.Module, metas: Mapping[str, Any]) -> Program:
+    """The graph as a function of ``ensemble``, with norms folded into convolutions and so on.
 
     Args:
         ensemble: holds ``members``.
@@ -98,8 +93,7 @@ def fold_merged(merged: Merged, ensemble: nn.Module, metas: Mapping[str, Any]) -
     if any(map(_is_random, merged.graph.nodes)):
         raise CannotFoldError("the model draws random numbers")
     known = {written: metas[name] for written, name in merged.origins.items() if name in metas}
-    nodes = [n for n in merged.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    return fold(Piece(Dataflow(merged.graph, ensemble), nodes, [], [], known))
+    return fold(Dataflow(merged.graph, ensemble), known)
 
 
 Leaders = dict[fx.Node, tuple[int, ...]]  # for each member, the member whose node stands for its
@@ -204,8 +198,7 @@ def _write(flow: Dataflow, leaders: Leaders, count: int) -> Merged:
             if node.op == "output":
                 graph.call_function(_taken, (take, map_arg(node.args[0], now)))
             elif node.op != "placeholder" and leaders[node][m] == m:
-                written = copies[node, m] = graph.node_copy(node, now)
-                written.type = None
+                written = copies[node, m] = copied(graph, node, now)
                 if node.op in ("call_module", "get_attr"):
                     written.target = f"members.{m}.{node.target}"
                 origins[written.name] = node.name

@@ -1,15 +1,14 @@
-"""Pictures of an ensemble's calibration and of how much its members differ."""
+"""A picture of calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble._checks import check_count
-from fastfreeze.ensemble.metrics import confidence_and_correct, ece_of_rows, sums_in_bins
+from fastfreeze.ensemble.scores import confidence_and_correct, ece_of_rows, sums_in_bins
+from fastfreeze.snapshots.base import check_count
 from fastfreeze.text import human_count
 
 if TYPE_CHECKING:
@@ -78,63 +77,6 @@ def reliability_diagram(
     ax.set_title(f"ECE {error:.4f}, {len(confidence):,} rows; paler: fewer rows", fontsize="medium")
     ax.legend(handles=legend, loc="upper left", fontsize="small")
     return ax
-
-
-def diversity_plot(
-    disagreement_matrix: Tensor, errors: Sequence[float] | None = None, ax: Axes | None = None
-) -> Axes:
-    """Draw on how many rows each two members differ, as a heat map with numbers in percent.
-
-    Args:
-        disagreement_matrix: [M, M], floating point, M >= 1, shares in 0..1, as
-            :func:`~fastfreeze.ensemble.disagreement` and
-            :attr:`~fastfreeze.ensemble.EnsembleEvaluation.disagreement` give them.
-        errors: the members' M error rates in 0..1, for their labels.
-        ax: where to draw. None: a new pyplot figure, which is the caller's to show and to close.
-
-    Returns:
-        The axes.
-
-    Raises:
-        TypeError, ValueError: ``disagreement_matrix`` or ``errors`` are not such.
-        ImportError: matplotlib is not installed.
-    """
-    shares = _checked_shares(disagreement_matrix)
-    names = [f"member {m}" for m in range(len(shares))]
-    if errors is not None:
-        if len(errors) != len(shares):
-            raise ValueError(f"errors must be {len(shares)} numbers, got {len(errors)}")
-        if not all(0 <= error <= 1 for error in errors):
-            raise ValueError(f"errors must be in 0..1, got {list(errors)}")
-        names = [
-            f"{name}\nerror {100 * error:.2f}%" for name, error in zip(names, errors, strict=True)
-        ]
-    ax = _axes(ax)
-    most = shares.max().item()
-    ax.imshow(shares.tolist(), cmap="Blues", vmin=0, vmax=most or 1)
-    for i, row in enumerate(shares.tolist()):
-        for j, share in enumerate(row):
-            color = "white" if share > most / 2 else "black"
-            ax.text(j, i, f"{100 * share:.1f}", ha="center", va="center", color=color)
-    ax.set_xticks(range(len(names)), [str(m) for m in range(len(names))])
-    ax.set_yticks(range(len(names)), names)
-    ax.set_title("rows on which two members differ, %")
-    return ax
-
-
-def _checked_shares(matrix: Tensor) -> Tensor:
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        found = getattr(matrix, "dtype", type(matrix).__name__)
-        raise TypeError(f"disagreement_matrix must be a floating-point tensor, got {found}")
-    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or matrix.numel() == 0:
-        shape = tuple(matrix.shape)
-        raise ValueError(f"disagreement_matrix must have shape [M, M], M >= 1, got {shape}")
-    shares = matrix.detach().cpu().to(torch.float64)
-    outside = ~((shares >= 0) & (shares <= 1))  # NaN too
-    if outside.any():
-        found = shares[outside][0].item()
-        raise ValueError(f"disagreement_matrix must be in 0..1, got {found}")
-    return shares
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -10,8 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble._checks import check_count
-from fastfreeze.ensemble.metrics import check_like_first, checked_predictions, nll_of_rows
+from fastfreeze.ensemble.scores import check_like_first, check_members, checked_predictions
+from fastfreeze.ops.reference import nll_reference
+from fastfreeze.snapshots.base import check_count
 
 Metric = Literal["nll", "error"]
 
@@ -138,10 +139,7 @@ class _Scored:
     """
 
     def __init__(self, members: Tensor | Sequence[Tensor], labels: Tensor, metric: Metric) -> None:
-        if isinstance(members, Tensor) and members.dim() != 3:
-            raise ValueError(f"members must have shape [M, B, C], got {tuple(members.shape)}")
-        if len(members) == 0:
-            raise ValueError("members must hold at least one member, got none")
+        check_members(members)
         if metric not in get_args(Metric):
             raise ValueError(f"metric must be one of {get_args(Metric)}, got {metric!r}")
         for m, member in enumerate(members):
@@ -168,6 +166,6 @@ class _Scored:
         mean, dtype = total / count, self._members[0].dtype
         if self._metric == "nll":
             labels = torch.zeros_like(self._labels)
-            return (nll_of_rows(mean, labels, dtype).mean().item(),)
+            return (nll_reference(mean, labels, dtype).mean().item(),)
         error = (mean.argmax(-1) != self._labels).double().mean().item()
-        return (error, nll_of_rows(mean, self._labels, dtype).mean().item())
+        return (error, nll_reference(mean, self._labels, dtype).mean().item())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fastfreeze.ensemble import Snapshot
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.optim import FusedOptimizer
 from fastfreeze.report import FreezeReport
+from fastfreeze.snapshots import Snapshot
 
 
 def log_step(writer: Any, optimizer: FusedOptimizer | FreezeScheduler) -> None:

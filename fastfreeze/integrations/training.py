@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from fastfreeze.ensemble import MemorySnapshots, SnapshotStore
 from fastfreeze.errors import warn
 from fastfreeze.freezing import LayerPlan
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Schedule
+from fastfreeze.snapshots import MemorySnapshots, SnapshotStore
 from fastfreeze.trimming import trim
 
 Store = SnapshotStore | MemorySnapshots

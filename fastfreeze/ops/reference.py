@@ -176,6 +176,19 @@ def entropy_reference(probabilities: Tensor) -> Tensor:
     return terms.sum(-1).clamp(min=0)
 
 
+def mutual_information_reference(entropy: Tensor, member_entropy: Tensor) -> Tensor:
+    """What of a mean's entropy is disagreement of the members, whose own has this mean."""
+    return (entropy - member_entropy).clamp(min=0)
+
+
+def nll_reference(probabilities: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of probabilities [..., C] that were computed in ``dtype``, whose smallest is the floor.
+
+    NaN for a label that is no class.
+    """
+    return -of_label_reference(probabilities, labels).clamp(min=torch.finfo(dtype).tiny).log()
+
+
 @torch.no_grad()
 def ensemble_statistics_reference(
     members: Sequence[Tensor],
@@ -196,7 +209,7 @@ def ensemble_statistics_reference(
             label_logs.append(of_label_reference(p_log, labels) + log_weight(w))
     max_probability, argmax = mean.max(-1)
     entropy = entropy_reference(mean)
-    mutual_information = (entropy - member_entropy).clamp(min=0)
+    mutual_information = mutual_information_reference(entropy, member_entropy)
     nll = -torch.logsumexp(torch.stack(label_logs), dim=0) if label_logs else mean.new_empty(0)
     probabilities = mean.to(members[0].dtype)
     return probabilities, max_probability, argmax, entropy, mutual_information, nll

@@ -34,7 +34,8 @@ from fastfreeze.ops.reference import (
     ensemble_softmax_reference,
     ensemble_statistics_reference,
     entropy_reference,
-    of_label_reference,
+    mutual_information_reference,
+    nll_reference,
     scaled_reference,
     softmax_add_reference,
     sum_dtype,
@@ -294,17 +295,13 @@ class EnsembleAverage:
         assert self._entropy is not None
         max_probability, argmax = mean.max(-1)
         entropy = entropy_reference(mean)
-        nll = None
-        if classes is not None:
-            tiny = torch.finfo(mean.dtype).tiny
-            nll = -of_label_reference(mean, classes).clamp(min=tiny).log()
         return EnsembleStatistics(
             probabilities=classes_back(mean.to(self._dtype), self._dim),
             max_probability=max_probability,
             argmax=argmax,
             entropy=entropy,
-            mutual_information=(entropy - self._entropy / self._weight).clamp(min=0),
-            nll=nll,
+            mutual_information=mutual_information_reference(entropy, self._entropy / self._weight),
+            nll=None if classes is None else nll_reference(mean, classes, mean.dtype),
         )
 
 

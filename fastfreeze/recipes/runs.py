@@ -15,7 +15,6 @@ from fastfreeze.cache import FeatureCache
 from fastfreeze.ensemble import (
     PredictionScores,
     SnapshotEnsemble,
-    SnapshotStore,
     error_rate,
     evaluate,
     expected_calibration_error,
@@ -42,6 +41,7 @@ from fastfreeze.recipes.training import (
 )
 from fastfreeze.recipes.weights import load_weights
 from fastfreeze.schedule import SnapshotCycles
+from fastfreeze.snapshots import SnapshotStore
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,26 @@
-"""The frozen prefix with its norms folded away, in the layout that convolutions like best.
+"""A graph of members in eval mode with its norms folded away, in the convolutions' best layout.
 
-A frozen norm is a scale and a shift per channel. Behind a convolution that nothing else reads they
-move into its weight and bias; elsewhere they are applied in one pass with the ReLU that follows,
+A norm is a scale and a shift per channel. Behind a convolution that nothing else reads they move
+into its weight and bias; elsewhere they are applied in one pass with the ReLU that follows,
 straight from the parts of a ``cat`` in front. Sums of a convolution and a shortcut, and the ReLU
 behind, are made by the convolution itself. Whether and how a node is folded depends on the graph
-and on an image's shape alone, never on the batch or a measurement: a resumed run computes the same
-bits.
+and on an image's shape alone, never on the batch or a measurement.
 
-Folded weights are copies. :meth:`Folded.fits` tells whether they are still those of the model.
+Folded weights are copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastfreeze.ensemble.graphs.dataflow import called_name, minds_layout
-from fastfreeze.ensemble.graphs.held import Held, HeldState
-from fastfreeze.ensemble.graphs.rewrite import (
-    Piece,
-    Program,
-    compiled,
-    eval_copy,
-    hand_over,
-    placeholders,
-)
+from fastfreeze.ensemble.graphs.dataflow import Dataflow, called_name, minds_layout
+from fastfreeze.ensemble.graphs.program import Program, copied, written
+from fastfreeze.trimming.folds import Norm
 from fastfreeze.trimming.operations import Affine, Convolution, may_take_winograd
 
 
@@ -36,42 +28,18 @@ class CannotFoldError(Exception):
     """Nothing can be folded; the message says why."""
 
 
-def check_unchanged(times: float) -> None:
-    """CannotFoldError unless values change by at most what rounding may: ``times`` <= 1 of it."""
-    if not times <= 1:
-        raise CannotFoldError(f"folding changes values by {times:.1e} times what rounding may")
-
-
-class Folded:
-    """A program for a part of the frozen prefix, and what it was made from.
-
-    Attributes:
-        program: as :func:`fastfreeze.ensemble.graphs.rewrite.write_piece` gives it.
-        has_weights: whether it holds weights of its own, and does not read the model's alone.
-    """
-
-    def __init__(self, program: Program, modules: Sequence[nn.Module]) -> None:
-        self.program = program
-        self.has_weights = bool(modules)
-        self._made_from = HeldState(Held(modules))
-
-    def fits(self) -> bool:
-        """Whether no weight, statistic or attribute has been written to or replaced since."""
-        return self._made_from.lasts()
-
-
-def fold(piece: Piece, dtype: torch.dtype | None = None) -> Folded:
-    """A piece, folded.
+@torch.no_grad()
+def fold(flow: Dataflow, metas: Mapping[str, Any]) -> Program:
+    """A graph without a value, folded.
 
     Args:
-        piece: what is to run.
-        dtype: of the convolutions; None for their own.
+        flow: of the graph.
+        metas: nodes' values, by name, on the meta device.
 
     Raises:
         CannotFoldError: there is no convolution, or something writes in place to what others read.
     """
-    folder = _Folder(piece, dtype)
-    return Folded(folder.program(), folder.folded)
+    return _Folder(flow, metas).program()
 
 
 @dataclass(frozen=True)
@@ -115,22 +83,17 @@ _Value = fx.Node | _Cat | _Affine | _Convolution
 class _Folder:
     """Copies nodes in order; what one reader alone reads waits for what that makes of it."""
 
-    def __init__(self, piece: Piece, dtype: torch.dtype | None) -> None:
-        self.folded: list[nn.Module] = []
-        self._dtype = dtype
-        self._flow, self._metas = piece.flow, piece.metas
-        self._nodes, self._results = piece.nodes, piece.results
-        if not any(self._calls_module(node, nn.Conv2d) for node in piece.nodes):
+    def __init__(self, flow: Dataflow, metas: Mapping[str, Any]) -> None:
+        self._flow, self._metas = flow, metas
+        if not any(self._calls_module(node, nn.Conv2d) for node in flow.graph.nodes):
             raise CannotFoldError("there is no convolution")
         self._graph = fx.Graph()
         self._values: dict[fx.Node, _Value] = {}
-        self._values |= placeholders(self._graph, piece.flow.graph, piece.given)
 
     def program(self) -> Program:
-        for node in self._nodes:
+        for node in self._flow.graph.nodes:
             self._values[node] = self._value(node)
-        hand_over(self._graph, {node: self._now(node) for node in self._results})
-        return Program(compiled(self._graph))
+        return written(self._graph)
 
     def _value(self, node: fx.Node) -> _Value:
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
@@ -140,8 +103,8 @@ class _Folder:
         if value is not None:
             return value
         if minds_layout(node):  # and was written for this one
-            return eval_copy(self._graph, node, self._contiguous)
-        return eval_copy(self._graph, node, self._now)
+            return copied(self._graph, node, self._contiguous)
+        return copied(self._graph, node, self._now)
 
     def _image(self, node: fx.Node, first: fx.Node | None) -> _Value | None:
         """The value of a node that gives images, if it is of a kind that can be folded."""
@@ -159,7 +122,7 @@ class _Folder:
     def _cat(self, node: fx.Node) -> _Value:
         tensors, *dims = (*node.args, *node.kwargs.values())
         if dims not in ([1], [-3]) or not isinstance(tensors, (tuple, list)):
-            return eval_copy(self._graph, node, self._now)
+            return copied(self._graph, node, self._now)
         parts: list[fx.Node] = []
         for source in cast(Sequence[fx.Node], tensors):
             x = self._values[source]
@@ -167,10 +130,9 @@ class _Folder:
         return _Cat(tuple(parts))
 
     def _convolution(self, module: nn.Conv2d, source: fx.Node) -> _Convolution:
-        self.folded.append(module)
         x, affine = self._values[source], None
         if isinstance(x, _Affine) and x.relu and isinstance(x.x, fx.Node):
-            fits = may_take_winograd(module) and self._dtype is None and self._read_once(source)
+            fits = may_take_winograd(module) and self._read_once(source)
             affine = x if fits else None
         return _Convolution(
             module,
@@ -178,25 +140,21 @@ class _Folder:
             affine,
             module.weight.detach().double(),
             None if module.bias is None else module.bias.detach().double(),
-            self._dtype or module.weight.dtype,
+            module.weight.dtype,
         )
 
     def _norm(self, module: nn.BatchNorm2d, source: fx.Node) -> _Value:
-        self.folded.append(module)
-        assert module.running_mean is not None
-        assert module.running_var is not None
-        scale = (module.running_var.double() + module.eps).rsqrt()
-        shift = -module.running_mean.double() * scale
-        if module.affine:
-            weight, bias = module.weight.detach().double(), module.bias.detach().double()
-            scale, shift = weight * scale, weight * shift + bias
+        mean, var = module.running_mean, module.running_var
+        assert mean is not None
+        assert var is not None
+        scale, shift = Norm(mean, var, module.weight, module.bias, module.eps).affine()
         x = self._values[source]
         if isinstance(x, _Convolution) and self._waits(source):
             x.weight = x.weight * scale[:, None, None, None]
             x.bias = shift if x.bias is None else x.bias * scale + shift
             return x
         parts = x if isinstance(x, _Cat) else self._now(source)
-        return _Affine(parts, scale, shift, module.running_mean.dtype)
+        return _Affine(parts, scale, shift, mean.dtype)
 
     def _relu(self, source: fx.Node) -> _Value:
         x = self._values[source]
@@ -216,7 +174,7 @@ class _Folder:
                 if _alike(self._metas.get(source.name), self._metas.get(other.name)):
                     x.residual = self._now(other)
                     return x
-        return eval_copy(self._graph, node, self._now)
+        return copied(self._graph, node, self._now)
 
     def _now(self, node: fx.Node) -> fx.Node:
         """The copy of a node whose value is needed."""
@@ -244,11 +202,11 @@ class _Folder:
         return open_ended and self._read_once(node)
 
     def _read_once(self, node: fx.Node) -> bool:
-        return len(node.users) == 1 and node not in self._results
+        return len(node.users) == 1
 
     def _is_passed_on(self, node: fx.Node) -> bool:
         """Whether a value has no other reader and no other name, so that writing to it is safe."""
-        if node not in self._nodes or not self._read_once(node):
+        if not node.op.startswith("call_") or not self._read_once(node):
             return False
         flow = self._flow
         if flow.storages[node] == {node}:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,22 +23,6 @@ _SCALARS = (bool, int, float, complex, str, bytes)
 def autocasts(values: Sequence[Any]) -> bool:
     """Whether autocast is on, on a device of a tensor among ``values``."""
     return any(torch.is_autocast_enabled(v.device.type) for v in values if isinstance(v, Tensor))
-
-
-def call_in_eval(call: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``call(*args, **kwargs)`` while ``module`` and all in it are in eval mode.
-
-    The flags change for this call only, so that a module shared with the trainable part, a call
-    of ``train()`` and a thaw need no further care.
-    """
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        return call(*args, **kwargs)
-    finally:
-        for m in training:
-            m.training = True
 
 
 class Held:

@@ -10,13 +10,10 @@ refused.
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from functools import wraps
-from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -120,7 +117,7 @@ def trace(model: nn.Module, pattern: CallPattern) -> Trace:
     with preserved(model) as before, torch.enable_grad(), _custom_functions_refused():
         tracer, reads = _Tracer(model, pattern), AttributeReads()
         try:
-            with _Factories(tracer), _kept_whole(model, tracer), reads.recorded():
+            with _Factories(tracer), reads.recorded():
                 graph = tracer.trace(model)
         except UntraceableError:
             raise
@@ -257,19 +254,6 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> Proxy:
         return _Value(node, self)
 
-    def recorded(self, function: FunctionType) -> Callable[..., Any]:
-        """``function``, made a node where it is given a recorded value."""
-
-        @wraps(function)
-        def record(*args: Any, **kwargs: Any) -> Any:
-            values = (*args, *kwargs.values())
-            modules = any(isinstance(a, nn.Module) for a in values)
-            if any(isinstance(a, Proxy) for a in values) and not modules:
-                return self.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return record
-
     def _recorded_dict(self, value: Any) -> fx.Node:
         if is_dataclass(value):
             given = {f.name: getattr(value, f.name) for f in fields(value)}
@@ -318,40 +302,6 @@ def _autocast_state() -> tuple[Any, ...]:
         (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
         for d in (d.type if isinstance(d, torch.device) else d for d in devices if d)
     )
-
-
-@contextmanager
-def _kept_whole(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
-    """Record Python functions with an argument ``training`` instead of tracing through them.
-
-    Found are those that a forward finds in its globals or in a module (not torch) that is there,
-    and torchvision's.
-    """
-    scopes = [vars(sys.modules["torchvision.ops"])] if "torchvision.ops" in sys.modules else []
-    for module in model.modules():
-        if module is model or not is_leaf(module):
-            scopes += _scopes(getattr(type(module).forward, "__globals__", {}))
-    found = [
-        (scope, name, value)
-        for scope in {id(scope): scope for scope in scopes}.values()
-        for name, value in scope.items()
-        if isinstance(value, FunctionType)
-        and "training" in value.__code__.co_varnames[: value.__code__.co_argcount]
-    ]
-    for scope, name, function in found:
-        scope[name] = tracer.recorded(function)
-    try:
-        yield
-    finally:
-        for scope, name, function in found:
-            scope[name] = function
-
-
-def _scopes(names: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield names
-    for value in names.values():
-        if isinstance(value, ModuleType) and value.__name__.split(".")[0] != "torch":
-            yield vars(value)
 
 
 @contextmanager

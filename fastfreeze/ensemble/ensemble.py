@@ -5,29 +5,29 @@ Source of the method: Snapshot Ensembles (Huang et al., ICLR 2017).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastfreeze.ensemble._checks import (
-    check_count,
     check_no_arrays,
     logits_of,
     warn_of_probabilities,
 )
-from fastfreeze.ensemble._members import new_member, share, unshare
-from fastfreeze.ensemble._states import last_of, load_into
 from fastfreeze.ensemble.graphs.trace import UntraceableError
-from fastfreeze.ensemble.memory import MemorySnapshots
-from fastfreeze.ensemble.plans import MAX_KEPT, Key, Plan, make_plan, one_by_one
-from fastfreeze.ensemble.snapshots import SnapshotStore
-from fastfreeze.ensemble.ways import WAYS, Measured, Stacked, Way, checked_way, measure, on_streams
+from fastfreeze.ensemble.members import new_member, share, unshare
+from fastfreeze.ensemble.run import MAX_KEPT, Key, Plan, make_plan, one_by_one
+from fastfreeze.execution import preserved
 from fastfreeze.ops._softmax_arguments import check_logits
 from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
+from fastfreeze.snapshots.base import check_count, last_of, load_into
+from fastfreeze.snapshots.memory import MemorySnapshots
+from fastfreeze.snapshots.store import SnapshotStore
 
+How = Literal["loop", "shared"]
 _Take = Callable[[Any], None]
 
 
@@ -40,8 +40,8 @@ class SnapshotEnsemble(nn.Module):
     What they compute from the same values runs once too (:attr:`plan` tells how much); a write to
     a member's tensors is noticed at the next call, except through ``.data``. The first call of a
     kind (of these arguments and image size; any batch size) traces the model, and runs members to
-    compare, which is for one thread alone: make it before several threads call at once; for CUDA
-    graphs of each batch size. If the first outputs ever are probabilities, it warns.
+    compare, which is for one thread alone: make it before several threads call at once. If the
+    first outputs ever are probabilities, it warns.
 
     Args:
         model: a model of the snapshots' architecture, of whatever weights, which is copied and not
@@ -51,19 +51,13 @@ class SnapshotEnsemble(nn.Module):
         last: use only so many, the latest. Early snapshots of short cycles can hurt.
         dim: the dimension of the classes in the model's output, 1 for [B, C, H, W]. None: the last,
             of outputs of up to three dimensions; of more it has to be given.
-        how: in which way members run, see below.
+        how: "shared": as one graph, in which what members have in common runs once; "loop": one
+            after the other, each by itself. None: the graph where there is one, else the loop.
         fold: fold norms into convolutions, and so on, as :func:`fastfreeze.trim` does: faster, and
             equal up to rounding. False: the bits of the members called one by one.
 
     Attributes:
-        fold: as above; may be set.
-        how: in which way members run. "loop": one after the other, each by itself; "graph": as one
-            graph; "vmap": all in one batched call, for batches of few samples; "compiled": the
-            graph by ``torch.compile``, which does not look for NaN; and on a CUDA device "streams":
-            each by itself, in a stream of its own, beside the others; "cuda_graph": the graph,
-            captured anew for each shape, which does not look for NaN and gives inputs no gradient.
-            None: the graph where there is one, else the loop. May be set, and :meth:`choose` sets
-            it.
+        fold, how: as above; may be set.
 
     Raises:
         TypeError: one of ``snapshots`` is not a state dict; ``model`` cannot be copied, or is not
@@ -81,10 +75,10 @@ class SnapshotEnsemble(nn.Module):
         last: int | None = None,
         dim: int | None = None,
         fold: bool = True,
-        how: Way | None = None,
+        how: How | None = None,
     ) -> None:
         super().__init__()
-        checked_way(how)
+        _check_how(how)
         chosen = snapshots if last is None else last_of("last", last, tuple(snapshots))
         self.members = nn.ModuleList()
         with torch.inference_mode(False):  # else writes to the tensors would go unnoticed
@@ -97,7 +91,6 @@ class SnapshotEnsemble(nn.Module):
             share(list(self.members))
         self.fold, self.how, self.dim = fold, how, dim
         self._looked = False
-        self._stacked: Stacked | None = None
         self._plans: dict[Key, Plan] = {}
         self._text = f"{len(self.members)} members, not called yet"
 
@@ -111,7 +104,7 @@ class SnapshotEnsemble(nn.Module):
         members: Iterable[int] | None = None,
         dim: int | None = None,
         fold: bool = True,
-        how: Way | None = None,
+        how: How | None = None,
     ) -> SnapshotEnsemble:
         """The ensemble of a store's snapshots, or of its ``last`` ones.
 
@@ -149,12 +142,9 @@ class SnapshotEnsemble(nn.Module):
         Raises:
             TypeError, ValueError: the model's output is not what
                 :func:`~fastfreeze.ensemble_softmax` takes.
+            ValueError: ``how`` is "shared" and the members cannot be one graph; the message says
+                why.
         """
-        if self.how in ("compiled", "cuda_graph") and not torch.compiler.is_compiling():
-            plan, tensors = self._plan_of_module(inputs, keywords)
-            if self.how == "compiled":
-                return plan.compiled(self)(*tensors)
-            return plan.captured(self, tensors)(tensors)
         average = EnsembleAverage(dim=self.dim)
         logits: list[Tensor] = []
         # A strict export takes no change of grad mode, which the running average makes.
@@ -185,8 +175,9 @@ class SnapshotEnsemble(nn.Module):
     def as_module(self, *inputs: Any, **keywords: Any) -> nn.Module:
         """The ensemble as it is now, as one graph of plain torch operations.
 
-        For ``torch.compile``, ``torch.export``, ONNX and serving: these cannot see which members
-        are equal, and would run all of each. What the members share runs once in it too.
+        For ``torch.compile``, ``torch.export``, ONNX, ``torch.cuda.make_graphed_callables`` and
+        serving: these cannot see which members are equal, and would run all of each. What the
+        members share runs once in it too.
 
         Args:
             inputs, keywords: an example of what it will be called with; tensors stand for any of
@@ -200,8 +191,12 @@ class SnapshotEnsemble(nn.Module):
             ValueError: the members cannot be had as one graph; the message says why.
             TypeError, ValueError: as from :meth:`forward`, for this example.
         """
-        plan, _ = self._plan_of_module(inputs, keywords)
-        return plan.module(self)
+        check_no_arrays("inputs", [*inputs, *keywords.values()])
+        plan, _ = self._plan(inputs, keywords)
+        module = plan.module(self)
+        with preserved(self.members), torch.no_grad():  # which looks at the outputs
+            self._run(lambda _: None, *tree_map_only(Tensor, torch.clone, (inputs, keywords)))
+        return module
 
     def train(self, mode: bool = True) -> SnapshotEnsemble:
         """Set the flag ``training``; the members stay in eval mode."""
@@ -209,76 +204,23 @@ class SnapshotEnsemble(nn.Module):
         self.members.eval()
         return self
 
-    @torch.no_grad()
-    def choose(
-        self,
-        *inputs: Any,
-        ways: Sequence[Way] | None = None,
-        seconds: float = 1.0,
-        **keywords: Any,
-    ) -> Measured:
-        """Set :attr:`how` to the way that is fastest for calls like this one.
-
-        Each way runs once, which is not counted, then all take turns until the time is up, and at
-        least three times.
-
-        Args:
-            inputs, keywords: an example of what the ensemble will be called with, of its batch
-                size and on its device.
-            ways: what to try. None: all that the device has but "compiled", which takes minutes.
-            seconds: > 0, of measuring.
-
-        Raises:
-            ValueError: no way can run, or an argument is none; ``how`` is left as it was.
-        """
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        if ways is None:
-            on_cuda: list[Way] = ["streams", "cuda_graph"] if device.type == "cuda" else []
-            ways = ["loop", "graph", "vmap", *on_cuda]
-        if not ways or not all(checked_way(way) for way in ways):
-            raise ValueError(f"ways must be some of {', '.join(WAYS)}, got {ways!r}")
-        if not seconds > 0:
-            raise ValueError(f"seconds must be > 0, got {seconds!r}")
-        before = self.how
-
-        def call(way: Way) -> None:
-            self.how = way
-            self.forward(*inputs, **keywords)
-
-        try:
-            measured = measure(call, ways, device, seconds)
-        except BaseException:
-            self.how = before
-            raise
-        self.how = measured.how
-        if self.how != "vmap":
-            self._stacked = None  # a copy of all members
-        if self.how != "cuda_graph":
-            for plan in self._plans.values():
-                plan.forget_captured()
-        return measured
-
     def _run(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Have each member's logits taken in turn."""
         check_no_arrays("inputs", [*inputs, *keywords.values()])
+        _check_how(self.how)
         # When compiled a member's values cannot be looked at, which a plan does.
-        how = "loop" if torch.compiler.is_compiling() else checked_way(self.how)
-        if how == "vmap":
-            self._text = f"{len(self.members)} members in one call, by torch.func.vmap"
-            for output in self._stack()(inputs, keywords):
-                take(self._logits(output))
-        elif how == "streams":
-            self._text = f"{len(self.members)} members, each in a stream of its own"
-            for output in on_streams(list(self.members), inputs, keywords):
-                take(self._logits(output))
-        elif how == "loop" or not self._run_graph(take, inputs, keywords):
-            if how == "loop":
-                self._text = f"{len(self.members)} members, one by one, as asked for"
-            *others, last = self.members
-            for member in others:  # each on inputs that no other member has written to
-                args, kwargs = tree_map_only(Tensor, torch.clone, (inputs, keywords))
-                take(self._logits(member(*args, **kwargs)))
-            take(self._logits(last(*inputs, **keywords)))
+        compiling = torch.compiler.is_compiling()
+        if compiling and self.how == "shared":
+            raise ValueError("how='shared' cannot run: compile what as_module gives instead")
+        if compiling or self.how == "loop":
+            self._text = f"{len(self.members)} members, one by one, as asked for"
+        elif self._run_shared(take, inputs, keywords):
+            return
+        *others, last = self.members
+        for member in others:  # each on inputs that no other member has written to
+            args, kwargs = tree_map_only(Tensor, torch.clone, (inputs, keywords))
+            take(self._logits(member(*args, **kwargs)))
+        take(self._logits(last(*inputs, **keywords)))
 
     def _logits(self, output: Any) -> Tensor:
         """The logits in a member's output, checked; the first ever are looked at."""
@@ -289,25 +231,16 @@ class SnapshotEnsemble(nn.Module):
             warn_of_probabilities(logits, self.dim)
         return logits
 
-    def _run_graph(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    def _run_shared(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
         """Run the members as one graph; False if there is none, and none was asked for."""
         plan, tensors = self._plan(inputs, keywords)
         program = plan.choose(tensors)
         if program is None:
             if self.how is not None:
-                raise ValueError(f"how={self.how!r} cannot run: {plan.text}")
+                raise ValueError(f"how='shared' cannot run: {plan.text}")
             return False
-        program(self, [lambda output: take(self._logits(output)), *tensors])
+        program(self, lambda output: take(self._logits(output)), *tensors)
         return True
-
-    def _plan_of_module(
-        self, inputs: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> tuple[Plan, list[Tensor]]:
-        """A plan and the call's tensors, for which its module can be had."""
-        check_no_arrays("inputs", [*inputs, *keywords.values()])
-        plan, tensors = self._plan(inputs, keywords)
-        plan.look(self, tensors, self._logits)
-        return plan, tensors
 
     def _plan(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Plan, list[Tensor]]:
         try:
@@ -325,18 +258,18 @@ class SnapshotEnsemble(nn.Module):
         self._text = found.text
         return found, tensors
 
-    def _stack(self) -> Stacked:
-        if self._stacked is None or not self._stacked.fits(self.members):
-            self._stacked = Stacked(self.members)
-        return self._stacked
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         unshare(list(self.members))
         self._plans = {}
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}, "_stacked": None}
+        return {**self.__dict__, "_plans": {}}
+
+
+def _check_how(how: How | None) -> None:
+    if how not in (None, "loop", "shared"):
+        raise ValueError(f"how must be None, 'loop' or 'shared', got {how!r}")
 
 
 def _at(snapshots: tuple[Any, ...], name: str, position: int) -> Any:

@@ -104,14 +104,13 @@ class MembersState:
     """What members held at a moment, and which hooks there were.
 
     Attributes:
-        hooked: type of the first module with hooks; empty if there are none.
         parameters: of all members.
     """
 
     def __init__(self, members: nn.ModuleList) -> None:
         held = Held([members])
         self._modules, self._held = held.modules, HeldState(held)
-        self.hooked = hooked(self._modules)
+        self._hooked = hooked(self._modules)
         self.parameters = list(members.parameters())
         attributes = chain.from_iterable(tensors_in(_attributes(m)) for m in held.modules)
         self._written = [(t, t._version) for t in attributes if not t.is_inference()]
@@ -120,7 +119,7 @@ class MembersState:
         """Whether these are the members, and all is as it was."""
         same = members is self._modules[0] and self._held.lasts()
         same = same and all(t._version == version for t, version in self._written)
-        return same and hooked(self._modules) == self.hooked
+        return same and hooked(self._modules) == self._hooked
 
 
 def owners_of(members: Sequence[nn.Module]) -> Owners:

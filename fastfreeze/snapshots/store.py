@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.ensemble._background import Background
-from fastfreeze.ensemble._manifest import (
+from fastfreeze.errors import SnapshotError, warn
+from fastfreeze.files import FileLock, lock_file, read_file, remove_temporaries, write_atomic
+from fastfreeze.schedule import Schedule
+from fastfreeze.snapshots.background import Background
+from fastfreeze.snapshots.base import Snapshots, checked_to_save, facts_of
+from fastfreeze.snapshots.format import (
     Entry,
     Manifest,
     Signature,
@@ -24,19 +27,22 @@ from fastfreeze.ensemble._manifest import (
     check_signature,
     manifest_bytes,
     parse_manifest,
-    signature_bytes,
     signature_of,
     state_hash,
 )
-from fastfreeze.ensemble._packs import PackReader, content_hash, copy_of, write_pack
-from fastfreeze.ensemble._states import Snapshots, checked_to_save, facts_of
-from fastfreeze.errors import SnapshotError, warn
-from fastfreeze.files import FileLock, lock_file, read_file, remove_temporaries, write_atomic
-from fastfreeze.schedule import Schedule
+from fastfreeze.snapshots.tensors import (
+    content_hash,
+    copy_of,
+    is_intact,
+    num_bytes,
+    read_tensor,
+    tensor_files,
+    tensor_path,
+    write_tensors,
+)
 from fastfreeze.text import some
 
 _MANIFEST = "manifest.json"
-_PACK = re.compile(r"pack-[0-9a-f]{32}\.safetensors")
 _LOCK = ".lock"
 _CPU = torch.device("cpu")
 _MAX_COPIES = 2  # of the weights, that wait to be written or are being written
@@ -45,11 +51,11 @@ _MAX_COPIES = 2  # of the weights, that wait to be written or are being written
 class SnapshotStore(Snapshots):
     """Snapshots of one model in a directory: safetensors files, and a JSON manifest.
 
-    Iterating yields each :class:`Snapshot`, by step. A tensor is stored once, however many
-    snapshots hold the same bits under whatever name: a save writes one file ("pack") of those
-    tensors that no earlier one holds, if there are any. Packs are written in full before the
-    manifest names them, and each file is replaced in one instant: whenever a run is killed, what
-    was saved before is still there. Reading checks the hash of each tensor, and unpickles nothing.
+    Iterating yields each :class:`Snapshot`, by step. Each tensor has a file, which has the hash of
+    its content for a name: however many snapshots hold the same bits under whatever name, they are
+    stored once. Tensors are written in full before the manifest names them, and each file is
+    replaced in one instant: whenever a run is killed, what was saved before is still there. Reading
+    checks the hash of each tensor, and unpickles nothing.
 
     One process at a time may write, with any number of threads and stores of the directory; others
     are refused. Its turn ends when it ends, or when none of its stores that have written is left.
@@ -189,27 +195,26 @@ class SnapshotStore(Snapshots):
         """
         self.flush()
         while True:
-            manifest = self._read()
+            before = self._stamp()
             try:
-                return self._load(manifest, snapshot)
+                return self._load(self._read(), snapshot)
             except SnapshotError:
-                if self._read().packs == manifest.packs:  # else packs were replaced meanwhile
+                if self._stamp() == before:  # else it may have been removed meanwhile
                     raise
 
     @property
     def bytes_on_disk(self) -> int:
         """Size of the store's files."""
         self.flush()
-        path = self.directory / _MANIFEST
-        own = path.stat().st_size if path.exists() else 0
-        return own + sum(pack.nbytes for pack in self._read().packs)
+        return sum(map(_size, [*tensor_files(self.directory), self.directory / _MANIFEST]))
 
     @property
     def bytes_unshared(self) -> int:
         """Size of the tensors of all snapshots, each counted under each of its names."""
         self.flush()
         manifest = self._read()
-        return len(manifest.entries) * signature_bytes(manifest.signature)
+        sizes = map(num_bytes, manifest.signature.values())
+        return len(manifest.entries) * sum(sizes)
 
     def _snapshots(self) -> tuple[Snapshot, ...]:
         self.flush()
@@ -245,12 +250,11 @@ class SnapshotStore(Snapshots):
         hashes = self._own(entries, snapshot).hashes
         state: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
-        with PackReader(self.directory, manifest.pack_of()) as packs:
-            for (name, spec), h in zip(manifest.signature.items(), hashes, strict=True):
-                if h in found:
-                    state[name] = found[h].clone()
-                else:
-                    state[name] = found[h] = packs.read(h, name, spec)
+        for (name, spec), h in zip(manifest.signature.items(), hashes, strict=True):
+            if h in found:
+                state[name] = found[h].clone()
+            else:
+                state[name] = found[h] = read_tensor(self.directory, h, name, spec)
         return state
 
     def _write_later(
@@ -301,73 +305,52 @@ class SnapshotStore(Snapshots):
                 signature = manifest.signature
             hashes: dict[str, str] = {}
             new: dict[str, Tensor] = {}
-            seen: set[str] = set()
-            with PackReader(self.directory, manifest.pack_of()) as packs:
-                for name, tensor in tensors:
-                    h = hashes[name] = content_hash(tensor)
-                    if h not in seen and not packs.holds(h, name, signature[name]):
-                        new[h] = tensor
-                    seen.add(h)
+            stored = set(manifest.hashes)
+            for name, tensor in tensors:
+                h = hashes[name] = content_hash(tensor)
+                if not (h in stored and is_intact(self.directory, h, name, signature[name])):
+                    new[h] = tensor
             row = tuple(hashes[name] for name in signature)
             entry = Entry(replace(facts, sha256=state_hash(signature, row)), row)
             others = [e for e in manifest.entries if e.snapshot.step != facts.step]
             entries = tuple(sorted([*others, entry], key=lambda e: e.snapshot.step))
-            self._begin(manifest)
-            files = manifest.packs
-            if new:
-                pack = write_pack(self.directory, new)
-                files = (*(p for p in files if p.file != pack.file), pack)
-            self._commit(Manifest(signature, files, entries))
+            if not (self.directory / _MANIFEST).exists():  # tensors alone would have lost it
+                write_atomic(self.directory / _MANIFEST, manifest_bytes(manifest))
+            self._remove_leftovers(manifest)  # to make room
+            try:
+                write_tensors(self.directory, new)
+            except BaseException:
+                self._remove_leftovers(manifest)
+                raise
+            self._commit(Manifest(signature, entries))
             return entry.snapshot
 
     def _discard(self, gone: Sequence[Snapshot]) -> None:
-        """Packs of which only a part is still needed are written anew."""
         with self._writing() as manifest:
             keys = {self._key(s) for s in gone}
             entries = tuple(e for e in manifest.entries if self._key(e.snapshot) not in keys)
-            names = {
-                h: n for e in entries for h, n in zip(e.hashes, manifest.signature, strict=True)
-            }
-            pack_of = manifest.pack_of()
-            self._begin(manifest)
-            packs = []
-            for pack in manifest.packs:
-                used = [h for h in pack.hashes if h in names]
-                left = {h: names[h] for h in used if pack_of[h] is pack}
-                if left and len(used) < len(pack.hashes):
-                    with PackReader(self.directory, pack_of) as reader:
-                        tensors = {
-                            h: reader.read(h, name, manifest.signature[name])
-                            for h, name in left.items()
-                        }
-                    packs.append(write_pack(self.directory, tensors))
-                else:
-                    packs.append(pack)
-            self._commit(Manifest(manifest.signature, tuple(packs), entries))
-
-    def _begin(self, manifest: Manifest) -> None:
-        """Make room for new packs."""
-        path = self.directory / _MANIFEST
-        if not path.exists():  # packs without a manifest are a store that has lost it
-            write_atomic(path, manifest_bytes(manifest))
-        self._remove_leftovers(manifest)
+            self._commit(replace(manifest, entries=entries))
 
     def _commit(self, manifest: Manifest) -> None:
-        """Replace the manifest, and remove the packs that no snapshot needs."""
-        pack_of = manifest.pack_of()
-        needed = {pack_of[h].file for e in manifest.entries for h in e.hashes}
-        packs = tuple(p for p in manifest.packs if p.file in needed)
-        manifest = replace(manifest, packs=packs)
+        """Replace the manifest, and remove the tensors that it does not name."""
         write_atomic(self.directory / _MANIFEST, manifest_bytes(manifest))
         self._remove_leftovers(manifest)
 
     def _remove_leftovers(self, manifest: Manifest) -> None:
         """Remove what no longer is, or never became, a part of the store."""
-        keep = {pack.file for pack in manifest.packs}
-        for path in self._packs():
-            if path.name not in keep:
+        keep = {tensor_path(self.directory, h) for h in manifest.hashes}
+        for path in tensor_files(self.directory):
+            if path not in keep:
                 path.unlink()
         remove_temporaries(self.directory)
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """What changes when the manifest is replaced; None if it is not there."""
+        try:
+            found = (self.directory / _MANIFEST).lstat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def _read(self) -> Manifest:
         path = self.directory / _MANIFEST
@@ -375,7 +358,7 @@ class SnapshotStore(Snapshots):
             try:
                 data = read_file(path)
             except FileNotFoundError:
-                if not self._packs():
+                if not tensor_files(self.directory):
                     return Manifest({})
                 data = read_file(path)  # a first save may have begun meanwhile
         except NotADirectoryError as error:
@@ -389,12 +372,12 @@ class SnapshotStore(Snapshots):
         except (ValueError, RecursionError) as error:
             raise SnapshotError(f"{path} is not a manifest of snapshots: {error}") from error
 
-    def _packs(self) -> list[Path]:
-        """All files that are called as packs are."""
-        if not self.directory.is_dir():
-            return []
-        found = [p for p in self.directory.iterdir() if _PACK.fullmatch(p.name)]
-        return [p for p in found if p.is_symlink() or not p.is_dir()]
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:  # removed meanwhile
+        return 0
 
 
 def _copied(

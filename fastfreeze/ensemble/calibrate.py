@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.ensemble.metrics import (
+from fastfreeze.ensemble.scores import (
     check_matrix,
     check_rows,
     checked_labels,

@@ -8,10 +8,10 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.ensemble._manifest import Snapshot, check_signature, signature_of
-from fastfreeze.ensemble._packs import copy_of
-from fastfreeze.ensemble._states import Snapshots, checked_to_save, facts_of, load_into
 from fastfreeze.schedule import Schedule
+from fastfreeze.snapshots.base import Snapshots, checked_to_save, facts_of, load_into
+from fastfreeze.snapshots.format import Snapshot, check_signature, signature_of
+from fastfreeze.snapshots.tensors import copy_of
 from fastfreeze.trimming.bits import same_bits
 
 

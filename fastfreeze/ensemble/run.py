@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.ensemble._members import MembersState, difference, share
-from fastfreeze.ensemble.graphs.fold import CannotFoldError, Folded, check_unchanged
+from fastfreeze.ensemble.graphs.fold import CannotFoldError
 from fastfreeze.ensemble.graphs.held import Held, autocasts
-from fastfreeze.ensemble.graphs.rewrite import Program, write_measured
+from fastfreeze.ensemble.graphs.program import Program, measured, written
 from fastfreeze.ensemble.graphs.trace import CallPattern, Trace, UntraceableError, hooked, trace
+from fastfreeze.ensemble.members import MembersState, difference, share
 from fastfreeze.ensemble.merge import (
     CannotMergeError,
     Merged,
     fold_merged,
     merge,
     merged_module,
-    write_merged,
 )
-from fastfreeze.ensemble.ways import Captured
 from fastfreeze.execution import preserved
 from fastfreeze.trimming.compare import excess
 from fastfreeze.trimming.state import requires_grad
@@ -56,32 +54,23 @@ class Key:
         return cls(pattern, kinds, may_fold), tensors
 
 
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What runs for one key.
 
     Attributes:
+        text: what runs, and why nothing better does.
         program: takes the ensemble, then a function that is given each member's output in turn,
             then the call's tensors. None: the members run one by one.
         folded: the same, folded; None where that cannot be.
-        text: what runs, and why nothing better does.
     """
 
-    def __init__(
-        self,
-        text: str,
-        state: MembersState | None = None,
-        traced: Trace | None = None,
-        merged: Merged | None = None,
-        program: Program | None = None,
-        folded: Folded | None = None,
-    ) -> None:
-        self.text, self.program, self.folded = text, program, folded
-        self._state, self._traced, self._merged = state, traced, merged
-        self._module: nn.Module | None = None
-        self._looked = False
-        self._compiled: Callable[..., Tensor] | None = None
-        self._captured: dict[Any, Captured] = {}
-        self._lock = threading.Lock()  # of what is captured
+    text: str
+    _state: MembersState | None = None
+    _traced: Trace | None = None
+    _merged: Merged | None = None
+    program: Program | None = None
+    folded: Program | None = None
 
     def fits(self, members: nn.ModuleList) -> bool:
         """Whether the members' tensors, attributes and hooks are still those it was made for."""
@@ -95,18 +84,7 @@ class Plan:
             return self.program
         if torch.is_grad_enabled() and requires_grad([*tensors, *self._state.parameters]):
             return self.program
-        return self.folded.program
-
-    def look(
-        self, ensemble: nn.Module, tensors: Sequence[Tensor], check: Callable[[Any], Any]
-    ) -> None:
-        """Have what members return for a call looked at, once: :meth:`module` looks at nothing."""
-        if self.program is not None and not self._looked:
-            members = cast(nn.ModuleList, ensemble.members)
-            with preserved(members), torch.no_grad():
-                for output in _outputs(self.program, ensemble, tensors):
-                    check(output)
-            self._looked = True
+        return self.folded
 
     def module(self, ensemble: nn.Module) -> nn.Module:
         """The graph and the average as a module of its own.
@@ -120,35 +98,6 @@ class Plan:
             return merged_module(self._merged, ensemble)
         except CannotMergeError as error:
             raise ValueError(f"the ensemble cannot be one graph: {error}") from error
-
-    def compiled(self, ensemble: nn.Module) -> Callable[..., Tensor]:
-        """As :meth:`module`, compiled."""
-        if self._compiled is None:
-            self._compiled = torch.compile(self._own_module(ensemble))
-        return self._compiled
-
-    def captured(self, ensemble: nn.Module, tensors: Sequence[Tensor]) -> Captured:
-        """As :meth:`module`, as a CUDA graph for tensors of these shapes and strides."""
-        if torch.is_grad_enabled() and requires_grad(tensors):
-            raise ValueError("how='cuda_graph' cannot run: it gives an input no gradient")
-        key = tuple((t.shape, t.stride()) for t in tensors)
-        with self._lock:
-            found = self._captured.get(key)
-            if found is None:
-                found = Captured(self._own_module(ensemble), tensors)
-                kept = list(self._captured.items())[1 - MAX_KEPT :]
-                self._captured = dict([*kept, (key, found)])
-        return found
-
-    def forget_captured(self) -> None:
-        """Give the memory of CUDA graphs back; they are captured again when asked for."""
-        with self._lock:
-            self._captured = {}
-
-    def _own_module(self, ensemble: nn.Module) -> nn.Module:
-        if self._module is None:
-            self._module = self.module(ensemble)
-        return self._module
 
 
 def one_by_one(count: int, reason: object) -> str:
@@ -170,12 +119,12 @@ def make_plan(
             merged = merge(list(members), traced, owners)
     except (CannotMergeError, UntraceableError) as error:
         return Plan(one_by_one(count, error), MembersState(members))
-    program = write_merged(merged)
+    program = written(merged.graph)
     folded, text = None, "not folded: that was not wanted"
     if key.may_fold:
         try:
             folded, text = fold_merged(merged, ensemble, metas), "folded"
-            _check_folded(program, folded.program, ensemble, tensors)
+            _check_folded(program, folded, ensemble, tensors)
         except CannotFoldError as error:
             folded, text = None, f"not folded: {error}"
     runs = f"{merged.num_own} of {merged.num_nodes} nodes run"
@@ -193,12 +142,14 @@ def _check_folded(
             found = _outputs(folded, ensemble, tensors)
         except Exception as error:  # of whatever kind: it runs as it is
             raise CannotFoldError(f"{type(error).__name__}: {error}") from error
-    check_unchanged(excess(found, expected))
+    times = excess(found, expected)
+    if not times <= 1:
+        raise CannotFoldError(f"folding changes values by {times:.1e} times what rounding may")
 
 
 def _outputs(program: Program, ensemble: nn.Module, tensors: Sequence[Tensor]) -> list[Any]:
     found: list[Any] = []
-    program(ensemble, [found.append, *(t.clone() for t in tensors)])
+    program(ensemble, found.append, *(t.clone() for t in tensors))
     return found
 
 
@@ -217,10 +168,10 @@ def _traced(
         raise CannotMergeError("its tensors were made in inference mode, where writes go unnoticed")
     first = members[0]
     traced = trace(first, key.pattern)
-    measured = write_measured(traced)
+    run, metas = measured(traced.graph)
     versions = [b._version for b in first.buffers()]
     with preserved(first), torch.no_grad():
-        measured(first, [t.clone() for t in tensors])
+        run(first, *(t.clone() for t in tensors))
         if [b._version for b in first.buffers()] != versions:
             raise CannotMergeError("the model writes to its buffers")
-    return traced, measured.values
+    return traced, metas

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble._packs import Pack, Spec, dtype_name
 from fastfreeze.errors import SnapshotError
+from fastfreeze.snapshots.tensors import HASH, Spec, dtype_name
+from fastfreeze.text import some
 
-_FORMAT_VERSION = 2
-_HASH = re.compile("[0-9a-f]{64}")
-_NAMED_AT_MOST = 3  # tensors of a kind in an error message
+_FORMAT_VERSION = 3
 _MAX_TEXT = 200  # of a value in an error message
 _MAX_BYTES = 2**63 - 1  # of a tensor
 
@@ -64,29 +62,20 @@ class Manifest:
 
     Attributes:
         signature: of the model.
-        packs: files, by age.
         entries: snapshots, by step.
     """
 
     signature: Signature
-    packs: tuple[Pack, ...] = ()
     entries: tuple[Entry, ...] = ()
 
-    def pack_of(self) -> dict[str, Pack]:
-        """Where each hash is: in the latest pack, the earlier one was damaged."""
-        return {h: pack for pack in self.packs for h in pack.hashes}
+    @property
+    def hashes(self) -> list[str]:
+        """Of all tensors, each once."""
+        return list(dict.fromkeys(h for entry in self.entries for h in entry.hashes))
 
 
 def signature_of(state: Mapping[str, Tensor]) -> Signature:
     return {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in state.items()}
-
-
-def signature_bytes(signature: Signature) -> int:
-    """Size of the tensors."""
-    return sum(
-        torch.Size(shape).numel() * getattr(torch, dtype).itemsize
-        for shape, dtype in signature.values()
-    )
 
 
 def state_hash(signature: Signature, hashes: Sequence[str]) -> str:
@@ -104,12 +93,7 @@ def check_signature(label: str, found: Signature, expected: Signature) -> None:
         if name in found and found[name] != expected[name]
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "unlike": unlike}
-    differences = [
-        f"{kind}: {', '.join(names[:_NAMED_AT_MOST])}"
-        + (f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else "")
-        for kind, names in kinds.items()
-        if names
-    ]
+    differences = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
     if differences:
         raise SnapshotError(f"{label} is of another model: " + "; ".join(differences))
 
@@ -138,16 +122,15 @@ def checked_metrics(metrics: Mapping[str, float], label: str = "metrics") -> dic
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The manifest as JSON. A snapshot's tensors are positions in the list of all hashes."""
-    position = {h: i for i, h in enumerate(h for p in manifest.packs for h in p.hashes)}
+    hashes = manifest.hashes
+    position = {h: i for i, h in enumerate(hashes)}
     content = {
         "format_version": _FORMAT_VERSION,
         "tensors": [
             {"name": name, "shape": list(shape), "dtype": dtype}
             for name, (shape, dtype) in manifest.signature.items()
         ],
-        "packs": [
-            {"file": p.file, "bytes": p.nbytes, "hashes": list(p.hashes)} for p in manifest.packs
-        ],
+        "hashes": hashes,
         "snapshots": [
             {**asdict(e.snapshot), "tensors": [position[h] for h in e.hashes]}
             for e in manifest.entries
@@ -174,28 +157,28 @@ def parse_manifest(data: bytes) -> Manifest:
     if checksum != _sha256(content):
         raise ValueError(f"checksum must be {_sha256(content)}, got {_short(checksum)}: altered")
     signature = _parsed_signature(content["tensors"])
-    packs = tuple(_parsed_pack(f"packs[{i}]", p) for i, p in enumerate(content["packs"]))
-    _check("packs", "name each file once", len({p.file for p in packs}) == len(packs))
-    hashes = [h for pack in packs for h in pack.hashes]
+    hashes = content["hashes"]
+    for i, found in enumerate(hashes):  # which are names of files
+        fits = isinstance(found, str) and HASH.fullmatch(found)
+        _check(f"hashes[{i}]", "be 64 hexadecimal digits", fits, found)
     entries = tuple(
         _parsed_entry(f"snapshots[{i}]", entry, signature, hashes)
         for i, entry in enumerate(content["snapshots"])
     )
     steps = [e.snapshot.step for e in entries]
     _check("snapshots", "have steps that rise", steps == sorted(set(steps)))
-    return Manifest(signature, packs, entries)
+    return Manifest(signature, entries)
 
 
 _Types = type | tuple[type, ...]
 _FIELDS: dict[str, _Types] = {
     "format_version": int,
     "tensors": list,
-    "packs": list,
+    "hashes": list,
     "snapshots": list,
     "checksum": str,
 }
 _TENSOR: dict[str, _Types] = {"name": str, "shape": list, "dtype": str}
-_PACK: dict[str, _Types] = {"file": str, "bytes": int, "hashes": list}
 _SNAPSHOT: dict[str, _Types] = {
     "step": int,
     "cycle": int,
@@ -222,20 +205,6 @@ def _parsed_signature(content: list[Any]) -> Signature:
         _check(f"{where}.shape", "be sizes that fit into memory", fits, shape)
         signature[name] = (tuple(shape), dtype)
     return signature
-
-
-def _parsed_pack(where: str, content: Any) -> Pack:
-    _check_fields(where, content, _PACK)
-    hashes = content["hashes"]
-    for i, found in enumerate(hashes):
-        fits = isinstance(found, str) and _HASH.fullmatch(found)
-        _check(f"{where}.hashes[{i}]", "be 64 hexadecimal digits", fits, found)
-    _check(f"{where}.hashes", "differ", len(set(hashes)) == len(hashes))
-    _check(f"{where}.bytes", "be >= 0", content["bytes"] >= 0, content["bytes"])
-    pack = Pack(tuple(hashes), content["bytes"])
-    # So that a name never leads out of the directory.
-    _check(f"{where}.file", f"be {pack.file!r}", content["file"] == pack.file, content["file"])
-    return pack
 
 
 def _parsed_entry(where: str, content: Any, signature: Signature, hashes: Sequence[str]) -> Entry:

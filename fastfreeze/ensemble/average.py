@@ -1,14 +1,12 @@
 """One model from several snapshots: the average of their weights.
 
-Sources of the methods: Averaging Weights Leads to Wider Optima and Better Generalization (Izmailov
-et al., UAI 2018) and Model soups (Wortsman et al., ICML 2022).
+Source of the method: Averaging Weights Leads to Wider Optima and Better Generalization (Izmailov et
+al., UAI 2018).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,10 +16,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from fastfreeze.ensemble._checks import call_and_labels, check_count
-from fastfreeze.ensemble._manifest import Signature, check_signature, signature_of
-from fastfreeze.ensemble._states import check_state
+from fastfreeze.ensemble._checks import call_and_labels
 from fastfreeze.ops._softmax_arguments import normalised_weights
+from fastfreeze.snapshots.base import check_count, check_state
+from fastfreeze.snapshots.format import Signature, check_signature, signature_of
 from fastfreeze.trimming.bits import same_bits
 
 
@@ -133,72 +131,6 @@ def _checked_signature(label: str, state: Any, expected: Signature | None) -> Si
         return found
     check_signature(label, found, expected)
     return expected
-
-
-@dataclass(frozen=True, eq=False)
-class Soup:
-    """What :func:`greedy_soup` makes.
-
-    Attributes:
-        state: the average of the ingredients.
-        indices: the ingredients' positions, in the order taken.
-        value: what ``evaluate`` gives for the average.
-        values: what it gives for each state by itself.
-    """
-
-    state: dict[str, Tensor]
-    indices: tuple[int, ...]
-    value: float
-    values: tuple[float, ...]
-
-
-def greedy_soup(
-    states: Sequence[Mapping[str, Tensor]], evaluate: Callable[[dict[str, Tensor]], float]
-) -> Soup:
-    """The greedy soup of snapshots of one model (Wortsman et al., ICML 2022, recipe 1).
-
-    The states are tried from the best to the worst, the first of equal ones first. Each is kept if
-    the average with it is not worse than without, so that the soup is never worse than the best.
-
-    Args:
-        states: as for :func:`average_weights`, but in a sequence: they are read several times.
-        evaluate: gives a number for a state dict, on data that it was not trained on: the lower,
-            the better. It is called 2 M - 1 times for M states. It may load the state into a model
-            and call :func:`reestimate_norms`, which then has to be done for the soup as well: its
-            statistics are averages.
-
-    Raises:
-        TypeError: one of ``states`` is not a state dict, or ``evaluate`` returns no number.
-        ValueError: no state dict, or ``evaluate`` returns NaN.
-        SnapshotError: a state dict of another architecture than the first.
-    """
-    signature: Signature | None = None
-    for i in range(len(states)):
-        signature = _checked_signature(f"states[{i}]", states[i], signature)
-    if signature is None:
-        raise ValueError("states must hold at least one state dict, got none")
-
-    def average(indices: Iterable[int]) -> dict[str, Tensor]:
-        return average_weights(states[i] for i in sorted(indices))
-
-    values = [_number(evaluate(average([i])), [i]) for i in range(len(states))]
-    best, *others = sorted(range(len(states)), key=values.__getitem__)
-    kept, lowest = [best], values[best]
-    for i in others:
-        value = _number(evaluate(average([*kept, i])), [*kept, i])
-        if value <= lowest:
-            kept, lowest = [*kept, i], value
-    return Soup(average(kept), tuple(kept), lowest, tuple(values))
-
-
-def _number(value: Any, indices: list[int]) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"evaluate must return a number, got {value!r}") from error
-    if math.isnan(number):
-        raise ValueError(f"evaluate must return a number, got nan for the average of {indices}")
-    return number
 
 
 @torch.no_grad()

@@ -14,17 +14,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.ensemble._checks import check_count
-from fastfreeze.ensemble._manifest import (
+from fastfreeze.errors import SnapshotError
+from fastfreeze.files import write_atomic
+from fastfreeze.schedule import Schedule
+from fastfreeze.snapshots.format import (
     Snapshot,
     check_signature,
     checked_metrics,
     signature_of,
 )
-from fastfreeze.ensemble._packs import can_be_stored, dtype_name
-from fastfreeze.errors import SnapshotError
-from fastfreeze.files import write_atomic
-from fastfreeze.schedule import Schedule
+from fastfreeze.snapshots.tensors import can_be_stored, dtype_name
 
 _Found = TypeVar("_Found")
 
@@ -74,7 +73,7 @@ class Snapshots(ABC):
         """Remove a snapshot, and give back what it alone takes up.
 
         Raises:
-            SnapshotError: it is not there, or what it shares with others is damaged.
+            SnapshotError: it is not there.
         """
         self._discard([self._own(self._by_key(), snapshot)])
 
@@ -92,7 +91,7 @@ class Snapshots(ABC):
 
         Raises:
             TypeError, ValueError: not one of the two is given, or ``keep_last`` is not a count.
-            SnapshotError: one of ``keep`` is not there, or what is to be kept is damaged.
+            SnapshotError: one of ``keep`` is not there.
         """
         if (keep_last is None) == (keep is None):
             raise TypeError("prune takes either keep_last or keep")
@@ -130,6 +129,13 @@ class Snapshots(ABC):
     @abstractmethod
     def _discard(self, gone: Sequence[Snapshot]) -> None:
         """Remove these, some of which may be gone already."""
+
+
+def check_count(name: str, value: int, minimum: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= {minimum}, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be >= {minimum}, got {value}")
 
 
 def facts_of(

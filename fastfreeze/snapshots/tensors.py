@@ -1,0 +1,143 @@
+"""Tensors by what they hold: hashes of their content, and a file for each hash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastfreeze.errors import SnapshotError
+from fastfreeze.files import open_file, write_atomic
+from fastfreeze.trimming.bits import bits, same_bits
+
+HASH = re.compile("[0-9a-f]{64}")
+_FILE = re.compile(rf"tensor-{HASH.pattern}\.safetensors")
+_MAX_HEADER_BYTES = 4096
+_WRITERS = 8  # at once: most of a small file's time is waiting for the disk
+
+Spec = tuple[tuple[int, ...], str]  # a tensor's shape and its dtype's name
+
+
+def num_bytes(spec: Spec) -> int:
+    """Size of a tensor."""
+    return torch.Size(spec[0]).numel() * int(getattr(torch, spec[1]).itemsize)
+
+
+def tensor_path(directory: Path, digest: str) -> Path:
+    """The file of the tensor of a hash."""
+    return directory / f"tensor-{digest}.safetensors"
+
+
+def tensor_files(directory: Path) -> list[Path]:
+    """All files that are called as those of tensors are."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if _FILE.fullmatch(path.name)]
+    return [path for path in found if path.is_symlink() or not path.is_dir()]
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write CPU tensors, by hash, into files of their own."""
+    left: SimpleQueue[tuple[str, Tensor]] = SimpleQueue()
+    errors: list[BaseException] = []
+    for item in tensors.items():
+        left.put(item)
+
+    def write() -> None:
+        try:
+            while not errors:
+                digest, tensor = left.get_nowait()
+                content = safetensors.torch.save({"tensor": tensor})
+                write_atomic(tensor_path(directory, digest), content)
+        except Empty:
+            pass
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [Thread(target=write) for _ in range(min(_WRITERS, len(tensors)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def is_intact(directory: Path, digest: str, name: str, spec: Spec) -> bool:
+    """Whether a tensor is there as it was written; see :func:`read_tensor`."""
+    try:
+        read_tensor(directory, digest, name, spec)
+    except SnapshotError:
+        return False
+    return True
+
+
+def read_tensor(directory: Path, digest: str, name: str, spec: Spec) -> Tensor:
+    """A tensor.
+
+    Its file is read, not mapped into memory: one that is cut short meanwhile would kill the
+    process.
+
+    Args:
+        directory: of the files.
+        digest: its hash.
+        name: what errors call it.
+        spec: its shape and its dtype's name.
+
+    Raises:
+        SnapshotError: it is not there as it was written.
+    """
+    path = tensor_path(directory, digest)
+    try:
+        with torch.device("cpu"), open_file(path) as file:
+            size = min(os.fstat(file.fileno()).st_size, num_bytes(spec) + _MAX_HEADER_BYTES)
+            (tensor,) = safetensors.torch.load(file.read(size)).values()
+        if (tuple(tensor.shape), dtype_name(tensor.dtype)) != spec:
+            found = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+            raise ValueError(f"it holds a {found}, not a {spec[1]} {list(spec[0])}")
+        if content_hash(tensor) != digest:
+            raise ValueError("the tensor's sha256 is another")
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read, it holds {name!r}: {error}") from error
+    except Exception as error:  # of many kinds
+        raise SnapshotError(f"{path} is truncated or altered, at {name!r}: {error}") from error
+    return tensor
+
+
+def content_hash(tensor: Tensor) -> str:
+    """sha256 of a CPU tensor's dtype, shape and bytes, in hexadecimal digits."""
+    digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+    digest.update(bits(tensor).numpy().data)
+    return digest.hexdigest()
+
+
+def copy_of(
+    tensor: Tensor, device: torch.device, *, pin_memory: bool = False, wait: bool = True
+) -> Tensor:
+    """A contiguous copy; with ``wait=False`` it is made in the order of the current stream."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=pin_memory)
+    return copy.copy_(tensor.detach(), non_blocking=not wait)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def can_be_stored(dtype: torch.dtype) -> bool:
+    """Whether safetensors, here, takes tensors of this dtype and gives them back."""
+    try:
+        tensor = copy_of(torch.empty(2, dtype=dtype, device="cpu"), torch.device("cpu"))
+        found = safetensors.torch.load(safetensors.torch.save({"tensor": tensor}))["tensor"]
+        return found.dtype == dtype and same_bits(found, tensor)
+    except Exception:  # of many kinds
+        return False
