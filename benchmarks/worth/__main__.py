@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.measure import machine
 from benchmarks.results import read_json, write_json
 from benchmarks.worth.answer import summary
-from benchmarks.worth.passes import Children, costs, errors
+from benchmarks.worth.passes import Children, alone, costs, errors
 from benchmarks.worth.question import MODULES, Part, load
 
 WHERE = ("cpu", "torch")  # of a machine's facts: what costs of one file have in common
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(here[key] != results["machine"][key] for key in WHERE) and results["costs"]:
             sys.exit(f"{arguments.out} holds costs of {results['machine']}, this is {here}")
         results["machine"] = here
-        with Children(arguments.question, folder) as children:
-            wrong += costs(part, results["runs"], results["costs"], children, save)
+        run_alone = partial(alone, arguments.question, folder)
+        wrong += costs(part, results["runs"], results["costs"], run_alone, save)
     print(*summary(results), sep="\n")
     return int(wrong > 0)
 

@@ -41,14 +41,12 @@ class Method:
             :class:`~benchmarks.training_rivals.Task`.
         lrs: the grid of its learning rates.
         ours: whether it needs fastfreeze.
-        keeps: whether frozen modules run once for each sample; for the count of MACs.
         epochs: its budgets, where they are not the task's.
     """
 
     make: Callable[..., Any]
     lrs: tuple[float, ...]
     ours: bool = False
-    keeps: bool = False
     epochs: tuple[int, ...] = ()
 
 
@@ -96,6 +94,15 @@ class Part:
         for seed in range(self.seeds):
             for pair in pairs:
                 yield from self.chosen(records, *pair, seed)
+
+    def once(self, records: Sequence[dict]) -> list[Run]:
+        """Each method and budget with its learning rate, of seed 0, as far as that is chosen."""
+        return [
+            run
+            for task in self.tasks
+            for method in self.methods
+            for run in self.chosen(records, task, method, seed=0)
+        ]
 
     def grid(self, task: str, method: str) -> list[Run]:
         """Those that choose the learning rate."""
