@@ -230,7 +230,7 @@ def head_on_stored_features(task: FineTask) -> Training:
     for ids, features in found:
         stored[ids] = features
     optimizer = task.network.optimizer([{"params": list(head.parameters())}], task.lr)
-    taken = 0
+    computed, taken = sum(len(ids) for ids, _ in found), 0
 
     def network(x: Tensor, ids: Tensor) -> Tensor:
         nonlocal taken
@@ -238,7 +238,7 @@ def head_on_stored_features(task: FineTask) -> Training:
         return task.network.head(model, stored[ids])
 
     training = Training(model, network, optimizer, _annealed(optimizer, task), task.network.layout)
-    training.notes = lambda: {"hits": max(0, taken - len(stored))}
+    training.notes = lambda: {"hits": max(0, taken - computed)}
     return training
 
 
