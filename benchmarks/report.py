@@ -23,6 +23,7 @@ from benchmarks.lines import HEADER, Line, lines_of
 from benchmarks.measure import Times
 from benchmarks.picture import draw
 from benchmarks.results import hardware_of, made_by
+from benchmarks.worth import page as worth
 from fastfreeze.files import write_atomic
 
 REPOSITORY = Path(__file__).parent.parent
@@ -106,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--results must be a folder with results, got {arguments.results}")
     write_atomic(arguments.out / "benchmarks.md", markdown(tables).encode())
     write_atomic(arguments.out / "benchmarks.png", draw(tables))
+    worth.write(arguments.results, arguments.out)
     if arguments.out == DOCS:
         pages.update(REPOSITORY, arguments.results)
     return 0
@@ -229,4 +231,5 @@ _READERS = {
     "models": _training_parts,
     "accuracy": _accuracy_parts,
     "peers": _peer_parts,
+    "worth": lambda name: iter(()),  # a page of its own
 }
