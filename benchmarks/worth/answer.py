@@ -25,6 +25,7 @@ class Point:
         seeds: how many.
         macs: of a run, mean.
         seconds: CPU seconds of a run; None while they have not been measured.
+        more: the question's further columns, by title.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Point:
     seeds: int
     macs: float
     seconds: float | None
+    more: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,14 @@ def _point(run: Run, own: Sequence[dict], costs: Sequence[dict], question: Quest
         len(own),
         macs,
         seconds,
+        {title: _column(key, own, costs) for title, key in question.columns.items()},
     )
+
+
+def _column(key: str, own: Sequence[dict], costs: Sequence[dict]) -> float:
+    """The mean over the seeds, or the median of what was measured alone."""
+    alone = [record[key] for record in costs if key in record]
+    return statistics.median(alone) if alone else statistics.mean(r[key] for r in own)
 
 
 def table(answer: Answer) -> Iterator[str]:
@@ -161,11 +170,13 @@ def table(answer: Answer) -> Iterator[str]:
         f"{rival.method} in {_epochs(rival)}."
     )
     yield ""
-    yield (
-        f"| method | {unit} to the mark | saved | lowest error % | of | NLL | CPU s | GMACs "
-        "| rate | seeds |"
-    )
-    yield f"|{'---|' * 10}"
+    more = answer.best.more
+    titles = [
+        *("method", f"{unit} to the mark", "saved", "lowest error %", "of", "NLL", "CPU s"),
+        *("GMACs", "rate", "seeds", *more),
+    ]
+    yield f"| {' | '.join(titles)} |"
+    yield f"|{'---|' * len(titles)}"
     for name, points in answer.methods().items():
         low, there = min(points, key=lambda p: p.error), answer.reaches(points)
         reached = ("not reached", "-")
@@ -185,6 +196,7 @@ def table(answer: Answer) -> Iterator[str]:
             f"{low.macs / 1e9:.0f}",
             f"{low.lr:g}",
             str(low.seeds),
+            *(f"{low.more[title]:.3g}" for title in more),
         ]
         yield f"| {' | '.join(cells)} |"
 
