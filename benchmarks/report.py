@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import pages
-from benchmarks.accuracy import mark, reached
 from benchmarks.case import OURS
 from benchmarks.compare import lines_of_entry
 from benchmarks.lines import HEADER, Line, lines_of
@@ -38,7 +36,6 @@ KERNEL_TITLES = {  # by how a case's name begins
 }
 OTHER_KERNELS = "Kernels"
 ENSEMBLES, TRAININGS, PEERS = "Ensembles", "Whole trainings", "Snapshot ensembles and their peers"
-ACCURACY = "Whole trainings to equal accuracy"
 FLOORS = {
     "Optimizer step": "updating as many elements in one flat tensor",
     "Host time of an optimizer step on a GPU": "not known; nothing is launched, and torch's "
@@ -49,7 +46,6 @@ FLOORS = {
     ENSEMBLES: "the loop's time, divided by how many times fewer MACs there are to do if what "
     "members share is done once; folding norms goes beyond it",
     TRAININGS: "the baseline's time if frozen layers took none, with torch's kernels",
-    ACCURACY: "not known",
     PEERS: "not known",
 }
 INTRODUCTION = """\
@@ -180,24 +176,6 @@ def _training_parts(models: dict) -> Iterator[Part]:
             yield TRAININGS, lines_of(case, label, times, floor), []
 
 
-def _accuracy_parts(entry: dict) -> Iterator[Part]:
-    """Seconds of the cheapest budget that is as good as torch's largest."""
-    goal, found = mark(entry["runs"]), reached(entry["runs"])
-    times = {
-        rival: Times(statistics.median(own.seconds), min(own.seconds), max(own.seconds))
-        for rival, own in found.items()
-        if own is not None
-    }
-    left_out = [f"{rival}: {why}" for rival, why in entry["left_out"].items()]
-    left_out += [f"{rival}: no budget reached it" for rival, own in found.items() if own is None]
-    yield ACCURACY, [], left_out
-    label = f"5,000 digits to {100 * goal:.2f}% error"
-    others = {name: t for name, t in times.items() if not name.startswith(OURS)}
-    for name in [name for name in times if name not in others]:
-        case = f"{label}, in {found[name].epochs} epochs"
-        yield ACCURACY, lines_of(case, label, {**others, name: times[name]}), []
-
-
 def _peer_parts(peers: Sequence[dict]) -> Iterator[Part]:
     """Predictions from the same snapshots, or by whoever brings its own; and the trainings."""
     trainings: dict[str, Times] = {}
@@ -229,7 +207,6 @@ _READERS = {
     "results": _kernel_parts,
     "cases": _ensemble_parts,
     "models": _training_parts,
-    "accuracy": _accuracy_parts,
     "peers": _peer_parts,
     "worth": lambda name: iter(()),  # a page of its own
 }

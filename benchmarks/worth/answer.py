@@ -17,6 +17,7 @@ class Point:
     """A method with one budget: means over the seeds, and the standard error of the error's.
 
     That is nan with one seed; the CPU seconds of a run are None while they have not been measured.
+    ``more`` are the question's further columns, by title.
     """
 
     run: Run
@@ -27,6 +28,7 @@ class Point:
     nll: float
     macs: float
     seconds: float | None
+    more: Mapping[str, float]
 
     @property
     def budget(self) -> str:
@@ -102,9 +104,8 @@ def _points(
 ) -> list[Point]:
     found = []
     for run in Part(question, 1, [task], list(question.methods)).once(runs):
-        own, ours = _of_any_seed(run, runs), question.methods[run.method].ours
-        if own:
-            found.append(_point(run, own, _of_any_seed(run, costs), ours))
+        if own := _of_any_seed(run, runs):
+            found.append(_point(run, own, _of_any_seed(run, costs), question))
     return found
 
 
@@ -112,15 +113,22 @@ def _of_any_seed(run: Run, records: Sequence[dict]) -> list[dict]:
     return [r for r in records if run.is_of({**r, "seed": run.seed})]
 
 
-def _point(run: Run, own: Sequence[dict], costs: Sequence[dict], ours: bool) -> Point:
+def _point(run: Run, own: Sequence[dict], costs: Sequence[dict], question: Question) -> Point:
     error, nll, macs = (statistics.mean(r[key] for r in own) for key in ("error", "nll", "macs"))
-    n = len(own)
+    n, ours = len(own), question.methods[run.method].ours
     spread = statistics.stdev(r["error"] for r in own) / math.sqrt(n) if n > 1 else math.nan
     timed = [record["macs"] for record in own if record["seed"] == 0]
     seconds = None
     if costs and timed:  # of seed 0; where a method freezes as it sees fit, seeds differ in MACs
         seconds = statistics.median(record["seconds"] for record in costs) * macs / timed[0]
-    return Point(run, ours, n, error, spread, nll, macs, seconds)
+    more = {title: _column(key, own, costs) for title, key in question.columns.items()}
+    return Point(run, ours, n, error, spread, nll, macs, seconds, more)
+
+
+def _column(key: str, own: Sequence[dict], costs: Sequence[dict]) -> float:
+    """The mean over the seeds, or the median of what was measured alone."""
+    alone = [record[key] for record in costs if key in record]
+    return statistics.median(alone) if alone else statistics.mean(r[key] for r in own)
 
 
 def table(answer: Answer) -> Iterator[str]:
@@ -131,10 +139,13 @@ def table(answer: Answer) -> Iterator[str]:
         f"{answer.best.budget}, and one standard error. The cheapest rival that reaches it: "
         f"{rival.run.method} in {rival.budget}.\n"
     )
-    unit = "CPU s" if answer.in_seconds else "GMACs"
-    titles = ["method", f"{unit} to the mark", "saved", "lowest error %", "in", "NLL", "CPU s"]
-    yield f"| {' | '.join([*titles, 'GMACs', 'rate'])} |"
-    yield f"|{'---|' * 9}"
+    unit, more = "CPU s" if answer.in_seconds else "GMACs", answer.best.more
+    titles = [
+        *("method", f"{unit} to the mark", "saved", "lowest error %", "in", "NLL", "CPU s"),
+        *("GMACs", "rate", "seeds", *more),
+    ]
+    yield f"| {' | '.join(titles)} |"
+    yield f"|{'---|' * len(titles)}"
     for name, points in answer.methods().items():
         low, there = min(points, key=lambda p: p.error), answer.reaches(points)
         to_the_mark, saved = "not reached", "-"
@@ -151,6 +162,8 @@ def table(answer: Answer) -> Iterator[str]:
             "-" if low.seconds is None else f"{low.seconds:.4g}",
             f"{low.macs / 1e9:.4g}",
             f"{low.run.lr:g}",
+            str(low.seeds),
+            *(f"{low.more[title]:.3g}" for title in more),
         ]
         yield f"| {' | '.join(cells)} |"
 

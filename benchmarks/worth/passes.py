@@ -15,6 +15,7 @@ from benchmarks.worth.question import Part, Run, load
 from fastfreeze.recipes.processors import CpuTime
 
 ROUNDS = 3
+TIMES = ("seconds", "predict_ms")  # what a record may tell that an idle machine is for
 OTHERS = 0.05  # of the processors' time, that others may use while a cost is measured
 
 
@@ -96,6 +97,6 @@ def costs(
                 missing += 1
                 print(f"thrown away, as others took {others:.0%}: {run}", flush=True)
                 continue
-            found.append({**asdict(run), "seconds": record["seconds"]})
+            found.append({**asdict(run), **{k: record[k] for k in TIMES if k in record}})
             save()
     return missing

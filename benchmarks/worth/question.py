@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Question:
             "macs", "error" and "nll" of the test set, "validation_error" and "validation_nll", and
             what else there is to tell. It runs in a process of its own.
         fetch: brings the data into a folder, once.
+        columns: further ones of the table: their titles, and what of a record they show.
     """
 
     title: str
@@ -69,6 +70,7 @@ class Question:
     methods: Mapping[str, Method]
     run: Callable[[Run, Path, bool], dict]
     fetch: Callable[[Path], None]
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def epochs(self, task: str, method: str) -> tuple[int, ...]:
         return self.methods[method].epochs or self.budgets[task]

@@ -6,6 +6,7 @@ METHOD_NAMES = ("sgd", "freezeout", "snapshot", "both")
 RECIPE_NAMES = ("prefix", "gradual", "freezeout", "full")
 DATA_NAMES = (
     "mnist5k",
+    "fashion-mnist",
     "cifar10",
     "cifar100",
     "svhn",

@@ -1,0 +1,88 @@
+"""Fashion-MNIST for trainings from scratch: shifted and mirrored, some of it held out."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.training_rivals import Task
+from fastfreeze.recipes.augmentation import augment, epoch_generator
+from fastfreeze.recipes.data import ImageData, load_data
+from fastfreeze.recipes.errors import RecipeError
+
+NAME = "fashion-mnist"
+BATCH_SIZE, VALIDATION = 64, 2000
+CPU = torch.device("cpu")
+Labelled = tuple[Tensor, Tensor]  # float32 [N, 1, 28, 28] and int64 [N]
+
+
+@dataclass(frozen=True)
+class Varied(Task):
+    """A task whose images are shifted and mirrored anew in each batch.
+
+    Attributes:
+        black: the value of a black pixel, which moves in.
+        pad: the largest shift.
+    """
+
+    black: Tensor = field(kw_only=True)
+    pad: int = field(kw_only=True)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels, ids = super().batch(step)
+        generator = epoch_generator(self.seed, step)
+        return augment(images - self.black, self.pad, True, generator) + self.black, labels, ids
+
+
+@dataclass(frozen=True)
+class Fashion:
+    """Normalised images: those to train on, those to choose by, and all of the test set."""
+
+    train: Labelled
+    validation: Labelled
+    test: Labelled
+    black: Tensor
+    pad: int
+
+    def task(self, model: str, epochs: int, seed: int, lr: float) -> Varied:
+        """So many epochs, each in an order of its own; what fills no batch is left out."""
+        images, labels = self.train
+        used = len(labels) // BATCH_SIZE * BATCH_SIZE
+        orders = [
+            torch.randperm(len(labels), generator=epoch_generator(seed, epoch))[:used]
+            for epoch in range(epochs)
+        ]
+        order = torch.cat(orders).view(-1, BATCH_SIZE)
+        return Varied(model, images, labels, order, seed, lr, black=self.black, pad=self.pad)
+
+
+def read(folder: Path, count: int) -> Fashion:
+    """``count`` training images, 2,000 others for validation, and the test images."""
+    data = load_data(NAME, folder)
+    split = data.part(count + VALIDATION).held_out(VALIDATION / (count + VALIDATION))
+    return Fashion(
+        _normalised(replace(split, test=split.train)),
+        _normalised(split),
+        _normalised(data),
+        (-data.mean / data.std).view(-1, 1, 1),
+        data.pad,
+    )
+
+
+def _normalised(data: ImageData) -> Labelled:
+    return next(data.test_batches(len(data.test.labels), CPU))
+
+
+def fetch(folder: Path) -> None:
+    """Debian's package of the data, unpacked into the folder unless they are there."""
+    try:
+        load_data(NAME, folder)
+    except RecipeError:
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["apt-get", "download", "dataset-fashion-mnist"], cwd=folder, check=True)
+        package = max(folder.glob("dataset-fashion-mnist_*.deb"))
+        subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
