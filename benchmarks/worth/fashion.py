@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.training_rivals import Task
+from benchmarks.worth import finetuning
+from examples.finetune_image import FILES
 from fastfreeze.recipes.augmentation import augment, epoch_generator
 from fastfreeze.recipes.data import ImageData, load_data
-from fastfreeze.recipes.errors import RecipeError
 
-NAME = "fashion-mnist"
+HOW = """{folder} lacks {missing}. To get it:
+  apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb {folder}"""
 BATCH_SIZE, VALIDATION = 64, 2000
 CPU = torch.device("cpu")
+fetch = partial(finetuning.fetch, names=FILES, how=HOW)
 Labelled = tuple[Tensor, Tensor]  # float32 [N, 1, 28, 28] and int64 [N]
 
 
@@ -62,7 +65,7 @@ class Fashion:
 
 def read(folder: Path, count: int) -> Fashion:
     """``count`` training images, 2,000 others for validation, and the test images."""
-    data = load_data(NAME, folder)
+    data = load_data("fashion-mnist", folder)
     split = data.part(count + VALIDATION).held_out(VALIDATION / (count + VALIDATION))
     return Fashion(
         _normalised(replace(split, test=split.train)),
@@ -75,14 +78,3 @@ def read(folder: Path, count: int) -> Fashion:
 
 def _normalised(data: ImageData) -> Labelled:
     return next(data.test_batches(len(data.test.labels), CPU))
-
-
-def fetch(folder: Path) -> None:
-    """Debian's package of the data, unpacked into the folder unless they are there."""
-    try:
-        load_data(NAME, folder)
-    except RecipeError:
-        folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", "dataset-fashion-mnist"], cwd=folder, check=True)
-        package = max(folder.glob("dataset-fashion-mnist_*.deb"))
-        subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
