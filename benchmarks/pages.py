@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import step_cases
-from benchmarks.accuracy import table as accuracy_table
 from benchmarks.compare import lines_of_entry
 from benchmarks.lines import Line, seconds_text, spread_text
 from benchmarks.measure import Times
@@ -291,12 +290,6 @@ def steps_short(results: Path) -> Iterator[str]:
         yield _row(label, *(f"{_line_of(name, run[name]).ratio:.2f}x" for run in runs))
 
 
-def accuracy(results: Path) -> Iterator[str]:
-    """The cheapest trainings that reach one error."""
-    entry = json.loads((results / "accuracy-epyc-1-thread.json").read_text())["accuracy"]
-    return accuracy_table(entry["runs"])
-
-
 def _line_of(name: str, entry: dict) -> Line:
     """Ours as it comes, without its variants."""
     return next(line for line in lines_of_entry(name, entry) if line.ours == OURS)
@@ -323,6 +316,5 @@ TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
     "ensembles": ensembles,
     "ensembles-short": ensembles_short,
     "kernels": kernels,
-    "accuracy": accuracy,
     "steps-short": steps_short,
 }

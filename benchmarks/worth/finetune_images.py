@@ -1,0 +1,100 @@
+"""MobileNetV2 with ImageNet's weights learns Fashion-MNIST from few images, 64 x 64 pixels each.
+
+They are not augmented, for all methods alike. LoRA needs the package ``peft``, and one rival
+``lightning``; a method whose package is missing fails, and the others run.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fastfreeze
+from benchmarks.training_rivals import HYPERS
+from benchmarks.worth.finetuning import FineTask, fetch, methods, trained_and_judged, with_lora
+from benchmarks.worth.question import Question, Run
+from examples.finetune_image import FILES, HOW, WEIGHTS, found_in, mobilenet, read
+from fastfreeze.recipes.data import epoch_generator
+
+SIZE, BATCH_SIZE = 64, 32
+VALIDATION, TEST = 2000, 5000  # images
+# Whole batches, so that an epoch has each image.
+BUDGETS = {"2,048 images": (1, 2, 4, 8), "512 images": (2, 4, 8, 16), "10,240 images": (1, 2, 4)}
+
+
+class MobileNet:
+    """As :class:`~benchmarks.worth.finetuning.Network` says."""
+
+    layout = torch.channels_last
+    half, last_block = 10, 3
+    optimizer = staticmethod(partial(torch.optim.SGD, fused=True, **HYPERS))
+    ours = staticmethod(partial(fastfreeze.SGD, **HYPERS))
+
+    def __init__(self, weights: Path) -> None:
+        self._weights = weights
+
+    def build(self) -> nn.Module:
+        return mobilenet(self._weights).train()
+
+    def stages(self, model: nn.Module) -> list[nn.Module]:
+        return [*model.features, model.classifier]
+
+    def arguments(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def logits(self, output: Tensor) -> Tensor:
+        return output
+
+    def features(self, model: nn.Module, x: Tensor) -> Tensor:
+        return model.features(x).mean((2, 3))
+
+    def head(self, model: nn.Module, features: Tensor) -> Tensor:
+        return model.classifier(features)
+
+    def with_lora(self, model: nn.Module, first: int) -> nn.Module:
+        """At the convolutions of 1 x 1, which hold most of the weights."""
+        names = [
+            f"features.{name}"
+            for name, module in model.features.named_modules()
+            if isinstance(module, nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and int(name.partition(".")[0]) >= first
+        ]
+        return with_lora(model, names, model.classifier)
+
+
+def learn(run: Run, folder: Path, counted: bool) -> dict:
+    files = found_in(folder)
+    count = int(run.task.partition(" ")[0].replace(",", ""))
+    x, labels = read(files, "train", VALIDATION + count, SIZE).tensors
+    orders = [
+        torch.randperm(count, generator=epoch_generator(run.seed, epoch))
+        for epoch in range(run.epochs)
+    ]
+    task = FineTask(
+        run.task,
+        x[VALIDATION:],
+        labels[VALIDATION:],
+        torch.cat(orders).view(-1, BATCH_SIZE),
+        run.seed,
+        run.lr,
+        network=MobileNet(files[WEIGHTS]),
+        epochs=run.epochs,
+    )
+    sets = {
+        "validation_": (x[:VALIDATION], labels[:VALIDATION]),
+        "": read(files, "t10k", TEST, SIZE).tensors,
+    }
+    return trained_and_judged(QUESTION.methods[run.method], task, counted, sets)
+
+
+QUESTION = Question(
+    "Fine-tuning MobileNetV2 on images",
+    BUDGETS,
+    methods(lrs=(0.0025, 0.01, 0.04)),
+    learn,
+    partial(fetch, names=(WEIGHTS, *FILES), how=HOW),
+)

@@ -1,0 +1,121 @@
+"""One training from start to end: its CPU seconds and its multiply-accumulates (MACs)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastfreeze
+from benchmarks.training_rivals import Task, Training
+from benchmarks.worth.processors import CpuTime
+from benchmarks.worth.question import Method
+from fastfreeze.execution import run_events
+from fastfreeze.layer_costs import LayerFlops
+
+
+def _alone(x: Tensor) -> tuple[Tensor, ...]:
+    return (x,)
+
+
+def trained(
+    method: Method,
+    task: Task,
+    counted: bool,
+    arguments: Callable[[Tensor], tuple[Tensor, ...]] = _alone,
+) -> tuple[nn.Module, dict]:
+    """Train; the model, and "seconds" and "macs" of all that was done from the first line on.
+
+    Args:
+        method: whose ``make`` gives the training.
+        task: what it trains on.
+        counted: whether to count MACs, whose own time is in the seconds.
+        arguments: what the model is called with, of a batch's ``x``.
+    """
+    cpu = CpuTime()
+    training: Training = method.make(task)
+    meter = Meter(training.model, arguments) if counted else None
+    for step in range(task.total_steps):
+        x, labels, ids = task.batch(step)
+        if meter is not None:
+            meter.add(x)
+        training.step(x, labels, ids)
+        if meter is not None:
+            meter.found(**training.notes())
+    return training.model, {
+        "seconds": round(cpu.own(), 3),
+        "macs": None if meter is None else round(meter.macs),
+        **training.notes(),
+    }
+
+
+@torch.no_grad()
+def judged(logits: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, size: int = 250) -> dict:
+    """ "error" and "nll" of a model in eval mode."""
+    outputs = torch.cat([logits(batch) for batch in x.split(size)])
+    wrong = (outputs.argmax(1) != labels).double().mean()
+    return {"error": wrong.item(), "nll": F.cross_entropy(outputs, labels).item()}
+
+
+class Meter:
+    """Counts the MACs of a training's steps from one run of its model on a sample.
+
+    Of a product, the gradient of a frozen parameter is not computed, nor is that of an input that
+    depends on nothing that trains.
+
+    Args:
+        model: in training; what requires a gradient when a step begins is trained by it.
+        arguments: what the model is called with, of a batch's ``x``.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Callable[[Tensor], Any] = _alone) -> None:
+        self.macs = 0.0
+        self._model, self._arguments = model, arguments
+        self._of_shape: dict[torch.Size, LayerFlops] = {}
+        self._costs: dict[tuple[torch.Size, frozenset[int]], tuple[float, float]] = {}
+        self._x, self._frozen, self._before = torch.empty(0), frozenset(), frozenset()
+        self._hits = self._advanced = 0
+
+    def add(self, x: Tensor) -> None:
+        """A step on a batch is about to be taken."""
+        frozen = frozenset(i for i, p in enumerate(self._model.parameters()) if not p.requires_grad)
+        if frozen != self._frozen:
+            self._before, self._frozen = self._frozen, frozen
+        self._x = x
+        self.macs += len(x) * self._cost(frozen)[0]
+
+    def found(self, hits: int = 0, advanced: int = 0, **_: Any) -> None:
+        """How many samples' frozen values have been found so far, or carried on from earlier ones.
+
+        What does not depend on anything that trains was not computed for them in the last step.
+        """
+        self.macs -= (hits - self._hits) * self._cost(self._frozen)[1]
+        self.macs -= (advanced - self._advanced) * self._cost(self._before)[1]
+        self._hits, self._advanced = hits, advanced
+
+    def _cost(self, frozen: frozenset[int]) -> tuple[float, float]:
+        """A sample's MACs in a step, and those of them that depend on nothing that trains."""
+        shape = self._x.shape[1:]
+        if (shape, frozen) not in self._costs:
+            if shape not in self._of_shape:
+                self._of_shape[shape] = self._flops()
+            flops = self._of_shape[shape]
+            costs, alive = flops.costs(), flops.alive(frozen)
+            step, rest = costs.step(frozen, alive), costs.step_without_prefix(frozen, alive)
+            self._costs[shape, frozen] = step / 2, (step - rest) / 2
+        return self._costs[shape, frozen]
+
+    def _flops(self) -> LayerFlops:
+        """Of the whole model, each parameter a layer of its own."""
+        model = copy.deepcopy(self._model).requires_grad_(True)
+        arguments = self._arguments(self._x[:1])
+        names = [[name] for name, _ in model.named_parameters()]
+        with warnings.catch_warnings():  # of parameters that are not used
+            warnings.simplefilter("ignore")
+            plan = fastfreeze.split(model, arguments, layers=names)
+        return LayerFlops(plan, run_events(model, arguments))
