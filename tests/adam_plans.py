@@ -82,7 +82,7 @@ def truth_of(spec):
 def step(plan, grads, table, at=0, grad_scale=None, found_inf=None):
     """One step; grads: one per parameter, or None."""
     given = Given(grads)
-    aligned = plan.align(given.of(plan.params), grads, given)
+    aligned = plan.align(given.of(plan.params), given.of(grads), given)
     return plan.step(aligned, table, at, grad_scale, found_inf)
 
 

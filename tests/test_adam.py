@@ -66,7 +66,7 @@ def plan_of(backend, params, *, steps=None, **options):
 
 def take_step(plan, grads, hypers, step=0, grad_scale=None):
     given = Given(grads)
-    aligned = plan.align(given.of(plan.params), grads, given)
+    aligned = plan.align(given.of(plan.params), given.of(grads), given)
     lrs = plan.step(aligned, hypers, step, grad_scale, None)
     return aligned, lrs
 

@@ -152,6 +152,20 @@ def test_closure_and_hooks():
     assert model(torch.ones(2, 6)).square().mean() < before
 
 
+def test_a_subclass_with_a_step_of_its_own_calls_hooks_once():
+    class Counting(SGD):
+        def step(self, closure=None):
+            calls.append("step")
+            return super().step(closure)
+
+    calls = []
+    optimizer = Counting([nn.Parameter(torch.zeros(2))], lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.step()
+    assert calls == ["pre", "step", "post"]
+
+
 def test_a_compiled_training_step_breaks_its_graph_and_goes_on(backend):
     ours, theirs = net(), net()
     o = SGD(ours.parameters(), lr=0.1, momentum=0.9, total_steps=10, backend=backend)

@@ -164,6 +164,8 @@ def test_an_edit_counts_from_the_next_step_on(backend, edit, momentum):
 
 
 UNSEEN = {
+    "parameter replaced": replace_parameter,
+    "parameters reversed": EDITS["parameters reversed"],
     "data replaced": lambda t: setattr(t.params[0], "data", t.params[0].data + 1),
     "buffer replaced": EDITS["buffer transposed"],
     "buffer's data replaced": EDITS["buffer's data replaced"],

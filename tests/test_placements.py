@@ -51,7 +51,8 @@ CHANGES = {
 
 def look_at(own, grads, params=None):
     given = Given(grads)
-    return Look(own, own).find(given.of(own if params is None else params), grads, given)
+    params = own if params is None else params
+    return Look(own, own).find(given.of(params), given.of(grads), given)
 
 
 def test_the_same_tensors_hold():

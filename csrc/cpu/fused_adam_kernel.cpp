@@ -178,7 +178,14 @@ void adam_step(int64_t handle, int64_t grads, int64_t hypers, int64_t step, doub
   const Call call = call_of(*plan, grad, rows, step, inv_grad_scale, store_grad);
   const UpdateFn update = update_for(current_isa());
   const auto is_live = [&](int64_t tensor) { return call.of_tensor[tensor] != Call::kNone; };
-  plan->for_each(is_live, [&](const Run& run) {
+  const auto expect = [&](int64_t tensor) {
+    const PlannedTensor& t = plan->tensors[tensor];
+    prefetch(t.param);
+    prefetch(reinterpret_cast<const void*>(grad[tensor]));
+    prefetch(t.mean);
+    prefetch(t.square);
+  };
+  plan->for_each(is_live, expect, [&](const Run& run) {
     const PlannedTensor& t = plan->tensors[run.tensor];
     const int64_t at = run.offset * t.item_size, state_at = run.offset * t.state_item_size;
     const Elements elements{t.param + at,

@@ -114,7 +114,13 @@ void sgd_step(int64_t handle, int64_t grads, int64_t hypers, int64_t step, doubl
   }
   const UpdateFn update = update_for(current_isa());
   const auto has_gradient = [&](int64_t tensor) { return grad[tensor] != 0; };
-  plan->for_each(has_gradient, [&](const Run& run) {
+  const auto expect = [&](int64_t tensor) {
+    const PlannedTensor& t = plan->tensors[tensor];
+    prefetch(t.param);
+    prefetch(reinterpret_cast<const void*>(grad[tensor]));
+    prefetch(t.buffer);
+  };
+  plan->for_each(has_gradient, expect, [&](const Run& run) {
     const PlannedTensor& t = plan->tensors[run.tensor];
     char* g = reinterpret_cast<char*>(grad[run.tensor]);
     const int64_t bytes = run.offset * t.item_size;

@@ -77,9 +77,9 @@ class AdamReferencePlan(TensorwisePlan):
         self._steps = spec.steps.unbind()
 
     def align(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
-    ) -> Sequence[Tensor | None]:
-        for layout in map(_layout_of, given.of(grads)):
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
+    ) -> Sequence[Tensor]:
+        for layout in map(_layout_of, grads):
             if layout != torch.strided:
                 raise ValueError(f"Adam takes no gradient of layout {layout}")
         return super().align(params, grads, given)

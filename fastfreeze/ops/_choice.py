@@ -129,8 +129,8 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def copy_back(aligned: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+def copy_back(aligned: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Give the gradients what a step has written into their aligned copies."""
     for copy, grad in zip(aligned, grads, strict=True):
-        if grad is not None and copy is not None and copy is not grad:
+        if copy is not grad:
             grad.copy_(copy)

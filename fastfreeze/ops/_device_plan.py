@@ -116,7 +116,7 @@ class DevicePlan(PointerPlan):
 
     def step(
         self,
-        grads: Sequence[Tensor | None],
+        grads: Sequence[Tensor],
         hypers: Hypers,
         step: int,
         grad_scale: Tensor | float | None,
@@ -137,7 +137,7 @@ class DevicePlan(PointerPlan):
 
     def capture(
         self,
-        grads: Sequence[Tensor | None],
+        grads: Sequence[Tensor],
         hypers: Hypers,
         grad_scale: Tensor | float | None,
         found_inf: Tensor | None,

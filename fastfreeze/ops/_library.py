@@ -27,6 +27,9 @@ _LIBRARY.define(
     "placements_look(int planned, int buffers, int gaps, Tensor[] params, Tensor[] grads, "
     "int index, int addresses) -> int"
 )
+# They return no tensor. Autograd, which has nothing to note then, would still go through each.
+for _name in ("placements_hold", "placements_look"):
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 _LIBRARY.define("placements_kept_hold(int handle) -> bool")
 _LIBRARY.define("placements_free(int handle) -> ()")
 _LIBRARY.define("gaps(Tensor written, Tensor sizes) -> int")

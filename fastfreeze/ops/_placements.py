@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from fastfreeze.ops._memory import Gaps
 kind_of = attrgetter("layout", "dtype", "shape")
 # Types whose memory is their own; None is for gradients.
 PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)))
+_NOTHING = frozenset((None,))
 
 
 class Given:
@@ -31,19 +32,24 @@ class Given:
     """
 
     def __init__(self, grads: Sequence[Tensor | None]) -> None:
-        self._types = list(map(type, grads))
-        self.flags = [t is not type(None) for t in self._types]
+        self.flags = [grad is not None for grad in grads]
         self.index = array("q", compress(range(len(grads)), self.flags))
-        self.plain = PLAIN.issuperset(self._types)
         self._everyone = all(self.flags)
+        self._types = list(map(type, self.of(grads)))
+        self.plain = PLAIN.issuperset(self._types)
 
-    def hold(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether it is so of these gradients too."""
-        return list(map(type, grads)) == self._types
+    def hold(self, grads: Sequence[Tensor | None], others: Iterable[Tensor | None]) -> bool:
+        """Whether it is so of these too: ``grads`` of those with one, ``others`` of the rest."""
+        return list(map(type, grads)) == self._types and _NOTHING.issuperset(others)
 
     def of(self, values: Sequence[Any]) -> Sequence[Any]:
         """The values of the parameters that have one."""
         return values if self._everyone else list(compress(values, self.flags))
+
+    def spread(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The inverse of :meth:`of`, None for the rest."""
+        each = iter(values)
+        return values if self._everyone else [next(each) if has else None for has in self.flags]
 
 
 class Placements:
@@ -139,27 +145,27 @@ class Look:
         return self._planned.hold(params)
 
     def find(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
     ) -> array[int] | None:
         """Addresses of the gradients, 0 for none; None if one is laid out unlike its parameter.
 
         Args:
             params: as they are now, those that have a gradient.
-            grads: one per parameter, or None.
-            given: which have one.
+            grads: theirs.
+            given: which these are.
 
         Raises:
             ValueError: something has moved, or a gradient lies in what the step writes.
         """
         if not given.plain or self._planned.handle is None:
             return self._find_slowly(params, grads, given)
-        addresses = array("q", bytes(8 * len(grads)))
+        addresses = array("q", bytes(8 * len(given.flags)))
         found = torch.ops.fastfreeze.placements_look.default(
             self._planned.handle,
             self._kept.handle,
             self._gaps_handle,
             params,
-            given.of(grads),
+            grads,
             given.index.buffer_info()[0],
             addresses.buffer_info()[0],
         )
@@ -170,14 +176,14 @@ class Look:
         raise ValueError(_MOVED_WORDS if found == _MOVED else _NOT_CLEAR_WORDS)
 
     def _find_slowly(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
     ) -> array[int] | None:
         if not (self._planned.hold(params, given.index) and self._kept.unmoved()):
             raise ValueError(_MOVED_WORDS)
         if not self._gaps.hold(grads):
             raise ValueError(_NOT_CLEAR_WORDS)
-        if self._planned.handle is None and self._planned.resemble(given.of(grads), given.index):
-            return addresses_of(grads)
+        if self._planned.handle is None and self._planned.resemble(grads, given.index):
+            return addresses_of(given.spread(grads))
         return None
 
 

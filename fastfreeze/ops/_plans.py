@@ -83,14 +83,14 @@ class Plan(Protocol):
         """Whether these, as many as the plan's, are the plan's parameters as it knows them."""
 
     def align(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
-    ) -> Sequence[Tensor | None]:
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
+    ) -> Sequence[Tensor]:
         """The gradients as the next ``step`` needs them: themselves, or copies in another layout.
 
         Args:
             params: those that have a gradient, as they are now.
-            grads: one per parameter of the plan, or None.
-            given: which have one.
+            grads: theirs.
+            given: which of the plan's parameters these are.
 
         Raises:
             ValueError: a gradient that this backend cannot take, one that does not match its
@@ -99,7 +99,7 @@ class Plan(Protocol):
 
     def step(
         self,
-        grads: Sequence[Tensor | None],
+        grads: Sequence[Tensor],
         hypers: Hypers,
         step: int,
         grad_scale: Tensor | float | None,
@@ -108,7 +108,7 @@ class Plan(Protocol):
         """Update every parameter that has a gradient.
 
         Args:
-            grads: one per parameter, or None; what ``align`` has returned last.
+            grads: what ``align`` has returned last.
             hypers: float64 [num_groups, number of the rule's columns].
             step: 0-based step at which schedules are evaluated.
             grad_scale: what the gradients are divided by, in place; a number unless ``on_device``.
@@ -144,18 +144,15 @@ class PointerPlan:
         return self._look.hold(params)
 
     def align(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
-    ) -> Sequence[Tensor | None]:
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
+    ) -> Sequence[Tensor]:
         """The gradients with their parameters' strides; their addresses are noted for the step."""
         if given is not self._given:
             self._given, self._updated = given, given.of(self.params)
         aligned, addresses = grads, self._look.find(params, grads, given)
         if addresses is None:
-            aligned = [
-                g if g is None else self._aligned(p, g)
-                for p, g in zip(self.params, grads, strict=True)
-            ]
-            addresses = addresses_of(aligned)
+            aligned = list(map(self._aligned, self._updated, grads))
+            addresses = addresses_of(given.spread(aligned))
         for i in self._empty:  # a gradient without elements has no address, and counts
             addresses[i] = int(given.flags[i])
         self._addresses = addresses
@@ -201,7 +198,7 @@ class HostPlan(PointerPlan):
 
     def step(
         self,
-        grads: Sequence[Tensor | None],
+        grads: Sequence[Tensor],
         hypers: Hypers,
         step: int,
         grad_scale: Tensor | float | None,
@@ -265,6 +262,7 @@ class TensorwisePlan:
         self._rates = rates_of(spec)
         self._kinds = list(map(kind_of, spec.params))
         self._gaps: Gaps | None = None
+        self._given = Given([])
 
     @staticmethod
     def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
@@ -280,19 +278,20 @@ class TensorwisePlan:
         return list(map(kind_of, params)) == self._kinds
 
     def align(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], given: Given
-    ) -> Sequence[Tensor | None]:
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
+    ) -> Sequence[Tensor]:
         if list(map(kind_of, params)) != given.of(self._kinds):
             raise ValueError("a parameter has another layout, dtype or shape than it had")
         if self._gaps is not None and not self._gaps.hold(grads):
             raise ValueError("a gradient lies in memory that another plan writes")
-        if list(map(_shape_of, given.of(grads))) != list(map(_shape_of, params)):
+        if list(map(_shape_of, grads)) != list(map(_shape_of, params)):
             raise ValueError("a gradient has another shape than its parameter")
+        self._given = given
         return grads
 
     def step(
         self,
-        grads: Sequence[Tensor | None],
+        grads: Sequence[Tensor],
         hypers: Hypers,
         step: int,
         grad_scale: Tensor | float | None,
@@ -300,12 +299,13 @@ class TensorwisePlan:
     ) -> list[float]:
         scale = None if grad_scale is None else float(grad_scale)
         frozen = set() if self._rates is None else self._rates.frozen(step)
+        each = self._given.spread(grads)
         for g, lr in enumerate(lrs_at(self._rates, hypers, step)):
             if g in frozen:
                 continue
             members = self._members[g]
             own = [[moments[i] for i in members] for moments in self.moments.values()]
-            self._update(members, [grads[i] for i in members], own, lr, hypers[g].tolist(), scale)
+            self._update(members, [each[i] for i in members], own, lr, hypers[g].tolist(), scale)
             for moments, updated in zip(self.moments.values(), own, strict=True):
                 for i, moment in zip(members, updated, strict=True):
                     moments[i] = moment

@@ -95,8 +95,8 @@ def sgd(
                 state_dtype=momentum_dtype,
             )
         )
-        own_grads = [grads[i] for i in index]
-        given = Given(own_grads)
+        given = Given([grads[i] for i in index])
+        own_grads = given.of([grads[i] for i in index])
         aligned = plan.align(given.of([params[i] for i in index]), own_grads, given)
         plan.step(aligned, row, 0, grad_scale, None)
         copy_back(aligned, own_grads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import chain
+from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -76,12 +76,15 @@ class Runtime:
         self.hypers = self._rows(groups)
         self.left_out = task.left_out
         self.lr = task.rule.hypers.index("lr")
+        groups_of = chain.from_iterable([g] * n for g, n in enumerate(self.lengths))
         members = [
-            (p, g) for g, params in enumerate(lists) if g not in self.left_out for p in params
+            (p, g, place)
+            for place, (p, g) in enumerate(zip(self.params, groups_of, strict=True))
+            if g not in self.left_out
         ]
-        for member in members:
-            _check(task, *member)
-        params = [local_part(p, p) for p, _ in members]
+        for p, g, _ in members:
+            _check(task, p, g)
+        params = [local_part(p, p) for p, _, _ in members]
         self.parts = _parts(task, members, params)
         self.host = [part for part in self.parts if not part.plan.on_device]
         self.device = [part for part in self.parts if part.plan.on_device]
@@ -97,13 +100,12 @@ class Runtime:
         lists = list(map(_params_of, groups))
         return (
             list(map(len, lists)) == self.lengths
-            and all(map(is_, chain.from_iterable(lists), self.params))
             and list(map(self.hypers_of, groups)) == self.hyper_values
             and not (self.has_tensors and self._have_changed(groups))
             and state is self.state
             and len(state) == len(self.states)
             and all(map(is_, state.values(), self.states))
-            and self.collect()
+            and self.collect(list(chain.from_iterable(lists)))
         )
 
     def _rows(self, groups: Groups) -> np.ndarray:
@@ -115,9 +117,13 @@ class Runtime:
         rows[:, self.lr] = self.hypers[:, self.lr]
         return not np.array_equal(rows, self.hypers)
 
-    def collect(self) -> bool:
-        """Collect the gradients; False if a part is not as planned."""
-        return all(map(Part.collect, self.parts))
+    def collect(self, params: Sequence[Tensor]) -> bool:
+        """Collect the gradients; False if a part is not as planned.
+
+        Args:
+            params: the groups', as they are now.
+        """
+        return all(part.collect(params) for part in self.parts)
 
     def groups_with_gradients(self) -> set[int]:
         """Those of which a parameter has had one, when they were collected last."""
@@ -186,13 +192,19 @@ def _row(rule: UpdateRule, g: int, group: Mapping[str, Any]) -> list[float]:
         raise ValueError(f"parameter group {g} has bad values in {values}: {error}") from error
 
 
-def _parts(task: Task, members: list[tuple[Tensor, int]], params: list[Tensor]) -> list[Part]:
-    """Plans for all parameters. ``params``: what of them this process holds."""
-    grads = [_held(p.grad) for p, _ in members]
-    moments = [list(map(_held, task.moments(*member))) for member in members]
+def _parts(task: Task, members: list[tuple[Tensor, int, int]], params: list[Tensor]) -> list[Part]:
+    """Plans for all parameters.
+
+    Args:
+        task: what is asked for.
+        members: each parameter, its group, and which of the optimizer's it is.
+        params: what of them this process holds.
+    """
+    grads = [_held(p.grad) for p, _, _ in members]
+    moments = [list(map(_held, task.moments(p, g))) for p, g, _ in members]
     backends = _choice.choose_backends(params, grads, moments, task.backend)
     dtypes = [_planned_dtype(*each, task.state_dtype) for each in zip(params, moments, strict=True)]
-    counts = counts_of(task.rule, [task.state.get(p, {}) for p, _ in members])
+    counts = counts_of(task.rule, [task.state.get(p, {}) for p, _, _ in members])
     if task.rule.counter is not None:
         _refer_started(task, counts, moments, backends)
     plans = _choice.plan_members(task.rule.plans, params, backends, dtypes)
@@ -211,14 +223,18 @@ class Part:
     """The parameters that one backend updates, with their plan, which sees local tensors only."""
 
     def __init__(
-        self, backend: Backend, members: list[tuple[Tensor, int, torch.dtype, float]], task: Task
+        self,
+        backend: Backend,
+        members: list[tuple[Tensor, int, int, torch.dtype, float]],
+        task: Task,
     ) -> None:
-        self.params = [p for p, _, _, _ in members]
-        self.groups = [g for _, g, _, _ in members]
+        self.params = [p for p, _, _, _, _ in members]
+        self.groups = [g for _, g, _, _, _ in members]
+        self.places = [place for _, _, place, _, _ in members]  # among the optimizer's
         self.sharded = any(map(is_sharded, self.params))
         self.backend = backend
         self.kernels = backend != "reference"
-        self.grads: list[Tensor | None] = []
+        self.grads: Sequence[Tensor] = []
         self.rule, self.state = task.rule, task.state
         self.names = [task.rule.kept(task.groups[g]) for g in self.groups]  # of its moments
         self.waiting: list[int] = []  # who will need state when a gradient first comes
@@ -227,7 +243,7 @@ class Part:
         plan_type: Any = task.rule.plans[backend]
         if task.rule.counter is not None:
             device = self.params[0].device if plan_type.on_device else torch.device("cpu")
-            counts = [count for _, _, _, count in members]
+            counts = [count for *_, count in members]
             self.steps = torch.tensor(counts, dtype=torch.float32, device=device)
         # Changes of the counts by others: kernels leave no trace, and take moments at 0 as 0.
         counted = self.steps is not None and self.kernels and not self.steps.is_inference()
@@ -238,7 +254,7 @@ class Part:
         moments: dict[str, list[Tensor | None]] = {
             name: [None] * len(members) for name in task.rule.moments
         }
-        for i, (param, _, dtype, _) in enumerate(members):
+        for i, (param, _, _, dtype, _) in enumerate(members):
             for name, moment in self._claim(i, param, dtype).items():
                 moments[name][i] = moment
         filled_next = set(self.first)
@@ -264,9 +280,9 @@ class Part:
     def _local(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         return [local_part(p, p) for p in params] if self.sharded else params
 
-    def _local_grads(self) -> list[Tensor | None]:
-        grads = list(map(_grad_of, self.params))
-        return list(map(local_part, grads, self.params)) if self.sharded else grads
+    def _grads_of(self, params: Sequence[Tensor]) -> Sequence[Any]:
+        grads = list(map(_grad_of, params))
+        return list(map(local_part, grads, params)) if self.sharded else grads
 
     def _claim(self, i: int, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """A parameter's moments, as the backend needs them."""
@@ -303,21 +319,26 @@ class Part:
         # Kernels keep addresses; sparse and sharded ones have none of their own.
         return place_of(moment) if self.kernels and not self.sharded else id(moment)
 
-    def collect(self) -> bool:
-        """Collect the gradients; False if storages, moments or layouts are not as planned."""
-        grads = self._local_grads() if self.sharded else list(map(_grad_of, self.params))
+    def collect(self, everyone: Sequence[Tensor]) -> bool:
+        """Collect the gradients; False if storages, moments or layouts are not as planned.
+
+        Args:
+            everyone: the optimizer's parameters, as they are now.
+        """
+        found = self._find(everyone)
+        if found is None:
+            return False
+        given, grads = found
         try:
-            if not self.given.hold(grads):
-                given = Given(grads)
+            if given is not self.given:
                 if any(given.flags[i] for i in self.waiting) or not self._are_in_place():
                     return False
                 self._watch(given)
             for named, states, found in self.columns:
                 if not all(map(is_, map(named, states), found)):
                     return False
-            if self.kinds is not None and list(map(kind_of, self.tensors)) != self.kinds:
-                return False
-            if self.counts is not None and self.counts._version != self.edits:
+            known = self.kinds is None or list(map(kind_of, self.tensors)) == self.kinds
+            if not known or (self.counts is not None and self.counts._version != self.edits):
                 return False
             params = self._local(self.watched) if self.sharded else self.watched
             self.grads = self.plan.align(params, grads, self.given)
@@ -327,6 +348,23 @@ class Part:
             # plan takes it, or says why not.
             return False
         return True
+
+    def _find(self, everyone: Sequence[Tensor]) -> tuple[Given, Sequence[Any]] | None:
+        """Who has a gradient, and these; None if a parameter is another than was planned.
+
+        While the same ones have one, the rest are not compared: which they are makes no difference.
+        """
+        watched = list(compress(everyone, self.live))
+        if not all(map(is_, watched, self.watched)):
+            return None
+        grads = self._grads_of(watched)
+        if self.given.hold(grads, map(_grad_of, compress(everyone, self.idle))):
+            return self.given, grads
+        if not all(map(is_, [everyone[place] for place in self.places], self.params)):
+            return None
+        grads = self._grads_of(self.params)
+        given = Given(grads)
+        return given, given.of(grads)
 
     def _are_in_place(self) -> bool:
         """Whether parameters and moments are as planned, those not looked at among them."""
@@ -339,6 +377,10 @@ class Part:
         """From now on, look at the parameters that have a gradient, and at their moments."""
         self.given = given
         self.watched = given.of(self.params)
+        live = set(given.of(self.places))
+        idle = set(self.places) - live
+        self.live = [place in live for place in range(self.places[-1] + 1)]
+        self.idle = [place in idle for place in range(self.places[-1] + 1)]
         kept = [self.kept[i] for i in given.index if i in self.kept]
         # By name: who looks it up, in which states, and what is to be found.
         self.columns: list[tuple[Any, list[dict[str, Any]], list[Tensor]]] = []
@@ -389,7 +431,7 @@ class Part:
 
     def restore_grads(self) -> None:
         """Give gradients of another layout what the step has written into their copies."""
-        _choice.copy_back(self.grads, self._local_grads())
+        _choice.copy_back(self.grads, self._grads_of(self.watched))
 
     def settle(self) -> bool:
         """Drop the moments that have had no step; whether there was one."""

@@ -19,6 +19,7 @@ from fastfreeze.layers.groups import as_step, check_group_rate, layers_of, tell_
 from fastfreeze.ops._library import Backend, is_capturing, require
 from fastfreeze.ops._plans import dtype_of_state
 from fastfreeze.optim._checks import schedule_of
+from fastfreeze.optim._hooks import hooked_if_awaited
 from fastfreeze.optim._loading import Loaded, checked_state, restore, tell_of_loaded
 from fastfreeze.optim._notices import Notices
 from fastfreeze.optim._rule import UpdateRule
@@ -156,6 +157,7 @@ class FusedOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     @_disable_dynamo  # pointers cannot be traced: a compiled step breaks its graph here
+    @hooked_if_awaited
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient and is not frozen.
 
@@ -184,13 +186,18 @@ class FusedOptimizer(Optimizer):
                     return None
             with torch.enable_grad():
                 loss = closure()
-        with self._lock, torch.no_grad():
-            capturing = self._is_capturing()
-            if self._is_ready(capturing):
-                if capturing:
-                    self._capture()
-                else:
-                    self._take_step()
+        had_grad = torch.is_grad_enabled()
+        with self._lock:
+            try:
+                torch._C._set_grad_enabled(False)  # torch.no_grad() takes eight times as long
+                capturing = self._is_capturing()
+                if self._is_ready(capturing):
+                    if capturing:
+                        self._capture()
+                    else:
+                        self._take_step()
+            finally:
+                torch._C._set_grad_enabled(had_grad)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -345,7 +352,7 @@ class FusedOptimizer(Optimizer):
         """New plans, with this step's gradients."""
         self._settle()
         runtime = self._runtime = Runtime(self._task())
-        if not runtime.collect():
+        if not runtime.collect(runtime.params):
             raise RuntimeError("parameters or gradients change while they are being read")
         return runtime
 
