@@ -81,7 +81,7 @@ def _normalised(data: ImageData) -> Labelled:
 
 
 def shifted(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
-    """Each image ``[C, H, W]`` by up to ``pad`` pixels, zeros moving in, and half of them mirrored."""
+    """Each of ``images`` by up to ``pad`` pixels, zeros moving in, and half of them mirrored."""
     B, _, H, W = images.shape
     mirrored = torch.rand(B, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, torch.arange(W).flip(0), torch.arange(W))

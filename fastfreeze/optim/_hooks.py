@@ -9,7 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 from torch.autograd import profiler
 from torch.optim import Optimizer, optimizer
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def hooked_if_awaited(step: Callable[_P, _T]) -> Callable[_P, _T]:

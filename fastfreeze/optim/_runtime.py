@@ -334,8 +334,8 @@ class Part:
                 if any(given.flags[i] for i in self.waiting) or not self._are_in_place():
                     return False
                 self._watch(given)
-            for named, states, found in self.columns:
-                if not all(map(is_, map(named, states), found)):
+            for named, states, values in self.columns:
+                if not all(map(is_, map(named, states), values)):
                     return False
             known = self.kinds is None or list(map(kind_of, self.tensors)) == self.kinds
             if not known or (self.counts is not None and self.counts._version != self.edits):
