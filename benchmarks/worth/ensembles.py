@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastfreeze.ensemble.metrics import error_rate, expected_calibration_error, nll
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
@@ -25,6 +24,7 @@ from benchmarks.worth import fashion
 from benchmarks.worth.question import Method, Question, Run
 from benchmarks.worth.scratch import RATES, following, torch_alone
 from benchmarks.worth.training import trained
+from fastfreeze.ensemble import error_rate, expected_calibration_error, nll
 
 TRAIN, MEMBERS = 6_000, 5
 BUDGETS = (10, 20, 30)
