@@ -30,23 +30,37 @@ IMAGES = "images"
 _WIDTH, _ROW = 3.2, 0.42  # inches
 
 
-class SmallNet(nn.Module):
-    """A convolution, a residual block, a second convolution and a linear head."""
+def conv(channels: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, 8, 3, padding=1, bias=False)
+
+
+class Body(nn.Module):
+    """A convolution and a residual block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv3, self.norm3 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv4, self.norm4 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 10)
+        self.conv1, self.norm1 = conv(3), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = conv(8), nn.BatchNorm2d(8)
+        self.conv3, self.norm3 = conv(8), nn.BatchNorm2d(8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Values [B, 8, H, W] of images [B, 3, H, W]."""
+        x = torch.relu(self.norm1(self.conv1(images)))
+        y = torch.relu(self.norm2(self.conv2(x)))
+        return torch.relu(x + self.norm3(self.conv3(y)))
+
+
+class SmallNet(nn.Module):
+    """A body, a second convolution and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.conv4, self.norm4, self.fc = conv(8), nn.BatchNorm2d(8), nn.Linear(8, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, 10] of images [B, 3, H, W]."""
-        x = torch.relu(self.norm1(self.conv1(images)))
-        y = torch.relu(self.norm2(self.conv2(x)))
-        x = torch.relu(x + self.norm3(self.conv3(y)))
-        x = torch.relu(self.norm4(self.conv4(x)))
+        x = torch.relu(self.norm4(self.conv4(self.body(images))))
         logits: Tensor = self.fc(x.mean((2, 3)))
         return logits
 
@@ -62,13 +76,12 @@ class Operation:
 
 
 def trimmed_net() -> fastfreeze.TrimmedModel:
-    """A :class:`SmallNet` whose first convolution and block are frozen, after one forward."""
+    """A :class:`SmallNet` whose body is frozen, after one forward."""
     torch.manual_seed(0)
     model = SmallNet()
-    for module in (model.conv1, model.norm1, model.conv2, model.norm2, model.conv3, model.norm3):
-        module.requires_grad_(False)
+    model.body.requires_grad_(False)
     network = fastfreeze.trim(model)
-    network(torch.randn(2, 3, 8, 8))
+    network(torch.randn(8, 3, 256, 256))
     return network
 
 
@@ -80,9 +93,11 @@ def before(network: fastfreeze.TrimmedModel) -> list[Operation]:
     for node in torch.fx.symbolic_trace(model).graph.nodes:
         if node.op == "output":
             continue
-        label = str(node.target) if node.op == "call_module" else node.name.rstrip("_0123456789")
+        is_module = node.op == "call_module"
+        name = str(node.target) if is_module else node.name.rstrip("_0123456789")
+        label = name.rpartition(".")[2]
         inputs = tuple(i.name for i in node.all_input_nodes)
-        own = model.get_submodule(label).parameters() if node.op == "call_module" else ()
+        own = model.get_submodule(name).parameters() if is_module else ()
         if any(p.requires_grad for p in own) or not trains.isdisjoint(inputs):
             trains.add(node.name)
         colour = TRAINED if node.name in trains else FROZEN
@@ -120,7 +135,7 @@ def _folded_convolutions(network: fastfreeze.TrimmedModel) -> list[tuple[Any, An
         return value
 
     with mock.patch.object(Convolution, "__call__", noted):
-        network(torch.randn(2, 3, 8, 8))
+        network(torch.randn(8, 3, 256, 256))
     return seen
 
 
