@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import groupby
 from types import CodeType
@@ -23,7 +23,8 @@ from fastfreeze.trimming.state import Watch, is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
-# Values in a module's inputs from which on a pass over them takes longer than to see a function.
+# Values in a module's inputs from which on a pass over them takes longer than to see a function;
+# half as many where Winograd's algorithm saves more than passes.
 LARGE = 2**20
 
 
@@ -206,13 +207,14 @@ class _Chain(StandIn):
         self._quiet = {
             m for m in module.children() if m in frozen or next(m.parameters(), None) is None
         }
+        self._least = _least(self._quiet)
 
     def __call__(self, input: Any) -> Any:
         for quiet, modules in groupby(self.module.children(), self._quiet.__contains__):
             with ExitStack() as stack:
                 for module in modules:
                     if quiet:
-                        stack.enter_context(_watched(input))
+                        stack.enter_context(_watched(self._least, input))
                     input = module(input)
         return input
 
@@ -230,6 +232,7 @@ class _Unit(StandIn):
         self.has_modes = _has_modes(module)
         several = any(True for _ in module.children())
         self.watches = several and frozen.folds and any(map(_may_fold, module.modules()))
+        self._least = _least([module])
         self._frozen, self._outermost = frozen, outermost
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -243,7 +246,7 @@ class _Unit(StandIn):
             if result is not NotImplemented:
                 return result
         if self.watches:
-            with _watched(*args, *kwargs.values()):
+            with _watched(self._least, *args, *kwargs.values()):
                 return self._forward(*args, **kwargs)
         return self._forward(*args, **kwargs)
 
@@ -259,18 +262,24 @@ class _Unit(StandIn):
 
     def _seen(self, *args: Any, **kwargs: Any) -> Any:
         # A keeper settles what this gives: it looks at what the module does, not at folding.
-        with torch._C._EnableTorchFunction(), _watched(*args, *kwargs.values(), closing=False):
+        with (
+            torch._C._EnableTorchFunction(),
+            _watched(self._least, *args, *kwargs.values(), closing=False),
+        ):
             return self._forward(*args, **kwargs)
 
 
-def _watched(*args: Any, closing: bool = True) -> AbstractContextManager[None]:
-    """In which functions may wait, if that can pay and no call around it has seen to it."""
+def _watched(least: int, *args: Any, closing: bool = True) -> AbstractContextManager[None]:
+    """In which functions may wait, if that can pay and no call around it has seen to it.
+
+    It can where ``args`` hold ``least`` values.
+    """
     run = LOCAL.run
     if run is None or run.watches or not run.may_watch or torch.compiler.is_compiling():
         return nullcontext()
     flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
     elements = sum([t.numel() for t in flat if isinstance(t, Tensor)])
-    return run.watch(closing) if elements >= LARGE else nullcontext()
+    return run.watch(closing) if elements >= least else nullcontext()
 
 
 def _forward_of(kind: type) -> Any:
@@ -279,6 +288,13 @@ def _forward_of(kind: type) -> Any:
 
 def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _least(modules: Iterable[nn.Module]) -> int:
+    """How many values must go in, that something is gained where functions in these wait."""
+    inside = [m for module in modules for m in module.modules()]
+    winograd = any(type(m) is nn.Conv2d and may_take_winograd(m) for m in inside)
+    return LARGE // 2 if winograd else LARGE
 
 
 def _is_chain(module: nn.Module) -> bool:
