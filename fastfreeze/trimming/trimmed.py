@@ -69,10 +69,11 @@ class TrimmedModel(nn.Module):
       bit for bit. A module without parameters, such as a dropout, is in eval mode if it is inside a
       frozen module and nowhere else.
     * Inside a frozen module, and a frozen part of a ``Sequential``, whose inputs hold 2**20 values
-      or more (2**19 where there are 3x3 convolutions), a convolution or norm of frozen weights and of images that require no grad waits for
-      what is done to its value: a norm, a sum or a ReLU behind it is computed with it. Before any
-      other of torch's functions runs, and at the end of that module, the values are computed, and
-      are plain tensors. ``model`` runs once in each call, with its inputs as they are.
+      or more (2**19 where there are 3x3 convolutions), a convolution or norm of frozen weights and
+      of images that require no grad waits for what is done to its value: a norm, a sum or a ReLU
+      behind it is computed with it. Before any other of torch's functions runs, and at the end of
+      that module, the values are computed, and are plain tensors. ``model`` runs once in each call,
+      with its inputs as they are.
     * Nothing waits under autocast, in inference mode, under a dispatch mode, in a transform of
       torch.func or where hooks look after saved tensors, as in an activation checkpoint.
     * In an activation checkpoint, and in the forward of a custom autograd function, frozen modules
