@@ -110,7 +110,7 @@ def main() -> None:
             total += loss.item() / len(loader)
         seconds, kept = time.perf_counter() - start, cache.stats()
         print(
-            f"epoch {epoch}: loss {total:.3f}, {seconds:.1f} s, {kept.hits} images from the cache"
+            f"epoch {epoch}: loss {total:.3f}, {seconds:.1f} s, {kept.hits} values from the cache"
         )
     print(network.prefix)
 

@@ -60,7 +60,7 @@ def test_finetune_torchvision(tmp_path, freeze):
     assert "modules are frozen" in printed
     if freeze == "hand":
         assert "epoch 1: " in printed
-        assert "64 images from the cache" in printed
+        assert re.search(r"[1-9]\d* values from the cache", printed)
 
 
 @pytest.mark.slow
