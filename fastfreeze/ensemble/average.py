@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from fastfreeze.checks import check_int
 from fastfreeze.ensemble._checks import call_and_labels
 from fastfreeze.ops._softmax_arguments import normalised_weights
-from fastfreeze.snapshots.base import check_count, check_state
+from fastfreeze.snapshots.base import check_state
 from fastfreeze.snapshots.format import Signature, check_signature, signature_of
 from fastfreeze.trimming.bits import same_bits
 
@@ -180,7 +181,7 @@ def reestimate_norms(
         SnapshotError: ``snapshot`` is of another architecture.
     """
     if num_batches is not None:
-        check_count("num_batches", num_batches, minimum=1)
+        check_int("num_batches", num_batches, minimum=1)
     norms = _norms_to_reestimate(model, snapshot)
     if not norms:
         return ()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fastfreeze.checks import check_int
 from fastfreeze.ensemble._checks import (
     check_no_arrays,
     logits_of,
@@ -23,7 +24,7 @@ from fastfreeze.ensemble.run import MAX_KEPT, Key, Plan, make_plan, one_by_one
 from fastfreeze.execution import preserved
 from fastfreeze.ops._softmax_arguments import check_logits
 from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
-from fastfreeze.snapshots.base import check_count, last_of, load_into
+from fastfreeze.snapshots.base import last_of, load_into
 from fastfreeze.snapshots.memory import MemorySnapshots
 from fastfreeze.snapshots.store import SnapshotStore
 
@@ -273,7 +274,7 @@ def _check_how(how: How | None) -> None:
 
 
 def _at(snapshots: tuple[Any, ...], name: str, position: int) -> Any:
-    check_count(name, position)
+    check_int(name, position, minimum=0)
     if position >= len(snapshots):
         raise ValueError(
             f"{name} must be below {len(snapshots)}, the snapshots there are, got {position}"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastfreeze.checks import check_int
 from fastfreeze.ensemble.scores import confidence_and_correct, ece_of_rows, sums_in_bins
-from fastfreeze.snapshots.base import check_count
 from fastfreeze.text import human_count
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def reliability_diagram(
         TypeError, ValueError: ``probabilities``, ``labels`` or ``num_bins`` are not such.
         ImportError: matplotlib is not installed.
     """
-    check_count("num_bins", num_bins, minimum=1)
+    check_int("num_bins", num_bins, minimum=1)
     confidence, correct = confidence_and_correct(probabilities, labels)
     counts, sum_confidence, num_correct = sums_in_bins(confidence, correct, num_bins)
     ax = _axes(ax)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from fastfreeze.checks import check_int
 from fastfreeze.ensemble._checks import call_and_labels
 from fastfreeze.ops._softmax_arguments import checked_labels as integer_labels
 from fastfreeze.ops._softmax_arguments import kind_of
@@ -17,7 +18,6 @@ from fastfreeze.ops.reference import (
     mutual_information_reference,
     nll_reference,
 )
-from fastfreeze.snapshots.base import check_count
 from fastfreeze.text import format_table
 
 
@@ -83,7 +83,7 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: 
     Raises:
         TypeError, ValueError: as from :func:`error_rate`, or ``num_bins`` is not a count.
     """
-    check_count("num_bins", num_bins, minimum=1)
+    check_int("num_bins", num_bins, minimum=1)
     return ece_of_rows(*confidence_and_correct(probabilities, labels), num_bins)
 
 
@@ -212,7 +212,7 @@ def evaluate(
         TypeError, ValueError: no batch, a batch or a prediction that is not such, or ``num_bins``
             is not a count; the message names the member and the row.
     """
-    check_count("num_bins", num_bins, minimum=1)
+    check_int("num_bins", num_bins, minimum=1)
     scored: list[_Batch] = []
     for i, batch in enumerate(batches):
         (inputs, keywords), labels = call_and_labels(f"batches[{i}]", batch)

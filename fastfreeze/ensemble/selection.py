@@ -10,9 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastfreeze.checks import check_int
 from fastfreeze.ensemble.scores import check_like_first, check_members, checked_predictions
 from fastfreeze.ops.reference import nll_reference
-from fastfreeze.snapshots.base import check_count
 
 Metric = Literal["nll", "error"]
 
@@ -83,7 +83,7 @@ def select_members(
     """
     scored = _Scored(members, labels, metric)
     if max_members is not None:
-        check_count("max_members", max_members, minimum=1)
+        check_int("max_members", max_members, minimum=1)
     left = list(range(len(scored)))
     total, picks, path = scored.nothing(), list[int](), list[_Value]()
     single: list[_Value] = []

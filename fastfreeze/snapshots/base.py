@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fastfreeze.checks import check_int
 from fastfreeze.errors import SnapshotError
 from fastfreeze.files import write_atomic
 from fastfreeze.schedule import Schedule
@@ -97,7 +98,7 @@ class Snapshots(ABC):
             raise TypeError("prune takes either keep_last or keep")
         found = self._by_key()
         if keep_last is not None:
-            check_count("keep_last", keep_last, minimum=1)
+            check_int("keep_last", keep_last, minimum=1)
             gone = list(found.values())[:-keep_last]
         else:
             kept = [self._own(found, s) for s in keep or ()]
@@ -131,19 +132,12 @@ class Snapshots(ABC):
         """Remove these, some of which may be gone already."""
 
 
-def check_count(name: str, value: int, minimum: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= {minimum}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
-
-
 def facts_of(
     step: int, cycle: int, metrics: Mapping[str, float] | None, schedule: Schedule | None
 ) -> Snapshot:
     """A snapshot that has no hash yet."""
-    check_count("step", step)
-    check_count("cycle", cycle)
+    check_int("step", step, minimum=0)
+    check_int("cycle", cycle, minimum=0)
     numbers = checked_metrics(metrics or {})
     if not isinstance(schedule, Schedule | None):
         raise TypeError(f"schedule must be a fastfreeze.Schedule, got {schedule!r}")
@@ -186,7 +180,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], label: str) -> None
 
 
 def last_of(name: str, count: int, items: tuple[Any, ...]) -> tuple[Any, ...]:
-    check_count(name, count, minimum=1)
+    check_int(name, count, minimum=1)
     if count > len(items):
         raise ValueError(
             f"{name} must be at most {len(items)}, the snapshots there are, got {count}"
