@@ -81,7 +81,7 @@ class Frozen:
         units = [_Unit(m, self, outermost) for m in self.modules if not isinstance(m, _LISTS)]
         chains = [_Chain(m, frozen) for m in modules if m not in frozen and _is_chain(m)]
         self._guards = [*compiled, *[u for u in units if u.has_modes or u.watches]]
-        self._guards += chains if self.folds else []
+        self._guards += [c for c in chains if self.folds and c.least is not None]
         self._units = [*compiled, *units]
         self._held = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
         self._buffers = [m._buffers for m in modules if m not in frozen]
@@ -207,14 +207,14 @@ class _Chain(StandIn):
         self._quiet = {
             m for m in module.children() if m in frozen or next(m.parameters(), None) is None
         }
-        self._least = _least(self._quiet)
+        self.least = _least(self._quiet)
 
     def __call__(self, input: Any) -> Any:
         for quiet, modules in groupby(self.module.children(), self._quiet.__contains__):
             with ExitStack() as stack:
                 for module in modules:
                     if quiet:
-                        stack.enter_context(_watched(self._least, input))
+                        stack.enter_context(_watched(self.least, input))
                     input = module(input)
         return input
 
@@ -230,9 +230,8 @@ class _Unit(StandIn):
     def __init__(self, module: nn.Module, frozen: Frozen, outermost: CodeType) -> None:
         super().__init__(module, module.forward)
         self.has_modes = _has_modes(module)
-        several = any(True for _ in module.children())
-        self.watches = several and frozen.folds and any(map(_may_fold, module.modules()))
-        self._least = _least([module])
+        self._least = _least([module]) if frozen.folds else None
+        self.watches = self._least is not None and any(True for _ in module.children())
         self._frozen, self._outermost = frozen, outermost
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -269,16 +268,18 @@ class _Unit(StandIn):
             return self._forward(*args, **kwargs)
 
 
-def _watched(least: int, *args: Any, closing: bool = True) -> AbstractContextManager[None]:
+def _watched(least: int | None, *args: Any, closing: bool = True) -> AbstractContextManager[None]:
     """In which functions may wait, if that can pay and no call around it has seen to it.
 
-    It can where ``args`` hold ``least`` values.
+    It can where ``args`` hold ``least`` values that require no grad: others never wait.
     """
     run = LOCAL.run
-    if run is None or run.watches or not run.may_watch or torch.compiler.is_compiling():
+    if least is None or run is None or run.watches or not run.may_watch:
+        return nullcontext()
+    if torch.compiler.is_compiling():
         return nullcontext()
     flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
-    elements = sum([t.numel() for t in flat if isinstance(t, Tensor)])
+    elements = sum([t.numel() for t in flat if isinstance(t, Tensor) and not t.requires_grad])
     return run.watch(closing) if elements >= least else nullcontext()
 
 
@@ -290,11 +291,15 @@ def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
-def _least(modules: Iterable[nn.Module]) -> int:
-    """How many values must go in, that something is gained where functions in these wait."""
-    inside = [m for module in modules for m in module.modules()]
-    winograd = any(type(m) is nn.Conv2d and may_take_winograd(m) for m in inside)
-    return LARGE // 2 if winograd else LARGE
+def _least(modules: Iterable[nn.Module]) -> int | None:
+    """How many values must go in, that something is gained where functions in these wait.
+
+    None: nothing ever is.
+    """
+    inside = [m for module in modules for m in module.modules() if _may_fold(m)]
+    if not inside:
+        return None
+    return LARGE if all(isinstance(m, _BatchNorm) for m in inside) else LARGE // 2
 
 
 def _is_chain(module: nn.Module) -> bool:
