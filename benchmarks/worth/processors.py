@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fastfreeze.clock import cpu_seconds
+
 
 class CpuTime:
     """CPU time since this object was made."""
 
     def __init__(self) -> None:
-        self._own, self._busy = _own_seconds(), _busy_seconds()
+        self._own, self._busy = cpu_seconds(), _busy_seconds()
 
     def own(self) -> float:
         """Seconds of this process, over all threads, and of the children that have ended."""
-        return _own_seconds() - self._own
+        return cpu_seconds() - self._own
 
     def others(self) -> float | None:
         """Seconds of everything else, a mean over the CPUs that this process may use.
@@ -26,10 +28,6 @@ class CpuTime:
         if busy is None or self._busy is None:
             return None
         return (busy - self._busy - self.own()) / len(os.sched_getaffinity(0))
-
-
-def _own_seconds() -> float:
-    return sum(os.times()[:4])
 
 
 def _busy_seconds() -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastfreeze.cache import FeatureCache
+from fastfreeze.clock import cpu_seconds
 from fastfreeze.ensemble import (
     PredictionScores,
     SnapshotEnsemble,
@@ -247,7 +247,7 @@ class _Run:
         """Train for an epoch; the error behind it, of the test or the held out images."""
         totals, batch_size = self.totals, self.experiment.batch_size
         release(self.device)
-        memory, cpu_seconds = PeakMemory(self.device), _cpu_seconds()
+        memory, cpu_start = PeakMemory(self.device), cpu_seconds()
         batches = self.data.train_batches(self.seed, totals.epoch, batch_size, self.device)
 
         def after_step() -> None:
@@ -262,7 +262,7 @@ class _Run:
                 raise self._diverged(f"the loss is {loss}", step)
         totals.epoch += 1
         totals.seconds += sum(seconds)
-        totals.cpu_seconds += _cpu_seconds() - cpu_seconds
+        totals.cpu_seconds += cpu_seconds() - cpu_start
         peak = memory.mb()
         if peak is not None:
             totals.peak_mb = max(totals.peak_mb or 0.0, peak)
@@ -408,8 +408,3 @@ class _Run:
         text = f"{evaluation}\n\n{ensemble.plan}\n"
         write_atomic(self.run_dir.path / f"ensemble-{self.name}.txt", text.encode())
         return evaluation.ensemble
-
-
-def _cpu_seconds() -> float:
-    """Of this process, over all threads, and of the children that have ended."""
-    return sum(os.times()[:4])
