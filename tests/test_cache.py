@@ -20,6 +20,7 @@ from fastfreeze.cache import cache as cache_module
 from fastfreeze.cache import calls, kept
 from tests.conftest import every_device
 from tests.killed import killed
+from tests.zoo import tiny_bert
 
 on = partial(FeatureCache, enabled=True)
 
@@ -383,16 +384,9 @@ def test_values_without_rows_are_not_kept():
 
 def test_text():
     """Masks count, and rows of another padded length are kept apart."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    model = transformers.BertForSequenceClassification(config).train()
+    model = tiny_bert().train()
     frozen(model, "bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1")
     cache = on(trim(model))
     ids, mask = torch.randint(1, 50, (8, 9)), torch.ones(8, 9, dtype=torch.long)

@@ -12,6 +12,7 @@ from torch import nn
 import fastfreeze
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.trimming import TrimmedModel
+from tests.zoo import tiny_bert
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -30,17 +31,7 @@ STEPS = EPOCHS * SAMPLES // BATCH
 
 
 def bert():
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        num_labels=3,
-        hidden_dropout_prob=0.1,
-    )
-    return transformers.BertForSequenceClassification(config)
+    return tiny_bert(max_position_embeddings=16, num_labels=3, hidden_dropout_prob=0.1)
 
 
 def vit():

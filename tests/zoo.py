@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torchvision.models import get_model
@@ -68,3 +69,17 @@ def build(name, size=None):
     if name in AUX:
         options["init_weights"] = False
     return get_model(name, weights=None, **options).train(), torch.randn(2, 3, size, size)
+
+
+def tiny_bert(**options):
+    """Hugging Face's BERT of three layers for classification, made from a config."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        **options,
+    )
+    return transformers.BertForSequenceClassification(config)
