@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import get_model
 
 import fastfreeze
 from fastfreeze import FastfreezeWarning, trim
@@ -66,11 +65,13 @@ def images(*shape):
     return torch.randn(*(shape or (4, 3, 8, 8)))
 
 
-def torchvision_model(name, size=64, **options):
-    return lambda: (
-        get_model(name, weights=None, num_classes=5, **options),
-        images(2, 3, size, size),
-    )
+def torchvision_model(name, **options):
+    def make():
+        models = pytest.importorskip("torchvision.models")
+        model = models.get_model(name, weights=None, num_classes=5, **options)
+        return model, images(2, 3, 64, 64)
+
+    return make
 
 
 def timm_model(name, **options):
@@ -120,10 +121,7 @@ MODELS = {
         )
     },
     "torchvision googlenet": torchvision_model("googlenet", init_weights=False),
-    "torchvision lraspp": lambda: (
-        get_model("lraspp_mobilenet_v3_large", weights=None, weights_backbone=None),
-        images(2, 3, 64, 64),
-    ),
+    "torchvision lraspp": torchvision_model("lraspp_mobilenet_v3_large", weights_backbone=None),
     **{
         f"timm {name}": timm_model(name)
         for name in (
