@@ -29,7 +29,7 @@ from benchmarks.optimizer_cases import (
     with_scheduler,
 )
 from benchmarks.shapes import Shapes
-from fastfreeze.ops.softmax import ensemble_softmax, ensemble_statistics
+from fastfreeze.kernels.softmax import ensemble_softmax, ensemble_statistics
 
 # Of an element or of all elements' root mean square, whichever is larger.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}

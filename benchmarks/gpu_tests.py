@@ -36,42 +36,44 @@ SELECTIONS = {
     "tests-cuda": Selection(
         "cuda-cuda or (gpu and not triton-cuda) or cuda_graph",
         {
-            "test_device_sgd.py": 1,
-            "test_device_adam.py": 1,
-            "test_statistics.py": 2,
-            "test_softmax.py": 2,
-            "test_sgd.py": 2,
-            "test_optim.py": 1,
-            "test_optim_edits.py": 1,
-            "test_ways.py": 1,
-            "test_snapshots.py": 1,
-            "test_devices.py": 1,
-            "test_fold.py": 1,
-            "test_cache.py": 1,
-            "test_affine.py": 1,
-            "test_trim.py": 1,
-            "test_compiled.py": 1,
-            "test_winograd.py": 1,
+            "kernels/test_sgd_device.py": 1,
+            "kernels/test_adam_device.py": 1,
+            "kernels/test_statistics.py": 2,
+            "kernels/test_softmax.py": 2,
+            "kernels/test_sgd.py": 2,
+            "optim/test_optim.py": 1,
+            "optim/test_optim_edits.py": 1,
+            "ensemble/test_ways.py": 1,
+            "snapshots/test_snapshots.py": 1,
+            "trimming/test_devices.py": 1,
+            "trimming/test_fold.py": 1,
+            "cache/test_cache.py": 1,
+            "kernels/test_affine.py": 1,
+            "trimming/test_trim.py": 1,
+            "trimming/test_compiled.py": 1,
+            "kernels/test_winograd.py": 1,
         },
     ),
     "tests-triton": Selection(
-        "triton-cuda or (test_triton_softmax and not groups)",
+        "triton-cuda or (test_softmax_triton and not groups)",
         {
-            "test_triton_softmax.py": 4,
-            "test_statistics.py": 3,
-            "test_softmax.py": 2,
-            "test_sgd.py": 2,
-            "test_device_sgd.py": 1,
-            "test_device_adam.py": 1,
-            "test_optim.py": 1,
-            "test_optim_edits.py": 1,
+            "kernels/test_softmax_triton.py": 4,
+            "kernels/test_statistics.py": 3,
+            "kernels/test_softmax.py": 2,
+            "kernels/test_sgd.py": 2,
+            "kernels/test_sgd_device.py": 1,
+            "kernels/test_adam_device.py": 1,
+            "optim/test_optim.py": 1,
+            "optim/test_optim_edits.py": 1,
         },
     ),
 }
 # Stand-ins, so that the machinery runs.
 DRY_SELECTIONS = {
-    "tests-cuda": Selection("cpu-cpu", {"test_sgd.py": 2, "test_statistics.py": 1}, share=12),
-    "tests-triton": Selection("cpu-cpu", {"test_optim.py": 1}, share=12),
+    "tests-cuda": Selection(
+        "cpu-cpu", {"kernels/test_sgd.py": 2, "kernels/test_statistics.py": 1}, share=12
+    ),
+    "tests-triton": Selection("cpu-cpu", {"optim/test_optim.py": 1}, share=12),
 }
 
 
@@ -83,7 +85,7 @@ def jobs_of(
     for file, processes in selection.files.items():
         for i in range(processes):
             name = f"{file} {i + 1}/{processes}" if processes > 1 else file
-            lines = scratch / f"{name.replace(' ', '-').replace('/', '-of-')}.jsonl"
+            lines = scratch / f"{name.replace(' ', '-').replace('/', '-')}.jsonl"
             own = {
                 **environment,
                 "FASTFREEZE_OUTCOMES": str(lines),

@@ -17,8 +17,8 @@ import fastfreeze
 from benchmarks.case import OURS, Case
 from benchmarks.optimizer_cases import SGD_VALUES, TOTAL_STEPS
 from benchmarks.shapes import Shapes, shapes_of
-from fastfreeze.ops import sgd
-from fastfreeze.ops._device_sgd import DeviceSgd
+from fastfreeze.kernels import sgd
+from fastfreeze.kernels.sgd_device import DeviceSgd
 
 
 class HostPlan(DeviceSgd):

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.case import Case, Run, compiled_run, difference
-from fastfreeze.ops.affine import affine_relu_cat
-from fastfreeze.ops.softmax import EnsembleStatistics, ensemble_softmax, ensemble_statistics
-from fastfreeze.ops.winograd import transform_weight, winograd_conv2d
+from fastfreeze.kernels.affine import affine_relu_cat
+from fastfreeze.kernels.softmax import EnsembleStatistics, ensemble_softmax, ensemble_statistics
+from fastfreeze.kernels.winograd import transform_weight, winograd_conv2d
 
 
 def softmax_case(M: int, B: int, C: int) -> Case:

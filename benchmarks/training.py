@@ -52,7 +52,7 @@ from benchmarks.training_rivals import (
     largest_deviation,
     take_turns,
 )
-from fastfreeze.freezing import split
+from fastfreeze.layers.split import split
 from fastfreeze.recipes.models import build_model
 from fastfreeze.schedule import FreezeOut
 

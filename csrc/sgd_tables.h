@@ -1,4 +1,4 @@
-// What every SGD kernel reads from the tables that fastfreeze/ops/sgd.py fills.
+// What every SGD kernel reads from the tables that fastfreeze/kernels/sgd.py fills.
 #pragma once
 
 #include "schedule_math.h"

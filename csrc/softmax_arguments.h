@@ -1,5 +1,5 @@
-// Arguments and results of the softmax operators (schemas in fastfreeze/ops/_library.py), for the
-// host code of every device.
+// Arguments and results of the softmax operators (schemas in fastfreeze/kernels/library.py), for
+// the host code of every device.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

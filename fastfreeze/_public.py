@@ -1,22 +1,22 @@
 """The public names, which ``fastfreeze`` imports when the first of them is needed."""
 
 from fastfreeze._version import __version__
-from fastfreeze.blockers import BackwardBlocker, backward_blockers
 from fastfreeze.cache import CacheStats, FeatureCache
 from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning, SnapshotError
-from fastfreeze.freezing import Layer, LayerPlan, split
-from fastfreeze.layers.freeze import FreezeScheduler
-from fastfreeze.ops._library import backends
-from fastfreeze.ops.softmax import (
+from fastfreeze.kernels.library import backends
+from fastfreeze.kernels.softmax import (
     EnsembleAverage,
     EnsembleStatistics,
     ensemble_softmax,
     ensemble_statistics,
 )
+from fastfreeze.layers.blockers import BackwardBlocker, backward_blockers
+from fastfreeze.layers.freeze import FreezeScheduler
+from fastfreeze.layers.report import FreezeReport, FreezeRow
+from fastfreeze.layers.saving import freezeout_for_saving
+from fastfreeze.layers.split import Layer, LayerPlan, split
 from fastfreeze.optim import SGD, Adam, AdamW
-from fastfreeze.report import FreezeReport, FreezeRow
-from fastfreeze.saving import freezeout_for_saving
 from fastfreeze.schedule import (
     Constant,
     Cosine,

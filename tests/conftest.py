@@ -26,7 +26,7 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
 
 import fastfreeze  # noqa: E402
-from tests.emulation.steps import install  # noqa: E402
+from tests.kernels.emulation.steps import install  # noqa: E402
 
 HAS_CPU_KERNELS = fastfreeze.backends()["cpu"].available
 needs_cpu_kernels = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def pytest_configure(config):
     # Not in pyproject.toml: pytest would import fastfreeze before TRITON_INTERPRET is set.
     config.addinivalue_line("filterwarnings", "error::fastfreeze.FastfreezeWarning")
     if not HAS_GPU and fastfreeze.backends()["triton"].available:
-        from tests import interpreter
+        from tests.kernels import interpreter
 
         interpreter.install()
         # NumPy's, where a GPU says nothing.

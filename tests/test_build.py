@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.compiled import find_nvcc, needs_nvcc
+from tests.kernels.compiled import find_nvcc, needs_nvcc
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("setuptools")

@@ -1,75 +1,88 @@
-"""Each part of the package imports only from the parts before it."""
+"""Each file of the package imports only from the rooms and files before it."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import fastfreeze
 
 PACKAGE = Path(fastfreeze.__file__).parent
+# Rooms, and files that stand elsewhere than the rest of their room.
 ORDER = [
-    "_version",
-    "checks",
-    "errors",
-    "files",
-    "text",
-    "clock",
-    "views",
-    "execution",
-    "schedule",
-    "_frozen",
-    "layer_names",
-    "layers",
-    "freezing",
-    "saving",
-    "layer_costs",
-    "ops",
-    "optim",
-    "trimming",
-    "cache",
-    "blockers",
-    "report",
-    "snapshots",
-    "ensemble",
-    "_public",
-    "integrations",
-    "distributed",
-    "recipes",
-    "reproduction",
-    "cli",
-    "__main__",
+    *("_version", "checks", "errors", "files", "text", "clock", "views"),
+    *("schedule", "layers", "kernels", "optim", "trimming", "cache"),
+    *("layers.blockers", "layers.report"),
+    *("snapshots", "ensemble", "_public", "integrations", "distributed"),
+    *("recipes", "reproduction", "cli", "__main__"),
 ]
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
 
 
-def part_of(module):
-    part = module.split(".")[1]
-    return "_version" if part == "__version__" else part
-
-
-def imported_parts(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path):
+    """The files of the package that a file imports from, but for types alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{a.name}" for a in node.names]
+            yield from (file_of(f"{node.module}.{a.name}") for a in node.names)
         elif isinstance(node, ast.Import):
-            names = [a.name for a in node.names]
-        else:
-            continue
-        yield from (part_of(n) for n in names if n.startswith("fastfreeze."))
+            yield from (file_of(a.name) for a in node.names)
+
+
+def file_of(name):
+    """The file that a module, or a name in one, stands in; "" if it is none of the package's."""
+    if not name.startswith("fastfreeze."):
+        return ""
+    name = name.removeprefix("fastfreeze.").replace("__version__", "_version")
+    while name and not (found := {name, f"{name}.__init__"} & FILES.keys()):
+        name = name.rpartition(".")[0]
+    return min(found) if name else ""
+
+
+def place(file):
+    """Where a file stands: its own place, else its room's."""
+    room = file.split(".")[0]
+    return ORDER.index(file if file in ORDER else room)
 
 
 def test_imports_go_one_way():
-    backwards = []
-    for path in FILES:
-        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        assert own in ORDER, f"{own} has no place in the order"
-        later = {p for p in imported_parts(path) if ORDER.index(p) > ORDER.index(own)}
-        backwards += [f"{path.relative_to(PACKAGE)} imports from {part}" for part in later]
+    backwards = [
+        f"{file} imports from {other}"
+        for file, path in FILES.items()
+        for other in imports(path)
+        if other and place(other) > place(file)
+    ]
     assert not backwards
 
 
+def test_there_are_no_circles():
+    left = {file: set(imports(path)) - {file} for file, path in FILES.items()}
+    while free := [file for file, others in left.items() if not others & left.keys()]:
+        for file in free:
+            del left[file]
+    assert not left
+
+
+def test_underscored_files_are_read_by_their_room():
+    strangers = [
+        f"{file} imports from {other}"
+        for file, path in FILES.items()
+        for other in imports(path)
+        for room, _, name in [other.rpartition(".")]
+        if room and re.match("_[a-z]", name) and room != file.rpartition(".")[0]
+    ]
+    assert not strangers
+
+
 def test_files_stay_readable():
-    lengths = {str(p.relative_to(PACKAGE)): len(p.read_text().splitlines()) for p in FILES}
+    lengths = {file: len(path.read_text().splitlines()) for file, path in FILES.items()}
     assert not {name: length for name, length in lengths.items() if length > 600}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -229,13 +230,14 @@ def test_the_rows_are_the_oldest_the_newest_and_without(wheels):
     one_after_the_other = [name for name, _ in groupby(r.environment for r in rows)]
     assert one_after_the_other == list(packages)
     named = {name for row in rows for name in row.tests}
-    assert not [name for name in named if not (ROOT / f"tests/test_{name}.py").exists()]
+    found = Counter(path.stem.removeprefix("test_") for path in ROOT.glob("tests/**/test_*.py"))
+    assert not [name for name in named if found[name] != 1]
 
 
 def test_hosted_ci_runs_the_same_short_tests(wheels):
     tomllib = pytest.importorskip("tomllib")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
-    files = re.findall(r"tests/test_(\w+)\.py", settings["test-command"])
+    files = re.findall(r"tests/\w+/test_(\w+)\.py", settings["test-command"])
     assert tuple(files) == wheels.SHORT_TESTS
     assert f"-k '{wheels.SHORT_OF}'" in settings["test-command"]
     assert tuple(settings["test-requires"]) == wheels.TEST_PACKAGES

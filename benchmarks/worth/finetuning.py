@@ -26,7 +26,7 @@ import fastfreeze
 from benchmarks.training_rivals import Task, Training
 from benchmarks.worth.question import Method
 from benchmarks.worth.training import judged, trained
-from fastfreeze.freezing import LayerPlan
+from fastfreeze.layers.split import LayerPlan
 from fastfreeze.schedule import FreezeOut, Frozen, GradualUnfreezing, Schedule, Segment
 
 WARM = 0.1  # of a run

@@ -15,8 +15,8 @@ import fastfreeze
 from benchmarks.training_rivals import Task, Training
 from benchmarks.worth.processors import CpuTime
 from benchmarks.worth.question import Method
-from fastfreeze.execution import run_events
-from fastfreeze.layer_costs import LayerFlops
+from fastfreeze.layers.costs import LayerFlops
+from fastfreeze.layers.execution import run_events
 
 
 def _alone(x: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@
 namespace fastfreeze {
 namespace {
 
-// Columns of the table of tensors that fastfreeze/ops/_adam_plans.py fills.
+// Columns of the table of tensors that fastfreeze/kernels/adam_plans.py fills.
 enum TensorColumn {
   kParam,
   kMean,

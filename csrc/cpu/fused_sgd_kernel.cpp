@@ -22,7 +22,7 @@
 namespace fastfreeze {
 namespace {
 
-// Columns of the table of tensors that fastfreeze/ops/_sgd_plans.py fills.
+// Columns of the table of tensors that fastfreeze/kernels/sgd_plans.py fills.
 enum TensorColumn { kParam, kBuffer, kNumel, kGroup, kDtype, kBufferDtype, kFirst, kTensorColumns };
 
 struct PlannedTensor {

@@ -232,7 +232,7 @@ bool are_clear(Gaps& gaps, const int64_t* addresses) {
   return true;
 }
 
-// What a look before a step finds; fastfreeze/ops/_placements.py names them likewise.
+// What a look before a step finds; fastfreeze/kernels/placements.py names them likewise.
 enum Found : int64_t { kAsPlanned, kMoved, kOtherGradients, kNotClear };
 
 Found look(const Placements& planned, const Placements& buffers, Gaps& gaps,

@@ -1,6 +1,6 @@
 // One step of any number of tensors and groups in one launch: a warp to each run of elements.
-// fastfreeze/ops/_device_plan.py makes the tables, once; a launch brings the gradients' addresses.
-// What is done with an element is for a rule: SgdRule, AdamRule.
+// fastfreeze/kernels/device_plan.py makes the tables, once; a launch brings the gradients'
+// addresses. What is done with an element is for a rule: SgdRule, AdamRule.
 #pragma once
 
 #ifdef __CUDACC__

@@ -13,7 +13,7 @@
 
 namespace fastfreeze {
 
-// Names of tensors that fastfreeze/ops/_device_plan.py owns for as long as it steps the plan.
+// Names of tensors that fastfreeze/kernels/device_plan.py owns for as long as it steps the plan.
 template <typename Tables>
 struct CudaPlan {
   static constexpr const char* kName = "plan of a CUDA device";

@@ -19,9 +19,9 @@ def backends(as_json: bool) -> None:
     Example:
       fastfreeze backends
     """
-    from fastfreeze.ops import _library
+    from fastfreeze.kernels import library
 
-    found = _library.backends()
+    found = library.backends()
     if as_json:
         click.echo(json.dumps({name: asdict(state) for name, state in found.items()}, indent=2))
         return

@@ -13,8 +13,8 @@ from fastfreeze.cli._options import AT_LEAST_1, Finite, freezeout_options
 from fastfreeze.schedule import FreezeOut, HowScale
 
 if TYPE_CHECKING:
-    from fastfreeze.freezing import LayerPlan
-    from fastfreeze.saving import SavingOf
+    from fastfreeze.layers.saving import SavingOf
+    from fastfreeze.layers.split import LayerPlan
 
 
 @click.command(context_settings={"show_default": True})
@@ -75,7 +75,7 @@ def plan(
         )
     if saving is None and _given(ctx, "of"):
         raise click.UsageError("--of is for --saving")
-    from fastfreeze.saving import freezeout_for_saving
+    from fastfreeze.layers.saving import freezeout_for_saving
 
     layers = _layers(model, num_classes, in_channels, image_size)
     schedule = FreezeOut(steps, t_0=t_0, how_scale=how_scale)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastfreeze.errors import warn
-from fastfreeze.ops._softmax_arguments import kind_of
-from fastfreeze.ops.reference import sum_dtype
+from fastfreeze.kernels.reference import sum_dtype
+from fastfreeze.kernels.softmax_arguments import kind_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by name
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastfreeze.checks import check_int
 from fastfreeze.ensemble._checks import call_and_labels
-from fastfreeze.ops._softmax_arguments import normalised_weights
+from fastfreeze.kernels.softmax_arguments import normalised_weights
 from fastfreeze.snapshots.base import check_state
 from fastfreeze.snapshots.format import Signature, check_signature, signature_of
 from fastfreeze.trimming.bits import same_bits

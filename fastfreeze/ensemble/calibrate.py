@@ -16,8 +16,8 @@ from fastfreeze.ensemble.scores import (
     checked_labels,
     checked_predictions,
 )
-from fastfreeze.ops._softmax_arguments import check_classes, kind_of
-from fastfreeze.ops.reference import sum_dtype
+from fastfreeze.kernels.reference import sum_dtype
+from fastfreeze.kernels.softmax_arguments import check_classes, kind_of
 
 MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 100.0

@@ -21,9 +21,9 @@ from fastfreeze.ensemble._checks import (
 from fastfreeze.ensemble.graphs.trace import UntraceableError
 from fastfreeze.ensemble.members import new_member, share, unshare
 from fastfreeze.ensemble.run import MAX_KEPT, Key, Plan, make_plan, one_by_one
-from fastfreeze.execution import preserved
-from fastfreeze.ops._softmax_arguments import check_logits
-from fastfreeze.ops.softmax import EnsembleAverage, ensemble_softmax
+from fastfreeze.kernels.softmax import EnsembleAverage, ensemble_softmax
+from fastfreeze.kernels.softmax_arguments import check_logits
+from fastfreeze.layers.execution import preserved
 from fastfreeze.snapshots.base import last_of, load_into
 from fastfreeze.snapshots.memory import MemorySnapshots
 from fastfreeze.snapshots.store import SnapshotStore

@@ -21,8 +21,8 @@ from fastfreeze.ensemble.graphs.fold import CannotFoldError, fold
 from fastfreeze.ensemble.graphs.program import Program, copied
 from fastfreeze.ensemble.graphs.trace import IN_PLACE_FUNCTIONS, Trace
 from fastfreeze.ensemble.members import CannotCopyError, Owners, copy_of
-from fastfreeze.ops._softmax_arguments import classes_back, classes_last
-from fastfreeze.ops.reference import softmax_add_reference
+from fastfreeze.kernels.reference import softmax_add_reference
+from fastfreeze.kernels.softmax_arguments import classes_back, classes_last
 
 
 class CannotMergeError(Exception):

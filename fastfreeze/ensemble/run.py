@@ -22,7 +22,7 @@ from fastfreeze.ensemble.merge import (
     merge,
     merged_module,
 )
-from fastfreeze.execution import preserved
+from fastfreeze.layers.execution import preserved
 from fastfreeze.trimming.compare import excess
 from fastfreeze.trimming.state import requires_grad
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fastfreeze.checks import check_int
 from fastfreeze.ensemble._checks import call_and_labels
-from fastfreeze.ops._softmax_arguments import checked_labels as integer_labels
-from fastfreeze.ops._softmax_arguments import kind_of
-from fastfreeze.ops.reference import (
+from fastfreeze.kernels.reference import (
     entropy_reference,
     mutual_information_reference,
     nll_reference,
 )
+from fastfreeze.kernels.softmax_arguments import checked_labels as integer_labels
+from fastfreeze.kernels.softmax_arguments import kind_of
 from fastfreeze.text import format_table
 
 

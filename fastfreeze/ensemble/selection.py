@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastfreeze.checks import check_int
 from fastfreeze.ensemble.scores import check_like_first, check_members, checked_predictions
-from fastfreeze.ops.reference import nll_reference
+from fastfreeze.kernels.reference import nll_reference
 
 Metric = Literal["nll", "error"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fastfreeze.freezing import LayerPlan
 from fastfreeze.integrations.training import Store, TrainingRun, network_of
-from fastfreeze.report import FreezeReport
+from fastfreeze.layers.report import FreezeReport
+from fastfreeze.layers.split import LayerPlan
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

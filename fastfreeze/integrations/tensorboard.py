@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastfreeze.layers.freeze import FreezeScheduler
+from fastfreeze.layers.report import FreezeReport
 from fastfreeze.optim import FusedOptimizer
-from fastfreeze.report import FreezeReport
 from fastfreeze.snapshots import Snapshot
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastfreeze.errors import warn
-from fastfreeze.freezing import LayerPlan
 from fastfreeze.layers.freeze import FreezeScheduler
-from fastfreeze.report import FreezeReport
+from fastfreeze.layers.report import FreezeReport
+from fastfreeze.layers.split import LayerPlan
 from fastfreeze.schedule import Schedule
 from fastfreeze.snapshots import MemorySnapshots, SnapshotStore
 from fastfreeze.trimming import trim

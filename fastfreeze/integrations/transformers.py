@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastfreeze.freezing import LayerPlan
 from fastfreeze.integrations.training import Store, TrainingRun
 from fastfreeze.layers.freeze import FreezeScheduler
-from fastfreeze.report import FreezeReport
+from fastfreeze.layers.report import FreezeReport
+from fastfreeze.layers.split import LayerPlan
 
 try:
     from transformers import (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastfreeze._frozen import frozen_by_schedule, note_frozen, note_thawed
+from fastfreeze.layers.frozen import frozen_by_schedule, note_frozen, note_thawed
 from fastfreeze.layers.groups import Group, SegmentTable, check_scheduled_groups
 from fastfreeze.schedule import Schedule
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastfreeze._frozen import note_driven, note_frozen
 from fastfreeze.errors import warn
 from fastfreeze.layers.followed import FollowedGroups
+from fastfreeze.layers.frozen import note_driven, note_frozen
 from fastfreeze.layers.groups import (
     Group,
     as_step,

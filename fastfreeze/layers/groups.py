@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastfreeze._frozen import frozen_by_schedule, planned
 from fastfreeze.checks import check_int
 from fastfreeze.errors import warn
+from fastfreeze.layers.frozen import frozen_by_schedule, planned
 from fastfreeze.schedule import Schedule, Segment, check_initial_lr, cosine_lr
 from fastfreeze.text import ranges
 

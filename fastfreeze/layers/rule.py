@@ -13,8 +13,8 @@ from types import CodeType
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastfreeze.execution import Event, parameter_bits, parameter_names
-from fastfreeze.layer_names import LayerHomes
+from fastfreeze.layers.execution import Event, parameter_bits, parameter_names
+from fastfreeze.layers.names import LayerHomes
 from fastfreeze.text import some
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastfreeze.errors import warn
+from fastfreeze.kernels.plans import dtype_of_state
 from fastfreeze.layers.groups import as_step, check_scheduled_groups
-from fastfreeze.ops._plans import dtype_of_state
 from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim._runtime import Groups, State, check_shape, counts_of
 from fastfreeze.schedule import Schedule

@@ -8,8 +8,8 @@ from operator import attrgetter
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastfreeze._frozen import is_driven
 from fastfreeze.errors import warn
+from fastfreeze.layers.frozen import is_driven
 from fastfreeze.layers.groups import Group, earlier_run_message, layers_in_words
 
 _requires_grad_of = attrgetter("requires_grad")

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from fastfreeze.kernels.library import Backend
+from fastfreeze.kernels.plans import Plan
 from fastfreeze.layers.groups import Group
-from fastfreeze.ops._library import Backend
-from fastfreeze.ops._plans import Plan
 
 
 class UpdateRule(ABC):

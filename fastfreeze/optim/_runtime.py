@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastfreeze.kernels import choice
+from fastfreeze.kernels.library import Backend
+from fastfreeze.kernels.placements import Given, kind_of, place_of
+from fastfreeze.kernels.plans import PlanSpec, dtype_of_state
 from fastfreeze.layers.groups import check_number
-from fastfreeze.ops import _choice
-from fastfreeze.ops._library import Backend
-from fastfreeze.ops._placements import Given, kind_of, place_of
-from fastfreeze.ops._plans import PlanSpec, dtype_of_state
 from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
 from fastfreeze.schedule import Segment
@@ -202,12 +202,12 @@ def _parts(task: Task, members: list[tuple[Tensor, int, int]], params: list[Tens
     """
     grads = [_held(p.grad) for p, _, _ in members]
     moments = [list(map(_held, task.moments(p, g))) for p, g, _ in members]
-    backends = _choice.choose_backends(params, grads, moments, task.backend)
+    backends = choice.choose_backends(params, grads, moments, task.backend)
     dtypes = [_planned_dtype(*each, task.state_dtype) for each in zip(params, moments, strict=True)]
     counts = counts_of(task.rule, [task.state.get(p, {}) for p, _, _ in members])
     if task.rule.counter is not None:
         _refer_started(task, counts, moments, backends)
-    plans = _choice.plan_members(task.rule.plans, params, backends, dtypes)
+    plans = choice.plan_members(task.rule.plans, params, backends, dtypes)
     parts = [
         Part(backend, [(*members[i], dtypes[i], counts[i]) for i in index], task)
         for (backend, _), index in plans.items()
@@ -298,7 +298,7 @@ class Part:
                 return {}
         own = local_part(param, param)
         moments = {
-            name: _choice.state_for(self.backend, own, local_part(state.get(name), param), dtype)
+            name: choice.state_for(self.backend, own, local_part(state.get(name), param), dtype)
             for name in names
         }
         if known:
@@ -431,7 +431,7 @@ class Part:
 
     def restore_grads(self) -> None:
         """Give gradients of another layout what the step has written into their copies."""
-        _choice.copy_back(self.grads, self._grads_of(self.watched))
+        choice.copy_back(self.grads, self._grads_of(self.watched))
 
     def settle(self) -> bool:
         """Drop the moments that have had no step; whether there was one."""

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastfreeze.kernels import adam as adam_ops
+from fastfreeze.kernels.adam_plans import ADAM_HYPERS
+from fastfreeze.kernels.library import Backend
 from fastfreeze.layers.groups import Group, check_number
-from fastfreeze.ops import adam as adam_ops
-from fastfreeze.ops._adam_plans import ADAM_HYPERS
-from fastfreeze.ops._library import Backend
 from fastfreeze.optim._checks import check_numbers, check_state_dtype
 from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim.fused import FusedOptimizer

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastfreeze.kernels import sgd as sgd_ops
+from fastfreeze.kernels.library import Backend
+from fastfreeze.kernels.sgd_plans import SGD_HYPERS
 from fastfreeze.layers.groups import Group, check_number
-from fastfreeze.ops import sgd as sgd_ops
-from fastfreeze.ops._library import Backend
-from fastfreeze.ops._sgd_plans import SGD_HYPERS
 from fastfreeze.optim._checks import check_numbers, check_state_dtype
 from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim.fused import FusedOptimizer

@@ -2,8 +2,8 @@
 
 ResNet (He et al., 2016, section 4.2), Wide ResNet (Zagoruyko and Komodakis, 2016), DenseNet and
 DenseNet-BC (Huang et al., 2017), VGG-16 with batch normalisation (Simonyan and Zisserman, 2015).
-Every model is a chain ``stem, blocks, head``, whose links :func:`fastfreeze.freezing.split` takes
-as layers, and ends in a global average, so that the image size is free. Convolutions start from
+Every model is a chain ``stem, blocks, head``, whose links :func:`fastfreeze.split` takes as
+layers, and ends in a global average, so that the image size is free. Convolutions start from
 He's normal distribution over the outputs, as in the papers.
 
 Snapshot Ensembles (section 4.2) trains "resnet110", a Wide ResNet of 32 layers, which is a ResNet

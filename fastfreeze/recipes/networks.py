@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastfreeze.freezing import LayerPlan, split
+from fastfreeze.layers.split import LayerPlan, split
 from fastfreeze.recipes.errors import RecipeError, optional_package
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import MODEL_NAMES, OTHER_MODELS

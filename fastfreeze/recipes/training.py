@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from fastfreeze.cache import FeatureCache
 from fastfreeze.clock import Clock
-from fastfreeze.freezing import LayerPlan, split
+from fastfreeze.layers.report import FreezeReport
+from fastfreeze.layers.split import LayerPlan, split
 from fastfreeze.optim import SGD, AdamW
 from fastfreeze.recipes.data import ImageData
-from fastfreeze.report import FreezeReport
 from fastfreeze.schedule import Cosine, Schedule, StepDecay
 from fastfreeze.trimming import trim
 

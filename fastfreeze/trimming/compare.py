@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.execution import preserved
+from fastfreeze.layers.execution import preserved
 from fastfreeze.trimming.state import fp32_precision, tensors_in
 
 Tensors = dict[str, Tensor | None]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfreeze.ops.affine import affine_relu_cat
-from fastfreeze.ops.winograd import pays as winograd_pays
-from fastfreeze.ops.winograd import transform_weight, winograd_conv2d
+from fastfreeze.kernels.affine import affine_relu_cat
+from fastfreeze.kernels.winograd import pays as winograd_pays
+from fastfreeze.kernels.winograd import transform_weight, winograd_conv2d
 
 _WINOGRAD_PADDINGS = ((0, 0), (0, 1), (1, 0), (1, 1))
 

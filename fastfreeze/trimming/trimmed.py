@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from fastfreeze.errors import warn
-from fastfreeze.execution import Undo, preserved
+from fastfreeze.layers.execution import Undo, preserved
 from fastfreeze.trimming.compare import difference, observe
 from fastfreeze.trimming.folds import Folds
 from fastfreeze.trimming.pending import LOCAL, Run, TooLateError, settled

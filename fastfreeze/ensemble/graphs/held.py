@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.execution import Snapshot
+from fastfreeze.layers.execution import Snapshot
 from fastfreeze.trimming.state import Watch
 
 _MISSING = object()

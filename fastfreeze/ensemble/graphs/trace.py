@@ -25,7 +25,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 from fastfreeze.ensemble.graphs.held import AttributeReads, changed
-from fastfreeze.execution import preserved
+from fastfreeze.layers.execution import preserved
 from fastfreeze.trimming.state import is_run_again, tensors_in
 
 _CONSTANTS = (

@@ -1,0 +1,236 @@
+"""Whether tensors are still where they were, and laid out as they were: for plans of addresses."""
+
+from __future__ import annotations
+
+import weakref
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import compress
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastfreeze.kernels import library
+from fastfreeze.kernels.memory import Gaps
+
+kind_of = attrgetter("layout", "dtype", "shape")
+# Types whose memory is their own; None is for gradients.
+PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)))
+_NOTHING = frozenset((None,))
+
+
+class Given:
+    """Which parameters have a gradient, and whether these are tensors like all others.
+
+    Attributes:
+        flags: of each parameter, whether it has one.
+        index: which have one, rising.
+        plain: whether all are of torch's own types, which hold their memory themselves.
+    """
+
+    def __init__(self, grads: Sequence[Tensor | None]) -> None:
+        self.flags = [grad is not None for grad in grads]
+        self.index = array("q", compress(range(len(grads)), self.flags))
+        self._everyone = all(self.flags)
+        self._types = list(map(type, self.of(grads)))
+        self.plain = PLAIN.issuperset(self._types)
+
+    def hold(self, grads: Sequence[Tensor | None], others: Iterable[Tensor | None]) -> bool:
+        """Whether it is so of these too: ``grads`` of those with one, ``others`` of the rest."""
+        return list(map(type, grads)) == self._types and _NOTHING.issuperset(others)
+
+    def of(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The values of the parameters that have one."""
+        return values if self._everyone else list(compress(values, self.flags))
+
+    def spread(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The inverse of :meth:`of`, None for the rest."""
+        each = iter(values)
+        return values if self._everyone else [next(each) if has else None for has in self.flags]
+
+
+class Placements:
+    """Addresses, dtypes, shapes and strides of tensors, to compare others with at each step.
+
+    Args:
+        tensors: strided, of any device.
+    """
+
+    _keep: ClassVar[bool] = False
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._every = array("q", range(len(tensors)))
+        self.handle: int | None = None
+        if has_library():
+            self.handle = torch.ops.fastfreeze.placements.default(tensors, self._keep)
+            weakref.finalize(self, torch.ops.fastfreeze.placements_free.default, self.handle)
+        else:
+            self._places = list(map(place_of, tensors))
+
+    def hold(self, tensors: Sequence[Tensor], index: array[int] | None = None) -> bool:
+        """Whether these are the tensors, or those of them that ``index`` names, unmoved."""
+        index = self._every if index is None else index
+        if len(tensors) != len(index):
+            return False
+        if self.handle is None:
+            return list(map(place_of, tensors)) == [self._places[i] for i in index] and all(
+                map(holds_values, tensors)
+            )
+        unmoved: bool = torch.ops.fastfreeze.placements_hold.default(
+            self.handle, tensors, index.buffer_info()[0]
+        )
+        return unmoved
+
+    def resemble(self, tensors: Sequence[Tensor], index: array[int]) -> bool:
+        """Whether tensors differ from those that ``index`` names in nothing but the address."""
+        return all(
+            holds_values(t) and _facts_of(t) == self._places[i][1:]
+            for i, t in zip(index, tensors, strict=True)
+        )
+
+
+class KeptPlacements(Placements):
+    """The same of tensors that are kept alive, and looked at in C++ alone.
+
+    Not for parameters: while they are kept so, ``torch.utils.swap_tensors`` refuses them.
+    """
+
+    _keep: ClassVar[bool] = True
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors)
+        self._tensors = tensors
+
+    def unmoved(self) -> bool:
+        """Whether they are where they were."""
+        if self.handle is None:
+            return self.hold(self._tensors)
+        unmoved: bool = torch.ops.fastfreeze.placements_kept_hold.default(self.handle)
+        return unmoved
+
+
+class Look:
+    """All that has to hold of a plan's tensors before a step, in one call.
+
+    Args:
+        params: the plan's, dense.
+        written: what the step writes: no gradient may lie there.
+    """
+
+    def __init__(self, params: Sequence[Tensor], written: Sequence[Tensor | None]) -> None:
+        self._planned = Placements(params)
+        self._kept = KeptPlacements([])
+        self._sizes = [p.numel() * p.element_size() for p in params]
+        self.keep_clear(written)
+
+    def keep_clear(self, written: Sequence[Tensor | None]) -> None:
+        """From now on, this is what the step writes."""
+        self._gaps = Gaps(written)
+        self._gaps_handle: int | None = None
+        if has_library():
+            self._gaps_handle = torch.ops.fastfreeze.gaps.default(
+                _table(self._gaps.stretches, 2), _table(self._sizes, 1)
+            )
+            weakref.finalize(self._gaps, torch.ops.fastfreeze.gaps_free.default, self._gaps_handle)
+
+    def watch(self, state: Sequence[Tensor]) -> None:
+        """From now on, these tensors of the state must not move."""
+        self._kept = KeptPlacements(state)
+
+    def hold(self, params: Sequence[Tensor]) -> bool:
+        """Whether the parameters, each of them, are where they were."""
+        return self._planned.hold(params)
+
+    def find(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
+    ) -> array[int] | None:
+        """Addresses of the gradients, 0 for none; None if one is laid out unlike its parameter.
+
+        Args:
+            params: as they are now, those that have a gradient.
+            grads: theirs.
+            given: which these are.
+
+        Raises:
+            ValueError: something has moved, or a gradient lies in what the step writes.
+        """
+        if not given.plain or self._planned.handle is None:
+            return self._find_slowly(params, grads, given)
+        addresses = array("q", bytes(8 * len(given.flags)))
+        found = torch.ops.fastfreeze.placements_look.default(
+            self._planned.handle,
+            self._kept.handle,
+            self._gaps_handle,
+            params,
+            grads,
+            given.index.buffer_info()[0],
+            addresses.buffer_info()[0],
+        )
+        if found == _AS_PLANNED:
+            return addresses
+        if found == _OTHER_GRADIENTS:
+            return self._find_slowly(params, grads, given)
+        raise ValueError(_MOVED_WORDS if found == _MOVED else _NOT_CLEAR_WORDS)
+
+    def _find_slowly(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
+    ) -> array[int] | None:
+        if not (self._planned.hold(params, given.index) and self._kept.unmoved()):
+            raise ValueError(_MOVED_WORDS)
+        if not self._gaps.hold(grads):
+            raise ValueError(_NOT_CLEAR_WORDS)
+        if self._planned.handle is None and self._planned.resemble(grads, given.index):
+            return addresses_of(given.spread(grads))
+        return None
+
+
+# What fastfreeze::placements_look finds.
+_AS_PLANNED, _MOVED, _OTHER_GRADIENTS = range(3)
+_MOVED_WORDS = "a parameter or its state is not where it was"
+_NOT_CLEAR_WORDS = "a gradient lies in the memory of a parameter or of its state"
+
+
+def _table(rows: Sequence[Any], columns: int) -> Tensor:
+    return torch.from_numpy(np.array(rows, np.int64).reshape(-1, columns))
+
+
+def has_library() -> bool:
+    return library.backends()["cpu"].available
+
+
+def _facts_of(tensor: Tensor) -> tuple[object, ...]:
+    """All but the address. Strides of contiguous tensors may differ where they lead nowhere."""
+    strided = tensor.layout == torch.strided
+    strides = tensor.stride() if strided and not tensor.is_contiguous() else None
+    return (*kind_of(tensor), tensor.device, strides)
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether a kernel finds the tensor's values at its address.
+
+    Not those of a negated or conjugated view, of zeros by a flag, or of a subclass, which may
+    compute them.
+    """
+    return (
+        type(tensor) in PLAIN
+        and tensor.layout == torch.strided
+        and not (tensor.is_neg() or tensor.is_conj())
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+    )
+
+
+def place_of(tensor: Tensor) -> tuple[object, ...]:
+    """What Placements know of one tensor."""
+    address = tensor.data_ptr() if tensor.layout == torch.strided else None
+    return address, *_facts_of(tensor)
+
+
+def addresses_of(tensors: Sequence[Tensor | None]) -> array[int]:
+    """Addresses of the tensors, 0 for None."""
+    try:
+        return array("q", map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:  # one is None
+        return array("q", [0 if t is None else t.data_ptr() for t in tensors])

@@ -1,0 +1,365 @@
+"""What plans are, and what those of the host share: the C++ kernels' and the references'.
+
+A plan holds what stays the same from step to step. Each backend has one, with the same methods.
+"""
+
+from __future__ import annotations
+
+import weakref
+from array import array
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastfreeze.kernels.memory import Gaps
+from fastfreeze.kernels.placements import Given, Look, addresses_of, holds_values, kind_of
+from fastfreeze.layers.groups import SegmentTable
+from fastfreeze.schedule import Segment
+
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+
+Hypers = npt.NDArray[np.float64]
+
+_shape_of = attrgetter("shape")
+
+
+@dataclass
+class PlanSpec:
+    """The parameters of one plan, as this process holds them.
+
+    Attributes:
+        params: the tensors to update.
+        moments: by the state's name for them, what is kept of each parameter; None where it has
+            never had a gradient, or where its group keeps none.
+        first: whether a parameter's moments are still uninitialised memory.
+        groups: each parameter's, an index into the table of hyperparameters.
+        segments: each group's schedule; empty where the table's lr counts, which is everywhere or
+            nowhere.
+        eta_min, warmup_steps: the schedule's.
+        state_dtype: the moments' dtype of 16-bit parameters; None for the parameters'.
+        steps: float32 [n], how many steps each parameter has taken, for rules that count: a plan's
+            steps advance it, and where it is 0 a kernel takes the moments as 0, whatever their
+            memory holds.
+    """
+
+    params: list[Tensor]
+    moments: dict[str, list[Tensor | None]]
+    first: list[bool]
+    groups: list[int]
+    segments: Sequence[tuple[Segment, ...]]
+    eta_min: float
+    warmup_steps: int
+    state_dtype: torch.dtype | None
+    steps: Tensor | None = None
+
+
+class Plan(Protocol):
+    """Tensors that one backend updates together, step after step."""
+
+    on_device: ClassVar[bool]  # grad_scale and found_inf are read there, not by the host
+    moments: dict[str, list[Tensor | None]]
+
+    def __init__(self, spec: PlanSpec) -> None: ...
+
+    @staticmethod
+    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
+        """Parameters of one plan have equal keys."""
+
+    def keep_clear(self, written: Sequence[Tensor | None]) -> None:
+        """From now on, ``align`` refuses gradients in the memory of these tensors."""
+
+    def watch(self, state: Sequence[Tensor]) -> None:
+        """From now on, ``align`` refuses to go on if one of these tensors has moved."""
+
+    def hold(self, params: Sequence[Tensor]) -> bool:
+        """Whether these, as many as the plan's, are the plan's parameters as it knows them."""
+
+    def align(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
+    ) -> Sequence[Tensor]:
+        """The gradients as the next ``step`` needs them: themselves, or copies in another layout.
+
+        Args:
+            params: those that have a gradient, as they are now.
+            grads: theirs.
+            given: which of the plan's parameters these are.
+
+        Raises:
+            ValueError: a gradient that this backend cannot take, one that does not match its
+                parameter, or one in memory that the step writes; a parameter or buffer has moved.
+        """
+
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        hypers: Hypers,
+        step: int,
+        grad_scale: Tensor | float | None,
+        found_inf: Tensor | None,
+    ) -> list[float]:
+        """Update every parameter that has a gradient.
+
+        Args:
+            grads: what ``align`` has returned last.
+            hypers: float64 [num_groups, number of the rule's columns].
+            step: 0-based step at which schedules are evaluated.
+            grad_scale: what the gradients are divided by, in place; a number unless ``on_device``.
+            found_inf: nothing is updated where it is not 0; None unless ``on_device``.
+
+        Returns:
+            Each group's learning rate at ``step + 1``.
+        """
+
+    def unstarted(self) -> set[int]:
+        """Indices of the parameters whose state has had no step. May wait for the device."""
+
+
+class PointerPlan:
+    """What the plans of kernels share: gradients brought to their parameters' layout."""
+
+    def __init__(self, spec: PlanSpec) -> None:
+        self.params, self.moments = spec.params, spec.moments
+        self._look = Look(spec.params, [*spec.params, *chain(*spec.moments.values())])
+        self._empty = [i for i, p in enumerate(spec.params) if p.numel() == 0]
+        self._given = Given([])
+        self._updated: Sequence[Tensor] = []  # the parameters of those
+        self._addresses = array("q")  # of the gradients that were aligned last
+        self._unstarted = {i for i, is_first in enumerate(spec.first) if is_first}
+
+    def keep_clear(self, written: Sequence[Tensor | None]) -> None:
+        self._look.keep_clear(written)
+
+    def watch(self, state: Sequence[Tensor]) -> None:
+        self._look.watch(state)
+
+    def hold(self, params: Sequence[Tensor]) -> bool:
+        return self._look.hold(params)
+
+    def align(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
+    ) -> Sequence[Tensor]:
+        """The gradients with their parameters' strides; their addresses are noted for the step."""
+        if given is not self._given:
+            self._given, self._updated = given, given.of(self.params)
+        aligned, addresses = grads, self._look.find(params, grads, given)
+        if addresses is None:
+            aligned = list(map(self._aligned, self._updated, grads))
+            addresses = addresses_of(given.spread(aligned))
+        for i in self._empty:  # a gradient without elements has no address, and counts
+            addresses[i] = int(given.flags[i])
+        self._addresses = addresses
+        return aligned
+
+    def _aligned(self, param: Tensor, grad: Tensor) -> Tensor:
+        got, expected = kind_of(grad), kind_of(param)
+        if got != expected:
+            raise ValueError(
+                "this backend cannot take a gradient whose layout, dtype and shape are "
+                f"{_in_words(got)}: its parameter's are {_in_words(expected)}"
+            )
+        if holds_values(grad) and same_strides(param, grad):
+            return grad
+        return torch.empty_like(param).copy_(grad)
+
+    def _note_step(self) -> None:
+        """Tell PyTorch that the parameters with a gradient were written to, and no others.
+
+        A frozen one must look as it is: unchanged. What is folded from it would be made anew.
+        """
+        torch.autograd.graph.increment_version(self._updated)
+
+
+class HostPlan(PointerPlan):
+    """All tensors in one parallel region of a C++ kernel."""
+
+    on_device: ClassVar[bool] = False
+    _kernel: ClassVar[str]  # what its operators' names begin with
+
+    def _make(self, spec: PlanSpec, *tables: Tensor) -> None:
+        """Make the kernel's plan from its own tables and the schedule."""
+        make, self._kernel_step, free = operators(self._kernel)
+        self._handle = make(*tables, *segment_table(spec.segments), spec.eta_min, spec.warmup_steps)
+        weakref.finalize(self, free, self._handle)
+        self._lrs = np.empty(len(spec.segments))
+        self._lrs_address = self._lrs.ctypes.data
+        self._hypers: Hypers | None = None  # whose address is known
+
+    @staticmethod
+    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
+        return None
+
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        hypers: Hypers,
+        step: int,
+        grad_scale: Tensor | float | None,
+        found_inf: Tensor | None,
+    ) -> list[float]:
+        if hypers is not self._hypers:
+            self._hypers, self._hypers_address = hypers, hypers.ctypes.data
+        self._kernel_step(
+            self._handle,
+            self._addresses.buffer_info()[0],
+            self._hypers_address,
+            step,
+            1.0 if grad_scale is None else 1.0 / grad_scale,
+            grad_scale is not None,
+            self._lrs_address,
+        )
+        self._note_step()
+        if self._unstarted:
+            self._unstarted.difference_update(self._given.index)
+        lrs: list[float] = self._lrs.tolist()
+        return lrs
+
+    def unstarted(self) -> set[int]:
+        return self._unstarted
+
+
+def operators(kernel: str) -> tuple[Any, Any, Any]:
+    """What makes a kernel's plan, takes its step and frees it."""
+    make, step, free = (
+        getattr(torch.ops.fastfreeze, f"{kernel}_{name}").default
+        for name in ("plan", "step", "plan_free")
+    )
+    return make, step, free
+
+
+def rows(*columns: Iterable[int]) -> Tensor:
+    """The columns side by side: int64 [n, number of columns]."""
+    return torch.from_numpy(np.array(list(zip(*columns, strict=True)), np.int64)).reshape(
+        -1, len(columns)
+    )
+
+
+def _in_words(kind: tuple[torch.layout, torch.dtype, torch.Size]) -> str:
+    return f"{kind[0]}, {kind[1]}, {tuple(kind[2])}"
+
+
+class TensorwisePlan:
+    """Tensor by tensor in PyTorch: every device, dtype and layout."""
+
+    on_device: ClassVar[bool] = False
+
+    def __init__(self, spec: PlanSpec) -> None:
+        self.params, self.state_dtype, self._first = spec.params, spec.state_dtype, spec.first
+        self.moments = {
+            name: [None if f else m for m, f in zip(moments, spec.first, strict=True)]
+            for name, moments in spec.moments.items()
+        }
+        self._members = [
+            [i for i, g in enumerate(spec.groups) if g == k] for k in range(len(spec.segments))
+        ]
+        self._rates = rates_of(spec)
+        self._kinds = list(map(kind_of, spec.params))
+        self._gaps: Gaps | None = None
+        self._given = Given([])
+
+    @staticmethod
+    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
+        return None
+
+    def keep_clear(self, written: Sequence[Tensor | None]) -> None:
+        self._gaps = Gaps(written)
+
+    def watch(self, state: Sequence[Tensor]) -> None:
+        """It keeps no address."""
+
+    def hold(self, params: Sequence[Tensor]) -> bool:
+        return list(map(kind_of, params)) == self._kinds
+
+    def align(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
+    ) -> Sequence[Tensor]:
+        if list(map(kind_of, params)) != given.of(self._kinds):
+            raise ValueError("a parameter has another layout, dtype or shape than it had")
+        if self._gaps is not None and not self._gaps.hold(grads):
+            raise ValueError("a gradient lies in memory that another plan writes")
+        if list(map(_shape_of, grads)) != list(map(_shape_of, params)):
+            raise ValueError("a gradient has another shape than its parameter")
+        self._given = given
+        return grads
+
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        hypers: Hypers,
+        step: int,
+        grad_scale: Tensor | float | None,
+        found_inf: Tensor | None,
+    ) -> list[float]:
+        scale = None if grad_scale is None else float(grad_scale)
+        frozen = set() if self._rates is None else self._rates.frozen(step)
+        each = self._given.spread(grads)
+        for g, lr in enumerate(lrs_at(self._rates, hypers, step)):
+            if g in frozen:
+                continue
+            members = self._members[g]
+            own = [[moments[i] for i in members] for moments in self.moments.values()]
+            self._update(members, [each[i] for i in members], own, lr, hypers[g].tolist(), scale)
+            for moments, updated in zip(self.moments.values(), own, strict=True):
+                for i, moment in zip(members, updated, strict=True):
+                    moments[i] = moment
+        return lrs_at(self._rates, hypers, step + 1)
+
+    def unstarted(self) -> set[int]:
+        moments = next(iter(self.moments.values()))
+        pairs = zip(self._first, moments, strict=True)
+        return {i for i, (first, moment) in enumerate(pairs) if first and moment is None}
+
+    def _update(
+        self,
+        members: list[int],
+        grads: list[Tensor | None],
+        moments: list[list[Tensor | None]],
+        lr: float,
+        row: list[float],
+        grad_scale: float | None,
+    ) -> None:
+        """Update one group's parameters, and replace in ``moments`` those that are None."""
+        raise NotImplementedError
+
+
+def segment_table(segments: Sequence[tuple[Segment, ...]]) -> tuple[Tensor, Tensor]:
+    """Rows of all groups' segments (start, length, scale), and where each group's begin."""
+    rows = np.array([(s.start, s.length, s.scale) for group in segments for s in group], float)
+    begin = np.cumsum([0, *map(len, segments)])
+    return (
+        torch.from_numpy(rows.reshape(-1, 3)),
+        torch.from_numpy(begin).reshape(-1, 1),
+    )
+
+
+def rates_of(spec: PlanSpec) -> SegmentTable | None:
+    """The schedule's learning rates; None where the table's lr counts."""
+    if not any(spec.segments):
+        return None
+    return SegmentTable(spec.segments, spec.eta_min, spec.warmup_steps)
+
+
+def lrs_at(rates: SegmentTable | None, hypers: Hypers, step: int) -> list[float]:
+    """Each group's learning rate: the schedule's, or without one the table's."""
+    if rates is None:
+        lrs: list[float] = hypers[:, 0].tolist()
+        return lrs
+    return rates.lrs(step, hypers[:, -1])
+
+
+def dtype_of_state(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of what is kept of a parameter; one asked for is for 16-bit parameters alone."""
+    narrow = param.dtype in (torch.float16, torch.bfloat16)
+    return state_dtype if state_dtype is not None and narrow else param.dtype
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether equal offsets in memory hold equal indices in both (dense) tensors."""
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())

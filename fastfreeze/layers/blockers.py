@@ -1,0 +1,120 @@
+"""What keeps the backward of a frozen prefix alive: one trained parameter is enough.
+
+The measure is FLOPs, from one run of the model on example inputs: those of matrix products and
+convolutions, once for each operand that needs a gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastfreeze.layers.execution import Event, gradient_bits, parameter_names, run_events
+from fastfreeze.layers.split import LayerPlan
+from fastfreeze.trimming.trimmed import TrimmedModel
+
+Parameters = Sequence[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class BackwardBlocker:
+    """A parameter that trains below something frozen. As a string: a sentence.
+
+    Attributes:
+        parameter: its qualified name.
+        share: of the backward of the frozen prefix, in 0..1, what runs because of it. The prefix's
+            backward is two gradients for each matrix product or convolution; of a frozen one runs
+            that of its input, a half. Shares overlap: each of two blockers keeps alive what lies
+            between both and the prefix's end.
+    """
+
+    parameter: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.parameter} still trains: {self.share:.0%} of the prefix's backward runs"
+
+
+def backward_blockers(
+    network: nn.Module, example_inputs: Any, *, plan: LayerPlan | None = None
+) -> list[BackwardBlocker]:
+    """The parameters that keep the backward of the frozen prefix alive, by the present flags.
+
+    The prefix reaches up to where it fits the ``requires_grad`` flags best: fewest elements train
+    before its end or are frozen behind it; of two ends that fit alike it is the later. Blockers are
+    the parameters that train and on which an operation in the prefix depends.
+
+    Args:
+        network: a model, trimmed or not; it is left as it was.
+        example_inputs: a tensor, a tuple of its positional arguments or a dict of keyword
+            arguments. The model runs on them once, with gradients off.
+        plan: the model's layers. The prefix then consists of whole layers, in their order; without,
+            of parameters, in the order in which they are last used.
+
+    Returns:
+        The blockers, that of the greatest share first.
+
+    Raises:
+        ValueError: the model does not run on ``example_inputs``, or ``plan`` is of another model.
+    """
+    model = checked_model(network, plan)
+    events = run_events(model, example_inputs)
+    if plan is None:
+        names = [event.parameter for event in events if event.parameter is not None]
+        by_last_use = reversed(dict.fromkeys(reversed(names)))
+        groups: list[Parameters] = [[(name, model.get_parameter(name))] for name in by_last_use]
+    else:
+        groups = [layer.parameters for layer in plan.layers]
+    prefix = itertools.chain(*groups[: _best_end(groups)])
+    return blockers_below(model, events, {name for name, _ in prefix})
+
+
+def checked_model(network: nn.Module, plan: LayerPlan | None) -> nn.Module:
+    """The model of a network, trimmed or not, which ``plan`` must be of."""
+    model = network.model if isinstance(network, TrimmedModel) else network
+    if plan is not None and plan.model is not model:
+        raise ValueError(f"plan must be of this {type(model).__name__}, but is of another model")
+    return model
+
+
+def blockers_below(
+    model: nn.Module, events: Sequence[Event], prefix: Collection[str]
+) -> list[BackwardBlocker]:
+    """The trained parameters on which operations with those of ``prefix`` depend.
+
+    Args:
+        model: the model, with the flags that it had in the run of ``events``.
+        events: of a run. An operation belongs to the parameter that was read last.
+        prefix: names of the parameters that are meant to be frozen.
+    """
+    bits = gradient_bits(model)
+    whole, upstream = 0, 0
+    alive = dict.fromkeys(bits, 0)
+    inside = False
+    for event in events:
+        inside = event.parameter in prefix if event.parameter is not None else inside
+        if not inside:
+            continue
+        whole += 2 * event.forward_flops
+        upstream |= event.upstream
+        for name, bit in bits.items():
+            alive[name] += event.backward_flops if event.upstream & bit else 0
+    found = [
+        BackwardBlocker(name, alive[name] / max(whole, 1))
+        for name in parameter_names(model).values()
+        if upstream & bits[name]
+    ]
+    return sorted(found, key=lambda blocker: -blocker.share)
+
+
+def _best_end(groups: Sequence[Parameters]) -> int:
+    """The number of groups in the prefix that fits the flags best."""
+    trained = [sum(p.numel() for _, p in group if p.requires_grad) for group in groups]
+    frozen = [sum(p.numel() for _, p in group if not p.requires_grad) for group in groups]
+    gains = [f - t for t, f in zip(trained, frozen, strict=True)]
+    fits = list(itertools.accumulate(gains, initial=0))
+    return max(range(len(fits)), key=lambda end: (fits[end], end))

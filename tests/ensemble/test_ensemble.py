@@ -1,0 +1,396 @@
+"""The ensemble averages its members' probabilities."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune, weight_norm
+
+from fastfreeze.ensemble import SnapshotEnsemble, select_members
+from fastfreeze.ensemble._checks import logits_of
+from fastfreeze.errors import FastfreezeWarning, SnapshotError
+from fastfreeze.snapshots import MemorySnapshots, SnapshotStore
+from tests.snapshots.test_snapshots import (
+    assert_same_state,
+    filled_store,
+    small_model,
+    states,
+    tied_model,
+)
+
+
+def mean_of(models, x):
+    with torch.no_grad():
+        return sum(m.eval()(x).double().softmax(-1) for m in models) / len(models)
+
+
+def models_and_ensemble(count=3, **kwargs):
+    models = [small_model() for _ in range(count)]
+    for model in models:  # statistics of its own for each
+        model.train()(torch.randn(20, 4) + 1)
+    snapshots = [copy.deepcopy(m.state_dict()) for m in models]
+    return models, SnapshotEnsemble(small_model(), snapshots, **kwargs)
+
+
+def test_the_ensemble_averages_probabilities():
+    models, ensemble = models_and_ensemble()
+    x = torch.randn(5, 4)
+    for training in (True, False):
+        ensemble.train(training)
+        mean = ensemble(x)
+        assert mean.dtype == torch.float32
+        torch.testing.assert_close(mean.double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
+    each = list(ensemble.member_probabilities(x))
+    assert len(each) == 3
+    for found, model in zip(each, models, strict=True):
+        torch.testing.assert_close(found.double(), mean_of([model], x), rtol=1e-5, atol=1e-7)
+
+
+def test_norms_and_dropout_stay_in_eval_mode():
+    _, ensemble = models_and_ensemble()
+    before = copy.deepcopy(ensemble.state_dict())
+    ensemble.train()
+    assert ensemble.training
+    assert not any(m.training for m in ensemble.members.modules())
+    x = torch.randn(5, 4)
+    assert torch.equal(ensemble(x), ensemble(x))
+    assert_same_state(ensemble.state_dict(), before)
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_the_last_members(tmp_path, last):
+    models, ensemble = models_and_ensemble(last=last)
+    x = torch.randn(5, 4)
+    expected = mean_of(models[-last:], x)
+    torch.testing.assert_close(ensemble(x).double(), expected, rtol=1e-5, atol=1e-7)
+    store = SnapshotStore(tmp_path)
+    for i, model in enumerate(models):
+        store.save(model, step=i, cycle=i)
+    stored = SnapshotEnsemble.from_store(small_model(), store, last)
+    assert torch.equal(stored(x), ensemble(x))
+
+
+def test_all_members_of_a_store(tmp_path):
+    store, saved = filled_store(tmp_path)
+    x = torch.randn(5, 4)
+    found = SnapshotEnsemble.from_store(small_model(), store)(x)
+    assert torch.equal(found, SnapshotEnsemble(small_model(), saved)(x))
+
+
+def test_snapshots_in_memory():
+    models, ensemble = models_and_ensemble()
+    store, x = MemorySnapshots(), torch.randn(5, 4)
+    for i, model in enumerate(models):
+        store.save(model, step=i, cycle=i)
+    assert torch.equal(SnapshotEnsemble.from_store(small_model(), store)(x), ensemble(x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_gradient_modes(mode):
+    models, ensemble = models_and_ensemble()
+    x = torch.randn(5, 4)
+    with mode():
+        mean = ensemble(x)
+        assert not mean.requires_grad
+        assert mean.is_inference() == (mode is torch.inference_mode)
+        torch.testing.assert_close(mean.double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_reach_the_inputs_but_no_weight():
+    models, ensemble = models_and_ensemble()
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    ensemble.double()
+    assert torch.autograd.gradcheck(ensemble, x)
+    assert not any(p.requires_grad for p in ensemble.parameters())
+    assert all(p.requires_grad for m in models for p in m.parameters())
+
+
+def test_moves_and_saves_like_any_module():
+    _, ensemble = models_and_ensemble()
+    x = torch.randn(5, 4)
+    expected = ensemble(x)
+    _, other = models_and_ensemble()
+    assert not torch.equal(other(x), expected)
+    other.load_state_dict(ensemble.state_dict())
+    assert torch.equal(other(x), expected)
+    assert copy.deepcopy(ensemble).to(torch.float64)(x.double()).dtype == torch.float64
+    assert copy.deepcopy(ensemble).to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    assert ensemble.to("meta")(x.to("meta")).shape == (5, 3)
+
+
+def test_the_ensemble_shares_nothing_with_what_it_was_made_of():
+    model, (state,) = small_model(), states(1)
+    before = copy.deepcopy(model.state_dict())
+    ensemble = SnapshotEnsemble(model, [state])
+    assert_same_state(model.state_dict(), before)
+    assert model.training
+    with torch.no_grad():
+        for tensor in [*state.values(), *model.state_dict().values()]:
+            tensor.zero_()
+    assert all((p != 0).any() for p in ensemble.members[0][0].parameters())
+
+
+def test_tied_weights_stay_tied():
+    ensemble = SnapshotEnsemble(tied_model(), [tied_model().state_dict()])
+    assert ensemble.members[0][0].weight is ensemble.members[0][1].weight
+
+
+def test_the_ensemble_compiles_in_one_graph():
+    models, ensemble = models_and_ensemble()
+    x = torch.randn(5, 4)
+    compiled = torch.compile(ensemble, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x).double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.linear(x), x
+
+
+def ran(module):
+    """With what a training leaves in its attributes."""
+    model = nn.Sequential(module, nn.ReLU(), nn.Linear(6, 3))
+    model(torch.randn(5, 4)).sum().backward()
+    return model
+
+
+class Observed(nn.Module):
+    """A hook that is a method, a generator, and a result kept from the latest call."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.generator = nn.Linear(4, 3), torch.Generator()
+        self.linear.register_forward_hook(self.keep)
+
+    def keep(self, module, args, output):
+        self.latest = output
+
+    def forward(self, x):
+        self.linear(x)
+        return self.latest
+
+
+HARD_TO_COPY = {
+    "weight norm": lambda: ran(weight_norm(nn.Linear(4, 6))),
+    "spectral norm": lambda: ran(nn.utils.spectral_norm(nn.Linear(4, 6))),
+    "pruned": lambda: ran(prune.l1_unstructured(nn.Linear(4, 6), "weight", 0.5)),
+    "parametrized": lambda: ran(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))),
+    "observed": lambda: ran(nn.Sequential(Observed(), nn.Linear(3, 6))),
+}
+
+
+@pytest.mark.parametrize("make", HARD_TO_COPY.values(), ids=HARD_TO_COPY)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_models_that_ran_in_training(make):
+    models, x = [make() for _ in range(3)], torch.randn(5, 4)
+    store = MemorySnapshots()
+    for i, model in enumerate(models):
+        store.save(model, step=i, cycle=i)
+    expected = mean_of(models, x)
+    for model in (models[0], make):
+        ensemble = SnapshotEnsemble.from_store(model, store)
+        for _ in range(2):
+            torch.testing.assert_close(ensemble(x).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+class Locked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.lock = nn.Linear(4, 3), threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            return self.linear(x)
+
+
+def with_a_closure():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    model[0].register_forward_hook(lambda module, args, output: model[1](output))
+    return model
+
+
+def always(model):
+    return lambda: model
+
+
+REFUSED_MODELS = {
+    "lock": (Locked, TypeError, "model cannot be copied .*lock.*: give a function that makes"),
+    "closure": (with_a_closure, TypeError, "the function in 0._forward_hooks would use the orig"),
+    "no model": (lambda: None, TypeError, "model must be an nn.Module, or .* got NoneType"),
+    "another's": (lambda: always(small_model()), ValueError, "new tensors .* got '0.weight'"),
+    "nothing": (lambda: always(3), TypeError, "model must be an nn.Module, or .* got int"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "match"), REFUSED_MODELS.values(), ids=REFUSED_MODELS)
+def test_refused_models(make, error, match):
+    model = make()
+    state = model.state_dict() if isinstance(model, nn.Module) else small_model().state_dict()
+    with pytest.raises(error, match=match):
+        SnapshotEnsemble(model, [state, state])
+
+
+@pytest.mark.parametrize("make", [Locked, with_a_closure])
+def test_members_made_by_a_function(make):
+    models, x = [make() for _ in range(3)], torch.randn(5, 4)
+    ensemble = SnapshotEnsemble(make, [m.state_dict() for m in models])
+    torch.testing.assert_close(ensemble(x).double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
+    if make is Locked:
+        torch.testing.assert_close(ensemble.as_module(x)(x), ensemble(x))
+
+
+@pytest.mark.parametrize("last", [None, 3])
+def test_members_by_their_positions(last):
+    models, _ = models_and_ensemble(4)
+    store, x = MemorySnapshots(), torch.randn(5, 4)
+    for i, model in enumerate(models):
+        store.save(model, step=i, cycle=i)
+    labels, there = torch.randint(3, (5,)), models[-(last or 4) :]
+    every = SnapshotEnsemble.from_store(small_model(), store, last)
+    found = select_members(list(every.member_probabilities(x)), labels, replace=True)
+    for members in (found.indices, found.picks):
+        ensemble = SnapshotEnsemble.from_store(small_model(), store, last, members=members)
+        expected = mean_of([there[m] for m in members], x)
+        torch.testing.assert_close(ensemble(x).double(), expected, rtol=1e-5, atol=1e-7)
+    for members, error, match in [
+        ([0, 4], ValueError, r"members\[1\] must be below .*, the snapshots there are, got 4"),
+        ([-1], ValueError, r"members\[0\] must be >= 0, got -1"),
+        ([0.5], TypeError, r"members\[0\] must be an int >= 0, got 0.5"),
+        ([], ValueError, "must hold at least one state dict"),
+    ]:
+        with pytest.raises(error, match=match):
+            SnapshotEnsemble.from_store(small_model(), store, last, members=members)
+
+
+class Output(nn.Module):
+    """What a function makes of a linear layer's result."""
+
+    def __init__(self, change, classes=3):
+        super().__init__()
+        self.linear, self.change = nn.Linear(4, classes), change
+
+    def forward(self, x):
+        return self.change(self.linear(x))
+
+
+def ensemble_of(change, classes=3, **options):
+    states = [Output(change, classes).state_dict() for _ in range(3)]
+    return SnapshotEnsemble(Output(change, classes), states, **options)
+
+
+def channels_first(z):
+    return z.movedim(-1, 1)
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("how", [None, "loop", "shared"])
+@pytest.mark.parametrize("kind", ["dict", "object", "images"])
+def test_kinds_of_outputs(how, kind):
+    change, dim, x = {
+        "dict": (lambda z: {"loss": None, "logits": z}, None, torch.randn(5, 4)),
+        "object": (Answer, None, torch.randn(5, 4)),
+        "images": (channels_first, 1, torch.randn(2, 5, 6, 4)),
+    }[kind]
+    ensemble = ensemble_of(change, how=how, dim=dim)
+    expected = [logits_of(change(m.linear(x))).softmax(1) for m in ensemble.members]
+    expected = torch.stack(expected)
+    torch.testing.assert_close(ensemble(x), expected.mean(0))
+    torch.testing.assert_close(torch.stack(list(ensemble.member_probabilities(x))), expected)
+    if how == "shared":
+        torch.testing.assert_close(ensemble.as_module(x)(x), expected.mean(0))
+
+
+@pytest.mark.parametrize("how", ["loop", "shared"])
+def test_no_silent_softmax(how):
+    """Of one logit, or over the width of images."""
+    x = torch.randn(2, 5, 6, 4)
+    for change, classes, given, match in [
+        (None, 1, x[0, 0], "logits must have C >= 2 .*softmax of one logit is 1, whatever it is"),
+        (channels_first, 3, x, r"dim must say where the classes are .* \(2, 3, 5, 6\)"),
+    ]:
+        ensemble = ensemble_of(change or torch.clone, classes, how=how)
+        for name in ("forward", "as_module", "member_probabilities"):
+            with pytest.raises(ValueError, match=match):
+                list(getattr(ensemble, name)(given))
+
+
+@pytest.mark.parametrize("first", ["forward", "as_module"])
+def test_probabilities_are_announced_once(first):
+    x = torch.randn(5, 4)
+    ensemble = ensemble_of(lambda z: z.softmax(-1))
+    with pytest.warns(FastfreezeWarning, match="model returns probabilities, not logits") as seen:
+        getattr(ensemble, first)(x)
+    assert len(seen) == 1
+    ensemble.as_module(x)
+    list(ensemble.member_probabilities(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z,
+        lambda z: z.abs(),
+        lambda z: z.log_softmax(-1),
+        lambda z: z * 0,
+        lambda z: F.one_hot(z.argmax(-1), 3).float(),
+        lambda z: torch.cat([z.softmax(-1)[:-1], z[-1:]]),
+    ],
+    ids=["logits", "positive", "logarithms", "zeros", "one-hot", "all rows but one"],
+)
+def test_no_false_alarm(change):
+    ensemble_of(change)(torch.randn(5, 4))
+
+
+REFUSED_ENSEMBLES = {
+    "an array": (
+        lambda: ensemble_of(torch.clone)(np.ones((2, 4))),
+        TypeError,
+        "inputs must hold tensors, got a NumPy array, of which torch.from_numpy makes",
+    ),
+    "none": (lambda: SnapshotEnsemble(Pair(), []), ValueError, "at least one state dict"),
+    "last": (
+        lambda: SnapshotEnsemble(Pair(), [Pair().state_dict()], last=2),
+        ValueError,
+        "last must be at most 1, the snapshots there are, got 2",
+    ),
+    "last 0": (lambda: SnapshotEnsemble(Pair(), [], last=0), ValueError, "last must be >= 1"),
+    "a state dict alone": (
+        lambda: SnapshotEnsemble(Pair(), Pair().state_dict()),
+        TypeError,
+        r"snapshots\[0\] must be a state dict, got str",
+    ),
+    "a second of another model": (
+        lambda: SnapshotEnsemble(Pair(), [Pair().state_dict(), {}]),
+        SnapshotError,
+        r"snapshots\[1\] is of another model: missing: 'linear.weight', 'linear.bias'",
+    ),
+    "not logits": (
+        lambda: SnapshotEnsemble(Pair(), [Pair().state_dict()])(torch.ones(1, 2)),
+        TypeError,
+        "logits must be a tensor: the model must return one, .* got tuple",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "match"), REFUSED_ENSEMBLES.values(), ids=REFUSED_ENSEMBLES
+)
+def test_refused_ensembles(act, error, match):
+    with pytest.raises(error, match=match):
+        act()

@@ -1,0 +1,167 @@
+"""The ensemble as one exported artefact, which is then run."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fastfreeze.ensemble import SnapshotEnsemble
+from tests.ensemble.test_merge import Branching, Convolutions, Many, Net, chain, looped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BATCH = torch.export.Dim("batch", min=1, max=64)
+
+
+def made():
+    return SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks.0"), 3))
+
+
+def assert_mean(found, ensemble, x):
+    expected = looped(ensemble, x).mean(0)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_module_runs_what_is_shared_once():
+    ensemble = made()
+    module = ensemble.as_module(torch.randn(2, 3, 8, 8))
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        with Convolutions() as ran, torch.no_grad():
+            found = module(x)
+        assert_mean(found, ensemble, x)
+        assert ran.count == 15
+    assert sum(p.numel() for p in module.parameters()) == sum(
+        p.numel() for p in ensemble.parameters()
+    )
+    module.train().half()
+    x = torch.randn(2, 3, 8, 8)
+    assert_mean(ensemble(x), ensemble, x)
+    assert not any(m.training for member in ensemble.members for m in member.modules())
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_module(how):
+    ensemble, x = made(), torch.randn(2, 3, 8, 8)
+    assert_mean(how(ensemble.as_module(x))(x), ensemble, x)
+
+
+def test_arguments_by_name():
+    ensemble = SnapshotEnsemble(Many(), chain(Many, ("a",), 3))
+    x, y, z = torch.randn(5, 3), torch.randn(5, 4), torch.randn(5, 4)
+    module = ensemble.as_module(x, y, scale=2.0, extra=z)
+    torch.testing.assert_close(module(x, y, z), ensemble(x, y, scale=2.0, extra=z))
+
+
+def test_no_graph_no_module():
+    ensemble = SnapshotEnsemble(Branching(), chain(Branching, (), 2))
+    with pytest.raises(ValueError, match=r"the ensemble cannot be one graph: .*control flow"):
+        ensemble.as_module(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("whole", "strict"),
+    [
+        (False, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 1), (1, 0), (1, 1)]),
+    ],
+)
+def test_exported(tmp_path, whole, strict):
+    """The module, or the ensemble itself, saved and loaded, with another batch size."""
+    ensemble, x = made(), torch.randn(2, 3, 8, 8)
+    exported = ensemble if whole else ensemble.as_module(x)
+    dynamic = {"inputs": ({0: BATCH},)} if whole else ({0: BATCH},)
+    program = torch.export.export(exported, (x,), dynamic_shapes=dynamic, strict=bool(strict))
+    torch.export.save(program, tmp_path / "ensemble.pt2")
+    loaded = torch.export.load(tmp_path / "ensemble.pt2").module()
+    for batch in (1, 7):
+        x = torch.randn(batch, 3, 8, 8)
+        with Convolutions() as ran, torch.no_grad():
+            found = loaded(x)
+        assert_mean(found, ensemble, x)
+        assert ran.count == (21 if whole else 15)
+
+
+RUN_EXPORTED = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+x, expected = torch.load(sys.argv[2])
+with torch.no_grad():
+    torch.testing.assert_close(program(x), expected, rtol=0, atol=1e-6)
+assert "fastfreeze" not in sys.modules
+"""
+
+
+def test_an_exported_module_needs_no_fastfreeze(tmp_path):
+    ensemble, x = made(), torch.randn(2, 3, 8, 8)
+    program = torch.export.export(ensemble.as_module(x), (x,))
+    torch.export.save(program, tmp_path / "ensemble.pt2")
+    torch.save((x, ensemble(x)), tmp_path / "example.pt")
+    files = [str(tmp_path / name) for name in ("ensemble.pt2", "example.pt")]
+    command = [sys.executable, "-c", RUN_EXPORTED, *files]
+    subprocess.run(command, cwd=tmp_path, timeout=120, check=True)
+
+
+def test_onnx(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    ensemble, x = made(), torch.randn(2, 3, 8, 8)
+    path = tmp_path / "ensemble.onnx"
+    torch.onnx.export(
+        ensemble.as_module(x), (x,), path, dynamo=True, dynamic_shapes=({0: BATCH},), verbose=False
+    )
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (name,) = [i.name for i in session.get_inputs()]
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        (found,) = session.run(None, {name: x.numpy()})
+        assert_mean(torch.from_numpy(found), ensemble, x)
+
+
+@pytest.mark.parametrize("which", ["ensemble", "module"])
+def test_compiles_in_one_graph(which):
+    ensemble, x = made(), torch.randn(2, 3, 8, 8)
+    whole = ensemble if which == "ensemble" else ensemble.as_module(x)
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_mean(compiled(x), ensemble, x)
+
+
+def test_a_module_under_autocast_and_inference_mode():
+    ensemble, x = made(), torch.randn(2, 3, 8, 8)
+    module = ensemble.as_module(x)
+    with torch.inference_mode():
+        assert_mean(module(x), ensemble, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(module(x), ensemble(x))
+
+
+def test_a_module_gives_gradients_to_its_input():
+    ensemble = made().double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(ensemble(x)[:, 0].sum(), x)[0]
+    found = torch.autograd.grad(ensemble.as_module(x)(x)[:, 0].sum(), x)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_part_of_another_module():
+    """The ensemble inside a model that is compiled and exported."""
+
+    class Scaled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x * 2).log()
+
+    ensemble, x = made(), torch.randn(2, 3, 8, 8)
+    model = Scaled(ensemble.as_module(x))
+    program = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(program(x), ensemble(x * 2).log(), rtol=1e-5, atol=1e-5)

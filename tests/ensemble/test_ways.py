@@ -1,0 +1,102 @@
+"""Ways of running an ensemble: each gives the same, and an explicit one never falls back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastfreeze.ensemble import SnapshotEnsemble
+from tests.conftest import needs_gpu
+from tests.ensemble.test_merge import Branching, Many, Net, assert_right, chain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WAYS = (None, "loop", "shared")
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("batch", [1, 3, 33])
+def test_every_way_gives_the_same(how, batch):
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks.0"), 3), how=how)
+    x = torch.randn(batch, 3, 6, 6)
+    assert_right(ensemble, x)
+    with torch.no_grad():
+        for p in ensemble.members[1].head.parameters():
+            p.add_(torch.randn_like(p))
+    assert_right(ensemble, x)
+    ensemble.load_state_dict(SnapshotEnsemble(Net(), chain(Net, (), 3)).state_dict())
+    assert_right(ensemble, x)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_keywords_and_gradients(how):
+    ensemble = SnapshotEnsemble(Many(), chain(Many, ("a",), 3), how=how).double()
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(5, 4, dtype=torch.float64)
+    truth = torch.stack([m(x, y, scale=2.0).softmax(-1) for m in ensemble.members]).mean(0)
+    found = ensemble(x, y, scale=2.0)
+    torch.testing.assert_close(found, truth)
+    expected = torch.autograd.grad(truth[:, 1].sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(found[:, 1].sum(), x)[0], expected)
+
+
+def test_an_explicit_way_never_falls_back():
+    ensemble, x = SnapshotEnsemble(Branching(), chain(Branching, (), 2)), torch.randn(4, 3)
+    assert_right(ensemble, x)
+    ensemble.how = "shared"
+    with pytest.raises(ValueError, match=r"'shared' cannot run: 2 members, one by one: .*flow"):
+        ensemble(x)
+    ensemble.how = "loop"
+    assert_right(ensemble, x)
+
+
+def test_the_shared_graph_is_not_compiled_by_way_of_the_ensemble():
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 2), how="shared")
+    compiled = torch.compile(ensemble, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="how='shared' cannot run: compile what as_module gives"):
+        compiled(torch.randn(2, 3, 6, 6))
+
+
+def test_a_bad_way():
+    match = "how must be None, 'loop' or 'shared', got 'quick'"
+    states = [nn.Linear(2, 2).state_dict()]
+    with pytest.raises(ValueError, match=match):
+        SnapshotEnsemble(nn.Linear(2, 2), states, how="quick")
+    ensemble = SnapshotEnsemble(nn.Linear(2, 2), states)
+    ensemble.how = "quick"
+    with pytest.raises(ValueError, match=match):
+        ensemble(torch.randn(1, 2))
+
+
+@needs_gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_cuda_graph_by_torch(autocast):
+    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks.0"), 3)).cuda()
+    x = torch.randn(3, 3, 6, 6, device="cuda")
+    # Of a cache of casts, the graph would keep addresses that are given back.
+    with (
+        torch.no_grad(),
+        torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False),
+    ):
+        graphed = torch.cuda.make_graphed_callables(ensemble.as_module(x), (x.clone(),))
+        for _ in range(3):
+            x = torch.randn_like(x)
+            truth = torch.stack([m(x).softmax(-1) for m in ensemble.members]).mean(0)
+            found = graphed(x)
+            torch.testing.assert_close(found, truth.to(found.dtype))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.out(self.embedding(x))
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_tied_weights(how):
+    ensemble = SnapshotEnsemble(Tied(), [Tied().state_dict() for _ in range(3)], how=how)
+    assert_right(ensemble, torch.randint(7, (4, 2)))

@@ -1,0 +1,147 @@
+// Kernels that show what the emulator itself does; tests/kernels/test_emulation.py knows what they
+// give.
+#include "cuda_emulation.h"
+#include "harness.h"
+
+namespace {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Rows of `out`: xor, absolute, down, each of x by `amount` within groups of `width` lanes.
+template <typename T>
+__global__ void shuffles(T* out, const T* x, int amount, int width) {
+  const unsigned i = threadIdx.x, n = blockDim.x;
+  out[i] = __shfl_xor_sync(kAllLanes, x[i], amount, width);
+  out[n + i] = __shfl_sync(kAllLanes, x[i], amount, width);
+  out[2 * n + i] = __shfl_down_sync(kAllLanes, x[i], amount, width);
+}
+
+// Each half of a warp by itself, in as many rounds as its lowest lane says.
+__global__ void half_warps(int* out, const int* rounds) {
+  const int i = static_cast<int>(threadIdx.x);
+  const unsigned mask = i % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
+  int sum = 0;
+  for (int r = 0; r < rounds[i / 16]; ++r) sum += __shfl_xor_sync(mask, i, 1 << r % 4, 16);
+  out[i] = sum;
+}
+
+__global__ void ballots(unsigned* out, const int* x) {
+  out[threadIdx.x] = __ballot_sync(kAllLanes, x[threadIdx.x]);
+}
+
+__global__ void atomics(int* sum, unsigned* count, unsigned* old) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  atomicAdd(sum, static_cast<int>(i));
+  atomicAdd(count, 2u);
+  old[i] = atomicInc(count + 1, 9);
+}
+
+__global__ void indices(int64_t* out) {
+  const unsigned block = blockIdx.y * gridDim.x + blockIdx.x;
+  out[block * blockDim.x + threadIdx.x] = blockIdx.x + 100 * blockIdx.y + 10000 * threadIdx.x;
+}
+
+// The order in which threads come to the atomic: any, by the seed.
+__global__ void order(unsigned* counter, unsigned* place) {
+  place[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(counter, 1u);
+}
+
+__global__ void widen(float* from_half, float* from_bfloat16, const uint16_t* bits, int64_t n) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  from_half[i] = __half2float(__half{bits[i]});
+  from_bfloat16[i] = __bfloat162float(__nv_bfloat16{bits[i]});
+}
+
+__global__ void narrow(uint16_t* half, uint16_t* bfloat16, const float* x, int64_t n) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  half[i] = __float2half_rn(x[i]).bits;
+  bfloat16[i] = __float2bfloat16_rn(x[i]).bits;
+}
+
+// Tables of addresses: out[i] = *table[i], or -1.
+__global__ void follow(int64_t* out, const int64_t* const* table, int stride) {
+  const int64_t* place = table[threadIdx.x * static_cast<unsigned>(stride)];
+  out[threadIdx.x] = place == nullptr ? -1 : *place;
+}
+
+int64_t blocks_for(int64_t n) { return (n + 127) / 128; }
+
+}  // namespace
+
+EMULATED(shuffle) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    emulation::emulate(1, 1, 64, args.seed, shuffles<T>, args.buffer<T>(0), args.buffer<const T>(1),
+                       args.integer(1), args.integer(2));
+  };
+  switch (args.integer(0)) {
+    case 0:
+      return run(float{});
+    case 1:
+      return run(double{});
+    case 2:
+      return run(int{});
+    default:
+      return run(int64_t{});
+  }
+}
+
+EMULATED(half_warp) {
+  emulation::emulate(1, 1, 64, args.seed, half_warps, args.buffer<int>(0), args.buffer<int>(1));
+}
+
+EMULATED(ballot) {
+  emulation::emulate(1, 1, args.count<int>(1), args.seed, ballots, args.buffer<unsigned>(0),
+                     args.buffer<int>(1));
+}
+
+EMULATED(atomic) {
+  emulation::emulate(3, 1, 40, args.seed, atomics, args.buffer<int>(0), args.buffer<unsigned>(1),
+                     args.buffer<unsigned>(2));
+}
+
+EMULATED(index) { emulation::emulate(3, 2, 5, args.seed, indices, args.buffer<int64_t>(0)); }
+
+EMULATED(order_of_threads) {
+  emulation::emulate(4, 1, 32, args.seed, order, args.buffer<unsigned>(0),
+                     args.buffer<unsigned>(1));
+}
+
+EMULATED(widen) {
+  const int64_t n = args.count<uint16_t>(2);
+  emulation::emulate(blocks_for(n), 1, 128, args.seed, widen, args.buffer<float>(0),
+                     args.buffer<float>(1), args.buffer<uint16_t>(2), n);
+}
+
+EMULATED(narrow) {
+  const int64_t n = args.count<float>(2);
+  emulation::emulate(blocks_for(n), 1, 128, args.seed, narrow, args.buffer<uint16_t>(0),
+                     args.buffer<uint16_t>(1), args.buffer<float>(2), n);
+}
+
+EMULATED(follow) {
+  emulation::emulate(1, 1, args.count<int64_t>(0), args.seed, follow, args.buffer<int64_t>(0),
+                     args.buffer<const int64_t*>(1), args.integer(0));
+}
+
+// Address modulo 16 and size of each buffer after the first.
+EMULATED(describe) {
+  auto* out = args.buffer<int64_t>(0);
+  for (int64_t i = 1; i < args.num_buffers; ++i) {
+    *out++ = reinterpret_cast<int64_t>(args.buffer<char>(i)) % 16;
+    *out++ = args.bytes(i);
+  }
+}
+
+// The last two bytes of buffer 0.
+EMULATED(write_last) {
+  auto* last = args.buffer<uint16_t>(0) + args.count<uint16_t>(0) - 1;
+  emulation::emulate(1, 1, 1, args.seed, +[](uint16_t* to) { *to = 7; }, last);
+}
+
+EMULATED(launch) {
+  emulation::emulate(args.integer(0), args.integer(1), args.integer(2), args.seed, indices,
+                     args.buffer<int64_t>(0));
+}

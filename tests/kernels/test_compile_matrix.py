@@ -1,0 +1,300 @@
+"""What compilers make of the GPU kernels, for GPUs that need not be there.
+
+CUDA C++: the machine code in the library that was built. Triton: what its launchers launch,
+compiled here. Neither says that a kernel is right; that is for the tests of the kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import fastfreeze
+from tests.kernels.compiled import (
+    ARCHITECTURES,
+    MULTIPROCESSORS,
+    NO_CUOBJDUMP,
+    contents,
+    find_cuobjdump,
+    find_nvcc,
+    kernels_of,
+    needs_nvcc,
+)
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = Path(fastfreeze.__file__).parent / "libfastfreeze_cuda.so"
+QUICK = 90  # the rest is slow
+
+# Share of an SM's warps. fp64: twice the registers, and bound by arithmetic long before.
+FLOOR, FLOOR_FP64 = 0.25, 0.125
+
+# Which template argument is the number of elements in a vector.
+VECTOR_ARGUMENT = {
+    "softmax_lanes_kernel": 2,
+    "softmax_block_kernel": 2,
+    "softmax_split_sum_kernel": 1,
+    "softmax_split_mean_kernel": 2,
+}
+# Loads and stores of a step: of parameter, gradient and moments, all but the gradient written.
+STEP_ACCESSES = {"SGD": (3, 2), "Adam": (5, 4)}
+
+needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason=NO_CUOBJDUMP)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+
+
+def slow_but(quick, name):
+    return pytest.param(name, marks=[] if name == quick else pytest.mark.slow)
+
+
+def built_for(arch):
+    """The kernels in the library; skips where there are none to look at."""
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} was not built")
+    sources = [p for p in (ROOT / "csrc").rglob("*") if "cpu" not in p.parts and p.is_file()]
+    if LIBRARY.parent.parent == ROOT and any(
+        p.stat().st_mtime > LIBRARY.stat().st_mtime for p in sources
+    ):
+        pytest.skip(f"{LIBRARY.name} is older than csrc: python setup.py build_ext --inplace")
+    if f"sm_{arch}.cubin" not in contents(LIBRARY):
+        pytest.skip(f"{LIBRARY.name} was not built for sm_{arch}")
+    return _kernels(LIBRARY, arch)
+
+
+_kernels = functools.cache(kernels_of)
+
+
+def arguments_of(name):
+    """A kernel's own name and its template arguments."""
+    plain, template = re.match(r"(?:void )?fastfreeze::(\w+)(?:<(.*)>)?\(", name).groups()
+    return plain, (template or "").split(", ")
+
+
+def expected_wide(name):
+    """How many 128-bit loads and stores a kernel has at least."""
+    plain, arguments = arguments_of(name)
+    if plain == "step_kernel":
+        return STEP_ACCESSES["Adam" if "AdamRule" in name else "SGD"]
+    if plain in VECTOR_ARGUMENT and arguments[VECTOR_ARGUMENT[plain]] != "1":
+        return 1, int(plain != "softmax_split_sum_kernel")
+    return 0, 0
+
+
+every_architecture = pytest.mark.parametrize("arch", [slow_but(QUICK, a) for a in ARCHITECTURES])
+
+
+@needs_cuobjdump
+@every_architecture
+def test_cuda_kernels_stay_in_registers(arch):
+    assert not [name for name, k in built_for(arch).items() if k.uses_local_memory()]
+
+
+@needs_cuobjdump
+@every_architecture
+def test_cuda_kernels_know_global_memory(arch):
+    assert not [name for name, k in built_for(arch).items() if k.has_generic_accesses()]
+
+
+@needs_cuobjdump
+@every_architecture
+def test_cuda_vectors_are_whole_transactions(arch):
+    kernels = built_for(arch)
+    wide = [name for name in kernels if expected_wide(name) != (0, 0)]
+    assert {arguments_of(name)[0] for name in wide} == {"step_kernel", *VECTOR_ARGUMENT}
+    for name in wide:
+        loads, stores = expected_wide(name)
+        assert kernels[name].wide_loads() >= loads, name
+        assert kernels[name].wide_stores() >= stores, name
+
+
+@needs_cuobjdump
+@every_architecture
+def test_cuda_occupancy(arch):
+    kernels = built_for(arch)
+    if not any(name.endswith(".ptx") for name in contents(LIBRARY)):
+        pytest.skip(f"{LIBRARY.name} holds no PTX, which tells the threads of a block")
+    for name, k in kernels.items():
+        floor = FLOOR_FP64 if "double" in name else FLOOR
+        share = MULTIPROCESSORS[arch].occupancy(k.registers, k.shared, k.threads)
+        assert share >= floor, (name, k.registers, share)
+
+
+@needs_cuobjdump
+@pytest.mark.slow
+def test_the_library_runs_on_later_gpus():
+    for arch in ARCHITECTURES:
+        built_for(arch)
+    assert "sm_120.ptx" in contents(LIBRARY)
+
+
+BAD_KERNELS = """
+__global__ void indexed(int* p) {
+  int values[32] = {};
+  for (int i = 0; i < p[99]; ++i) values[p[i] & 31] += i;
+  p[0] = values[p[98] & 31];
+}
+__global__ void __launch_bounds__(1024, 2) spilled(float4* p) {
+  float4 values[24];
+  #pragma unroll
+  for (int i = 0; i < 24; ++i) values[i] = p[i * 1024 + threadIdx.x];
+  __syncthreads();
+  #pragma unroll
+  for (int i = 0; i < 24; ++i) p[threadIdx.x * 24 + 23 - i] = values[i];
+}
+__global__ void generic(float* p) {
+  __shared__ float own;
+  float* either = p[1] > 0 ? &own : p;
+  *either += 1.0f;
+  __syncthreads();
+  p[2] = own;
+}
+__global__ void narrow(float* p) {
+  for (int i = 0; i < 4; ++i) p[4 * threadIdx.x + i] *= 2.0f;
+}
+__global__ void good(float4* p) { p[threadIdx.x].x *= 2.0f; p[threadIdx.x] = p[threadIdx.x + 32]; }
+"""
+
+
+@pytest.fixture(scope="module")
+def bad_kernels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "bad.cu").write_text(BAD_KERNELS)
+    command = [find_nvcc(), "-cubin", "-arch=sm_90", "bad.cu", "-o", "bad.cubin"]
+    subprocess.run(command, cwd=folder, timeout=120, check=True)
+    kernels = kernels_of(folder / "bad.cubin", 90)
+    return {name.split("(")[0]: kernel for name, kernel in kernels.items()}
+
+
+@needs_nvcc
+@needs_cuobjdump
+def test_each_check_can_fail(bad_kernels):
+    assert {n for n, k in bad_kernels.items() if k.uses_local_memory()} == {"indexed", "spilled"}
+    assert {n for n, k in bad_kernels.items() if k.has_generic_accesses()} == {"generic"}
+    assert {n for n, k in bad_kernels.items() if k.wide_loads()} == {"spilled", "good"}
+    assert {n for n, k in bad_kernels.items() if k.wide_stores()} == {"spilled", "good"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "threads", "share"),
+    [
+        (90, 32, 0, 256, 1.0),
+        (90, 96, 0, 128, 20 / 64),  # 21 warps of registers, of which each scheduler has five
+        (90, 255, 0, 128, 8 / 64),
+        (90, 16, 0, 32, 32 / 64),  # as many blocks as there may be
+        (90, 16, 113 * 1024, 64, 4 / 64),
+        (75, 64, 0, 256, 1.0),
+        (75, 32, 32 * 1024, 32, 2 / 32),
+        (86, 40, 0, 1024, 32 / 48),
+        (120, 128, 0, 512, 16 / 48),
+    ],
+)
+def test_occupancy_of_known_cases(arch, registers, shared, threads, share):
+    assert MULTIPROCESSORS[arch].occupancy(registers, shared, threads) == share
+
+
+TRITON_QUICK = "sm_90"
+TRITON_TARGETS = [*(f"sm_{a}" for a in ARCHITECTURES), "gfx942"]
+every_target = pytest.mark.parametrize(
+    "target", [slow_but(TRITON_QUICK, t) for t in TRITON_TARGETS]
+)
+TRITON_WIDE = re.compile(r"\.v4\.\w?32|\.v2\.\w?64|\.v8\.\w?32|\.v4\.\w?64|_dwordx4")
+
+
+def compiled_by_triton(target):
+    if target == TRITON_QUICK:
+        return _the_quick_one()[target]
+    return _the_slow_rest()[target]
+
+
+@functools.cache
+def _the_quick_one():
+    return _compiled_by_triton([TRITON_QUICK])
+
+
+@functools.cache
+def _the_slow_rest():
+    rest = [t for t in TRITON_TARGETS if t != TRITON_QUICK]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(_compiled_by_triton, (rest[::2], rest[1::2]))
+    return first | second
+
+
+def _compiled_by_triton(targets):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_matrix", *targets]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def wide_accesses(kernels):
+    """128-bit loads and stores of all kernels together."""
+    accesses = sum((Counter(k["accesses"]) for k in kernels), Counter())
+    wide = {name: n for name, n in accesses.items() if TRITON_WIDE.search(name)}
+    loads = sum(n for name, n in wide.items() if "ld." in name or "load" in name)
+    return loads, sum(wide.values()) - loads
+
+
+def fills_vectors(target, case):
+    """Whether a program has 16 bytes of a row for each of its threads."""
+    sixteen_bits = case in (
+        "softmax fp16",
+        "softmax bf16",
+        "statistics bf16",
+        "SGD fp16",
+        "SGD bf16",
+        "Adam fp16",
+        "Adam bf16",
+    )
+    return case != "softmax fp32, few classes" and not (sixteen_bits and target == "gfx942")
+
+
+def sound_cases(made):
+    return {case: kernels for case, kernels in made.items() if case not in ("spilling", "narrow")}
+
+
+@needs_triton
+@needs_cuobjdump
+@every_target
+def test_triton_kernels_stay_in_registers(target):
+    made = compiled_by_triton(target)
+    assert all(made.values())  # each launched something
+    local = {case: max(k["local"] for k in ks) for case, ks in sound_cases(made).items()}
+    assert max(local.values()) == 0, local
+    assert made["spilling"][0]["local"] > 0
+
+
+@needs_triton
+@needs_cuobjdump
+@every_target
+def test_triton_vectors_are_whole_transactions(target):
+    made = compiled_by_triton(target)
+    assert wide_accesses(made["narrow"]) == (0, 0)
+    for case, kernels in sound_cases(made).items():
+        if fills_vectors(target, case):
+            loads, stores = wide_accesses(kernels)
+            least = STEP_ACCESSES.get(case.split()[0], (1, 1))
+            assert loads >= least[0], (case, loads)
+            assert stores >= least[1], (case, stores)
+
+
+@needs_triton
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", [slow_but(QUICK, a) for a in ARCHITECTURES])
+def test_triton_occupancy(arch):
+    for case, kernels in sound_cases(compiled_by_triton(f"sm_{arch}")).items():
+        for k in kernels:
+            share = MULTIPROCESSORS[arch].occupancy(k["registers"], k["shared"], k["threads"])
+            floor = FLOOR_FP64 if "fp64" in case else FLOOR
+            assert share >= floor, (case, k["kernel"], k["registers"], share)

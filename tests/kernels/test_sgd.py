@@ -1,0 +1,354 @@
+"""The SGD kernels against the reference, in higher precision and over every layout."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+
+from fastfreeze.errors import BackendUnavailableError
+from fastfreeze.kernels import library
+from fastfreeze.kernels.plans import KERNEL_DTYPES
+from fastfreeze.kernels.reference import sgd_reference
+from fastfreeze.kernels.sgd import sgd
+from tests.conftest import ISAS, needs_cpu_kernels, resolved, sgd_kernels
+from tests.covering import covering
+from tests.kernels.guard import SIDES, guarded
+
+HYPERS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2},
+    "dampened": {"momentum": 0.9, "dampening": 0.3, "maximize": True, "weight_decay": 0.1},
+    "scaled": {"momentum": 0.9, "grad_scale": 8.0},
+    "wide": {"momentum": 0.9, "nesterov": True, "momentum_dtype": torch.float32},
+}
+SIZES = [0, 1, 7, 31, 32, 33, 511, 512, 513, 2047, 2048, 2049, 4097, 8192, 8193, 70001]
+# Relative to values of order one, after three steps: rounding once per step.
+TOLERANCE = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+every_hyper = pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
+every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+
+
+@pytest.fixture(params=sgd_kernels())
+def backend_and_device(request):
+    return resolved(request)
+
+
+def make(sizes, dtype, device="cpu"):
+    params = [torch.rand(n, dtype=torch.float64).add(0.5).to(device, dtype) for n in sizes]
+    steps = [
+        [torch.randn(n, dtype=torch.float64).to(device, dtype) for n in sizes] for _ in range(3)
+    ]
+    return params, steps
+
+
+def run(function, params, steps, **kwargs):
+    params = [p.clone() for p in params]
+    buffers = [None] * len(params)
+    for grads in steps:
+        function(params, [g.clone() for g in grads], buffers, lr=0.1, **kwargs)
+    return params, buffers
+
+
+def assert_near(ours, truth, dtype):
+    for i, (a, b) in enumerate(zip(ours, truth, strict=True)):
+        if b is None:
+            assert a is None
+            continue
+        error = (a.double() - b).abs() / b.abs().clamp(min=1)
+        assert not error.isnan().any(), f"tensor {i}"
+        assert a.numel() == 0 or error.max() <= TOLERANCE[dtype], f"tensor {i}"
+
+
+def assert_near_the_truth(backend, params, steps, dtype, hyper):
+    ours = run(sgd, params, steps, backend=backend, **hyper)
+    truth = run(
+        sgd_reference,
+        [p.double() for p in params],
+        [[g.double() for g in s] for s in steps],
+        **hyper,
+    )
+    assert_near(ours[0], truth[0], dtype)
+    assert_near(ours[1], truth[1], dtype)
+    wide = "momentum_dtype" in hyper and dtype in (torch.float16, torch.bfloat16)
+    if "momentum" in hyper:
+        assert {b.dtype for b in ours[1]} == {torch.float32 if wide else dtype}
+
+
+@covering(
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
+    dtype=KERNEL_DTYPES,
+    hyper=HYPERS,
+)
+def test_backends_against_the_reference_in_fp64(backend, device, dtype, hyper):
+    params, steps = make(SIZES, dtype, device)
+    assert_near_the_truth(backend, params, steps, dtype, hyper)
+
+
+@covering("isa", isa=ISAS, dtype=KERNEL_DTYPES, hyper=HYPERS)
+def test_every_instruction_set_against_the_reference_in_fp64(isa, dtype, hyper):
+    params, steps = make(SIZES, dtype)
+    assert_near_the_truth("cpu", params, steps, dtype, hyper)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_hyper
+def test_within_an_ulp_of_torchs_for_loop(dtype, hyper):
+    hyper = {k: v for k, v in hyper.items() if k not in ("grad_scale", "momentum_dtype")}
+    params, steps = make(SIZES, dtype)
+    theirs = [torch.nn.Parameter(p.clone()) for p in params]
+    optimizer = torch.optim.SGD(theirs, lr=0.1, foreach=False, **hyper)
+    ours, buffers = [p.clone() for p in params], [None] * len(params)
+    for grads in steps:
+        for p, q, g in zip(theirs, ours, grads, strict=True):
+            p.grad = g.clone()
+            q.copy_(p.detach())  # each step from the same start
+            state = optimizer.state.get(p, {})
+            if "momentum_buffer" in state:
+                i = next(i for i, t in enumerate(theirs) if t is p)
+                buffers[i] = state["momentum_buffer"].clone()
+        optimizer.step()
+        sgd(ours, grads, buffers, lr=0.1, backend="cpu", **hyper)
+        for p, q in zip(theirs, ours, strict=True):
+            ulp = (torch.nextafter(p, torch.full_like(p, math.inf)) - p).detach()
+            assert ((p - q).abs() <= ulp).all()
+
+
+def layouts(base):
+    like = {"dtype": base.dtype, "device": base.device}
+    wide = torch.full((6, 40, 6, 6), math.nan, **like)
+    sliced = wide[:, ::2][:, :8]
+    unaligned = torch.full((base.numel() + 1,), math.nan, **like)[1:].view(base.shape)
+    return {
+        "contiguous": torch.empty_like(base),
+        "channels_last": torch.empty_like(base, memory_format=torch.channels_last),
+        "transposed": torch.empty(6, 6, 8, 6, **like).permute(3, 2, 1, 0),
+        "sliced": sliced,
+        "unaligned": unaligned,
+    }
+
+
+@covering(
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
+    dtype=KERNEL_DTYPES,
+    param_layout=["contiguous", "channels_last", "transposed", "sliced", "unaligned"],
+    grad_layout=["contiguous", "channels_last", "sliced", "unaligned"],
+)
+def test_every_layout_gives_the_same_result(backend, device, dtype, param_layout, grad_layout):
+    if param_layout == "sliced":  # gaps: the reference's alone
+        backend = None
+    base = torch.randn(6, 8, 6, 6).to(device, dtype)
+    grads = torch.randn(3, 6, 8, 6, 6).to(device, dtype)
+    plain = [base.clone()]
+    mixed = [layouts(base)[param_layout].copy_(base)]
+    buffers, mixed_buffers = [None], [None]
+    hyper = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    for g in grads:
+        sgd(plain, [g.clone()], buffers, backend=backend, **hyper)
+        sgd(mixed, [layouts(base)[grad_layout].copy_(g)], mixed_buffers, backend=backend, **hyper)
+    # torch's own operations, and so the reference, do not give the same bits for every layout.
+    tolerance = TOLERANCE[dtype] if backend in (None, "reference") else 0
+    torch.testing.assert_close(mixed[0], plain[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(mixed_buffers[0], buffers[0], rtol=tolerance, atol=tolerance)
+
+
+def assert_writes_nothing_outside(backend, device, dtype, size):
+    guard = 64
+    memory = torch.full((4, size + 2 * guard), math.nan, dtype=dtype, device=device)
+    inside = memory[:, guard : guard + size]
+    inside.copy_(torch.randn(4, size))
+    others = torch.randn(2, size).to(device, dtype)
+    sgd(
+        [inside[0], others[0]], [inside[1], others[1]], [inside[2], None],
+        lr=0.1, momentum=0.9, grad_scale=2.0, backend=backend,
+    )  # fmt: skip
+    assert not inside.isnan().any()
+    assert memory[:, :guard].isnan().all()
+    assert memory[:, guard + size :].isnan().all()
+
+
+GUARDED_SIZES = [1, 31, 33, 513, 2048, 8193]
+
+
+@covering(
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
+    dtype=KERNEL_DTYPES,
+    size=GUARDED_SIZES,
+)
+def test_writes_nothing_outside_its_tensors(backend, device, dtype, size):
+    assert_writes_nothing_outside(backend, device, dtype, size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
+@covering(
+    "backend_and_device",
+    backend_and_device=[
+        kernel
+        for kernel in sgd_kernels()
+        if kernel.values[0][0] != "reference" and kernel.values[0][1] != "cuda"
+    ],
+    dtype=KERNEL_DTYPES,
+    size=[1, 33, 2048, 2051],
+    side=SIDES,
+)
+def test_nothing_beside_the_tensors_is_read_or_written(backend, dtype, size, side):
+    """A stray access ends the process."""
+    param, grad, buffer = (guarded(torch.rand(size).to(dtype), side) for _ in range(3))
+    sgd([param], [grad], [buffer], lr=0.1, momentum=0.9, grad_scale=2.0, backend=backend)
+    assert not param.isnan().any()
+
+
+@covering("isa", isa=ISAS, dtype=KERNEL_DTYPES, size=GUARDED_SIZES)
+def test_no_instruction_set_writes_outside_its_tensors(isa, dtype, size):
+    assert_writes_nothing_outside("cpu", "cpu", dtype, size)
+
+
+def test_special_values_spread_as_in_torch(backend, device):
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e38, -1e38, 1e-45] * 9)
+    for dtype in KERNEL_DTYPES:
+        param, grad = special.to(dtype), special.flip(0).roll(1).to(dtype)
+        ours, theirs = [param.to(device)], [param.clone()]
+        sgd(ours, [grad.to(device)], [None], lr=0.5, momentum=0.9, backend=backend)
+        sgd_reference(theirs, [grad.clone()], [None], lr=0.5, momentum=0.9)
+        torch.testing.assert_close(ours[0].cpu(), theirs[0], equal_nan=True)
+
+
+@needs_cpu_kernels
+@every_dtype
+def test_threads_give_the_same_bits(dtype):
+    params, steps = make([200_000, 3, 70_000], dtype)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(run(sgd, params, steps, momentum=0.9, backend="cpu")[0])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_missing_gradient_leaves_its_parameter(backend, device):
+    params = [torch.ones(5, device=device), torch.ones(5, device=device)]
+    buffers = [None, None]
+    sgd(
+        params, [torch.ones(5, device=device), None], buffers, lr=0.5, momentum=0.9, backend=backend
+    )
+    assert params[0].tolist() == [0.5] * 5
+    assert params[1].tolist() == [1.0] * 5
+    assert buffers[1] is None
+
+
+def test_grad_scale_leaves_the_unscaled_gradient(backend, device):
+    grad = torch.full((3,), 8.0, device=device)
+    param = torch.zeros(3, device=device)
+    sgd([param], [grad], [None], lr=1.0, grad_scale=4.0, backend=backend)
+    assert grad.tolist() == [2.0] * 3
+    assert param.tolist() == [-2.0] * 3
+
+
+def test_grad_scale_reaches_a_gradient_of_other_strides(backend, device):
+    param = torch.zeros(2, 3, 4, 4, device=device).to(memory_format=torch.channels_last)
+    grad = torch.full((2, 3, 4, 4), 8.0, device=device)
+    sgd([param], [grad], [None], lr=1.0, grad_scale=4.0, backend=backend)
+    assert (grad == 2).all()
+    assert (param == -2).all()
+
+
+def test_bumps_the_version_counter(backend, device):
+    weight = torch.ones(3, requires_grad=True, device=device)
+    loss = (weight * weight).sum()
+    with torch.no_grad():
+        sgd([weight], [torch.ones(3, device=device)], [None], lr=0.1, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("params", "grads", "buffers", "backend", "message"),
+    [
+        ([torch.ones(2)], [], [None], None, "must have equal lengths, got 1, 0 and 1"),
+        ([torch.ones(2)], [torch.ones(3)], [None], None, r"grads\[0\] must match its parameter"),
+        ([torch.ones(2)], [torch.ones(2).double()], [None], None, r"grads\[0\] must match"),
+        ([torch.ones(2)], [torch.ones(2)], [torch.ones(1)], None, r"momentum_buffers\[0\] must"),
+        ([torch.ones(2)], [torch.ones(2)], [torch.ones(2).half()], None, "momentum_buffers"),
+        ([torch.ones(2)], [torch.ones(2)], [None], "gpu", "backend must be one of"),
+        pytest.param(
+            [torch.ones(2, dtype=torch.cfloat)], [torch.ones(2, dtype=torch.cfloat)], [None], "cpu",
+            "cannot take parameter 0: its dtype is torch.complex64", marks=needs_cpu_kernels,
+        ),
+        pytest.param(
+            [torch.ones(1).expand(4)], [torch.ones(4)], [None], "cpu",
+            "cannot take parameter 0: its elements overlap", marks=needs_cpu_kernels,
+        ),
+        pytest.param(
+            [torch.ones(4)], [torch.ones(4).to_sparse()], [None], "cpu",
+            "0: its gradient is torch.float32 and torch.sparse_coo", marks=needs_cpu_kernels,
+        ),
+    ],
+)  # fmt: skip
+def test_bad_values_change_nothing(params, grads, buffers, backend, message):
+    before = [p.clone() for p in params]
+    with pytest.raises(ValueError, match=message):
+        sgd(params, grads, buffers, lr=0.1, momentum=0.9, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+
+
+def test_an_unavailable_backend_says_what_there_is():
+    missing = [n for n, a in library.backends().items() if not a.available]
+    if not missing:
+        pytest.skip("every backend can run here")
+    with pytest.raises(BackendUnavailableError, match=r"cannot run here .*reference"):
+        sgd([torch.ones(1)], [torch.ones(1)], [None], lr=0.1, backend=missing[0])
+
+
+@needs_cpu_kernels
+def test_an_unknown_plan_is_refused():
+    with pytest.raises(RuntimeError, match="no SGD plan has the handle 123456789"):
+        torch.ops.fastfreeze.sgd_step(123456789, 0, 0, 0, 1.0, False, 0)
+
+
+# As an operator in a graph.
+
+
+def sgd_operator(params, grads, buffers, first, backend, **hyper):
+    values = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01, **hyper}
+    flags = {"nesterov": False, "maximize": True, "grad_scale": 2.0}
+    return (params, grads, buffers, first, *values.values(), *flags.values(), backend)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_operator_is_registered_in_full(backend, device, momentum):
+    params, (grads, buffers, _) = make([5, 33], torch.float32, device)
+    if momentum == 0:
+        buffers = []
+    args = sgd_operator(params, grads, buffers, [True, False][: len(buffers)], backend)
+    torch.library.opcheck(torch.ops.fastfreeze.sgd_.default, (*args[:5], momentum, *args[6:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum_dtype", [None, torch.float32], ids=["narrow", "wide"])
+def test_compiles_in_one_graph(backend, device, dtype, momentum_dtype):
+    params, steps = make([5, 33, 7], dtype, device)
+    hyper = {"momentum": 0.9, "nesterov": True, "momentum_dtype": momentum_dtype}
+
+    def step(params, grads, buffers):
+        sgd(params, grads, buffers, lr=0.1, backend=backend, **hyper)
+        return buffers
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    ours, theirs = [p.clone() for p in params], [p.clone() for p in params]
+    buffers, expected = [None] * 3, [None] * 3
+    for grads in steps:
+        grads[1] = None
+        buffers = compiled(ours, grads, buffers)
+        expected = step(theirs, grads, expected)
+    for a, b in zip([*ours, *buffers], [*theirs, *expected], strict=True):
+        assert a is b is None or torch.equal(a, b)

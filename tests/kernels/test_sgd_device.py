@@ -1,0 +1,359 @@
+"""What SGD's device backends do alone: captured steps, overflows seen by the device alone.
+
+Without a GPU a captured step's launches are recorded, and a replay launches them again.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastfreeze.kernels import sgd as sgd_ops
+from fastfreeze.kernels.plans import PlanSpec
+from fastfreeze.optim import SGD
+from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles, SnapshotCycles
+from tests.conftest import HAS_GPU, device_kernels, resolved
+
+TOTAL = 20
+
+
+@pytest.fixture(params=device_kernels())
+def backend_and_device(request):
+    return resolved(request)
+
+
+def parameters(device, dtype=torch.float32):
+    torch.manual_seed(0)
+    sizes = [(33,), (5, 7), (2049,), (1,), (31,), (8,)]
+    return [nn.Parameter(torch.randn(s).to(device, dtype)) for s in sizes]
+
+
+def layers(params):
+    return [
+        {"params": params[2 * i : 2 * i + 2], "layer_index": i, "num_layers": 3} for i in range(3)
+    ]
+
+
+def set_grads(params, step):
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+        p.grad = grad if p.grad is None else p.grad.copy_(grad)
+
+
+class RecordedGraph:
+    """A CUDA graph's interface over plans on the CPU."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.launches = monkeypatch, []
+
+    def capture(self, optimizer):
+        with self.monkeypatch.context() as patch:
+            patch.setattr(SGD, "_is_capturing", lambda _: True)
+            for part in optimizer._runtime.parts:
+                plan = part.plan
+                patch.setattr(
+                    plan, "_launch", lambda *args, plan=plan: self.launches.append((plan, args))
+                )
+            optimizer.step()
+        assert self.launches
+
+    def replay(self):
+        for plan, args in self.launches:
+            plan._launch(*args)
+
+
+class RealGraph:
+    def __init__(self, _):
+        self.graph = torch.cuda.CUDAGraph()
+
+    def capture(self, optimizer):
+        with torch.cuda.graph(self.graph):
+            optimizer.step()
+
+    def replay(self):
+        self.graph.replay()
+
+
+@pytest.fixture
+def graph(monkeypatch):
+    return (RealGraph if HAS_GPU else RecordedGraph)(monkeypatch)
+
+
+SCHEDULES = {
+    "cosine": Cosine(TOTAL),
+    "cycles": SnapshotCycles(TOTAL, num_cycles=4),
+    "freezeout": FreezeOut(TOTAL, t_0=0.7),
+    "sticky": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.5),
+    "thaw": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.7, composition="thaw"),
+    "warm": FreezeOut(TOTAL, t_0=0.7, warmup_steps=7, layer_decay=0.5),
+}
+HYPERS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 1e-2}
+
+
+def make(params, schedule, backend):
+    return SGD(layers(params), schedule=schedule, backend=backend, **HYPERS)
+
+
+def assert_same_state(a, b):
+    assert a.keys() == b.keys()
+    for i in a:
+        assert torch.equal(a[i]["momentum_buffer"], b[i]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_replays_follow_the_schedule(backend, device, graph, schedule):
+    eager, replayed = parameters(device), parameters(device)
+    straight, optimizer = make(eager, schedule, backend), make(replayed, schedule, backend)
+    for step in range(TOTAL):
+        set_grads(eager, step)  # frozen ones too: they are not touched
+        straight.step()
+        set_grads(replayed, step)
+        if step == 1:
+            graph.capture(optimizer)
+            assert optimizer.current_step == 1  # recorded, not taken
+        if step == 0:
+            optimizer.step()
+        else:
+            graph.replay()
+        for a, b in zip(eager, replayed, strict=True):
+            assert torch.equal(a, b), step
+    assert optimizer.current_step == TOTAL
+    assert optimizer.frozen_layers == straight.frozen_layers
+    lrs = [group["lr"] for group in straight.param_groups]
+    assert [group["lr"] for group in optimizer.param_groups] == lrs
+    assert_same_state(optimizer.state_dict()["state"], straight.state_dict()["state"])
+
+
+def test_eager_steps_go_on_after_replays(backend, device, graph):
+    schedule = SCHEDULES["freezeout"]
+    eager, mixed = parameters(device), parameters(device)
+    straight, optimizer = make(eager, schedule, backend), make(mixed, schedule, backend)
+    for step in range(TOTAL):
+        for params, stepped in ((eager, straight), (mixed, optimizer)):
+            set_grads(params, step)
+            if stepped is optimizer and step == 1:
+                graph.capture(optimizer)
+            if stepped is optimizer and 1 <= step < 10:
+                graph.replay()
+            else:
+                stepped.step()
+    assert all(torch.equal(a, b) for a, b in zip(eager, mixed, strict=True))
+    assert optimizer.current_step == TOTAL
+
+
+def test_a_layer_that_thaws_behind_a_graphs_back_is_an_error(backend, device, graph):
+    params = parameters(device)
+    optimizer = make(params, SCHEDULES["thaw"], backend)
+    while not optimizer.frozen_layers:
+        set_grads(params, 0)
+        optimizer.step()
+    set_grads(params, 0)
+    optimizer.step()
+    graph.capture(optimizer)  # without the frozen layer
+    while optimizer.current_step < TOTAL // 2 - 1:
+        graph.replay()
+    graph.replay()
+    graph.replay()  # the step after the thaw
+    with pytest.raises(RuntimeError, match=r"layers \[0\].* have thawed at step 10"):
+        _ = optimizer.current_step
+
+
+# What has been trained before, and whether replays must look who has started.
+CAPTURES = {
+    "cosine": ("cosine", 1, False, False),
+    "layers freeze for good": ("freezeout", 1, False, False),
+    "layers will thaw": ("thaw", 1, False, True),
+    "all thaws are over": ("thaw", TOTAL // 2 + 1, False, False),
+    "no step of a scaler's has been seen": ("cosine", 1, True, True),
+    "a scaler comes late": ("cosine", 2, True, False),
+}
+
+
+@pytest.mark.skipif(HAS_GPU, reason="looks at what is launched")
+@pytest.mark.parametrize(("schedule", "steps", "scaler", "tracks"), CAPTURES.values(), ids=CAPTURES)
+def test_a_graph_looks_who_has_started_where_that_may_change(
+    backend, device, graph, schedule, steps, scaler, tracks
+):
+    params = parameters(device)
+    optimizer = make(params, SCHEDULES[schedule], backend)
+    for step in range(steps):
+        set_grads(params, step)
+        if scaler and step == steps - 1:
+            optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.ones(())
+        optimizer.step()
+    set_grads(params, steps)
+    graph.capture(optimizer)
+    assert [args[-1] for _, args in graph.launches] == [tracks]
+    unstarted = [part.plan.unstarted() for part in optimizer._runtime.parts]
+    assert unstarted == [set()]
+
+
+@pytest.mark.parametrize("change", ["hyperparameter", "gradient", "storage", "no step"])
+def test_what_needs_a_step_before_a_capture(backend, device, graph, monkeypatch, change):
+    params = parameters(device)
+    optimizer = SGD(params, lr=0.1, momentum=0.9, backend=backend)
+    set_grads(params, 0)
+    params[0].grad = None
+    if change != "no step":
+        optimizer.step()
+    if change == "gradient":
+        set_grads(params, 0)
+    elif change == "hyperparameter":
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+    elif change == "storage":
+        params[1].data = params[1].data.clone()
+    before = [p.detach().clone() for p in params]
+    monkeypatch.setattr(SGD, "_is_capturing", lambda _: True)
+    with pytest.raises(RuntimeError, match="take a step before capturing one"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+
+
+@pytest.mark.parametrize("overflows", [(0,), (0, 1), (3,), ()], ids=str)
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+def test_an_overflow_is_seen_by_the_device(backend, device, graph, overflows, dampening):
+    """Also at a buffer's first step, and in a graph: the next one is then the first."""
+    ours, theirs = parameters(device), parameters(device)
+    hyper = {"lr": 0.1, "momentum": 0.9, "dampening": dampening}
+    o = SGD(ours, backend=backend, **hyper)
+    t = torch.optim.SGD(theirs, foreach=False, **hyper)
+    o.found_inf = torch.zeros((), device=device)
+    o.grad_scale = torch.full((), 4.0, device=device)
+    for step in range(6):
+        set_grads(ours, step)
+        set_grads(theirs, step)
+        for p in ours:
+            p.grad.mul_(4)
+        o.found_inf.fill_(float(step in overflows))
+        if step == 2:
+            graph.capture(o)
+        if step >= 2:
+            graph.replay()
+        else:
+            o.step()
+        if step not in overflows:
+            t.step()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert o.current_step == 6
+
+
+def test_a_buffer_without_a_first_step_is_not_saved(backend, device):
+    params = parameters(device)
+    optimizer = SGD(params, lr=0.1, momentum=0.9, backend=backend)
+    optimizer.found_inf = torch.ones((), device=device)
+    optimizer.grad_scale = torch.ones((), device=device)
+    set_grads(params, 0)
+    optimizer.step()
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.found_inf.zero_()
+    optimizer.step()
+    assert len(optimizer.state_dict()["state"]) == len(params)
+
+
+def test_more_tensors_than_a_launch_has_arguments(backend, device):
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(1 + i % 7, device=device)) for i in range(481)]
+    theirs = copy.deepcopy(ours)
+    o = SGD(ours, lr=0.1, momentum=0.9, backend=backend)
+    t = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
+    for step in range(2):
+        for params in (ours, theirs):
+            for p in params:
+                p.grad = None  # new addresses
+            set_grads(params, step)
+        o.step()
+        t.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def plan_of(backend, sizes, device="cpu"):
+    params = [torch.rand(n, device=device) for n in sizes]
+    moments = {"momentum_buffer": [torch.rand_like(p) for p in params]}
+    first, groups = [i % 2 == 0 for i in range(len(params))], [i % 3 for i in range(len(params))]
+    segments = [Cosine(TOTAL).segments()] * 3
+    return sgd_ops.PLANS[backend](PlanSpec(params, moments, first, groups, segments, 0.1, 0, None))
+
+
+def test_the_tables_come_in_one_copy(backend, device):
+    plan = plan_of(backend, [7, 5000, 1], device)
+    tables = [plan.runs, plan.hypers, plan.segments, plan.segment_begin, plan.tensor_groups]
+    tables += [plan.progress, plan.counters, plan.grad_table]
+    assert len({t.untyped_storage().data_ptr() for t in tables}) == 1
+    assert all(t.data_ptr() % 16 == 0 and t.is_contiguous() for t in tables)
+    assert plan.segments.tolist() == [[0, TOTAL, 1]] * 3
+    assert plan.segment_begin.flatten().tolist() == [0, 1, 2, 3]
+    assert plan.tensor_groups.flatten().tolist() == [0, 1, 2]
+    assert plan.progress.flatten().tolist() == [0, 1, 0]
+    [buffers] = plan.moments.values()
+    assert [b.any().item() for b in buffers] == [False, True, False]
+    assert plan.runs[:, 1].min() >= min(b.data_ptr() for b in buffers)
+
+
+class Stream:
+    """A CUDA stream's part in what the plan asks."""
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a stub of a stream")
+def test_tables_are_kept_for_each_stream_that_steps(backend, device, monkeypatch):
+    plan = plan_of(backend, [7])
+    side, kept = Stream(), []
+    plan.runs = plan.progress = type("Table", (), {"record_stream": kept.append})
+    for stream in (None, side, side, None):
+        plan._keep_for(stream)
+    assert kept == [side, side]
+    monkeypatch.setattr("fastfreeze.kernels.device_plan.is_capturing", lambda _: True)
+    plan._keep_for(Stream())
+    assert kept == [side, side]
+
+
+def test_the_operator_is_not_for_cuda_graphs():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.fastfreeze.sgd_.default.tags
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("schedule", ["cosine", "freezeout"])
+def test_a_step_does_not_wait_for_the_device(backend, device, schedule):
+    """Nor do the first one and a freeze, which make tables."""
+    params = parameters(device)
+    optimizer = make(params, SCHEDULES[schedule], backend)
+    for step in range(TOTAL):
+        set_grads(params, step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_an_overflow_is_not_waited_for(backend, device):
+    params = parameters(device)
+    optimizer = make(params, Cosine(TOTAL), backend)
+    optimizer.found_inf = torch.zeros((), device=device)
+    optimizer.grad_scale = torch.ones((), device=device)
+    set_grads(params, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_a_step_is_one_launch(backend, device):
+    params = parameters(device)
+    optimizer = make(params, Cosine(TOTAL), backend)
+    set_grads(params, 0)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    assert len([name for name in kernels if not name.startswith("Mem")]) == 1, kernels

@@ -1,0 +1,300 @@
+"""The rule of split: what counts as a use, what is opened, which units are heads; and no traces."""
+
+import copy
+import random
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.layers.frozen import note_frozen
+from fastfreeze.layers.split import split
+from fastfreeze.schedule import Cosine, FreezeOut
+
+X = torch.ones(2, 4)
+
+
+def names(plan):
+    return [layer.name for layer in plan.layers]
+
+
+def home(plan, parameter):
+    return next(x.name for x in plan.layers if parameter in dict(x.parameters))
+
+
+class Does(nn.Module):
+    """Parts, and a function of the module and its input."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.does = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.does(self, x)
+
+
+class Block(nn.Module):
+    """Two linear modules; takes a second value, like a block that attends to a token."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, other=0):
+        return self.b(self.a(x).relu()) + other
+
+
+def weight(*shape):
+    return nn.Parameter(torch.ones(*shape or (4, 4)))
+
+
+def expanded_at_first(m, x):
+    w = m.w.expand(4, 4).clone()
+    return m.b(m.a(x) @ w)
+
+
+def stacked_at_first(m, x):
+    w = torch.stack([m.w, m.w])
+    return m.b(m.a(x) @ w[0])
+
+
+def squared(m, x):
+    w = m.w.t()
+    return m.b(m.a(x) @ (w * w))
+
+
+READS = {
+    "twice in one operation": squared,
+    "view": lambda m, x: m.b(m.a(x) @ m.w.view(4, 4)),
+    "index": lambda m, x: m.b(m.a(x) @ m.w[[3, 2, 1, 0]]),
+    "cat": lambda m, x: m.b(m.a(x) @ torch.cat([m.w[:1], m.w[1:]])),
+    "repeat": lambda m, x: m.b(m.a(x) @ m.w.repeat(1, 2)[:, :4]),
+    "data": lambda m, x: m.b(m.a(x) @ m.w.data),
+    "checkpoint": lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False) @ m.w),
+    "reentrant checkpoint": lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=True) @ m.w),
+    "vmap": lambda m, x: m.b(torch.vmap(lambda row: m.w @ row)(m.a(x))),
+    "autocast": lambda m, x: m.b(
+        torch.autocast("cpu", torch.bfloat16)(torch.mm)(m.a(x), m.w).float()
+    ),
+    "expanded at first": expanded_at_first,
+    "stacked at first": stacked_at_first,
+    "given to a module": lambda m, x: m.b(nn.Identity()(m.w) @ m.a(x).T).T,
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_parameter_belongs_where_its_values_are_used_first(read):
+    model = Does(READS[read], a=nn.Linear(4, 4), w=weight(), b=nn.Linear(4, 4))
+    x = torch.ones(4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = split(model, x)
+    assert names(plan) == ["a", "w", "b"]
+    assert [len(layer.parameters) for layer in plan.layers] == [2, 1, 2]
+
+
+def test_an_expanded_parameter_goes_into_modules():
+    def forward(m, x):
+        token = m.token.expand(2, -1)
+        for block in m.blocks:
+            token = block(x, token)
+        return m.head(token)
+
+    blocks = nn.ModuleList(Block() for _ in range(3))
+    plan = split(Does(forward, token=weight(1, 4), blocks=blocks, head=nn.Linear(4, 1)), X)
+    assert names(plan) == ["blocks.0", "blocks.1", "blocks.2", "head"]
+    assert home(plan, "token") == "blocks.0"
+
+
+class Stage(nn.Module):
+    """Blocks added under names of their own, and run one after the other."""
+
+    def __init__(self, count):
+        super().__init__()
+        for i in range(count):
+            self.add_module(f"b{i}", Block())
+
+    def forward(self, x):
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+class Twice(nn.Module):
+    """A block of two parts of one class, each with a name and a part to play."""
+
+    def __init__(self):
+        super().__init__()
+        self.b0, self.b1 = Block(), Block()
+
+    def forward(self, x):
+        return x + self.b1(self.b0(x))
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["run", "symbolic"])
+def test_a_stage_that_loops_over_its_blocks_is_opened(example):
+    model = nn.Sequential(nn.Linear(4, 4), Stage(3), Twice(), nn.Linear(4, 2))
+    assert names(split(model, example)) == ["0", "1.b0", "1.b1", "1.b2", "2", "3"]
+
+
+def linear():
+    return nn.Linear(4, 4)
+
+
+def exits(m, x):
+    x = m.a(x)
+    early = m.early(x) if m.training or not m.only_training else None
+    return early, m.head(m.b(x))
+
+
+def two(m, x):
+    x = m.a(x)
+    return m.h1(x), m.h2(x)
+
+
+def added(m, x):
+    first, second = two(m, x)
+    return first + second
+
+
+def written(m, x):
+    out = torch.zeros(2, 4)
+    out[:, :4] = m.a(x)
+    return m.h2(m.h1(out))
+
+
+HEADS = {
+    "two": (two, {}, ["a", "h1"]),
+    "added": (added, {}, ["a", "h1"]),
+    "deep": (two, {"h2": nn.Sequential(linear(), nn.ReLU(), linear())}, ["a", "h2.0", "h1"]),
+    "behind a norm": (
+        two,
+        {
+            "a": nn.Sequential(Block(), nn.LayerNorm(4)),
+            "h2": nn.Sequential(linear(), nn.ReLU(), linear()),
+        },
+        ["a.0", "h2.0", "h1"],
+    ),
+    "with norms": (
+        two,
+        {
+            "h1": nn.Sequential(linear(), nn.LayerNorm(4)),
+            "h2": nn.Sequential(nn.LayerNorm(4), linear()),
+        },
+        ["a", "h1.0"],
+    ),
+    "none, by a write into a buffer": (written, {}, ["a", "h1", "h2"]),
+    "exit": (exits, {"only_training": False}, ["a", "b", "early"]),
+    "auxiliary": (exits, {"only_training": True}, ["a", "early", "b", "head"]),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("example", [X, None], ids=["run", "symbolic"])
+def test_no_head_freezes(case, example):
+    forward, parts, expected = HEADS[case]
+    usual = ("a", "early", "b", "head") if forward is exits else ("a", "h1", "h2")
+    parts = {**{name: linear() for name in usual}, **copy.deepcopy(parts)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = split(Does(forward, **parts), example)
+    assert names(plan) == expected
+    assert not any(layer.held_by for layer in plan.layers)
+
+
+def test_layers_dropped_at_random_are_in_their_places():
+    def forward(m, x):
+        x = m.first(x) + (m.noise if m.training else 0)
+        for layer in m.layers:
+            x = x if m.training and torch.rand(()) < 1 else layer(x)
+        return m.head(x)
+
+    layers = nn.ModuleList(Block() for _ in range(3))
+    model = Does(forward, first=linear(), noise=weight(4), layers=layers, head=linear())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = split(model, X)
+    assert names(plan) == ["first", "layers.0", "layers.1", "layers.2", "head"]
+    assert home(plan, "noise") == "first"
+
+
+def test_what_the_forward_changes_is_given_back():
+    def forward(m, x):
+        with torch.no_grad():
+            m.first.weight.clamp_(max=0.5)
+            m.head.weight.data.mul_(2)
+        m.log.append(m.coin.random() + m.draw.random())
+        m.kept[x.shape] = torch.rand((), generator=m.generator)
+        m.plain.add_(1)
+        m.words(torch.arange(3))
+        if not m.first._forward_hooks:
+            m.first.register_forward_hook(lambda *_: None)
+        return m.head(m.first(x))
+
+    model = Does(
+        forward,
+        first=linear(),
+        words=nn.Embedding(3, 4, max_norm=0.1),
+        head=linear(),
+        log=[1],
+        kept={},
+        plain=torch.zeros(2),
+        coin=random.Random(1),
+        draw=np.random.default_rng(1),
+        generator=torch.Generator().manual_seed(1),
+    )
+
+    def state():
+        generators = model.coin.getstate(), model.draw.bit_generator.state
+        tensors = [*model.state_dict().values(), model.plain, model.generator.get_state()]
+        rest = list(model.log), dict(model.kept), list(model.first._forward_hooks), generators
+        return rest, [tensor.clone() for tensor in tensors]
+
+    before = state()
+    split(model, X)
+    after = state()
+    assert after[0] == before[0]
+    assert all(torch.equal(a, b) for a, b in zip(after[1], before[1], strict=True))
+
+
+FREEZING = FreezeOut(10, t_0=0.5)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "marked", "schedule", "message"),
+    [
+        (
+            ["0"],
+            ["0"],
+            None,
+            r"layers 0 \(0\) do not train: a schedule froze them in an earlier run",
+        ),
+        (["0", "1"], ["0"], FREEZING, r"layers 0 \(0\) do not train: .*requires_grad_\(True\) bef"),
+        (["0", "1"], [], FREEZING, r"layers 0..1 do not train .* and the schedule has nothing to"),
+        (["0", "1"], [], Cosine(10), None),  # a head that is trained alone
+        (["0"], [], FREEZING, None),  # a frozen prefix, by hand
+        ([], ["0"], FREEZING, None),  # thawed by hand
+        ([], [], FREEZING, None),
+    ],
+)
+def test_a_second_run_hears_what_is_fixed(fixed, marked, schedule, message):
+    model = nn.Sequential(linear(), linear(), linear())
+    for name in marked:
+        note_frozen(model.get_submodule(name).parameters())
+    for name in fixed:
+        model.get_submodule(name).requires_grad_(False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        split(model, X, schedule=schedule)
+    assert len(caught) == (message is not None)
+    if message:
+        assert caught[0].category is FastfreezeWarning
+        assert caught[0].filename == __file__
+        assert re.search(message, str(caught[0].message))

@@ -1,0 +1,1019 @@
+"""Layers of models: their order and membership, the traces left behind, FLOPs, and the table."""
+
+import contextlib
+import dataclasses
+import random
+import re
+from collections import UserDict
+
+import numpy as np
+import pytest
+import torch
+import torchvision.models as tv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.layers.split import format_table, split
+from fastfreeze.optim import SGD
+from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles, Frozen, GradualUnfreezing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def names(plan):
+    return [layer.name for layer in plan.layers]
+
+
+def contents(plan):
+    """What must not depend on how the order was found."""
+    return [(x.name, [n for n, _ in x.parameters], x.fixed, x.held_by) for x in plan.layers]
+
+
+def membership(plan):
+    return {name: layer.index for layer in plan.layers for name, _ in layer.parameters}
+
+
+def check_partition(plan):
+    """Every parameter in one layer, every trainable one in one group."""
+    placed = [name for layer in plan.layers for name, _ in layer.parameters]
+    assert sorted(placed) == sorted(name for name, _ in plan.model.named_parameters())
+    grouped = [id(p) for group in plan.param_groups() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in plan.model.parameters() if p.requires_grad)
+    assert [layer.index for layer in plan.layers] == list(range(len(plan.layers)))
+    assert all(layer.parameters for layer in plan.layers)
+
+
+def on_meta(name, size=224):
+    """A torchvision model and an input, without weights or memory."""
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta"):
+        return getattr(tv, name)(**options), torch.empty(2, 3, size, size)
+
+
+class Block(nn.Module):
+    """A residual block with a norm."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+        self.a = nn.Linear(width, width)
+        self.b = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.b(F.relu(self.a(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """Three blocks, a norm and a head, in a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(3, 8)
+        self.body = nn.Sequential(Block(8), Block(8), Block(8))
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(self.stem(x))))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Functional(nn.Module):
+    """Owns its weights and calls F.linear, in another order than they are registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.w2 = nn.Parameter(torch.ones(2, 4))
+        self.b2 = nn.Parameter(torch.ones(2))
+        self.w1 = nn.Parameter(torch.ones(4, 3))
+        self.b1 = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.w1, self.b1).relu(), self.w2, self.b2)
+
+
+class Reversed(nn.Module):
+    """Registered from the head to the stem."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+        self.middle = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.stem = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.head(self.middle(self.norm(self.stem(x))))
+
+
+class Attention(nn.Module):
+    """Multi-head attention, whose out_proj is never called as a module, behind a token."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.position = nn.Parameter(torch.zeros(1, 6, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.norm(x)[:, 0])
+
+
+class Tied(nn.Module):
+    """A language model whose head shares the embedding's weight."""
+
+    def __init__(self, bias, functional=False):
+        super().__init__()
+        self.tokens = nn.Embedding(5, 4)
+        self.positions = nn.Embedding(3, 4)
+        self.body = nn.Linear(4, 4)
+        self.functional = functional
+        if not functional:
+            self.head = nn.Linear(4, 5, bias=bias)
+            self.head.weight = self.tokens.weight
+
+    def forward(self, x):
+        x = self.body(self.tokens(x) + self.positions(torch.arange(3)))
+        return F.linear(x, self.tokens.weight) if self.functional else self.head(x)
+
+
+class Siamese(nn.Module):
+    """Two passes through the same modules that do not depend on each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.b = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.b(self.a(x)) - self.b(self.a(-x)))
+
+
+class Recurrent(nn.Module):
+    """The modules a and b take turns: the second a depends on the first b."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.b(self.a(self.b(self.a(x))))
+
+
+class Auxiliary(nn.Module):
+    """A classifier that runs in training only, with dropout by flag, and a counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(3, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.auxiliary = nn.Linear(8, 2)
+        self.head = nn.Linear(8, 2)
+        self.register_buffer("calls", torch.zeros(()))
+        self.total = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.total += 1
+        x = F.dropout(self.norm(self.stem(x)), training=self.training)
+        x = x + random.random() + np.random.rand() + torch.rand(())
+        return (self.auxiliary(x), self.head(x)) if self.training else self.head(x)
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Linear(3, 8),
+        nn.BatchNorm1d(8, affine=False),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.LayerNorm((8,)),
+        nn.Linear(8, 1),
+    )
+
+
+X = torch.ones(2, 3)
+
+TORCHVISION = [
+    ("resnet18", 10, ["conv1", "layer1.0", "layer1.1"], ["layer4.1", "fc"]),
+    (
+        "vgg16_bn",
+        16,
+        ["features.0", "features.3"],
+        ["classifier.0", "classifier.3", "classifier.6"],
+    ),
+    (
+        "densenet121",
+        63,
+        ["features.conv0", "features.denseblock1.denselayer1"],
+        ["features.denseblock4.denselayer16", "classifier"],
+    ),
+    (
+        "vit_b_16",
+        14,
+        ["conv_proj", "encoder.layers.encoder_layer_0"],
+        ["encoder.layers.encoder_layer_11", "heads.head"],
+    ),
+    ("convnext_tiny", 23, ["features.0", "features.1.0"], ["features.7.2", "classifier.2"]),
+    ("efficientnet_b0", 19, ["features.0", "features.1.0"], ["features.8", "classifier.1"]),
+    ("mobilenet_v2", 20, ["features.0", "features.1"], ["features.18", "classifier.1"]),
+    ("swin_t", 17, ["features.0.0", "features.1.0"], ["features.7.1", "head"]),
+    ("googlenet", 15, ["conv1", "conv2", "conv3", "inception3a"], ["inception5b", "fc"]),
+    ("inception_v3", 18, ["Conv2d_1a_3x3", "Conv2d_2a_3x3"], ["Mixed_7c", "fc"]),
+]
+
+
+@pytest.mark.parametrize(("name", "count", "first", "last"), TORCHVISION, ids=lambda x: str(x)[:12])
+def test_torchvision_models_split_as_by_hand(name, count, first, last):
+    model, x = on_meta(name, size=299)
+    if name in ("vit_b_16", "swin_t"):
+        x = x[..., :224, :224]
+    plan = split(model)
+    check_partition(plan)
+    assert len(plan.layers) == count
+    assert names(plan)[: len(first)] == first
+    assert names(plan)[-len(last) :] == last
+    assert contents(split(model, x)) == contents(plan)
+
+
+def test_regnet_blocks_are_layers():
+    plan = split(tv.regnet_x_400mf())
+    check_partition(plan)
+    assert names(plan)[:3] == [
+        "stem",
+        "trunk_output.block1",
+        "trunk_output.block2.block2-0",
+    ]
+    assert len(plan.layers) == 1 + 1 + 2 + 7 + 12 + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "layer"),
+    [
+        ("resnet18", "bn1.weight", 0),
+        ("resnet18", "layer1.0.bn2.bias", 1),
+        ("vgg16_bn", "features.1.weight", 0),
+        ("densenet121", "features.norm5.weight", 62),
+        ("vit_b_16", "class_token", 0),
+        ("vit_b_16", "encoder.pos_embedding", 0),
+        ("vit_b_16", "encoder.ln.weight", 13),
+        ("convnext_tiny", "features.2.0.weight", 4),
+        ("convnext_tiny", "features.1.0.layer_scale", 1),
+        ("swin_t", "features.0.2.weight", 0),
+        ("googlenet", "aux1.fc1.weight", 6),
+    ],
+)
+def test_norms_tokens_and_auxiliaries_join_their_layer(name, parameter, layer):
+    assert membership(split(on_meta(name)[0]))[parameter] == layer
+
+
+class Sequence(nn.Module):
+    """A recurrent module, with several weights but single, and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, batch_first=True)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.rnn(x)[0][:, -1]))
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "parameter"),
+    [
+        (Sequence, torch.ones(2, 5, 3), "norm.weight"),
+        (
+            lambda: nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4), nn.Linear(4, 2)),
+            X,
+            "1.weight",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm((2, 4)), nn.Linear(4, 2)),
+            X,
+            "1.weight",
+        ),
+    ],
+    ids=["recurrent", "weight norm", "norm of two dimensions"],
+)
+def test_norms_join_the_single_module_before_them(make, x, parameter):
+    plan = split(make(), x)
+    assert len(plan.layers) == 2
+    assert membership(plan)[parameter] == 0
+
+
+def test_modules_that_raise_and_are_caught_have_returned():
+    class Catching(Functional):
+        def __init__(self):
+            super().__init__()
+            self.probe = nn.Linear(7, 2)
+
+        def forward(self, x):
+            with contextlib.suppress(RuntimeError):
+                self.probe(x)
+            return super().forward(x)
+
+    assert names(split(Catching(), X)) == ["w1", "probe"]  # which feeds nothing, so it is a head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(tv.list_models(module=tv)) - {"regnet_y_128gf"}))
+def test_every_classifier_of_torchvision_is_partitioned(name):
+    if name.startswith("regnet"):  # does not build on the meta device
+        model = tv.get_model(name)
+    else:
+        model, _ = on_meta(name)
+    plan = split(model)
+    check_partition(plan)
+    assert len(plan.layers) >= 8
+    assert not any(layer.held_by for layer in plan.layers)
+
+
+SMALL = {
+    "mlp": (mlp, X, ["0", "3", "5"]),
+    "linear": (lambda: nn.Linear(3, 2), X, ["Linear"]),
+    "lstm": (lambda: nn.LSTM(3, 4, num_layers=2), X, ["LSTM"]),
+    "stack": (Stack, X, ["stem", "body.0", "body.1", "body.2", "head"]),
+    "wrapped": (
+        lambda: Wrapper(Wrapper(mlp())),
+        X,
+        ["inner.inner.0", "inner.inner.3", "inner.inner.5"],
+    ),
+    "data parallel": (lambda: nn.DataParallel(mlp()), X, ["module.0", "module.3", "module.5"]),
+    "functional": (Functional, X, ["w1", "w2"]),
+    "registered backwards": (Reversed, X, ["stem", "middle", "head"]),
+    "attention": (Attention, torch.ones(2, 5, 3), ["embed", "attention", "head"]),
+    "siamese": (Siamese, X, ["a", "b", "head"]),
+    "encoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, nn.LayerNorm(4)
+        ),
+        torch.ones(2, 3, 4),
+        ["layers.0", "layers.1"],
+    ),
+    "weight norm": (
+        lambda: nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4), nn.Linear(4, 2)),
+        X,
+        ["0", "2"],
+    ),
+    "norm first": (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)), X, ["1"]),
+    "norms only": (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), X, ["0"]),
+    "no norms": (lambda: nn.Sequential(Block(3), Block(3)), X, ["0", "1"]),
+    "auxiliary": (Auxiliary, X, ["stem", "auxiliary", "head"]),
+    "graph module": (
+        lambda: fx.symbolic_trace(Stack()),
+        X,
+        ["stem", "body.0", "body.1", "body.2", "head"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_small_models_by_a_run(case):
+    make, x, expected = SMALL[case]
+    plan = split(make(), x)
+    check_partition(plan)
+    assert names(plan) == expected
+
+
+@pytest.mark.parametrize("case", sorted(set(SMALL) - {"lstm", "data parallel", "encoder"}))
+def test_small_models_by_their_graph(case):
+    make, x, _ = SMALL[case]
+    model = make()
+    assert contents(split(model)) == contents(split(model, x))
+
+
+@given(st.lists(st.sampled_from(["linear", "norm", "relu", "block"]), min_size=1, max_size=12))
+@settings(max_examples=40)
+def test_any_sequence_keeps_its_order(kinds):
+    make = {
+        "linear": lambda: nn.Linear(4, 4),
+        "norm": lambda: nn.BatchNorm1d(4),
+        "relu": nn.ReLU,
+        "block": lambda: Block(4),
+    }
+    model = nn.Sequential(*(make[kind]() for kind in kinds), nn.Linear(4, 4))
+    plan = split(model, torch.ones(1, 4))
+    check_partition(plan)
+    assert [n for x in plan.layers for n, _ in x.parameters] == [
+        n for n, _ in model.named_parameters()
+    ]
+    assert len(plan.layers) == 1 + sum(kind in ("linear", "block") for kind in kinds)
+
+
+def test_members_of_a_layer():
+    plan = split(mlp(), X)
+    assert [layer.modules for layer in plan.layers] == [("0", "1", "2"), ("3", "4"), ("5",)]
+    plan = split(Attention(), torch.ones(2, 5, 3))
+    assert plan.layers[0].modules == ("embed",)
+    assert [n for n, _ in plan.layers[0].parameters] == [
+        "token",
+        "position",
+        "embed.weight",
+        "embed.bias",
+    ]
+    assert plan.layers[2].modules == ("norm", "head")
+
+
+def test_param_groups():
+    model = mlp()
+    model[3].requires_grad_(False)
+    model[4].bias.requires_grad_(False)
+    model[0].requires_grad_(False)
+    plan = split(model, X)
+    check_partition(plan)
+    model.requires_grad_(False)  # as freezing does later
+    groups = plan.param_groups()
+    assert [{k: v for k, v in g.items() if k != "params"} for g in groups] == [
+        {"layer_index": 1, "layer_name": "3", "num_layers": 3},
+        {"layer_index": 2, "layer_name": "5", "num_layers": 3},
+    ]
+    assert groups[0]["params"] == [model[4].weight]
+    assert plan.layers[1].fixed == {"3.weight", "3.bias", "4.bias"}
+    assert len(torch.optim.SGD(groups, lr=0.1).param_groups) == 2
+
+
+class Failing(Auxiliary):
+    def forward(self, x):
+        super().forward(x)
+        raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize("make", [Auxiliary, Failing])
+@pytest.mark.parametrize("example", [X, None], ids=["run", "symbolic"])
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_left_behind(make, example, training):
+    model = make().train(training)
+    model.norm.eval()
+    model.head.weight.grad = torch.ones(2, 8)
+    seen = []
+    model.stem.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
+    attributes = {m: dict(vars(m)) for m in model.modules()}
+    hooks = {m: (dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()}
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    if make is Failing:
+        with pytest.raises(ValueError, match="out of order") as error:
+            split(model, example)
+        assert isinstance(error.value.__cause__, RuntimeError)
+    else:
+        split(model, example)
+
+    assert {m: dict(vars(m)) for m in model.modules()} == attributes
+    assert hooks == {
+        m: (dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()
+    }
+    assert {name: id(v) for name, v in model.state_dict(keep_vars=True).items()} == tensors
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    torch.testing.assert_close(model.head.weight.grad, torch.ones(2, 8))
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    np.testing.assert_equal(np.random.get_state(), state[2])
+    assert torch.is_grad_enabled()
+    assert torch.backends.mkldnn.enabled
+    assert model.total == 0
+    assert set(seen) == (set() if example is None else {False})
+
+
+def test_norms_take_a_batch_of_one_and_inputs_stay_as_they_were():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(self.fc(x.mul_(2)))
+
+    x = torch.ones(1, 3, requires_grad=True)
+    model = InPlace()
+    split(model, x)
+    torch.testing.assert_close(x, torch.ones(1, 3), check_stride=False)
+    assert model.norm.num_batches_tracked == 0
+    assert x.grad is None
+
+
+def test_compiled_models_are_run_eagerly():
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    model = torch.compile(mlp().eval(), backend=backend)
+    with torch.no_grad():
+        model(X)
+    assert len(calls) == 1
+    plan = split(model, X)
+    assert names(plan) == ["_orig_mod.0", "_orig_mod.3", "_orig_mod.5"]
+    assert [layer.forward_flops for layer in plan.layers] == [2 * 2 * 24, 2 * 2 * 64, 2 * 2 * 8]
+    assert len(calls) == 1
+
+
+def counted(model, x):
+    """Forward and backward FLOPs of a real step in training mode."""
+    with FlopCounterMode(display=False) as counter:
+        loss = model(x).sum()
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops() - forward
+
+
+class ConvNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.down = nn.Conv2d(4, 6, 1)
+        self.conv = nn.Conv2d(4, 6, 1)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((self.conv(x) + self.down(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "fixed"),
+    [
+        (mlp, (4, 3), ()),
+        (mlp, (4, 3), ("0",)),
+        (mlp, (4, 3), ("0", "3", "4")),
+        (Stack, (4, 3), ()),
+        (Functional, (4, 3), ()),
+        (Siamese, (4, 3), ("a",)),
+        (Attention, (2, 5, 3), ()),
+        (ConvNet, (2, 3, 6, 6), ()),
+        (ConvNet, (2, 3, 6, 6), ("stem",)),
+        (lambda: nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), None, ()),
+    ],
+)
+def test_flops_are_those_of_a_real_step(make, shape, fixed):
+    torch.manual_seed(0)
+    model = make()
+    for name in fixed:
+        model.get_submodule(name).requires_grad_(False)
+    x = torch.zeros(4, dtype=torch.long) if shape is None else torch.ones(shape)
+    with sdpa_kernel(SDPBackend.MATH):
+        plan = split(model, x)
+        forward, backward = counted(model, x)
+    assert sum(layer.forward_flops for layer in plan.layers) == forward
+    assert sum(layer.backward_flops for layer in plan.layers) == backward
+    shares = [plan.backward_share(layer.index) for layer in plan.layers]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_flops_belong_to_the_layer_that_runs_them():
+    plan = split(mlp(), torch.ones(4, 3))
+    assert [layer.forward_flops for layer in plan.layers] == [2 * 4 * 24, 2 * 4 * 64, 2 * 4 * 8]
+    assert [layer.backward_flops for layer in plan.layers] == [2 * 4 * 24, 4 * 4 * 64, 4 * 4 * 8]
+    plan = split(Functional(), X)
+    assert [layer.forward_flops for layer in plan.layers] == [2 * 2 * 12, 2 * 2 * 8]
+    convolutions = torch.backends.cudnn.conv
+    before, enabled = convolutions.fp32_precision, torch.backends.cudnn.enabled
+    try:
+        for convolutions.fp32_precision in ("ieee", "tf32"):  # not always that of recurrent layers
+            assert split(nn.LSTM(3, 4), X).layers[0].forward_flops == 2 * 2 * 16 * (3 + 4)
+            assert torch.backends.cudnn.enabled == enabled
+    finally:
+        convolutions.fp32_precision = before
+
+
+def test_flops_are_unknown_without_an_example():
+    plan = split(mlp(), schedule=FreezeOut(10))
+    assert plan.layers[0].forward_flops is None
+    assert plan.layers[0].backward_flops is None
+    assert plan.backward_share(0) is plan.backward_saving is plan.compute_saving is None
+
+
+SCHEDULES = {
+    "cosine": Cosine(12),
+    "freezeout": FreezeOut(23, t_0=0.3),
+    "sticky": FreezeOutCycles(24, num_cycles=4, t_0=0.4),
+    "last_k": FreezeOutCycles(24, num_cycles=3, t_0=0.3, composition="last_k", k=2),
+    "thaw": FreezeOutCycles(25, num_cycles=3, t_0=0.3, composition="thaw"),
+    "frozen": Frozen(20, until=1),
+    "unfreezing": GradualUnfreezing(20, unfreeze_every=4),
+}
+
+
+@pytest.mark.parametrize(
+    "make", [mlp, Stack, lambda: Tied(bias=True)], ids=["mlp", "stack", "tied"]
+)
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.filterwarnings("ignore::fastfreeze.errors.FastfreezeWarning")
+def test_saving_counts_the_steps_without_a_backward(schedule, make):
+    """Step by step: a layer's backward runs if anything that feeds it, or itself, trains."""
+    model = make()
+    x = torch.zeros(4, 3, dtype=torch.long) if isinstance(model, Tied) else torch.ones(4, 3)
+    plan = split(model, x, schedule=schedule)
+    n = len(plan.layers)
+    saved = 0
+    for step in range(schedule.total_steps):
+        trains = [not schedule.is_frozen(step, i, n) for i in range(n)]
+        for layer in plan.layers:
+            needed = trains[: layer.index + 1] + [trains[i] for i in layer.held_by]
+            saved += 0 if any(needed) else layer.backward_flops
+    forward = sum(layer.forward_flops for layer in plan.layers) * schedule.total_steps
+    backward = sum(layer.backward_flops for layer in plan.layers) * schedule.total_steps
+    assert plan.backward_saving == pytest.approx(saved / backward)
+    assert plan.compute_saving == pytest.approx(saved / (forward + backward))
+    assert (plan.backward_saving > 0) == (schedule.freezes and not isinstance(model, Tied))
+
+
+def test_a_prefix_that_never_trained_saves_nothing_more():
+    model = mlp()
+    model[0].requires_grad_(False)
+    plan = split(model, X, schedule=FreezeOut(100))
+    assert plan.layers[0].backward_flops == 0
+    gone = FreezeOut(100).frozen_share(1, 3)
+    assert plan.backward_saving == pytest.approx(gone * plan.backward_share(1))
+
+
+def test_saving_of_densenet_agrees_with_the_known_figure():
+    """With a backward of twice the forward, FreezeOut saves 2/3 of the share by frozen prefixes."""
+    model, x = on_meta("densenet121")
+    schedule = FreezeOut(100_000, t_0=0.5)
+    plan = split(model, x, schedule=schedule)
+    n = len(plan.layers)
+    frozen = [schedule.frozen_share(i, n) for i in range(n)]
+    expected = sum(f * plan.backward_share(i) for i, f in enumerate(frozen))
+    assert plan.backward_saving == pytest.approx(expected)
+    assert plan.compute_saving == pytest.approx(expected * 2 / 3, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "last"),
+    [
+        (lambda: Tied(bias=True), "head"),
+        (lambda: Tied(bias=False), "head"),
+        (lambda: Tied(bias=False, functional=True), "tokens"),
+    ],
+    ids=["module", "module without bias", "functional"],
+)
+@pytest.mark.parametrize("example", [torch.zeros(2, 3, dtype=torch.long), None])
+def test_tied_weights_go_to_their_last_use(make, last, example):
+    message = (
+        rf"layer 2 \('{last}'\) holds parameters that are also used before "
+        r"layer 0 \('positions'\): tokens.weight. Until they freeze, the backward runs down to"
+    )
+    with pytest.warns(FastfreezeWarning, match=message) as caught:
+        plan = split(make(), example)
+    assert caught[0].filename == __file__
+    check_partition(plan)
+    assert names(plan) == ["positions", "body", last]
+    assert membership(plan)["tokens.weight"] == 2
+    assert [layer.held_by for layer in plan.layers] == [(2,), (2,), ()]
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, *, images: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.second(self.first(images) * scale)
+
+
+@pytest.mark.parametrize("mapping", [dict, UserDict])
+def test_a_dict_is_of_keyword_arguments(mapping):
+    plan = split(Keywords(), mapping({"images": torch.ones(2, 6), "scale": 2.0}))
+    assert names(plan) == ["first", "second"]
+    assert plan.layers[0].forward_flops == 2 * 2 * 6 * 6
+    with pytest.raises(ValueError, match=r"does not run on example_inputs.* takes 1 positional"):
+        split(Keywords(), torch.ones(2, 6))
+
+
+def test_groups_hold_what_the_model_holds_now():
+    with torch.device("meta"):
+        model = Keywords()
+        plan = split(model, {"images": torch.empty(2, 6)})
+    model.to_empty(device="cpu")
+    found = [p for group in plan.param_groups() for p in group["params"]]
+    assert all(p is q for p, q in zip(found, model.parameters(), strict=True))
+    del model.first
+    with pytest.raises(ValueError, match=r"must still hold the parameters first\.weight, first\.b"):
+        plan.param_groups()
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["run", "symbolic"])
+def test_modules_that_take_turns_hold_each_other(example):
+    with pytest.warns(
+        FastfreezeWarning, match="layer 1 .'b'. .* before layer 0 .'a'.: b.weight, b."
+    ):
+        plan = split(Recurrent(), example)
+    assert names(plan) == ["a", "b"]
+    assert plan.layers[0].held_by == (1,)
+
+
+def test_a_fixed_shared_parameter_holds_nothing():
+    model = Recurrent()
+    model.b.requires_grad_(False)
+    assert split(model, X).layers[0].held_by == ()
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["run", "symbolic"])
+def test_unused_parameters_go_to_the_head(example):
+    model = Reversed()
+    model.spare = nn.Linear(3, 2)
+    model.alone = nn.Parameter(torch.zeros(3))
+    with pytest.warns(FastfreezeWarning, match="put into the head 'head': alone, spare.weight, sp"):
+        plan = split(model, example)
+    check_partition(plan)
+    assert names(plan) == ["stem", "middle", "head"]
+    assert {membership(plan)[n] for n in ("alone", "spare.weight", "spare.bias")} == {2}
+    model.spare.requires_grad_(False)
+    model.alone.requires_grad_(False)
+    check_partition(split(model, example))
+
+
+LAYERS = {
+    "names": (["stem", "body", ["norm", "head"]], [["stem"], ["body"], ["norm", "head"]]),
+    "patterns": (
+        ["stem", r"body\.[01]", re.compile(r"(body\.2|norm)"), "head"],
+        [["stem"], ["body.0", "body.1"], ["body.2", "norm"], ["head"]],
+    ),
+    "any order": ([["head", "norm"], "stem", "body"], [["norm", "head"], ["stem"], ["body"]]),
+    "parameters": (
+        ["stem.weight", "stem.bias", r".*norm\..*", ["head", r"body\.\d\.[ab]"]],
+        None,
+    ),
+    "all": ([""], [[""]]),
+    "everything": ([".*"], [[""]]),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("example", [None, X], ids=["plain", "run"])
+@pytest.mark.filterwarnings("ignore:layer . .* holds parameters")
+def test_layers_by_name(case, example):
+    layers, modules = LAYERS[case]
+    plan = split(Stack(), example, layers=layers)
+    check_partition(plan)
+    assert len(plan.layers) == len(layers)
+    if modules is not None:
+        assert [list(layer.modules) for layer in plan.layers] == modules
+    if case == "parameters":
+        assert [len(layer.parameters) for layer in plan.layers] == [1, 1, 8, 14]
+        assert names(plan) == ["stem.weight", "stem.bias", r".*norm\..*", "head"]
+
+
+def test_an_order_that_the_model_does_not_run_in_is_told():
+    layers = ["head", "norm", "body", "stem"]
+    with pytest.warns(FastfreezeWarning, match="used before layer 0") as caught:
+        plan = split(Stack(), X, layers=layers, schedule=FreezeOut(10))
+    assert len(caught) == 3
+    assert [layer.held_by for layer in plan.layers] == [(1, 2, 3), (2, 3), (3,), ()]
+    assert plan.backward_saving == 0
+
+
+def test_layers_put_a_tied_weight_into_the_later_one():
+    layers = ["tokens", "positions", "body", "head"]
+    with pytest.warns(FastfreezeWarning, match="the last of their layers: tokens.weight"):
+        plan = split(Tied(bias=True), layers=layers)
+    assert membership(plan)["tokens.weight"] == 3
+    assert plan.layers[0].parameters == ()
+    assert [group["layer_index"] for group in plan.param_groups()] == [1, 2, 3]
+    with pytest.warns(FastfreezeWarning, match="used before layer 1") as caught:
+        split(Tied(bias=True), torch.zeros(2, 3, dtype=torch.long), layers=layers)
+    assert len(caught) == 1
+
+
+def test_fixed_parameters_need_no_item():
+    model = Stack()
+    model.stem.requires_grad_(False)
+    plan = split(model, layers=["body", "norm", "head"])
+    check_partition(plan)
+    assert membership(plan)["stem.weight"] == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        ([], TypeError, "non-empty list"),
+        ("stem", TypeError, "non-empty list"),
+        ([3], TypeError, "expected a name, a pattern or a list of these, got 3"),
+        ([[]], TypeError, "expected a name, a pattern"),
+        ([[3]], TypeError, "expected a name or a pattern, got 3"),
+        (["stam"], ValueError, "'stam' matches no module or parameter; try stem"),
+        ([re.compile("x+")], ValueError, "try stem, body, body.0 and "),
+        ([re.compile("bod")], ValueError, "'bod' matches no module or parameter; try body"),
+        (["body.0.normm"], ValueError, "try body.0.norm"),
+        (["(stem"], ValueError, "no name and no regular expression"),
+        (["stem", "body"], ValueError, "trainable parameters norm.weight, norm.bias, head.weight"),
+        (["stem", "body", "norm", "head", "body.1"], ValueError, "'body' and 'body.1'"),
+        (["stem", "stem"], ValueError, "parameter 'stem.weight' matches two items"),
+        (["activation"], ValueError, "modules without parameters only"),
+    ],
+)
+def test_bad_layers(layers, error, message):
+    model = Stack()
+    model.activation = nn.ReLU()
+    with pytest.raises(error, match=message):
+        split(model, layers=layers)
+
+
+class Branching(nn.Module):
+    """Control flow on values, which torch.fx cannot trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.a(x) if x.sum() > 100 else self.b(self.a(x))
+
+
+def test_a_model_without_a_graph_asks_for_inputs():
+    with pytest.raises(ValueError, match=r"needs example_inputs: .* Branching") as error:
+        split(Branching())
+    assert error.value.__cause__ is not None
+    assert names(split(Branching(), X)) == ["a", "b"]
+
+
+def test_several_inputs_come_as_a_tuple():
+    assert names(split(nn.Bilinear(2, 3, 4), (torch.ones(1, 2), torch.ones(1, 3)))) == ["Bilinear"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": mlp}, TypeError, "model must be an nn.Module, got function"),
+        ({"model": nn.ReLU()}, ValueError, "no parameters: ReLU"),
+        ({"model": nn.LazyLinear(2)}, ValueError, "uninitialised parameters .weight"),
+        ({"example_inputs": torch.ones(2, 7)}, ValueError, "does not run on example_inputs"),
+        (
+            {"example_inputs": np.ones((2, 3))},
+            TypeError,
+            "example_inputs must hold .* torch.from_n",
+        ),
+        ({"example_inputs": {"x": np.ones(3)}}, TypeError, "NumPy array: use torch.from_numpy"),
+        ({"example_inputs": [1]}, TypeError, "example_inputs must be a tensor, a tuple of .* list"),
+        ({"schedule": 3}, TypeError, "schedule must be a fastfreeze Schedule, got int"),
+        ({"lr": "a"}, TypeError, "^lr must be a number >= 0, got 'a'"),
+        ({"lr": -1.0}, ValueError, "^lr must be finite and >= 0, got -1.0"),
+        ({"lr": 0.1, "schedule": Cosine(5, eta_min=0.2)}, ValueError, "eta_min must not exceed"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        split(**{"model": mlp(), **arguments})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripted_models_are_refused():
+    with pytest.raises(TypeError, match=r"torch\.jit"):
+        split(nn.Sequential(torch.jit.script(nn.Linear(3, 3))), X)
+
+
+def test_a_model_that_runs_without_its_parameters():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ValueError, match="Idle runs without any of its parameters"):
+        split(Idle(), X)
+
+
+def test_table():
+    model = mlp()
+    model[3].requires_grad_(False)
+    model[4].requires_grad_(False)
+    plan = split(model, torch.ones(4, 3), schedule=FreezeOut(100, t_0=0.5), lr=0.1)
+    assert str(plan).splitlines() == [
+        "layer  name  modules  parameters  backward  freezes at step  initial lr",
+        "-" * 71,
+        "    0     0        0          32     23.1%               13         0.8",
+        "    1     3     3, 4          88     61.5%        0 (fixed)           -",
+        "    2     5        5           9     15.4%                -         0.1",
+        "",
+        "fixed: 1, as requires_grad was False at the split; to train them, call "
+        "model.requires_grad_(True) before it",
+        "predicted saving: 38.3% of the compute, 73.6% of the backward",
+    ]
+
+
+def test_table_tells_what_an_earlier_training_has_left_frozen():
+    model, schedule = mlp(), FreezeOut(4, t_0=0.5, how_scale="linear")
+    for again in (False, True):
+        told = pytest.warns(FastfreezeWarning, match="do not train")
+        with told if again else contextlib.nullcontext():
+            plan = split(model, torch.ones(4, 3), schedule=schedule, lr=0.1)
+        assert ("fixed: 0..1, as requires_grad was False" in str(plan)) == again
+        optimizer = SGD(plan.param_groups(), lr=0.1, schedule=schedule)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).sum().backward()
+            optimizer.step()
+    model.requires_grad_(True)
+    plan = split(model, torch.ones(4, 3), schedule=schedule, lr=0.1)
+    assert len(plan.param_groups()) == 3
+    assert "fixed" not in str(plan)
+
+
+def test_table_of_cycles_names_every_freeze_and_rate():
+    schedule = FreezeOutCycles(100, num_cycles=5, t_0=0.5, composition="thaw")
+    row = str(split(mlp(), schedule=schedule, lr=0.1)).splitlines()[2]
+    thaws = ["20,", "40,", "60", "and", "1", "more"]
+    assert row.split()[3:] == ["32", *["3,", "23,", "43", "and", "2", "more"], *thaws, "0.8"]
+    schedule = FreezeOutCycles(100, num_cycles=2, t_0=0.5)
+    row = str(split(mlp(), schedule=schedule, lr=0.1)).splitlines()[2]
+    assert row.split() == ["0", "0", "0", "32", "57", "0.1,", "0.8"]
+
+
+def test_table_of_fine_tuning():
+    plan = split(mlp(), schedule=GradualUnfreezing(9, unfreeze_every=3, layer_decay=0.5), lr=0.1)
+    rows = [line.split()[-3:] for line in str(plan).splitlines()[2:]]
+    assert rows == [["0", "6", "0.025"], ["0", "3", "0.05"], ["-", "-", "0.1"]]
+    plan = dataclasses.replace(plan, schedule=Frozen(9, until="5"))
+    assert plan.schedule == Frozen(9, until=2)
+    rows = [line.split()[-2:] for line in str(plan).splitlines()[2:]]
+    assert rows == [["0", "-"], ["0", "-"], ["-", "0.1"]]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "example", "message"),
+    [
+        (Frozen(9, until="6"), X, r"until must be one of the layers \['0', '3', '5'\], got '6'"),
+        (Frozen(9, until=3), X, "until must be in 1..2, as the head trains, got 3"),
+        (Frozen(9, until=0.5), None, "until=0.5 .* give split an example input"),
+        (GradualUnfreezing(9, unfreeze_every=5), X, "would start layer 0 of 3 at step 10"),
+    ],
+)
+def test_a_schedule_for_other_layers_is_refused(schedule, example, message):
+    with pytest.raises(ValueError, match=message):
+        split(mlp(), example, schedule=schedule)
+
+
+def test_a_share_of_the_compute_is_frozen_at_most():
+    plan = split(mlp(), torch.ones(4, 3))
+    costs = [layer.forward_flops + layer.backward_flops for layer in plan.layers]
+    shares = [sum(costs[:n]) / sum(costs) for n in (1, 2)]
+    for until, first in [(shares[0] + 1e-6, 1), (shares[1] - 1e-6, 1), (shares[1] + 1e-6, 2)]:
+        assert dataclasses.replace(plan, schedule=Frozen(9, until=until)).schedule.until == first
+
+
+def test_table_shows_stages():
+    plan = split(mlp(), schedule=FreezeOut(100, t_0=0.5, stages=1), lr=0.1)
+    rows = [line.split() for line in str(plan).splitlines()[2:]]
+    assert [row[-2:] for row in rows] == [["43", "0.237"]] * 2 + [["-", "0.1"]]
+
+
+def test_table_leaves_out_what_it_does_not_know():
+    plan = split(Attention(), torch.ones(2, 5, 3))
+    assert "freezes" not in str(plan)
+    assert "saving" not in str(plan)
+    assert "embed, token, position" in str(plan)
+    plan = split(mlp())
+    assert str(plan).splitlines()[0] == "layer  name  modules  parameters"
+    assert repr(plan) == "<LayerPlan: Sequential in 3 layers>"
+    with_schedule = dataclasses.replace(plan, schedule=FreezeOut(10), lr=0.1)
+    assert str(with_schedule).splitlines()[0].endswith("freezes at step  initial lr")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1, "999"), (1000, "1k"), (9_536, "9.54k"), (999_900, "1M"), (11_689_512, "11.7M")],
+)
+def test_counts_are_readable(count, text):
+    with torch.device("meta"):
+        model = nn.Linear(count if count > 1 else 999, 1, bias=False)
+    assert str(split(model)).split()[-1] == text
+
+
+def test_format_table():
+    assert format_table(["name", "n"], [["a", "10"], ["bc", "-"]]) == (
+        "name   n\n--------\na     10\nbc     -"
+    )
+    assert format_table(["name", "n"], []) == "name  n\n-------"
+    with pytest.raises(ValueError, match="zip"):
+        format_table(["name", "n"], [["a"]])

@@ -1,0 +1,596 @@
+"""What users change behind the optimizer's back counts from the next step on, as in torch."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from fastfreeze.optim import SGD
+from tests.conftest import needs_cpu_kernels, sgd_kernels
+from tests.covering import covering
+from tests.optim.test_optim import (
+    _on_the_backends_device,  # noqa: F401 - a fixture
+    assert_equal_training,
+    backend_and_device,  # noqa: F401 - a fixture
+    net,
+    train,
+)
+
+needs_grad_dtype = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="torch has no grad_dtype"
+)
+
+
+class Trained:
+    """Two matrices of three parameters each, and a single number, in two groups."""
+
+    def __init__(self, make, momentum=0.9):
+        torch.manual_seed(0)
+        self.params = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+        self.params.append(nn.Parameter(torch.randn(())))
+        groups = [{"params": self.params[:2], "lr": 0.1}, {"params": self.params[2:], "lr": 0.5}]
+        self.optimizer = make(groups, lr=0.1, momentum=momentum)
+
+    def step(self, seed):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for p in self.params:
+            grad = torch.randn(p.shape, generator=generator, device="cpu")
+            p.grad = grad.to(p.device, p.dtype)
+        self.optimizer.step()
+
+    def buffer(self, i):
+        return self.optimizer.state[self.params[i]]["momentum_buffer"]
+
+    def everything(self):
+        buffers = [self.optimizer.state[p].get("momentum_buffer") for p in self.params]
+        return [p.detach() for p in self.params], [b for b in buffers if b is not None]
+
+
+def replace_parameter(t):
+    t.params[0] = nn.Parameter(t.params[0].detach() + 1)
+    t.optimizer.param_groups[0]["params"][0] = t.params[0]
+
+
+def replace_parameter_and_keep_momentum(t):
+    old = t.params[0]
+    replace_parameter(t)
+    t.optimizer.state[t.params[0]] = t.optimizer.state.pop(old)
+
+
+def move_between_groups(t):
+    groups = t.optimizer.param_groups
+    groups[1]["params"].append(groups[0]["params"].pop())
+
+
+def shrink_with_its_momentum(t):
+    rows = t.buffer(0)[:3]
+    t.params[0].data = t.params[0].data[:3]
+    t.optimizer.state[t.params[0]]["momentum_buffer"] = rows
+    t.params[0].grad = None
+
+
+def swap_states(t):
+    state = t.optimizer.state
+    a, b = t.params[:2]
+    state[a], state[b] = state[b], state[a]
+
+
+def clear_and_look(t):
+    t.optimizer.state.clear()
+    for p in t.params:
+        t.optimizer.state[p]
+
+
+def delete_one_add_another(t):
+    del t.optimizer.state[t.params[0]]
+    t.optimizer.state["mine"] = {"count": 1}
+
+
+def transpose_data(t):
+    t.params[0].data = t.params[0].data.t()
+
+
+def view_as_another_dtype(t):
+    for p in t.params:
+        p.data = p.data.half()
+        t.optimizer.state[p] = {}
+    t.step(5)
+    for p in t.params:
+        p.grad = None
+        p.data = p.data.view(torch.bfloat16).fill_(1.0)
+        t.optimizer.state[p] = {}
+
+
+def replace_state(t):
+    t.optimizer.state[t.params[0]] = {}
+
+
+def replace_state_by_own(t):
+    t.optimizer.state[t.params[0]] = {"momentum_buffer": torch.full((4, 4), 10.0)}
+
+
+def buffer_of(i, make):
+    return lambda t: t.optimizer.state[t.params[i]].update(momentum_buffer=make(t.buffer(i)))
+
+
+EDITS = {
+    "parameter replaced": replace_parameter,
+    "parameter replaced, momentum kept": replace_parameter_and_keep_momentum,
+    "parameter moved between groups": move_between_groups,
+    "parameters reversed": lambda t: t.optimizer.param_groups[0]["params"].reverse(),
+    "parameter shrunk": shrink_with_its_momentum,
+    "data transposed": transpose_data,
+    "data viewed as another dtype": view_as_another_dtype,
+    "state replaced by nothing": replace_state,
+    "state replaced by the user's": replace_state_by_own,
+    "state updated": lambda t: t.optimizer.state.update({t.params[0]: {}}),
+    "states swapped": swap_states,
+    "all state cleared, then looked at": clear_and_look,
+    "one state deleted, another added": delete_one_add_another,
+    "one state cleared": lambda t: t.optimizer.state[t.params[0]].clear(),
+    "buffer set to None": buffer_of(0, lambda buffer: None),
+    "buffer transposed": buffer_of(0, lambda buffer: buffer.t()),
+    "buffer of a number replaced": buffer_of(3, lambda buffer: buffer + 1),
+    "buffer's data replaced": lambda t: setattr(t.buffer(0), "data", torch.ones(4, 4)),
+}
+
+
+@covering(
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
+    edit=EDITS,
+    momentum={"momentum": 0.9, "plain": 0.0},
+)
+def test_an_edit_counts_from_the_next_step_on(backend, edit, momentum):
+    ours = Trained(lambda groups, **k: SGD(groups, backend=backend, **k), momentum)
+    theirs = Trained(lambda groups, **k: torch.optim.SGD(groups, foreach=False, **k), momentum)
+    for t in (ours, theirs):
+        t.step(0)
+        t.step(1)
+        if momentum == 0:  # a momentum to edit
+            for p in t.params:
+                t.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        edit(t)
+        t.step(2)
+        t.step(3)
+    sixteen = ours.params[0].dtype == torch.bfloat16  # ours rounds once
+    tolerance = {"rtol": 0.02, "atol": 0.02} if sixteen else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(ours.everything(), theirs.everything(), **tolerance)
+
+
+UNSEEN = {
+    "parameter replaced": replace_parameter,
+    "parameters reversed": EDITS["parameters reversed"],
+    "data replaced": lambda t: setattr(t.params[0], "data", t.params[0].data + 1),
+    "buffer replaced": EDITS["buffer transposed"],
+    "buffer's data replaced": EDITS["buffer's data replaced"],
+    "state replaced": replace_state_by_own,
+}
+
+
+@pytest.mark.parametrize("edit", UNSEEN.values(), ids=UNSEEN)
+def test_an_edit_counts_when_its_parameter_had_no_gradient_for_a_while(backend, edit):
+    ours = Trained(lambda groups, **k: SGD(groups, backend=backend, **k))
+    theirs = Trained(lambda groups, **k: torch.optim.SGD(groups, foreach=False, **k))
+    kept = []
+    for t in (ours, theirs):
+        t.step(0)
+        for p in t.params:
+            p.grad = None if p is t.params[0] else torch.ones_like(p)
+        t.optimizer.step()
+        kept += [t.params[0].data, t.buffer(0).data]  # or new memory might come to lie there
+        edit(t)
+        t.step(1)
+        t.step(2)
+    torch.testing.assert_close(ours.everything(), theirs.everything(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["fewer rows", "another shape"])
+def test_data_of_another_shape_is_refused_and_changes_nothing(backend, change):
+    base = torch.zeros(6)
+    p = nn.Parameter(base[:])
+    optimizer = SGD([p], lr=1.0, momentum=0.9, backend=backend)
+    p.grad = torch.ones(6)
+    optimizer.step()
+    before = base.clone()
+    p.data = p.data[:3] if change == "fewer rows" else p.data.view(2, 3)
+    if change == "another shape":
+        p.grad = None
+        p.grad = torch.ones(2, 3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="group 0 must have its parameter's shape"):
+            optimizer.step()
+    assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("value", [3.0, [1.0]], ids=["number", "list"])
+def test_a_buffer_that_is_no_tensor_is_refused(backend, value):
+    t = Trained(lambda groups, **k: SGD(groups, backend=backend, **k))
+    t.step(0)
+    t.optimizer.state[t.params[0]]["momentum_buffer"] = value
+    before = [p.detach().clone() for p in t.params]
+    with pytest.raises(ValueError, match=r"momentum_buffer of parameter group 0 must be a tensor"):
+        t.step(1)
+    assert all(torch.equal(p, q) for p, q in zip(t.params, before, strict=True))
+
+
+class Doubled(torch.Tensor):
+    """A subclass whose values are not those in its memory."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args = [2 * a.as_subclass(torch.Tensor) if type(a) is cls else a for a in args]
+        return function(*args, **(kwargs or {}))
+
+
+def single_negated(p, x):
+    """What autograd leaves for the imaginary part of a conjugated number."""
+    z = torch.complex(torch.ones_like(x), p).conj()
+    return torch.autograd.grad((z * z).real.sum(), [p])[0]
+
+
+STRANGE = {
+    "negated": lambda p, x: torch._neg_view(x),
+    "imaginary part of a conjugate": lambda p, x: torch.complex(x, x).conj().imag,
+    "autograd's": single_negated,
+    "zeros by a flag": lambda p, x: torch._efficientzerotensor(p.shape, device=p.device),
+    "one number expanded": lambda p, x: x.flatten()[0].expand(p.shape),
+    "with gaps": lambda p, x: torch.stack([x, -x], -1)[..., 0],
+    "the weights themselves": lambda p, x: p.detach(),
+}
+
+
+@covering(
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
+    strange=STRANGE,
+    shape={"number": (), "matrix": (40, 50)},
+)
+def test_a_strange_gradient(backend, strange, shape):
+    def trained(make):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for _ in range(2)]
+        optimizer = make(params, lr=0.1, momentum=0.9, weight_decay=0.1)
+        for kind in ((lambda p, x: x), strange, strange, (lambda p, x: x)):
+            for p in params:
+                x = torch.randn(shape)
+                p.grad = kind(p, x) if p is params[0] else x
+            optimizer.step()
+        return params
+
+    expected = trained(lambda p, **k: torch.optim.SGD(p, foreach=False, **k))
+    shares = strange is STRANGE["the weights themselves"]
+    if shares and backend != "reference":
+        with pytest.raises(ValueError, match="shares memory with another"):
+            trained(lambda p, **k: SGD(p, backend=backend, **k))
+        backend = None
+    torch.testing.assert_close(trained(lambda p, **k: SGD(p, backend=backend, **k)), expected)
+
+
+def test_a_gradient_of_a_subclass(backend):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.5, backend=backend)
+    for grad in (torch.ones(3), torch.ones(3).as_subclass(Doubled)):
+        p.grad = grad
+        optimizer.step()
+    assert p.tolist() == [1 - 0.5 - 1.0] * 3
+
+
+class Wrapped(torch.Tensor):
+    """A tensor around another one, which takes no operators but torch's."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.namespace != "aten":
+            return NotImplemented
+        plain = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+        result = function(*plain[0], **plain[1])
+        return args[0] if function._schema.is_mutable else tree_map_only(torch.Tensor, cls, result)
+
+
+def test_a_parameter_that_becomes_a_wrapper_goes_to_the_reference():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.5)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    p.grad = None
+    torch.utils.swap_tensors(p, nn.Parameter(Wrapped(torch.full((3,), 5.0))))
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(p.inner, torch.full((3,), 4.5))
+
+
+def test_a_negated_parameter_and_negated_momentum():
+    def trained(make):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch._neg_view(torch.ones(3))), nn.Parameter(torch.ones(3))]
+        optimizer = make(params, lr=0.5, momentum=0.9)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(3)
+            optimizer.step()
+            state = optimizer.state[params[1]]
+            state["momentum_buffer"] = torch._neg_view(state["momentum_buffer"])
+        return params
+
+    expected = trained(lambda p, **k: torch.optim.SGD(p, foreach=False, **k))
+    torch.testing.assert_close(trained(SGD), expected)
+
+
+OVERLAPPING = {  # parts of one vector, long enough for two threads
+    "tied by data": lambda flat: [flat, flat],
+    "a flat one and its parts": lambda flat: [flat, flat[:35_000], flat[35_000:]],
+    "parts and a flat one": lambda flat: [flat[:35_000], flat, flat[::2]],
+    "parts that overlap": lambda flat: [flat[:40_000], flat[30_000:], torch.randn(5)],
+}
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("kind", OVERLAPPING)
+def test_parameters_that_share_memory_are_updated_one_after_the_other(kind):
+    def trained(make):
+        torch.manual_seed(0)
+        params = [nn.Parameter(data) for data in OVERLAPPING[kind](torch.randn(70_000))]
+        groups = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)]
+        optimizer = make(groups, lr=0.1, momentum=0.9, weight_decay=0.1)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        return params
+
+    expected = trained(lambda p, **k: torch.optim.SGD(p, foreach=False, **k))
+    torch.testing.assert_close(trained(SGD), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="parameter 0: it, its gradient or its state shares"):
+        trained(lambda p, **k: SGD(p, backend="cpu", **k))
+
+
+@pytest.mark.parametrize("scheduled", [True, False], ids=["scheduled", "not scheduled"])
+def test_a_default_device_is_none_of_the_optimizers_business(scheduled):
+    def trained(context):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.ones(3, device="cpu"))
+        with context:
+            optimizer = SGD([p], lr=0.1, momentum=0.9, total_steps=9 if scheduled else None)
+            for _ in range(3):
+                p.grad = torch.ones(3, device="cpu")
+                optimizer.step()
+        return p.tolist()
+
+    assert trained(torch.device("meta")) == trained(torch.device("cpu"))
+
+
+def test_a_parameter_that_is_there_twice():
+    def trained(make):
+        p = nn.Parameter(torch.ones(5))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's, of both
+            optimizer = make([p, p], lr=0.1, momentum=0.9)
+        for step in range(3):
+            p.grad = torch.full((5,), 1.0 + step)
+            optimizer.step()
+        return p.detach(), optimizer.state[p]["momentum_buffer"]
+
+    expected = trained(lambda p, **k: torch.optim.SGD(p, foreach=False, **k))
+    torch.testing.assert_close(trained(SGD), expected, rtol=0, atol=0)
+
+
+def test_after_an_overflow_no_unfilled_buffer_shows(backend, device):
+    a, b = (nn.Parameter(torch.randn(1000)) for _ in range(2))
+    optimizer = SGD([a, b], lr=0.1, momentum=0.9, backend=backend)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
+    for loss in (((a + b) * float("inf")).sum(), a.sum()):
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    buffer = optimizer.state.get(b, {}).get("momentum_buffer")
+    assert buffer is None or not buffer.any()
+    torch.testing.assert_close(optimizer.state[a]["momentum_buffer"], torch.ones(1000))
+
+
+def test_what_users_keep_in_the_state_survives_an_overflow(backend, device):
+    p = nn.Parameter(torch.randn(10))
+    optimizer = SGD([p], lr=0.1, momentum=0.9, backend=backend)
+    optimizer.state[p]["mine"] = 1
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
+    scaler.scale((p * float("inf")).sum()).backward()
+    scaler.step(optimizer)
+    optimizer.state_dict()
+    assert optimizer.state[p] == {"mine": 1}
+
+
+def test_a_scaler_without_gradients_changes_nothing(backend, device):
+    p = nn.Parameter(torch.randn(10))
+    before = p.detach().clone()
+    optimizer = SGD([p], lr=0.1, momentum=0.9, backend=backend)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert torch.equal(p, before)
+
+
+def other_shape(how, model, optimizer):
+    """Give something another shape than its parameter behind the optimizer's back."""
+    weight = model[0].weight  # (9, 6)
+    state = optimizer.state[weight]
+    if how == "buffer too small":
+        state["momentum_buffer"] = torch.zeros(3, dtype=weight.dtype)
+    elif how == "buffer too large":
+        state["momentum_buffer"] = torch.zeros(90, 60, dtype=weight.dtype)
+    elif how == "buffer of as many elements":
+        state["momentum_buffer"] = torch.zeros(6, 9, dtype=weight.dtype)
+    elif how == "buffer resized":
+        state["momentum_buffer"].resize_(0)
+    elif how == "larger weight":
+        weight.data = torch.zeros(900, 600, dtype=weight.dtype)
+        weight.grad = torch.ones_like(weight)
+    elif how == "first rows of the weight":
+        weight.data = weight.data[:2]
+        weight.grad = torch.ones_like(weight)
+    else:  # a stale gradient
+        weight.data = torch.zeros(900, 600, dtype=weight.dtype)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "buffer too small",
+        "buffer too large",
+        "buffer of as many elements",
+        "buffer resized",
+        "larger weight",
+        "first rows of the weight",
+        "stale gradient",
+    ],
+)
+def test_another_shape_is_refused_and_changes_nothing(backend, how):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    train(model, optimizer, 2)
+    other_shape(how, model, optimizer)
+    before = copy.deepcopy(model.state_dict())
+    buffers = {p: s["momentum_buffer"].clone() for p, s in optimizer.state.items()}
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"of parameter group 0 must have its parameter's shape"
+        ):
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    for p, s in optimizer.state.items():
+        assert torch.equal(s["momentum_buffer"], buffers[p])
+    assert optimizer.current_step == 2
+
+
+def test_momentum_on_another_device_is_refused_and_changes_nothing(backend):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    train(model, optimizer, 2)
+    state = optimizer.state[model[1].weight]
+    state["momentum_buffer"] = state["momentum_buffer"].to("meta")
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"group 0 must be on .* device \w+(:0)?, got meta"):
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_another_head_is_refused_and_changes_nothing(backend):
+    small, large = net(), net()
+    large[-1] = nn.Linear(large[-1].in_features, 1000).to(large[-1].weight.dtype)
+    theirs = SGD(small.parameters(), lr=0.3, momentum=0.9, backend=backend)
+    train(small, theirs, 2)
+    ours = SGD(large.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    with pytest.raises(ValueError, match=r"state_dict: .*group 0 must have its .*1000.*, got"):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+    assert ours.param_groups[0]["lr"] == 0.1
+    assert ours.current_step == 0
+
+
+HOWS = [
+    "replaced buffer",
+    "transposed buffer",
+    "cleared state",
+    "new list",
+    "zeroed grads",
+]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_users_who_reach_inside(backend, how):
+    ours, theirs = net(), net()
+    o = SGD(ours.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    t = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    train(ours, o, 2)
+    train(theirs, t, 2)
+    for model, optimizer in ((ours, o), (theirs, t)):
+        if how == "replaced buffer":
+            optimizer.state[model[0].weight]["momentum_buffer"] = torch.ones(9, 6)
+        elif how == "transposed buffer":
+            optimizer.state[model[0].weight]["momentum_buffer"] = torch.ones(6, 9).T
+        elif how == "cleared state":
+            optimizer.state.clear()
+        elif how == "new list":
+            optimizer.param_groups[0]["params"] = list(model[0].parameters())
+        else:
+            optimizer.zero_grad(set_to_none=False)
+            optimizer.step()
+    train(ours, o, 2, start=2)
+    train(theirs, t, 2, start=2)
+    assert_equal_training(ours, theirs)
+
+
+@needs_grad_dtype
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("change", [{}, {"weight_decay": 0.1}], ids=["same plan", "new plan"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=["wide gradient", "narrow gradient"],
+)
+def test_gradients_of_another_dtype(dtypes, change, momentum):
+    dtype, grad_dtype = dtypes
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(33, dtype=dtype)) for _ in range(3)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    o = SGD(ours, lr=0.1, momentum=momentum)
+    t = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, foreach=False)
+    for step in range(5):
+        if step == 2:  # up to here all gradients were like their parameters
+            for p in (ours[1], theirs[1]):
+                p.grad, p.grad_dtype = None, grad_dtype
+        if step == 3:
+            o.param_groups[0].update(change)
+            t.param_groups[0].update(change)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(33, dtype=p.grad_dtype)
+            q.grad_dtype, q.grad = p.grad_dtype, p.grad.clone()
+        o.step()
+        t.step()
+    roundings = 0.02 if dtype == torch.bfloat16 else 0.0  # of five steps in torch, one each here
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=roundings)
+
+
+@needs_grad_dtype
+def test_momentum_has_the_dtype_of_wide_gradients():
+    p = nn.Parameter(torch.ones(33, dtype=torch.bfloat16))
+    p.grad_dtype = torch.float32
+    optimizer = SGD([p], lr=0.1, momentum=0.9)
+    for weight_decay in (0.0, 0.1):  # a new plan
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        p.grad = torch.randn(33)
+        optimizer.step()
+        assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+
+
+@needs_grad_dtype
+def test_a_kernel_refuses_gradients_of_another_dtype(backend):
+    if backend == "reference":
+        pytest.skip("the reference takes them")
+    p = nn.Parameter(torch.ones(33))
+    optimizer = SGD([p], lr=0.1, momentum=0.9, backend=backend)
+    p.grad = torch.ones(33)
+    optimizer.step()
+    p.grad, p.grad_dtype = None, torch.bfloat16
+    p.grad = torch.ones(33, dtype=torch.bfloat16)
+    before = p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"parameter 0: its gradient is torch.bfloat16"):
+            optimizer.step()
+    assert torch.equal(p, before[0])
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], before[1])
+    assert optimizer.current_step == 1

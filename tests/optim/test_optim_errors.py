@@ -1,0 +1,469 @@
+"""What fastfreeze.SGD refuses: each error says what was expected, and nothing has changed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.optim import SGD
+from fastfreeze.schedule import Constant, Cosine, FreezeOut
+from tests.covering import covering
+from tests.optim.test_optim import layer_groups, net, same_bits, train, weights
+
+FREEZING = FreezeOut(20, t_0=0.5)
+
+
+def trained(schedule=FREEZING, steps=4, **kwargs):
+    model = net()
+    optimizer = SGD(layer_groups(model), lr=0.1, momentum=0.9, schedule=schedule, **kwargs)
+    train(model, optimizer, steps)
+    return model, optimizer
+
+
+def seen(model, optimizer):
+    """All that an error must leave as it is; objects that must stay the same by their identity."""
+    return {
+        "weights": [w.tolist() for w in weights(model)],
+        "grads": [(p.requires_grad, id(p.grad)) for p in model.parameters()],
+        "momentum": {
+            id(p): (id(s["momentum_buffer"]), s["momentum_buffer"].tolist())
+            for p, s in optimizer.state.items()
+        },
+        "groups": [
+            {**group, "id": id(group), "params": list(map(id, group["params"]))}
+            for group in optimizer.param_groups
+        ],
+        "step": (optimizer.current_step, type(optimizer.current_step)),
+        "frozen": {g: list(map(id, params)) for g, params in optimizer._frozen.items()},
+    }
+
+
+def assert_unchanged(model, optimizer, before):
+    after = seen(model, optimizer)
+    changed = [key for key in before if repr(after[key]) != repr(before[key])]  # nan is nan
+    assert not changed
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay"])
+@pytest.mark.parametrize("value", ["a", "0.5", None, [0.1], 1j], ids=repr)
+def test_arguments_must_be_numbers(name, value):
+    with pytest.raises(TypeError, match=rf"^{name} must be a number, got "):
+        SGD(net().parameters(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay"])
+def test_tensor_arguments_have_one_element(name):
+    with pytest.raises(ValueError, match=rf"Tensor {name} must have one element, got shape \(2,\)"):
+        SGD(net().parameters(), **{name: torch.ones(2)})
+
+
+@pytest.mark.parametrize("lr", ["a", None], ids=repr)
+def test_a_groups_rate_must_be_a_number_for_a_schedule(lr):
+    with pytest.raises(TypeError, match=r"lr of parameter group 0 must be a number, got"):
+        SGD([{"params": net().parameters(), "lr": lr}], schedule=Cosine(5))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1, 0.5, np.float32(0.5), np.int64(1), torch.tensor(0.5)],
+    ids=lambda v: type(v).__name__,
+)
+@pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay"])
+def test_every_number_that_torch_takes(name, value):
+    ours, theirs = net(), net()
+    kwargs = {"lr": 0.1, "momentum": 0.9, name: value}
+    train(ours, SGD(ours.parameters(), **kwargs), 2)
+    train(theirs, torch.optim.SGD(theirs.parameters(), foreach=False, **kwargs), 2)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# The step counter.
+
+STEPS = {
+    "float": (2.5, TypeError),
+    "whole float": (3.0, TypeError),
+    "bool": (True, TypeError),
+    "str": ("a", TypeError),
+    "None": (None, TypeError),
+    "float tensor": (torch.tensor(2.5), TypeError),
+    "bool tensor": (torch.tensor(True), TypeError),
+    "two elements": (torch.tensor([1, 2]), TypeError),
+    "negative": (-1, ValueError),
+    "behind the end": (21, ValueError),
+}
+every_bad_step = pytest.mark.parametrize(("step", "error"), STEPS.values(), ids=STEPS)
+
+
+@every_bad_step
+def test_current_step_takes_integers_of_the_schedule(step, error):
+    model, optimizer = trained()
+    before = seen(model, optimizer)
+    with pytest.raises(error, match=r"^current_step must be .*in 0\.\.20, got "):
+        optimizer.current_step = step
+    assert_unchanged(model, optimizer, before)
+    train(model, optimizer, 1, start=4)
+
+
+@pytest.mark.parametrize(("step", "error"), [(-1, ValueError), (1.0, TypeError)], ids=repr)
+def test_current_step_without_a_schedule(step, error):
+    optimizer = SGD(net().parameters())
+    with pytest.raises(error, match=r"^current_step must be .*>= 0, got "):
+        optimizer.current_step = step
+    optimizer.current_step = 10**6
+    assert optimizer.current_step == 10**6
+
+
+@pytest.mark.parametrize(
+    "step", [3, np.int64(3), np.array(3), torch.tensor(3)], ids=lambda v: type(v).__name__
+)
+def test_current_step_is_an_int(step):
+    _, optimizer = trained()
+    optimizer.current_step = step
+    assert (optimizer.current_step, type(optimizer.current_step)) == (3, int)
+
+
+def test_current_step_stays_if_the_groups_do_not_fit():
+    model, optimizer = trained()
+    optimizer.param_groups[1]["initial_lr"] = -1.0
+    before = seen(model, optimizer)
+    with pytest.raises(ValueError, match=r"group 1: initial_lr must be finite and >= 0, got -1\.0"):
+        optimizer.current_step = 9
+    assert_unchanged(model, optimizer, before)
+
+
+# Checkpoints.
+
+
+def with_group(**values):
+    def change(state):
+        state["param_groups"][1].update(values)
+
+    return change
+
+
+def with_all_steps(step):
+    def change(state):
+        for group in state["param_groups"]:
+            group["step"] = step
+
+    return change
+
+
+def with_momentum(buffer):
+    def change(state):
+        state["state"][2]["momentum_buffer"] = buffer
+
+    return change
+
+
+STATES = {
+    "initial_lr nan": (with_group(initial_lr=math.nan), ValueError, "group 1: initial_lr .* nan"),
+    "initial_lr -1": (with_group(initial_lr=-1.0), ValueError, "group 1: initial_lr .* -1.0"),
+    "initial_lr str": (with_group(initial_lr="x"), TypeError, "initial_lr of .* 1 must be a num"),
+    "layer_index str": (with_group(layer_index="x"), TypeError, "layer_index of .* group 1 .* 'x'"),
+    "layer_index -1": (with_group(layer_index=-1), ValueError, "layer_index of .* 1 .*>= 0.* -1"),
+    "layer_index 3 of 3": (with_group(layer_index=3), ValueError, r"layer_index of .* in 0\.\.2"),
+    "num_layers 0": (with_group(num_layers=0), ValueError, "num_layers of .* 1 .*>= 1, got 0"),
+    "num_layers float": (with_group(num_layers=3.0), TypeError, "num_layers of .* 1 .* an int"),
+    "step -5": (with_all_steps(-5), ValueError, r"step of .* group 0 must be in 0\.\.20, got -5"),
+    "step 1000": (with_all_steps(1000), ValueError, r"step of .* 0 must be in 0\.\.20, got 1000"),
+    "step str": (with_all_steps("x"), TypeError, "step of .* group 0 must be an integer .* 'x'"),
+    "step 20.0": (with_all_steps(20.0), TypeError, r"step of .* 0 must be an integer .* 20\.0"),
+    "one step of another": (with_group(step=-1), ValueError, "step of parameter group 1 .* -1"),
+    "momentum float": (with_momentum(3.0), ValueError, "momentum_buffer of .* 1 must be a tensor"),
+    "momentum list": (with_momentum([1.0]), ValueError, r"momentum_buffer .* None, got \[1\.0\]"),
+    "momentum str": (with_momentum("abc"), ValueError, "momentum_buffer of .* or None, got 'abc'"),
+    "momentum shape": (with_momentum(torch.ones(2)), ValueError, "must have its parameter's shape"),
+    "no parameter state": (lambda s: s["state"].update({2: 3.0}), ValueError, "state in group 1"),
+    "fewer groups": (lambda s: s["param_groups"].pop(), ValueError, "2, expected .* 3"),
+    "fewer parameters": (
+        lambda s: s["param_groups"][1]["params"].pop(), ValueError, "1 doesn't match .* expected 2"
+    ),
+    "no groups": (lambda s: s.pop("param_groups"), ValueError, "a list 'param_groups'"),
+    "no state": (lambda s: s.pop("state"), ValueError, "must have a dict 'state'"),
+    "a group is None": (
+        lambda s: s["param_groups"].__setitem__(1, None), ValueError, "group 1 must be a dict"
+    ),
+    "another schedule": (
+        lambda s: s.update(schedule={"name": "Cosine"}), ValueError, "was saved under schedule"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), STATES.values(), ids=STATES)
+@pytest.mark.parametrize("momentum_dtype", [None, torch.float32], ids=["own", "fp32"])
+def test_a_bad_state_is_refused_and_changes_nothing(change, error, message, momentum_dtype):
+    _, saved = trained(steps=15)  # with frozen layers
+    assert saved.frozen_layers
+    state = copy.deepcopy(saved.state_dict())
+    for buffer in range(6):  # frozen layers have none
+        state["state"].setdefault(buffer, {})
+    change(state)
+    model, optimizer = trained(momentum_dtype=momentum_dtype)
+    before = seen(model, optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(state)
+    assert_unchanged(model, optimizer, before)
+    expected, straight = trained(momentum_dtype=momentum_dtype)
+    train(expected, straight, 4, start=4)
+    train(model, optimizer, 4, start=4)
+    assert same_bits(weights(model), weights(expected))
+
+
+@pytest.mark.parametrize("state", [None, 3, [("state", {})], "state"], ids=repr)
+def test_what_is_no_state(state):
+    model, optimizer = trained()
+    before = seen(model, optimizer)
+    with pytest.raises(TypeError, match=r"state_dict must be a dict, as .* gives it, got"):
+        optimizer.load_state_dict(state)
+    assert_unchanged(model, optimizer, before)
+
+
+def test_without_a_schedule_a_step_is_checked_too():
+    model, optimizer = trained(schedule=None)
+    state = copy.deepcopy(optimizer.state_dict())
+    with_all_steps(-5)(state)
+    before = seen(model, optimizer)
+    with pytest.raises(ValueError, match=r"step of parameter group 0 must be >= 0, got -5"):
+        optimizer.load_state_dict(state)
+    assert_unchanged(model, optimizer, before)
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [((4, 5, 4), r"different steps, \[4, 5\]"), ((None, 4, 4), r"different steps, \[None, 4\]")],
+    ids=["two steps", "one without"],
+)
+def test_different_steps_are_told(steps, words):
+    model, optimizer = trained()
+    state = copy.deepcopy(optimizer.state_dict())
+    for group, step in zip(state["param_groups"], steps, strict=True):
+        group["step"] = step
+    optimizer.current_step = 7
+    with pytest.warns(FastfreezeWarning, match=rf"{words}: the schedule goes on from step 7"):
+        optimizer.load_state_dict(state)
+    train(model, optimizer, 13)
+
+
+def test_momentum_may_be_none():
+    """As torch saves it in older versions, before a parameter's first step."""
+    ours, theirs = net(), net()
+    optimizers = [
+        SGD(ours.parameters(), lr=0.1, momentum=0.9),
+        torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, foreach=False),
+    ]
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        state = torch.optim.SGD(net().parameters(), lr=0.1, momentum=0.9).state_dict()
+        state["state"] = {i: {"momentum_buffer": None} for i in range(6)}
+        optimizer.load_state_dict(state)
+        train(model, optimizer, 3)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_what_a_hook_makes_of_a_state_is_checked():
+    model, optimizer = trained()
+    state = copy.deepcopy(optimizer.state_dict())
+    before = seen(model, optimizer)
+
+    def spoil(_, state_dict):
+        changed = copy.deepcopy(state_dict)
+        with_group(initial_lr=-1.0)(changed)
+        return changed
+
+    hook = optimizer.register_load_state_dict_pre_hook(spoil)
+    with pytest.raises(ValueError, match=r"group 1: initial_lr .* -1\.0"):
+        optimizer.load_state_dict(state)
+    assert_unchanged(model, optimizer, before)
+    hook.remove()
+    optimizer.load_state_dict(state)
+
+
+def test_hooks_see_a_state_that_is_whole():
+    _, saved = trained(steps=15)
+    state = copy.deepcopy(saved.state_dict())
+    _, optimizer = trained()
+    found = []
+
+    def look(optimizer):
+        groups = optimizer.param_groups
+        found.append((optimizer.current_step, optimizer.frozen_layers, groups[0]["step"]))
+        raise KeyError("the hook's own")
+
+    optimizer.register_load_state_dict_post_hook(look)
+    for _ in range(2):  # nothing of ours is left behind
+        with pytest.raises(KeyError, match="the hook's own"):
+            optimizer.load_state_dict(state)
+    assert found == [(15, saved.frozen_layers, 15)] * 2
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 0
+
+
+def test_wide_momentum_is_what_a_hook_leaves():
+    _, optimizer = trained(schedule=None, momentum_dtype=torch.float32)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.register_load_state_dict_pre_hook(lambda _, s: {**s, "state": {}})
+    optimizer.load_state_dict(state)
+    assert not optimizer.state
+
+
+# Groups under a schedule.
+
+
+def append(optimizer):
+    extra = {**optimizer.param_groups[0], "params": [torch.nn.Parameter(torch.ones(2))]}
+    optimizer.param_groups.append(extra)
+
+
+BY_HAND = {
+    "pop()": (lambda o: o.param_groups.pop(), 2),
+    "pop(0)": (lambda o: o.param_groups.pop(0), 2),
+    "append": (append, 4),
+    "clear": (lambda o: o.param_groups.clear(), 0),
+}
+TRIES = {
+    "step": lambda o: o.step(),
+    "current_step": lambda o: setattr(o, "current_step", 2),
+    "add_param_group": lambda o: o.add_param_group(
+        {"params": [torch.nn.Parameter(torch.ones(3))], "layer_index": 0}
+    ),
+    "load_state_dict": lambda o: o.load_state_dict(trained(o.schedule)[1].state_dict()),
+    "state_dict": lambda o: o.state_dict(),
+    "frozen_layers": lambda o: o.frozen_layers,
+}
+
+
+@covering(case=BY_HAND, attempt=TRIES, schedule={"cosine": Cosine(20), "freezing": FREEZING})
+def test_groups_edited_by_hand_are_refused(case, attempt, schedule):
+    edit, count = case
+    model, optimizer = trained(schedule=schedule)
+    edit(optimizer)
+    before = seen(model, optimizer)
+    message = rf"must be the 3 groups .*, got {count}: add groups with add_param_group, .* new opt"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            attempt(optimizer)
+    assert_unchanged(model, optimizer, before)
+
+
+def test_without_a_schedule_groups_may_be_edited():
+    model, optimizer = trained(schedule=None)
+    optimizer.param_groups.pop()
+    append(optimizer)
+    append(optimizer)
+    train(model, optimizer, 2)
+
+
+INITIAL_RATES = {
+    "nan": (math.nan, ValueError, "group 1: initial_lr must be finite and >= 0, got nan"),
+    "inf": (math.inf, ValueError, "group 1: initial_lr must be finite and >= 0, got inf"),
+    "-1": (-1, ValueError, "group 1: initial_lr must be finite and >= 0, got -1"),
+    "str": ("x", TypeError, "initial_lr of parameter group 1 must be a number, got 'x'"),
+    "None": (None, TypeError, "initial_lr of parameter group 1 must be a number, got None"),
+    "below eta_min": (1e-5, ValueError, "group 1: eta_min must not exceed .* 1e-05, got 0.001"),
+    "two elements": (torch.ones(2), ValueError, r"initial_lr of .* 1 must have one .*\(2,\)"),
+    "nan tensor": (torch.tensor(math.nan), ValueError, "group 1: initial_lr must be .* got nan"),
+}
+
+
+@pytest.mark.parametrize(("value", "error", "message"), INITIAL_RATES.values(), ids=INITIAL_RATES)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_bad_initial_rate_is_refused_at_the_next_step(value, error, message, steps):
+    model, optimizer = trained(Cosine(20, eta_min=1e-3), steps=steps)
+    optimizer.param_groups[1]["initial_lr"] = value
+    before = seen(model, optimizer)
+    closures = []
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            optimizer.step(lambda: closures.append(1))
+    assert not closures
+    assert_unchanged(model, optimizer, before)
+    optimizer.param_groups[1]["initial_lr"] = 0.2
+    train(model, optimizer, 2, start=steps)
+    expected = Cosine(20, eta_min=1e-3).lr(steps + 2, 0.2)
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(expected)
+
+
+def test_a_deleted_initial_rate_is_refused():
+    model, optimizer = trained()
+    del optimizer.param_groups[2]["initial_lr"]
+    before = seen(model, optimizer)
+    with pytest.raises(TypeError, match="initial_lr of parameter group 2 must be a number"):
+        optimizer.step()
+    assert_unchanged(model, optimizer, before)
+
+
+def test_a_tensor_rate_that_changes_in_place_is_checked():
+    model, optimizer = trained(Cosine(20))
+    rate = torch.tensor(0.2)
+    optimizer.param_groups[0]["initial_lr"] = rate
+    train(model, optimizer, 2, start=4)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(Cosine(20).lr(6, 0.2))
+    rate.fill_(math.nan)
+    with pytest.raises(ValueError, match="group 0: initial_lr must be finite"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+def test_copies_check_initial_rates(copied):
+    _, optimizer = trained(Cosine(20))
+    other = copied(optimizer)
+    other.step()
+    other.param_groups[1]["initial_lr"] = math.nan
+    with pytest.raises(ValueError, match="group 1: initial_lr must be finite"):
+        other.step()
+
+
+def test_checking_costs_nothing_while_rates_stay(monkeypatch):
+    model, optimizer = trained(Cosine(20))
+    monkeypatch.setattr(
+        "fastfreeze.optim.fused.check_group_rate", lambda *_: pytest.fail("checked")
+    )
+    train(model, optimizer, 5, start=4)
+
+
+LAYERS = {
+    "str": (
+        {"layer_index": "a"},
+        TypeError,
+        "layer_index of .* group 3 must be an int >= 0, .*'a'",
+    ),
+    "None": ({"layer_index": None}, TypeError, "layer_index of parameter group 3 .* got None"),
+    "bool": ({"layer_index": True}, TypeError, "layer_index of parameter group 3 .* got True"),
+    "negative": ({"layer_index": -1}, ValueError, "layer_index of .* group 3 must be >= 0, got -1"),
+    "too large": ({"layer_index": 3, "num_layers": 3}, ValueError, r"group 3 .* 0\.\.2, .* got 3"),
+    "num_layers": ({"layer_index": 0, "num_layers": "a"}, TypeError, "num_layers of .* 3 .* 'a'"),
+    "rate": (
+        {"layer_index": 0, "lr": "a"},
+        TypeError,
+        "lr of .* group 3 must be a number, got 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("group", "error", "message"), LAYERS.values(), ids=LAYERS)
+def test_a_group_of_no_layer_is_not_added(group, error, message):
+    model, optimizer = trained()
+    before = seen(model, optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], **group})
+    assert_unchanged(model, optimizer, before)
+    train(model, optimizer, 16, start=4)
+
+
+def test_a_schedule_may_begin_with_rates_of_zero():
+    model, optimizer = trained(Constant(5), steps=0)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = 0
+    train(model, optimizer, 5)

@@ -1,0 +1,264 @@
+"""``fastfreeze finetune``: weights from a file, four recipes, the best epoch, a killed run."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from fastfreeze.recipes import runs
+from fastfreeze.recipes.data import load_data
+from fastfreeze.recipes.errors import RecipeError
+from fastfreeze.recipes.networks import build_network
+from fastfreeze.recipes.rundir import RunDir
+from fastfreeze.recipes.training import predict
+from tests.cli.test_cli import invoke
+from tests.killed import killed, untimed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OWN = """
+from torch import nn
+
+def block(inputs):
+    return nn.Sequential(nn.Conv2d(inputs, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+
+def make(outputs=2):
+    return nn.Sequential(
+        block(3), block(4), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, outputs)
+    )
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A directory with a module, images, and weights for seven classes in both formats."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    Path("tune_own.py").write_text(OWN)
+    for split, count in (("train", 10), ("test", 4)):
+        for k, kind in enumerate(("dark", "light")):
+            Path("images", split, kind).mkdir(parents=True)
+            for i in range(count):
+                color = (40 + 90 * k + 5 * i, 60 + 90 * k, 10 * i + count)
+                Image.new("RGB", (8, 8), color).save(f"images/{split}/{kind}/{i}.png")
+    torch.manual_seed(5)
+    weights = build_network("tune_own:make").state_dict()
+    weights["4.weight"], weights["4.bias"] = torch.randn(7, 16), torch.randn(7)
+    torch.save(weights, "weights.pth")
+    safetensors.torch.save_file(weights, "weights.safetensors")
+    yield weights
+    sys.modules.pop("tune_own", None)
+
+
+def tuned(*more, run="run", weights="weights.pth"):
+    fixed = "--image-size 8 --model tune_own:make --batch-size 8 --threads 1 --data-dir images"
+    short = f"--epochs 3 --validation 0.2 --weights {weights} --run-dir {run} --json"
+    recipe = [] if any("recipe" in option for option in more) else ["--until=1"]
+    return invoke("finetune", *fixed.split(), *short.split(), *recipe, *more)
+
+
+RECIPES = {  # options, whether the first layer trains, what is frozen at the end
+    "prefix-adamw": (("--recipe=prefix", "--until=1", "--warmup-steps=3"), False, [0]),
+    "prefix-sgd": (("--recipe=prefix", "--until=1", "--optimizer=sgd", "--augment"), False, [0]),
+    "gradual-adamw": (("--recipe=gradual",), True, []),
+    "gradual-sgd": (("--recipe=gradual", "--optimizer=sgd"), True, []),
+    "freezeout-adamw": (("--recipe=freezeout", "--t0=0.5"), True, [0, 1]),
+    "freezeout-sgd": (("--recipe=freezeout", "--t0=0.5", "--optimizer=sgd"), True, [0, 1]),
+    "full-adamw": (("--recipe=full", "--warmup-steps=3"), True, []),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_and_its_best_epoch_is_kept(own, name):
+    options, first_trains, frozen = RECIPES[name]
+    result = tuned(*options)
+    assert result.exit_code == 0, result.output
+    [found] = json.loads(result.stdout)["results"]
+    run = RunDir.open(Path("run"))
+    start, epochs = (
+        [line for line in run.metrics() if line["event"] == event] for event in ("start", "epoch")
+    )
+    errors = [line["validation_error"] for line in epochs]
+    assert (found["best_epoch"], found["validation_error"]) == (
+        1 + errors.index(min(errors)),
+        min(errors),
+    )
+    assert found["backward_removed"] < 1
+    assert (found["backward_removed"] > 0) == (name != "full-adamw")
+    assert epochs[-1]["frozen_layers"] == frozen
+    assert len(start[0]["layers"]) == len(epochs[0]["lr"]) == 3
+    recipe = found["method"]
+    checkpoint = run.load_checkpoint(f"{recipe}-seed0")
+    weights = checkpoint["model"]
+    assert torch.equal(weights["0.0.weight"], own["0.0.weight"]) != first_trains
+    assert torch.equal(weights["0.1.running_mean"], own["0.1.running_mean"]) != first_trains
+    assert not torch.equal(weights["1.0.weight"], own["1.0.weight"])
+    assert weights["4.weight"].shape == (2, 16)
+    best = torch.load(f"run/best-{recipe}-seed0.pth")
+    torch.testing.assert_close(best, checkpoint["best"]["weights"], rtol=0, atol=0)
+    assert ("of the images came from the feature cache" in result.stderr) == (
+        name == "prefix-adamw"
+    )
+    assert Path("run/table.txt").read_text().startswith("recipe ")
+    with Image.open("run/plot.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_the_result_is_the_best_epochs_on_the_test_images(own, monkeypatch):
+    worse = iter([0.25, 0.0, 0.5, 0.5])  # after each epoch, then of the test images
+    monkeypatch.setattr(runs, "error_rate", lambda *_: next(worse))
+    seen = []
+
+    def predicting(model, data, device):
+        copies = {key: value.clone() for key, value in model.state_dict().items()}
+        seen.append((copies, len(data.test.labels)))
+        return predict(model, data, device)
+
+    monkeypatch.setattr(runs, "predict", predicting)
+    result = tuned("--quiet")
+    assert result.exit_code == 0, result.output
+    [found] = json.loads(result.stdout)["results"]
+    assert (found["best_epoch"], found["validation_error"], found["error"]) == (2, 0.0, 0.5)
+    assert [count for _, count in seen] == [4, 4, 4, 8]
+    torch.testing.assert_close(seen[3][0], seen[1][0], rtol=0, atol=0)
+    assert not torch.equal(seen[3][0]["1.0.weight"], seen[2][0]["1.0.weight"])
+
+
+@pytest.mark.parametrize("name", ["prefix-adamw", "gradual-adamw", "freezeout-sgd"])
+def test_a_killed_run_ends_as_one_that_was_not(own, name):
+    options, *_ = RECIPES[name]
+    assert tuned(*options, "--quiet", run="whole").exit_code == 0
+
+    def until_the_second_epoch(ready):
+        log = RunDir.log
+
+        def blocked(self, line):
+            log(self, line)
+            if line.get("epoch") == 2:
+                ready()
+                time.sleep(60)
+
+        RunDir.log = blocked
+        tuned(*options, "--quiet")
+
+    killed(until_the_second_epoch)
+    resumed = invoke("finetune", "--resume", "run", "--quiet")
+    assert resumed.exit_code == 0, resumed.output
+    found, expected = RunDir.open(Path("run")), RunDir.open(Path("whole"))
+    assert untimed(found.results()) == untimed(expected.results())
+    assert untimed(found.metrics()) == untimed(expected.metrics())
+    run = f"{options[0].partition('=')[2]}-seed0"
+    states = [each.load_checkpoint(run) for each in (found, expected)]
+    parts = [(s["model"], s["best"], s["optimizer"]["state"]) for s in states]
+    torch.testing.assert_close(*parts, rtol=0, atol=0)
+
+
+def test_weights_of_safetensors_and_of_old_files_are_the_same(own):
+    old = {key: value for key, value in own.items() if not key.endswith("num_batches_tracked")}
+    torch.save(old, "old.pth")
+    errors = []
+    for weights in ("weights.pth", "weights.safetensors", "old.pth"):
+        result = tuned("--quiet", run=f"run-{weights}", weights=weights)
+        assert result.exit_code == 0, result.output
+        errors += [untimed(json.loads(result.stdout)["results"])]
+    assert errors[0] == errors[1] == errors[2]
+
+
+BAD_WEIGHTS = {
+    "lacks": (lambda w: w.pop("1.0.weight"), "(but for its head, 4, which is new): it lacks 1.0.w"),
+    "besides": (lambda w: w.update(fc=torch.ones(1)), "it has besides fc"),
+    "shape": (
+        lambda w: w.update({"0.1.bias": torch.ones(5)}),
+        "0.1.bias is [5] and must be [4]",
+    ),
+    "nested": (
+        lambda w: w.update(optimizer={"lr": 1}),
+        "must hold a state dict, a tensor by each name; got dict by 'optimizer'",
+    ),
+    "pickled": (
+        lambda w: w.update(run=Path("x")),
+        "bad.pth, which must hold a state dict, a tensor by each name: UnpicklingError: Weights "
+        "only load failed\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WEIGHTS)
+def test_weights_that_do_not_fit_are_told_before_the_first_step(own, name):
+    change, message = BAD_WEIGHTS[name]
+    change(own)
+    torch.save(own, "bad.pth")
+    result = tuned(weights="bad.pth")
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "message"),
+    [
+        ("--weights absent.pth", 1, "cannot read --weights"),
+        ("--until 7", 2, "until must be in 1..2, as the head trains, got 7"),
+        ("--until nowhere", 2, "until must be one of the layers"),
+        ("--until 1 --recipe gradual", 2, "--until is for --recipe prefix"),
+        ("--until 1 --recipe full", 2, "--until is for --recipe prefix"),
+        ("--t0 0.5", 2, "--t0 is for --recipe freezeout, and this is --recipe prefix"),
+        ("--model torchvision:resnet18", 1, "it lacks"),
+        ("--model timm:resnot18", 2, "timm has no network 'resnot18'; try"),
+        (
+            "--recipe gradual --batch-size 999 --epochs 1",
+            2,
+            "gradual starts a layer at a step, and",
+        ),
+        ("--warmup-steps 99", 2, "warmup_steps must be in 0..6, got 99"),
+    ],
+)
+def test_what_does_not_fit_is_told(own, options, exit_code, message):
+    if "timm:" in options:
+        pytest.importorskip("timm")
+    result = tuned(*options.split())
+    assert result.exit_code == exit_code, result.output
+    assert message in result.stderr
+
+
+def test_weights_are_asked_for(own):
+    result = invoke("finetune", "--data-dir", "images", "--model", "torchvision:resnet18")
+    assert result.exit_code == 2
+    assert "--weights is missing, the file of torchvision:resnet18's" in result.stderr
+    no_weights = "finetune --image-size 8 --model tune_own:make --data-dir images --epochs 1"
+    result = invoke(*no_weights.split(), "--until", "1", "--run-dir", "run", "--quiet")
+    assert result.exit_code == 0, result.output  # a network of one's own brings its weights
+
+
+def test_a_network_of_timm(own):
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("test_resnet").state_dict(), "timm.pth")
+    more = ("--model=timm:test_resnet", "--image-size=32", "--epochs=1", "--until=0.5", "--quiet")
+    result = tuned(*more, weights="timm.pth")
+    assert result.exit_code == 0, result.output
+
+
+def test_held_out_images_are_of_each_class_and_not_varied(own):
+    data = load_data("folder", Path("images"), image_size=8)
+    parted = data.held_out(0.2)
+    assert parted.train.labels.bincount().tolist() == [8, 8]
+    assert parted.test.labels.bincount().tolist() == [2, 2]
+    assert not set(parted.train.paths) & set(parted.test.paths)
+    assert list(data.held_out(0.2).test.paths) == list(parted.test.paths)
+    assert data.held_out(0.001).test.labels.bincount().tolist() == [1, 1]
+    cpu = torch.device("cpu")
+    images, labels = next(iter(parted.unvaried().train_batches(3, 1, 4, cpu)))
+    order = parted.train_order(3, 1)[:4].tolist()
+    pixels, found = parted.train[order]
+    assert torch.equal(labels, found)
+    mean, std = parted.mean.view(-1, 1, 1), parted.std.view(-1, 1, 1)
+    torch.testing.assert_close(images, (pixels.float() / 255 - mean) / std)
+    with pytest.raises(RecipeError, match="the class of the number 1 has one training image"):
+        replace(data, train=data.train.part(torch.tensor([0, 1, 10]))).held_out(0.5)
