@@ -284,14 +284,20 @@ def largest_deviation(found: Training, truth: Training, start: nn.Module) -> tup
     """How far two trainings that should agree are apart, and in which tensor.
 
     Of each parameter and buffer: the difference's norm, relative to that of what ``truth`` has
-    changed since ``start``; infinite where it changed nothing and the other did.
+    changed since ``start``; infinite where it changed nothing and the other did. A change that is a
+    hundredth of the network's, an element, counts as that: a bias before a norm, whose gradient is
+    zero, changes by rounding alone.
     """
     a, b, before = (m.state_dict() for m in (found.model, truth.model, start))
+    changes = {name: (b[name].double() - before[name].double()).norm().item() for name in b}
+    trained = [(name, p.numel()) for name, p in truth.model.named_parameters()]
+    squares = sum(changes[name] ** 2 for name, _ in trained)
+    usual = math.sqrt(squares / sum(numel for _, numel in trained))  # of an element
     worst = (0.0, "nothing")
-    for name, expected in b.items():
-        difference = (a[name].double() - expected.double()).norm().item()
-        change = (expected.double() - before[name].double()).norm().item()
+    for name, change in changes.items():
+        difference = (a[name].double() - b[name].double()).norm().item()
         if difference:
-            error = difference / change if change else math.inf
+            least = 0.01 * usual * math.sqrt(b[name].numel())
+            error = difference / max(change, least) if change else math.inf
             worst = max(worst, (math.inf if math.isnan(error) else error, name))
     return worst
