@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fastfreeze.kernels.reference import sgd_reference
-from fastfreeze.kernels.sgd import sgd
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import FreezeOutCycles
 from tests.kernels.emulation import EmulationError
 from tests.kernels.emulation.steps import install
+from tests.kernels.sgd_steps import sgd
 from tests.kernels.test_sgd import TOLERANCE
 
 # One run each, and two: a sanitized launch of more would take long.
