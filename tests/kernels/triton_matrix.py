@@ -28,7 +28,7 @@ from fastfreeze.kernels.placements import Given
 from fastfreeze.kernels.plans import PlanSpec
 from fastfreeze.kernels.sgd import SGD_HYPERS, SgdTritonPlan
 from fastfreeze.schedule import Cosine
-from tests import compiled
+from tests.kernels import compiled
 from tests.kernels.adam_plans import spec_of
 
 PTX_ACCESS = re.compile(r"\b((?:ld|st)\.(?:global|local)[\w.:]*)")
