@@ -237,12 +237,9 @@ class BuildLibraries(build_ext):
 
     def _build_cpp(self, ext: Extension) -> None:
         include, lib = torch_paths()
-        if self.compiler.compiler_type == "msvc":
-            flags = ["/std:c++20", "/O2", "/fp:strict"]
-        else:
-            flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno"]
-            flags += ["-fvisibility=hidden", "-g0"]
-            flags.append(f"-fmacro-prefix-map={include}=torch/include")
+        flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno"]
+        flags += ["-fvisibility=hidden", "-g0"]
+        flags.append(f"-fmacro-prefix-map={include}=torch/include")
         objects = self.compiler.compile(
             ext.sources,
             output_dir=self.build_temp,

@@ -18,12 +18,13 @@ from benchmarks.case import OURS, Case
 from benchmarks.optimizer_cases import SGD_VALUES, TOTAL_STEPS
 from benchmarks.shapes import Shapes, shapes_of
 from fastfreeze.kernels import sgd
-from fastfreeze.kernels.sgd_device import DeviceSgd
+from fastfreeze.kernels.device_plan import DevicePlan
 
 
-class HostPlan(DeviceSgd):
+class HostPlan(DevicePlan):
     """A CUDA plan's step up to its launch."""
 
+    rule = sgd.SGD
     table_from = 480
 
     def _launch(self, *_: object) -> None:

@@ -7,11 +7,7 @@
 #define FASTFREEZE_HOST_DEVICE
 #endif
 
-#if defined(__GNUC__) || defined(__clang__)
 #define FASTFREEZE_INLINE inline __attribute__((always_inline))
-#else
-#define FASTFREEZE_INLINE inline
-#endif
 
 namespace fastfreeze {
 
@@ -22,6 +18,18 @@ FASTFREEZE_HOST_DEVICE inline T* as_global(T* p) {
   __builtin_assume(__isGlobal(p));
 #endif
   return p;
+}
+
+// kFused: the target has a multiply-add instruction. Without one, emulating it in software would
+// cost more than a whole update, and torch does not either.
+template <bool kFused>
+FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE float mul_add(float a, float b, float c) {
+  return kFused ? __builtin_fmaf(a, b, c) : a * b + c;
+}
+
+template <bool kFused>
+FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE double mul_add(double a, double b, double c) {
+  return kFused ? __builtin_fma(a, b, c) : a * b + c;
 }
 
 }  // namespace fastfreeze

@@ -1,11 +1,16 @@
-// The SGD update of one element: the only place where the formula stands.
+// SGD's hyperparameters, and the update of one element: the only place where the formula stands.
 // Operation for operation torch.optim.SGD's for-loop: each of torch's in-place additions with a
 // factor is one fused multiply-add there too, so fp32 and fp64 results can be equal bit for bit.
 #pragma once
 
-#include "element_math.h"
+#include "host_device.h"
 
 namespace fastfreeze {
+
+// Columns of a group's row of hyperparameters: SGD_HYPERS of fastfreeze/kernels/sgd.py.
+struct SgdColumn {
+  enum { kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kInitialLr, kCount };
+};
 
 // What the momentum buffer is at this step. A buffer's first step copies the gradient, undampened.
 enum class Momentum { none, first, running };
@@ -21,6 +26,20 @@ struct SgdHyper {
   bool nesterov;
   bool maximize;
 };
+
+template <typename T>
+FASTFREEZE_HOST_DEVICE FASTFREEZE_INLINE SgdHyper<T> sgd_hyper_of(const double* row, double lr,
+                                                                  double inv_grad_scale) {
+  SgdHyper<T> h;
+  h.lr = static_cast<T>(lr);
+  h.momentum = static_cast<T>(row[SgdColumn::kMomentum]);
+  h.gradient_share = static_cast<T>(1.0 - row[SgdColumn::kDampening]);
+  h.weight_decay = static_cast<T>(row[SgdColumn::kWeightDecay]);
+  h.inv_grad_scale = static_cast<T>(inv_grad_scale);
+  h.nesterov = row[SgdColumn::kNesterov] != 0;
+  h.maximize = row[SgdColumn::kMaximize] != 0;
+  return h;
+}
 
 // Updates `param` and `buffer`; `grad` becomes the unscaled gradient.
 template <Momentum kMomentum, bool kFused, typename T>

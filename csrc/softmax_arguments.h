@@ -54,20 +54,14 @@ inline void check_members(const std::vector<Tensor>& members) {
   }
 }
 
-inline void check_sum(const Tensor& t, const Tensor& logits, const char* name) {
-  STD_TORCH_CHECK(same_shape(t, logits), name, " must have the shape of logits");
+// What a row, or with `whole` a class, of the logits has a sum in.
+inline void check_sum(const Tensor& t, const Tensor& logits, const char* name, bool whole = true) {
+  STD_TORCH_CHECK(whole ? same_shape(t, logits) : has_shape_of_rows(t, logits), name,
+                  " must have the shape of ", whole ? "logits" : "logits' rows");
   STD_TORCH_CHECK(t.scalar_type() == sum_dtype(logits), name, " must be ",
                   dtype_name(sum_dtype(logits)));
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
   STD_TORCH_CHECK(same_device(t, logits), name, " must be on the device of logits");
-}
-
-inline void check_entropy(const Tensor& t, const Tensor& logits) {
-  STD_TORCH_CHECK(has_shape_of_rows(t, logits), "entropy must have the shape of logits' rows");
-  STD_TORCH_CHECK(t.scalar_type() == sum_dtype(logits), "entropy must be ",
-                  dtype_name(sum_dtype(logits)));
-  STD_TORCH_CHECK(t.is_contiguous(), "entropy must be contiguous");
-  STD_TORCH_CHECK(same_device(t, logits), "entropy must be on the device of logits");
 }
 
 inline void check_addition(const Tensor& result, const std::optional<Tensor>& entropy,
@@ -75,7 +69,7 @@ inline void check_addition(const Tensor& result, const std::optional<Tensor>& en
   check_logits(logits, "logits");
   check_sum(result, logits, "result");
   if (total.has_value()) check_sum(*total, logits, "total");
-  if (entropy.has_value()) check_entropy(*entropy, logits);
+  if (entropy.has_value()) check_sum(*entropy, logits, "entropy", false);
 }
 
 inline void check_labels(const Tensor& labels, const Tensor& logits) {

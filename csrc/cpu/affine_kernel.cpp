@@ -11,7 +11,7 @@
 
 #include "cpu/images.h"
 #include "cpu/isa.h"
-#include "element_math.h"
+#include "host_device.h"
 
 namespace fastfreeze {
 namespace {

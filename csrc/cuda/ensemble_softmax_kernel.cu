@@ -44,31 +44,6 @@ struct StreamLaunch {
   }
 };
 
-template <typename T>
-void fill_members(SoftmaxJob<T>& job, const Request& request, std::vector<Tensor>& copies) {
-  job.num_members = static_cast<int32_t>(request.members.size());
-  for (int32_t m = 0; m < job.num_members; ++m) {
-    const Rows rows = rows_of(request.members[m], copies);
-    job.data[m] = rows.data;
-    job.stride[m] = rows.stride;
-    job.weight[m] = static_cast<T>(request.weights[m]);
-  }
-}
-
-template <typename T>
-void fill_results(SoftmaxJob<T>& job, const Request& request) {
-  job.out = request.out;
-  job.out_is_sum = request.out_is_sum;
-  job.before = static_cast<const T*>(request.before);
-  job.labels = request.labels;
-  job.max_probability = static_cast<T*>(request.max_probability);
-  job.argmax = request.argmax;
-  job.entropy = static_cast<T*>(request.entropy);
-  job.mutual_information = static_cast<T*>(request.mutual_information);
-  job.nll = static_cast<T*>(request.nll);
-  job.entropy_sum = static_cast<T*>(request.entropy_sum);
-}
-
 template <typename In>
 void run(const Request& request) {
   using T = SoftmaxMath<In>;
@@ -76,8 +51,20 @@ void run(const Request& request) {
   const DeviceGuard guard(first.get_device_index());
   SoftmaxJob<T> job{};
   std::vector<Tensor> kept;  // until the launches; the allocator orders what follows on the stream
-  fill_members(job, request, kept);
-  fill_results(job, request);
+  job.num_members = static_cast<int32_t>(request.members.size());
+  for (int32_t m = 0; m < job.num_members; ++m) {
+    const Rows rows = rows_of(request.members[m], kept);
+    job.data[m] = rows.data, job.stride[m] = rows.stride;
+    job.weight[m] = static_cast<T>(request.weights[m]);
+  }
+  job.out = request.out, job.out_is_sum = request.out_is_sum;
+  job.before = static_cast<const T*>(request.before);
+  job.labels = request.labels, job.argmax = request.argmax;
+  job.max_probability = static_cast<T*>(request.max_probability);
+  job.entropy = static_cast<T*>(request.entropy);
+  job.mutual_information = static_cast<T*>(request.mutual_information);
+  job.nll = static_cast<T*>(request.nll);
+  job.entropy_sum = static_cast<T*>(request.entropy_sum);
   job.inverse_temperature = static_cast<T>(request.inverse_temperature);
   job.classes = num_classes(first);
   job.rows = first.numel() / job.classes;

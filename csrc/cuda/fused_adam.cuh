@@ -1,7 +1,7 @@
 // Adam and AdamW as a rule of step.cuh.
 #pragma once
 
-#include "adam_tables.h"
+#include "adam_math.h"
 #include "cuda/step.cuh"
 
 namespace fastfreeze {

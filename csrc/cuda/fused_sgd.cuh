@@ -2,11 +2,11 @@
 #pragma once
 
 #include "cuda/step.cuh"
-#include "sgd_tables.h"
+#include "sgd_math.h"
 
 namespace fastfreeze {
 
-using SgdTables = StepTables<1, kHyperColumns, uint8_t>;
+using SgdTables = StepTables<1, SgdColumn::kCount, uint8_t>;
 
 // What a run's step depends on beside its elements. M: the momentum buffers' type.
 template <typename P_, typename M_>
@@ -30,8 +30,9 @@ struct SgdRule {
                                                const Run<kStates>& run, int64_t step) {
     const double* row = tables.hypers_of(run.group);
     const bool first = run.state[0] != 0 && tables.progress[run.tensor] == 0;
-    SgdRule rule{hyper_of<T>(row, 0.0, inverse_of(call.grad_scale)), Momentum::running, false};
-    const GroupRate rate = group_rate(tables.segments, run.group, row[kLr], row[kInitialLr], step);
+    SgdRule rule{sgd_hyper_of<T>(row, 0.0, inverse_of(call.grad_scale)), Momentum::running, false};
+    const GroupRate rate = group_rate(tables.segments, run.group, row[SgdColumn::kLr],
+                                      row[SgdColumn::kInitialLr], step);
     rule.hyper.lr = static_cast<T>(rate.lr);
     rule.frozen = rate.frozen;
     if (first) rule.momentum = Momentum::first;

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from fastfreeze.kernels.adam import ADAM_HYPERS
 from fastfreeze.kernels.step_triton import (
     arrive,
     finish_step,
     group_rate,
-    launch,
     load_run,
     run_of,
     store_run,
 )
 
-if TYPE_CHECKING:
-    from fastfreeze.kernels.device_plan import DevicePlan
-
-# Columns of a group's row, as in csrc/adam_tables.h.
-_BETA1 = tl.constexpr(1)
-_BETA2 = tl.constexpr(2)
-_EPS = tl.constexpr(3)
-_WEIGHT_DECAY = tl.constexpr(4)
-_DECOUPLED = tl.constexpr(5)
-_MAXIMIZE = tl.constexpr(6)
-_HYPERS = tl.constexpr(9)
-
-
-def step(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Launch a step of the plan, whose ``grad_table`` is up to date."""
-    launch(_step_kernel, plan, grad_scale, found_inf, track=True)
+_BETA1 = tl.constexpr(ADAM_HYPERS.index("beta1"))
+_BETA2 = tl.constexpr(ADAM_HYPERS.index("beta2"))
+_EPS = tl.constexpr(ADAM_HYPERS.index("eps"))
+_WEIGHT_DECAY = tl.constexpr(ADAM_HYPERS.index("weight_decay"))
+_DECOUPLED = tl.constexpr(ADAM_HYPERS.index("decoupled"))
+_MAXIMIZE = tl.constexpr(ADAM_HYPERS.index("maximize"))
+_HYPERS = tl.constexpr(len(ADAM_HYPERS))
 
 
 @triton.jit
@@ -105,7 +93,7 @@ def _adam_update(p, g, m, v, most, row, lr, k, amsgrad, live, MATH: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["eta_min", "warmup_steps", "num_runs", "num_tensors", "track"])
-def _step_kernel(
+def step_kernel(
     runs, grads, hypers, segments, begin, tensor_groups, progress, counters, grad_scale,
     found_inf, eta_min: tl.float64, warmup_steps: tl.float64, num_runs, num_tensors, track,
     PARAM: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr, RUN: tl.constexpr,

@@ -13,44 +13,28 @@ from fastfreeze.kernels.reference import affine_relu_cat_reference, sum_dtype
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, *, relu: bool = True) -> Tensor:
-    """``relu(x * scale + shift)``, with a scale and a shift for each channel.
+def affine_relu_cat(
+    parts: Sequence[Tensor], scale: Tensor, shift: Tensor, *, relu: bool = True
+) -> Tensor:
+    """``relu(x * scale + shift)`` of ``x = torch.cat(parts, 1)``, which is not made.
 
-    Computed in float32 (float64 for float64 ``x``) and rounded once; on a CPU with multiply-add
+    Computed in float32 (float64 for float64 parts) and rounded once; on a CPU with multiply-add
     instructions the product is not rounded. NaN stays NaN. With the CPU kernel, where no gradient
     is wanted, in one pass over the memory; else with PyTorch's operators.
 
     Args:
-        x: images [N, C, H, W], float16, bfloat16, float32 or float64, of any strides.
-        scale, shift: [C], of ``x``'s dtype or float32.
+        parts: one or more images [N, C_i, H, W], float16, bfloat16, float32 or float64, of one
+            dtype and device and of any strides.
+        scale, shift: [C], C being the sum of all C_i, of the parts' dtype or float32.
         relu: False leaves the ReLU out.
 
     Returns:
-        [N, C, H, W], of ``x``'s dtype, channels_last if the channels of ``x`` are adjacent in
+        [N, C, H, W], of the parts' dtype, channels_last if every part's channels are adjacent in
         memory, else contiguous.
 
     Raises:
-        TypeError: ``x`` is of another dtype.
-        ValueError: shapes, dtypes or devices do not go together.
-    """
-    return affine_relu_cat((x,), scale, shift, relu=relu)
-
-
-def affine_relu_cat(
-    parts: Sequence[Tensor], scale: Tensor, shift: Tensor, *, relu: bool = True
-) -> Tensor:
-    """:func:`affine_relu` of ``torch.cat(parts, 1)``, which is not made.
-
-    Args:
-        parts: one or more images [N, C_i, H, W] of one dtype and device.
-        scale, shift: [C], C being the sum of all C_i.
-        relu: as in :func:`affine_relu`.
-
-    Returns:
-        [N, C, H, W], channels_last if every part's channels are adjacent in memory.
-
-    Raises:
-        TypeError, ValueError: as :func:`affine_relu`; ``parts`` is empty.
+        TypeError: the parts are of another dtype.
+        ValueError: ``parts`` is empty, or shapes, dtypes or devices do not go together.
     """
     _check(parts, scale, shift)
     if not _kernel_can_take(parts, scale, shift):
@@ -67,7 +51,7 @@ def _adjacent(parts: Sequence[Tensor]) -> bool:
 
 
 def _kernel_can_take(parts: Sequence[Tensor], scale: Tensor, shift: Tensor) -> bool:
-    if "cpu" not in library.for_device(parts[0].device):
+    if library.refuses_device("cpu", parts[0].device) is not None:
         return False
     wants_gradient = any(t.requires_grad for t in (*parts, scale, shift))
     return not (wants_gradient and torch.is_grad_enabled())

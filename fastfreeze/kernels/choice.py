@@ -34,8 +34,6 @@ def choose_backends(
     Raises:
         ValueError, BackendUnavailableError: the one asked for cannot run, or cannot take a tensor.
     """
-    if backend is not None:
-        library.require(backend)
     if backend == "reference":
         return ["reference"] * len(params)
     members = list(zip(params, grads, states, strict=True))
@@ -48,14 +46,9 @@ def choose_backends(
                 "it, its gradient or its state shares memory with another of these tensors, or "
                 "lies between another's elements"
             )
-        if backend is not None:
-            reason = library.refuses_device(backend, param.device) or reason
-            if reason:
-                raise ValueError(f"backend={backend!r} cannot take parameter {i}: {reason}")
-            chosen.append(backend)
-        else:
-            usable = [] if reason else library.for_device(param.device)
-            chosen.append(usable[0] if usable else "reference")
+        chosen.append(
+            library.choose(backend, param.device, f"parameter {i}", lambda _, why=reason: why)
+        )
     return chosen
 
 

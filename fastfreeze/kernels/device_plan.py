@@ -6,6 +6,7 @@ step replays a schedule. Gradients' addresses are all that a step brings.
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from abc import abstractmethod
 from array import array
@@ -42,7 +43,7 @@ class DevicePlan(PointerPlan):
     Attributes:
         run_elements: how many elements are updated together; a run never spans two tensors.
         runs: int64 [num_runs, number of moments + 3], rows of ``runs_dtype``.
-        hypers: float64 [num_groups, num_hypers].
+        hypers: float64 [num_groups, number of the rule's columns].
         segments: float64 [num_segments, 3], start, length and scale, of one group after the other.
         segment_begin: int64 [num_groups + 1, 1], where each group's segments begin.
         tensor_groups: int32 [num_tensors, 1].
@@ -54,8 +55,6 @@ class DevicePlan(PointerPlan):
 
     on_device: ClassVar[bool] = True
     table_from: ClassVar[int] = 0  # number of tensors above which gradients need a device table
-    num_hypers: ClassVar[int]
-    counts: ClassVar[bool]  # whether each step changes ``progress``
 
     def __init__(self, spec: PlanSpec) -> None:
         super().__init__(spec)
@@ -83,7 +82,7 @@ class DevicePlan(PointerPlan):
         ) = _copied_to(
             self.device,
             _runs(spec, moments, sizes, self.run_elements),
-            np.zeros((len(spec.segments), self.num_hypers)),
+            np.zeros((len(spec.segments), len(self.rule.hypers))),
             segments.numpy(),
             begin.numpy(),
             np.array(spec.groups, np.int32).reshape(-1, 1),
@@ -174,23 +173,16 @@ class DevicePlan(PointerPlan):
         return self._unsure or bool(self._unstarted)
 
     @abstractmethod
-    def _launch(
-        self,
-        grads: array[int],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        track: bool,
-    ) -> None: ...
+    def _launch(self, grad_scale: Tensor | None, found_inf: Tensor | None, track: bool) -> None: ...
 
     def _run(
         self, grad_scale: Tensor | float | None, found_inf: Tensor | None, track: bool
     ) -> None:
-        grad_addresses = self._addresses
-        if len(grad_addresses) > self.table_from:
-            self._set_grads(grad_addresses)
+        if len(self.params) > self.table_from:
+            self._set_grads(self._addresses)
         self._keep_for(self._stream())
         grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
-        self._launch(grad_addresses, grad_scale, found_inf, track or self.counts)
+        self._launch(grad_scale, found_inf, track or self.rule.counts)
         self._note_step()
 
     def _has(self, hypers: Hypers) -> bool:
@@ -249,7 +241,6 @@ class CudaLaunch(DevicePlan):
     """One launch of csrc/cuda/step.cuh."""
 
     table_from: ClassVar[int] = 480  # kGradArguments
-    kernel: ClassVar[str]  # what its operators are named after
 
     def __init__(self, spec: PlanSpec) -> None:
         super().__init__(spec)
@@ -265,7 +256,7 @@ class CudaLaunch(DevicePlan):
         return torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def _make(self) -> int:
-        make, self._step, free = operators(f"cuda_{self.kernel}")
+        make, self._step, free = operators(f"cuda_{self.rule.name}")
         handle: int = make(
             self.runs,
             self.hypers,
@@ -283,21 +274,25 @@ class CudaLaunch(DevicePlan):
         weakref.finalize(self, free, handle)
         return handle
 
-    def _launch(
-        self,
-        grads: array[int],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        track: bool,
-    ) -> None:
+    def _launch(self, grad_scale: Tensor | None, found_inf: Tensor | None, track: bool) -> None:
         self._step(
             self._handle,
-            grads.buffer_info()[0],
-            self.grad_table.data_ptr() if len(grads) > self.table_from else 0,
+            self._addresses.buffer_info()[0],
+            self.grad_table.data_ptr() if len(self.params) > self.table_from else 0,
             0 if found_inf is None else found_inf.data_ptr(),
             0 if grad_scale is None else grad_scale.data_ptr(),
             track,
         )
+
+
+class TritonLaunch(DevicePlan):
+    """One launch of the kernel in fastfreeze/kernels/*_triton.py."""
+
+    def _launch(self, grad_scale: Tensor | None, found_inf: Tensor | None, track: bool) -> None:
+        from fastfreeze.kernels import step_triton
+
+        kernels = importlib.import_module(f"fastfreeze.kernels.{self.rule.name}_triton")
+        step_triton.launch(kernels.step_kernel, self, grad_scale, found_inf, track)
 
 
 def runs_dtype(num_moments: int) -> np.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,25 +35,15 @@ _LIBRARY.define("placements_kept_hold(int handle) -> bool")
 _LIBRARY.define("placements_free(int handle) -> ()")
 _LIBRARY.define("gaps(Tensor written, Tensor sizes) -> int")
 _LIBRARY.define("gaps_free(int handle) -> ()")
-_LIBRARY.define(
-    "sgd_plan(Tensor tensors, Tensor segments, Tensor segment_begin, float eta_min, "
-    "int warmup_steps) -> int"
-)
-_LIBRARY.define(
-    "sgd_step(int handle, int grads, int hypers, int step, float inv_grad_scale, "
-    "bool store_grad, int lrs) -> ()"
-)
-_LIBRARY.define("sgd_plan_free(int handle) -> ()")
-_LIBRARY.define(
-    "adam_plan(Tensor tensors, Tensor steps, Tensor segments, Tensor segment_begin, "
-    "float eta_min, int warmup_steps) -> int"
-)
-_LIBRARY.define(
-    "adam_step(int handle, int grads, int hypers, int step, float inv_grad_scale, "
-    "bool store_grad, int lrs) -> ()"
-)
-_LIBRARY.define("adam_plan_free(int handle) -> ()")
 for _rule in ("sgd", "adam"):
+    _LIBRARY.define(
+        f"{_rule}_plan(Tensor tensors, Tensor progress, Tensor segments, Tensor segment_begin, "
+        "float eta_min, int warmup_steps) -> int"
+    )
+    _LIBRARY.define(
+        f"{_rule}_step(int handle, int grads, int hypers, int step, float inv_grad_scale, "
+        "bool store_grad, int lrs) -> ()"
+    )
     _LIBRARY.define(
         f"cuda_{_rule}_plan(Tensor runs, Tensor hypers, Tensor segments, Tensor segment_begin, "
         "Tensor tensor_groups, Tensor(a!) progress, Tensor(b!) counters, int run_elements, "
@@ -62,7 +53,8 @@ for _rule in ("sgd", "adam"):
         f"cuda_{_rule}_step(int handle, int grads, int grad_table, int found_inf, int grad_scale, "
         "bool track) -> ()"
     )
-    _LIBRARY.define(f"cuda_{_rule}_plan_free(int handle) -> ()")
+    for _prefix in ("", "cuda_"):
+        _LIBRARY.define(f"{_prefix}{_rule}_plan_free(int handle) -> ()")
 _LIBRARY.define(
     "affine_relu_cat(Tensor[] parts, Tensor scale, Tensor shift, bool channels_last, bool relu) "
     "-> Tensor",
@@ -163,10 +155,32 @@ def backends() -> dict[Backend, Availability]:
     return dict(_BACKENDS)
 
 
-def for_device(device: torch.device) -> list[Backend]:
-    """The kernels' backends that can run on a device, fastest first, an interpreter left out."""
-    kinds: list[Backend] = ["cuda", "triton"] if device.type == "cuda" else ["cpu"]
-    return [name for name in kinds if not refuses_device(name, device)]
+def choose(
+    backend: Backend | None,
+    device: torch.device,
+    what: str,
+    refuses: Callable[[Backend], str | None],
+) -> Backend:
+    """The backend asked for, or the fastest that can take ``what`` on ``device``.
+
+    Args:
+        backend: the one asked for; None: any, of which an interpreter is none.
+        device: where it is.
+        what: the word for it in errors.
+        refuses: why a backend's kernels cannot take it for what it is; None if they can.
+
+    Raises:
+        ValueError, BackendUnavailableError: the one asked for cannot run, or cannot take it.
+    """
+    if backend is None:
+        kinds: list[Backend] = ["cuda", "triton"] if device.type == "cuda" else ["cpu"]
+        usable = (n for n in kinds if refuses_device(n, device) is None and refuses(n) is None)
+        return next(usable, "reference")
+    require(backend)
+    reason = None if backend == "reference" else refuses_device(backend, device) or refuses(backend)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot take {what}: {reason}")
+    return backend
 
 
 def refuses_device(backend: Backend, device: torch.device) -> str | None:

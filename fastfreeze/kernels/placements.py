@@ -132,7 +132,7 @@ class Look:
         self._gaps_handle: int | None = None
         if has_library():
             self._gaps_handle = torch.ops.fastfreeze.gaps.default(
-                _table(self._gaps.stretches, 2), _table(self._sizes, 1)
+                int64_table(self._gaps.stretches, 2), int64_table(self._sizes, 1)
             )
             weakref.finalize(self._gaps, torch.ops.fastfreeze.gaps_free.default, self._gaps_handle)
 
@@ -193,7 +193,8 @@ _MOVED_WORDS = "a parameter or its state is not where it was"
 _NOT_CLEAR_WORDS = "a gradient lies in the memory of a parameter or of its state"
 
 
-def _table(rows: Sequence[Any], columns: int) -> Tensor:
+def int64_table(rows: Sequence[Any], columns: int) -> Tensor:
+    """For operators: int64 [n, columns]."""
     return torch.from_numpy(np.array(rows, np.int64).reshape(-1, columns))
 
 

@@ -6,12 +6,13 @@ A plan holds what stays the same from step to step. Each backend has one, with t
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,15 @@ import torch
 from torch import Tensor
 
 from fastfreeze.kernels.memory import Gaps
-from fastfreeze.kernels.placements import Given, Look, addresses_of, holds_values, kind_of
-from fastfreeze.layers.groups import SegmentTable
-from fastfreeze.schedule import Segment
+from fastfreeze.kernels.placements import (
+    Given,
+    Look,
+    addresses_of,
+    holds_values,
+    int64_table,
+    kind_of,
+)
+from fastfreeze.schedule import Segment, SegmentTable
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
@@ -61,27 +68,50 @@ class PlanSpec:
     steps: Tensor | None = None
 
 
-class Plan(Protocol):
+@dataclass(frozen=True)
+class Rule:
+    """How an optimizer updates a parameter, as far as all its kernels agree.
+
+    Attributes:
+        name: in the names of its operators and of its Triton kernel's file.
+        hypers: columns of a plan's table of hyperparameters, from lr to initial_lr.
+        counts: whether a parameter's steps count, and not its first alone.
+    """
+
+    name: str
+    hypers: tuple[str, ...]
+    counts: bool
+
+
+class Plan(ABC):
     """Tensors that one backend updates together, step after step."""
 
-    on_device: ClassVar[bool]  # grad_scale and found_inf are read there, not by the host
+    rule: ClassVar[Rule]
+    on_device: ClassVar[bool] = False  # grad_scale and found_inf are read there, not by the host
+    params: list[Tensor]
     moments: dict[str, list[Tensor | None]]
 
+    @abstractmethod
     def __init__(self, spec: PlanSpec) -> None: ...
 
     @staticmethod
     def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
         """Parameters of one plan have equal keys."""
+        return None
 
+    @abstractmethod
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         """From now on, ``align`` refuses gradients in the memory of these tensors."""
 
+    @abstractmethod
     def watch(self, state: Sequence[Tensor]) -> None:
         """From now on, ``align`` refuses to go on if one of these tensors has moved."""
 
+    @abstractmethod
     def hold(self, params: Sequence[Tensor]) -> bool:
         """Whether these, as many as the plan's, are the plan's parameters as it knows them."""
 
+    @abstractmethod
     def align(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
     ) -> Sequence[Tensor]:
@@ -97,6 +127,7 @@ class Plan(Protocol):
                 parameter, or one in memory that the step writes; a parameter or buffer has moved.
         """
 
+    @abstractmethod
     def step(
         self,
         grads: Sequence[Tensor],
@@ -118,11 +149,12 @@ class Plan(Protocol):
             Each group's learning rate at ``step + 1``.
         """
 
+    @abstractmethod
     def unstarted(self) -> set[int]:
         """Indices of the parameters whose state has had no step. May wait for the device."""
 
 
-class PointerPlan:
+class PointerPlan(Plan):
     """What the plans of kernels share: gradients brought to their parameters' layout."""
 
     def __init__(self, spec: PlanSpec) -> None:
@@ -178,23 +210,39 @@ class PointerPlan:
 
 
 class HostPlan(PointerPlan):
-    """All tensors in one parallel region of a C++ kernel."""
+    """All tensors in one parallel region of csrc/cpu/step_kernel.cpp."""
 
-    on_device: ClassVar[bool] = False
-    _kernel: ClassVar[str]  # what its operators' names begin with
-
-    def _make(self, spec: PlanSpec, *tables: Tensor) -> None:
-        """Make the kernel's plan from its own tables and the schedule."""
-        make, self._kernel_step, free = operators(self._kernel)
-        self._handle = make(*tables, *segment_table(spec.segments), spec.eta_min, spec.warmup_steps)
+    def __init__(self, spec: PlanSpec) -> None:
+        super().__init__(spec)
+        moments = list(spec.moments.values())
+        dtypes = [
+            dtype_of_state(p, spec.state_dtype) if m is None else m.dtype
+            for p, m in zip(spec.params, moments[0], strict=True)
+        ]
+        tensors = zip(
+            addresses_of(spec.params),
+            *map(_present, moments),
+            map(Tensor.numel, spec.params),
+            spec.groups,
+            [SCALAR_TYPES[p.dtype] for p in spec.params],
+            [SCALAR_TYPES[dtype] for dtype in dtypes],
+            strict=True,
+        )
+        self._progress = spec.steps  # kept alive: the kernel reads and writes there
+        if self._progress is None:
+            self._progress = torch.from_numpy(1 - np.array(spec.first, np.float32))
+        make, self._kernel_step, free = operators(self.rule.name)
+        self._handle = make(
+            int64_table(list(tensors), len(moments) + 5),
+            self._progress.view(-1, 1),
+            *segment_table(spec.segments),
+            spec.eta_min,
+            spec.warmup_steps,
+        )
         weakref.finalize(self, free, self._handle)
         self._lrs = np.empty(len(spec.segments))
         self._lrs_address = self._lrs.ctypes.data
         self._hypers: Hypers | None = None  # whose address is known
-
-    @staticmethod
-    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
-        return None
 
     def step(
         self,
@@ -234,21 +282,17 @@ def operators(kernel: str) -> tuple[Any, Any, Any]:
     return make, step, free
 
 
-def rows(*columns: Iterable[int]) -> Tensor:
-    """The columns side by side: int64 [n, number of columns]."""
-    return torch.from_numpy(np.array(list(zip(*columns, strict=True)), np.int64)).reshape(
-        -1, len(columns)
-    )
+def _present(moments: Sequence[Tensor | None]) -> list[int]:
+    """Their addresses, 0 for None alone: the kernel asks who has moments, of no elements too."""
+    return [0 if t is None else t.data_ptr() or 1 for t in moments]
 
 
 def _in_words(kind: tuple[torch.layout, torch.dtype, torch.Size]) -> str:
     return f"{kind[0]}, {kind[1]}, {tuple(kind[2])}"
 
 
-class TensorwisePlan:
+class TensorwisePlan(Plan):
     """Tensor by tensor in PyTorch: every device, dtype and layout."""
-
-    on_device: ClassVar[bool] = False
 
     def __init__(self, spec: PlanSpec) -> None:
         self.params, self.state_dtype, self._first = spec.params, spec.state_dtype, spec.first
@@ -263,10 +307,6 @@ class TensorwisePlan:
         self._kinds = list(map(kind_of, spec.params))
         self._gaps: Gaps | None = None
         self._given = Given([])
-
-    @staticmethod
-    def key(param: Tensor, state_dtype: torch.dtype) -> Hashable:
-        return None
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         self._gaps = Gaps(written)
@@ -305,7 +345,10 @@ class TensorwisePlan:
                 continue
             members = self._members[g]
             own = [[moments[i] for i in members] for moments in self.moments.values()]
-            self._update(members, [each[i] for i in members], own, lr, hypers[g].tolist(), scale)
+            hyper = dict(zip(self.rule.hypers, hypers[g].tolist(), strict=True))
+            hyper |= {"lr": lr, "grad_scale": scale}
+            del hyper["initial_lr"]
+            self._update(members, [each[i] for i in members], own, **hyper)
             for moments, updated in zip(self.moments.values(), own, strict=True):
                 for i, moment in zip(members, updated, strict=True):
                     moments[i] = moment
@@ -316,17 +359,15 @@ class TensorwisePlan:
         pairs = zip(self._first, moments, strict=True)
         return {i for i, (first, moment) in enumerate(pairs) if first and moment is None}
 
+    @abstractmethod
     def _update(
         self,
         members: list[int],
         grads: list[Tensor | None],
         moments: list[list[Tensor | None]],
-        lr: float,
-        row: list[float],
-        grad_scale: float | None,
+        **hyper: Any,
     ) -> None:
         """Update one group's parameters, and replace in ``moments`` those that are None."""
-        raise NotImplementedError
 
 
 def segment_table(segments: Sequence[tuple[Segment, ...]]) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,15 @@ def sgd_reference(
 ) -> None:
     """One SGD step in place, operation for operation ``torch.optim.SGD``'s for-loop.
 
-    See :func:`fastfreeze.kernels.sgd.sgd` for the arguments.
+    Args:
+        params: tensors to update.
+        grads: their gradients, of the same shapes and dtypes; None leaves a parameter as it is.
+        momentum_buffers: one per parameter; None where a parameter has had no step yet, and
+            replaced by a buffer if ``momentum`` is not 0. The first step copies the gradient into
+            it, undampened.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        grad_scale: what the loss was multiplied by; the gradients are divided by it in place.
+        momentum_dtype: buffers are at least of this dtype; None makes them as their gradients.
     """
     for i, (param, gradient) in enumerate(zip(params, grads, strict=True)):
         if gradient is None:

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from fastfreeze.kernels.sgd import SGD_HYPERS
 from fastfreeze.kernels.step_triton import (
     arrive,
     finish_step,
     group_rate,
-    launch,
     load_run,
     run_of,
     store_run,
 )
 
-if TYPE_CHECKING:
-    from fastfreeze.kernels.device_plan import DevicePlan
-
-# Columns of a group's row, as in csrc/sgd_tables.h.
-_MOMENTUM = tl.constexpr(1)
-_DAMPENING = tl.constexpr(2)
-_WEIGHT_DECAY = tl.constexpr(3)
-_NESTEROV = tl.constexpr(4)
-_MAXIMIZE = tl.constexpr(5)
-_HYPERS = tl.constexpr(7)
-
-
-def step(
-    plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor | None, track: bool
-) -> None:
-    """Launch a step of the plan, whose ``grad_table`` is up to date."""
-    launch(_step_kernel, plan, grad_scale, found_inf, track)
+_MOMENTUM = tl.constexpr(SGD_HYPERS.index("momentum"))
+_DAMPENING = tl.constexpr(SGD_HYPERS.index("dampening"))
+_WEIGHT_DECAY = tl.constexpr(SGD_HYPERS.index("weight_decay"))
+_NESTEROV = tl.constexpr(SGD_HYPERS.index("nesterov"))
+_MAXIMIZE = tl.constexpr(SGD_HYPERS.index("maximize"))
+_HYPERS = tl.constexpr(len(SGD_HYPERS))
 
 
 @triton.jit
@@ -80,7 +66,7 @@ def _sgd_update(p, g, b, row, lr, buffered, started, live, MATH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["eta_min", "warmup_steps", "num_runs", "num_tensors", "track"])
-def _step_kernel(
+def step_kernel(
     runs, grads, hypers, segments, begin, tensor_groups, progress, counters, grad_scale,
     found_inf, eta_min: tl.float64, warmup_steps: tl.float64, num_runs, num_tensors, track,
     PARAM: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr, RUN: tl.constexpr,

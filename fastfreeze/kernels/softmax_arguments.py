@@ -15,7 +15,12 @@ from fastfreeze.kernels.reference import sum_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_CUDA_MEMBERS = 128  # at most: a launch's arguments hold their addresses
+# What a launch can take: of CUDA, its arguments hold the members' addresses; of Triton, each number
+# of members is compiled for itself, and a program's registers hold a row.
+_MOST_MEMBERS: dict[Backend, int] = {"cuda": 128, "triton": 16}
+_TRITON_CLASSES = 4096  # of fp64 half as many
+
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def member_list(members: Tensor | Sequence[Tensor], dim: int | None = None) -> list[Tensor]:
@@ -168,9 +173,7 @@ def checked_labels(labels: Tensor | None, logits: Tensor) -> Tensor | None:
     return labels.long()
 
 
-def new_statistics(
-    first: Tensor, with_nll: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def new_statistics(first: Tensor, with_nll: bool) -> Statistics:
     """Memory for the statistics of logits like ``first``, in ``ensemble_statistics``' order."""
     rows, dtype = first.shape[:-1], sum_dtype(first.dtype)
     maximum, entropy, mutual_information = (first.new_empty(rows, dtype=dtype) for _ in range(3))
@@ -205,16 +208,17 @@ def check_rows(result: Tensor, members: list[Tensor], label: str) -> None:
 
 def choose_backend(backend: Backend | None, label: str, members: Sequence[Tensor]) -> Backend:
     """The backend asked for if it can take the members, or else the fastest that can."""
-    first = members[0]
-    if backend is None:
-        plain = type(first) in (Tensor, torch.nn.Parameter)
-        usable = library.for_device(first.device) if plain else []
-        fits = not usable or usable[0] != "cuda" or len(members) <= _CUDA_MEMBERS
-        return usable[0] if usable and fits else "reference"
-    library.require(backend)
-    reason = library.refuses_device(backend, first.device)
-    if reason is None and backend == "cuda" and len(members) > _CUDA_MEMBERS:
-        reason = f"there are {len(members)} members, at most {_CUDA_MEMBERS} are possible"
-    if reason is not None:
-        raise ValueError(f"backend={backend!r} cannot take {label}: {reason}")
-    return backend
+    first, count, classes = members[0], len(members), members[0].shape[-1]
+    if backend is None and type(first) not in (Tensor, torch.nn.Parameter):
+        return "reference"
+
+    def refuses(name: Backend) -> str | None:
+        most = _MOST_MEMBERS.get(name, count)
+        if count > most:
+            return f"there are {count} members, at most {most} are possible"
+        most = _TRITON_CLASSES // (2 if first.dtype == torch.float64 else 1)
+        if name == "triton" and classes > most:
+            return f"there are {classes} classes, at most {most} are possible"
+        return None
+
+    return library.choose(backend, first.device, label, refuses)

@@ -129,7 +129,7 @@ def pays(C: int, H: int, W: int, K: int) -> bool:
 # Not for torch.compile to trace: a machine stays what it is.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_fast_instructions() -> bool:
-    if "cpu" not in library.for_device(torch.device("cpu")):
+    if not library.backends()["cpu"].available:
         return False
     level: int = torch.ops.fastfreeze.cpu_isa.default(-1)
     return level >= 1

@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from fastfreeze.layers.frozen import frozen_by_schedule, note_frozen, note_thawed
-from fastfreeze.layers.groups import Group, SegmentTable, check_scheduled_groups
-from fastfreeze.schedule import Schedule
+from fastfreeze.layers.groups import Group, check_scheduled_groups
+from fastfreeze.schedule import Schedule, SegmentTable
 
 
 class FollowedGroups:

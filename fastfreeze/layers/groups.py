@@ -7,22 +7,19 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastfreeze.checks import check_int
 from fastfreeze.errors import warn
 from fastfreeze.layers.frozen import frozen_by_schedule, planned
-from fastfreeze.schedule import Schedule, Segment, check_initial_lr, cosine_lr
+from fastfreeze.schedule import Schedule, Segment, check_initial_lr
 from fastfreeze.text import ranges
 
 Group = Mapping[str, Any]
 # FreezeOut's scaling at its authors' settings stays below: 2 at t_0=0.8, 8 at 0.5, both cubic. A
 # rate that is right for a network seldom is at ten times itself.
 _MANY_TIMES = 10
-_AHEAD = 32  # steps computed at once: NumPy takes hardly longer for them than for one
 
 
 def check_number(name: str, value: Any) -> None:
@@ -169,54 +166,3 @@ def layers_in_words(groups: Sequence[Group], chosen: Iterable[int]) -> str:
 def layers_of(groups: Sequence[Group], chosen: Iterable[int]) -> list[int]:
     """Indices of the layers of some groups, rising; a group that names none is one itself."""
     return sorted({groups[g].get("layer_index", g) for g in chosen})
-
-
-class SegmentTable:
-    """The segments of many groups, for all their learning rates at a step at once.
-
-    Args:
-        segments: of each group, by start.
-        eta_min: lower bound of the learning rate of a group that trains.
-        warmup_steps: over which all rates rise, 0 for none.
-    """
-
-    def __init__(
-        self, segments: Sequence[tuple[Segment, ...]], eta_min: float, warmup_steps: int
-    ) -> None:
-        longest = max(map(len, segments), default=0)
-        padding = Segment(-1, math.inf)
-        rows = [
-            [(s.start, s.length, s.scale) for s in (*group, *[padding] * (longest - len(group)))]
-            for group in segments
-        ]
-        table = np.array(rows, dtype=np.float64).reshape(len(rows), longest, 3)
-        self._start, self._length, self._scale = np.moveaxis(table, 2, 0)
-        self._start[self._start < 0] = np.inf
-        self._eta_min, self._warmup_steps = eta_min, warmup_steps
-        self._known: list[list[float]] = []  # rates of the steps from _first on
-        self._first, self._initial = 0, b""
-
-    def lrs(self, step: int, initial_lr: npt.NDArray[np.float64]) -> list[float]:
-        """Each group's :func:`cosine_lr` at ``step`` on the segment that holds it."""
-        initial = initial_lr.tobytes()
-        if initial != self._initial or not 0 <= step - self._first < len(self._known):
-            self._known = self._rates(np.arange(step, step + _AHEAD)[:, None], initial_lr).tolist()
-            self._first, self._initial = step, initial
-        return self._known[step - self._first]
-
-    def frozen(self, step: int) -> set[int]:
-        """The groups that are frozen at ``step``."""
-        return set(np.flatnonzero(self._length[self._at(step)] == 0).tolist())
-
-    def _at(self, steps: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Where the segments are that hold each group's ``steps`` [..., 1] or number."""
-        rows = np.arange(len(self._start))
-        return rows, (self._start <= np.asarray(steps)[..., None]).sum(-1) - 1
-
-    def _rates(
-        self, steps: npt.NDArray[np.int64], initial_lr: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64]:
-        """Rates [steps, groups] at ``steps`` [steps, 1]."""
-        at = self._at(steps)
-        start, length, scale = (a[at] for a in (self._start, self._length, self._scale))
-        return cosine_lr(steps, start, length, scale, initial_lr, self._eta_min, self._warmup_steps)

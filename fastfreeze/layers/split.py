@@ -33,8 +33,6 @@ from fastfreeze.layers.rule import layers_by_rule
 from fastfreeze.schedule import Constant, Schedule, check_initial_lr
 from fastfreeze.text import format_table, human_count, ranges, some
 
-Intervals = list[tuple[int, int]]
-
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -181,30 +179,18 @@ class LayerPlan:
         """FLOPs that the schedule removes from the run, divided by its number of steps."""
         if self.schedule is None or self._backward_flops is None:
             return None
-        frozen = [self._frozen_steps(layer) for layer in self.layers]
-        prefix = [(0, self.schedule.total_steps)]
+        stages = self.schedule.frozen_layers(len(self.layers))
+        ends = [start for start, _ in stages[1:]] + [self.schedule.total_steps]
+        fixed = {layer.index for layer in self.layers if not layer.trainable}
         saved = 0
-        for layer in self.layers:
-            prefix = _intersection(prefix, frozen[layer.index])
-            gone = prefix
-            for other in layer.held_by:
-                gone = _intersection(gone, frozen[other])
-            saved += (layer.backward_flops or 0) * sum(end - start for start, end in gone)
+        for (start, scheduled), end in zip(stages, ends, strict=True):
+            frozen = scheduled | fixed
+            for layer in self.layers:
+                if layer.index not in frozen:
+                    break
+                if frozen.issuperset(layer.held_by):
+                    saved += (layer.backward_flops or 0) * (end - start)
         return saved / self.schedule.total_steps
-
-    def _frozen_steps(self, layer: Layer) -> Intervals:
-        """Half-open intervals of steps at which nothing in the layer trains."""
-        assert self.schedule is not None
-        total_steps = self.schedule.total_steps
-        if not layer.trainable:
-            return [(0, total_steps)]
-        segments = self.schedule.segments(layer.index, len(self.layers))
-        ends = [s.start for s in segments[1:]] + [total_steps]
-        return [
-            (s.start, min(end, total_steps))
-            for s, end in zip(segments, ends, strict=True)
-            if s.frozen
-        ]
 
     def __repr__(self) -> str:
         return f"<LayerPlan: {type(self.model).__name__} in {len(self.layers)} layers>"
@@ -514,8 +500,3 @@ def _sharing(
         f"({names[i]!r}): {some(shared)}. Until they freeze, the backward runs down to layer {i}"
         for (i, home), shared in groups.items()
     ]
-
-
-def _intersection(a: Intervals, b: Intervals) -> Intervals:
-    pairs = ((max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b)
-    return [(start, end) for start, end in pairs if start < end]

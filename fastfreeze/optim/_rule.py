@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fastfreeze.kernels.library import Backend
 from fastfreeze.kernels.plans import Plan
@@ -16,7 +16,6 @@ class UpdateRule(ABC):
 
     name: ClassVar[str]  # torch's and ours
     required: ClassVar[Sequence[str]]  # keys of groups by which a state is known as this rule's
-    added_since: ClassVar[Mapping[str, Any]]  # keys that older states lack, and what they meant
     keys: ClassVar[Sequence[str]]  # what the update depends on in a group, without lr
     hypers: ClassVar[Sequence[str]]  # columns of its plans' table of hyperparameters
     plans: ClassVar[Mapping[Backend, type[Plan]]]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastfreeze.kernels import adam as adam_ops
-from fastfreeze.kernels.adam_plans import ADAM_HYPERS
+from fastfreeze.kernels.adam import ADAM_HYPERS, PLANS
 from fastfreeze.kernels.library import Backend
 from fastfreeze.layers.groups import Group, check_number
 from fastfreeze.optim._checks import check_numbers, check_state_dtype
@@ -23,17 +22,9 @@ class AdamRule(UpdateRule):
 
     name = "Adam"
     required = ("betas", "eps", "amsgrad")
-    added_since: ClassVar[Mapping[str, Any]] = {
-        "maximize": False,
-        "foreach": None,
-        "capturable": False,
-        "differentiable": False,
-        "fused": None,
-        "decoupled_weight_decay": False,
-    }
     keys = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
     hypers = ADAM_HYPERS
-    plans = adam_ops.PLANS
+    plans = PLANS
     takes_sparse = False
     moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     together = ("exp_avg", "exp_avg_sq")

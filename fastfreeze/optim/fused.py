@@ -283,7 +283,7 @@ class FusedOptimizer(Optimizer):
         self._notices = Notices(self._frozen, self._step)
         self._initial_lrs = [_UNCHECKED] * len(self.param_groups)
         for group in self.param_groups:
-            for name, value in self._rule.added_since.items():
+            for name, value in self.defaults.items():  # older versions of torch have fewer
                 group.setdefault(name, value)
 
     @property

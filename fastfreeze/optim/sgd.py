@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfreeze.kernels import sgd as sgd_ops
 from fastfreeze.kernels.library import Backend
-from fastfreeze.kernels.sgd_plans import SGD_HYPERS
+from fastfreeze.kernels.sgd import PLANS, SGD_HYPERS
 from fastfreeze.layers.groups import Group, check_number
 from fastfreeze.optim._checks import check_numbers, check_state_dtype
 from fastfreeze.optim._rule import UpdateRule
@@ -23,15 +22,9 @@ class SgdRule(UpdateRule):
 
     name = "SGD"
     required = ("momentum", "dampening", "nesterov")
-    added_since: ClassVar[Mapping[str, Any]] = {
-        "maximize": False,
-        "foreach": None,
-        "differentiable": False,
-        "fused": None,
-    }
     keys = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
     hypers = SGD_HYPERS
-    plans = sgd_ops.PLANS
+    plans = PLANS
     takes_sparse = True
     moments = ("momentum_buffer",)
 

@@ -24,7 +24,7 @@ from fastfreeze.schedule.freezeout import (
     HowScale,
     freezeout_ratio,
 )
-from fastfreeze.schedule.segments import FloatArray, Segment, cosine_lr, segments_lr
+from fastfreeze.schedule.segments import FloatArray, Segment, SegmentTable, cosine_lr
 
 __all__ = [
     "Composition",
@@ -38,13 +38,13 @@ __all__ = [
     "HowScale",
     "Schedule",
     "Segment",
+    "SegmentTable",
     "SnapshotCycles",
     "StepDecay",
     "check_initial_lr",
     "cosine_lr",
     "freezeout_ratio",
     "from_config",
-    "segments_lr",
 ]
 
 _KINDS: dict[str, type[Schedule]] = {

@@ -13,10 +13,7 @@ import numpy.typing as npt
 
 from fastfreeze.checks import check_int
 from fastfreeze.schedule._checks import check_number, check_rate
-from fastfreeze.schedule.segments import FloatArray, Segment, segment_index, segments_lr
-
-# Arguments that came later: where they have no effect, a config is as in older checkpoints.
-_LATER: dict[str, Any] = {"stages": None, "warmup_steps": 0, "layer_decay": 1.0}
+from fastfreeze.schedule.segments import FloatArray, Segment, SegmentTable
 
 
 @dataclass(frozen=True)
@@ -128,13 +125,13 @@ class Schedule(ABC):
         steps = np.asarray(step)
         if steps.size and not (steps.min() >= 0 and steps.max() <= self.total_steps):  # NaN too
             raise ValueError(f"step must be in 0..{self.total_steps} (total_steps), got {step!r}")
-        lrs = segments_lr(segments, steps, initial_lr, self.eta_min, self.warmup_steps)
+        table = SegmentTable([segments], self.eta_min, self.warmup_steps)
+        lrs = table.rates(steps, initial_lr)[..., 0]
         return float(lrs) if np.ndim(step) == 0 else lrs
 
     def is_frozen(self, step: int, layer_index: int = 0, num_layers: int = 1) -> bool:
         """Whether the layer is frozen at ``step`` (0-based)."""
-        segments = self.segments(layer_index, num_layers)
-        return segments[int(segment_index(segments, np.asarray(step)))].frozen
+        return 0 in SegmentTable([self.segments(layer_index, num_layers)]).frozen(step)
 
     def freeze_steps(self, layer_index: int = 0, num_layers: int = 1) -> tuple[int, ...]:
         """The steps at which the layer becomes frozen, in order; empty if it never does."""
@@ -165,22 +162,17 @@ class Schedule(ABC):
         In order; each lasts until the next one's first step, the last until the run's end.
         """
         rows = [self.segments(i, num_layers) for i in range(num_layers)]
+        table = SegmentTable(rows)
         found: list[tuple[int, frozenset[int]]] = []
         for step in sorted({s.start for row in rows for s in row if s.start < self.total_steps}):
-            now = [row[int(segment_index(row, np.asarray(step)))] for row in rows]
-            frozen = frozenset(i for i, segment in enumerate(now) if segment.frozen)
+            frozen = frozenset(table.frozen(step))
             if not found or found[-1][1] != frozen:
                 found.append((step, frozen))
         return tuple(found)
 
     def config(self) -> dict[str, Any]:
         """The schedule as plain data; :func:`from_config` makes it again."""
-        arguments = {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in _LATER or value != _LATER[name]
-        }
-        return {"name": type(self).__name__, **arguments}
+        return {"name": type(self).__name__, **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)

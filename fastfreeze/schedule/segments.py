@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+_AHEAD = 32  # steps computed at once: NumPy takes hardly longer for them than for one
 
 
 @dataclass(frozen=True)
@@ -61,33 +63,53 @@ def cosine_lr(
     return np.where(frozen, 0.0, (eta_min + (highest - eta_min) * factor) * warm)
 
 
-def segments_lr(
-    segments: Sequence[Segment],
-    step: int | npt.NDArray[np.int64],
-    initial_lr: float,
-    eta_min: float = 0.0,
-    warmup_steps: int = 0,
-) -> FloatArray:
-    """:func:`cosine_lr` of each step on the segment that holds it.
+class SegmentTable:
+    """The segments of many groups, or of one, for all their learning rates at a step at once.
 
     Args:
-        segments: of a layer, by start.
-        step: one or an array of any shape, 0-based.
-        initial_lr, eta_min, warmup_steps: as in :func:`cosine_lr`.
-
-    Returns:
-        float64, of ``step``'s shape.
+        segments: of each group, by start.
+        eta_min: lower bound of the learning rate of a group that trains.
+        warmup_steps: over which all rates rise, 0 for none.
     """
-    steps = np.asarray(step)
-    rows = np.array([(s.start, s.length, s.scale) for s in segments])
-    start, length, scale = rows[segment_index(segments, steps)].T
-    lrs: FloatArray
-    lrs = cosine_lr(steps.T, start, length, scale, initial_lr, eta_min, warmup_steps).T
-    return lrs
 
+    def __init__(
+        self,
+        segments: Sequence[tuple[Segment, ...]],
+        eta_min: float = 0.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        longest = max(map(len, segments), default=0)
+        padding = (math.inf, math.inf, 1.0)  # never begins
+        rows = [
+            [(s.start, s.length, s.scale) for s in group] + [padding] * (longest - len(group))
+            for group in segments
+        ]
+        table = np.array(rows, dtype=np.float64).reshape(len(rows), longest, 3)
+        self._start, self._length, self._scale = np.moveaxis(table, 2, 0)
+        self._eta_min, self._warmup_steps = eta_min, warmup_steps
+        self._known: list[list[float]] = []  # rates of the steps from _first on
+        self._first, self._initial = 0, b""
 
-def segment_index(
-    segments: Sequence[Segment], steps: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Index of the segment that holds each step."""
-    return np.searchsorted([s.start for s in segments], steps, side="right") - 1
+    def lrs(self, step: int, initial_lr: FloatArray) -> list[float]:
+        """Each group's learning rate at ``step``, of ``initial_lr`` [groups]."""
+        initial = initial_lr.tobytes()
+        if initial != self._initial or not 0 <= step - self._first < len(self._known):
+            self._known = self.rates(np.arange(step, step + _AHEAD), initial_lr).tolist()
+            self._first, self._initial = step, initial
+        return self._known[step - self._first]
+
+    def rates(self, steps: npt.ArrayLike, initial_lr: npt.ArrayLike) -> FloatArray:
+        """:func:`cosine_lr` [..., groups] at ``steps`` [...] on the segments that hold them."""
+        steps = np.asarray(steps)[..., None]
+        at = self._at(steps)
+        start, length, scale = (a[at] for a in (self._start, self._length, self._scale))
+        return cosine_lr(steps, start, length, scale, initial_lr, self._eta_min, self._warmup_steps)
+
+    def frozen(self, step: int) -> set[int]:
+        """The groups that are frozen at ``step``."""
+        return set(np.flatnonzero(self._length[self._at(step)] == 0).tolist())
+
+    def _at(self, steps: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where the segments are that hold each group's ``steps`` [..., 1] or number."""
+        rows = np.arange(len(self._start))
+        return rows, (self._start <= np.asarray(steps)[..., None]).sum(-1) - 1

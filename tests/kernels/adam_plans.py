@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fastfreeze.kernels.adam_plans import ADAM_HYPERS, AdamReferencePlan
+from fastfreeze.kernels.adam import ADAM_HYPERS, AdamReferencePlan
 from fastfreeze.kernels.placements import Given
 from fastfreeze.kernels.plans import PlanSpec, dtype_of_state
 

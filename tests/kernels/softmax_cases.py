@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fastfreeze.kernels.softmax_arguments import choose_backend
 from tests.conftest import ISAS, kernels
 from tests.covering import covering
 
@@ -61,6 +62,14 @@ def make(shape, members, dtype, device="cpu"):
     return [
         torch.randn(shape, dtype=torch.float64).mul(4).to(dtype).to(device) for _ in range(members)
     ]
+
+
+def skip_unless_taken(backend, members):
+    """Triton takes no long rows."""
+    try:
+        choose_backend(backend, "members", members)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def shares(members, weights):

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastfreeze.kernels.adam_plans import ADAM_HYPERS, AdamCpuPlan, AdamReferencePlan
+from fastfreeze.kernels.adam import ADAM_HYPERS, AdamCpuPlan, AdamReferencePlan
 from fastfreeze.kernels.placements import Given
 from fastfreeze.kernels.plans import KERNEL_DTYPES, dtype_of_state
 from fastfreeze.kernels.reference import adam_reference
-from fastfreeze.layers.groups import SegmentTable
-from fastfreeze.schedule import Segment
+from fastfreeze.schedule import Segment, SegmentTable
 from tests.conftest import ISAS, needs_cpu_kernels
 from tests.covering import covering
 from tests.kernels.adam_plans import MOMENTS, named, spec_of
@@ -336,11 +335,11 @@ def test_bumps_the_version_of_what_it_updates(backend):
     ("case", "message"),
     [
         ({"amsgrad": True}, "parameter 1 has a gradient and no moments"),
-        ({"steps": torch.zeros(3)}, "steps must have a row for each tensor"),
-        ({"steps": torch.zeros(2).double()}, "steps has the wrong dtype"),
-        ({"steps": torch.zeros(4)[::2]}, "steps must be contiguous"),
+        ({"steps": torch.zeros(3)}, "progress must have a row for each tensor"),
+        ({"steps": torch.zeros(2).double()}, "progress has the wrong dtype"),
+        ({"steps": torch.zeros(4)[::2]}, "progress must be contiguous"),
         ({"groups": [0, 7]}, "a tensor names group 7"),
-        ({"state_dtype": torch.float64}, "a float16 parameter has a float64 exp_avg"),
+        ({"state_dtype": torch.float64}, "a float16 parameter has a state of float64"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastfreeze.kernels.affine import affine_relu, affine_relu_cat
+from fastfreeze.kernels.affine import affine_relu_cat
 from tests.conftest import every_device, needs_cpu_kernels
 from tests.kernels.guard import every_side, guarded
 
@@ -71,7 +71,7 @@ def test_kernel_against_fp64(isa, shape, kind, dtype):
 def test_one_tensor_and_vectors_of_its_dtype(kind, dtype, device):
     x = make(((19,), 6, 5), dtype, kind)[0].to(device)
     scale, shift = (v.to(device) for v in affine_of([x], dtype))
-    y = affine_relu(x, scale, shift)
+    y = affine_relu_cat((x,), scale, shift)
     assert y.is_contiguous(memory_format=kind)
     assert_near(y, [x], scale, shift)
     assert torch.equal(y, affine_relu_cat([x], scale, shift))
@@ -82,7 +82,7 @@ def test_the_product_is_not_rounded():
     x = torch.full((1, 1, 1, 40), 1 + 2.0**-12)
     shift = torch.tensor([-1 - 2.0**-11])
     if torch.ops.fastfreeze.cpu_isa(-1) > 0:
-        assert affine_relu(x, x[0, :, 0, 0], shift).eq(2.0**-24).all()
+        assert affine_relu_cat((x,), x[0, :, 0, 0], shift).eq(2.0**-24).all()
 
 
 LAYOUTS = {
@@ -108,7 +108,7 @@ def test_layouts(layout):
     for image in x:
         image.copy_(torch.randn(image.shape))
     scale, shift = affine_of([x])
-    y = affine_relu(x, scale, shift)
+    y = affine_relu_cat((x,), scale, shift)
     assert_near(y, [x], scale, shift)
     own = y.stride() == x.stride()  # without the kernels, torch keeps what strides it can
     assert y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last) or own
@@ -146,10 +146,10 @@ def test_nan_stays(kind, dtype):
     (x,) = make(((19,), 6, 5), dtype, kind)
     x[1, 17, 5, 4] = NAN
     scale, shift = affine_of([x])
-    at = affine_relu(x, scale, shift).isnan().nonzero().tolist()
+    at = affine_relu_cat((x,), scale, shift).isnan().nonzero().tolist()
     assert at == [[1, 17, 5, 4]]
     shift[3] = NAN
-    assert affine_relu(x, scale, shift)[:, 3].isnan().all()
+    assert affine_relu_cat((x,), scale, shift)[:, 3].isnan().all()
 
 
 @needs_cpu_kernels

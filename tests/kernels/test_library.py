@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ import torch
 import fastfreeze
 from fastfreeze.errors import BackendUnavailableError
 from fastfreeze.kernels import library
+from fastfreeze.kernels.adam import ADAM_HYPERS
+from fastfreeze.kernels.sgd import SGD_HYPERS
 from tests.conftest import needs_cpu_kernels
+
+SOURCES = Path(__file__).parents[2] / "csrc"
 
 
 def test_every_backend_says_whether_and_why():
@@ -65,3 +70,12 @@ def test_a_second_copy_is_refused():
 def test_an_instruction_set_the_machine_lacks_is_refused():
     with pytest.raises(RuntimeError, match="is not one this machine has"):
         torch.ops.fastfreeze.cpu_isa(99)
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"), [("sgd_math.h", SGD_HYPERS), ("adam_math.h", ADAM_HYPERS)]
+)
+def test_the_columns_of_hyperparameters_are_those_of_cpp(header, columns):
+    (names,) = re.findall(r"enum \{(.*?),\s*kCount\s*\}", (SOURCES / header).read_text(), re.DOTALL)
+    found = re.findall(r"k(\w+)", names)
+    assert [re.sub(r"\B([A-Z])", r"_\1", name).lower() for name in found] == list(columns)

@@ -12,10 +12,10 @@ from fastfreeze.errors import BackendUnavailableError
 from fastfreeze.kernels import library
 from fastfreeze.kernels.plans import KERNEL_DTYPES
 from fastfreeze.kernels.reference import sgd_reference
-from fastfreeze.kernels.sgd import sgd
 from tests.conftest import ISAS, needs_cpu_kernels, resolved, sgd_kernels
 from tests.covering import covering
 from tests.kernels.guard import SIDES, guarded
+from tests.kernels.sgd_steps import sgd
 
 HYPERS = {
     "plain": {},
@@ -273,11 +273,6 @@ def test_bumps_the_version_counter(backend, device):
 @pytest.mark.parametrize(
     ("params", "grads", "buffers", "backend", "message"),
     [
-        ([torch.ones(2)], [], [None], None, "must have equal lengths, got 1, 0 and 1"),
-        ([torch.ones(2)], [torch.ones(3)], [None], None, r"grads\[0\] must match its parameter"),
-        ([torch.ones(2)], [torch.ones(2).double()], [None], None, r"grads\[0\] must match"),
-        ([torch.ones(2)], [torch.ones(2)], [torch.ones(1)], None, r"momentum_buffers\[0\] must"),
-        ([torch.ones(2)], [torch.ones(2)], [torch.ones(2).half()], None, "momentum_buffers"),
         ([torch.ones(2)], [torch.ones(2)], [None], "gpu", "backend must be one of"),
         pytest.param(
             [torch.ones(2, dtype=torch.cfloat)], [torch.ones(2, dtype=torch.cfloat)], [None], "cpu",
@@ -312,43 +307,3 @@ def test_an_unavailable_backend_says_what_there_is():
 def test_an_unknown_plan_is_refused():
     with pytest.raises(RuntimeError, match="no SGD plan has the handle 123456789"):
         torch.ops.fastfreeze.sgd_step(123456789, 0, 0, 0, 1.0, False, 0)
-
-
-# As an operator in a graph.
-
-
-def sgd_operator(params, grads, buffers, first, backend, **hyper):
-    values = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01, **hyper}
-    flags = {"nesterov": False, "maximize": True, "grad_scale": 2.0}
-    return (params, grads, buffers, first, *values.values(), *flags.values(), backend)
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_operator_is_registered_in_full(backend, device, momentum):
-    params, (grads, buffers, _) = make([5, 33], torch.float32, device)
-    if momentum == 0:
-        buffers = []
-    args = sgd_operator(params, grads, buffers, [True, False][: len(buffers)], backend)
-    torch.library.opcheck(torch.ops.fastfreeze.sgd_.default, (*args[:5], momentum, *args[6:]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("momentum_dtype", [None, torch.float32], ids=["narrow", "wide"])
-def test_compiles_in_one_graph(backend, device, dtype, momentum_dtype):
-    params, steps = make([5, 33, 7], dtype, device)
-    hyper = {"momentum": 0.9, "nesterov": True, "momentum_dtype": momentum_dtype}
-
-    def step(params, grads, buffers):
-        sgd(params, grads, buffers, lr=0.1, backend=backend, **hyper)
-        return buffers
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    ours, theirs = [p.clone() for p in params], [p.clone() for p in params]
-    buffers, expected = [None] * 3, [None] * 3
-    for grads in steps:
-        grads[1] = None
-        buffers = compiled(ours, grads, buffers)
-        expected = step(theirs, grads, expected)
-    for a, b in zip([*ours, *buffers], [*theirs, *expected], strict=True):
-        assert a is b is None or torch.equal(a, b)

@@ -312,10 +312,6 @@ def test_tables_are_kept_for_each_stream_that_steps(backend, device, monkeypatch
     assert kept == [side, side]
 
 
-def test_the_operator_is_not_for_cuda_graphs():
-    assert torch.Tag.cudagraph_unsafe in torch.ops.fastfreeze.sgd_.default.tags
-
-
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("schedule", ["cosine", "freezeout"])
 def test_a_step_does_not_wait_for_the_device(backend, device, schedule):

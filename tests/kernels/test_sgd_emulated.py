@@ -1,7 +1,7 @@
 """The CUDA kernels of SGD, emulated under the sanitizers: memory, undefined behaviour, races.
 
 What they compute is checked here for each length of runs, and by test_sgd.py, test_optim.py and
-test_device_sgd.py, through the same emulation without sanitizers. None of it is a GPU run.
+test_sgd_device.py, through the same emulation without sanitizers. None of it is a GPU run.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fastfreeze.kernels.reference import sgd_reference
-from fastfreeze.kernels.sgd import sgd
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import FreezeOutCycles
 from tests.kernels.emulation import EmulationError
 from tests.kernels.emulation.steps import install
+from tests.kernels.sgd_steps import sgd
 from tests.kernels.test_sgd import TOLERANCE
 
 # One run each, and two: a sanitized launch of more would take long.

@@ -28,6 +28,7 @@ from tests.kernels.softmax_cases import (
     log_truth,
     make,
     shares,
+    skip_unless_taken,
     truth,
 )
 
@@ -78,6 +79,7 @@ def assert_backend_is_right(backend, device, shape, dtype, option):
     weights, temperature = option
     options = {"weights": weights, "temperature": temperature, "backend": backend}
     members = make(shape, 4, dtype, device)
+    skip_unless_taken(backend, members)
     labels = labels_of(members)
     expected = true_statistics(members, labels, weights, temperature)
     ours = ensemble_statistics(members, labels, **options)
@@ -123,7 +125,7 @@ def test_entropy_of_equals_is_the_logarithm_of_how_many(isa, dtype):
         torch.testing.assert_close(entropy, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("classes", [2, 10, 16, 17, 40, 2048, 5000])
+@pytest.mark.parametrize("classes", [2, 10, 16, 17, 40, 2048, 4000])
 def test_the_first_of_equals_is_the_argmax(backend, device, classes):
     """Columns repeat, so that every mean has equals; the largest is each of five in turn."""
     kinds = min(5, classes)
@@ -162,7 +164,7 @@ def test_extreme_rows(backend, device, row, copies):
 
 def test_members_that_contradict_each_other(backend, device):
     """All of the entropy is then disagreement, and all of a masked label's NLL is a weight's."""
-    for classes in (3, 40, 5000):
+    for classes in (3, 40, 4000):
         first, second = torch.full((2, 1, classes), -INF).unbind(0)
         first[:, 0], second[:, -1] = 700.0, -700.0
         members = [first.to(device), second.to(device)]
@@ -176,7 +178,7 @@ def test_members_that_contradict_each_other(backend, device):
         )
 
 
-@pytest.mark.parametrize("classes", [3, 40, 5000])
+@pytest.mark.parametrize("classes", [3, 40, 4000])
 def test_nll_of_a_label_that_underflows(backend, device, classes):
     logits = torch.zeros(2, classes)
     logits[:, 1] = torch.tensor([-500.0, -INF])
@@ -352,6 +354,7 @@ def test_bad_arguments_are_refused_as_for_the_mean():
 @covering("backend_and_device", backend_and_device=kernels(), dtype=DTYPES, classes=[10, 100, 2500])
 def test_online_average(backend, device, classes, dtype):
     members = make((2, 3, classes), 5, dtype, device)
+    skip_unless_taken(backend, members)
     average = EnsembleAverage(backend=backend)
     for m, logits in enumerate(members):
         average.update(logits)
@@ -438,6 +441,7 @@ def test_a_refused_update_changes_nothing(backend, device, logits, error, match)
 def test_online_statistics(backend, device, classes, dtype, option):
     weights, temperature = option
     members = make((2, 3, classes), 4, dtype, device)
+    skip_unless_taken(backend, members)
     labels = labels_of(members)
     average = EnsembleAverage(temperature=temperature, statistics=True, backend=backend)
     for logits, weight in zip(members, weights or [1.0] * 4, strict=True):

@@ -11,7 +11,8 @@ from torch import nn
 
 import fastfreeze
 from fastfreeze import FreezeOut, FreezeOutCycles
-from fastfreeze.layers.groups import SegmentTable, check_scheduled_groups
+from fastfreeze.layers.groups import check_scheduled_groups
+from fastfreeze.schedule.segments import SegmentTable
 
 TOTAL = 12
 SCHEDULES = {

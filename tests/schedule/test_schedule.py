@@ -351,13 +351,6 @@ def test_what_is_frozen_when(schedule, layers):
         assert now == frozen
 
 
-def test_without_later_arguments_a_config_is_as_it_was():
-    config = {"name": "FreezeOut", "total_steps": 10, "t_0": 0.8, "how_scale": "cubic"}
-    assert FreezeOut(10).config() == {**config, "scale_lr": True}
-    later = {"stages": 2, "warmup_steps": 3, "layer_decay": 0.9}
-    assert FreezeOut(10, **later).config() == {**config, "scale_lr": True, **later}
-
-
 def test_segments_describe_constant():
     assert Constant(7).segments() == (Segment(0, math.inf),)
     assert Constant(7).lr(range(8), 0.5).tolist() == [0.5] * 8

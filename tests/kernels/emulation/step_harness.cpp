@@ -1,4 +1,4 @@
-// The kernels of steps, launched as csrc/cuda/step_launch.h launches them.
+// The kernels of steps, launched as csrc/cuda/step_kernel.cu launches them.
 // clang-format off
 #include "cuda_emulation.h"  // before what it emulates
 // clang-format on

@@ -7,9 +7,7 @@ import torch
 from fastfreeze.kernels import adam as adam_ops
 from fastfreeze.kernels import library
 from fastfreeze.kernels import sgd as sgd_ops
-from fastfreeze.kernels.adam_device import DeviceAdam
 from fastfreeze.kernels.device_plan import CudaLaunch
-from fastfreeze.kernels.sgd_device import DeviceSgd
 from tests.kernels.emulation import Addresses, build, dtype_code
 
 
@@ -27,8 +25,12 @@ class EmulatedLaunch(CudaLaunch):
     def _multiprocessors(self):
         return self.multiprocessors
 
-    def _launch(self, grads, grad_scale, found_inf, track):
-        addresses, runs, pointees = torch.tensor(list(grads), dtype=torch.int64), self.runs, []
+    def _launch(self, grad_scale, found_inf, track):
+        addresses, runs, pointees = (
+            torch.tensor(list(self._addresses), dtype=torch.int64),
+            self.runs,
+            [],
+        )
         if self.sanitizer is not None:  # another process: addresses must be translated
             addresses = Addresses(addresses)
             runs = Addresses(runs, columns=tuple(range(1 + len(self.moments))))
@@ -41,22 +43,22 @@ class EmulatedLaunch(CudaLaunch):
             dtype_code(self.param_dtype),
             self.state_dtype != self.param_dtype,
             track,
-            len(grads) <= self.table_from,
+            len(self.params) <= self.table_from,
         ]
         type(self).seed += 1
-        self.program.run(f"{self.kernel}_step", buffers, scalars, self.seed)
+        self.program.run(f"{self.rule.name}_step", buffers, scalars, self.seed)
 
     def align(self, params, grads, given):
         self.grads = super().align(params, grads, given)
         return self.grads
 
 
-class EmulatedSgd(DeviceSgd, EmulatedLaunch):
-    kernel = "sgd"
+class EmulatedSgd(EmulatedLaunch):
+    rule = sgd_ops.SGD
 
 
-class EmulatedAdam(DeviceAdam, EmulatedLaunch):
-    kernel = "adam"
+class EmulatedAdam(EmulatedLaunch):
+    rule = adam_ops.ADAM
 
 
 def emulated(plan, sanitizer=None, multiprocessors=0):

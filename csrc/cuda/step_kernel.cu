@@ -1,17 +1,17 @@
 // The host's side of a step on a CUDA device: what a plan is made of, and its one launch per step.
-#pragma once
-
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <memory>
 
 #include "checks.h"
+#include "cuda/fused_adam.cuh"
+#include "cuda/fused_sgd.cuh"
 #include "cuda/launch.h"
-#include "cuda/step.cuh"
 #include "handles.h"
 
 namespace fastfreeze {
+namespace {
 
 // Names of tensors that fastfreeze/kernels/device_plan.py owns for as long as it steps the plan.
 template <typename Tables>
@@ -126,4 +126,16 @@ struct CudaStep {
   }
 };
 
+}  // namespace
 }  // namespace fastfreeze
+
+STABLE_TORCH_LIBRARY_IMPL(fastfreeze, CompositeExplicitAutograd, m) {
+  using Sgd = fastfreeze::CudaStep<fastfreeze::SgdRule>;
+  m.impl("cuda_sgd_plan", TORCH_BOX(&Sgd::plan));
+  m.impl("cuda_sgd_step", TORCH_BOX(&Sgd::step));
+  m.impl("cuda_sgd_plan_free", TORCH_BOX(&Sgd::free));
+  using Adam = fastfreeze::CudaStep<fastfreeze::AdamRule>;
+  m.impl("cuda_adam_plan", TORCH_BOX(&Adam::plan));
+  m.impl("cuda_adam_step", TORCH_BOX(&Adam::step));
+  m.impl("cuda_adam_plan_free", TORCH_BOX(&Adam::free));
+}
