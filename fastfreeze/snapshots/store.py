@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,6 @@ from fastfreeze.snapshots.tensors import (
     content_hash,
     copy_of,
     is_intact,
-    num_bytes,
     read_tensor,
     tensor_files,
     tensor_path,
@@ -45,7 +43,6 @@ from fastfreeze.text import some
 _MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _CPU = torch.device("cpu")
-_MAX_COPIES = 2  # of the weights, that wait to be written or are being written
 
 
 class SnapshotStore(Snapshots):
@@ -61,9 +58,9 @@ class SnapshotStore(Snapshots):
     are refused. Its turn ends when it ends, or when none of its stores that have written is left.
     Any number may read. Files that are symbolic links are not read, and never written through.
 
-    A directory that is not empty is gone on with: what an earlier run has left stays in the store,
-    and comes into its ensembles, unless a save of the same step replaces it. A new run takes a
-    directory of its own, or first empties the old one by ``store.prune(keep=[])``.
+    Snapshots that an earlier run has left in the directory stay in the store, and come into its
+    ensembles, until a save of the same step replaces them. A new run takes a directory of its own,
+    or first empties the old one by ``store.prune(keep=[])``.
 
     Args:
         directory: made on the first save if it is not there.
@@ -99,28 +96,6 @@ class SnapshotStore(Snapshots):
         self.flush()
         return type(self), (self.directory,)
 
-    @overload
-    def save(
-        self,
-        model: nn.Module | Mapping[str, Tensor],
-        *,
-        step: int,
-        cycle: int,
-        metrics: Mapping[str, float] | None = None,
-        schedule: Schedule | None = None,
-        wait: Literal[True] = True,
-    ) -> Snapshot: ...
-    @overload
-    def save(
-        self,
-        model: nn.Module | Mapping[str, Tensor],
-        *,
-        step: int,
-        cycle: int,
-        metrics: Mapping[str, float] | None = None,
-        schedule: Schedule | None = None,
-        wait: bool,
-    ) -> Snapshot | None: ...
     def save(
         self,
         model: nn.Module | Mapping[str, Tensor],
@@ -134,10 +109,10 @@ class SnapshotStore(Snapshots):
         """Save a model's weights and buffers, in the place of an earlier snapshot of that step.
 
         With ``wait=False`` they are copied at once, those on a CUDA device in the order of its
-        current stream, so that training may go on; a thread hashes and writes the copies, save
-        after save. There are two such copies at most: a further save first waits until one is
-        written. What goes wrong there is raised, once, by the next call of any method but
-        ``repr``, which then does nothing else. An interpreter that exits waits for all saves.
+        current stream, so that training may go on; a thread hashes and writes the copies. A further
+        save first waits until they are written. What goes wrong there is raised, once, by the next
+        call of any method but ``repr``, which then does nothing else. An interpreter that exits
+        waits for all saves.
 
         Args:
             model: the model, or its state dict. Tensors may be on any device, of any strides, and
@@ -166,14 +141,11 @@ class SnapshotStore(Snapshots):
         facts = facts_of(step, cycle, metrics, schedule)
         state = checked_to_save(model)
         signature = signature_of(state)
+        self.flush()
+        self._begin_run(signature, step)
         if wait:
-            self.flush()
-            self._begin_run(signature, step)
             copies = ((name, copy_of(t, _CPU)) for name, t in state.items())
             return self._write(copies, signature, facts)
-        self._background.wait_for_room(_MAX_COPIES)
-        self._background.raise_error()
-        self._begin_run(signature, step)
         self._check_model(signature, self._read())
         self._background.submit(partial(self._write_later, *_copied(state), signature, facts))
         return None
@@ -207,14 +179,6 @@ class SnapshotStore(Snapshots):
         """Size of the store's files."""
         self.flush()
         return sum(map(_size, [*tensor_files(self.directory), self.directory / _MANIFEST]))
-
-    @property
-    def bytes_unshared(self) -> int:
-        """Size of the tensors of all snapshots, each counted under each of its names."""
-        self.flush()
-        manifest = self._read()
-        sizes = map(num_bytes, manifest.signature.values())
-        return len(manifest.entries) * sum(sizes)
 
     def _snapshots(self) -> tuple[Snapshot, ...]:
         self.flush()

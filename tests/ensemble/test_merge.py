@@ -356,8 +356,8 @@ def test_a_shared_value_that_one_member_writes_to():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (WritesToInput, "the model writes to input_1 in place"),
-        (Counting, "forward changes Counting._buffers"),
+        (WritesToInput, "the model writes to its inputs or to its own tensors in place"),
+        (Counting, "forward changes attributes of the model"),
         (Branching, "one by one: .*control flow"),
     ],
 )
@@ -558,9 +558,9 @@ def test_members_that_differ_in_other_state():
 def test_a_graph_is_kept_while_nothing_changes():
     ensemble, x = SnapshotEnsemble(Derived(), chain(Derived, (), 2)), torch.randn(4, 3)
     ensemble(x)
-    (plan,) = ensemble._plans.values()
+    (plan,) = ensemble._prepared.values()
     ensemble(x)
-    assert list(ensemble._plans.values()) == [plan]
+    assert list(ensemble._prepared.values()) == [plan]
 
 
 class Attending(nn.Module):

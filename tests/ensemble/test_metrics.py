@@ -11,7 +11,6 @@ from torch import nn
 
 from fastfreeze.ensemble.scores import (
     brier_score,
-    disagreement,
     error_rate,
     expected_calibration_error,
     nll,
@@ -107,50 +106,6 @@ def test_expected_calibration_error_by_hand():
     found = expected_calibration_error(probabilities, labels, num_bins=10)
     assert found == pytest.approx(expected, rel=1e-6)
     assert expected_calibration_error(torch.eye(3), torch.arange(3)) == 0
-
-
-@pytest.mark.parametrize("members", [1, 2, 5])
-@pytest.mark.parametrize("rows", [1, 31, 32, 33])
-def test_disagreement(members, rows):
-    probabilities = torch.randn(members, rows, 3).softmax(-1)
-    classes = probabilities.argmax(-1).tolist()
-    expected = [
-        [sum(a != b for a, b in zip(one, other, strict=True)) / rows for other in classes]
-        for one in classes
-    ]
-    found = disagreement(probabilities)
-    assert found.dtype == torch.float64
-    assert found.tolist() == expected
-    assert torch.equal(disagreement(list(probabilities)), found)
-
-
-def test_disagreement_by_hand():
-    a = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])  # classes 0, 1, and 0: the first if tied
-    b = torch.tensor([[0.1, 0.9], [0.2, 0.8], [1.0, 0.0]])
-    assert disagreement([a, b]).tolist() == [[0, 1 / 3], [1 / 3, 0]]
-    assert disagreement([a.half(), b.double()]).tolist() == [[0, 1 / 3], [1 / 3, 0]]
-
-
-REFUSED_MEMBERS = {
-    "none": ([], ValueError, "members must hold at least one member, got none"),
-    "no member": (torch.ones(0, 3, 2), ValueError, "members must hold at least one"),
-    "one member": (torch.ones(3, 2) / 2, ValueError, r"shape \[M, B, C\], got \(3, 2\)"),
-    "list of lists": ([[0.5, 0.5]], TypeError, r"members\[0\] must be .*, got list"),
-    "logits": ([torch.eye(2), 2 * torch.eye(2)], ValueError, r"members\[1\]\[0\] must sum to 1"),
-    "other shape": (
-        [torch.eye(2), torch.eye(3)],
-        ValueError,
-        r"members\[1\] must be like the first",
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    ("members", "error", "match"), REFUSED_MEMBERS.values(), ids=REFUSED_MEMBERS
-)
-def test_refused_members(members, error, match):
-    with pytest.raises(error, match=match):
-        disagreement(members)
 
 
 @every_statistic
