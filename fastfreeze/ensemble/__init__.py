@@ -6,11 +6,8 @@ from fastfreeze.ensemble.ensemble import SnapshotEnsemble
 from fastfreeze.ensemble.scores import (
     EnsembleEvaluation,
     PredictionScores,
-    brier_score,
-    error_rate,
     evaluate,
-    expected_calibration_error,
-    nll,
+    prediction_scores,
 )
 from fastfreeze.ensemble.selection import last_k_curve, select_members
 
@@ -20,13 +17,10 @@ __all__ = [
     "SnapshotEnsemble",
     "TemperatureScaling",
     "average_weights",
-    "brier_score",
-    "error_rate",
     "evaluate",
-    "expected_calibration_error",
     "fit_temperature",
     "last_k_curve",
-    "nll",
+    "prediction_scores",
     "reestimate_norms",
     "select_members",
 ]

@@ -121,8 +121,7 @@ class TemperatureScaling(nn.Module):
     def fit(self, probabilities: Tensor, labels: Tensor) -> TemperatureScaling:
         """Set the temperature to that of the lowest NLL; see :func:`fit_temperature`.
 
-        A label's probability of 0 counts as the smallest normal number of its dtype, as in
-        :func:`~fastfreeze.ensemble.nll`.
+        A label's probability of 0 counts as the smallest normal number of its dtype.
 
         Args:
             probabilities: [B, C], B >= 1, C >= 2, floating point, rows summing to 1, of data on

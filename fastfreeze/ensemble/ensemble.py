@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastfreeze.checks import check_int
 from fastfreeze.ensemble._checks import check_no_arrays, logits_of, warn_of_probabilities
-from fastfreeze.ensemble.graphs.trace import Kind, NoGraphError
+from fastfreeze.ensemble.graphs.trace import Call, NoGraphError
 from fastfreeze.ensemble.members import new_member, share, unshare
 from fastfreeze.ensemble.run import MAX_KEPT, Prepared, one_by_one, prepare
 from fastfreeze.kernels.softmax import EnsembleAverage, ensemble_softmax
@@ -85,7 +85,7 @@ class SnapshotEnsemble(nn.Module):
             share(list(self.members))
         self.fold, self.how, self.dim = fold, how, dim
         self._looked = False
-        self._prepared: dict[Kind, Prepared] = {}
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}  # by kind of call
         self._text = f"{len(self.members)} members, not called yet"
 
     @classmethod
@@ -246,18 +246,19 @@ class SnapshotEnsemble(nn.Module):
     ) -> tuple[Prepared, list[Tensor]]:
         """What runs for a call of this kind, and the call's tensors."""
         try:
-            kind, tensors = Kind.of(self.members[0], inputs, keywords, self.fold)
+            call = Call.of(self.members[0], inputs, keywords)
         except NoGraphError as error:
             self._text = one_by_one(self.members, error)
             return Prepared(self._text), []
+        kind = (*call.kind, self.fold)
         found = self._prepared.get(kind)
         if found is None or not found.fits(self.members):
-            found = prepare(self, self.members, kind, tensors)
+            found = prepare(self, self.members, call, self.fold)
             others = [item for item in self._prepared.items() if item[0] != kind]
             # Replaced, not changed: other threads may be looking.
             self._prepared = dict([*others, (kind, found)][-MAX_KEPT:])
         self._text = found.text
-        return found, tensors
+        return found, call.tensors
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         unshare(list(self.members))

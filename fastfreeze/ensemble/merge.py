@@ -63,11 +63,11 @@ def merged_module(merged: Merged, ensemble: nn.Module) -> nn.Module:
     Raises:
         NoGraphError: a member's module has no copy.
     """
-    root, members = nn.Module(), cast(nn.ModuleList, ensemble.members)
-    dim = cast(int | None, ensemble.dim)
-    root.members, root.plus, root.mean = members, _Plus(dim), _Mean(len(members), dim)
+    root = nn.Module()
+    root.members = cast(nn.ModuleList, ensemble.members)
+    root.mean = _Mean(cast(int | None, ensemble.dim))
     try:
-        return copy_of(fx.GraphModule(root, _with_average(merged.graph)).eval())
+        return copy_of(fx.GraphModule(root, _with_mean(merged.graph)).eval())
     except CannotCopyError as error:
         raise NoGraphError(str(error)) from error
 
@@ -153,40 +153,30 @@ def _taken(take: Callable[[Any], None], result: Any) -> None:
     take(result)
 
 
-class _Plus(nn.Module):
-    """A sum of probabilities with one more member's, classes last; fx does not look into it."""
+class _Mean(nn.Module):
+    """The mean of the probabilities in members' outputs; fx does not look into it."""
 
     def __init__(self, dim: int | None) -> None:
         super().__init__()
         self.dim = dim
 
-    def forward(self, logits: Tensor, total: Tensor | None = None) -> Tensor:
-        return softmax_add_reference(total, classes_last(logits, self.dim), 1.0, 1.0)
+    def forward(self, *outputs: Any) -> Tensor:
+        logits = [logits_of(output) for output in outputs]
+        total: Tensor | None = None
+        for z in logits:
+            total = softmax_add_reference(total, classes_last(z, self.dim), 1.0, 1.0)
+        assert total is not None
+        return classes_back((total / len(logits)).to(logits[0].dtype), self.dim)
 
 
-class _Mean(nn.Module):
-    def __init__(self, count: int, dim: int | None) -> None:
-        super().__init__()
-        self.count, self.dim = count, dim
-
-    def forward(self, total: Tensor, logits: Tensor) -> Tensor:
-        return classes_back((total / self.count).to(logits.dtype), self.dim)
-
-
-def _with_average(merged: fx.Graph) -> fx.Graph:
+def _with_mean(merged: fx.Graph) -> fx.Graph:
     """The graph with the mean of the members' probabilities for its value."""
-    graph = fx.Graph()
-    _, *others, _ = merged.nodes  # without the function that takes outputs
-    copies: dict[fx.Node, fx.Node] = {}
-    total: fx.Node | None = None
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    take, *others, _ = merged.nodes
+    taken = [node for node in others if take in node.all_input_nodes]
     for node in others:
-        if node.target is _taken:
-            result = node.args[1]
-            logits = map_arg(result, copies.__getitem__)
-            if not isinstance(result, fx.Node) or isinstance(result.target, type):
-                logits = graph.call_function(logits_of, (logits,))
-            total = graph.call_module("plus", (logits, total))
-        else:
+        if node not in taken:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(graph.call_module("mean", (total, logits)))
+    outputs = map_arg(tuple(node.args[1] for node in taken), copies.__getitem__)
+    graph.output(graph.call_module("mean", outputs))
     return graph

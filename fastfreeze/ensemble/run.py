@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastfreeze.ensemble.graphs.flow import Flow
 from fastfreeze.ensemble.graphs.fold import CannotFoldError, fold
 from fastfreeze.ensemble.graphs.program import Program, written
-from fastfreeze.ensemble.graphs.trace import Kind, NoGraphError, trace
+from fastfreeze.ensemble.graphs.trace import Call, NoGraphError, trace
 from fastfreeze.ensemble.members import MembersState, difference, hooked, share
 from fastfreeze.ensemble.merge import Merged, merge, merged_module
 from fastfreeze.layers.execution import preserved
@@ -71,18 +71,16 @@ class Prepared:
             raise ValueError(f"the ensemble cannot be one graph: {error}") from error
 
 
-def prepare(
-    ensemble: nn.Module, members: nn.ModuleList, kind: Kind, tensors: Sequence[Tensor]
-) -> Prepared:
-    """What runs for calls of a kind, of which ``tensors`` are those of one; members run for it."""
+def prepare(ensemble: nn.Module, members: nn.ModuleList, call: Call, may_fold: bool) -> Prepared:
+    """What runs for calls of the kind of one; members run for it."""
     try:
-        merged = _merged(members, kind, tensors)
+        merged = _merged(members, call)
     except NoGraphError as error:
         return Prepared(one_by_one(members, error), MembersState(members))
     folded, how = None, "not folded: that was not wanted"
-    if kind.may_fold:
+    if may_fold:
         try:
-            folded, how = _folded(merged.graph, ensemble, tensors), "folded"
+            folded, how = _folded(merged.graph, ensemble, call.tensors), "folded"
         except (CannotFoldError, NoGraphError) as error:
             how = f"not folded: {error}"
     text = f"{merged.num_own} of {merged.num_nodes} nodes run, {how}"
@@ -95,7 +93,7 @@ def one_by_one(members: nn.ModuleList, reason: object) -> str:
     return f"{len(members)} members, one by one: {reason}"
 
 
-def _merged(members: nn.ModuleList, kind: Kind, tensors: Sequence[Tensor]) -> Merged:
+def _merged(members: nn.ModuleList, call: Call) -> Merged:
     held = [*members.parameters(), *members.buffers()]
     if any(m.training for member in members for m in member.modules()):
         raise NoGraphError("a member is in training mode")
@@ -109,7 +107,7 @@ def _merged(members: nn.ModuleList, kind: Kind, tensors: Sequence[Tensor]) -> Me
         raise NoGraphError(what)
     with _ONE_AT_A_TIME:
         owners = share(list(members))
-        flow = Flow(trace(members[0], kind), members[0], *tensors)
+        flow = Flow(trace(members[0], call), members[0], *call.tensors)
         return merge(flow, owners, len(members))
 
 

@@ -21,91 +21,23 @@ from fastfreeze.kernels.softmax_arguments import kind_of
 from fastfreeze.text import format_table
 
 
-def error_rate(probabilities: Tensor, labels: Tensor) -> float:
-    """Share of rows, in 0..1, whose most probable class (the first, if tied) is not the label.
-
-    Args:
-        probabilities: [B, C], B >= 1, C >= 2, floating point, rows summing to 1. Of one column p,
-            as a sigmoid gives, ``torch.cat([1 - p, p], 1)`` makes two.
-        labels: [B], integers in 0..C-1.
-
-    Raises:
-        TypeError, ValueError: they are not; the message names the row.
-    """
-    p, y = checked_predictions(probabilities, labels)
-    return (p.argmax(-1) != y).double().mean().item()
-
-
-def nll(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean negative natural logarithm of the label's probability, summed in float64.
-
-    A probability below the smallest normal number of its dtype counts as that number, so that the
-    result is finite: a row costs at most 87.3 in float32 and bfloat16, 9.7 in float16, 708.4 in
-    float64.
-
-    Args:
-        probabilities, labels: as in :func:`error_rate`.
-
-    Raises:
-        TypeError, ValueError: as from :func:`error_rate`.
-    """
-    p, y = checked_predictions(probabilities, labels)
-    return nll_reference(p, y, probabilities.dtype).mean().item()
-
-
-def brier_score(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean over rows of the squared distance to the one-hot label, in 0..2, in float64.
-
-    The sum runs over all classes, as in Brier (Monthly Weather Review, 1950); for two classes that
-    is twice what is often given for the probability of one of them.
-
-    Args:
-        probabilities, labels: as in :func:`error_rate`.
-
-    Raises:
-        TypeError, ValueError: as from :func:`error_rate`.
-    """
-    p, y = checked_predictions(probabilities, labels)
-    return brier_of_rows(p, y).mean().item()
-
-
-def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., ICML 2017, eq. 3), in 0..1.
-
-    Rows are sorted into equal bins (i / num_bins, (i + 1) / num_bins] by their highest
-    probability; the result is the mean over rows of \\|accuracy - mean confidence\\| of the row's
-    bin.
-
-    Args:
-        probabilities, labels: as in :func:`error_rate`.
-        num_bins: >= 1.
-
-    Raises:
-        TypeError, ValueError: as from :func:`error_rate`, or ``num_bins`` is not a count.
-    """
-    check_int("num_bins", num_bins, minimum=1)
-    p, y = checked_predictions(probabilities, labels)
-    confidence, predicted = p.max(-1)
-    return ece_of_rows(confidence.cpu(), (predicted == y).cpu().double(), num_bins)
-
-
-class GivesMemberProbabilities(Protocol):
-    """What can be evaluated: a SnapshotEnsemble, or anything with this method."""
-
-    @property
-    def member_probabilities(self) -> Callable[..., Iterable[Tensor]]: ...
-
-
 @dataclass(frozen=True)
 class PredictionScores:
-    """How good the predictions of a member, or of the ensemble, are.
+    """How good predictions are: means over their rows, in float64.
 
     Attributes:
-        error: share of rows, in 0..1; see :func:`~fastfreeze.ensemble.error_rate`.
-        nll: in nats; see :func:`~fastfreeze.ensemble.nll`.
-        brier: in 0..2; see :func:`~fastfreeze.ensemble.brier_score`.
-        ece: in 0..1; see :func:`~fastfreeze.ensemble.expected_calibration_error`.
-        entropy: mean over rows, in nats.
+        error: share of rows, in 0..1, whose most probable class (the first, if tied) is not the
+            label.
+        nll: negative natural logarithm of the label's probability. A probability below the smallest
+            normal number of its dtype counts as that number, so that a row costs at most 87.3 in
+            float32 and bfloat16, 9.7 in float16, 708.4 in float64.
+        brier: squared distance to the one-hot label, in 0..2. The sum runs over all classes, as in
+            Brier (Monthly Weather Review, 1950); for two classes that is twice what is often given
+            for the probability of one of them.
+        ece: expected calibration error (Guo et al., ICML 2017, eq. 3), in 0..1. Rows are sorted
+            into equal bins (i / num_bins, (i + 1) / num_bins] by their highest probability; it is
+            the mean over rows of \\|accuracy - mean confidence\\| of the row's bin.
+        entropy: in nats.
     """
 
     error: float
@@ -113,6 +45,33 @@ class PredictionScores:
     brier: float
     ece: float
     entropy: float
+
+
+@torch.no_grad()
+def prediction_scores(
+    probabilities: Tensor, labels: Tensor, *, num_bins: int = 15
+) -> PredictionScores:
+    """How good predicted probabilities are.
+
+    Args:
+        probabilities: [B, C], B >= 1, C >= 2, floating point, rows summing to 1. Of one column p,
+            as a sigmoid gives, ``torch.cat([1 - p, p], 1)`` makes two.
+        labels: [B], integers in 0..C-1.
+        num_bins: of the calibration error, >= 1.
+
+    Raises:
+        TypeError, ValueError: they are not such; the message names the row.
+    """
+    check_int("num_bins", num_bins, minimum=1)
+    p, y = checked_predictions(probabilities, labels)
+    return _mean_scores(_row_scores(p, y, probabilities.dtype).cpu(), num_bins)
+
+
+class GivesMemberProbabilities(Protocol):
+    """What can be evaluated: a SnapshotEnsemble, or anything with this method."""
+
+    @property
+    def member_probabilities(self) -> Callable[..., Iterable[Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -166,8 +125,8 @@ def evaluate(
 
     Args:
         ensemble: anything whose ``member_probabilities(*inputs)`` gives the probabilities [B, C] of
-            each member in turn, as those of :func:`~fastfreeze.ensemble.error_rate`: always the
-            same members.
+            each member in turn, as :func:`prediction_scores` takes them: always the same
+            members.
         batches: pairs (inputs, labels), or dicts of which one item is "labels", on the ensemble's
             device, such as a ``DataLoader`` gives; labels are integers [B] in 0..C-1. A tuple or
             list of inputs is passed as several arguments, a dict by name.
@@ -236,28 +195,20 @@ def _scored(members: list[Tensor], labels: Tensor) -> Tensor:
 
 def _row_scores(p: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     confidence, predicted = p.max(-1)
-    scores = (nll_reference(p, y, dtype), brier_of_rows(p, y), entropy_reference(p))
+    one_hot = torch.zeros_like(p).scatter_(-1, y[:, None], 1.0)
+    brier = (p - one_hot).square().sum(-1)
+    scores = (nll_reference(p, y, dtype), brier, entropy_reference(p))
     return torch.stack([*scores, confidence, predicted.double(), (predicted != y).double()])
 
 
 def _mean_scores(rows: Tensor, num_bins: int) -> PredictionScores:
     nll, brier, entropy, _, _, error = rows.mean(-1).tolist()
-    ece = ece_of_rows(rows[3], 1 - rows[5], num_bins)
-    return PredictionScores(error=error, nll=nll, brier=brier, ece=ece, entropy=entropy)
-
-
-def brier_of_rows(p: Tensor, y: Tensor) -> Tensor:
-    """[B]; see :func:`brier_score`."""
-    one_hot = torch.zeros_like(p).scatter_(-1, y[:, None], 1.0)
-    return (p - one_hot).square().sum(-1)
-
-
-def ece_of_rows(confidence: Tensor, correct: Tensor, num_bins: int) -> float:
-    """See :func:`expected_calibration_error`; both [B] in float64, on the CPU."""
+    confidence, wrong = rows[3], rows[5]
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device="cpu")
     bins = torch.bucketize(confidence, edges[1:-1])
-    gaps = torch.bincount(bins, correct - confidence, num_bins)
-    return gaps.abs().sum().item() / len(confidence)
+    gaps = torch.bincount(bins, 1 - wrong - confidence, num_bins)
+    ece = gaps.abs().sum().item() / len(confidence)
+    return PredictionScores(error=error, nll=nll, brier=brier, ece=ece, entropy=entropy)
 
 
 def check_like_first(name: str, member: Tensor, first: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from fastfreeze.checks import check_int
 from fastfreeze.errors import SnapshotError
 from fastfreeze.files import write_atomic
-from fastfreeze.schedule import Schedule
 from fastfreeze.snapshots.format import (
     Snapshot,
     check_signature,
@@ -132,23 +130,12 @@ class Snapshots(ABC):
         """Remove these, some of which may be gone already."""
 
 
-def facts_of(
-    step: int, cycle: int, metrics: Mapping[str, float] | None, schedule: Schedule | None
-) -> Snapshot:
+def facts_of(step: int, cycle: int, metrics: Mapping[str, float] | None) -> Snapshot:
     """A snapshot that has no hash yet."""
     check_int("step", step, minimum=0)
     check_int("cycle", cycle, minimum=0)
-    numbers = checked_metrics(metrics or {})
-    if not isinstance(schedule, Schedule | None):
-        raise TypeError(f"schedule must be a fastfreeze.Schedule, got {schedule!r}")
-    config = None
-    if schedule is not None:
-        try:
-            config = json.loads(json.dumps(schedule.config()))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"schedule must be plain data, got {schedule!r}: {error}") from error
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Snapshot(step, cycle, numbers, time, schedule=config)
+    return Snapshot(step, cycle, checked_metrics(metrics or {}), time)
 
 
 def checked_to_save(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

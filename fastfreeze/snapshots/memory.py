@@ -8,7 +8,6 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.schedule import Schedule
 from fastfreeze.snapshots.base import Snapshots, checked_to_save, facts_of
 from fastfreeze.snapshots.format import Snapshot, check_signature, signature_of
 from fastfreeze.snapshots.tensors import copy_of
@@ -46,14 +45,13 @@ class MemorySnapshots(Snapshots):
         step: int,
         cycle: int,
         metrics: Mapping[str, float] | None = None,
-        schedule: Schedule | None = None,
     ) -> Snapshot:
         """Save a model's weights and buffers, in the place of an earlier snapshot of that step.
 
         Args and errors are those of :meth:`SnapshotStore.save`. They are copied when it returns,
         in the order of the current stream.
         """
-        facts = facts_of(step, cycle, metrics, schedule)
+        facts = facts_of(step, cycle, metrics)
         state = checked_to_save(model)
         with self._lock:
             if self._states:

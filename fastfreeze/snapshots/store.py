@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fastfreeze.errors import SnapshotError, warn
 from fastfreeze.files import FileLock, lock_file, read_file, remove_temporaries, write_atomic
-from fastfreeze.schedule import Schedule
 from fastfreeze.snapshots.background import Background
 from fastfreeze.snapshots.base import Snapshots, checked_to_save, facts_of
 from fastfreeze.snapshots.format import (
@@ -103,7 +102,6 @@ class SnapshotStore(Snapshots):
         step: int,
         cycle: int,
         metrics: Mapping[str, float] | None = None,
-        schedule: Schedule | None = None,
         wait: bool = True,
     ) -> Snapshot | None:
         """Save a model's weights and buffers, in the place of an earlier snapshot of that step.
@@ -120,7 +118,6 @@ class SnapshotStore(Snapshots):
             step: optimizer steps completed, >= 0.
             cycle: cycle that ends here, from 0.
             metrics: numbers to keep with the snapshot.
-            schedule: whose :meth:`~fastfreeze.schedule.Schedule.config` to keep with the snapshot.
             wait: return when the snapshot is on the disk.
 
         Returns:
@@ -128,8 +125,8 @@ class SnapshotStore(Snapshots):
 
         Raises:
             TypeError, ValueError: a step or cycle that is not a count, a metric that is not a
-                number, a schedule that is none, or a state dict's entry that is not a tensor, or
-                not one that safetensors can hold.
+                number, or a state dict's entry that is not a tensor, or not one that safetensors
+                can hold.
             SnapshotError: the store holds snapshots of a model with other tensors, is damaged, or
                 is in use by another process that writes to it.
             OSError: it cannot be written to; what was saved before is still there.
@@ -138,15 +135,14 @@ class SnapshotStore(Snapshots):
             FastfreezeWarning: on this object's first save, if snapshots of later steps are in the
                 directory: they are another run's, or this one has gone back to before them.
         """
-        facts = facts_of(step, cycle, metrics, schedule)
+        facts = facts_of(step, cycle, metrics)
         state = checked_to_save(model)
         signature = signature_of(state)
         self.flush()
-        self._begin_run(signature, step)
+        self._begin(signature, step)
         if wait:
             copies = ((name, copy_of(t, _CPU)) for name, t in state.items())
             return self._write(copies, signature, facts)
-        self._check_model(signature, self._read())
         self._background.submit(partial(self._write_later, *_copied(state), signature, facts))
         return None
 
@@ -187,16 +183,13 @@ class SnapshotStore(Snapshots):
     def _key(self, snapshot: Snapshot) -> Hashable:
         return snapshot.step, snapshot.sha256
 
-    def _begin_run(self, signature: Signature, step: int) -> None:
-        """Once, before the first save: tell of snapshots that the run to come has not made."""
-        if self._has_begun:
-            return
-        # In turn, or a thread would take another's first snapshot for an earlier run's.
+    def _begin(self, signature: Signature, step: int) -> None:
+        """See that a save is possible; tell once of snapshots that this run has not made."""
         with self._writing() as manifest:
             self._check_model(signature, manifest)
-            begun, self._has_begun = self._has_begun, True
-        later = [str(e.snapshot.step) for e in manifest.entries if e.snapshot.step > step]
-        if later and not begun:
+            steps = [] if self._has_begun else [e.snapshot.step for e in manifest.entries]
+            self._has_begun = True
+        if later := [str(other) for other in steps if other > step]:
             warn(
                 f"{self.directory} holds snapshots of later steps ({some(later)}) than step {step},"
                 " which this run begins with: an ensemble would mix them with this run's. Take"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastfreeze.ensemble import last_k_curve, nll, select_members
+from fastfreeze.ensemble import last_k_curve, prediction_scores, select_members
 from tests.covering import covering
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -21,6 +21,10 @@ def sampled(M, B, C, dtype=torch.float64, spread=1.0):
     knows, noise = 2 * (1 - spread * torch.rand(M, 1, 1)), 1 + spread * torch.rand(M, 1, 1)
     logits = knows * torch.nn.functional.one_hot(labels, C) + noise * torch.randn(M, B, C).double()
     return logits.softmax(-1).to(dtype), labels
+
+
+def nll(probabilities, labels):
+    return prediction_scores(probabilities, labels).nll
 
 
 def plain_nll(members, labels, picks):

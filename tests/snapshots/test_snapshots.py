@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copy
-import dataclasses
 import gc
 import hashlib
 import itertools
@@ -36,7 +35,7 @@ import fastfreeze.snapshots.tensors as tensors_module
 from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.errors import FastfreezeWarning, SnapshotError
 from fastfreeze.files import write_atomic
-from fastfreeze.schedule import Constant, FreezeOutCycles, SnapshotCycles, from_config
+from fastfreeze.schedule import SnapshotCycles
 from fastfreeze.snapshots import MemorySnapshots, Snapshot, SnapshotStore
 from fastfreeze.snapshots.tensors import can_be_stored, content_hash, read_tensor, tensor_path
 
@@ -306,16 +305,6 @@ def test_metrics_that_are_not_numbers_do_not_hold_up_a_failed_load(tmp_path):
         store.load(snapshot)
 
 
-def test_the_schedule_is_kept(place):
-    (state,) = states(1)
-    schedule = FreezeOutCycles(total_steps=9, num_cycles=3)
-    for step, given_ in enumerate([schedule, None]):
-        place.save(state, step=step, cycle=0, schedule=given_)
-    with_schedule, without = place
-    assert from_config(with_schedule.schedule) == schedule
-    assert without.schedule is None
-
-
 def test_a_store_can_be_copied_and_pickled(tmp_path):
     store, saved = filled_store(tmp_path, 1)
     store.save(saved[0], step=99, cycle=1, wait=False)
@@ -327,13 +316,6 @@ def test_equal_weights_give_equal_files(tmp_path):
     (state,) = states(1)
     hashes = {SnapshotStore(tmp_path / d).save(state, step=1, cycle=0).sha256 for d in "abc"}
     assert len(hashes) == 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Odd(Constant):
-    """A schedule that no JSON can tell."""
-
-    what: object
 
 
 @pytest.mark.parametrize(
@@ -362,8 +344,6 @@ class Odd(Constant):
             TypeError,
             r"model\['a'\] must be a dense tensor .* got meta",
         ),
-        ({"schedule": 3}, TypeError, "schedule must be a fastfreeze.Schedule, got 3"),
-        ({"schedule": Odd(9, object())}, TypeError, "schedule must be plain data, got Odd"),
     ],
     ids=[
         "negative step",
@@ -377,8 +357,6 @@ class Odd(Constant):
         "dtype",
         "sparse",
         "meta",
-        "schedule",
-        "schedule's data",
     ],
 )
 def test_refused_saves(tmp_path, place, arguments, error, match):
@@ -705,8 +683,7 @@ def template(tmp_path_factory):
     directory = tmp_path_factory.mktemp("template")
     store, chain = SnapshotStore(directory), sticky_chain(3)
     for i, state in enumerate(chain):
-        schedule = SnapshotCycles(total_steps=9, num_cycles=3)
-        store.save(state, step=i, cycle=i, metrics={"loss": 0.5 - i}, schedule=schedule)
+        store.save(state, step=i, cycle=i, metrics={"loss": 0.5 - i})
     return directory, dict(enumerate(chain))
 
 
@@ -793,7 +770,7 @@ def test_every_edit_of_the_manifest_is_refused(tmp_path, template):
     shutil.copytree(template[0], tmp_path, dirs_exist_ok=True)
     good = manifest_of(tmp_path)
     places = list(places_in(good))
-    assert len(places) > 100
+    assert len(places) > 80
     for path in places:
         for edit in ("change", "remove"):
             content = copy.deepcopy(good)
@@ -904,10 +881,9 @@ BAD_MANIFESTS = {  # what is forged in, and the field that is named
     "cycle as bool": (edited({"cycle": True}), r"snapshots\[0\].cycle must be of type int"),
     "time as number": (edited({"time": 5}), r"snapshots\[0\].time must be of type str, got 5"),
     "sha256 as number": (edited({"sha256": 5}), r"snapshots\[0\].sha256 must be of type str"),
-    "schedule as list": (edited({"schedule": []}), r"snapshots\[0\].schedule must be of type dict"),
     "metrics as list": (edited({"metrics": [1]}), r"snapshots\[0\].metrics must be of type dict"),
-    "metric as text": (metric("1"), r"snapshots\[0\].metrics\['loss'\] must be of type int or"),
-    "a huge metric": (metric(10**400), r"snapshots\[0\].metrics\['loss'\] must fit into a float"),
+    "metric as text": (metric("1"), r"snapshots\[0\].metrics\['loss'\] must be of type float"),
+    "a huge metric": (metric(10**400), r"snapshots\[0\].metrics\['loss'\] must be of type float"),
     "unknown entry": (edited({"pickle": "x"}), r"snapshots\[0\] must have the fields step, cycle"),
     "twice the same step": (
         lambda c: {**c, "snapshots": [*c["snapshots"], dict(c["snapshots"][0])]},

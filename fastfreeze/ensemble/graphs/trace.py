@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -45,66 +46,57 @@ class NoGraphError(Exception):
     """The members cannot be had as one graph; the message says why."""
 
 
-class _Tensor(Enum):
-    TENSOR = "the place of a tensor"
+class _Place:
+    """What stands in the place of a tensor in the arguments of a call."""
+
+    def __repr__(self) -> str:
+        return "tensor"
 
 
-TENSOR = _Tensor.TENSOR
+_PLACE = _Place()
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of call: all about it but the batch size and the tensors' values.
+class Call:
+    """A call of a model.
 
     Attributes:
-        arguments: positional and keyword arguments, ``TENSOR`` in the place of each tensor.
-        types: types of the other values, since ``1 == True == 1.0``.
-        tensors: of each tensor, whether its batch is empty or of one row, and the rest of its
-            shape, its strides, dtype and device: what lies in whose memory may depend on these.
-        around: device and dtype of the model's first parameter, which forwards read, and what
-            autocast does, which a block in a forward may change to what it was when traced.
-        may_fold: whether the graph may be folded.
+        arguments: positional and keyword arguments, the tensors left out.
+        tensors: these, in order.
+        kind: all about the call but the batch size and the tensors' values: arguments; of each
+            tensor whether its batch is empty or of one row, and its other sizes, strides, dtype and
+            device, on which it may depend what lies in whose memory; device and dtype of the
+            model's first parameter, which forwards read, and what autocast does, which a block in a
+            forward may change to what it was when traced.
     """
 
     arguments: Any
-    types: tuple[type, ...]
-    tensors: tuple[Any, ...]
-    around: tuple[Any, ...]
-    may_fold: bool
+    tensors: list[Tensor]
+    kind: tuple[Any, ...]
 
     @classmethod
-    def of(
-        cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], may_fold: bool
-    ) -> tuple[Kind, list[Tensor]]:
-        """The kind of a call, and the call's tensors in order.
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """A call with these arguments.
 
         Raises:
             NoGraphError: an argument is of a type that a graph cannot hold.
         """
         tensors: list[Tensor] = []
-        types: list[type] = []
 
         def visit(value: Any) -> Any:
             if isinstance(value, Tensor) and value.layout == torch.strided:
                 tensors.append(value)
-                return TENSOR
+                return _PLACE
             if not isinstance(value, _CONSTANTS):
                 raise NoGraphError(f"an argument of type {type(value).__name__}")
-            types.append(type(value))
             return value
 
         arguments = map_aggregate((args, kwargs), visit)
         forms = tuple(
             (min([2, *t.shape[:1]]), t.shape[1:], t.stride(), t.dtype, t.device) for t in tensors
         )
-        first = next(model.parameters(), None)
-        placement = () if first is None else (first.device, first.dtype)
-        kind = cls(arguments, tuple(types), forms, (*placement, *_autocast_state()), may_fold)
-        try:
-            hash(kind)
-        except TypeError as error:
-            raise NoGraphError(f"an argument that has no hash: {error}") from error
-        return kind, tensors
+        placement = tuple((p.device, p.dtype) for p in islice(model.parameters(), 1))
+        return cls(arguments, tensors, (repr(arguments), forms, placement, _autocast_state()))
 
 
 class Attributes:
@@ -135,7 +127,7 @@ def generator_states() -> tuple[Any, bytes, list[bytes]]:
     return random.getstate(), pickle.dumps(np.random.get_state()), own
 
 
-def trace(model: nn.Module, kind: Kind) -> fx.Graph:
+def trace(model: nn.Module, call: Call) -> fx.Graph:
     """The graph of ``model`` as called, with a placeholder for each tensor of the call.
 
     Other targets are names in the model.
@@ -145,7 +137,7 @@ def trace(model: nn.Module, kind: Kind) -> fx.Graph:
     """
     attributes, (*draws, _) = Attributes(model.modules()), generator_states()
     with preserved(model), torch.enable_grad(), _custom_functions_refused():
-        tracer = _Tracer(model, kind.arguments)
+        tracer = _Tracer(model, call.arguments)
         try:
             with _Factories(tracer):
                 graph = tracer.trace(model)
@@ -209,7 +201,7 @@ class _Tracer(fx.Tracer):
 
         def place(value: Any) -> Any:
             nonlocal count
-            if value is not TENSOR:
+            if value is not _PLACE:
                 return value
             count += 1
             return self.create_proxy("placeholder", f"input_{count}", (), {})
