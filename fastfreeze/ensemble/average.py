@@ -154,7 +154,7 @@ def reestimate_norms(
     if not norms:
         return ()
     totals = {m: [torch.zeros_like(b, dtype=torch.float64) for b in _statistics(m)] for m in norms}
-    calls: Counter[nn.Module] = Counter()
+    calls: Counter[Any] = Counter()
 
     def add(norm: Any, *_: Any) -> None:
         """Each call leaves its own statistics in the norm."""
@@ -187,10 +187,9 @@ def _statistics(norm: Any) -> list[Tensor]:
     return [norm.running_mean, norm.running_var]
 
 
-def _norms_to_reestimate(
-    model: nn.Module, snapshot: Mapping[str, Tensor] | None
-) -> dict[_NormBase, str]:
-    norms = {
+def _norms_to_reestimate(model: nn.Module, snapshot: Mapping[str, Tensor] | None) -> dict[Any, str]:
+    """The norms, and their names."""
+    norms: dict[Any, str] = {
         module: name
         for name, module in model.named_modules()
         if isinstance(module, _NormBase) and module.running_mean is not None
@@ -202,13 +201,10 @@ def _norms_to_reestimate(
         return norms
     _checked_signature("snapshot", snapshot, signature_of(model.state_dict()))
 
-    def was_frozen(norm: _NormBase, name: str) -> bool:
-        prefix = f"{name}." if name else ""
-        return all(
-            same_bits(held, snapshot[prefix + own].to(held.device))
-            for own, held in norm.named_buffers(recurse=False)
-            if own.startswith("running_")
-        )
+    def was_frozen(norm: nn.Module, name: str) -> bool:
+        names = (f"{name}.{own}".lstrip(".") for own in ("running_mean", "running_var"))
+        pairs = zip(_statistics(norm), names, strict=True)
+        return all(same_bits(held, snapshot[n].to(held.device)) for held, n in pairs)
 
     return {norm: name for norm, name in norms.items() if not was_frozen(norm, name)}
 

@@ -121,7 +121,8 @@ class MembersState:
     def lasts(self, members: nn.ModuleList) -> bool:
         """Whether these are the members, and all is as it was; False if that cannot be told."""
         same = members is self._members and self._states is not None
-        return same and not self._attributes.changed() and _states(self._tensors) == self._states
+        same = same and not (_has_any_global_hook() or self._attributes.changed())
+        return same and _states(self._tensors) == self._states
 
 
 def _states(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
@@ -235,7 +236,12 @@ def share(members: Sequence[nn.Module]) -> Owners:
     Parameters that other attributes hold as well stay each member's own.
     """
     owners = owners_of(members)
-    fixed = {i for member in members for i in held_again(member)}
+    fixed = {
+        id(tensor)
+        for module in chain.from_iterable(member.modules() for member in members)
+        if not isinstance(module, nn.RNNBase)  # whose lists torch itself renews
+        for tensor in tensors_in(_attributes(module))
+    }
     for name, row in owners.items():
         path, _, own = name.rpartition(".")
         for m, owner in enumerate(row):
@@ -245,17 +251,6 @@ def share(members: Sequence[nn.Module]) -> Owners:
             if held is not common and not {id(held), id(common)} & fixed:
                 _put(module, own, common)
     return owners
-
-
-def held_again(member: nn.Module) -> dict[int, str]:
-    """By its id, the attribute that holds a tensor; not the lists that torch itself renews."""
-    return {
-        id(tensor): f"{prefix}.{name}".lstrip(".")
-        for prefix, module in member.named_modules()
-        if not isinstance(module, nn.RNNBase)
-        for name, value in _attributes(module).items()
-        for tensor in tensors_in(value)
-    }
 
 
 def _put(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

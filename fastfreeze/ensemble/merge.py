@@ -15,8 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from fastfreeze.ensemble._checks import logits_of
-from fastfreeze.ensemble.graphs.flow import Flow
-from fastfreeze.ensemble.graphs.program import copied
+from fastfreeze.ensemble.graphs.flow import Flow, copied
 from fastfreeze.ensemble.graphs.trace import NoGraphError
 from fastfreeze.ensemble.members import CannotCopyError, Owners, copy_of
 from fastfreeze.kernels.reference import softmax_add_reference

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.ensemble.graphs.flow import Flow
+from fastfreeze.ensemble.graphs.flow import Flow, Program, written
 from fastfreeze.ensemble.graphs.fold import CannotFoldError, fold
-from fastfreeze.ensemble.graphs.program import Program, written
 from fastfreeze.ensemble.graphs.trace import Call, NoGraphError, trace
 from fastfreeze.ensemble.members import MembersState, difference, hooked, share
 from fastfreeze.ensemble.merge import Merged, merge, merged_module
@@ -45,7 +44,7 @@ class Prepared:
 
     def fits(self, members: nn.ModuleList) -> bool:
         """Whether the members' tensors, attributes and hooks are still those it was made for."""
-        return self.state is not None and self.state.lasts(members) and not hooked(())
+        return self.state is not None and self.state.lasts(members)
 
     def choose(self, tensors: Sequence[Tensor]) -> Program | None:
         """The fastest program for a call with these tensors."""

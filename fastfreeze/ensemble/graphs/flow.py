@@ -1,8 +1,9 @@
-"""What a run of a graph shows of its nodes: whose memory they give, and which they write to."""
+"""A graph as a function, and what a run of it shows: who gives whose memory, and writes to it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +17,22 @@ from fastfreeze.trimming.state import tensors_in
 _MAY_SHARE = ("contiguous", "reshape", "reshape_as", "flatten", "ravel", "unflatten", "to")
 
 Storages = frozenset[StorageWeakRef]
+Program = Callable[..., Any]  # of what holds the graph's attributes, then its placeholders
+
+
+def written(graph: fx.Graph) -> Program:
+    """The graph as a Python function, whose first argument holds its attributes."""
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(code.src, namespace)
+    return cast(Program, namespace["forward"])
+
+
+def copied(graph: fx.Graph, node: fx.Node, now: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """A copy of ``node``, last in ``graph``; ``now`` gives those of its inputs."""
+    copy = graph.node_copy(node, now)
+    copy.type = None
+    return copy
 
 
 class Flow:
@@ -65,13 +82,14 @@ class _Watched(fx.Interpreter):
     def __init__(self, flow: Flow) -> None:
         super().__init__(flow.model, graph=flow.graph)
         self.extra_traceback = False
-        self._flow = flow
+        self._flow, self._generators = flow, generator_states()
 
     def run_node(self, n: fx.Node) -> Any:
         flow, given = self._flow, list(tensors_in(self.fetch_args_kwargs_from_env(n)))
-        versions, generators = _versions(given), generator_states()
+        versions = _versions(given)
         value = super().run_node(n)
-        if generator_states() != generators:
+        before, self._generators = self._generators, generator_states()
+        if self._generators != before:
             flow.random.add(n)
         if isinstance(value, Tensor):
             flow.forms[n] = value.shape, value.dtype

@@ -19,8 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fastfreeze.ensemble.graphs.flow import Flow
-from fastfreeze.ensemble.graphs.program import Program, copied, written
+from fastfreeze.ensemble.graphs.flow import Flow, Program, copied, written
 from fastfreeze.trimming.folds import Convolving, Norm, folded
 from fastfreeze.trimming.operations import Affine, may_take_winograd
 
@@ -137,8 +136,13 @@ class _Folder:
     def _convolution(self, m: nn.Conv2d, source: fx.Node) -> _Convolution:
         how: Any = (m.stride, m.padding, m.dilation, m.groups)
         x, convolving = self._values[source], Convolving(m.weight, m.bias, *how)
-        norm_first = isinstance(x, _Affine) and x.relu and isinstance(x.x, fx.Node)
-        if norm_first and may_take_winograd(convolving) and self._read_once(source):
+        if (
+            isinstance(x, _Affine)
+            and x.relu
+            and isinstance(x.x, fx.Node)
+            and may_take_winograd(convolving)
+            and self._read_once(source)
+        ):
             return _Convolution(convolving, x.x, x)
         return _Convolution(convolving, self._now(source), None)
 
