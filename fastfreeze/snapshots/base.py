@@ -76,34 +76,24 @@ class Snapshots(ABC):
         """
         self._discard([self._own(self._by_key(), snapshot)])
 
-    def prune(
-        self, *, keep_last: int | None = None, keep: Iterable[Snapshot] | None = None
-    ) -> tuple[Snapshot, ...]:
+    def prune(self, keep: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
         """Remove all snapshots but some, and give back what they take up.
 
         Args:
-            keep_last: how many to keep, >= 1: those of the highest steps, all if there are fewer.
-            keep: those to keep, in place of ``keep_last``.
+            keep: those to keep, such as ``store.last(3)``.
 
         Returns:
             What was removed, by step.
 
         Raises:
-            TypeError, ValueError: not one of the two is given, or ``keep_last`` is not a count.
             SnapshotError: one of ``keep`` is not there.
         """
-        if (keep_last is None) == (keep is None):
-            raise TypeError("prune takes either keep_last or keep")
         found = self._by_key()
-        if keep_last is not None:
-            check_int("keep_last", keep_last, minimum=1)
-            gone = list(found.values())[:-keep_last]
-        else:
-            kept = [self._own(found, s) for s in keep or ()]
-            gone = [s for s in found.values() if s not in kept]
+        kept = [self._own(found, s) for s in keep]
+        gone = tuple(s for s in found.values() if s not in kept)
         if gone:
             self._discard(gone)
-        return tuple(gone)
+        return gone
 
     def _own(self, found: Mapping[Hashable, _Found], snapshot: Snapshot) -> _Found:
         """What was found for a snapshot."""

@@ -289,6 +289,9 @@ def test_arguments():
     assert_right(ensemble, x, y)
     assert_right(ensemble, x, y, scale=3.0)
     assert_right(ensemble, x, y=y, extra=torch.randn(1, 4))
+    named = {"y": y, "extra": torch.randn(5, 4)}
+    for names in (named, dict(reversed(named.items()))):  # in whatever order
+        assert_right(ensemble, x, scale=3.0, **names)
     assert_right(ensemble, x[:0], y[:0])
     for rows in range(1, 12):  # more kinds of calls than are kept
         assert_right(ensemble, x[:1].expand(rows, 2, 3), y[:1].expand(rows, 2, 4), scale=rows)

@@ -452,8 +452,8 @@ def test_the_first_model_gives_the_order_of_the_tensors(tmp_path):
 def test_pruning(place):
     chain = sticky_chain(5)
     snapshots = [place.save(state, step=i, cycle=i) for i, state in enumerate(chain)]
-    assert place.prune(keep_last=9) == ()
-    assert place.prune(keep_last=4) == (snapshots[0],)
+    assert place.prune(keep=place) == ()
+    assert place.prune(keep=place.last(4)) == (snapshots[0],)
     place.remove(snapshots[2])
     assert tuple(place) == (snapshots[1], snapshots[3], snapshots[4])
     assert place.prune(keep=iter([snapshots[4], snapshots[1]])) == (snapshots[3],)
@@ -475,14 +475,8 @@ def test_pruning(place):
 
 def test_refused_pruning(place):
     place.save(small_model(), step=1, cycle=0)
-    for arguments, error, match in (
-        ({}, TypeError, "either keep_last or keep"),
-        ({"keep_last": 1, "keep": []}, TypeError, "either keep_last or keep"),
-        ({"keep_last": 0}, ValueError, "keep_last must be >= 1, got 0"),
-        ({"keep": [3]}, TypeError, "snapshot must be a Snapshot, got 3"),
-    ):
-        with pytest.raises(error, match=match):
-            place.prune(**arguments)
+    with pytest.raises(TypeError, match="snapshot must be a Snapshot, got 3"):
+        place.prune(keep=[3])
     assert len(place) == 1
 
 
@@ -1022,7 +1016,7 @@ def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     for act in (
         lambda: store.save(saved[0], step=20, cycle=1),
         lambda: store.save(new, step=20, cycle=1),
-        lambda: store.prune(keep_last=1),
+        lambda: store.prune(keep=store.last(1)),
     ):
         with pytest.raises(OSError, match="No space left"):
             act()
@@ -1066,7 +1060,7 @@ def test_stopped_at_any_write(tmp_path, monkeypatch, written):
             store.save(state, step=i, cycle=i)  # in its place
             done.append(i)
         done.append("pruned")
-        store.prune(keep_last=2)
+        store.prune(keep=store.last(2))
         done.append("all")
 
     monkeypatch.setattr("fastfreeze.files.os.fsync", lambda _: None)
@@ -1118,7 +1112,7 @@ def save_for_ever(directory, told):
             store.flush()
             told.send(("saved", step))
             told.send(("pruning", step - 3))
-            store.prune(keep_last=4)
+            store.prune(keep=tuple(store)[-4:])
         elif not later:
             told.send(("saved", step))
 
@@ -1463,7 +1457,7 @@ def test_stores_of_one_directory_in_one_process_lose_nothing(tmp_path):
     for store in stores:
         store.flush()
     del stores[0]  # the other one still has its turn
-    stores[0].prune(keep_last=12)
+    stores[0].prune(keep=stores[0].last(12))
     found = SnapshotStore(tmp_path)
     assert [s.step for s in found] == list(range(4, 16))
     for snapshot in found:
