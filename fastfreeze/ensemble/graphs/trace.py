@@ -29,7 +29,7 @@ from torch.fx.proxy import Attribute, Proxy
 from torch.overrides import TorchFunctionMode
 
 from fastfreeze.layers.execution import preserved
-from fastfreeze.trimming.state import is_run_again, tensors_in
+from fastfreeze.trimming.state import tensors_in
 
 _CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), Enum),
@@ -233,8 +233,6 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient_state() != self._state:
             raise NoGraphError("forward changes grad mode or autocast")
-        if is_run_again(trace.__code__):
-            raise NoGraphError("forward uses activation checkpointing")
         return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> Proxy:
