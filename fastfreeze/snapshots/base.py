@@ -16,12 +16,7 @@ from torch import Tensor, nn
 from fastfreeze.checks import check_int
 from fastfreeze.errors import SnapshotError
 from fastfreeze.files import write_atomic
-from fastfreeze.snapshots.format import (
-    Snapshot,
-    check_signature,
-    checked_metrics,
-    signature_of,
-)
+from fastfreeze.snapshots.format import Snapshot, check_signature, signature_of
 from fastfreeze.snapshots.tensors import can_be_stored, dtype_name
 
 _Found = TypeVar("_Found")
@@ -125,7 +120,20 @@ def facts_of(step: int, cycle: int, metrics: Mapping[str, float] | None) -> Snap
     check_int("step", step, minimum=0)
     check_int("cycle", cycle, minimum=0)
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Snapshot(step, cycle, checked_metrics(metrics or {}), time)
+    return Snapshot(step, cycle, _numbers(metrics or {}), time)
+
+
+def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """As Python's floats."""
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}") from error
+        except OverflowError as error:
+            raise ValueError(f"metrics[{name!r}] must fit into a float: {error}") from error
+    return numbers
 
 
 def checked_to_save(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -98,24 +98,6 @@ def _described(spec: Spec) -> str:
     return f"{spec[1]} {list(spec[0])}"
 
 
-def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """As Python's floats.
-
-    Raises:
-        TypeError: one is not a number.
-        ValueError: one is larger than any float.
-    """
-    numbers = {}
-    for name, value in metrics.items():
-        try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}") from error
-        except OverflowError as error:
-            raise ValueError(f"metrics[{name!r}] must fit into a float: {error}") from error
-    return numbers
-
-
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The manifest as JSON. A snapshot's tensors are positions in the list of all hashes."""
     hashes = manifest.hashes
