@@ -16,8 +16,7 @@ from torch.fx.node import map_arg
 
 from fastfreeze.ensemble._checks import logits_of
 from fastfreeze.ensemble.graphs.flow import Flow, copied
-from fastfreeze.ensemble.graphs.trace import NoGraphError
-from fastfreeze.ensemble.members import CannotCopyError, Owners, copy_of
+from fastfreeze.ensemble.members import Owners, copy_of
 from fastfreeze.kernels.reference import softmax_add_reference
 from fastfreeze.kernels.softmax_arguments import classes_back, classes_last
 
@@ -60,15 +59,12 @@ def merged_module(merged: Merged, ensemble: nn.Module) -> nn.Module:
     It holds copies of the tensors of ``ensemble``, each once.
 
     Raises:
-        NoGraphError: a member's module has no copy.
+        CannotCopyError: a member's module has no copy.
     """
     root = nn.Module()
     root.members = cast(nn.ModuleList, ensemble.members)
     root.mean = _Mean(cast(int | None, ensemble.dim))
-    try:
-        return copy_of(fx.GraphModule(root, _with_mean(merged.graph)).eval())
-    except CannotCopyError as error:
-        raise NoGraphError(str(error)) from error
+    return copy_of(fx.GraphModule(root, _with_mean(merged.graph)).eval())
 
 
 def _leaders(flow: Flow, owners: Owners, count: int) -> Leaders:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from fastfreeze.ensemble.graphs.flow import Flow, Program, written
 from fastfreeze.ensemble.graphs.fold import CannotFoldError, fold
 from fastfreeze.ensemble.graphs.trace import Call, NoGraphError, trace
-from fastfreeze.ensemble.members import MembersState, difference, hooked, share
+from fastfreeze.ensemble.members import (
+    CannotCopyError,
+    MembersState,
+    difference,
+    hooked,
+    share,
+)
 from fastfreeze.ensemble.merge import Merged, merge, merged_module
 from fastfreeze.layers.execution import preserved
 from fastfreeze.trimming.compare import excess
@@ -62,11 +68,11 @@ class Prepared:
         Raises:
             ValueError: there is no graph, or a part of it has no copy.
         """
+        if self.merged is None:
+            raise ValueError(f"the ensemble cannot be one graph: {self.text}")
         try:
-            if self.merged is None:
-                raise NoGraphError(self.text)
             return merged_module(self.merged, ensemble)
-        except NoGraphError as error:
+        except CannotCopyError as error:
             raise ValueError(f"the ensemble cannot be one graph: {error}") from error
 
 
