@@ -167,15 +167,20 @@ def reestimate_norms(
         for total, held in zip(totals[norm], _statistics(norm), strict=True):
             total.add_(held)
 
+    modes = [(module, module.training) for module in model.modules()]
     # Uncompiled, else it would be compiled anew for the hooks.
     with preserved(model), torch.compiler.set_stance("force_eager"):
-        for module in model.modules():
-            module.training = module in norms
-        for norm in norms:
-            norm.momentum = 1.0
-            norm.reset_running_stats()  # NaN would stay, whatever the momentum
-            norm.register_forward_hook(add)
-        _run(model, batches)
+        try:
+            for module, _ in modes:
+                module.training = module in norms
+            for norm in norms:
+                norm.momentum = 1.0
+                norm.reset_running_stats()  # NaN would stay, whatever the momentum
+                norm.register_forward_hook(add)
+            _run(model, batches)
+        finally:
+            for module, mode in modes:  # a trimmed model's is that of the model in it
+                module.training = mode
     for norm, count in calls.items():
         for held, total in zip(_statistics(norm), totals[norm], strict=True):
             held.copy_(total / count)
