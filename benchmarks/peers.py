@@ -36,7 +36,7 @@ from benchmarks.measure import interleave, machine
 from benchmarks.predict import Run, State, loop_of, vmap_of
 from benchmarks.results import write_json
 from fastfreeze import SnapshotEnsemble, SnapshotStore
-from fastfreeze.ensemble import error_rate, expected_calibration_error, nll
+from fastfreeze.ensemble import prediction_scores
 from fastfreeze.recipes.data import ImageData, load_data
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.images import Images, MemoryImages
@@ -349,11 +349,8 @@ def judge(task: Task, peers: Sequence[Peer], rounds: int) -> None:
         runs[peer.name] = partial(_all, peer.predict, batches)
         grown = grown_mb(partial(peer.predict, batches[0]))
         peer.facts |= {} if grown is None else {"predict_mb": grown}
-        peer.facts |= {
-            "error": error_rate(probabilities, labels),
-            "nll": nll(probabilities, labels),
-            "ece": expected_calibration_error(probabilities, labels),
-        }
+        scores = prediction_scores(probabilities, labels)
+        peer.facts |= {"error": scores.error, "nll": scores.nll, "ece": scores.ece}
     times = interleave(runs, rounds, burst=1) if runs else {}
     for peer in [peer for peer in peers if peer.name in times]:
         peer.facts |= {f"predict_{k}": v for k, v in asdict(times[peer.name]).items()}

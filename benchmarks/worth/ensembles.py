@@ -24,7 +24,7 @@ from benchmarks.worth import fashion
 from benchmarks.worth.question import Method, Question, Run
 from benchmarks.worth.scratch import RATES, following, torch_alone
 from benchmarks.worth.training import trained
-from fastfreeze.ensemble import error_rate, expected_calibration_error, nll
+from fastfreeze.ensemble import prediction_scores
 
 TRAIN, MEMBERS = 6_000, 5
 BUDGETS = (10, 20, 30)
@@ -184,13 +184,15 @@ def run(asked: Run, folder: Path, counted: bool) -> dict:
     images, labels = data.test
     p = torch.cat([predict(batch) for batch in images.split(250)])
     valid = torch.cat([predict(batch) for batch in data.validation[0].split(250)])
+    scores = prediction_scores(p, labels)
+    validation = prediction_scores(valid, data.validation[1])
     return {
         **trial.cost,
-        "error": error_rate(p, labels),
-        "nll": nll(p, labels),
-        "ece": expected_calibration_error(p, labels),
-        "validation_error": error_rate(valid, data.validation[1]),
-        "validation_nll": nll(valid, data.validation[1]),
+        "error": scores.error,
+        "nll": scores.nll,
+        "ece": scores.ece,
+        "validation_error": validation.error,
+        "validation_nll": validation.nll,
         "predict_ms": round(1e3 * _lowest_seconds(lambda: predict(images[:PREDICTED])), 3),
     }
 

@@ -3,35 +3,24 @@
 from fastfreeze.ensemble.average import average_weights, reestimate_norms
 from fastfreeze.ensemble.calibrate import TemperatureScaling, fit_temperature
 from fastfreeze.ensemble.ensemble import SnapshotEnsemble
-from fastfreeze.ensemble.plots import reliability_diagram
 from fastfreeze.ensemble.scores import (
     EnsembleEvaluation,
     PredictionScores,
-    brier_score,
-    disagreement,
-    error_rate,
     evaluate,
-    expected_calibration_error,
-    nll,
+    prediction_scores,
 )
-from fastfreeze.ensemble.selection import Selection, last_k_curve, select_members
+from fastfreeze.ensemble.selection import last_k_curve, select_members
 
 __all__ = [
     "EnsembleEvaluation",
     "PredictionScores",
-    "Selection",
     "SnapshotEnsemble",
     "TemperatureScaling",
     "average_weights",
-    "brier_score",
-    "disagreement",
-    "error_rate",
     "evaluate",
-    "expected_calibration_error",
     "fit_temperature",
     "last_k_curve",
-    "nll",
+    "prediction_scores",
     "reestimate_norms",
-    "reliability_diagram",
     "select_members",
 ]

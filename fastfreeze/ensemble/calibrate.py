@@ -121,8 +121,7 @@ class TemperatureScaling(nn.Module):
     def fit(self, probabilities: Tensor, labels: Tensor) -> TemperatureScaling:
         """Set the temperature to that of the lowest NLL; see :func:`fit_temperature`.
 
-        A label's probability of 0 counts as the smallest normal number of its dtype, as in
-        :func:`~fastfreeze.ensemble.nll`.
+        A label's probability of 0 counts as the smallest normal number of its dtype.
 
         Args:
             probabilities: [B, C], B >= 1, C >= 2, floating point, rows summing to 1, of data on
@@ -142,9 +141,7 @@ class TemperatureScaling(nn.Module):
             self.temperature.fill_(temperature)
         return self
 
-    def forward(
-        self, probabilities: Tensor, log: bool = False, *, dim: int | None = None
-    ) -> Tensor:
+    def forward(self, probabilities: Tensor, *, dim: int | None = None) -> Tensor:
         """The probabilities at the fitted temperature.
 
         Computed in float32 (float64 for float64 probabilities) and rounded once. A probability of
@@ -153,7 +150,6 @@ class TemperatureScaling(nn.Module):
         Args:
             probabilities: [..., C], floating point, on the module's device, each row with one > 0.
                 Their values are not looked at: a row with a negative one comes out NaN.
-            log: return their logarithms.
             dim: of the classes, C >= 2, as in :func:`~fastfreeze.ensemble_softmax`.
 
         Returns:
@@ -169,8 +165,7 @@ class TemperatureScaling(nn.Module):
         check_classes("probabilities", probabilities, dim)
         dtype = sum_dtype(probabilities.dtype)
         scaled = probabilities.to(dtype).log() / self.temperature.to(dtype)
-        softmax = torch.log_softmax if log else torch.softmax
-        return softmax(scaled, dim=-1 if dim is None else dim).to(probabilities.dtype)
+        return scaled.softmax(-1 if dim is None else dim).to(probabilities.dtype)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature.item():.4g}"

@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastfreeze.checks import check_int
-from fastfreeze.ensemble._checks import (
-    check_no_arrays,
-    logits_of,
-    warn_of_probabilities,
-)
-from fastfreeze.ensemble.graphs.trace import UntraceableError
+from fastfreeze.ensemble._checks import check_no_arrays, logits_of, warn_of_probabilities
+from fastfreeze.ensemble.graphs.trace import Call, NoGraphError
 from fastfreeze.ensemble.members import new_member, share, unshare
-from fastfreeze.ensemble.run import MAX_KEPT, Key, Plan, make_plan, one_by_one
+from fastfreeze.ensemble.run import MAX_KEPT, Prepared, one_by_one, prepare
 from fastfreeze.kernels.softmax import EnsembleAverage, ensemble_softmax
 from fastfreeze.kernels.softmax_arguments import check_logits
 from fastfreeze.layers.execution import preserved
@@ -40,16 +36,15 @@ class SnapshotEnsemble(nn.Module):
     them once: layers frozen before the first snapshot, or between two, take memory and time once.
     What they compute from the same values runs once too (:attr:`plan` tells how much); a write to
     a member's tensors is noticed at the next call, except through ``.data``. The first call of a
-    kind (of these arguments and image size; any batch size) traces the model, and runs members to
-    compare, which is for one thread alone: make it before several threads call at once. If the
-    first outputs ever are probabilities, it warns.
+    kind (these arguments, this image size and layout; one row, or any number of them) traces the
+    model, and runs members to compare, which is for one thread alone: make it before several
+    threads call at once. If the first outputs ever are probabilities, it warns.
 
     Args:
         model: a model of the snapshots' architecture, of whatever weights, which is copied and not
             changed; or a function that makes a new one at each call, such as its class: for models
             that cannot be copied, since they hold a lock or a file, or functions that use them.
-        snapshots: state dicts, the latest last.
-        last: use only so many, the latest. Early snapshots of short cycles can hurt.
+        snapshots: state dicts.
         dim: the dimension of the classes in the model's output, 1 for [B, C, H, W]. None: the last,
             of outputs of up to three dimensions; of more it has to be given.
         how: "shared": as one graph, in which what members have in common runs once; "loop": one
@@ -63,8 +58,8 @@ class SnapshotEnsemble(nn.Module):
     Raises:
         TypeError: one of ``snapshots`` is not a state dict; ``model`` cannot be copied, or is not
             what it is to be.
-        ValueError: no snapshot, or fewer than ``last``; ``how`` is none of these; ``model`` gives
-            tensors that it gave before.
+        ValueError: no snapshot; ``how`` is none of these; ``model`` gives tensors that it gave
+            before.
         SnapshotError: a snapshot of another architecture.
     """
 
@@ -73,17 +68,15 @@ class SnapshotEnsemble(nn.Module):
         model: nn.Module | Callable[[], nn.Module],
         snapshots: Iterable[Mapping[str, Tensor]],
         *,
-        last: int | None = None,
         dim: int | None = None,
         fold: bool = True,
         how: How | None = None,
     ) -> None:
         super().__init__()
         _check_how(how)
-        chosen = snapshots if last is None else last_of("last", last, tuple(snapshots))
         self.members = nn.ModuleList()
         with torch.inference_mode(False):  # else writes to the tensors would go unnoticed
-            for i, state in enumerate(chosen):
+            for i, state in enumerate(snapshots):
                 member = new_member(model, list(self.members))
                 load_into(member, state, f"snapshots[{i}]")
                 self.members.append(member.eval().requires_grad_(False))
@@ -92,7 +85,7 @@ class SnapshotEnsemble(nn.Module):
             share(list(self.members))
         self.fold, self.how, self.dim = fold, how, dim
         self._looked = False
-        self._plans: dict[Key, Plan] = {}
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}  # by kind of call
         self._text = f"{len(self.members)} members, not called yet"
 
     @classmethod
@@ -107,18 +100,23 @@ class SnapshotEnsemble(nn.Module):
         fold: bool = True,
         how: How | None = None,
     ) -> SnapshotEnsemble:
-        """The ensemble of a store's snapshots, or of its ``last`` ones.
+        """The ensemble of a store's snapshots.
 
         Args:
-            members: which of these, by their positions from 0: ``select_members(...).indices``, or
-                ``picks``, in which a member that comes again weighs more. None: all.
+            last: use only so many, the latest. Early snapshots of short cycles can hurt.
+            members: which of these, by their positions from 0, as ``select_members`` gives them; a
+                member that comes again weighs more. None: all.
 
         Raises:
-            TypeError, ValueError: one of ``members`` is no position of a snapshot.
+            TypeError, ValueError: there are fewer than ``last``, or one of ``members`` is no
+                position of a snapshot.
         """
         chosen = tuple(store) if last is None else last_of("last", last, tuple(store))
         if members is not None:
-            chosen = tuple(_at(chosen, f"members[{i}]", m) for i, m in enumerate(members))
+            positions = tuple(members)
+            for i, position in enumerate(positions):
+                check_int(f"members[{i}]", position, minimum=0, maximum=len(chosen) - 1)
+            chosen = tuple(chosen[position] for position in positions)
         states = (store.load(snapshot) for snapshot in chosen)
         return cls(model, states, dim=dim, fold=fold, how=how)
 
@@ -193,8 +191,8 @@ class SnapshotEnsemble(nn.Module):
             TypeError, ValueError: as from :meth:`forward`, for this example.
         """
         check_no_arrays("inputs", [*inputs, *keywords.values()])
-        plan, _ = self._plan(inputs, keywords)
-        module = plan.module(self)
+        prepared, _ = self._prepare(inputs, keywords)
+        module = prepared.module(self)
         with preserved(self.members), torch.no_grad():  # which looks at the outputs
             self._run(lambda _: None, *tree_map_only(Tensor, torch.clone, (inputs, keywords)))
         return module
@@ -209,7 +207,7 @@ class SnapshotEnsemble(nn.Module):
         """Have each member's logits taken in turn."""
         check_no_arrays("inputs", [*inputs, *keywords.values()])
         _check_how(self.how)
-        # When compiled a member's values cannot be looked at, which a plan does.
+        # When compiled a member's values cannot be looked at, which a graph is made by.
         compiling = torch.compiler.is_compiling()
         if compiling and self.how == "shared":
             raise ValueError("how='shared' cannot run: compile what as_module gives instead")
@@ -234,49 +232,43 @@ class SnapshotEnsemble(nn.Module):
 
     def _run_shared(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
         """Run the members as one graph; False if there is none, and none was asked for."""
-        plan, tensors = self._plan(inputs, keywords)
-        program = plan.choose(tensors)
+        prepared, tensors = self._prepare(inputs, keywords)
+        program = prepared.choose(tensors)
         if program is None:
             if self.how is not None:
-                raise ValueError(f"how='shared' cannot run: {plan.text}")
+                raise ValueError(f"how='shared' cannot run: {prepared.text}")
             return False
         program(self, lambda output: take(self._logits(output)), *tensors)
         return True
 
-    def _plan(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Plan, list[Tensor]]:
+    def _prepare(
+        self, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[Prepared, list[Tensor]]:
+        """What runs for a call of this kind, and the call's tensors."""
         try:
-            key, tensors = Key.of(self.members[0], inputs, keywords, self.fold)
-        except UntraceableError as error:
-            plan = Plan(one_by_one(len(self.members), error))
-            self._text = plan.text
-            return plan, []
-        found = self._plans.get(key)
+            call = Call.of(self.members[0], inputs, keywords)
+        except NoGraphError as error:
+            self._text = one_by_one(self.members, error)
+            return Prepared(self._text), []
+        kind = (*call.kind, self.fold)
+        found = self._prepared.get(kind)
         if found is None or not found.fits(self.members):
-            found = make_plan(self, self.members, key, tensors)
-            others = [item for item in self._plans.items() if item[0] != key]
+            found = prepare(self, self.members, call, self.fold)
+            others = [item for item in self._prepared.items() if item[0] != kind]
             # Replaced, not changed: other threads may be looking.
-            self._plans = dict([*others, (key, found)][-MAX_KEPT:])
+            self._prepared = dict([*others, (kind, found)][-MAX_KEPT:])
         self._text = found.text
-        return found, tensors
+        return found, call.tensors
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         unshare(list(self.members))
-        self._plans = {}
+        self._prepared = {}
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}
+        return {**self.__dict__, "_prepared": {}}
 
 
 def _check_how(how: How | None) -> None:
     if how not in (None, "loop", "shared"):
         raise ValueError(f"how must be None, 'loop' or 'shared', got {how!r}")
-
-
-def _at(snapshots: tuple[Any, ...], name: str, position: int) -> Any:
-    check_int(name, position, minimum=0)
-    if position >= len(snapshots):
-        raise ValueError(
-            f"{name} must be below {len(snapshots)}, the snapshots there are, got {position}"
-        )
-    return snapshots[position]

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from types import CellType, FunctionType
+from types import BuiltinFunctionType, CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from fastfreeze.ensemble.graphs.held import Held, HeldState
-from fastfreeze.ensemble.graphs.trace import hooked
-from fastfreeze.trimming.bits import same_bits
+from fastfreeze.ensemble.graphs.trace import Attributes
+from fastfreeze.trimming.bits import bits, same_bits
 from fastfreeze.trimming.state import tensors_in
 
 # For each tensor of the model, by name: the first member that holds the same bits, for each member.
 Owners = dict[str, tuple[int, ...]]
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_CODE = (type, FunctionType, BuiltinFunctionType)
 
 
 class CannotCopyError(Exception):
@@ -101,25 +102,45 @@ def new_member(
 
 
 class MembersState:
-    """What members held at a moment, and which hooks there were.
+    """What members held at a moment, hooks among it.
+
+    Tensors and their memory are kept: no others can get their ids and addresses.
 
     Attributes:
         parameters: of all members.
     """
 
     def __init__(self, members: nn.ModuleList) -> None:
-        held = Held([members])
-        self._modules, self._held = held.modules, HeldState(held)
-        self._hooked = hooked(self._modules)
+        self._members, modules = members, list(members.modules())
         self.parameters = list(members.parameters())
-        attributes = chain.from_iterable(tensors_in(_attributes(m)) for m in held.modules)
-        self._written = [(t, t._version) for t in attributes if not t.is_inference()]
+        self._attributes = Attributes(modules)
+        self._tensors = list(tensors_in([vars(m) for m in modules]))
+        self._memory = [t.detach() for t in self._tensors]
+        self._states = _states(self._tensors)
 
     def lasts(self, members: nn.ModuleList) -> bool:
-        """Whether these are the members, and all is as it was."""
-        same = members is self._modules[0] and self._held.lasts()
-        same = same and all(t._version == version for t, version in self._written)
-        return same and hooked(self._modules) == self._hooked
+        """Whether these are the members, and all is as it was; False if that cannot be told."""
+        same = members is self._members and self._states is not None
+        same = same and not (_has_any_global_hook() or self._attributes.changed())
+        return same and _states(self._tensors) == self._states
+
+
+def _states(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
+    """What changes when a tensor is written to or given other memory; None if that is unknown."""
+    try:
+        return [(t.data_ptr(), t._version) for t in tensors]
+    except RuntimeError:  # of torch.func's transforms, of inference mode, or fake
+        return None
+
+
+def hooked(modules: Iterable[nn.Module]) -> str:
+    """The type of the first module with hooks, which a graph would not call; else empty."""
+    if _has_any_global_hook():
+        return "every module"
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return type(m).__name__
+    return ""
 
 
 def owners_of(members: Sequence[nn.Module]) -> Owners:
@@ -144,71 +165,69 @@ def hold_the_same(a: Tensor, b: Tensor) -> bool:
 
 
 def difference(members: Sequence[nn.Module]) -> str:
-    """In what members differ besides parameters and buffers, in words; empty if in nothing.
-
-    Attributes that hold the member's own parameters and buffers again do not count, nor do those
-    that are tensors of the same bits.
-    """
-    first = list(members[0].named_modules(remove_duplicate=False))
-    names_first = {id(t): name for name, t in _tensors(members[0])}
+    """In what members differ besides parameters and buffers, in words; empty if in nothing."""
+    first = _described(members[0])
     for m, member in enumerate(members[1:], 1):
-        modules = list(member.named_modules(remove_duplicate=False))
-        if [name for name, _ in modules] != [name for name, _ in first]:
-            return f"member {m} has other modules than the first"
-        names = {id(t): name for name, t in _tensors(member)}
-        for (name, module), (_, model) in zip(modules, first, strict=True):
-            if what := _differs(module, names, model, names_first):
-                return (
-                    f"member {m} differs from the first in {'.'.join(filter(None, [name, what]))}"
-                )
+        found = _described(member)
+        for name in [*first, *found]:
+            if first.get(name) != found.get(name):
+                return f"member {m} differs from the first in {name}"
     return ""
 
 
-def _differs(
-    module: nn.Module, names: Mapping[int, str], other: nn.Module, names_other: Mapping[int, str]
-) -> str:
-    """The name of the first attribute in which two modules differ, or ``__class__``."""
-    if type_before_parametrizations(module) is not type_before_parametrizations(other):
-        return "__class__"  # parametrized modules have a class of their own each
-    for held in ("_parameters", "_buffers"):
-        a, b = (
-            {name for name, t in vars(m)[held].items() if t is not None} for m in (module, other)
-        )
-        if a != b:
-            return held
-    x, y = _by_name(_attributes(module), names), _by_name(_attributes(other), names_other)
-    return next((n for n in x.keys() | y.keys() if not _equal(x.get(n), y.get(n))), "")
+def _described(member: nn.Module) -> dict[str, Any]:
+    """What modules are, and their attributes, in a form that is equal for equal ones, by name.
+
+    Of parameters and buffers it has the names alone, wherever an attribute holds them.
+    """
+    modules = list(member.named_modules(remove_duplicate=False))
+    names = {id(held): name for name, held in (*modules, *_tensors(member))}
+    found: dict[str, Any] = {}
+    for prefix, module in modules:
+        held = {"__class__": type_before_parametrizations(module), **_attributes(module)}
+        for kind in ("_parameters", "_buffers"):
+            held[kind] = sorted(n for n, t in vars(module)[kind].items() if t is not None)
+        for name, value in held.items():
+            found[f"{prefix}.{name}".lstrip(".")] = _bytes_of(value, names)
+    return found
+
+
+def _bytes_of(value: Any, names: Mapping[int, str]) -> Any:
+    """The same for equal values; what has no bytes is equal to itself alone."""
+    file = io.BytesIO()
+    try:
+        _Pickler(file, names).dump(value)
+    except Exception:  # of whatever kind
+        return id(value)
+    return file.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles what attributes hold; what has a name in the member, or is code, by that."""
+
+    def __init__(self, file: io.BytesIO, names: Mapping[int, str]) -> None:
+        super().__init__(file)
+        self._names = names
+
+    def persistent_id(self, obj: Any) -> Any:
+        obj = obj() if isinstance(obj, weakref.ref) else obj
+        if id(obj) in self._names:
+            return self._names[id(obj)]
+        if isinstance(obj, _LOCKS):
+            return "a lock"
+        if isinstance(obj, _CODE):
+            return id(obj)
+        if isinstance(obj, Tensor):
+            if obj.is_inference():  # where writes go unnoticed
+                return id(obj)
+            form = (type(obj).__name__, str(obj.dtype), str(obj.device), obj.shape, obj.stride())
+            return (*form, bits(obj).cpu().numpy().tobytes())
+        return None
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Those that not every module has."""
     return {name: v for name, v in vars(module).items() if name not in _OF_EVERY_MODULE}
-
-
-def _by_name(attributes: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
-    """With tensors that have names, and weak references to such, by these."""
-
-    def named(value: Any) -> Any:
-        value = value() if isinstance(value, weakref.ref) else value
-        return names.get(id(value), value) if isinstance(value, Tensor) else value
-
-    return {name: tree_map(named, value) for name, value in attributes.items()}
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if a is b or (type(a) is type(b) and isinstance(a, _LOCKS)):
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        noticed = not (a.is_inference() or b.is_inference())  # when they are written to
-        return noticed and type(a) is type(b) and hold_the_same(a, b)
-    if type(a) is not type(b) or any(True for _ in tensors_in((a, b))):
-        return False
-    with suppress(Exception):  # of arrays and the like, or of what cannot be compared
-        if a == b:
-            return True
-    with suppress(Exception):
-        return pickle.dumps(a) == pickle.dumps(b)
-    return False
 
 
 def share(members: Sequence[nn.Module]) -> Owners:
@@ -217,7 +236,12 @@ def share(members: Sequence[nn.Module]) -> Owners:
     Parameters that other attributes hold as well stay each member's own.
     """
     owners = owners_of(members)
-    fixed = {i for member in members for i in held_again(member)}
+    fixed = {
+        id(tensor)
+        for module in chain.from_iterable(member.modules() for member in members)
+        if not isinstance(module, nn.RNNBase)  # whose lists torch itself renews
+        for tensor in tensors_in(_attributes(module))
+    }
     for name, row in owners.items():
         path, _, own = name.rpartition(".")
         for m, owner in enumerate(row):
@@ -227,17 +251,6 @@ def share(members: Sequence[nn.Module]) -> Owners:
             if held is not common and not {id(held), id(common)} & fixed:
                 _put(module, own, common)
     return owners
-
-
-def held_again(member: nn.Module) -> dict[int, str]:
-    """By its id, the attribute that holds a tensor; not the lists that torch itself renews."""
-    return {
-        id(tensor): f"{prefix}.{name}".lstrip(".")
-        for prefix, module in member.named_modules()
-        if not isinstance(module, nn.RNNBase)
-        for name, value in _attributes(module).items()
-        for tensor in tensors_in(value)
-    }
 
 
 def _put(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -121,7 +121,7 @@ class TrainingRun:
         ends = self._schedule.cycle_ends
         if self._store is not None and step in ends and step != before:  # skipped for an overflow
             cycle = ends.index(step)
-            self._store.save(self._saved, step=step, cycle=cycle, schedule=self._schedule)
+            self._store.save(self._saved, step=step, cycle=cycle)
 
 
 def network_of(owner: nn.Module, name: str) -> nn.Module:

@@ -12,14 +12,7 @@ from torch import Tensor
 
 from fastfreeze.cache import FeatureCache
 from fastfreeze.clock import cpu_seconds
-from fastfreeze.ensemble import (
-    PredictionScores,
-    SnapshotEnsemble,
-    error_rate,
-    evaluate,
-    expected_calibration_error,
-    nll,
-)
+from fastfreeze.ensemble import PredictionScores, SnapshotEnsemble, evaluate, prediction_scores
 from fastfreeze.files import write_atomic
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError, optional_package
@@ -266,7 +259,7 @@ class _Run:
         peak = memory.mb()
         if peak is not None:
             totals.peak_mb = max(totals.peak_mb or 0.0, peak)
-        error = error_rate(self._predict(self.data), self.data.test.labels)
+        error = prediction_scores(self._predict(self.data), self.data.test.labels).error
         self._log(
             "epoch",
             epoch=totals.epoch,
@@ -301,7 +294,7 @@ class _Run:
             self._set_frozen(frozen)
         if self.store is not None and totals.step in setup.schedule.cycle_ends:
             cycle = setup.schedule.cycle_ends.index(totals.step)
-            self.store.save(setup.model, step=totals.step, cycle=cycle, schedule=setup.schedule)
+            self.store.save(setup.model, step=totals.step, cycle=cycle)
             self._log("snapshot", cycle=cycle)
 
     def _set_frozen(self, frozen: tuple[int, ...]) -> None:
@@ -385,13 +378,14 @@ class _Run:
             self.setup.model.load_state_dict(self._best["weights"])
         last = self._predict(self.tested)
         ensemble = None if self.store is None else self._evaluate_members(self.store)
+        own = prediction_scores(last, labels)
         return {
             "method": self.method.name,
             "seed": self.seed,
-            "error": error_rate(last, labels),
+            "error": own.error,
             "ensemble_error": ensemble and ensemble.error,
-            "nll": ensemble.nll if ensemble else nll(last, labels),
-            "ece": ensemble.ece if ensemble else expected_calibration_error(last, labels),
+            "nll": (ensemble or own).nll,
+            "ece": (ensemble or own).ece,
             "seconds": totals.seconds,
             "cpu_seconds": totals.cpu_seconds,
             "backward_removed": totals.removed / totals.step,

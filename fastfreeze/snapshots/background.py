@@ -1,80 +1,64 @@
-"""Work that a thread of its own does, in order."""
+"""Saves that a thread of its own makes, one after the other."""
 
 from __future__ import annotations
 
-import os
-import threading
 import traceback
 import weakref
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from threading import Thread
 
 from fastfreeze.errors import warn
 
 
 class Background:
-    """Calls made one after the other in one thread, which an exiting interpreter waits for.
+    """One call at a time in a thread, which an exiting interpreter waits for.
 
-    A child process that is forked begins without any.
+    A child process that is forked has no thread to wait for.
     """
 
     def __init__(self) -> None:
-        self._start()
+        self._calls: list[_Call] = []  # more than one where several threads begin some
+        # By then all have ended: a call holds on to its store, and threads end before exit.
+        weakref.finalize(self, _warn_of_errors, self._calls)
 
     def submit(self, call: Callable[[], object]) -> None:
-        """Have ``call`` made after those before it."""
-        self._renew_in_child()
-        with self._lock:
-            self._futures.append(self._executor.submit(_made, call))
-
-    def wait_for_room(self, limit: int) -> None:
-        """Wait until fewer than ``limit`` calls have not ended."""
-        self._renew_in_child()
-        with self._lock:
-            left = [future for future in self._futures if not future.done()]
-        wait(left[: max(0, len(left) - limit + 1)])  # they end in order
+        """Have ``call`` made; those before it have ended."""
+        begun = _Call(call)
+        begun.start()
+        self._calls.append(begun)
 
     def flush(self) -> None:
-        """Wait for all calls so far; then as :meth:`raise_error`."""
-        self._renew_in_child()
-        with self._lock:
-            futures = tuple(self._futures)
-        wait(futures)
-        self.raise_error()
-
-    def raise_error(self) -> None:
-        """Raise what the earliest call raised of those that have ended and were not asked yet."""
-        self._renew_in_child()
-        with self._lock:
-            while self._futures and self._futures[0].done():
-                self._futures.popleft().result()
-
-    def _start(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._futures: deque[Future[None]] = deque()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="fastfreeze-snapshots")
-        # By then all have ended: a call holds on to its store, and threads end before exit.
-        weakref.finalize(self, _warn_of_errors, self._futures)
-
-    def _renew_in_child(self) -> None:
-        if self._pid != os.getpid():
-            self._start()
+        """Wait for all calls so far; raise what the earliest raised that was not raised yet."""
+        for call in tuple(self._calls):
+            call.join()
+            try:
+                self._calls.remove(call)
+            except ValueError:  # another thread has asked, too
+                continue
+            if call.error is not None:
+                raise call.error
 
 
-def _made(call: Callable[[], object]) -> None:
-    try:
-        call()
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the store, and copies of weights
-        del call
-        raise
+class _Call(Thread):
+    """A call, and what it has raised."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__(name="fastfreeze-snapshot")
+        self._call: Callable[[], object] | None = call
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        assert self._call is not None
+        try:
+            self._call()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the store, and weights
+            self.error = error
+        finally:
+            self._call = None
 
 
-def _warn_of_errors(futures: deque[Future[None]]) -> None:
-    for future in futures:
-        error = future.exception() if future.done() else None
-        if error is not None:
-            message = f"a snapshot was not saved, and nobody asked: {error!r}"
-            warn(message)
+def _warn_of_errors(calls: list[_Call]) -> None:
+    for call in calls:
+        if call.error is not None:
+            warn(f"a snapshot was not saved, and nobody asked: {call.error!r}")

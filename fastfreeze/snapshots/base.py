@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -17,13 +16,7 @@ from torch import Tensor, nn
 from fastfreeze.checks import check_int
 from fastfreeze.errors import SnapshotError
 from fastfreeze.files import write_atomic
-from fastfreeze.schedule import Schedule
-from fastfreeze.snapshots.format import (
-    Snapshot,
-    check_signature,
-    checked_metrics,
-    signature_of,
-)
+from fastfreeze.snapshots.format import Snapshot, check_signature, signature_of
 from fastfreeze.snapshots.tensors import can_be_stored, dtype_name
 
 _Found = TypeVar("_Found")
@@ -78,34 +71,24 @@ class Snapshots(ABC):
         """
         self._discard([self._own(self._by_key(), snapshot)])
 
-    def prune(
-        self, *, keep_last: int | None = None, keep: Iterable[Snapshot] | None = None
-    ) -> tuple[Snapshot, ...]:
+    def prune(self, keep: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
         """Remove all snapshots but some, and give back what they take up.
 
         Args:
-            keep_last: how many to keep, >= 1: those of the highest steps, all if there are fewer.
-            keep: those to keep, in place of ``keep_last``.
+            keep: those to keep, such as ``store.last(3)``.
 
         Returns:
             What was removed, by step.
 
         Raises:
-            TypeError, ValueError: not one of the two is given, or ``keep_last`` is not a count.
             SnapshotError: one of ``keep`` is not there.
         """
-        if (keep_last is None) == (keep is None):
-            raise TypeError("prune takes either keep_last or keep")
         found = self._by_key()
-        if keep_last is not None:
-            check_int("keep_last", keep_last, minimum=1)
-            gone = list(found.values())[:-keep_last]
-        else:
-            kept = [self._own(found, s) for s in keep or ()]
-            gone = [s for s in found.values() if s not in kept]
+        kept = [self._own(found, s) for s in keep]
+        gone = tuple(s for s in found.values() if s not in kept)
         if gone:
             self._discard(gone)
-        return tuple(gone)
+        return gone
 
     def _own(self, found: Mapping[Hashable, _Found], snapshot: Snapshot) -> _Found:
         """What was found for a snapshot."""
@@ -132,23 +115,25 @@ class Snapshots(ABC):
         """Remove these, some of which may be gone already."""
 
 
-def facts_of(
-    step: int, cycle: int, metrics: Mapping[str, float] | None, schedule: Schedule | None
-) -> Snapshot:
+def facts_of(step: int, cycle: int, metrics: Mapping[str, float] | None) -> Snapshot:
     """A snapshot that has no hash yet."""
     check_int("step", step, minimum=0)
     check_int("cycle", cycle, minimum=0)
-    numbers = checked_metrics(metrics or {})
-    if not isinstance(schedule, Schedule | None):
-        raise TypeError(f"schedule must be a fastfreeze.Schedule, got {schedule!r}")
-    config = None
-    if schedule is not None:
-        try:
-            config = json.loads(json.dumps(schedule.config()))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"schedule must be plain data, got {schedule!r}: {error}") from error
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Snapshot(step, cycle, numbers, time, schedule=config)
+    return Snapshot(step, cycle, _numbers(metrics or {}), time)
+
+
+def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """As Python's floats."""
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}") from error
+        except OverflowError as error:
+            raise ValueError(f"metrics[{name!r}] must fit into a float: {error}") from error
+    return numbers
 
 
 def checked_to_save(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from types import NoneType
 from typing import Any
 
 import torch
@@ -36,8 +35,6 @@ class Snapshot:
         metrics: numbers by name.
         time: when it was saved, ISO 8601, UTC.
         sha256: hash of the weights: of the tensors' names and content. None in memory.
-        schedule: what :meth:`fastfreeze.schedule.Schedule.config` tells of the schedule;
-            :func:`fastfreeze.schedule.from_config` makes it again. None if none was given.
     """
 
     step: int
@@ -45,7 +42,6 @@ class Snapshot:
     metrics: Mapping[str, float] = field(hash=False)
     time: str
     sha256: str | None = None
-    schedule: Mapping[str, Any] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -102,24 +98,6 @@ def _described(spec: Spec) -> str:
     return f"{spec[1]} {list(spec[0])}"
 
 
-def checked_metrics(metrics: Mapping[str, float], label: str = "metrics") -> dict[str, float]:
-    """As Python's floats.
-
-    Raises:
-        TypeError: one is not a number.
-        ValueError: one is larger than any float.
-    """
-    numbers = {}
-    for name, value in metrics.items():
-        try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{label}[{name!r}] must be a number, got {value!r}") from error
-        except OverflowError as error:
-            raise ValueError(f"{label}[{name!r}] must fit into a float: {error}") from error
-    return numbers
-
-
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The manifest as JSON. A snapshot's tensors are positions in the list of all hashes."""
     hashes = manifest.hashes
@@ -170,22 +148,20 @@ def parse_manifest(data: bytes) -> Manifest:
     return Manifest(signature, entries)
 
 
-_Types = type | tuple[type, ...]
-_FIELDS: dict[str, _Types] = {
+_FIELDS = {
     "format_version": int,
     "tensors": list,
     "hashes": list,
     "snapshots": list,
     "checksum": str,
 }
-_TENSOR: dict[str, _Types] = {"name": str, "shape": list, "dtype": str}
-_SNAPSHOT: dict[str, _Types] = {
+_TENSOR = {"name": str, "shape": list, "dtype": str}
+_SNAPSHOT = {
     "step": int,
     "cycle": int,
     "metrics": dict,
     "time": str,
     "sha256": str,
-    "schedule": (dict, NoneType),
     "tensors": list,
 }
 
@@ -212,15 +188,14 @@ def _parsed_entry(where: str, content: Any, signature: Signature, hashes: Sequen
     for name in ("step", "cycle"):
         _check(f"{where}.{name}", "be >= 0", content[name] >= 0, content[name])
     for name, value in content["metrics"].items():
-        _check_type(f"{where}.metrics[{name!r}]", value, (int, float))
-    metrics = checked_metrics(content["metrics"], f"{where}.metrics")
+        _check_type(f"{where}.metrics[{name!r}]", value, float)
     places = content.pop("tensors")
     fits = all(type(i) is int and 0 <= i < len(hashes) for i in places)
     _check(f"{where}.tensors", f"be positions among {len(hashes)} hashes", fits, places)
     own = tuple(hashes[i] for i in places)
     same = len(own) == len(signature) and content["sha256"] == state_hash(signature, own)
     _check(f"{where}.sha256", "be that of the snapshot's tensors", same, content["sha256"])
-    return Entry(Snapshot(**{**content, "metrics": metrics}), own)
+    return Entry(Snapshot(**content), own)
 
 
 def _check(where: str, what: str, holds: object, *found: object) -> None:
@@ -229,19 +204,17 @@ def _check(where: str, what: str, holds: object, *found: object) -> None:
         raise ValueError(f"{where} must {what}{got}")
 
 
-def _check_type(where: str, value: object, types: _Types) -> None:
+def _check_type(where: str, value: object, kind: type) -> None:
     """JSON's types have no subclasses but bool, which is no number here."""
-    types = types if isinstance(types, tuple) else (types,)
-    names = " or ".join(t.__name__ for t in types)
-    _check(where, f"be of type {names}", type(value) in types, value)
+    _check(where, f"be of type {kind.__name__}", type(value) is kind, value)
 
 
-def _check_fields(where: str, value: Any, fields: Mapping[str, _Types]) -> None:
+def _check_fields(where: str, value: Any, fields: Mapping[str, type]) -> None:
     _check_type(where, value, dict)
     same = value.keys() == fields.keys()
     _check(where or "it", f"have the fields {', '.join(fields)}", same, list(value))
-    for name, types in fields.items():
-        _check_type(f"{where}.{name}".lstrip("."), value[name], types)
+    for name, kind in fields.items():
+        _check_type(f"{where}.{name}".lstrip("."), value[name], kind)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

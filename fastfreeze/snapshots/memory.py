@@ -8,8 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfreeze.schedule import Schedule
-from fastfreeze.snapshots.base import Snapshots, checked_to_save, facts_of, load_into
+from fastfreeze.snapshots.base import Snapshots, checked_to_save, facts_of
 from fastfreeze.snapshots.format import Snapshot, check_signature, signature_of
 from fastfreeze.snapshots.tensors import copy_of
 from fastfreeze.trimming.bits import same_bits
@@ -18,31 +17,21 @@ from fastfreeze.trimming.bits import same_bits
 class MemorySnapshots(Snapshots):
     """Snapshots of one model in memory, used as a :class:`SnapshotStore` is.
 
-    A save is done when it returns: there is no ``wait``, and no ``flush``.
-
-    A tensor that holds the same bits as in the snapshot before takes no memory again.
+    A save is done when it returns: there is no ``wait``, and no ``flush``. A tensor that holds the
+    same bits as in the snapshot before takes no memory again.
 
     Args:
         device: where to keep them; None: each tensor where it is.
-        pin_memory: keep them in page-locked memory, from which copies to a GPU are faster.
 
     Raises:
         TypeError: ``device`` is none.
-        ValueError: ``pin_memory`` with a device that is not the CPU, or without a CUDA device.
     """
 
-    def __init__(
-        self, device: torch.device | str | None = None, *, pin_memory: bool = False
-    ) -> None:
+    def __init__(self, device: torch.device | str | None = None) -> None:
         if not isinstance(device, torch.device | str | None):
             raise TypeError(f"device must be a torch.device, a string or None, got {device!r}")
         # That of a tensor, as "cuda" is one of them.
         self._device = None if device is None else torch.empty(0, device=device).device
-        self._pin_memory = pin_memory
-        if pin_memory and self._device != torch.device("cpu"):
-            raise ValueError(f"pin_memory needs device='cpu', got {device!r}")
-        if pin_memory and not torch.cuda.is_available():
-            raise ValueError("pin_memory needs a CUDA device, torch sees none")
         self._lock = threading.Lock()
         self._states: list[tuple[Snapshot, dict[str, Tensor]]] = []  # by step
 
@@ -56,14 +45,13 @@ class MemorySnapshots(Snapshots):
         step: int,
         cycle: int,
         metrics: Mapping[str, float] | None = None,
-        schedule: Schedule | None = None,
     ) -> Snapshot:
         """Save a model's weights and buffers, in the place of an earlier snapshot of that step.
 
         Args and errors are those of :meth:`SnapshotStore.save`. They are copied when it returns,
         in the order of the current stream.
         """
-        facts = facts_of(step, cycle, metrics, schedule)
+        facts = facts_of(step, cycle, metrics)
         state = checked_to_save(model)
         with self._lock:
             if self._states:
@@ -81,23 +69,16 @@ class MemorySnapshots(Snapshots):
         Raises:
             SnapshotError: the snapshot is not there.
         """
-        return {name: t.clone() for name, t in self._state(snapshot).items()}
-
-    def load_into(self, model: nn.Module, snapshot: Snapshot) -> None:
-        load_into(model, self._state(snapshot), f"step {snapshot.step} of {self}")
-
-    def _state(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        found: dict[Hashable, dict[str, Tensor]] = {self._key(s): t for s, t in self._states}
-        return self._own(found, snapshot)
+        states: dict[Hashable, dict[str, Tensor]] = {self._key(s): t for s, t in self._states}
+        return {name: t.clone() for name, t in self._own(states, snapshot).items()}
 
     def _kept(self, tensor: Tensor, before: Tensor | None) -> Tensor:
         """``before`` if it holds the same, else a copy."""
         device = tensor.device if self._device is None else self._device
-        is_here = tensor.device == device
-        here = tensor if is_here else copy_of(tensor, device, pin_memory=self._pin_memory)
+        here = tensor if tensor.device == device else copy_of(tensor, device)
         if before is not None and same_bits(here, before):
             return before
-        return copy_of(tensor, device, pin_memory=self._pin_memory) if is_here else here
+        return copy_of(tensor, device) if here is tensor else here
 
     def _snapshots(self) -> tuple[Snapshot, ...]:
         return tuple(snapshot for snapshot, _ in self._states)

@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastfreeze.errors import SnapshotError, warn
 from fastfreeze.files import FileLock, lock_file, read_file, remove_temporaries, write_atomic
-from fastfreeze.schedule import Schedule
 from fastfreeze.snapshots.background import Background
 from fastfreeze.snapshots.base import Snapshots, checked_to_save, facts_of
 from fastfreeze.snapshots.format import (
@@ -34,7 +32,6 @@ from fastfreeze.snapshots.tensors import (
     content_hash,
     copy_of,
     is_intact,
-    num_bytes,
     read_tensor,
     tensor_files,
     tensor_path,
@@ -45,7 +42,6 @@ from fastfreeze.text import some
 _MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _CPU = torch.device("cpu")
-_MAX_COPIES = 2  # of the weights, that wait to be written or are being written
 
 
 class SnapshotStore(Snapshots):
@@ -61,9 +57,9 @@ class SnapshotStore(Snapshots):
     are refused. Its turn ends when it ends, or when none of its stores that have written is left.
     Any number may read. Files that are symbolic links are not read, and never written through.
 
-    A directory that is not empty is gone on with: what an earlier run has left stays in the store,
-    and comes into its ensembles, unless a save of the same step replaces it. A new run takes a
-    directory of its own, or first empties the old one by ``store.prune(keep=[])``.
+    Snapshots that an earlier run has left in the directory stay in the store, and come into its
+    ensembles, until a save of the same step replaces them. A new run takes a directory of its own,
+    or first empties the old one by ``store.prune(keep=[])``.
 
     Args:
         directory: made on the first save if it is not there.
@@ -99,7 +95,6 @@ class SnapshotStore(Snapshots):
         self.flush()
         return type(self), (self.directory,)
 
-    @overload
     def save(
         self,
         model: nn.Module | Mapping[str, Tensor],
@@ -107,37 +102,15 @@ class SnapshotStore(Snapshots):
         step: int,
         cycle: int,
         metrics: Mapping[str, float] | None = None,
-        schedule: Schedule | None = None,
-        wait: Literal[True] = True,
-    ) -> Snapshot: ...
-    @overload
-    def save(
-        self,
-        model: nn.Module | Mapping[str, Tensor],
-        *,
-        step: int,
-        cycle: int,
-        metrics: Mapping[str, float] | None = None,
-        schedule: Schedule | None = None,
-        wait: bool,
-    ) -> Snapshot | None: ...
-    def save(
-        self,
-        model: nn.Module | Mapping[str, Tensor],
-        *,
-        step: int,
-        cycle: int,
-        metrics: Mapping[str, float] | None = None,
-        schedule: Schedule | None = None,
         wait: bool = True,
     ) -> Snapshot | None:
         """Save a model's weights and buffers, in the place of an earlier snapshot of that step.
 
         With ``wait=False`` they are copied at once, those on a CUDA device in the order of its
-        current stream, so that training may go on; a thread hashes and writes the copies, save
-        after save. There are two such copies at most: a further save first waits until one is
-        written. What goes wrong there is raised, once, by the next call of any method but
-        ``repr``, which then does nothing else. An interpreter that exits waits for all saves.
+        current stream, so that training may go on; a thread hashes and writes the copies. A further
+        save first waits until they are written. What goes wrong there is raised, once, by the next
+        call of any method but ``repr``, which then does nothing else. An interpreter that exits
+        waits for all saves.
 
         Args:
             model: the model, or its state dict. Tensors may be on any device, of any strides, and
@@ -145,7 +118,6 @@ class SnapshotStore(Snapshots):
             step: optimizer steps completed, >= 0.
             cycle: cycle that ends here, from 0.
             metrics: numbers to keep with the snapshot.
-            schedule: whose :meth:`~fastfreeze.schedule.Schedule.config` to keep with the snapshot.
             wait: return when the snapshot is on the disk.
 
         Returns:
@@ -153,8 +125,8 @@ class SnapshotStore(Snapshots):
 
         Raises:
             TypeError, ValueError: a step or cycle that is not a count, a metric that is not a
-                number, a schedule that is none, or a state dict's entry that is not a tensor, or
-                not one that safetensors can hold.
+                number, or a state dict's entry that is not a tensor, or not one that safetensors
+                can hold.
             SnapshotError: the store holds snapshots of a model with other tensors, is damaged, or
                 is in use by another process that writes to it.
             OSError: it cannot be written to; what was saved before is still there.
@@ -163,18 +135,14 @@ class SnapshotStore(Snapshots):
             FastfreezeWarning: on this object's first save, if snapshots of later steps are in the
                 directory: they are another run's, or this one has gone back to before them.
         """
-        facts = facts_of(step, cycle, metrics, schedule)
+        facts = facts_of(step, cycle, metrics)
         state = checked_to_save(model)
         signature = signature_of(state)
+        self.flush()
+        self._begin(signature, step)
         if wait:
-            self.flush()
-            self._begin_run(signature, step)
             copies = ((name, copy_of(t, _CPU)) for name, t in state.items())
             return self._write(copies, signature, facts)
-        self._background.wait_for_room(_MAX_COPIES)
-        self._background.raise_error()
-        self._begin_run(signature, step)
-        self._check_model(signature, self._read())
         self._background.submit(partial(self._write_later, *_copied(state), signature, facts))
         return None
 
@@ -208,14 +176,6 @@ class SnapshotStore(Snapshots):
         self.flush()
         return sum(map(_size, [*tensor_files(self.directory), self.directory / _MANIFEST]))
 
-    @property
-    def bytes_unshared(self) -> int:
-        """Size of the tensors of all snapshots, each counted under each of its names."""
-        self.flush()
-        manifest = self._read()
-        sizes = map(num_bytes, manifest.signature.values())
-        return len(manifest.entries) * sum(sizes)
-
     def _snapshots(self) -> tuple[Snapshot, ...]:
         self.flush()
         return tuple(e.snapshot for e in self._read().entries)
@@ -223,16 +183,13 @@ class SnapshotStore(Snapshots):
     def _key(self, snapshot: Snapshot) -> Hashable:
         return snapshot.step, snapshot.sha256
 
-    def _begin_run(self, signature: Signature, step: int) -> None:
-        """Once, before the first save: tell of snapshots that the run to come has not made."""
-        if self._has_begun:
-            return
-        # In turn, or a thread would take another's first snapshot for an earlier run's.
+    def _begin(self, signature: Signature, step: int) -> None:
+        """See that a save is possible; tell once of snapshots that this run has not made."""
         with self._writing() as manifest:
             self._check_model(signature, manifest)
-            begun, self._has_begun = self._has_begun, True
-        later = [str(e.snapshot.step) for e in manifest.entries if e.snapshot.step > step]
-        if later and not begun:
+            steps = [] if self._has_begun else [e.snapshot.step for e in manifest.entries]
+            self._has_begun = True
+        if later := [str(other) for other in steps if other > step]:
             warn(
                 f"{self.directory} holds snapshots of later steps ({some(later)}) than step {step},"
                 " which this run begins with: an ensemble would mix them with this run's. Take"

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from threading import Thread
 
 import safetensors.torch
@@ -47,19 +46,16 @@ def tensor_files(directory: Path) -> list[Path]:
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write CPU tensors, by hash, into files of their own."""
-    left: SimpleQueue[tuple[str, Tensor]] = SimpleQueue()
+    left = iter(list(tensors.items()))
     errors: list[BaseException] = []
-    for item in tensors.items():
-        left.put(item)
 
     def write() -> None:
         try:
-            while not errors:
-                digest, tensor = left.get_nowait()
+            for digest, tensor in left:  # each thread takes the next
+                if errors:
+                    return
                 content = safetensors.torch.save({"tensor": tensor})
                 write_atomic(tensor_path(directory, digest), content)
-        except Empty:
-            pass
         except BaseException as error:
             errors.append(error)
 

@@ -289,6 +289,9 @@ def test_arguments():
     assert_right(ensemble, x, y)
     assert_right(ensemble, x, y, scale=3.0)
     assert_right(ensemble, x, y=y, extra=torch.randn(1, 4))
+    named = {"y": y, "extra": torch.randn(5, 4)}
+    for names in (named, dict(reversed(named.items()))):  # in whatever order
+        assert_right(ensemble, x, scale=3.0, **names)
     assert_right(ensemble, x[:0], y[:0])
     for rows in range(1, 12):  # more kinds of calls than are kept
         assert_right(ensemble, x[:1].expand(rows, 2, 3), y[:1].expand(rows, 2, 4), scale=rows)
@@ -356,8 +359,8 @@ def test_a_shared_value_that_one_member_writes_to():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (WritesToInput, "the model writes to input_1 in place"),
-        (Counting, "forward changes Counting._buffers"),
+        (WritesToInput, "the model writes to its inputs or to its own tensors in place"),
+        (Counting, "forward changes attributes of the model"),
         (Branching, "one by one: .*control flow"),
     ],
 )
@@ -558,9 +561,9 @@ def test_members_that_differ_in_other_state():
 def test_a_graph_is_kept_while_nothing_changes():
     ensemble, x = SnapshotEnsemble(Derived(), chain(Derived, (), 2)), torch.randn(4, 3)
     ensemble(x)
-    (plan,) = ensemble._plans.values()
+    (plan,) = ensemble._prepared.values()
     ensemble(x)
-    assert list(ensemble._plans.values()) == [plan]
+    assert list(ensemble._prepared.values()) == [plan]
 
 
 class Attending(nn.Module):

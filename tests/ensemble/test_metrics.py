@@ -9,20 +9,26 @@ import pytest
 import torch
 from torch import nn
 
-from fastfreeze.ensemble.scores import (
-    brier_score,
-    disagreement,
-    error_rate,
-    expected_calibration_error,
-    nll,
-)
+from fastfreeze.ensemble import prediction_scores
 
-STATISTICS = [
-    error_rate,
-    nll,
-    brier_score,
-    expected_calibration_error,
-]
+
+def error_rate(probabilities, labels):
+    return prediction_scores(probabilities, labels).error
+
+
+def nll(probabilities, labels):
+    return prediction_scores(probabilities, labels).nll
+
+
+def brier_score(probabilities, labels):
+    return prediction_scores(probabilities, labels).brier
+
+
+def expected_calibration_error(probabilities, labels, num_bins=15):
+    return prediction_scores(probabilities, labels, num_bins=num_bins).ece
+
+
+STATISTICS = [error_rate, nll, brier_score, expected_calibration_error]
 every_statistic = pytest.mark.parametrize("statistic", STATISTICS, ids=lambda f: f.__name__)
 
 
@@ -109,50 +115,6 @@ def test_expected_calibration_error_by_hand():
     assert expected_calibration_error(torch.eye(3), torch.arange(3)) == 0
 
 
-@pytest.mark.parametrize("members", [1, 2, 5])
-@pytest.mark.parametrize("rows", [1, 31, 32, 33])
-def test_disagreement(members, rows):
-    probabilities = torch.randn(members, rows, 3).softmax(-1)
-    classes = probabilities.argmax(-1).tolist()
-    expected = [
-        [sum(a != b for a, b in zip(one, other, strict=True)) / rows for other in classes]
-        for one in classes
-    ]
-    found = disagreement(probabilities)
-    assert found.dtype == torch.float64
-    assert found.tolist() == expected
-    assert torch.equal(disagreement(list(probabilities)), found)
-
-
-def test_disagreement_by_hand():
-    a = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])  # classes 0, 1, and 0: the first if tied
-    b = torch.tensor([[0.1, 0.9], [0.2, 0.8], [1.0, 0.0]])
-    assert disagreement([a, b]).tolist() == [[0, 1 / 3], [1 / 3, 0]]
-    assert disagreement([a.half(), b.double()]).tolist() == [[0, 1 / 3], [1 / 3, 0]]
-
-
-REFUSED_MEMBERS = {
-    "none": ([], ValueError, "members must hold at least one member, got none"),
-    "no member": (torch.ones(0, 3, 2), ValueError, "members must hold at least one"),
-    "one member": (torch.ones(3, 2) / 2, ValueError, r"shape \[M, B, C\], got \(3, 2\)"),
-    "list of lists": ([[0.5, 0.5]], TypeError, r"members\[0\] must be .*, got list"),
-    "logits": ([torch.eye(2), 2 * torch.eye(2)], ValueError, r"members\[1\]\[0\] must sum to 1"),
-    "other shape": (
-        [torch.eye(2), torch.eye(3)],
-        ValueError,
-        r"members\[1\] must be like the first",
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    ("members", "error", "match"), REFUSED_MEMBERS.values(), ids=REFUSED_MEMBERS
-)
-def test_refused_members(members, error, match):
-    with pytest.raises(error, match=match):
-        disagreement(members)
-
-
 @every_statistic
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_probabilities_of_any_precision_are_accepted(statistic, dtype):
@@ -191,15 +153,14 @@ REFUSED_PREDICTIONS = {
 }
 
 
-@every_statistic
 @pytest.mark.parametrize(
     ("probabilities", "labels", "error", "match"),
     REFUSED_PREDICTIONS.values(),
     ids=REFUSED_PREDICTIONS,
 )
-def test_refused_predictions(statistic, probabilities, labels, error, match):
+def test_refused_predictions(probabilities, labels, error, match):
     with pytest.raises(error, match=match):
-        statistic(probabilities, labels)
+        prediction_scores(probabilities, labels)
 
 
 @pytest.mark.parametrize("num_bins", [0, -1, 1.5], ids=str)

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from fastfreeze.ensemble import PredictionScores
 from fastfreeze.recipes import runs
 from fastfreeze.recipes.data import load_data
 from fastfreeze.recipes.errors import RecipeError
@@ -112,7 +113,8 @@ def test_a_recipe_trains_and_its_best_epoch_is_kept(own, name):
 
 def test_the_result_is_the_best_epochs_on_the_test_images(own, monkeypatch):
     worse = iter([0.25, 0.0, 0.5, 0.5])  # after each epoch, then of the test images
-    monkeypatch.setattr(runs, "error_rate", lambda *_: next(worse))
+    scores = lambda *_: PredictionScores(next(worse), 0.0, 0.0, 0.0, 0.0)  # noqa: E731
+    monkeypatch.setattr(runs, "prediction_scores", scores)
     seen = []
 
     def predicting(model, data, device):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copy
-import dataclasses
 import gc
 import hashlib
 import itertools
@@ -36,7 +35,7 @@ import fastfreeze.snapshots.tensors as tensors_module
 from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.errors import FastfreezeWarning, SnapshotError
 from fastfreeze.files import write_atomic
-from fastfreeze.schedule import Constant, FreezeOutCycles, SnapshotCycles, from_config
+from fastfreeze.schedule import SnapshotCycles
 from fastfreeze.snapshots import MemorySnapshots, Snapshot, SnapshotStore
 from fastfreeze.snapshots.tensors import can_be_stored, content_hash, read_tensor, tensor_path
 
@@ -221,7 +220,6 @@ def test_tied_weights(tmp_path):
     assert torch.equal(other[0].weight, model[0].weight)
     state = store.load(snapshot)
     assert bytes_in(tmp_path) == 100
-    assert store.bytes_unshared == 200
     state["0.weight"].zero_()
     assert torch.equal(state["1.weight"], model[1].weight)
 
@@ -307,16 +305,6 @@ def test_metrics_that_are_not_numbers_do_not_hold_up_a_failed_load(tmp_path):
         store.load(snapshot)
 
 
-def test_the_schedule_is_kept(place):
-    (state,) = states(1)
-    schedule = FreezeOutCycles(total_steps=9, num_cycles=3)
-    for step, given_ in enumerate([schedule, None]):
-        place.save(state, step=step, cycle=0, schedule=given_)
-    with_schedule, without = place
-    assert from_config(with_schedule.schedule) == schedule
-    assert without.schedule is None
-
-
 def test_a_store_can_be_copied_and_pickled(tmp_path):
     store, saved = filled_store(tmp_path, 1)
     store.save(saved[0], step=99, cycle=1, wait=False)
@@ -328,13 +316,6 @@ def test_equal_weights_give_equal_files(tmp_path):
     (state,) = states(1)
     hashes = {SnapshotStore(tmp_path / d).save(state, step=1, cycle=0).sha256 for d in "abc"}
     assert len(hashes) == 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Odd(Constant):
-    """A schedule that no JSON can tell."""
-
-    what: object
 
 
 @pytest.mark.parametrize(
@@ -363,8 +344,6 @@ class Odd(Constant):
             TypeError,
             r"model\['a'\] must be a dense tensor .* got meta",
         ),
-        ({"schedule": 3}, TypeError, "schedule must be a fastfreeze.Schedule, got 3"),
-        ({"schedule": Odd(9, object())}, TypeError, "schedule must be plain data, got Odd"),
     ],
     ids=[
         "negative step",
@@ -378,8 +357,6 @@ class Odd(Constant):
         "dtype",
         "sparse",
         "meta",
-        "schedule",
-        "schedule's data",
     ],
 )
 def test_refused_saves(tmp_path, place, arguments, error, match):
@@ -447,9 +424,8 @@ def test_a_shared_prefix_is_stored_once(tmp_path):
         new = tensor_bytes(state[f"{k}.{what}"] for k in layers for what in ("weight", "bias"))
         assert bytes_in(tmp_path) - before == new
     assert len(tensors_in(tmp_path)) == len({content_hash(t) for s in chain for t in s.values()})
-    assert store.bytes_unshared == tensor_bytes(t for state in chain for t in state.values())
     assert store.bytes_on_disk == sum(p.stat().st_size for p in tmp_path.iterdir())
-    assert store.bytes_on_disk < 0.8 * store.bytes_unshared
+    assert store.bytes_on_disk < 0.8 * tensor_bytes(t for state in chain for t in state.values())
     for snapshot, state in zip(SnapshotStore(tmp_path), chain, strict=True):
         assert_same_state(store.load(snapshot), state)
 
@@ -476,8 +452,8 @@ def test_the_first_model_gives_the_order_of_the_tensors(tmp_path):
 def test_pruning(place):
     chain = sticky_chain(5)
     snapshots = [place.save(state, step=i, cycle=i) for i, state in enumerate(chain)]
-    assert place.prune(keep_last=9) == ()
-    assert place.prune(keep_last=4) == (snapshots[0],)
+    assert place.prune(keep=place) == ()
+    assert place.prune(keep=place.last(4)) == (snapshots[0],)
     place.remove(snapshots[2])
     assert tuple(place) == (snapshots[1], snapshots[3], snapshots[4])
     assert place.prune(keep=iter([snapshots[4], snapshots[1]])) == (snapshots[3],)
@@ -499,14 +475,8 @@ def test_pruning(place):
 
 def test_refused_pruning(place):
     place.save(small_model(), step=1, cycle=0)
-    for arguments, error, match in (
-        ({}, TypeError, "either keep_last or keep"),
-        ({"keep_last": 1, "keep": []}, TypeError, "either keep_last or keep"),
-        ({"keep_last": 0}, ValueError, "keep_last must be >= 1, got 0"),
-        ({"keep": [3]}, TypeError, "snapshot must be a Snapshot, got 3"),
-    ):
-        with pytest.raises(error, match=match):
-            place.prune(**arguments)
+    with pytest.raises(TypeError, match="snapshot must be a Snapshot, got 3"):
+        place.prune(keep=[3])
     assert len(place) == 1
 
 
@@ -561,25 +531,12 @@ def test_memory_is_not_changed_from_outside():
         memory.save(small_model().double(), step=2, cycle=0)
 
 
-def test_pinned_memory_needs_a_gpu():
-    with pytest.raises(ValueError, match="pin_memory needs device='cpu', got None"):
-        MemorySnapshots(pin_memory=True)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="pin_memory needs a CUDA device"):
-            MemorySnapshots("cpu", pin_memory=True)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(tmp_path):
     """Copies are made in the stream's order, before the weights change."""
     store, model = SnapshotStore(tmp_path), nn.Linear(2048, 2048, device="cuda")
     expected = {name: t.cpu() for name, t in model.state_dict().items()}
-    memories = [
-        MemorySnapshots(),
-        MemorySnapshots("cuda"),
-        MemorySnapshots("cpu"),
-        MemorySnapshots("cpu", pin_memory=True),
-    ]
+    memories = [MemorySnapshots(), MemorySnapshots("cuda"), MemorySnapshots("cpu")]
     torch.cuda._sleep(10**8)
     store.save(model, step=0, cycle=0, wait=False)
     found = [memory.save(model, step=0, cycle=0) for memory in memories]
@@ -720,8 +677,7 @@ def template(tmp_path_factory):
     directory = tmp_path_factory.mktemp("template")
     store, chain = SnapshotStore(directory), sticky_chain(3)
     for i, state in enumerate(chain):
-        schedule = SnapshotCycles(total_steps=9, num_cycles=3)
-        store.save(state, step=i, cycle=i, metrics={"loss": 0.5 - i}, schedule=schedule)
+        store.save(state, step=i, cycle=i, metrics={"loss": 0.5 - i})
     return directory, dict(enumerate(chain))
 
 
@@ -808,7 +764,7 @@ def test_every_edit_of_the_manifest_is_refused(tmp_path, template):
     shutil.copytree(template[0], tmp_path, dirs_exist_ok=True)
     good = manifest_of(tmp_path)
     places = list(places_in(good))
-    assert len(places) > 100
+    assert len(places) > 80
     for path in places:
         for edit in ("change", "remove"):
             content = copy.deepcopy(good)
@@ -919,10 +875,9 @@ BAD_MANIFESTS = {  # what is forged in, and the field that is named
     "cycle as bool": (edited({"cycle": True}), r"snapshots\[0\].cycle must be of type int"),
     "time as number": (edited({"time": 5}), r"snapshots\[0\].time must be of type str, got 5"),
     "sha256 as number": (edited({"sha256": 5}), r"snapshots\[0\].sha256 must be of type str"),
-    "schedule as list": (edited({"schedule": []}), r"snapshots\[0\].schedule must be of type dict"),
     "metrics as list": (edited({"metrics": [1]}), r"snapshots\[0\].metrics must be of type dict"),
-    "metric as text": (metric("1"), r"snapshots\[0\].metrics\['loss'\] must be of type int or"),
-    "a huge metric": (metric(10**400), r"snapshots\[0\].metrics\['loss'\] must fit into a float"),
+    "metric as text": (metric("1"), r"snapshots\[0\].metrics\['loss'\] must be of type float"),
+    "a huge metric": (metric(10**400), r"snapshots\[0\].metrics\['loss'\] must be of type float"),
     "unknown entry": (edited({"pickle": "x"}), r"snapshots\[0\] must have the fields step, cycle"),
     "twice the same step": (
         lambda c: {**c, "snapshots": [*c["snapshots"], dict(c["snapshots"][0])]},
@@ -1061,7 +1016,7 @@ def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     for act in (
         lambda: store.save(saved[0], step=20, cycle=1),
         lambda: store.save(new, step=20, cycle=1),
-        lambda: store.prune(keep_last=1),
+        lambda: store.prune(keep=store.last(1)),
     ):
         with pytest.raises(OSError, match="No space left"):
             act()
@@ -1105,7 +1060,7 @@ def test_stopped_at_any_write(tmp_path, monkeypatch, written):
             store.save(state, step=i, cycle=i)  # in its place
             done.append(i)
         done.append("pruned")
-        store.prune(keep_last=2)
+        store.prune(keep=store.last(2))
         done.append("all")
 
     monkeypatch.setattr("fastfreeze.files.os.fsync", lambda _: None)
@@ -1157,7 +1112,7 @@ def save_for_ever(directory, told):
             store.flush()
             told.send(("saved", step))
             told.send(("pruning", step - 3))
-            store.prune(keep_last=4)
+            store.prune(keep=tuple(store)[-4:])
         elif not later:
             told.send(("saved", step))
 
@@ -1217,17 +1172,14 @@ def held_back(monkeypatch):
 
 def test_weights_may_change_right_after_a_save_that_does_not_wait(tmp_path, held_back):
     store, model = SnapshotStore(tmp_path), small_model()
-    expected = []
-    for step in range(2):
-        expected.append(copy.deepcopy(model.state_dict()))
-        assert store.save(model, step=step, cycle=0, wait=False) is None
-        for tensor in model.state_dict().values():
-            tensor.zero_().add_(step)
+    expected = copy.deepcopy(model.state_dict())
+    assert store.save(model, step=0, cycle=0, wait=False) is None
+    for tensor in model.state_dict().values():
+        tensor.zero_()
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
     held_back.set()
-    assert [s.step for s in store] == [0, 1]
-    for snapshot, state in zip(store, expected, strict=True):
-        assert_same_state(store.load(snapshot), state)
+    (snapshot,) = store
+    assert_same_state(store.load(snapshot), expected)
 
 
 def test_saves_are_written_in_order(tmp_path, held_back):
@@ -1242,19 +1194,18 @@ def test_saves_are_written_in_order(tmp_path, held_back):
         assert_same_state(store.load(snapshot), saved[i])
 
 
-def test_a_third_copy_is_made_only_when_one_is_written(tmp_path, held_back):
-    store, saved = SnapshotStore(tmp_path), states(3)
-    for step in range(2):
-        store.save(saved[step], step=step, cycle=0, wait=False)
-    third = threading.Thread(
-        target=store.save, args=(saved[2],), kwargs={"step": 2, "cycle": 0, "wait": False}
+def test_a_second_copy_is_made_only_when_the_first_is_written(tmp_path, held_back):
+    store, saved = SnapshotStore(tmp_path), states(2)
+    store.save(saved[0], step=0, cycle=0, wait=False)
+    second = threading.Thread(
+        target=store.save, args=(saved[1],), kwargs={"step": 1, "cycle": 0, "wait": False}
     )
-    third.start()
-    third.join(0.2)
-    assert third.is_alive()
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
     held_back.set()
-    third.join()
-    assert [s.step for s in store] == [0, 1, 2]
+    second.join()
+    assert [s.step for s in store] == [0, 1]
     for snapshot, state in zip(store, saved, strict=True):
         assert_same_state(store.load(snapshot), state)
 
@@ -1271,7 +1222,6 @@ NEXT_CALLS = {
     "remove": lambda store, snapshot: store.remove(snapshot),
     "prune": lambda store, snapshot: store.prune(keep=[]),
     "bytes_on_disk": lambda store, snapshot: store.bytes_on_disk,
-    "bytes_unshared": lambda store, snapshot: store.bytes_unshared,
 }
 
 
@@ -1293,25 +1243,11 @@ def test_a_save_that_does_not_wait_raises_for_the_one_before(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("fastfreeze.files.os.fsync", full_disk)
         store.save(small_model(), step=40, cycle=4, wait=False)
-        concurrent.futures.wait(store._background._futures)
+        store._background._calls[0].join()
         with pytest.raises(OSError, match="No space left"):
             store.save(small_model(), step=50, cycle=5, wait=False)
     store.save(small_model(), step=40, cycle=4, wait=False)
     assert [s.step for s in store] == [10, 20, 30, 40]
-
-
-def test_each_failed_save_is_told(tmp_path, monkeypatch, held_back):
-    store = SnapshotStore(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr("fastfreeze.files.os.fsync", full_disk)
-        for step in (40, 50):
-            store.save(small_model(), step=step, cycle=4, wait=False)
-        held_back.set()
-        for _ in range(2):
-            with pytest.raises(OSError, match="No space left"):
-                store.flush()
-    store.flush()
-    assert len(store) == 0
 
 
 def test_many_threads(tmp_path):
@@ -1404,11 +1340,10 @@ def test_a_store_that_is_let_go_of_tells_what_went_wrong(tmp_path, monkeypatch, 
     monkeypatch.setattr("fastfreeze.files.os.fsync", full_disk)
     store = SnapshotStore(tmp_path)
     store.save(small_model(), step=1, cycle=0, wait=False)
-    (future,) = store._background._futures
+    (call,) = store._background._calls
     held_back.set()
-    future.exception(20)
-    del future
-    store._background._executor.submit(int).result(20)  # the thread lets go of what was before it
+    call.join(20)
+    del call
     holder = [store]
     del store
     with pytest.warns(FastfreezeWarning, match=r"a snapshot was not saved, .*No space left"):
@@ -1425,7 +1360,7 @@ full = None
 
 def slow(fd):
     time.sleep(0.1)
-    if threading.current_thread() in full._background._executor._threads:
+    if threading.current_thread() in full._background._calls:
         raise OSError(28, "No space left")
     fsync(fd)
 
@@ -1522,7 +1457,7 @@ def test_stores_of_one_directory_in_one_process_lose_nothing(tmp_path):
     for store in stores:
         store.flush()
     del stores[0]  # the other one still has its turn
-    stores[0].prune(keep_last=12)
+    stores[0].prune(keep=stores[0].last(12))
     found = SnapshotStore(tmp_path)
     assert [s.step for s in found] == list(range(4, 16))
     for snapshot in found:

@@ -1,1 +1,1 @@
-"""A model as a graph of its operations: what ensembles share, stack and fold."""
+"""A model as a graph of its operations: traced, run to see what it does, and folded."""

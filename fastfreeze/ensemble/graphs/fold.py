@@ -11,17 +11,23 @@ Folded weights are copies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastfreeze.ensemble.graphs.dataflow import Dataflow, called_name, minds_layout
-from fastfreeze.ensemble.graphs.program import Program, copied, written
-from fastfreeze.trimming.folds import Norm
-from fastfreeze.trimming.operations import Affine, Convolution, may_take_winograd
+from fastfreeze.ensemble.graphs.flow import Flow, Program, copied, written
+from fastfreeze.trimming.folds import Convolving, Norm, folded
+from fastfreeze.trimming.operations import Affine, may_take_winograd
+
+# What these give, or if they work, depends on how their input lies in memory.
+_MIND_LAYOUT = (
+    *("view", "view_as", "as_strided", "as_strided_", "as_strided_scatter"),
+    *("stride", "is_contiguous", "storage_offset", "data_ptr"),
+)
 
 
 class CannotFoldError(Exception):
@@ -29,17 +35,14 @@ class CannotFoldError(Exception):
 
 
 @torch.no_grad()
-def fold(flow: Dataflow, metas: Mapping[str, Any]) -> Program:
+def fold(flow: Flow) -> Program:
     """A graph without a value, folded.
 
-    Args:
-        flow: of the graph.
-        metas: nodes' values, by name, on the meta device.
-
     Raises:
-        CannotFoldError: there is no convolution, or something writes in place to what others read.
+        CannotFoldError: there is no convolution, a node draws random numbers, or something writes
+            in place to what others read.
     """
-    return _Folder(flow, metas).program()
+    return _Folder(flow).program()
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,27 @@ class _Cat:
 
 @dataclass(frozen=True)
 class _Affine:
-    """A value to be computed: ``x * scale + shift`` per channel, then perhaps ReLU."""
+    """A value to be computed: a norm, then perhaps ReLU."""
 
     x: fx.Node | _Cat
-    scale: Tensor
-    shift: Tensor
-    dtype: torch.dtype
+    norm: Norm
     relu: bool = False
+
+    def operation(self) -> Affine:
+        return Affine(*self.norm.affine(), self.norm.mean.dtype)
 
 
 @dataclass
 class _Convolution:
-    """A value to be computed: a convolution, perhaps plus ``residual``, then perhaps ReLU.
+    """A value to be computed: a convolution, perhaps a norm, ``residual`` and ReLU behind it.
 
     ``affine`` is applied to ``x`` first, with a ReLU.
     """
 
-    module: nn.Conv2d
+    convolving: Convolving
     x: fx.Node
     affine: _Affine | None
-    weight: Tensor
-    bias: Tensor | None
-    dtype: torch.dtype
+    norm: Norm | None = None
     residual: fx.Node | None = None
     relu: bool = False
 
@@ -83,8 +85,10 @@ _Value = fx.Node | _Cat | _Affine | _Convolution
 class _Folder:
     """Copies nodes in order; what one reader alone reads waits for what that makes of it."""
 
-    def __init__(self, flow: Dataflow, metas: Mapping[str, Any]) -> None:
-        self._flow, self._metas = flow, metas
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        if flow.random:
+            raise CannotFoldError("the model draws random numbers")
         if not any(self._calls_module(node, nn.Conv2d) for node in flow.graph.nodes):
             raise CannotFoldError("there is no convolution")
         self._graph = fx.Graph()
@@ -97,18 +101,18 @@ class _Folder:
 
     def _value(self, node: fx.Node) -> _Value:
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if not all(map(self._is_passed_on, self._flow.written_by(node))):
+        if not self._writes_to_its_own(node):
             raise CannotFoldError(f"{node.name} writes in place to what others may read")
         value = self._image(node, first) if self._is_batch_of_images(node) else None
         if value is not None:
             return value
-        if minds_layout(node):  # and was written for this one
+        if _name(node) in _MIND_LAYOUT:  # and was written for this one
             return copied(self._graph, node, self._contiguous)
         return copied(self._graph, node, self._now)
 
     def _image(self, node: fx.Node, first: fx.Node | None) -> _Value | None:
         """The value of a node that gives images, if it is of a kind that can be folded."""
-        name = "" if node.op == "call_module" else called_name(node)
+        name = _name(node)
         if first is None:
             return self._cat(node) if name in ("cat", "concat") else None
         if self._calls_module(node, nn.Conv2d):
@@ -129,32 +133,28 @@ class _Folder:
             parts += x.parts if isinstance(x, _Cat) else [self._now(source)]
         return _Cat(tuple(parts))
 
-    def _convolution(self, module: nn.Conv2d, source: fx.Node) -> _Convolution:
-        x, affine = self._values[source], None
-        if isinstance(x, _Affine) and x.relu and isinstance(x.x, fx.Node):
-            fits = may_take_winograd(module) and self._read_once(source)
-            affine = x if fits else None
-        return _Convolution(
-            module,
-            cast(fx.Node, affine.x) if affine else self._now(source),
-            affine,
-            module.weight.detach().double(),
-            None if module.bias is None else module.bias.detach().double(),
-            module.weight.dtype,
-        )
+    def _convolution(self, m: nn.Conv2d, source: fx.Node) -> _Convolution:
+        how: Any = (m.stride, m.padding, m.dilation, m.groups)
+        x, convolving = self._values[source], Convolving(m.weight, m.bias, *how)
+        if (
+            isinstance(x, _Affine)
+            and x.relu
+            and isinstance(x.x, fx.Node)
+            and may_take_winograd(convolving)
+            and self._read_once(source)
+        ):
+            return _Convolution(convolving, x.x, x)
+        return _Convolution(convolving, self._now(source), None)
 
     def _norm(self, module: nn.BatchNorm2d, source: fx.Node) -> _Value:
         mean, var = module.running_mean, module.running_var
         assert mean is not None
         assert var is not None
-        scale, shift = Norm(mean, var, module.weight, module.bias, module.eps).affine()
-        x = self._values[source]
-        if isinstance(x, _Convolution) and self._waits(source):
-            x.weight = x.weight * scale[:, None, None, None]
-            x.bias = shift if x.bias is None else x.bias * scale + shift
+        norm, x = Norm(mean, var, module.weight, module.bias, module.eps), self._values[source]
+        if isinstance(x, _Convolution) and x.norm is None and self._waits(source):
+            x.norm = norm
             return x
-        parts = x if isinstance(x, _Cat) else self._now(source)
-        return _Affine(parts, scale, shift, mean.dtype)
+        return _Affine(x if isinstance(x, _Cat) else self._now(source), norm)
 
     def _relu(self, source: fx.Node) -> _Value:
         x = self._values[source]
@@ -171,7 +171,7 @@ class _Folder:
             if isinstance(source, fx.Node) and isinstance(other, fx.Node) and self._waits(source):
                 x = self._values[source]
                 assert isinstance(x, _Convolution)
-                if _alike(self._metas.get(source.name), self._metas.get(other.name)):
+                if self._flow.forms.get(source) == self._flow.forms.get(other):
                     x.residual = self._now(other)
                     return x
         return copied(self._graph, node, self._now)
@@ -183,16 +183,16 @@ class _Folder:
             x = self._graph.call_function(torch.cat, (x.parts, 1))
         elif isinstance(x, _Affine):
             parts = x.x.parts if isinstance(x.x, _Cat) else (x.x,)
-            x = self._graph.call_function(_NormRelu(x), parts)
+            x = self._graph.call_function(_norm_relu(x), parts)
         elif isinstance(x, _Convolution):
             given = (x.x,) if x.residual is None else (x.x, x.residual)
-            x = self._graph.call_function(_FoldedConvolution(x), given)
+            x = self._graph.call_function(_folded_convolution(x), given)
         self._values[node] = x
         return x
 
     def _contiguous(self, node: fx.Node) -> fx.Node:
-        is_tensor = isinstance(self._metas.get(node.name), Tensor)
         copy = self._now(node)
+        is_tensor = node in self._flow.forms
         return self._graph.call_method("contiguous", (copy,)) if is_tensor else copy
 
     def _waits(self, node: fx.Node) -> bool:
@@ -204,17 +204,15 @@ class _Folder:
     def _read_once(self, node: fx.Node) -> bool:
         return len(node.users) == 1
 
-    def _is_passed_on(self, node: fx.Node) -> bool:
-        """Whether a value has no other reader and no other name, so that writing to it is safe."""
-        if not node.op.startswith("call_") or not self._read_once(node):
-            return False
-        flow = self._flow
-        if flow.storages[node] == {node}:
-            return True
-        names = flow.written_by(node) or [
-            i for i in flow.inputs(node) if flow.storages[i] & flow.storages[node]
-        ]
-        return len(names) == 1 and self._is_passed_on(names[0])
+    def _writes_to_its_own(self, node: fx.Node) -> bool:
+        """Whether what a node writes to has had no other reader, under whatever name."""
+        written = self._flow.writes[node]
+        before = takewhile(lambda other: other is not node, self._flow.graph.nodes)
+        return not written or all(
+            other.op.startswith("call_") and self._read_once(other)
+            for other in before
+            if self._flow.storages[other] & written
+        )
 
     def _calls_module(self, node: fx.Node, kind: type[nn.Module]) -> bool:
         """Whether a node calls a module of exactly this kind, as its class defines it."""
@@ -228,40 +226,31 @@ class _Folder:
         return not isinstance(module, nn.Conv2d) or module.padding_mode == "zeros"
 
     def _is_batch_of_images(self, node: fx.Node) -> bool:
-        meta = self._metas.get(node.name)
-        return isinstance(meta, Tensor) and meta.ndim == 4 and meta.is_floating_point()
+        shape, dtype = self._flow.forms.get(node, ((), torch.bool))
+        return len(shape) == 4 and dtype.is_floating_point
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Whether two values are tensors of one shape and dtype."""
-    both = isinstance(a, Tensor) and isinstance(b, Tensor)
-    return both and a.shape == b.shape and a.dtype == b.dtype
+def _name(node: fx.Node) -> str:
+    """Of the function or method that a node calls."""
+    return "" if node.op == "call_module" else getattr(node.target, "__name__", str(node.target))
 
 
-class _Operation:
-    """What a folded node calls; fx wants a name."""
-
-    __name__ = "folded"
-
-
-class _NormRelu(_Operation):
+def _norm_relu(x: _Affine) -> Callable[..., Tensor]:
     """A norm in one pass over what it reads, with the ReLU behind it."""
+    affine, relu = x.operation(), x.relu
 
-    def __init__(self, x: _Affine) -> None:
-        self.affine = Affine(x.scale, x.shift, x.dtype)
-        self._relu = x.relu
+    def norm_relu(*parts: Tensor) -> Tensor:
+        return affine(parts, relu)
 
-    def __call__(self, *parts: Tensor) -> Tensor:
-        return self.affine(parts, self._relu)
+    return norm_relu
 
 
-class _FoldedConvolution(_Operation):
+def _folded_convolution(x: _Convolution) -> Callable[..., Tensor]:
     """A convolution with what is folded into it."""
+    convolution, relu = folded(x.convolving, x.norm), x.relu
+    affine = x.affine.operation() if x.affine else None
 
-    def __init__(self, x: _Convolution) -> None:
-        self._convolution = Convolution(x.module, x.weight, x.bias, x.dtype)
-        self._affine = Affine(x.affine.scale, x.affine.shift, x.affine.dtype) if x.affine else None
-        self._relu = x.relu
+    def folded_convolution(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return convolution(x, residual, relu, affine)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._convolution(x, residual, self._relu, self._affine)
+    return folded_convolution

@@ -1,4 +1,4 @@
-"""The model as a graph of its operations, traced once per way of calling it.
+"""A model as a graph of its operations, traced once for each kind of call.
 
 ``torch.fx`` records a model's forward without running it and, by default, loses some of what it
 cannot see. Here in-place operators and freshly made tensors become nodes, modules without child
@@ -9,162 +9,148 @@ refused.
 
 from __future__ import annotations
 
-import operator
+import copy
+import pickle
+import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import Attribute, Proxy
-from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
-from fastfreeze.ensemble.graphs.held import AttributeReads, changed
 from fastfreeze.layers.execution import preserved
-from fastfreeze.trimming.state import is_run_again, tensors_in
+from fastfreeze.trimming.state import tensors_in
 
 _CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), Enum),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
+IN_PLACE = (
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__"),
+    *("__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+    "__setitem__",
+)
 
 
-class UntraceableError(Exception):
-    """The model cannot be had as a graph; the message says why."""
+class NoGraphError(Exception):
+    """The members cannot be had as one graph; the message says why."""
 
 
-class _Tensor(Enum):
-    TENSOR = "the place of a tensor"
+class _Place:
+    """What stands in the place of a tensor in the arguments of a call."""
+
+    def __repr__(self) -> str:
+        return "tensor"
 
 
-TENSOR = _Tensor.TENSOR
+_PLACE = _Place()
 
 
 @dataclass(frozen=True)
-class CallPattern:
-    """How a model is called: what a trace depends on.
+class Call:
+    """A call of a model.
 
     Attributes:
-        arguments: positional and keyword arguments, ``TENSOR`` in the place of each tensor.
-        types: types of the other values, since ``1 == True == 1.0``.
-        placement: device and dtype of the model's first parameter, which forwards read, and what
-            autocast does, which a block in a forward may change to what it was when traced.
+        arguments: positional and keyword arguments, the tensors left out.
+        tensors: these, in order.
+        kind: all about the call but the batch size and the tensors' values: arguments; of each
+            tensor whether its batch is empty or of one row, and its other sizes, strides, dtype and
+            device, on which it may depend what lies in whose memory; device and dtype of the
+            model's first parameter, which forwards read, and what autocast does, which a block in a
+            forward may change to what it was when traced.
     """
 
     arguments: Any
-    types: tuple[type, ...]
-    placement: tuple[Any, ...]
+    tensors: list[Tensor]
+    kind: tuple[Any, ...]
 
     @classmethod
-    def of(
-        cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[CallPattern, list[Tensor]]:
-        """The pattern of a call, and the call's tensors in order.
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """A call with these arguments.
 
         Raises:
-            UntraceableError: an argument is of a type that a graph cannot hold.
+            NoGraphError: an argument is of a type that a graph cannot hold.
         """
         tensors: list[Tensor] = []
-        types: list[type] = []
 
         def visit(value: Any) -> Any:
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.layout == torch.strided:
                 tensors.append(value)
-                return TENSOR
+                return _PLACE
             if not isinstance(value, _CONSTANTS):
-                raise UntraceableError(f"an argument of type {type(value).__name__}")
-            types.append(type(value))
+                raise NoGraphError(f"an argument of type {type(value).__name__}")
             return value
 
         arguments = map_aggregate((args, kwargs), visit)
-        first = next(model.parameters(), None)
-        placement = () if first is None else (first.device, first.dtype)
-        pattern = cls(arguments, tuple(types), (*placement, *_autocast_state()))
-        try:
-            hash(pattern)
-        except TypeError as error:
-            raise UntraceableError(f"an argument that has no hash: {error}") from error
-        return pattern, tensors
+        forms = tuple(
+            (min([2, *t.shape[:1]]), t.shape[1:], t.stride(), t.dtype, t.device) for t in tensors
+        )
+        placement = tuple((p.device, p.dtype) for p in islice(model.parameters(), 1))
+        return cls(arguments, tensors, (repr(arguments), forms, placement, _autocast_state()))
 
 
-@dataclass(frozen=True)
-class Trace:
-    """A model's graph and what it was baked from.
+class Attributes:
+    """The attributes of modules at a moment, hooks and submodules among them.
 
-    Attributes:
-        graph: one placeholder per tensor of the call; other targets are names in the model.
+    A write into an attribute's value is noticed if the value is a list, dict or set.
     """
 
-    graph: fx.Graph
-    _reads: AttributeReads
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        own = [vars(m) for m in modules]
+        containers = (list, dict, set, OrderedDict)
+        self._live = [*own, *(v for d in own for v in d.values() if type(v) in containers)]
+        self._seen = [copy.copy(v) for v in self._live]
 
-    def stale(self) -> bool:
-        """Whether an attribute that a forward read, such as ``training``, has another value."""
-        return self._reads.changed()
+    def changed(self) -> bool:
+        try:
+            return self._live != self._seen  # identical values are not compared further
+        except (RuntimeError, TypeError, ValueError):  # two tensors or arrays have no single truth
+            return True
 
 
-def trace(model: nn.Module, pattern: CallPattern) -> Trace:
-    """Trace ``model`` as called by ``pattern``, in its present training mode.
+def generator_states() -> tuple[Any, bytes, list[bytes]]:
+    """Of Python's random, numpy.random, and torch's generators."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    own = [state.numpy().tobytes() for state in states]
+    return random.getstate(), pickle.dumps(np.random.get_state()), own
+
+
+def trace(model: nn.Module, call: Call) -> fx.Graph:
+    """The graph of ``model`` as called, with a placeholder for each tensor of the call.
+
+    Other targets are names in the model.
 
     Raises:
-        UntraceableError: a graph cannot repeat what the model does.
+        NoGraphError: a graph cannot repeat what the model does.
     """
-    with preserved(model) as before, torch.enable_grad(), _custom_functions_refused():
-        tracer, reads = _Tracer(model, pattern), AttributeReads()
+    attributes, (*draws, _) = Attributes(model.modules()), generator_states()
+    with preserved(model), torch.enable_grad(), _custom_functions_refused():
+        tracer = _Tracer(model, call.arguments)
         try:
-            with _Factories(tracer), reads.recorded():
+            with _Factories(tracer):
                 graph = tracer.trace(model)
-        except UntraceableError:
+        except NoGraphError:
             raise
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
-            raise UntraceableError(f"{type(error).__name__}: {reason}") from error
-        if effect := changed(before):
-            raise UntraceableError(f"forward {effect}")
-    return Trace(graph, reads)
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module below the model is one node, called as it is."""
-    if not module._modules:  # its own Python may then do as it likes
-        return True
-    of_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
-    return of_torch and not isinstance(module, nn.Sequential)
-
-
-def hooked(modules: Iterable[nn.Module]) -> str:
-    """The type of the first module with hooks, which a graph would not call; else empty."""
-    if _has_any_global_hook():
-        return "every module"
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return type(m).__name__
-    return ""
-
-
-def _in_place(name: str) -> Callable[[Any, Any], Any]:
-    operation = getattr(operator, name)
-
-    def apply(a: Any, b: Any) -> Any:
-        return operation(a, b)
-
-    apply.__name__ = apply.__qualname__ = name
-    return apply
-
-
-_IN_PLACE = {
-    f"__{name}__": _in_place(name)
-    for name in (
-        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
-        *("iand", "ior", "ixor", "ilshift", "irshift"),
-    )
-}
-IN_PLACE_FUNCTIONS = frozenset([*_IN_PLACE.values(), operator.setitem])
+            raise NoGraphError(f"{type(error).__name__}: {reason}") from error
+        if attributes.changed():
+            raise NoGraphError("forward changes attributes of the model")
+        if list(generator_states()[:2]) != draws:
+            raise NoGraphError("forward draws from Python's random or numpy.random")
+    return graph
 
 
 class _Value(Proxy):
@@ -175,34 +161,31 @@ class _Value(Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node", "root", "attr", "_node"):
-            raise UntraceableError(f"forward assigns attribute {name!r} of a tensor")
+            raise NoGraphError(f"forward assigns attribute {name!r} of a tensor")
         object.__setattr__(self, name, value)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
 class _Attribute(_Value, Attribute):
     """An attribute of a recorded value."""
 
 
-def _record_in_place(name: str, function: Callable[[Any, Any], Any]) -> None:
-    def method(self: _Value, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
+def _record_in_place(name: str) -> None:
+    def method(self: _Value, *args: Any) -> Any:
+        return self.tracer.create_proxy("call_method", name, (self, *args), {})
 
     setattr(_Value, name, method)
 
 
-for _name, _function in _IN_PLACE.items():
-    _record_in_place(_name, _function)
+for _name in IN_PLACE:
+    _record_in_place(_name)
 
 
 class _Tracer(fx.Tracer):
     """fx's tracer, less its silent losses."""
 
-    def __init__(self, model: nn.Module, pattern: CallPattern) -> None:
+    def __init__(self, model: nn.Module, arguments: Any) -> None:
         super().__init__()
-        self._pattern = pattern
+        self._arguments = arguments
         self._state = _ambient_state()
         self._names: dict[int, str] = {}
         for prefix, module in model.named_modules():
@@ -218,16 +201,19 @@ class _Tracer(fx.Tracer):
 
         def place(value: Any) -> Any:
             nonlocal count
-            if value is not TENSOR:
+            if value is not _PLACE:
                 return value
             count += 1
             return self.create_proxy("placeholder", f"input_{count}", (), {})
 
-        args, kwargs = map_aggregate(self._pattern.arguments, place)
+        args, kwargs = map_aggregate(self._arguments, place)
         return lambda root: root.forward(*args, **kwargs), [self.root]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
+        if not m._modules:  # its own Python may then do as it likes
+            return True
+        of_torch = type(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        return of_torch and not isinstance(m, nn.Sequential)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         if not isinstance(attr_val, Tensor):
@@ -246,9 +232,7 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient_state() != self._state:
-            raise UntraceableError("forward changes grad mode or autocast")
-        if is_run_again(trace.__code__):
-            raise UntraceableError("forward uses activation checkpointing")
+            raise NoGraphError("forward changes grad mode or autocast")
         return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> Proxy:
@@ -262,7 +246,7 @@ class _Tracer(fx.Tracer):
 
     def _name_of(self, tensor: Tensor) -> str:
         if id(tensor) not in self._names:
-            raise UntraceableError("forward uses a tensor that is not the model's own")
+            raise NoGraphError("forward uses a tensor that is not the model's own")
         return self._names[id(tensor)]
 
 
@@ -283,7 +267,7 @@ class _Factories(TorchFunctionMode):
         kwargs = kwargs or {}
         name = func.__name__
         if name.endswith("_") and not name.endswith("__") and any(tensors_in((args, kwargs))):
-            raise UntraceableError(f"forward applies {name} to a tensor of the model")
+            raise NoGraphError(f"forward applies {name} to a tensor of the model")
         result = func(*args, **kwargs)
         if name == "__get__" or not any(True for _ in tensors_in(result)):
             return result
@@ -310,7 +294,7 @@ def _custom_functions_refused() -> Iterator[None]:
     original = vars(torch.autograd.Function)["apply"]
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-        raise UntraceableError(f"forward applies the autograd function {cls.__name__}")
+        raise NoGraphError(f"forward applies the autograd function {cls.__name__}")
 
     torch.autograd.Function.apply = classmethod(refuse)
     try:
