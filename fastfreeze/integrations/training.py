@@ -27,10 +27,8 @@ class TrainingRun:
     :meth:`end_batch` alone: validation, checkpoints and whatever else see the network itself.
 
     Args:
-        owner: the module that the framework trains.
-        name: of the network in it: a submodule, which is called for the forward.
-        optimizers, schedulers: those of the training. One optimizer, for parameters of ``owner``'s
-            network, has a schedule, or one of the schedulers is a ``FreezeScheduler`` for it.
+        owner, name: the module that the framework trains, and its submodule that the forward calls.
+        optimizers, schedulers: those of the training.
         total_steps: how many optimizer steps the framework will take; None if that is not known.
         store: where the snapshot of each cycle's end goes; None: none are taken.
         saved: the module whose weights snapshots are of.
@@ -122,6 +120,34 @@ class TrainingRun:
         if self._store is not None and step in ends and step != before:  # skipped for an overflow
             cycle = ends.index(step)
             self._store.save(self._saved, step=step, cycle=cycle, schedule=self._schedule)
+
+
+class RunsTraining:
+    """What the callbacks keep, and what they do around each batch."""
+
+    report: FreezeReport | None = None
+    _run: TrainingRun | None = None
+
+    def __init__(self, network: str, store: Store | None, plan: Any, example_inputs: Any) -> None:
+        self._network, self._store, self._plan = network, store, plan
+        self._example_inputs = example_inputs
+
+    def _start(self, run: TrainingRun) -> None:
+        self._run, self.report = run, run.report
+
+    def _begin_batch(self, *_: Any, **__: Any) -> None:
+        if self._run is not None:
+            self._run.begin_batch()
+
+    def _end_batch(self, *_: Any, **__: Any) -> None:
+        if self._run is not None:
+            self._run.end_batch()
+
+    def close(self, *_: Any, **__: Any) -> None:
+        """Leave the model as it was; to be called after a training that has failed in a step."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
 
 
 def network_of(owner: nn.Module, name: str) -> nn.Module:
