@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,8 @@ import torch
 
 from fastfreeze.recipes.config import RunConfig
 from fastfreeze.recipes.data import ImageData, load_data
-from fastfreeze.recipes.errors import optional_package
 from fastfreeze.recipes.networks import is_own, layers_of, outline
-from fastfreeze.recipes.plot import plot_run
-from fastfreeze.recipes.rundir import Line, RunDir
+from fastfreeze.recipes.rundir import Line
 from fastfreeze.recipes.runs import Experiment
 from fastfreeze.recipes.tables import Outcome, finetune_table
 from fastfreeze.recipes.training import Method, fine_tuning
@@ -80,16 +78,5 @@ class FinetuneConfig(RunConfig):
         data = load_data(self.data, data_dir, workers=workers, image_size=self.image_size)
         return data if self.augment else data.unvaried()
 
-    def check(self, data: ImageData) -> None:
-        optional_package("matplotlib")  # before the training that its picture is of
-        super().check(data)
-
     def outcome(self, results: Sequence[Line], data: ImageData) -> Outcome:
         return Outcome(finetune_table(results), {"results": results})
-
-    def run(
-        self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
-    ) -> Outcome:
-        outcome = super().run(data, run_dir, say, quiet)
-        plot_run(run_dir, run_dir.path / "plot.png")
-        return outcome

@@ -7,7 +7,6 @@
     checkpoints/<run>.pt  the newest checkpoint of each method and seed
     best-<run>.pth        the weights of the epoch that is best on the images held out, if it is of
                           ``finetune``
-    plot.png              a picture of the run, if it is of ``finetune``
     snapshots/<run>/      the members of each snapshot ensemble
     results.json          one entry per finished method and seed
     table.txt             what was printed

@@ -63,7 +63,7 @@ class Experiment:
         """A new network; what no file has the weights of, the global generator draws."""
         network = build_network(self.model, **self._sizes(data))
         if self.weights is not None:
-            load_weights(network, self.weights, data.example(torch.device("cpu")))
+            load_weights(network, self.weights)
         return network
 
     def parted(self, data: ImageData) -> ImageData:
@@ -89,7 +89,7 @@ class Experiment:
             for schedule in schedules:
                 replace(plan, schedule=schedule)
         if self.weights is not None:
-            load_weights(network, self.weights, images)
+            load_weights(network, self.weights)
 
     def _sizes(self, data: ImageData) -> dict[str, int]:
         return {

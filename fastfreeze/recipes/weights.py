@@ -12,23 +12,23 @@ from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.text import some
 
 
-def load_weights(network: nn.Module, path: str, images: Tensor) -> None:
+def load_weights(network: nn.Module, path: str) -> None:
     """Load a state dict into a network, all but its head, which stays as it is.
 
-    The head is the last module with parameters of its own that runs. Whatever the file holds for it
-    is passed over.
+    The head is the last module with parameters of its own. Whatever the file holds for it is passed
+    over.
 
     Args:
-        network: of which every other tensor comes from the file.
+        network: of which every other tensor comes from the file. On the meta device what does not
+            fit is told, and the network is of no use afterwards.
         path: a file of torch.save, in which nothing but tensors is unpickled, or of safetensors.
-        images: ``[B, C, H, W]``, where the network is, which runs on it once, in eval mode. On the
-            meta device what does not fit is told, and the network is of no use afterwards.
 
     Raises:
         RecipeError: the file cannot be read, is no state dict, or does not fit the network; the
             message names the keys.
     """
-    head, own = _head_of(network, images), network.state_dict()
+    own, is_meta = network.state_dict(), next(network.parameters()).is_meta
+    *_, head = (n for n, m in network.named_modules() if any(True for _ in m.parameters(False)))
     weights = {k: v for k, v in _read(path).items() if not k.startswith(f"{head}.")}
     wrong = [
         f"{key} is {list(value.shape)} and must be {list(own[key].shape)}"
@@ -37,7 +37,7 @@ def load_weights(network: nn.Module, path: str, images: Tensor) -> None:
     ]
     if not wrong:
         # Files from before norms counted their batches lack the counts: torch makes up for that.
-        found = network.load_state_dict(weights, strict=False, assign=images.is_meta)
+        found = network.load_state_dict(weights, strict=False, assign=is_meta)
         missing = [key for key in found.missing_keys if not key.startswith(f"{head}.")]
         for what, keys in (("lacks", missing), ("has besides", found.unexpected_keys)):
             wrong += [f"it {what} {some(keys)}"] if keys else []
@@ -65,20 +65,3 @@ def _read(path: str) -> dict[str, Tensor]:
             got = f"{type(value).__name__} by {key!r}"
             raise RecipeError(f"--weights {path} {must}; got {got}: save that part of it alone")
     return found
-
-
-@torch.no_grad()
-def _head_of(network: nn.Module, images: Tensor) -> str:
-    """The qualified name of the last module with parameters of its own that runs."""
-    ran: list[str] = []
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: ran.append(name))
-        for name, module in network.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-    ]
-    mode = network.training
-    network.eval()(images)
-    network.train(mode)
-    for hook in hooks:
-        hook.remove()
-    return ran[-1]
