@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fastfreeze.integrations.training import RunsTraining, Store, TrainingRun, network_of
+from fastfreeze.integrations.training import Store, TrainsTrimmed, network_of
 from fastfreeze.layers.split import LayerPlan
 
 try:
@@ -43,7 +43,7 @@ def total_steps(trainer: Trainer) -> int:
     return int(steps)
 
 
-class FastfreezeCallback(RunsTraining, Callback):  # type: ignore[misc, unused-ignore]
+class FastfreezeCallback(TrainsTrimmed, Callback):  # type: ignore[misc, unused-ignore]
     """Trims a LightningModule's network while it trains, and takes a snapshot at each cycle's end.
 
     ``configure_optimizers`` returns a :class:`fastfreeze.SGD`, ``Adam`` or ``AdamW`` with a
@@ -87,22 +87,20 @@ class FastfreezeCallback(RunsTraining, Callback):  # type: ignore[misc, unused-i
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
         is_known = pl_module.automatic_optimization and not math.isinf(steps)
-        run = TrainingRun(
+        self._start(
             pl_module,
-            self._network,
             trainer.optimizers,
             [config.scheduler for config in trainer.lr_scheduler_configs],
             total_steps=int(steps) if is_known else None,
-            store=self._store if trainer.is_global_zero else None,
+            saves=trainer.is_global_zero,
             saved=network_of(pl_module, self._network),
             plan=None if self._plan is None else _plan_of(pl_module, self._plan),
             example_inputs=trainer.strategy.batch_to_device(self._example_inputs),
         )
-        self._start(run)
 
-    on_train_batch_start = RunsTraining._begin_batch
-    on_train_batch_end = RunsTraining._end_batch
-    on_train_end = on_exception = RunsTraining.close
+    on_train_batch_start = TrainsTrimmed.begin_batch
+    on_train_batch_end = TrainsTrimmed.end_batch
+    on_train_end = on_exception = TrainsTrimmed.close
 
 
 def _plan_of(module: LightningModule, name: str) -> LayerPlan:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastfreeze.integrations.training import RunsTraining, Store, TrainingRun
+from fastfreeze.integrations.training import Store, TrainsTrimmed
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.layers.split import LayerPlan
 
@@ -77,7 +77,7 @@ class Logits(nn.Module):
         return logits
 
 
-class FastfreezeCallback(RunsTraining, TrainerCallback):  # type: ignore[misc, unused-ignore]
+class FastfreezeCallback(TrainsTrimmed, TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Trims a part of a Trainer's model while it trains, and takes a snapshot at each cycle's end.
 
     The Trainer is given a :class:`fastfreeze.SGD`, ``Adam`` or ``AdamW`` with a schedule and an
@@ -128,19 +128,17 @@ class FastfreezeCallback(RunsTraining, TrainerCallback):  # type: ignore[misc, u
                 "rates too"
             )
         model: nn.Module = kwargs["model"]
-        run = TrainingRun(
+        self._start(
             model,
-            self._network,
             [kwargs["optimizer"]],
             [scheduler],
             total_steps=state.max_steps,
-            store=self._store if state.is_world_process_zero else None,
+            saves=state.is_world_process_zero,
             saved=Logits(model),
             plan=self._plan,
             example_inputs=self._example_inputs,
         )
-        self._start(run)
 
-    on_step_begin = RunsTraining._begin_batch
-    on_step_end = RunsTraining._end_batch
-    on_train_end = RunsTraining.close
+    on_step_begin = TrainsTrimmed.begin_batch
+    on_step_end = TrainsTrimmed.end_batch
+    on_train_end = TrainsTrimmed.close
