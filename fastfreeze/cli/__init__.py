@@ -14,8 +14,6 @@ try:
 except ModuleNotFoundError:
     sys.exit('fastfreeze: the command line needs click: pip install "fastfreeze[train]"')
 
-from click.core import ParameterSource
-
 from fastfreeze._version import __version__
 from fastfreeze.cli import finetune, plan, reproduce, show, train
 from fastfreeze.errors import SnapshotError
@@ -30,18 +28,6 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (RecipeError, SnapshotError) as error:
             raise click.ClickException(str(error)) from error
-        except click.BadParameter as error:
-            ctx, param = error.ctx, error.param
-            if (
-                ctx
-                and param
-                and ctx.get_parameter_source(param.name) is ParameterSource.DEFAULT_MAP
-            ):
-                file = ctx.params["resume"].path / "config.json"
-                raise click.ClickException(
-                    f"{file} is damaged: {param.name}: {error.message}"
-                ) from error
-            raise
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader has gone: click ends quietly
                 raise

@@ -94,6 +94,13 @@ def _resumed(ctx: click.Context, param: click.Parameter, path: Path | None) -> R
     run, command = RunDir.open(path), ctx.command_path.partition(" ")[2]
     if run.command != command:
         raise RecipeError(f"{path} is of another command: fastfreeze {run.command} --resume")
+    for parameter in ctx.command.params:
+        try:
+            if parameter.name in run.arguments:
+                parameter.process_value(ctx, run.arguments[parameter.name])
+        except click.BadParameter as error:
+            text = f"{path}/config.json is damaged: {parameter.name}: {error.message}"
+            raise RecipeError(text) from error
     ctx.default_map = {**run.arguments, "data_dir": run.data_dir}
     return run
 
