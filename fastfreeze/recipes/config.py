@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class RunConfig(ABC):
         for seed in range(self.seed, self.seed + self.seeds):
             for method in experiment.methods:
                 if (method.name, seed) not in finished:
+                    gc.collect()  # the network before holds itself in a circle
                     Run(method, seed, experiment, part, run_dir, say).finish(quiet)
         outcome = self.outcome(run_dir.results(), data)
         outcome.write(run_dir)
