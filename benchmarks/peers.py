@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import interleave, machine
+from benchmarks.memory import PeakMemory, release
 from benchmarks.predict import Run, State, loop_of, vmap_of
 from benchmarks.results import write_json
 from fastfreeze import SnapshotEnsemble, SnapshotStore
@@ -40,7 +41,6 @@ from fastfreeze.ensemble import prediction_scores
 from fastfreeze.recipes.data import ImageData, load_data
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.images import Images, MemoryImages
-from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.training import EVALUATION_BATCH, plain_sgd, set_up, train_epoch
 from fastfreeze.schedule import Cosine, FreezeOutCycles, SnapshotCycles

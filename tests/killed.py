@@ -14,7 +14,6 @@ TIMINGS = {
     "seconds",
     "cpu_seconds",
     "step_seconds",
-    "peak_memory_mb",
 }
 
 

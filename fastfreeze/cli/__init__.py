@@ -15,7 +15,7 @@ except ModuleNotFoundError:
     sys.exit('fastfreeze: the command line needs click: pip install "fastfreeze[train]"')
 
 from fastfreeze._version import __version__
-from fastfreeze.cli import backends, compare, finetune, plan, plot, reproduce, train
+from fastfreeze.cli import finetune, plan, reproduce, show, train
 from fastfreeze.errors import SnapshotError
 from fastfreeze.recipes.errors import RecipeError
 
@@ -46,10 +46,10 @@ def main() -> None:
 for command in (
     train.train,
     finetune.finetune,
-    compare.compare,
+    train.compare,
     reproduce.reproduce,
-    plot.plot,
+    show.plot,
     plan.plan,
-    backends.backends,
+    show.backends,
 ):
     main.add_command(command)

@@ -5,14 +5,16 @@ torch is imported when an option needs it: ``--help`` does not.
 
 from __future__ import annotations
 
-import difflib
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.names import (
     DATA_NAMES,
     EMBEDDED,
@@ -21,6 +23,9 @@ from fastfreeze.recipes.names import (
     OTHER_MODELS,
 )
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles
+
+if TYPE_CHECKING:
+    from fastfreeze.recipes.rundir import RunDir
 
 
 class Finite(click.FloatRange):
@@ -33,24 +38,29 @@ class Finite(click.FloatRange):
         return number
 
 
+class _Methods(click.ParamType):
+    """Names of methods, with commas between; each once."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        names = value.split(",") if isinstance(value, str) else value
+        known = click.Choice(METHOD_NAMES)
+        return tuple(dict.fromkeys(known.convert(str(n).strip(), param, ctx) for n in names))
+
+
 AT_LEAST_1 = click.IntRange(min=1)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 RUN = click.Path(path_type=Path, file_okay=False, exists=True)
+METHODS = _Methods()
 
 
-def methods(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    """Names of methods, with commas between; each once."""
-    names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
-    for name in names:
-        if name not in METHOD_NAMES:
-            near = difflib.get_close_matches(name, METHOD_NAMES, 1)
-            did = f"; did you mean {near[0]}?" if near else ""
-            raise click.BadParameter(f"{name!r} is none of {', '.join(METHOD_NAMES)}{did}")
-    return names
+def given(ctx: click.Context, name: str) -> bool:
+    """Whether the user has typed an option."""
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """The name of a network."""
+def _model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     from fastfreeze.recipes.networks import check_name
 
     try:
@@ -60,7 +70,7 @@ def model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
-def device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """A device that is here: "cpu" or "cuda:<n>"."""
     import torch
 
@@ -73,6 +83,26 @@ def device_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise click.ClickException(f"--device {value}: torch sees no such device here")
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+
+
+def _resumed(ctx: click.Context, param: click.Parameter, path: Path | None) -> RunDir | None:
+    """The run to go on with, whose options are the defaults of this call."""
+    if path is None:
+        return None
+    from fastfreeze.recipes.rundir import RunDir
+
+    run, command = RunDir.open(path), ctx.command_path.partition(" ")[2]
+    if run.command != command:
+        raise RecipeError(f"{path} is of another command: fastfreeze {run.command} --resume")
+    for parameter in ctx.command.params:
+        try:
+            if parameter.name in run.arguments:
+                parameter.process_value(ctx, run.arguments[parameter.name])
+        except click.BadParameter as error:
+            text = f"{path}/config.json is damaged: {parameter.name}: {error.message}"
+            raise RecipeError(text) from error
+    ctx.default_map = {**run.arguments, "data_dir": run.data_dir}
+    return run
 
 
 Command = Callable[..., Any]
@@ -96,8 +126,6 @@ t_0_option = click.option(
     default=FreezeOut.t_0,
     help="FreezeOut: share of the run, before how_scale, for which layer 0 trains.",
 )
-
-
 freezeout_options = options(
     click.option(
         "--how-scale",
@@ -106,35 +134,23 @@ freezeout_options = options(
     ),
     t_0_option,
     click.option(
-        "--lr",
-        type=Finite(min=0, min_open=True),
-        default=0.1,
-        help="Initial learning rate.",
+        "--lr", type=Finite(min=0, min_open=True), default=0.1, help="Initial learning rate."
     ),
 )
-
-DATA_DIR = click.option(
+data_dir_option = click.option(
     "--data-dir", type=DIRECTORY, help=f"Where the data's files are; not for {EMBEDDED}."
 )
 
 
 def data_options(data: str, image_size: int, model: str) -> Callable[[Command], Command]:
     """What is trained on what, with these defaults."""
+    sizes = click.IntRange(min=8)
+    models = f"{', '.join(MODEL_NAMES)}; {', '.join(OTHER_MODELS)}, the last your own."
     return options(
         click.option("--data", type=click.Choice(DATA_NAMES), default=data),
-        DATA_DIR,
-        click.option(
-            "--image-size",
-            type=click.IntRange(min=8),
-            default=image_size,
-            help="For --data folder.",
-        ),
-        click.option(
-            "--model",
-            callback=model_name,
-            default=model,
-            help=f"{', '.join(MODEL_NAMES)}; {', '.join(OTHER_MODELS)}, the last your own.",
-        ),
+        data_dir_option,
+        click.option("--image-size", type=sizes, default=image_size, help="For --data folder."),
+        click.option("--model", callback=_model_name, default=model, help=models),
     )
 
 
@@ -152,4 +168,38 @@ training_options = options(
         help="How the method 'both' freezes.",
     ),
     click.option("--last-k", type=AT_LEAST_1, default=2, help="For --composition last_k."),
+)
+
+
+def seed_options(default: int, minimum: int = 1) -> Callable[[Command], Command]:
+    """``--seed`` and ``--seeds``."""
+    counts = click.IntRange(min=minimum)
+    return options(
+        click.option("--seed", type=click.IntRange(0, 2**32), default=0, help="The first seed."),
+        click.option("--seeds", type=counts, default=default, help="Repeat with so many seeds."),
+    )
+
+
+# Where to run, where to write, what to print.
+run_options = options(
+    click.option("--device", callback=_device_name, default="cpu", help="cpu, cuda, cuda:<n>."),
+    click.option(
+        "--threads",
+        type=click.IntRange(1, os.cpu_count()),
+        help="Threads of torch. [default: torch's own]",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(min=0), default=0, help="Processes that read images."
+    ),
+    click.option("--run-dir", type=DIRECTORY, help="Where to write. [default: runs/<time>]"),
+    click.option(
+        "--resume",
+        type=RUN,
+        callback=_resumed,
+        is_eager=True,
+        metavar="RUN",
+        help="Go on with an interrupted run.",
+    ),
+    click.option("--quiet", is_flag=True, help="No progress, only the table."),
+    click.option("--json", "as_json", is_flag=True, help="The results as JSON."),
 )

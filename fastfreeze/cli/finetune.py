@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from fastfreeze.cli._options import AT_LEAST_1, Finite, data_options, t_0_option
-from fastfreeze.cli._runs import run_command, run_options, seed_options
+from fastfreeze.cli._options import (
+    AT_LEAST_1,
+    Finite,
+    data_options,
+    given,
+    run_options,
+    seed_options,
+    t_0_option,
+)
+from fastfreeze.cli._runs import run_command
 from fastfreeze.recipes.names import RECIPE_NAMES
 
 _RATES = {"adamw": 3e-4, "sgd": 0.01}
@@ -95,10 +102,9 @@ def finetune(ctx: click.Context, /, **options: Any) -> None:
                 "(a network of your own, MODULE:FUNCTION, may bring its own)"
             )
         for option, (flag, recipe) in _OF_ONE_RECIPE.items():
-            given = ctx.get_parameter_source(option) is not ParameterSource.DEFAULT
-            if given and options["recipe"] != recipe:
+            if given(ctx, option) and options["recipe"] != recipe:
                 raise click.UsageError(
                     f"{flag} is for --recipe {recipe}, and this is --recipe {options['recipe']}"
                 )
         options["lr"] = options["lr"] or _RATES[options["optimizer"]]
-    run_command(ctx, "finetune", FinetuneConfig, options)
+    run_command(ctx, FinetuneConfig, options)

@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from fastfreeze.cli._options import AT_LEAST_1, Finite, freezeout_options
+from fastfreeze.cli._options import AT_LEAST_1, Finite, freezeout_options, given
 from fastfreeze.schedule import FreezeOut, HowScale
 
 if TYPE_CHECKING:
@@ -69,11 +68,11 @@ def plan(
       fastfreeze plan torchvision:resnet50 --saving 0.4 --of backward
       fastfreeze plan mypackage.models:make --image-size 64
     """
-    if saving is not None and _given(ctx, "t_0"):
+    if saving is not None and given(ctx, "t_0"):
         raise click.UsageError(
             "--saving and --t0 exclude each other: the one follows from the other"
         )
-    if saving is None and _given(ctx, "of"):
+    if saving is None and given(ctx, "of"):
         raise click.UsageError("--of is for --saving")
     from fastfreeze.layers.saving import freezeout_for_saving
 
@@ -93,10 +92,6 @@ def plan(
         click.echo(f"t_0={schedule.t_0} is the largest that saves {saving:.1%} of the {of}")
 
 
-def _given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-
-
 def _layers(
     model: str, num_classes: int | None, in_channels: int, image_size: int | None
 ) -> LayerPlan:
@@ -105,20 +100,16 @@ def _layers(
 
     from fastfreeze.recipes.networks import is_own, layers_of, outline
 
-    large = model.startswith(("torchvision:", "timm:"))
-    size = image_size or (224 if large else 32)
-    if is_own(model) and num_classes is not None:
+    large, own = model.startswith(("torchvision:", "timm:")), is_own(model)
+    if own and num_classes is not None:
         raise click.UsageError(f"--num-classes is not for {model}, which takes no arguments")
+    classes, size = num_classes or (1000 if large else 10), image_size or (224 if large else 32)
     try:
-        network = outline(
-            model, num_classes=num_classes or (1000 if large else 10), in_channels=in_channels
-        )
+        network = outline(model, num_classes=classes, in_channels=in_channels)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="MODEL") from error
-    device = "cpu" if is_own(model) else "meta"
-    layers, warnings = layers_of(
-        model, network, torch.zeros(2, in_channels, size, size, device=device)
-    )
+    images = torch.zeros(2, in_channels, size, size, device="cpu" if own else "meta")
+    layers, warnings = layers_of(model, network, images)
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)
     return layers

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastfreeze.cli._options import AT_LEAST_1, DATA_DIR, Command, Finite, options
-from fastfreeze.cli._runs import run_command, run_options, seed_options
+from fastfreeze.cli._options import (
+    AT_LEAST_1,
+    Command,
+    Finite,
+    data_dir_option,
+    options,
+    run_options,
+    seed_options,
+)
+from fastfreeze.cli._runs import run_command
 from fastfreeze.reproduction.papers import Row, freezeout_rows, snapshot_rows
 from fastfreeze.text import format_table
 
@@ -35,7 +43,7 @@ def _row_options(rows: Sequence[Row]) -> Callable[[Command], Command]:
     return options(
         click.option("--model", help=f"One of {models}."),
         click.option("--dataset", "--data", "data", help=f"One of {datasets}."),
-        DATA_DIR,
+        data_dir_option,
         click.option(
             "--scale",
             type=Finite(0, 1, min_open=True),
@@ -50,7 +58,7 @@ def _row_options(rows: Sequence[Row]) -> Callable[[Command], Command]:
     )
 
 
-def _reproduce(ctx: click.Context, command: str, kind: type[ReproduceConfig], **o: Any) -> None:
+def _reproduce(ctx: click.Context, kind: type[ReproduceConfig], o: dict[str, Any]) -> None:
     if o["resume"] is None:
         for name, option in (("model", "--model"), ("data", "--dataset")):
             if o[name] is None:
@@ -59,7 +67,7 @@ def _reproduce(ctx: click.Context, command: str, kind: type[ReproduceConfig], **
             kind.find(o["model"], o["data"])
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-    run_command(ctx, f"reproduce {command}", kind, o)
+    run_command(ctx, kind, o)
 
 
 @reproduce.command(context_settings={"show_default": True})
@@ -81,7 +89,7 @@ def snapshot(ctx: click.Context, /, **given: Any) -> None:
     """
     from fastfreeze.reproduction.reproduce import SnapshotConfig
 
-    _reproduce(ctx, "snapshot", SnapshotConfig, **given)
+    _reproduce(ctx, SnapshotConfig, given)
 
 
 @reproduce.command(context_settings={"show_default": True})
@@ -100,7 +108,7 @@ def freezeout(ctx: click.Context, /, **given: Any) -> None:
     """
     from fastfreeze.reproduction.reproduce import FreezeOutConfig
 
-    _reproduce(ctx, "freezeout", FreezeOutConfig, **given)
+    _reproduce(ctx, FreezeOutConfig, given)
 
 
 @reproduce.command("list")

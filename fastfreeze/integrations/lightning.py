@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fastfreeze.integrations.training import Store, TrainingRun, network_of
-from fastfreeze.layers.report import FreezeReport
+from fastfreeze.integrations.training import Store, TrainsTrimmed, network_of
 from fastfreeze.layers.split import LayerPlan
 
 try:
@@ -44,7 +43,7 @@ def total_steps(trainer: Trainer) -> int:
     return int(steps)
 
 
-class FastfreezeCallback(Callback):  # type: ignore[misc, unused-ignore]
+class FastfreezeCallback(TrainsTrimmed, Callback):  # type: ignore[misc, unused-ignore]
     """Trims a LightningModule's network while it trains, and takes a snapshot at each cycle's end.
 
     ``configure_optimizers`` returns a :class:`fastfreeze.SGD`, ``Adam`` or ``AdamW`` with a
@@ -83,46 +82,25 @@ class FastfreezeCallback(Callback):  # type: ignore[misc, unused-ignore]
         plan: str | None = None,
         example_inputs: Any = None,
     ) -> None:
-        super().__init__()
-        self.report: FreezeReport | None = None
-        self._network, self._store, self._plan = network, store, plan
-        self._example_inputs = example_inputs
-        self._run: TrainingRun | None = None
+        super().__init__(network, store, plan, example_inputs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
         is_known = pl_module.automatic_optimization and not math.isinf(steps)
-        self._run = TrainingRun(
+        self._start(
             pl_module,
-            self._network,
             trainer.optimizers,
             [config.scheduler for config in trainer.lr_scheduler_configs],
             total_steps=int(steps) if is_known else None,
-            store=self._store if trainer.is_global_zero else None,
+            saves=trainer.is_global_zero,
             saved=network_of(pl_module, self._network),
             plan=None if self._plan is None else _plan_of(pl_module, self._plan),
             example_inputs=trainer.strategy.batch_to_device(self._example_inputs),
         )
-        self.report = self._run.report
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        if self._run is not None:
-            self._run.begin_batch()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self._run is not None:
-            self._run.end_batch()
-
-    def on_train_end(self, *_: Any) -> None:
-        self._close()
-
-    def on_exception(self, *_: Any) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._run is not None:
-            self._run.close()
-            self._run = None
+    on_train_batch_start = TrainsTrimmed.begin_batch
+    on_train_batch_end = TrainsTrimmed.end_batch
+    on_train_end = on_exception = TrainsTrimmed.close
 
 
 def _plan_of(module: LightningModule, name: str) -> LayerPlan:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.layers.report import FreezeReport
 from fastfreeze.optim import FusedOptimizer
-from fastfreeze.snapshots import Snapshot
 
 
 def log_step(writer: Any, optimizer: FusedOptimizer | FreezeScheduler) -> None:
@@ -62,22 +60,6 @@ def log_report(writer: Any, report: FreezeReport) -> None:
                 writer.add_scalar(f"step_time/{name}", ratio, row.step)
     indented = "\n".join(f"    {line}" for line in str(report).splitlines())
     writer.add_text("freezing", indented)
-
-
-def log_snapshots(writer: Any, snapshots: Iterable[Snapshot]) -> None:
-    """Write the metrics that snapshots were saved with, each at its snapshot's step.
-
-    Args:
-        writer: as in :func:`log_step`.
-        snapshots: a store, or some of its snapshots.
-
-    Raises:
-        TypeError: ``writer`` is something else.
-    """
-    _check_writer(writer)
-    for snapshot in snapshots:
-        for name, value in snapshot.metrics.items():
-            writer.add_scalar(f"snapshot/{name}", value, snapshot.step)
 
 
 def _check_writer(writer: Any) -> None:

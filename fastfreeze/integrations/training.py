@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fastfreeze.errors import warn
 from fastfreeze.layers.freeze import FreezeScheduler
@@ -20,75 +21,81 @@ from fastfreeze.trimming import trim
 Store = SnapshotStore | MemorySnapshots
 
 
-class TrainingRun:
-    """One training by a framework: a network that is trimmed in its batches, and snapshots.
+class TrainsTrimmed:
+    """A callback's part that is the same for all: a network is trimmed, and snapshots are taken.
 
     The trimmed network stands in the place of the network from :meth:`begin_batch` to
     :meth:`end_batch` alone: validation, checkpoints and whatever else see the network itself.
-
-    Args:
-        owner: the module that the framework trains.
-        name: of the network in it: a submodule, which is called for the forward.
-        optimizers, schedulers: those of the training. One optimizer, for parameters of ``owner``'s
-            network, has a schedule, or one of the schedulers is a ``FreezeScheduler`` for it.
-        total_steps: how many optimizer steps the framework will take; None if that is not known.
-        store: where the snapshot of each cycle's end goes; None: none are taken.
-        saved: the module whose weights snapshots are of.
-        plan, example_inputs: for a :class:`~fastfreeze.FreezeReport`; None: nothing is measured.
-
-    Raises:
-        ValueError: there is no such network or optimizer, the framework takes more steps than the
-            schedule has, or one of ``plan`` and ``example_inputs`` is missing.
-
-    Warns:
-        FastfreezeWarning: the framework takes fewer steps than the schedule has.
     """
 
-    def __init__(
+    report: FreezeReport | None = None
+    _hook: RemovableHandle | None = None  # there while a training runs
+
+    def __init__(self, network: str, store: Store | None, plan: Any, example_inputs: Any) -> None:
+        self._network, self._store, self._plan = network, store, plan
+        self._example_inputs = example_inputs
+
+    def _start(
         self,
         owner: nn.Module,
-        name: str,
         optimizers: Iterable[Any],
         schedulers: Iterable[Any],
         *,
         total_steps: int | None,
-        store: Store | None,
+        saves: bool,
         saved: nn.Module,
         plan: LayerPlan | None,
         example_inputs: Any,
     ) -> None:
+        """A training begins.
+
+        Args:
+            owner: the module that the framework trains.
+            optimizers, schedulers: those of the training.
+            total_steps: how many optimizer steps the framework will take; None: that is not known.
+            saves: whether this process takes snapshots.
+            saved: the module whose weights they are of.
+            plan, example_inputs: for a :class:`~fastfreeze.FreezeReport`.
+
+        Raises:
+            ValueError: there is no such network or optimizer, the framework takes more steps than
+                the schedule has, or one of ``plan`` and ``example_inputs`` is missing.
+
+        Warns:
+            FastfreezeWarning: the framework takes fewer steps than the schedule has.
+        """
         if (plan is None) != (example_inputs is None):
             raise ValueError("plan and example_inputs must be given together, for a report")
-        network = network_of(owner, name)
-        found = _optimizer_of(network, name, optimizers, schedulers)
-        self.optimizer, self._freezer, self._schedule = found
+        network = network_of(owner, self._network)
+        found = _optimizer_of(network, self._network, optimizers, schedulers)
+        optimizer, self._freezer, self._schedule = found
         _check_total_steps(self._schedule, total_steps)
-        self.report: FreezeReport | None = None
+        self.report = None
         if plan is not None:
-            self.report = FreezeReport(plan.model, self.optimizer, plan, example_inputs)
-        parent, _, self._name = name.rpartition(".")
+            self.report = FreezeReport(plan.model, optimizer, plan, example_inputs)
+        parent, _, self._attribute = self._network.rpartition(".")
         self._parent = owner.get_submodule(parent)
-        self._network, self._trimmed = network, trim(network)
-        self._store, self._saved = store, saved
+        self._whole, self._trimmed = network, trim(network)
+        self._saved = saved if saves else None
         self._measured = ExitStack()  # open while an optimizer step is being measured
         self._first_step: int | None = None  # the optimizer's, when that began
         self._seen = self._steps_taken
-        self._hook = self.optimizer.register_step_post_hook(self._save_if_due)
+        self._hook = optimizer.register_step_post_hook(self._save_if_due)
 
-    def begin_batch(self) -> None:
+    def begin_batch(self, *_: Any, **__: Any) -> None:
         """A batch is about to be trained on; the optimizer may need several for a step."""
-        setattr(self._parent, self._name, self._trimmed)
+        setattr(self._parent, self._attribute, self._trimmed)
         if self.report is not None and self._first_step is None:
             self._first_step = self._steps_taken
             self._measured.enter_context(self.report.step())
 
-    def end_batch(self) -> None:
+    def end_batch(self, *_: Any, **__: Any) -> None:
         """A batch is over.
 
         Raises:
             RuntimeError: the optimizer has taken several steps in it, and they are measured.
         """
-        setattr(self._parent, self._name, self._network)
+        setattr(self._parent, self._attribute, self._whole)
         if self._first_step is None:
             return
         taken = self._steps_taken - self._first_step
@@ -100,10 +107,13 @@ class TrainingRun:
             self._first_step = None
             self._measured.close()
 
-    def close(self) -> None:
-        """The training is over, or has failed: leave everything as it was."""
-        setattr(self._parent, self._name, self._network)
+    def close(self, *_: Any, **__: Any) -> None:
+        """Leave the model as it was; to be called after a training that has failed in a step."""
+        if self._hook is None:
+            return
+        setattr(self._parent, self._attribute, self._whole)
         self._hook.remove()
+        self._hook = None
         if self._first_step is not None:  # in the middle of a step: it does not count
             self._first_step = None
             self._measured.__exit__(GeneratorExit, GeneratorExit(), None)
@@ -118,8 +128,10 @@ class TrainingRun:
     def _save_if_due(self, *_: Any) -> None:
         step, before = self._steps_taken, self._seen
         self._seen = step
+        if self._store is None or self._saved is None or step == before:  # skipped for an overflow
+            return
         ends = self._schedule.cycle_ends
-        if self._store is not None and step in ends and step != before:  # skipped for an overflow
+        if step in ends:
             cycle = ends.index(step)
             self._store.save(self._saved, step=step, cycle=cycle)
 

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastfreeze.integrations.training import Store, TrainingRun
+from fastfreeze.integrations.training import Store, TrainsTrimmed
 from fastfreeze.layers.freeze import FreezeScheduler
-from fastfreeze.layers.report import FreezeReport
 from fastfreeze.layers.split import LayerPlan
 
 try:
@@ -78,7 +77,7 @@ class Logits(nn.Module):
         return logits
 
 
-class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+class FastfreezeCallback(TrainsTrimmed, TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Trims a part of a Trainer's model while it trains, and takes a snapshot at each cycle's end.
 
     The Trainer is given a :class:`fastfreeze.SGD`, ``Adam`` or ``AdamW`` with a schedule and an
@@ -115,10 +114,7 @@ class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         plan: LayerPlan | None = None,
         example_inputs: Any = None,
     ) -> None:
-        self.report: FreezeReport | None = None
-        self._network, self._store, self._plan = network, store, plan
-        self._example_inputs = example_inputs
-        self._run: TrainingRun | None = None
+        super().__init__(network, store, plan, example_inputs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,32 +128,17 @@ class FastfreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 "rates too"
             )
         model: nn.Module = kwargs["model"]
-        self._run = TrainingRun(
+        self._start(
             model,
-            self._network,
             [kwargs["optimizer"]],
             [scheduler],
             total_steps=state.max_steps,
-            store=self._store if state.is_world_process_zero else None,
+            saves=state.is_world_process_zero,
             saved=Logits(model),
             plan=self._plan,
             example_inputs=self._example_inputs,
         )
-        self.report = self._run.report
 
-    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
-        if self._run is not None:
-            self._run.begin_batch()
-
-    def on_step_end(self, *_: Any, **kwargs: Any) -> None:
-        if self._run is not None:
-            self._run.end_batch()
-
-    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leave the model as it was; to be called after a training that has failed in a step."""
-        if self._run is not None:
-            self._run.close()
-            self._run = None
+    on_step_begin = TrainsTrimmed.begin_batch
+    on_step_end = TrainsTrimmed.end_batch
+    on_train_end = TrainsTrimmed.close

@@ -16,33 +16,21 @@ from fastfreeze.recipes.tables import CPU_NOTE, METHOD_TITLES, Outcome, Table
 from fastfreeze.recipes.train import TrainConfig
 
 CONFIDENCE = 0.95
-ENOUGH_SEEDS = 3  # for an interval
 _NOTE = (
     "{n} seeds. difference: to {baseline} with the same seed, that is from the same weights and on "
     "the same batches.\n"
-    "{interval}\n"
+    "mean ± standard deviation. 95% interval: of the mean difference or saving, by Student's t "
+    "(degrees of freedom: {freedom}).\n"
     "error and NLL: of the averaged probabilities of all snapshots where a method takes them, else "
     "of the last weights.\n"
     f"time: reading batches, training and saving snapshots. {CPU_NOTE} time saved: 1 - time / the "
     "baseline's, seed by seed."
 )
-_INTERVAL = (
-    "mean ± standard deviation. 95% interval: of the mean difference or saving, by Student's t "
-    "(degrees of freedom: {freedom})."
-)
-_NO_INTERVAL = (
-    "Two seeds give no interval that tells anything: by Student's t it would reach 12.7 standard "
-    "errors to each side. Take --seeds 3 or more."
-)
 
 
 @dataclass(frozen=True)
 class CompareConfig(TrainConfig):
-    """What a comparison is asked to do: a training, of at least two seeds.
-
-    Attributes:
-        baseline: one of :data:`fastfreeze.recipes.names.METHOD_NAMES`, trained before ``methods``.
-    """
+    """What a comparison is asked to do: a training of each method, and first of the baseline."""
 
     baseline: str
 
@@ -69,26 +57,23 @@ class Spread:
 
     Attributes:
         values, mean, sd: the last with n - 1 degrees of freedom.
-        low, high: an interval that holds the mean with 95% confidence; None for fewer than three
-            seeds, which give none that tells anything.
+        low, high: Student's interval, which holds the mean with 95% confidence.
     """
 
     values: list[float]
     mean: float
     sd: float
-    low: float | None = None
-    high: float | None = None
+    low: float
+    high: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """That of n >= 2 values; the interval is Student's.
+        """That of n >= 2 values.
 
         Raises:
             RecipeError: SciPy is not installed.
         """
         mean, sd, n = float(np.mean(values)), float(np.std(values, ddof=1)), len(values)
-        if n < ENOUGH_SEEDS:
-            return cls(list(values), mean, sd)
         t = float(optional_package("scipy.stats").t.ppf((1 + CONFIDENCE) / 2, n - 1))
         half = t * sd / math.sqrt(n)
         return cls(list(values), mean, sd, mean - half, mean + half)
@@ -160,43 +145,34 @@ def _error(result: Line) -> float:
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """Each quantity of each method, as :func:`compare` gives them: the baseline is the first."""
     rows = []
-    for name, values, differences, factor, digits in (
-        ("error %", "error", "error_difference", 100, 2),
-        ("NLL", "nll", "nll_difference", 1, 4),
-        ("time s", "seconds", None, 1, 1),
-        ("CPU s", "cpu_seconds", None, 1, 1),
+    for title, names, factor, digits in (
+        ("error %", ("error", "error_difference", "error_difference"), 100, 2),
+        ("NLL", ("nll", "nll_difference", "nll_difference"), 1, 4),
+        ("time s", ("seconds", "", ""), 1, 1),
+        ("CPU s", ("cpu_seconds", "", ""), 1, 1),
+        ("time saved %", ("time_saved", "", "time_saved"), 100, 1),
     ):
         for c in comparisons:
-            value = getattr(c, values)
-            difference = getattr(c, differences) if differences else None
-            cells = [
-                _cell(difference, factor, f"+.{digits}f"),
-                _interval(difference, factor, digits),
-            ]
-            rows.append([name, c.method, _cell(value, factor, f".{digits}f"), *cells])
-    for c in comparisons[1:]:
-        cells = [_cell(c.time_saved, 100, ".1f"), "-", _interval(c.time_saved, 100, 1)]
-        rows.append(["time saved %", c.method, *cells])
-    rows = [[name, METHOD_TITLES[method], *cells] for name, method, *cells in rows]
-    baseline = comparisons[0]
+            mean, difference, interval = (getattr(c, name) if name else None for name in names)
+            if mean is not None:
+                cells = [
+                    _mean(mean, factor, f".{digits}f"),
+                    _mean(difference, factor, f"+.{digits}f"),
+                ]
+                cells.append(_interval(interval, factor, f"+.{digits}f"))
+                rows.append([title, METHOD_TITLES[c.method], *cells])
     headers = ["", "method", "mean", "difference", "95% interval"]
-    interval = _INTERVAL.format(freedom=baseline.n - 1)
-    if baseline.n < ENOUGH_SEEDS:
-        headers[2:], rows = ["each seed", "difference"], [row[:-1] for row in rows]
-        interval = _NO_INTERVAL
-    title = METHOD_TITLES[baseline.method]
-    return Table(headers, rows, _NOTE.format(n=baseline.n, baseline=title, interval=interval))
+    n, baseline = comparisons[0].n, METHOD_TITLES[comparisons[0].method]
+    return Table(headers, rows, _NOTE.format(n=n, baseline=baseline, freedom=n - 1))
 
 
-def _cell(spread: Spread | None, factor: float, form: str) -> str:
+def _mean(spread: Spread | None, factor: float, form: str) -> str:
     if spread is None:
         return "-"
-    if len(spread.values) < ENOUGH_SEEDS:
-        return ", ".join(f"{factor * value:{form}}" for value in spread.values)
     return f"{factor * spread.mean:{form}} ± {factor * spread.sd:{form.lstrip('+')}}"
 
 
-def _interval(spread: Spread | None, factor: float, digits: int) -> str:
-    if spread is None or spread.low is None or spread.high is None:
+def _interval(spread: Spread | None, factor: float, form: str) -> str:
+    if spread is None:
         return "-"
-    return f"{factor * spread.low:+.{digits}f} .. {factor * spread.high:+.{digits}f}"
+    return f"{factor * spread.low:{form}} .. {factor * spread.high:{form}}"

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.rundir import Line, RunDir
-from fastfreeze.recipes.runs import Experiment, run_all
+from fastfreeze.recipes.runs import Experiment, Run
 from fastfreeze.recipes.tables import Outcome
 
 
 @dataclass(frozen=True)
 class RunConfig(ABC):
-    """What a run is asked to do; the fields are the command's options.
-
-    Attributes:
-        model: as in :func:`fastfreeze.recipes.networks.build_network`.
-        data: as in :func:`fastfreeze.recipes.data.load_data`.
-        seed, seeds: the first seed, and how many from there on.
-        device: "cpu" or "cuda:<n>".
-        threads: torch's threads.
-    """
+    """What a run is asked to do; the fields are the command's options."""
 
     model: str
     data: str
@@ -31,11 +26,6 @@ class RunConfig(ABC):
     seeds: int
     device: str
     threads: int
-
-    @property
-    def all_seeds(self) -> range:
-        """The seeds of each method's trainings."""
-        return range(self.seed, self.seed + self.seeds)
 
     @abstractmethod
     def load(self, data_dir: Path | None, workers: int) -> ImageData:
@@ -57,10 +47,6 @@ class RunConfig(ABC):
         """What is trained and tested on."""
         return data
 
-    def told(self, data: ImageData) -> str:
-        """What is said before the first step, if anything."""
-        return ""
-
     def check(self, data: ImageData) -> None:
         """See that all can be trained and told, before the first step.
 
@@ -73,11 +59,24 @@ class RunConfig(ABC):
     def run(
         self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
     ) -> Outcome:
-        """Train, from where it stopped, and write the table; see :func:`run_all`."""
-        told = self.told(data)
-        if told:
-            say(told)
-        results = run_all(self.experiment(data), self.part(data), run_dir, say, quiet)
-        outcome = self.outcome(results, data)
+        """Train each method with each seed, from where it stopped, and write the table.
+
+        ``say`` takes a line for each training, and for each tenth where no progress bar is shown;
+        ``quiet`` shows none.
+
+        Raises:
+            RecipeError: see :class:`Run`, or another process writes to the directory.
+        """
+        if self.device.startswith("cuda"):
+            torch.cuda.set_device(self.device)
+        experiment, part = self.experiment(data), self.part(data)
+        run_dir.rewind()
+        finished = {(r["method"], r["seed"]) for r in run_dir.results()}
+        for seed in range(self.seed, self.seed + self.seeds):
+            for method in experiment.methods:
+                if (method.name, seed) not in finished:
+                    gc.collect()  # the network before holds itself in a circle
+                    Run(method, seed, experiment, part, run_dir, say).finish(quiet)
+        outcome = self.outcome(run_dir.results(), data)
         outcome.write(run_dir)
         return outcome

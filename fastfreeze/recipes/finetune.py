@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,8 @@ import torch
 
 from fastfreeze.recipes.config import RunConfig
 from fastfreeze.recipes.data import ImageData, load_data
-from fastfreeze.recipes.errors import optional_package
 from fastfreeze.recipes.networks import is_own, layers_of, outline
-from fastfreeze.recipes.plot import plot_run
-from fastfreeze.recipes.rundir import Line, RunDir
+from fastfreeze.recipes.rundir import Line
 from fastfreeze.recipes.runs import Experiment
 from fastfreeze.recipes.tables import Outcome, finetune_table
 from fastfreeze.recipes.training import Method, fine_tuning
@@ -23,21 +21,7 @@ from fastfreeze.schedule import Cosine, FreezeOut, Frozen, GradualUnfreezing, Sc
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """What a fine-tuning is asked to do.
-
-    Attributes:
-        recipe: of :data:`fastfreeze.recipes.names.RECIPE_NAMES`.
-        optimizer: "adamw" or "sgd".
-        image_size: as in :func:`fastfreeze.recipes.data.load_data`.
-        weights: the file of all but the head's; None for a user's own network, which has its own.
-        epochs, batch_size: length of the run, and images in a step; >= 1.
-        lr: learning rate at the start, > 0.
-        until: as in :class:`fastfreeze.schedule.Frozen`, for "prefix".
-        t_0: as in :class:`fastfreeze.schedule.FreezeOut`, for "freezeout".
-        warmup_steps: steps over which the rates rise.
-        validation: share of each class's training images that is held out, in (0, 1).
-        augment: whether training images are varied.
-    """
+    """What a fine-tuning is asked to do: the options of ``fastfreeze finetune``."""
 
     recipe: str
     optimizer: str
@@ -56,61 +40,43 @@ class FinetuneConfig(RunConfig):
         keep = self.recipe == "prefix" and not self.augment
         set_up = partial(fine_tuning, optimizer=self.optimizer, cache=keep)
         num_layers = self._num_layers(data) if self.recipe == "gradual" else 0
+        schedule = partial(self._schedule, num_layers)
         return Experiment(
-            (Method(self.recipe, self.lr, partial(self._schedule, num_layers), set_up),),
+            (Method(self.recipe, self.lr, schedule, set_up),),
             self.model,
             self.epochs,
             self.batch_size,
-            self.all_seeds,
             self.device,
             weights=self.weights,
             validation=self.validation,
         )
 
     def _schedule(self, num_layers: int, total_steps: int) -> Schedule:
-        """The recipe's schedule; gradual unfreezing ends at half of the run.
-
-        Raises:
-            ValueError: the configuration and the number of steps do not fit together.
-        """
+        """The recipe's; gradual unfreezing of so many layers ends at half of the run."""
         warm = self.warmup_steps
         if self.recipe == "prefix":
             return Frozen(total_steps, until=self.until, warmup_steps=warm)
-        if self.recipe == "gradual":
-            if total_steps < num_layers:
-                raise ValueError(
-                    f"--recipe gradual starts a layer at a step, and needs {num_layers} steps for "
-                    f"as many layers, got {total_steps}: take more --epochs or a smaller "
-                    "--batch-size"
-                )
-            every = max(1, total_steps // (2 * num_layers))
-            return GradualUnfreezing(total_steps, unfreeze_every=every, warmup_steps=warm)
         if self.recipe == "full":
             return Cosine(total_steps, warmup_steps=warm)
-        return FreezeOut(total_steps, t_0=self.t_0, scale_lr=False, warmup_steps=warm)
+        if self.recipe == "freezeout":
+            return FreezeOut(total_steps, t_0=self.t_0, scale_lr=False, warmup_steps=warm)
+        if total_steps < num_layers:
+            raise ValueError(
+                f"--recipe gradual starts a layer at a step, and needs {num_layers} steps for "
+                f"as many layers, got {total_steps}: take more --epochs or a smaller --batch-size"
+            )
+        every = max(1, total_steps // (2 * num_layers))
+        return GradualUnfreezing(total_steps, unfreeze_every=every, warmup_steps=warm)
 
     def _num_layers(self, data: ImageData) -> int:
         device = torch.device(self.device if is_own(self.model) else "meta")
         sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
         network = outline(self.model, **sizes).to(device)
-        plan, _ = layers_of(self.model, network, data.example(device))
-        return len(plan.layers)
+        return len(layers_of(self.model, network, data.example(device))[0].layers)
 
     def load(self, data_dir: Path | None, workers: int) -> ImageData:
         data = load_data(self.data, data_dir, workers=workers, image_size=self.image_size)
         return data if self.augment else data.unvaried()
 
-    def check(self, data: ImageData) -> None:
-        optional_package("matplotlib")  # before the training that its picture is of
-        super().check(data)
-
     def outcome(self, results: Sequence[Line], data: ImageData) -> Outcome:
         return Outcome(finetune_table(results), {"results": results})
-
-    def run(
-        self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
-    ) -> Outcome:
-        """Train, from where it stopped; write the table and the picture."""
-        outcome = super().run(data, run_dir, say, quiet)
-        plot_run(run_dir, run_dir.path / "plot.png")
-        return outcome

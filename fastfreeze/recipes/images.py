@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,23 +21,9 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
 
-class Images(Protocol):
-    """Labelled images, read by a list of indices."""
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 ``[N]``."""
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """uint8 ``[B, C, H, W]`` and int64 ``[B]``."""
-
-    def part(self, indices: Tensor) -> Images:
-        """Those at ``indices``, int64 ``[n]``, alone."""
-
-
 @dataclass(frozen=True)
 class MemoryImages:
-    """Images in memory: uint8 ``[N, C, H, W]``, labels int64 ``[N]``."""
+    """Images in memory: uint8 ``[N, C, H, W]``, labels int64 ``[N]``; read by a list of indices."""
 
     pixels: Tensor
     labels: Tensor
@@ -46,12 +32,13 @@ class MemoryImages:
         return self.pixels[indices], self.labels[indices]
 
     def part(self, indices: Tensor) -> MemoryImages:
+        """Those at ``indices``, int64 ``[n]``, alone."""
         return MemoryImages(self.pixels[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Image files, decoded when they are asked for.
+    """Image files, decoded when they are asked for: uint8 ``[B, 3, H, W]``.
 
     Attributes:
         paths: an array of bytes, which loader processes share: they would copy a list of a million
@@ -79,6 +66,9 @@ class FileImages:
 
     def part(self, indices: Tensor) -> FileImages:
         return replace(self, paths=self.paths[indices.numpy()], labels=self.labels[indices])
+
+
+Images = MemoryImages | FileImages
 
 
 def centred(scaled: int, size: int) -> Any:
@@ -113,22 +103,20 @@ def class_folders(
     names = [entry.name for entry in entries if entry.is_dir()]
     others = [str(entry) for entry in entries if not entry.is_dir()]
     if len(names) < 2:
+        got = some([entry.name for entry in entries]) or "nothing"
         raise OSError(
-            f"{root} must hold a folder of images for each of two classes or more, got "
-            f"{some([entry.name for entry in entries]) or 'nothing'}"
+            f"{root} must hold a folder of images for each of two classes or more, got {got}"
         )
 
     def is_image(path: str) -> bool:
-        if not all(map(visible, Path(path).relative_to(root).parts)):
-            return False
-        if not path.lower().endswith(endings):
+        shown = all(map(visible, Path(path).relative_to(root).parts))
+        known = path.lower().endswith(endings)
+        if shown and not known:
             others.append(path)
-            return False
-        return True
+        return shown and known
 
     classes = {name: label for label, name in enumerate(names)}
-    found = make_dataset(str(root), classes, is_valid_file=is_image)
-    paths, labels = zip(*found, strict=True)
+    paths, labels = zip(*make_dataset(str(root), classes, is_valid_file=is_image), strict=True)
     return FileImages.at(paths, labels, framing), classes, others
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -55,14 +56,13 @@ def build_model(
     Raises:
         ValueError: no network has that name, its depth does not exist, or a count is below 1.
     """
-    sizes = {"num_classes": num_classes, "in_channels": in_channels, "stem_stride": stem_stride}
-    for key, count in sizes.items():
+    sizes = _Sizes(num_classes, in_channels, stem_stride)
+    for key, count in vars(sizes).items():
         check_int(key, count, minimum=1)
     for pattern, build in _BUILDERS:
         match = re.fullmatch(pattern, name)
         if match:
-            numbers = [int(group) for group in match.groups() if group]
-            return build(*numbers, **sizes)
+            return build(sizes, *(int(group) for group in match.groups() if group))
     raise ValueError(f"model must be one of {', '.join(MODEL_NAMES)}; got {name!r}")
 
 
@@ -85,58 +85,50 @@ class Network(nn.Module):
         return cast(Tensor, self.head(self.blocks(self.stem(images))))
 
 
-def resnet(
-    depth: int,
-    width: int = 16,
-    *,
-    num_classes: int,
-    in_channels: int,
-    stem_stride: int,
-    tiny: bool = False,
-) -> Network:
+@dataclass(frozen=True)
+class _Sizes:
+    num_classes: int
+    in_channels: int
+    stem_stride: int
+
+
+def resnet(sizes: _Sizes, depth: int, width: int = 16, *, tiny: bool = False) -> Network:
     """ResNet of ``6n + 2`` layers in three stages of ``width``, ``2 * width``, ``4 * width``.
 
     ``tiny`` doubles the stem's stride. Shortcuts hold no parameters (option A of the paper): where
     the shape changes they skip every second pixel and pad the new channels with zeros.
     """
-    blocks_per_stage = _blocks_per_stage("resnet", depth, layers_per_block=2, rest=2)
-    stride = 2 * stem_stride if tiny else stem_stride
-    stem = _Chain(_conv(in_channels, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU())
-    blocks: list[nn.Module] = []
-    channels = width
-    for stage in range(3):
-        for block in range(blocks_per_stage):
-            stride = 2 if stage > 0 and block == 0 else 1
-            blocks.append(_ResidualBlock(channels, width * 2**stage, stride))
-            channels = width * 2**stage
-    return Network(stem, blocks, _head(channels, num_classes, norm=False))
+    per_stage = _blocks_per_stage("resnet", depth, layers_per_block=2, rest=2)
+    stem = _conv(sizes.in_channels, width, 3, sizes.stem_stride * (2 if tiny else 1))
+    return Network(
+        _Chain(stem, nn.BatchNorm2d(width), nn.ReLU()),
+        _stages(_ResidualBlock, width, width, per_stage),
+        _head(4 * width, sizes.num_classes, norm=False),
+    )
 
 
-def wide_resnet(
-    depth: int, widening: int, *, num_classes: int, in_channels: int, stem_stride: int
-) -> Network:
+def wide_resnet(sizes: _Sizes, depth: int, widening: int) -> Network:
     """Wide ResNet of ``6n + 4`` layers, pre-activated, stages of 16, 32, 64 times ``widening``."""
-    blocks_per_stage = _blocks_per_stage("wrn", depth, layers_per_block=2, rest=4)
-    blocks: list[nn.Module] = []
-    channels = 16
+    per_stage = _blocks_per_stage("wrn", depth, layers_per_block=2, rest=4)
+    blocks = _stages(_PreActivationBlock, 16, 16 * widening, per_stage)
+    stem = _conv(sizes.in_channels, 16, 3, sizes.stem_stride)
+    return Network(stem, blocks, _head(64 * widening, sizes.num_classes))
+
+
+def _stages(
+    block: Callable[[int, int, int], nn.Module], channels: int, width: int, per_stage: int
+) -> list[nn.Module]:
+    """Three stages of blocks, each of twice the width and half the size of the one before."""
+    blocks = []
     for stage in range(3):
-        for block in range(blocks_per_stage):
-            stride = 2 if stage > 0 and block == 0 else 1
-            blocks.append(_PreActivationBlock(channels, 16 * widening * 2**stage, stride))
-            channels = 16 * widening * 2**stage
-    stem = _conv(in_channels, 16, 3, stride=stem_stride)
-    return Network(stem, blocks, _head(channels, num_classes))
+        for position in range(per_stage):
+            stride = 2 if stage > 0 and position == 0 else 1
+            blocks.append(block(channels, width * 2**stage, stride))
+            channels = width * 2**stage
+    return blocks
 
 
-def densenet(
-    depth: int,
-    growth: int = 12,
-    *,
-    num_classes: int,
-    in_channels: int,
-    stem_stride: int,
-    bottleneck: bool = False,
-) -> Network:
+def densenet(sizes: _Sizes, depth: int, growth: int = 12, *, bottleneck: bool = False) -> Network:
     """DenseNet of three dense blocks; with ``bottleneck`` DenseNet-BC (reduction 0.5).
 
     The stem has 16 channels, or ``2 * growth`` in DenseNet-BC.
@@ -144,7 +136,7 @@ def densenet(
     name = "densenet-bc" if bottleneck else "densenet"
     per_stage = _blocks_per_stage(name, depth, layers_per_block=2 if bottleneck else 1, rest=4)
     channels = 2 * growth if bottleneck else 16
-    stem = _conv(in_channels, channels, 3, stride=stem_stride)
+    stem = _conv(sizes.in_channels, channels, 3, sizes.stem_stride)
     blocks: list[nn.Module] = []
     for stage in range(3):
         if stage > 0:
@@ -154,23 +146,23 @@ def densenet(
         for _ in range(per_stage):
             blocks.append(_DenseLayer(channels, growth, bottleneck))
             channels += growth
-    return Network(stem, blocks, _head(channels, num_classes))
+    return Network(stem, blocks, _head(channels, sizes.num_classes))
 
 
-def vgg16(*, num_classes: int, in_channels: int, stem_stride: int, fc: bool = False) -> Network:
+def vgg16(sizes: _Sizes, *, fc: bool = False) -> Network:
     """VGG-16 with batch normalisation and one linear layer on the last 512 channels.
 
     Or, with ``fc``, as in FreezeOut's code: three linear layers, with norms and dropout, as one
     head.
     """
-    convolutions = _vgg16_convolutions(in_channels, stem_stride)
+    convolutions = _vgg16_convolutions(sizes.in_channels, sizes.stem_stride)
     if not fc:
-        head = _Chain(_halved(), _head(512, num_classes, norm=False))
+        head = _Chain(_halved(), _head(512, sizes.num_classes, norm=False))
         return Network(convolutions[0], convolutions[1:], head)
     pool = [_halved(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     first = [nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout()]
     second = [nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.BatchNorm1d(512)]
-    head = _Chain(*pool, *first, *second, nn.Dropout(), nn.Linear(512, num_classes))
+    head = _Chain(*pool, *first, *second, nn.Dropout(), nn.Linear(512, sizes.num_classes))
     for module in head.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)

@@ -76,23 +76,21 @@ def build_network(
         RecipeError: torchvision or timm is not installed, or a user's own cannot be imported or
             built.
     """
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    source, colon, rest = name.partition(":")
     if is_own(name):
         return _own_network(name)
-    source, colon, rest = name.partition(":")
     if colon:
-        make = _torchvision_network if source == "torchvision" else _timm_network
-        return make(rest, num_classes, in_channels)
+        return (_torchvision_network if source == "torchvision" else _timm_network)(rest, **sizes)
     try:
-        return build_model(
-            name, num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride
-        )
+        return build_model(name, **sizes, stem_stride=stem_stride)
     except ValueError as error:
         known = {example: example for example in MODEL_NAMES.values()}
         if importlib.util.find_spec("torchvision") is not None:
             known |= {theirs: f"torchvision:{theirs}" for theirs in _torchvision_names()}
-        near = f"near it: {_near(name, known)}; " if _near(name, known) else ""
-        others = f"{near}beside these there are {', '.join(OTHER_MODELS)}"
-        raise ValueError(f"{error} ({others})") from error
+        near = _near(name, known)
+        others = f"beside these there are {', '.join(OTHER_MODELS)}"
+        raise ValueError(f"{error} ({f'near it: {near}; ' if near else ''}{others})") from error
 
 
 def check_network(name: str, network: nn.Module, images: Tensor, num_classes: int) -> None:
@@ -163,9 +161,8 @@ def _torchvision_network(name: str, num_classes: int, in_channels: int) -> nn.Mo
         raise ValueError(f"torchvision has no classification network {name!r}; try {near}")
     if in_channels != 3:
         raise ValueError(f"torchvision:{name} takes images of 3 channels, not of {in_channels}")
-    network: nn.Module = optional_package("torchvision").models.get_model(
-        name, weights=None, num_classes=num_classes
-    )
+    models = optional_package("torchvision").models
+    network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
     return network
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from fastfreeze.recipes.rundir import Line, RunDir
 from fastfreeze.recipes.tables import METHOD_TITLES
 from fastfreeze.schedule import FloatArray, from_config
 
-_FREEZE_COLOR = "#c44e52"
-_SNAPSHOT_COLOR = "#2a7f3f"
-_THAW_COLOR = "#dd8452"
+_EVENTS = (("snapshot", "#2a7f3f", "-"), ("freeze", "#c44e52", ":"), ("thaw", "#dd8452", ":"))
+_SNAPSHOT_COLOR = _EVENTS[0][1]
 _SMOOTHING = 0.05  # of the steps, for losses and times
 
 
@@ -31,36 +29,40 @@ def plot_run(run_dir: RunDir, path: Path) -> None:
         RecipeError: no method has finished an epoch yet, or matplotlib is not installed.
     """
     plt = pyplot()
-    histories = _histories(run_dir)
+    arguments, histories = run_dir.arguments, _histories(run_dir)
     if not histories:
         raise RecipeError(f"{run_dir.path} has nothing to plot yet: no epoch has finished")
-    figure, axes = plt.subplots(
-        4,
-        len(histories),
-        figsize=(1.5 + 3.6 * len(histories), 9.5),
-        sharex="col",
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-    )
+    count = len(histories)
+    size = {"figsize": (1.5 + 3.6 * count, 9.5), "layout": "constrained"}
+    figure, axes = plt.subplots(4, count, sharex="col", sharey="row", squeeze=False, **size)
     results = {r["method"]: r for r in reversed(run_dir.results())}
+    usual = 0.0
     for column, (method, lines) in zip(axes.T, histories.items(), strict=True):
+        epochs = _events(lines, "epoch")
+        losses, times = (
+            np.concatenate([line[key] for line in epochs])
+            for key in ("step_losses", "step_seconds")
+        )
+        usual = max(usual, float(np.median(times)))
         column[0].set_title(METHOD_TITLES[method])
-        _plot_rates(column[0], lines)
-        _plot_losses(column[1], lines)
-        _plot_errors(column[2], lines, results.get(method))
-        _plot_times(column[3], lines)
+        _plot_rates(column[0], lines[0])
+        _plot_smoothed(column[1], losses, "loss, smoothed")
+        _mark_events(column[1], lines)
+        column[1].set_yscale("log")
+        _plot_errors(column[2], epochs, results.get(method))
+        _plot_smoothed(column[3], 1e3 * times, "smoothed")
         column[3].set_xlabel("step")
-    usual = max(np.median(_per_step(lines, "step_seconds")) for lines in histories.values())
+        for axis in column:
+            axis.legend(fontsize="small")
     axes[3, 0].set_ylim(0, 3e3 * usual)  # a step that waited for other work would flatten the rest
-    for axis, label in zip(
-        axes[:, 0], ("learning rate", "training loss", "test error %", "ms per step"), strict=True
-    ):
+    labels = ("learning rate", "training loss", "test error %", "ms per step")
+    for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
-    arguments = run_dir.arguments
     figure.suptitle(f"{arguments['model']} on {arguments['data']}, seed {arguments['seed']}")
-    write_atomic(path, _png(figure))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)
+    write_atomic(path, buffer.getvalue())
 
 
 def pyplot() -> Any:
@@ -71,12 +73,6 @@ def pyplot() -> Any:
     """
     optional_package("matplotlib").use("Agg")
     return optional_package("matplotlib.pyplot")
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
 
 
 def _histories(run_dir: RunDir) -> dict[str, list[Line]]:
@@ -92,13 +88,8 @@ def _events(lines: list[Line], event: str) -> list[Line]:
     return [line for line in lines if line["event"] == event]
 
 
-def _per_step(lines: list[Line], key: str) -> FloatArray:
-    return np.concatenate([line[key] for line in _events(lines, "epoch")])
-
-
-def _plot_rates(axis: Any, lines: list[Line]) -> None:
+def _plot_rates(axis: Any, start: Line) -> None:
     """A line per layer, from the input's (dark) to the head's (bright); none where it is frozen."""
-    start = lines[0]
     schedule = from_config(start["schedule"])
     layers = start["layers"] if schedule.needs_layers else ["all layers"]
     steps = np.arange(schedule.total_steps)
@@ -107,43 +98,33 @@ def _plot_rates(axis: Any, lines: list[Line]) -> None:
         lr = schedule.lr(steps, start["lr"], layer, len(layers))
         frozen = [schedule.is_frozen(int(step), layer, len(layers)) for step in steps]
         label = name if layer in (0, len(layers) - 1) else None
-        axis.plot(
-            steps, np.where(frozen, np.nan, lr), color=color, label=label, drawstyle="steps-post"
-        )
-    axis.legend(fontsize="small")
+        shown = np.where(frozen, np.nan, lr)
+        axis.plot(steps, shown, color=color, label=label, drawstyle="steps-post")
 
 
-def _plot_losses(axis: Any, lines: list[Line]) -> None:
-    losses = _per_step(lines, "step_losses")
-    axis.plot(losses, color="0.8", linewidth=0.5)
-    axis.plot(*_smoothed(losses, np.mean), color="0.15", label="loss, smoothed")
-    for event, color, style in (
-        ("snapshot", _SNAPSHOT_COLOR, "-"),
-        ("freeze", _FREEZE_COLOR, ":"),
-        ("thaw", _THAW_COLOR, ":"),
-    ):
+def _plot_smoothed(axis: Any, values: FloatArray, label: str) -> None:
+    """The values of each step, and medians of a moving window."""
+    width = max(1, int(_SMOOTHING * len(values)))
+    windows = np.lib.stride_tricks.sliding_window_view(values, width)
+    centres = np.arange(len(windows)) + (width - 1) / 2
+    axis.plot(values, color="0.8", linewidth=0.5)
+    axis.plot(centres, np.median(windows, axis=1), color="0.15", label=label)
+
+
+def _mark_events(axis: Any, lines: list[Line]) -> None:
+    for event, color, style in _EVENTS:
         for i, step in enumerate(sorted({line["step"] for line in _events(lines, event)})):
             label = f"{event}s" if i == 0 else None
             axis.axvline(step, color=color, linestyle=style, linewidth=1, label=label)
-    axis.set_yscale("log")
-    axis.legend(fontsize="small")
 
 
-def _plot_errors(axis: Any, lines: list[Line], result: Line | None) -> None:
-    epochs = _events(lines, "epoch")
+def _plot_errors(axis: Any, epochs: list[Line], result: Line | None) -> None:
     held_out = "validation_error" in epochs[0]
     errors = [100 * line["validation_error" if held_out else "test_error"] for line in epochs]
-    what = "images held out" if held_out else "weights"
-    axis.plot(
-        [line["step"] for line in epochs],
-        errors,
-        color="0.15",
-        marker=".",
-        label=f"{what}, at the end {errors[-1]:.2f}",
-    )
+    label = f"{'images held out' if held_out else 'weights'}, at the end {errors[-1]:.2f}"
+    axis.plot([line["step"] for line in epochs], errors, ".-", color="0.15", label=label)
     if result is not None and held_out:
-        best = epochs[result["best_epoch"] - 1]["step"]
-        error = 100 * result["error"]
+        best, error = epochs[result["best_epoch"] - 1]["step"], 100 * result["error"]
         axis.plot(best, error, "*", color=_SNAPSHOT_COLOR, label=f"best, tested {error:.2f}")
     if result is not None and result["ensemble_error"] is not None:
         error = 100 * result["ensemble_error"]
@@ -151,21 +132,3 @@ def _plot_errors(axis: Any, lines: list[Line], result: Line | None) -> None:
     axis.set_yscale("symlog", linthresh=1)  # from above ten down to zero
     axis.set_ylim(0, 100)
     axis.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
-    axis.legend(fontsize="small")
-
-
-def _plot_times(axis: Any, lines: list[Line]) -> None:
-    times = 1e3 * _per_step(lines, "step_seconds")
-    axis.plot(times, color="0.8", linewidth=0.5)
-    axis.plot(*_smoothed(times, np.median), color="0.15", label="median")
-    axis.legend(fontsize="small")
-
-
-def _smoothed(
-    values: FloatArray, reduce: Callable[..., FloatArray]
-) -> tuple[FloatArray, FloatArray]:
-    """Centres and values of a moving window."""
-    width = max(1, int(_SMOOTHING * len(values)))
-    windows = np.lib.stride_tricks.sliding_window_view(values, width)
-    centres = np.arange(len(windows), dtype=np.float64) + (width - 1) / 2
-    return centres, reduce(windows, axis=1)

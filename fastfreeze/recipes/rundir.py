@@ -7,7 +7,6 @@
     checkpoints/<run>.pt  the newest checkpoint of each method and seed
     best-<run>.pth        the weights of the epoch that is best on the images held out, if it is of
                           ``finetune``
-    plot.png              a picture of the run, if it is of ``finetune``
     snapshots/<run>/      the members of each snapshot ensemble
     results.json          one entry per finished method and seed
     table.txt             what was printed
@@ -44,7 +43,6 @@ from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.text import some
 
 Line = dict[str, Any]
-_OF_A_RESULT = ("method", "seed", "error", "seconds", "cpu_seconds")
 
 
 def run_name(method: str, seed: int) -> str:
@@ -66,11 +64,21 @@ def describe(command: str, arguments: Line, data_dir: Path | None) -> Line:
 
 
 class RunDir:
-    """A run's directory; :meth:`create` makes one, :meth:`open` finds it again."""
+    """A run's directory; :meth:`create` makes one, :meth:`open` finds it again.
+
+    Attributes:
+        path: where it is.
+        command: what made it, such as "reproduce snapshot".
+        arguments: the fields of the command's configuration.
+        data_dir: where the images were.
+    """
 
     def __init__(self, path: Path, config: Line) -> None:
         self.path = path
-        self.config = config
+        self.command: str = config.get("command", "")
+        self.arguments: Line = config.get("arguments", {})
+        data_dir = config.get("data_dir")
+        self.data_dir = None if data_dir is None else Path(data_dir)
         self._lock: FileLock | None = None  # once it writes
 
     @classmethod
@@ -115,22 +123,6 @@ class RunDir:
                 "model, data, seed"
             )
         return cls(path, config)
-
-    @property
-    def command(self) -> str:
-        """The command that made it, such as "reproduce snapshot"."""
-        return str(self.config["command"])
-
-    @property
-    def arguments(self) -> Line:
-        """The fields of the command's configuration."""
-        return dict(self.config["arguments"])
-
-    @property
-    def data_dir(self) -> Path | None:
-        """Where the images were."""
-        path = self.config.get("data_dir")
-        return None if path is None else Path(path)
 
     def snapshots(self, run: str) -> Path:
         """Where the snapshots of a run are kept."""
@@ -229,10 +221,12 @@ class RunDir:
         if not path.exists():
             return []
         results = _read_json(path)
-        if not (isinstance(results, list) and all(map(_is_result, results))):
-            raise RecipeError(
-                f"{path} is damaged: expected a list of entries with {', '.join(_OF_A_RESULT)}"
-            )
+        wanted = {"error", "seconds", "cpu_seconds"}
+        if not (
+            isinstance(results, list)
+            and all(_is_of_a_run(r) and wanted <= r.keys() for r in results)
+        ):
+            raise RecipeError(f"{path} is damaged: it is no list of a run's results")
         return results
 
     def add_result(self, result: Line) -> None:
@@ -241,10 +235,6 @@ class RunDir:
 
     def _checkpoint(self, run: str) -> Path:
         return self.path / "checkpoints" / f"{run}.pt"
-
-
-def _is_result(entry: Any) -> bool:
-    return _is_of_a_run(entry) and set(_OF_A_RESULT) <= set(entry)
 
 
 def _is_of_a_run(entry: Any) -> bool:

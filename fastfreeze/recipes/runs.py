@@ -1,4 +1,4 @@
-"""Trainings after one another: each method with each seed, resumable at each epoch's end."""
+"""What is trained, and one training of it: a method with a seed, resumable at each epoch's end."""
 
 from __future__ import annotations
 
@@ -14,24 +14,12 @@ from fastfreeze.cache import FeatureCache
 from fastfreeze.clock import cpu_seconds
 from fastfreeze.ensemble import PredictionScores, SnapshotEnsemble, evaluate, prediction_scores
 from fastfreeze.files import write_atomic
+from fastfreeze.layers.report import FreezeReport
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError, optional_package
-from fastfreeze.recipes.memory import PeakMemory, release
-from fastfreeze.recipes.networks import (
-    build_network,
-    check_network,
-    is_own,
-    layers_of,
-    outline,
-)
+from fastfreeze.recipes.networks import build_network, check_network, is_own, layers_of, outline
 from fastfreeze.recipes.rundir import Line, RunDir, run_name
-from fastfreeze.recipes.training import (
-    EVALUATION_BATCH,
-    Method,
-    predict,
-    set_up,
-    train_epoch,
-)
+from fastfreeze.recipes.training import EVALUATION_BATCH, Method, predict, train_epoch
 from fastfreeze.recipes.weights import load_weights
 from fastfreeze.schedule import SnapshotCycles
 from fastfreeze.snapshots import SnapshotStore
@@ -45,7 +33,6 @@ class Experiment:
         methods: in the order in which they run; their names differ.
         model, stem_stride: as in :func:`fastfreeze.recipes.networks.build_network`.
         epochs, batch_size: length of each training, and images in a step; >= 1.
-        seeds: each method is trained with each of them, from the same weights on the same batches.
         device: "cpu" or "cuda:<n>".
         weights: the file that all but the head's come from; None: they are drawn.
         validation: share of each class's training images that is held out; of the weights at each
@@ -56,7 +43,6 @@ class Experiment:
     model: str
     epochs: int
     batch_size: int
-    seeds: range
     device: str
     stem_stride: int = 1
     weights: str | None = None
@@ -70,7 +56,7 @@ class Experiment:
         """A new network; what no file has the weights of, the global generator draws."""
         network = build_network(self.model, **self._sizes(data))
         if self.weights is not None:
-            load_weights(network, self.weights, data.example(torch.device("cpu")))
+            load_weights(network, self.weights)
         return network
 
     def parted(self, data: ImageData) -> ImageData:
@@ -96,7 +82,7 @@ class Experiment:
             for schedule in schedules:
                 replace(plan, schedule=schedule)
         if self.weights is not None:
-            load_weights(network, self.weights, images)
+            load_weights(network, self.weights)
 
     def _sizes(self, data: ImageData) -> dict[str, int]:
         return {
@@ -104,59 +90,6 @@ class Experiment:
             "in_channels": data.in_channels,
             "stem_stride": self.stem_stride,
         }
-
-
-def run_all(
-    experiment: Experiment,
-    data: ImageData,
-    run_dir: RunDir,
-    say: Callable[[str], None],
-    quiet: bool,
-) -> list[Line]:
-    """Train every method that has not finished, from where it stopped.
-
-    Args:
-        experiment: what to do; that of the run directory.
-        data: the images.
-        run_dir: where everything is written.
-        say: takes a line for each training that finishes, and, where no progress bar is shown, for
-            each tenth of one.
-        quiet: no progress bars.
-
-    Returns:
-        The results, an entry per method and seed.
-
-    Raises:
-        RecipeError: a loss is not finite, a file cannot be read, a package is not installed, or
-            another process writes to the directory.
-    """
-    if experiment.device.startswith("cuda"):
-        torch.cuda.set_device(experiment.device)
-    run_dir.rewind()
-    for seed in experiment.seeds:
-        for method in experiment.methods:
-            if any(r["method"] == method.name and r["seed"] == seed for r in run_dir.results()):
-                continue
-            run = _Run(method, seed, experiment, data, run_dir, say)
-            result = run.finish(quiet)
-            run_dir.add_result(result)
-            say(f"{run.name}: error {100 * result['error']:.2f}%, {result['seconds']:.1f} s")
-            if run.setup.cache is not None:
-                say(f"{run.name}: {_told_of(run.setup.cache)}")
-                run.setup.cache.close()
-            if run.setup.report is not None and run.setup.report.rows:
-                text = f"{run.setup.report}\n"
-                write_atomic(run_dir.path / f"freezing-{run.name}.txt", text.encode())
-                say(f"{run.name}: {run.setup.report.summary}")
-    return run_dir.results()
-
-
-def _told_of(cache: FeatureCache) -> str:
-    counts = cache.stats()
-    if not counts.hits:
-        return f"no image came from the feature cache{': ' * bool(cache.reason)}{cache.reason}"
-    share = counts.hits / (counts.hits + counts.misses)
-    return f"{share:.0%} of the images came from the feature cache, {counts.bytes / 1e6:.0f} MB"
 
 
 @dataclass
@@ -168,7 +101,6 @@ class _Totals:
         seconds: training time.
         cpu_seconds: CPU time meanwhile, of all threads and of loader processes that have ended.
         removed: sum over the steps of the share of the backward that was removed.
-        peak_mb: highest use of memory while training.
     """
 
     epoch: int = 0
@@ -176,11 +108,14 @@ class _Totals:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     removed: float = 0.0
-    peak_mb: float | None = None
 
 
-class _Run:
-    """One method with one seed, continued from its checkpoint if it has one."""
+class Run:
+    """One method with one seed, continued from its checkpoint if it has one.
+
+    Raises, here and in :meth:`finish`:
+        RecipeError: a loss is not finite, a file cannot be read, or a package is not installed.
+    """
 
     def __init__(
         self,
@@ -200,55 +135,60 @@ class _Run:
         torch.manual_seed(seed)
         model = experiment.build(data).to(self.device)
         schedule = method.schedule(experiment.total_steps(self.data))
-        make = method.set_up or set_up
-        self.setup = make(model, schedule, method.lr, data.example(self.device))
+        example = data.example(self.device)
+        self.setup = method.set_up(model, schedule, method.lr, example)
         self.store: SnapshotStore | None = None
         if isinstance(schedule, SnapshotCycles):
             self.store = SnapshotStore(run_dir.snapshots(self.name))
         self.totals = _Totals()
         self._best: Line | None = None  # epoch, error and weights
         self._restore()
-        self._forget_later_snapshots()
-        self.setup.measure(data.example(self.device))
+        if self.setup.plan is not None:
+            report = FreezeReport(model, self.setup.optimizer, self.setup.plan, example)
+            self.setup.report = report
         self._set_frozen(self.setup.frozen_layers)
 
-    def finish(self, quiet: bool) -> Line:
-        """Train to the end, and evaluate."""
-        totals = self.totals
+    def finish(self, quiet: bool) -> None:
+        """Train to the end, evaluate, and write the result down."""
         bar = optional_package("tqdm").tqdm(
             total=self.setup.schedule.total_steps,
-            initial=totals.step,
+            initial=self.totals.step,
             desc=self.name,
             unit="step",
             leave=False,
             disable=True if quiet else None,  # None: shown on a terminal
         )
+        epochs = self.experiment.epochs
         with bar:
-            while totals.epoch < self.experiment.epochs:
-                error = self._epoch(bar.update)
-                if bar.disable:
-                    self._tell_tenths(error)
-            return self._result()
-
-    def _tell_tenths(self, error: float) -> None:
-        epoch, epochs = self.totals.epoch, self.experiment.epochs
-        if 10 * epoch // epochs > 10 * (epoch - 1) // epochs and epoch < epochs:
-            said = f"{self.error_name.replace('_', ' ')} {100 * error:.2f}%"
-            self.say(f"{self.name}: epoch {epoch} of {epochs}, {said}")
+            while self.totals.epoch < epochs:
+                error, epoch = self._epoch(bar.update), self.totals.epoch
+                is_tenth = 10 * epoch // epochs > 10 * (epoch - 1) // epochs and epoch < epochs
+                if bar.disable and is_tenth:
+                    said = f"{self.error_name.replace('_', ' ')} {100 * error:.2f}%"
+                    self.say(f"{self.name}: epoch {epoch} of {epochs}, {said}")
+            result = self._result()
+        cache, report = self.setup.cache, self.setup.report
+        if report is not None and report.rows:
+            self._write("freezing", f"{report}\n")
+        self.run_dir.add_result(result)
+        self.say(f"{self.name}: error {100 * result['error']:.2f}%, {result['seconds']:.1f} s")
+        if cache is not None:
+            self.say(f"{self.name}: {_told_of(cache)}")
+            cache.close()
+        if report is not None and report.rows:
+            self.say(f"{self.name}: {report.summary}")
 
     def _epoch(self, advance: Callable[[], Any]) -> float:
         """Train for an epoch; the error behind it, of the test or the held out images."""
         totals, batch_size = self.totals, self.experiment.batch_size
-        release(self.device)
-        memory, cpu_start = PeakMemory(self.device), cpu_seconds()
+        cpu_start, first = cpu_seconds(), totals.step
         batches = self.data.train_batches(self.seed, totals.epoch, batch_size, self.device)
+        samples = self.data.train_order(self.seed, totals.epoch).split(batch_size)
 
         def after_step() -> None:
             self._after_step()
             advance()
 
-        first = totals.step
-        samples = self.data.train_order(self.seed, totals.epoch).split(batch_size)
         losses, seconds = train_epoch(self.setup, batches, self.device, after_step, samples)
         for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
@@ -256,9 +196,6 @@ class _Run:
         totals.epoch += 1
         totals.seconds += sum(seconds)
         totals.cpu_seconds += cpu_seconds() - cpu_start
-        peak = memory.mb()
-        if peak is not None:
-            totals.peak_mb = max(totals.peak_mb or 0.0, peak)
         error = prediction_scores(self._predict(self.data), self.data.test.labels).error
         self._log(
             "epoch",
@@ -268,7 +205,6 @@ class _Run:
             train_loss=sum(losses) / len(losses),
             **{self.error_name: error},
             seconds=totals.seconds,
-            peak_memory_mb=peak,
             step_losses=[round(loss, 6) for loss in losses],
             step_seconds=[round(s, 6) for s in seconds],
         )
@@ -283,11 +219,11 @@ class _Run:
         setup, totals = self.setup, self.totals
         totals.step += 1
         totals.removed += self._removed
-        frozen = setup.frozen_layers
-        if frozen != self._frozen:
+        before, frozen = self._frozen, setup.frozen_layers
+        if frozen != before:
             for event, layers in (
-                ("freeze", set(frozen) - set(self._frozen)),
-                ("thaw", set(self._frozen) - set(frozen)),
+                ("freeze", set(frozen) - set(before)),
+                ("thaw", set(before) - set(frozen)),
             ):
                 if layers:
                     self._log(event, layers=sorted(layers))
@@ -304,6 +240,9 @@ class _Run:
     def _log(self, event: str, **values: Any) -> None:
         line = {"event": event, "method": self.method.name, "seed": self.seed}
         self.run_dir.log(line | {"step": self.totals.step, **values})
+
+    def _write(self, what: str, text: str) -> None:
+        write_atomic(self.run_dir.path / f"{what}-{self.name}.txt", text.encode())
 
     def _predict(self, data: ImageData) -> Tensor:
         """Probabilities of the data's test images by the present weights."""
@@ -330,32 +269,20 @@ class _Run:
         if self.device.type == "cuda":
             state["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
         self.run_dir.save_checkpoint(self.name, state)
-        self._write_best()
-
-    def _write_best(self) -> None:
-        """A file to go on with elsewhere; the checkpoint, which is written first, has them too."""
-        if self._best is not None and self._best["epoch"] == self.totals.epoch:
-            self.run_dir.save_best(self.name, self._best["weights"])
 
     def _restore(self) -> None:
         """Go on from the checkpoint; without one, note what starts."""
         setup = self.setup
         state = self.run_dir.load_checkpoint(self.name)
         if state is None:
-            self._log(
-                "start",
-                schedule=setup.schedule.config(),
-                lr=self.method.lr,
-                layers=[] if setup.plan is None else [layer.name for layer in setup.plan.layers],
-            )
-            return
-        try:
-            self._load(state)
-        except Exception as error:  # of the many kinds that odd values provoke
-            raise self.run_dir.damaged(self.name, error) from error
-
-    def _forget_later_snapshots(self) -> None:
-        """Remove those taken after the checkpoint, as metrics.jsonl's lines are."""
+            layers = [] if setup.plan is None else [layer.name for layer in setup.plan.layers]
+            schedule = setup.schedule.config()
+            self._log("start", schedule=schedule, lr=self.method.lr, layers=layers)
+        else:
+            try:
+                self._load(state)
+            except Exception as error:  # of the many kinds that odd values provoke
+                raise self.run_dir.damaged(self.name, error) from error
         if self.store is not None and any(s.step > self.totals.step for s in self.store):
             self.store.prune(keep=[s for s in self.store if s.step <= self.totals.step])
 
@@ -370,12 +297,12 @@ class _Run:
         torch.set_rng_state(state["random_state"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
-        self._write_best()
 
     def _result(self) -> Line:
         totals, labels = self.totals, self.tested.test.labels
         if self._best is not None:
             self.setup.model.load_state_dict(self._best["weights"])
+            self.run_dir.save_best(self.name, self._best["weights"])
         last = self._predict(self.tested)
         ensemble = None if self.store is None else self._evaluate_members(self.store)
         own = prediction_scores(last, labels)
@@ -389,7 +316,6 @@ class _Run:
             "seconds": totals.seconds,
             "cpu_seconds": totals.cpu_seconds,
             "backward_removed": totals.removed / totals.step,
-            "peak_memory_mb": totals.peak_mb,
             "validation_error": self._best and self._best["error"],
             "best_epoch": self._best and self._best["epoch"],
         }
@@ -397,8 +323,14 @@ class _Run:
     def _evaluate_members(self, store: SnapshotStore) -> PredictionScores:
         """Write what each member is worth on the test images; the ensemble's scores."""
         ensemble = SnapshotEnsemble.from_store(self.setup.model, store)
-        batches = self.tested.test_batches(EVALUATION_BATCH, self.device)
-        evaluation = evaluate(ensemble, batches)
-        text = f"{evaluation}\n\n{ensemble.plan}\n"
-        write_atomic(self.run_dir.path / f"ensemble-{self.name}.txt", text.encode())
+        evaluation = evaluate(ensemble, self.tested.test_batches(EVALUATION_BATCH, self.device))
+        self._write("ensemble", f"{evaluation}\n\n{ensemble.plan}\n")
         return evaluation.ensemble
+
+
+def _told_of(cache: FeatureCache) -> str:
+    counts = cache.stats()
+    if not counts.hits:
+        return f"no image came from the feature cache{': ' * bool(cache.reason)}{cache.reason}"
+    share = counts.hits / (counts.hits + counts.misses)
+    return f"{share:.0%} of the images came from the feature cache, {counts.bytes / 1e6:.0f} MB"

@@ -27,42 +27,35 @@ METHOD_TITLES = {
     "freezeout-0.5": "FreezeOut, t_0=0.5",
 }
 _Column = tuple[str, str, float, int]  # title, key in a result, factor, digits
-_COLUMNS: tuple[_Column, ...] = (
-    ("error %", "error", 100, 2),
-    ("ensemble error %", "ensemble_error", 100, 2),
+_ERROR: _Column = ("error %", "error", 100, 2)
+_SHARED: tuple[_Column, ...] = (
     ("NLL", "nll", 1, 4),
     ("ECE", "ece", 1, 4),
     ("time s", "seconds", 1, 1),
     ("CPU s", "cpu_seconds", 1, 1),
     ("backward removed %", "backward_removed", 100, 1),
-    ("peak memory MB", "peak_memory_mb", 1, 0),
 )
-_FINETUNE_COLUMNS: tuple[_Column, ...] = (
-    _COLUMNS[0],
+_COLUMNS = (_ERROR, ("ensemble error %", "ensemble_error", 100, 2), *_SHARED)
+_FINETUNE_COLUMNS = (
+    _ERROR,
     ("validation error %", "validation_error", 100, 2),
     ("best epoch", "best_epoch", 1, 0),
-    *_COLUMNS[2:],
+    *_SHARED,
 )
 CPU_NOTE = "CPU: time of all threads, and of the processes that read images."
-_SEEDS_NOTE = "±: standard error of the mean over the seeds.\n"
-_TIME_NOTE = (
-    "time: reading batches, training and saving snapshots; evaluation and checkpoints are not "
-    f"counted. {CPU_NOTE}"
-)
-_REMOVED_NOTE = (
-    "backward removed: share of the run's backward FLOPs. "
-    "peak memory: of the process on a CPU, of torch's allocator on a GPU."
-)
 _NOTE = (
-    f"{_SEEDS_NOTE}"
-    "error: of the last weights. ensemble error: of the averaged probabilities of all snapshots; "
-    "NLL and ECE are the ensemble's where there is one.\n"
-    f"{_TIME_NOTE} vs SGD: time, relative.\n{_REMOVED_NOTE}"
+    "±: standard error of the mean over the seeds.\n{errors}\n"
+    "time: reading batches, training and saving snapshots; evaluation and checkpoints are not "
+    f"counted. {CPU_NOTE}\n"
+    "backward removed: share of the run's backward FLOPs."
 )
-_FINETUNE_NOTE = (
-    f"{_SEEDS_NOTE}"
+_ERRORS = (
+    "error: of the last weights. ensemble error: of the averaged probabilities of all snapshots; "
+    "NLL and ECE are the ensemble's where there is one. vs SGD: time, relative."
+)
+_FINETUNE_ERRORS = (
     "error, NLL, ECE: on the test images, of the weights of the epoch that is best on the training "
-    f"images held out for validation.\n{_TIME_NOTE}\n{_REMOVED_NOTE}"
+    "images held out for validation."
 )
 
 
@@ -85,12 +78,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has come to.
-
-    Attributes:
-        table: for people.
-        values: the same and more as plain data, for JSON.
-    """
+    """What a run has come to: a table for people, and the same and more for JSON."""
 
     table: Table
     values: Line
@@ -113,7 +101,7 @@ def cell(values: Sequence[float], digits: int) -> str:
 def results_table(results: Sequence[Line]) -> Table:
     """A row per method: one seed's value, or mean ± standard error of several."""
     plain = _values(results, "sgd", "seconds")
-    table = _table("method", results, _COLUMNS, _NOTE)
+    table = _table("method", results, _COLUMNS, _ERRORS)
     for row, method in zip(table.rows, _methods(results), strict=True):
         seconds = np.mean(_values(results, method, "seconds"))
         row.append(f"{seconds / np.mean(plain):.2f}x" if plain else "-")
@@ -122,21 +110,15 @@ def results_table(results: Sequence[Line]) -> Table:
 
 def finetune_table(results: Sequence[Line]) -> Table:
     """The same of a fine-tuning."""
-    return _table("recipe", results, _FINETUNE_COLUMNS, _FINETUNE_NOTE)
+    return _table("recipe", results, _FINETUNE_COLUMNS, _FINETUNE_ERRORS)
 
 
-def _table(first: str, results: Sequence[Line], columns: Sequence[_Column], note: str) -> Table:
-    rows = [
-        [
-            METHOD_TITLES[method],
-            *(
-                cell([factor * value for value in _values(results, method, key)], digits)
-                for _, key, factor, digits in columns
-            ),
-        ]
-        for method in _methods(results)
-    ]
-    return Table([first, *(title for title, *_ in columns)], rows, note)
+def _table(first: str, results: Sequence[Line], columns: Sequence[_Column], errors: str) -> Table:
+    rows = [[METHOD_TITLES[method]] for method in _methods(results)]
+    for row, method in zip(rows, _methods(results), strict=True):
+        for _, key, factor, digits in columns:
+            row.append(cell([factor * v for v in _values(results, method, key)], digits))
+    return Table([first, *(title for title, *_ in columns)], rows, _NOTE.format(errors=errors))
 
 
 def _methods(results: Sequence[Line]) -> list[str]:

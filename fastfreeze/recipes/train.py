@@ -26,17 +26,7 @@ from fastfreeze.schedule import (
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """What a run is asked to do.
-
-    Attributes:
-        methods: of :data:`fastfreeze.recipes.names.METHOD_NAMES`, in the order in which they run.
-        image_size: as in :func:`fastfreeze.recipes.data.load_data`.
-        epochs, batch_size: length of the run, and images in a step; >= 1.
-        lr: learning rate at the start, > 0.
-        t_0, how_scale: FreezeOut's parameters, for "freezeout" and "both".
-        cycles: snapshots, for "snapshot" and "both".
-        composition, last_k: how "both" freezes; ``last_k`` counts for "last_k" alone.
-    """
+    """What a run is asked to do: the options of ``fastfreeze train``."""
 
     methods: tuple[str, ...]
     image_size: int
@@ -50,11 +40,7 @@ class TrainConfig(RunConfig):
     last_k: int
 
     def schedule(self, method: str, total_steps: int) -> Schedule:
-        """The schedule of a method.
-
-        Raises:
-            ValueError: the configuration and the number of steps do not fit together.
-        """
+        """A method's; ValueError where the configuration and the number of steps do not fit."""
         if method == "sgd":
             return Cosine(total_steps)
         if method == "freezeout":
@@ -74,14 +60,8 @@ class TrainConfig(RunConfig):
         return self._training(self.methods)
 
     def _training(self, methods: Iterable[str]) -> Experiment:
-        return Experiment(
-            tuple(Method(name, self.lr, partial(self.schedule, name)) for name in methods),
-            self.model,
-            self.epochs,
-            self.batch_size,
-            self.all_seeds,
-            self.device,
-        )
+        trained = tuple(Method(name, self.lr, partial(self.schedule, name)) for name in methods)
+        return Experiment(trained, self.model, self.epochs, self.batch_size, self.device)
 
     def load(self, data_dir: Path | None, workers: int) -> ImageData:
         return load_data(self.data, data_dir, workers=workers, image_size=self.image_size)

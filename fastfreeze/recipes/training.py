@@ -6,7 +6,7 @@ Each way is a function that sets up an optimizer; :func:`train_epoch` then runs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from fastfreeze.cache import FeatureCache
 from fastfreeze.clock import Clock
@@ -22,7 +22,7 @@ from fastfreeze.layers.report import FreezeReport
 from fastfreeze.layers.split import LayerPlan, split
 from fastfreeze.optim import SGD, AdamW
 from fastfreeze.recipes.data import ImageData
-from fastfreeze.schedule import Cosine, Schedule, StepDecay
+from fastfreeze.schedule import Cosine, Schedule
 from fastfreeze.trimming import trim
 
 EVALUATION_BATCH = 250
@@ -42,7 +42,7 @@ class Setup:
         scheduler: where the optimizer does not know the schedule.
         plan: the layers, where some freeze.
         cache: of what the frozen prefix gives; called in the place of ``network``.
-        report: what freezing saves, once :meth:`measure` was called and some freeze.
+        report: measures each step; None measures nothing.
     """
 
     model: nn.Module
@@ -53,15 +53,6 @@ class Setup:
     plan: LayerPlan | None = None
     cache: FeatureCache | None = None
     report: FreezeReport | None = None
-
-    def measure(self, example: Tensor) -> None:
-        """Measure from here on what freezing saves."""
-        if self.plan is not None:
-            self.report = FreezeReport(self.model, self.optimizer, self.plan, example)
-
-    def step(self) -> AbstractContextManager[None]:
-        """Around each training step."""
-        return nullcontext() if self.report is None else self.report.step()
 
     @property
     def frozen_layers(self) -> tuple[int, ...]:
@@ -90,6 +81,18 @@ class Setup:
         return sum(self.plan.backward_share(layer) or 0.0 for layer in self.frozen_layers)
 
 
+def set_up(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
+    """The optimizer that a schedule asks for; where layers freeze, their backward is cut off."""
+    if schedule.needs_layers:
+        plan = split(model, example, schedule=schedule, lr=lr)
+        optimizer = SGD(plan.param_groups(), lr, **_HYPERS, schedule=schedule)
+        return Setup(model, trim(model), optimizer, schedule, plan=plan)
+    if isinstance(schedule, Cosine) and not schedule.warmup_steps:
+        return plain_sgd(model, schedule, lr)
+    optimizer = SGD(model.parameters(), lr, **_HYPERS, schedule=schedule)
+    return Setup(model, model, optimizer, schedule)
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to train, as results and files call it.
@@ -98,36 +101,19 @@ class Method:
         name: a word without spaces.
         lr: learning rate at the start, > 0.
         schedule: of the number of steps in a run.
-        set_up: what trains, of a network, its schedule, ``lr`` and an example; None: as
-            :func:`set_up` makes of the schedule.
+        set_up: what trains, of a network, its schedule, ``lr`` and an example.
     """
 
     name: str
     lr: float
     schedule: Callable[[int], Schedule]
-    set_up: Callable[[nn.Module, Schedule, float, Tensor], Setup] | None = None
+    set_up: Callable[[nn.Module, Schedule, float, Tensor], Setup] = set_up
 
 
-def set_up(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
-    """The optimizer that a schedule asks for; where layers freeze, their backward is cut off."""
-    if schedule.needs_layers:
-        plan = split(model, example, schedule=schedule, lr=lr)
-        optimizer = SGD(plan.param_groups(), lr, **_HYPERS, schedule=schedule)
-        return Setup(model, trim(model), optimizer, schedule, plan=plan)
-    if isinstance(schedule, (Cosine, StepDecay)) and not schedule.warmup_steps:
-        return plain_sgd(model, schedule, lr)
-    optimizer = SGD(model.parameters(), lr, **_HYPERS, schedule=schedule)
-    return Setup(model, model, optimizer, schedule)
-
-
-def plain_sgd(model: nn.Module, schedule: Cosine | StepDecay, lr: float) -> Setup:
+def plain_sgd(model: nn.Module, schedule: Cosine, lr: float) -> Setup:
     """What the others are measured against: all that torch has, in its fastest form."""
     optimizer = torch.optim.SGD(model.parameters(), lr, fused=True, **_HYPERS)
-    scheduler: CosineAnnealingLR | MultiStepLR
-    if isinstance(schedule, StepDecay):
-        scheduler = MultiStepLR(optimizer, schedule.milestones)
-    else:
-        scheduler = CosineAnnealingLR(optimizer, schedule.total_steps, schedule.eta_min)
+    scheduler = CosineAnnealingLR(optimizer, schedule.total_steps, schedule.eta_min)
     return Setup(model, model, optimizer, schedule, scheduler)
 
 
@@ -178,7 +164,7 @@ def train_epoch(
     setup.model.train()
     indices: Iterable[Tensor | None] = repeat(None) if samples is None else samples
     for (images, labels), which in zip(batches, indices, strict=False):
-        with setup.step():
+        with nullcontext() if setup.report is None else setup.report.step():
             setup.optimizer.zero_grad()
             loss = F.cross_entropy(setup.forward(images, which), labels)
             loss.backward()

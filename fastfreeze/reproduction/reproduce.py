@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import ClassVar
 from fastfreeze.checks import check_int
 from fastfreeze.recipes.config import RunConfig
 from fastfreeze.recipes.data import ImageData, balanced, load_data
-from fastfreeze.recipes.rundir import Line
+from fastfreeze.recipes.rundir import Line, RunDir
 from fastfreeze.recipes.runs import Experiment
 from fastfreeze.recipes.tables import CPU_NOTE, METHOD_TITLES, Outcome, Table, cell
 from fastfreeze.recipes.training import Method
@@ -98,7 +98,6 @@ class ReproduceConfig(RunConfig):
             row.network,
             self.budget(data).epochs,
             row.batch_size,
-            self.all_seeds,
             self.device,
             row.stem_stride,
         )
@@ -110,8 +109,11 @@ class ReproduceConfig(RunConfig):
             data = replace(data, test=data.test.part(chosen))
         return data if budget.images == budget.all_images else data.part(budget.images)
 
-    def told(self, data: ImageData) -> str:
-        return str(self.budget(data))
+    def run(
+        self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
+    ) -> Outcome:
+        say(str(self.budget(data)))
+        return super().run(data, run_dir, say, quiet)
 
     def outcome(self, results: Sequence[Line], data: ImageData) -> Outcome:
         budget, row = self.budget(data), self.row

@@ -118,7 +118,7 @@ def test_plot_that_cannot_be_written(finished, tmp_path):
     run, _ = finished
     result = invoke("plot", run, "--output", tmp_path / "missing" / "plot.png")
     assert result.exit_code == 1
-    assert f"cannot write {tmp_path / 'missing' / 'plot.png'}: " in result.stderr
+    assert f"No such file or directory: '{tmp_path / 'missing' / 'plot.png'}'" in result.stderr
 
 
 def test_plot_before_the_first_epoch(tmp_path):
@@ -231,8 +231,7 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
-        ("train --methods sgd,adam", 2, "'adam' is none of sgd, freezeout, snapshot, both"),
-        ("train --methods sgd,freezout", 2, "snapshot, both; did you mean freezeout?"),
+        ("train --methods sgd,adam", 2, "'adam' is not one of 'sgd', 'freezeout', 'snapshot',"),
         ("train --model resnet21", 2, "depth of resnet must be 6 * n + 2"),
         ("train --model resnet18", 2, "(near it: torchvision:resnet18; beside these there are"),
         ("train --model densnet40", 2, "(near it: densenet40, torchvision:densenet"),
@@ -277,7 +276,7 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
         ("plot {used}", 1, "config.json holds no command, or no arguments with"),
         ("compare --seeds 1", 2, "--seeds"),
         ("compare --baseline adam", 2, "--baseline"),
-        ("compare --methods sgd,adam", 2, "'adam' is none of sgd, freezeout, snapshot, both"),
+        ("compare --methods sgd,adam", 2, "'adam' is not one of 'sgd', 'freezeout', 'snapshot',"),
         ("compare --data cifar10", 1, "--data cifar10 needs --data-dir"),
         pytest.param(
             "compare --methods sgd", 2, "one that is not the baseline, sgd", marks=needs_mnist5k
@@ -348,7 +347,7 @@ def test_compare(images, tmp_path):
     assert [(c["method"], c["n"]) for c in printed["comparison"]] == [("sgd", 2), ("snapshot", 2)]
     interval = printed["comparison"][1]["error_difference"]
     assert interval["mean"] == pytest.approx(sum(interval["values"]) / 2)
-    assert interval["low"] is interval["high"] is None
+    assert interval["low"] + interval["high"] == pytest.approx(2 * interval["mean"])
     again = invoke("compare", "--resume", run)
     assert again.exit_code == 0, again.output
     assert again.stdout == (run / "table.txt").read_text()
@@ -493,9 +492,9 @@ def test_damaged_checkpoints_fail_in_one_line(images, tmp_path, damage):
         ("epochs", 2.5, "epochs is 2.5"),
         ("threads", -1, "threads: -1 is not in the range"),
         ("lr", float("nan"), "lr: must be a finite number, got nan"),
-        ("model", ["resnet8-w4"], "model is ('resnet8-w4',)"),
+        ("model", ["resnet8-w4"], "model: model must be one of"),
         ("model", "none", "model: "),
-        ("methods", ["../../sgd"], "methods: '../../sgd' is none of"),
+        ("methods", ["../../sgd"], "methods: '../../sgd' is not one of"),
         ("methods", [["sgd"]], "methods: "),
         ("composition", "none", "composition: 'none' is not one of"),
         ("device", {}, "device: "),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastfreeze
-from fastfreeze.integrations.tensorboard import log_report, log_snapshots, log_step
+from fastfreeze.integrations.tensorboard import log_report, log_step
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -95,23 +95,13 @@ def test_predicted_and_measured_saving_are_written_for_each_event(logs):
         assert (read(f"step_time/{name}") if known else {}) == pytest.approx(known, rel=1e-6)
 
 
-def test_metrics_of_snapshots_are_written(logs):
-    writer, read = logs
-    store = fastfreeze.MemorySnapshots()
-    for i, error in enumerate([0.5, 0.25]):
-        store.save(nn.Linear(2, 2), step=10 * (i + 1), cycle=i, metrics={"error": error})
-    log_snapshots(writer, store)
-    assert read("snapshot/error") == {10: 0.5, 20: 0.25}
-
-
 @pytest.mark.parametrize(
     ("log", "message"),
     [
         (lambda optimizer: log_step("runs", optimizer), "pip install tensorboard.*got str"),
         (lambda optimizer: log_report(None, None), "pip install tensorboard.*got NoneType"),
-        (lambda optimizer: log_snapshots(optimizer, []), "pip install tensorboard.*got SGD"),
     ],
-    ids=["a directory", "nothing", "an optimizer"],
+    ids=["a directory", "nothing"],
 )
 def test_what_is_no_writer_is_refused(log, message):
     with pytest.raises(TypeError, match=message):

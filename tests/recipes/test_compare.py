@@ -94,19 +94,6 @@ def test_table_says_the_same():
     assert "(degrees of freedom: 2)" in table.note
 
 
-def test_two_seeds_show_their_values_and_no_interval():
-    results = [result for result in RESULTS if result["seed"] < 2]
-    found = compare(results, "sgd")[1].error_difference
-    assert found.values == pytest.approx([0.002, 0.004])
-    assert (found.low, found.high) == (None, None)
-    table = comparison_table(compare(results, "sgd"))
-    assert table.headers == ["", "method", "each seed", "difference"]
-    assert table.rows[1] == ["error %", "FreezeOut + Snapshot", "1.20, 2.40", "+0.20, +0.40"]
-    assert table.rows[-1] == ["time saved %", "FreezeOut + Snapshot", "50.0, 25.0", "-"]
-    assert "Take --seeds 3 or more" in table.note
-    assert "Student's t (" not in table.note
-
-
 CONFIG = CompareConfig(
     methods=("snapshot", "sgd", "freezeout"),
     data="mnist5k",

@@ -107,8 +107,7 @@ def test_a_recipe_trains_and_its_best_epoch_is_kept(own, name):
         name == "prefix-adamw"
     )
     assert Path("run/table.txt").read_text().startswith("recipe ")
-    with Image.open("run/plot.png") as picture:
-        assert picture.format == "PNG"
+    assert invoke("plot", "run").exit_code == 0
 
 
 def test_the_result_is_the_best_epochs_on_the_test_images(own, monkeypatch):

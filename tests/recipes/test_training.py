@@ -18,7 +18,6 @@ from fastfreeze.recipes import tables as tables_module
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.images import MemoryImages
-from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import METHOD_NAMES
 from fastfreeze.recipes.rundir import RunDir, describe, write_atomic
@@ -374,7 +373,7 @@ def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
     saved = RunDir.save_checkpoint
 
     def save_and_die(self, name, state):
-        saved(self, name, {**state, "seconds": state["seconds"] + 1000, "peak_mb": 1e6})
+        saved(self, name, {**state, "seconds": state["seconds"] + 1000})
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -383,7 +382,6 @@ def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
             config.run(data, run, lambda line: None, quiet=True)
     [result] = train(run.path, data, config).results()
     assert 1000 < result["seconds"] < 1100
-    assert result["peak_memory_mb"] == 1e6
 
 
 def test_seeds_differ_and_table_averages(tmp_path, data):
@@ -425,23 +423,6 @@ def test_values_that_do_not_fit_together(data, change, message):
         dataclasses.replace(CONFIG, **change).check(data)
 
 
-def test_peak_memory_is_of_the_stretch():
-    release(CPU)  # else the block might be of memory that the process holds already
-    first = PeakMemory(CPU)
-    if first.mb() is None:
-        pytest.skip("this system does not tell a process's peak")
-    block = torch.ones(60_000_000)  # 240 MB
-    high = first.mb()
-    del block
-    release(CPU)
-    assert PeakMemory(CPU).mb() < high - 200
-
-
-def test_unknown_peak_memory_is_none(monkeypatch):
-    monkeypatch.setattr("fastfreeze.recipes.memory._status_kib", {"VmHWM": 9, "VmRSS": 5}.get)
-    assert PeakMemory(CPU).mb() is None
-
-
 def result_of(method, seed, seconds, error, ensemble_error=None):
     return {
         "method": method,
@@ -453,7 +434,6 @@ def result_of(method, seed, seconds, error, ensemble_error=None):
         "seconds": seconds,
         "cpu_seconds": 1.5 * seconds,
         "backward_removed": 0.25,
-        "peak_memory_mb": None,
     }
 
 
@@ -474,7 +454,6 @@ def test_table():
         "time s": "12.0 ± 2.0",
         "CPU s": "18.0 ± 3.0",
         "backward removed %": "25.0 ± 0.0",
-        "peak memory MB": "-",
         "vs SGD": "1.00x",
     }
     assert table.rows[1][0] == "FreezeOut + Snapshot"

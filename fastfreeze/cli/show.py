@@ -1,13 +1,15 @@
-"""``fastfreeze plot``."""
+"""``fastfreeze plot`` and ``fastfreeze backends``."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from fastfreeze.cli._options import RUN
+from fastfreeze.text import format_table
 
 
 @click.command()
@@ -27,8 +29,26 @@ def plot(run: Path, output: Path | None, as_json: bool) -> None:
     from fastfreeze.recipes.rundir import RunDir
 
     path = output or run / "plot.png"
-    try:
-        plot_run(RunDir.open(run), path)
-    except OSError as error:
-        raise click.ClickException(f"cannot write {path}: {error}") from error
+    plot_run(RunDir.open(run), path)
     click.echo(json.dumps({"picture": str(path)}) if as_json else path)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def backends(as_json: bool) -> None:
+    """Show which kernels can run here, and why others cannot.
+
+    \b
+    Example:
+      fastfreeze backends
+    """
+    from fastfreeze.kernels import library
+
+    found = library.backends()
+    if as_json:
+        click.echo(json.dumps({name: asdict(state) for name, state in found.items()}, indent=2))
+        return
+    rows = [
+        [name, "yes" if state.available else "no", state.reason] for name, state in found.items()
+    ]
+    click.echo(format_table(["backend", "available", "why"], rows))
