@@ -15,20 +15,12 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastfreeze.cache.calls import Chain
-from fastfreeze.cache.chain import Chains, Known
-from fastfreeze.cache.kept import (
-    TRIALS,
-    Account,
-    CacheStats,
-    Kept,
-    Rows,
-    all_same_bits,
-    now,
-    pick,
-)
+from fastfreeze.cache.keeper import Keeper, Known
+from fastfreeze.cache.kept import TRIALS, Account, CacheStats, Kept, now
 from fastfreeze.cache.rows import CannotKeepError, row_strides
 from fastfreeze.cache.store import Stores
 from fastfreeze.checks import check_int
+from fastfreeze.trimming.bits import same_bits
 from fastfreeze.trimming.state import fp32_precision, requires_grad, tensors_in
 from fastfreeze.trimming.trimmed import TrimmedModel
 
@@ -152,22 +144,25 @@ class FeatureCache:
         self._reason = self._off or self._obstacle(args, kwargs, len(keys))
         if self._reason:
             return self.network(*args, **kwargs)
-        form = tuple([(t.shape, t.dtype, t.device) for t in tensors_in((args, kwargs))])
-        self._reason = _NOTHING_READ if form in self._known.reads else _UNKNOWN
-        changes = self._known.changes
-        chains = Chains(self._known, form, keys, self._names, self._find)
-        output = self.network.run(args, kwargs, chains)
-        if self._known.changes != changes:
+        known, inputs = self._known, list(tensors_in((args, kwargs)))
+        form = tuple([(t.shape, t.dtype, t.device) for t in inputs])
+        self._reason = _NOTHING_READ if form in known.reads else _UNKNOWN
+        changes = known.changes
+        keeper = Keeper(known, form, keys, self._names, inputs, self._find)
+        output = self.network.run(args, kwargs, keeper)
+        if keeper.waits and self.active:
+            self._forget_old(keys)
+        if known.changes != changes:
             self._old = set(self._kept)
-        if self._known.changes > _MAX_CHANGES:
+        if known.changes > _MAX_CHANGES:
             self._give_up(_CHANGES)
-        if chains.waits:
-            chains.finish()
-            if self._reason == _NOTHING_READ and self._known.reasons:
-                self._reason = next(iter(self._known.reasons.values()))
+        if keeper.waits:
+            keeper.finish()
+            if self._reason == _NOTHING_READ and known.reasons:
+                self._reason = next(iter(known.reasons.values()))
             return output
         self._num_late += 1
-        self._known.reads.clear()
+        known.reads.clear()
         self._reason = _LATE
         if self._num_late > _MAX_LATE:
             self._give_up(_LATE)
@@ -223,32 +218,34 @@ class FeatureCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _find(self, chain: Chain) -> list[Tensor] | None:
-        """The values of a chain, from what is kept as far as possible; None if it is to be made."""
+    def _find(self, chain: Chain) -> bool:
+        """Give a node its value, from what is kept as far as possible; False if it cannot be."""
         try:
-            values = self._values(chain)
+            kept, rows = self._rows(chain)
         except CannotKeepError as error:
             self._reason = str(error)
-            return None
+            return False
         except OSError as error:
             self._give_up(f"its files cannot be used: {error}")
-            return None
+            return False
         if self._reason == _NOTHING_READ:
             self._reason = ""
-        return values
+        chain.node.set(kept.form.value(rows), is_exact=kept.form.is_exact)
+        return True
 
-    def _values(self, chain: Chain) -> list[Tensor]:
+    def _rows(self, chain: Chain) -> tuple[Kept, Tensor]:
         start = time.perf_counter()
         conditions = self._conditions(chain.device)
         strides = [row_strides(t) for t in chain.inputs if t.ndim]
-        text = f"{chain.keys}\n{strides}\n{conditions}"
+        text = f"{chain.node.key}\n{strides}\n{conditions}"
         name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         refusal = self._refusals.get(name)
         if refusal and self._calls < refusal.until:
             raise CannotKeepError(refusal.reason)
         kept = self._kept.get(name)
         if kept is None:
-            return self._first(Kept(name, conditions, chain, self._dtype), chain)
+            kept = Kept(name, conditions, chain)
+            return kept, self._first(kept, chain)
         self._old.discard(name)
         slots = self._slots(kept, chain, range(len(chain.samples)))
         if not kept.agrees(chain, slots):
@@ -256,13 +253,18 @@ class FeatureCache:
                 f"a batch of {len(slots)} gives other bits than one of {kept.size}"
             )
         missing = [i for i, slot in enumerate(slots) if slot < 0]
+        carried = self._carry_on(kept, chain, missing) if missing else None
+        if carried is not None and len(missing) == len(slots):
+            return kept, carried
+        if carried is not None:
+            slots = kept.rows.find(chain.samples)  # by now all, if there was room
+        rows = kept.get(slots, chain.device) if all(slot >= 0 for slot in slots) else None
+        if rows is None:
+            return kept, self._compute(kept, chain, time.perf_counter() - start)
         if not missing:
-            flat = self._whole(kept, chain, slots, start)
-        else:
-            flat = self._carry_on(kept, chain, slots, missing)
-        if flat is None:
-            flat = self._compute(kept, chain, time.perf_counter() - start)
-        return kept.values(flat)
+            self._check_whole(kept, chain, rows, start)
+        self._counts.hits += len(slots) - len(missing)
+        return kept, rows
 
     def _conditions(self, device: torch.device) -> str:
         """What else values depend on, or how they are kept; in words."""
@@ -272,48 +274,41 @@ class FeatureCache:
         how = self._dtype, fp32_precision(device), torch.get_num_threads(), self.network.folding
         return f"{how} {torch.__version__} {cpu} {device.type} {gpu}"
 
-    def _first(self, kept: Kept, chain: Chain) -> list[Tensor]:
+    def _first(self, kept: Kept, chain: Chain) -> Tensor:
         """The first batch of its kind: find out whether its values can be kept, and how."""
         n = len(chain.samples)
         if n < 2:
             raise CannotKeepError("a batch of one sample does not show what depends on the others")
         try:
-            flat = kept.first(chain)
+            flat = kept.first(chain, self._dtype)
         except CannotKeepError as error:
             raise self._refused(kept.name, str(error)) from None
-        kept.rows = self._stores.open(kept.name, kept.columns)
+        kept.rows = self._stores.open(kept.name, kept.form.column)
         kept.account = Account() if self._measures else None
         self._kept[kept.name] = kept
         slots = self._slots(kept, chain, range(n))
-        if known := [i for i in range(n) if slots[i] >= 0]:
-            found = kept.get([slots[i] for i in known], chain.device)
-            if found and not all_same_bits(found, pick(flat, known)):
+        if here := [i for i in range(n) if slots[i] >= 0]:
+            found = kept.get([slots[i] for i in here], chain.device)
+            if found is not None and not same_bits(found, flat[here]):
                 self._stores.drop(kept.name)
-                kept.rows = self._stores.open(kept.name, kept.columns)
-        for earlier in self._earlier(kept, chain):
-            self._carry_on_from(earlier, kept, chain, range(n), flat)
+                kept.rows = self._stores.open(kept.name, kept.form.column)
+        self._carry_on(kept, chain, range(n), flat)
         self._add(kept, chain, range(n), flat)
         self._counts.misses += n
-        return kept.values(flat)
-
-    def _whole(self, kept: Kept, chain: Chain, slots: list[int], start: float) -> Rows | None:
-        """A batch that is there; None if it turns out to be damaged."""
-        flat = kept.get(slots, chain.device)
-        if flat is None:
-            return None
-        if kept.account is not None and kept.account.found_whole():
-            kept.values(flat)
-            kept.account.looking.append(now(chain.device) - start)
-            if problem := kept.account.problem(fills=False):
-                raise self._refused(kept.name, problem)
-        if kept.unchecked:
-            kept.unchecked -= 1
-            if not all_same_bits(flat, kept.compute(chain)):
-                raise self._refused(kept.name, _NOT_THE_SAME)
-        self._counts.hits += len(slots)
         return flat
 
-    def _compute(self, kept: Kept, chain: Chain, asking: float) -> Rows:
+    def _check_whole(self, kept: Kept, chain: Chain, rows: Tensor, start: float) -> None:
+        """See that a batch that was found, asked for at ``start``, is right, and that it pays."""
+        if kept.account is not None and kept.account.found_whole():
+            kept.form.value(rows)
+            kept.account.looking.append(now(chain.device) - start)
+            self._check_account(kept, fills=False)
+        if kept.unchecked:
+            kept.unchecked -= 1
+            if not same_bits(rows, kept.compute(chain)):
+                raise self._refused(kept.name, _NOT_THE_SAME)
+
+    def _compute(self, kept: Kept, chain: Chain, asking: float) -> Tensor:
         """The whole batch; what is missing is kept from now on."""
         samples, account = range(len(chain.samples)), kept.account
         self._counts.misses += len(samples)
@@ -328,30 +323,40 @@ class FeatureCache:
         account.idle = 0 if added else account.idle + 1
         if added and len(account.computing) < TRIALS:
             stored = now(chain.device)
-            if found := kept.get(kept.rows.some(len(samples)), chain.device):
-                kept.values(found)
+            found = kept.get(kept.rows.some(len(samples)), chain.device)
+            if found is not None:
+                kept.form.value(found)
             looking = asking + now(chain.device) - stored
             account.computed(computed - start, stored - computed, looking)
-        if problem := account.problem(fills=True):
-            self._refused(kept.name, problem)
+        self._check_account(kept, fills=True)
         return flat
 
-    def _add(self, kept: Kept, chain: Chain, samples: Sequence[int], flat: Rows) -> int:
+    def _check_account(self, kept: Kept, fills: bool) -> None:
+        """Refuse for a while what does not pay."""
+        assert kept.account is not None
+        try:
+            kept.account.check(fills)
+        except CannotKeepError as error:
+            self._refused(kept.name, str(error))
+
+    def _add(self, kept: Kept, chain: Chain, samples: Sequence[int], flat: Tensor) -> int:
         """Keep rows of some samples; what is no longer wanted makes room."""
         keys = [chain.samples[i] for i in samples]
-        numbers = chain.digests.wait()
-        digests = [numbers[i] for i in samples]
+        digests = [chain.digests[i] for i in samples]
         pairs = zip(keys, kept.rows.find(keys), strict=True)
         wanted = len({key for key, slot in pairs if slot < 0})
         added = kept.rows.add(keys, digests, flat)
         while added < wanted and (old := next(iter(self._old), None)):
             self._delete(old)
             added += kept.rows.add(keys, digests, flat)
-        for name in self._old:
-            self._kept[name].rows.forget(keys)
-        for name in [name for name in self._old if not len(self._kept[name].rows)]:
-            self._delete(name)
         return added
+
+    def _forget_old(self, keys: Sequence[int]) -> None:
+        """What has been carried on, or is of no use to what is frozen now."""
+        for name in list(self._old):
+            self._kept[name].rows.forget(keys)
+            if not len(self._kept[name].rows):
+                self._delete(name)
 
     def _slots(self, kept: Kept, chain: Chain, samples: Sequence[int]) -> list[int]:
         """Slots of samples of the batch, -1 where there is none; inputs are the same as then.
@@ -363,11 +368,10 @@ class FeatureCache:
         slots = kept.rows.find([chain.samples[i] for i in samples])
         if not any(slot >= 0 for slot in slots):
             return slots
-        digests = chain.digests.wait()
         differ = [
             (i, slot)
             for i, slot in zip(samples, slots, strict=True)
-            if slot >= 0 and kept.rows.digest(slot) != digests[i]
+            if slot >= 0 and kept.rows.digest(slot) != chain.digests[i]
         ]
         for i, slot in differ:
             if not kept.rows.was_found(slot):
@@ -379,74 +383,47 @@ class FeatureCache:
         """Give up what depends on other inputs than before: all, if they are the model's own."""
         sample, view = divmod(chain.samples[i], 1 << _VIEW_BITS)
         came = f"sample {sample}, view {view}, came with other inputs than before"
-        if all(id(t) in chain.chains.given for t in chain.inputs):
+        if all(outer.is_input for outer in chain.outer):
             reason = f"{came}: the data set is not deterministic (see fastfreeze.RepeatableViews)"
             self._give_up(reason)
             raise CannotKeepError(reason)
         reason = f"for {came}: something random, or that trains, lies in front"
         raise self._refused(kept.name, reason)
 
-    def _earlier(self, kept: Kept, chain: Chain) -> list[Kept]:
-        """What is kept of values on the way to those that are wanted, the latest first.
-
-        What is no longer valid, or of no use to what is frozen now, is deleted.
-        """
-        found = []
-        for other in list(self._kept.values()):
-            if other is kept:
-                continue
-            if other.leads_to(kept, chain):
-                found.append(other)
-            elif other.name in self._old:
-                self._delete(other.name)
-        return found[::-1]
-
     def _carry_on(
-        self, kept: Kept, chain: Chain, slots: list[int], missing: list[int]
-    ) -> Rows | None:
-        """A batch of which some samples are kept only on the way to what is wanted.
+        self, kept: Kept, chain: Chain, samples: Sequence[int], expected: Tensor | None = None
+    ) -> Tensor | None:
+        """Rows of some samples of a batch, computed from earlier values and kept.
 
-        None if it is to be computed.
-        """
-        for earlier in self._earlier(kept, chain):
-            flat = self._carry_on_from(earlier, kept, chain, missing)
-            if flat is None:
-                continue
-            if len(missing) == len(slots):
-                return flat
-            slots = kept.rows.find(chain.samples)  # by now all, if there was room
-            found = kept.get(slots, chain.device) if min(slots) >= 0 else None
-            self._counts.hits += len(slots) - len(missing) if found else 0
-            return found
-        return None
-
-    def _carry_on_from(
-        self,
-        earlier: Kept,
-        kept: Kept,
-        chain: Chain,
-        samples: Sequence[int],
-        expected: Rows | None = None,
-    ) -> Rows | None:
-        """Some samples of a batch, carried on from earlier values of all of them, and kept.
+        None if there are no such values of all of them. The batch is as large as ever: some samples
+        come more than once.
 
         Args:
             expected: what the whole chain gives for the batch, if that is known.
         """
-        if earlier.name not in self._kept:  # deleted to make room
+        places = [i % len(samples) for i in range(len(chain.samples))]
+        given: dict[str, Tensor] = {}
+        names = []
+        for earlier in reversed(self._kept.values()):
+            node = chain.nodes.get(earlier.key)
+            if node is None or not (earlier.may_lead_to(kept) and chain.reads(node, given)):
+                continue
+            slots = self._slots(earlier, Chain(node, chain.samples), samples)
+            if all(slot >= 0 for slot in slots):
+                rows = earlier.get([slots[i] for i in places], chain.device)
+                if rows is not None:
+                    given[earlier.key] = earlier.form.value(rows)
+                    names.append(earlier.name)
+        if not given:
             return None
-        nodes = [chain.nodes[key] for key in earlier.wanted]
-        slots = self._slots(earlier, Chain(nodes, chain.chains), samples)
-        if any(slot < 0 for slot in slots):
-            return None
-        flat = kept.carried_on(earlier, chain, samples, slots)
-        if flat is None:
-            return None
-        if earlier.name not in kept.verified:
-            if not all_same_bits(flat, pick(expected or kept.compute(chain), samples)):
-                self._delete(earlier.name)
+        flat = kept.carried_on(chain, [samples[i] for i in places], given)[: len(samples)]
+        if tuple(names) not in kept.verified:
+            whole = kept.compute(chain) if expected is None else expected
+            if not same_bits(flat, whole[list(samples)]):
+                for name in names:
+                    self._delete(name)
                 return None
-            kept.verified.add(earlier.name)
+            kept.verified.add(tuple(names))
         self._add(kept, chain, samples, flat)
         self._counts.advanced += len(samples)
         return flat

@@ -262,8 +262,6 @@ class Run(TorchFunctionMode):
     def finish(self, output: Any) -> Any:
         """Compute what is still pending and held by anyone; these are plain tensors from now on."""
         self.close()
-        if self.keeper is not None:
-            self.keeper.release()
         left = [ref() for ref in self.pending]
         self.pending.clear()
         for pending in left:

@@ -12,11 +12,10 @@ from torch.nn.parameter import is_lazy
 
 from fastfreeze.errors import warn
 from fastfreeze.layers.execution import Undo, preserved
-from fastfreeze.trimming.compare import difference, observe
+from fastfreeze.trimming.compare import check_alike
 from fastfreeze.trimming.folds import Folds
 from fastfreeze.trimming.pending import LOCAL, Run, TooLateError, settled
 from fastfreeze.trimming.standins import Frozen
-from fastfreeze.trimming.state import copied
 
 _NO_FULL_GRAPH = "a trimmed model, whose own model is compiled: fullgraph=True is not for it"
 _WRITTEN = (
@@ -164,19 +163,14 @@ class TrimmedModel(nn.Module):
                 self.model.train()
             frozen = self._now()
 
-            def in_eval() -> Any:
-                new_args, new_kwargs = copied((args, kwargs))
+            def in_eval(args: Any, kwargs: Any) -> Any:
                 with frozen.inside(None):
-                    return self.model(*new_args, **new_kwargs)
+                    return self.model(*args, **kwargs)
 
-            def waiting() -> Any:
-                new_args, new_kwargs = copied((args, kwargs))
-                return self._call(frozen, Folds(exact=True), new_args, new_kwargs)
+            def waiting(args: Any, kwargs: Any) -> Any:
+                return self._call(frozen, Folds(exact=True), args, kwargs)
 
-            expected = observe(self.model, in_eval)
-            problem = difference(observe(self.model, waiting), expected)
-        if problem:
-            raise RuntimeError(f"trimmed {type(self.model).__name__}: {problem}")
+            check_alike(self.model, waiting, in_eval, args, kwargs)
 
     @property
     def training(self) -> bool:
@@ -253,7 +247,6 @@ class TrimmedModel(nn.Module):
                 return self._forward(frozen, Run(folds, known), args, kwargs)
             except TooLateError:
                 raise RuntimeError(_WRITTEN) from None
-        keeper.begin(args, kwargs)
         asks = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
         undo = Undo(frozen.buffers(), [torch.cuda.current_device()] if asks else [])
         run = Run(folds, known, keeper)
