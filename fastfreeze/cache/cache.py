@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,6 +221,8 @@ class FeatureCache:
 
     def _find(self, chain: Chain) -> bool:
         """Give a node its value, from what is kept as far as possible; False if it cannot be."""
+        if self._off:
+            return False
         try:
             kept, rows = self._rows(chain)
         except CannotKeepError as error:
@@ -234,6 +237,7 @@ class FeatureCache:
         return True
 
     def _rows(self, chain: Chain) -> tuple[Kept, Tensor]:
+        """Rows of a batch, kept from now on if they were not, and where they are kept."""
         start = time.perf_counter()
         conditions = self._conditions(chain.device)
         strides = [row_strides(t) for t in chain.inputs if t.ndim]
@@ -311,23 +315,21 @@ class FeatureCache:
     def _compute(self, kept: Kept, chain: Chain, asking: float) -> Tensor:
         """The whole batch; what is missing is kept from now on."""
         samples, account = range(len(chain.samples)), kept.account
+        clock = partial(now, chain.device) if account else time.perf_counter
         self._counts.misses += len(samples)
-        if account is None:
-            flat = kept.compute(chain)
-            self._add(kept, chain, samples, flat)
-            return flat
-        start = now(chain.device)
+        start = clock()
         flat = kept.compute(chain)
-        computed = now(chain.device)
+        computed = clock()
         added = self._add(kept, chain, samples, flat)
+        stored = clock()
+        if account is None:
+            return flat
         account.idle = 0 if added else account.idle + 1
         if added and len(account.computing) < TRIALS:
-            stored = now(chain.device)
             found = kept.get(kept.rows.some(len(samples)), chain.device)
             if found is not None:
                 kept.form.value(found)
-            looking = asking + now(chain.device) - stored
-            account.computed(computed - start, stored - computed, looking)
+            account.computed(computed - start, stored - computed, asking + clock() - stored)
         self._check_account(kept, fills=True)
         return flat
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -30,13 +30,11 @@ class Outcome:
     Attributes:
         metas: shape, dtype and device of each tensor; the number of the argument that it is; None.
         spec: how they are nested.
-        keys: keys and idents of such calls, by what the module holds and keys of what goes in.
         repeats: whether it has never given another form.
     """
 
     metas: tuple[Any, ...]
     spec: TreeSpec
-    keys: dict[Any, tuple[str, str]] = field(default_factory=dict)
     repeats: bool = True
 
 

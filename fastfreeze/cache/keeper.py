@@ -15,6 +15,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -226,7 +227,9 @@ class Keeper:
                 return NotImplemented
             return self._learn(given, function, module, leaves, spec)
         nodes = [self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        key, ident = self._keys(outcome, given, held[1], nodes)
+        behind = [node for node in nodes if isinstance(node, (CallNode, Outer))]
+        keys, idents = tuple([n.key for n in behind]), tuple([n.ident for n in behind])
+        key, ident = _names_of(given, held[1], keys, idents, len(self._samples))
         if module is not None:
             self._known.put_off(what[1])
         call = Call(function, nodes, spec, outcome, key, ident, self._num_calls, given[-2])
@@ -323,32 +326,6 @@ class Keeper:
             self._num_outer += 1
         return known
 
-    def _keys(
-        self, outcome: Outcome, given: Any, held: str, leaves: Sequence[Any]
-    ) -> tuple[str, str]:
-        """Key and ident of a call, whatever the number of samples."""
-        nodes = [leaf for leaf in leaves if isinstance(leaf, (CallNode, Outer))]
-        keys = held, *[node.key for node in nodes]
-        found = outcome.keys.get(keys)
-        if found is None:
-            if len(outcome.keys) >= _MAX_ARGUMENTS:
-                outcome.keys.clear()
-            kind, name, spec, signature, autocast, text = given
-            forms = [self._without_samples(form) for form in signature]
-            what = kind, name, spec, forms, autocast
-            found = _digest((*what, text, keys)), _digest((*what, [n.ident for n in nodes]))
-            outcome.keys[keys] = found
-        return found
-
-    def _without_samples(self, form: Any) -> Any:
-        times = self._times(form[0]) if isinstance(form, tuple) else 0
-        return (f"{times}n", *form[0][1:], *form[1:]) if times else form
-
-    def _times(self, shape: torch.Size) -> int:
-        """Rows for each sample; 0 where there are none."""
-        n = len(self._samples)
-        return 0 if not (n and shape) or shape[0] % n else shape[0] // n
-
     def _read(self, node: CallNode) -> Tensor:
         """The value of a node that something reads; then its views are taken at once."""
         reads, root = self._reads, node.root
@@ -358,7 +335,7 @@ class Keeper:
             if not alone and root.parted():
                 raise TooLateError
             chain = Chain(target, self._samples)
-            is_kept = reads is not None and self._times(target.shape) > 0
+            is_kept = reads is not None and _times(target.shape, len(self._samples)) > 0
             if not (is_kept and self._find(chain)):
                 target.set(chain.compute())
         for view in (*target.views, node):
@@ -368,8 +345,28 @@ class Keeper:
         return node.value
 
 
+@lru_cache(maxsize=4096)
+def _names_of(
+    given: Any, held: str, keys: tuple[str, ...], idents: tuple[str, ...], n: int
+) -> tuple[str, str]:
+    """Key and ident of a call, whatever the number ``n`` of samples."""
+    kind, name, spec, signature, autocast, text = given
+    what = kind, name, spec, [_without_samples(form, n) for form in signature], autocast
+    return _digest((*what, text, held, keys)), _digest((*what, idents))
+
+
 def _digest(value: Any) -> str:
     return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def _without_samples(form: Any, n: int) -> Any:
+    times = _times(form[0], n) if isinstance(form, tuple) else 0
+    return (f"{times}n", *form[0][1:], *form[1:]) if times else form
+
+
+def _times(shape: torch.Size, n: int) -> int:
+    """Rows for each of ``n`` samples; 0 where there are none."""
+    return 0 if not (n and shape) or shape[0] % n else shape[0] // n
 
 
 class _Asks(TorchDispatchMode):

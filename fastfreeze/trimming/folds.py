@@ -29,7 +29,7 @@ class Constants:
     def __init__(self, tensors: Sequence[Tensor | None], *others: Any) -> None:
         self.tensors = [t for t in tensors if t is not None]
         self.key: Key = (*map(id, tensors), *others)
-        self._versions = [t._version for t in self.tensors]
+        self._versions = self._now()
 
     def check(self) -> None:
         """See that they are as they were.
@@ -37,8 +37,11 @@ class Constants:
         Raises:
             TooLateError: they are not.
         """
-        if [t._version for t in self.tensors] != self._versions:
+        if self._now() != self._versions:
             raise TooLateError
+
+    def _now(self) -> list[int]:
+        return [t._version for t in self.tensors if not t.is_inference()]
 
     def plain(self, x: Tensor) -> Tensor:
         """What torch computes of images ``x``."""

@@ -74,9 +74,8 @@ class Frozen:
         frozen = set(self.modules)
         self.names = {m: n for n, m in model.named_modules() if m in frozen}
         self.folds = fold and any(map(_may_fold, self.modules))
-        self._forwards = [(vars(m), vars(m).get("forward")) for m in self.modules]
-        self._classes = list(map(type, self.modules))
-        self._forwards_of_classes = [(k, _forward_of(k)) for k in set(self._classes)]
+        self._kinds = set(map(type, self.modules))
+        self._forwards = self._read_forwards()
         compiled: list[StandIn] = [_Compiled(m) for m in modules if _is_compiled(m)]
         units = [_Unit(m, self, outermost) for m in self.modules if not isinstance(m, _LISTS)]
         chains = [_Chain(m, frozen) for m in modules if m not in frozen and _is_chain(m)]
@@ -94,15 +93,17 @@ class Frozen:
         """Whether flags or modules are others now, or forwards of these or of their classes."""
         if self._structure.changed() or self._read_flags() != self._flags:
             return True
-        return not self._users and (
-            any(d.get("forward") is not f for d, f in self._forwards)
-            or list(map(type, self.modules)) != self._classes
-            or any(_forward_of(kind) is not f for kind, f in self._forwards_of_classes)
-        )
+        return not self._users and self._read_forwards() != self._forwards
 
     def _read_flags(self) -> list[bool]:
         """Whether each parameter requires grad; True where there is none."""
         return [p is None or p.requires_grad for d in self._parameters for p in d.values()]
+
+    def _read_forwards(self) -> Any:
+        """Those that modules have of their own, their classes, and what these have."""
+        own = [vars(m).get("forward") for m in self.modules]
+        of_kinds = [getattr(kind, "forward", None) for kind in self._kinds]  # not TorchScript's
+        return own, list(map(type, self.modules)), of_kinds
 
     def known(self) -> set[int]:
         """Ids of the tensors that folded weights may be made of now."""
@@ -281,10 +282,6 @@ def _watched(least: int | None, *args: Any, closing: bool = True) -> AbstractCon
     flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
     elements = sum([t.numel() for t in flat if isinstance(t, Tensor) and not t.requires_grad])
     return run.watch(closing) if elements >= least else nullcontext()
-
-
-def _forward_of(kind: type) -> Any:
-    return getattr(kind, "forward", None)  # TorchScript's has none
 
 
 def _is_compiled(module: nn.Module) -> bool:
