@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastfreeze.cache.calls import Chain
 from fastfreeze.cache.keeper import Keeper, Known
-from fastfreeze.cache.kept import TRIALS, Account, CacheStats, Kept, now
+from fastfreeze.cache.kept import Account, CacheStats, Kept
 from fastfreeze.cache.rows import CannotKeepError, row_strides
 from fastfreeze.cache.store import Stores
 from fastfreeze.checks import check_int
@@ -43,6 +42,27 @@ class _Refusal(NamedTuple):
     reason: str
     wait: int
     until: int
+
+
+@dataclass
+class _Step:
+    """What was looked up in a call, and the seconds that it took.
+
+    Attributes:
+        names: of the stores that were asked.
+        found: how many of them gave a whole batch.
+        full: of how many a whole batch was computed, of which nothing could be added.
+        timed: of how many it was computed and added, and looking it up was tried.
+        looking, computing, storing: seconds.
+    """
+
+    names: list[str] = field(default_factory=list)
+    found: int = 0
+    full: int = 0
+    timed: int = 0
+    looking: float = 0.0
+    computing: float = 0.0
+    storing: float = 0.0
 
 
 class FeatureCache:
@@ -125,6 +145,7 @@ class FeatureCache:
         self._old: set[str] = set()  # kept when something else was frozen, and not used since
         self._num_late = 0
         self._counts = CacheStats()
+        self._step, self._accounts = _Step(), dict[tuple[str, ...], Account]()
         self._off = "switched off by enabled=False" if enabled is False else ""
         self._reason = self._off or "it has not been called yet"
 
@@ -149,10 +170,13 @@ class FeatureCache:
         form = tuple([(t.shape, t.dtype, t.device) for t in inputs])
         self._reason = _NOTHING_READ if form in known.reads else _UNKNOWN
         changes = known.changes
+        self._step = _Step()
         keeper = Keeper(known, form, keys, self._names, inputs, self._find)
         output = self.network.run(args, kwargs, keeper)
         if keeper.waits and self.active:
             self._forget_old(keys)
+            if self._measures and self._step.names:
+                self._settle(self._step)
         if known.changes != changes:
             self._old = set(self._kept)
         if known.changes > _MAX_CHANGES:
@@ -250,6 +274,7 @@ class FeatureCache:
         if kept is None:
             kept = Kept(name, conditions, chain)
             return kept, self._first(kept, chain)
+        self._step.names.append(name)
         self._old.discard(name)
         slots = self._slots(kept, chain, range(len(chain.samples)))
         if not kept.agrees(chain, slots):
@@ -288,7 +313,6 @@ class FeatureCache:
         except CannotKeepError as error:
             raise self._refused(kept.name, str(error)) from None
         kept.rows = self._stores.open(kept.name, kept.form.column)
-        kept.account = Account() if self._measures else None
         self._kept[kept.name] = kept
         slots = self._slots(kept, chain, range(n))
         if here := [i for i in range(n) if slots[i] >= 0]:
@@ -302,11 +326,9 @@ class FeatureCache:
         return flat
 
     def _check_whole(self, kept: Kept, chain: Chain, rows: Tensor, start: float) -> None:
-        """See that a batch that was found, asked for at ``start``, is right, and that it pays."""
-        if kept.account is not None and kept.account.found_whole():
-            kept.form.value(rows)
-            kept.account.looking.append(now(chain.device) - start)
-            self._check_account(kept, fills=False)
+        """See that a batch that was found, asked for at ``start``, is right."""
+        self._step.found += 1
+        self._step.looking += self._clock(chain) - start
         if kept.unchecked:
             kept.unchecked -= 1
             if not same_bits(rows, kept.compute(chain)):
@@ -314,32 +336,46 @@ class FeatureCache:
 
     def _compute(self, kept: Kept, chain: Chain, asking: float) -> Tensor:
         """The whole batch; what is missing is kept from now on."""
-        samples, account = range(len(chain.samples)), kept.account
-        clock = partial(now, chain.device) if account else time.perf_counter
+        samples, step = range(len(chain.samples)), self._step
         self._counts.misses += len(samples)
-        start = clock()
+        start = self._clock(chain)
         flat = kept.compute(chain)
-        computed = clock()
+        computed = self._clock(chain)
         added = self._add(kept, chain, samples, flat)
-        stored = clock()
-        if account is None:
-            return flat
-        account.idle = 0 if added else account.idle + 1
-        if added and len(account.computing) < TRIALS:
+        stored = self._clock(chain)
+        step.full += not added
+        if self._measures and added and kept.untimed:
+            kept.untimed -= 1
             found = kept.get(kept.rows.some(len(samples)), chain.device)
             if found is not None:
                 kept.form.value(found)
-            account.computed(computed - start, stored - computed, asking + clock() - stored)
-        self._check_account(kept, fills=True)
+            step.timed += 1
+            step.computing += computed - start
+            step.storing += stored - computed
+            step.looking += asking + self._clock(chain) - stored
         return flat
 
-    def _check_account(self, kept: Kept, fills: bool) -> None:
+    def _clock(self, chain: Chain) -> float:
+        """Seconds, when the device has done what was asked, if somebody wants to know."""
+        if self._measures and chain.device.type == "cuda":
+            torch.cuda.synchronize(chain.device)
+        return time.perf_counter()
+
+    def _settle(self, step: _Step) -> None:
         """Refuse for a while what does not pay."""
-        assert kept.account is not None
+        names, n = tuple(step.names), len(step.names)
+        account = self._accounts.setdefault(names, Account())
+        if step.found == n:
+            account.found(step.looking)
+        elif step.timed == n:
+            account.computed(step.computing, step.storing, step.looking)
+        account.idle = account.idle + 1 if step.full == n else 0
         try:
-            kept.account.check(fills)
+            account.check(fills=step.found < n)
         except CannotKeepError as error:
-            self._refused(kept.name, str(error))
+            del self._accounts[names]
+            for name in names:
+                self._refused(name, str(error))
 
     def _add(self, kept: Kept, chain: Chain, samples: Sequence[int], flat: Tensor) -> int:
         """Keep rows of some samples; what is no longer wanted makes room."""

@@ -52,6 +52,8 @@ class Call:
         ident: the same but for what the modules hold.
         index: its place in the forward.
         autocast: as it was where it was called.
+        num_readers: how many calls were put off that read what it gives.
+        held: what it gave, if more than one call or value is of that.
     """
 
     function: Callable[..., Any]
@@ -62,6 +64,8 @@ class Call:
     ident: str
     index: int
     autocast: Any
+    num_readers: int = 0
+    held: Sequence[Given | None] = ()
 
     def make(self, values: list[Any]) -> list[Any]:
         """Make it, with the values of its arguments.
@@ -85,6 +89,11 @@ class Call:
         if not expected.repeats:
             raise TooLateError
         return outputs
+
+    def hold(self, values: Sequence[Tensor | None]) -> None:
+        """Keep what it gave for this step, if that is likely to be asked for again."""
+        if self.num_readers > 1 or len(values) > 1:
+            self.held = [None if value is None else Given(value) for value in values]
 
 
 class CallNode(Node):
@@ -126,9 +135,12 @@ class CallNode(Node):
         """Have this value from now on."""
         self.version, self.value, self.is_exact = value._version, value, is_exact
 
-    def is_intact(self) -> bool:
-        """Whether what the call gave is there, and was not written to since."""
-        return self.value is not None and self.is_exact and self.value._version == self.version
+    def at_hand(self) -> Tensor | None:
+        """What the call gave, if that is there, and was not written to since."""
+        for node in (self if self.is_exact else None, self.call.held and self.call.held[self.i]):
+            if node and node.value is not None and node.value._version == node.version:
+                return node.value
+        return None
 
     def parted(self) -> list[CallNode]:
         """Views that have a value apart from the others' of their group."""
@@ -215,8 +227,14 @@ class Chain:
                 order: then it is computed from values that are there.
             given: values of nodes on the way that are known, by their keys.
         """
-        known = given or {}
-        needed = _behind(self.node, lambda n: n.key in known or (not rows and n.is_intact()))
+        known, value = given or {}, None if rows else self.node.at_hand()
+        if value is not None:
+            return value
+
+        def is_there(node: CallNode) -> bool:
+            return node.key in known or not (rows or node.at_hand() is None)
+
+        needed = _behind(self.node, is_there)
         last = {n.call: call for call in needed for n in call.leaves if isinstance(n, CallNode)}
         made: dict[Call, list[Any]] = {}
 
@@ -227,17 +245,19 @@ class Chain:
                 return leaf
             if leaf.key in known:
                 return known[leaf.key]
-            return made[leaf.call][leaf.i] if leaf.call in made else leaf.there()
+            return made[leaf.call][leaf.i] if leaf.call in made else leaf.at_hand()
 
         run = LOCAL.run or Run(None, None)  # of this thread
         outer, run.keeper = run.keeper, None
         try:
             for call in needed:
                 made[call] = call.make([value_of(leaf) for leaf in call.leaves])
+                if not rows:
+                    call.hold(made[call])
                 for done in [c for c in made if last.get(c) is call]:
                     del made[done]
-            value: Tensor = made[self.node.call][self.node.i]
-            return value
+            made_here: Tensor = made[self.node.call][self.node.i]
+            return made_here
         finally:
             run.keeper = outer
 

@@ -232,6 +232,9 @@ class Keeper:
         key, ident = _names_of(given, held[1], keys, idents, len(self._samples))
         if module is not None:
             self._known.put_off(what[1])
+        for node in behind:
+            if isinstance(node, CallNode):
+                node.call.num_readers += 1
         call = Call(function, nodes, spec, outcome, key, ident, self._num_calls, given[-2])
         self._num_calls += 1
         root = nodes[0].root if module is None and what[1] in _VIEWS else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from fastfreeze.cache.store import RowStore
 from fastfreeze.trimming.bits import same_bits
 
 _CHECKED_BATCHES = 2  # found whole, and computed all the same
-TRIALS = 5  # batches that are timed
-_EVERY = 16  # batches of those that are found whole, one is timed later on
-_MAX_IDLE = 50  # batches in which nothing was found whole and nothing more could be added
+_TRIALS = 5  # steps that are timed
+_EVERY = 16  # steps of those in which all is found, one is timed later on
+_MAX_IDLE = 50  # steps in which all was computed, and nothing more could be added
 
 
 @dataclass
@@ -43,29 +42,30 @@ class CacheStats:
 
 @dataclass
 class Account:
-    """Whether keeping pays: seconds of the latest batches that were timed.
+    """Whether keeping what a step reads pays: seconds of the latest steps that were timed.
 
     Attributes:
         computing: what is kept.
         storing: it.
         looking: it up, from the question to the values: digests, what modules hold, loading.
-        idle: how many batches in a row gained nothing.
-        turn: of the batches that were found whole.
+        idle: how many steps in a row gained nothing.
+        turn: of the steps in which all was found.
     """
 
-    computing: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
-    storing: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
-    looking: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
+    computing: deque[float] = field(default_factory=lambda: deque(maxlen=_TRIALS))
+    storing: deque[float] = field(default_factory=lambda: deque(maxlen=_TRIALS))
+    looking: deque[float] = field(default_factory=lambda: deque(maxlen=_TRIALS))
     idle: int = 0
     turn: int = 0
 
-    def found_whole(self) -> bool:
-        """Note such a batch; whether it is to be timed."""
-        self.idle, self.turn = 0, self.turn + 1
-        return self.turn <= TRIALS or self.turn % _EVERY == 0
+    def found(self, looking: float) -> None:
+        """Note a step in which all was found."""
+        self.turn += 1
+        if self.turn <= _TRIALS or self.turn % _EVERY == 0:
+            self.looking.append(looking)
 
     def computed(self, computing: float, storing: float, looking: float) -> None:
-        """Note a batch that was computed and stored, and how long it takes to look one up."""
+        """Note a step in which all was computed, and how long it takes to look that up."""
         self.computing.append(computing)
         self.storing.append(storing)
         self.looking.append(looking)
@@ -83,7 +83,7 @@ class Account:
             raise CannotKeepError(
                 "it does not pay: max_bytes is reached, and no batch is there as a whole"
             )
-        if len(self.computing) < TRIALS or len(self.looking) < TRIALS:
+        if len(self.computing) < _TRIALS or len(self.looking) < _TRIALS:
             return
         cost = median(self.looking) + (median(self.storing) if fills else 0.0)
         chain = median(self.computing)
@@ -107,7 +107,7 @@ class Kept:
         size: samples of the first batch. Others count only if they give the same bits.
         verified: names of earlier values from which carrying on was found to give the same bits.
         unchecked: how many batches that are found whole are still to be computed all the same.
-        account: whether it pays; None if nobody asks.
+        untimed: how many that are computed are still to be timed.
     """
 
     form: Form
@@ -117,8 +117,7 @@ class Kept:
         self.name, self.conditions = name, conditions
         self.key, self.size = chain.node.key, len(chain.samples)
         self.verified: set[tuple[str, ...]] = set()
-        self.unchecked = _CHECKED_BATCHES
-        self.account: Account | None = None
+        self.unchecked, self.untimed = _CHECKED_BATCHES, _TRIALS
         self._agreeing = {self.size: True}
 
     def first(self, chain: Chain, dtype: torch.dtype | None) -> Tensor:
@@ -166,10 +165,3 @@ class Kept:
     def carried_on(self, chain: Chain, rows: Sequence[int], given: dict[str, Tensor]) -> Tensor:
         """The rows that a chain gives for a batch of some samples, from given values of these."""
         return self.form.flat(chain.compute(rows, given), len(rows))
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, when the device has done what was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -103,8 +103,7 @@ class Node:
 
     def there(self) -> Tensor:
         """The same of a value that is known, which this does not count as read."""
-        assert self.value is not None
-        if self.value._version != self.version:
+        if self.value is None or self.value._version != self.version:
             raise TooLateError
         return self.value
 

@@ -248,9 +248,18 @@ def pooled_after_a_write(y):
     return F.relu(y).mean((2, 3))
 
 
+def written_after_more_was_made_of_it(y):
+    z = torch.sigmoid(y)
+    y.add_(1)
+    return y.mean((2, 3)) + z.mean((2, 3))
+
+
 @pytest.mark.parametrize(
     "read",
-    [flattened, chunks, contiguous, written_before_it_is_viewed, twice, pooled_after_a_write],
+    [
+        *(flattened, chunks, contiguous, written_before_it_is_viewed, twice, pooled_after_a_write),
+        written_after_more_was_made_of_it,
+    ],
 )
 def test_writes_through_views(read):
     cache = cached(Net(Frozen(), read))
@@ -263,6 +272,27 @@ def test_a_view_that_alone_is_read_is_kept_alone():
     agree(cache)
     assert cache.active
     assert cache.stats().bytes == 6 * (24 + 4 * 4)
+
+
+class TwoScales(Frozen):
+    def forward(self, x):
+        y = self.conv(x)
+        return y, F.avg_pool2d(y, 2)
+
+
+def test_what_a_module_gives_at_once_is_kept_apart_and_made_once():
+    cache = cached(Net(TwoScales(), lambda both: sum(y.square().mean((2, 3)) for y in both)))
+    x, calls, real = torch.randn(18, 3, 5, 5), [], F.conv2d
+    agree(cache)
+    expected = [cache.network(part) for part in x.split(6)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "conv2d", lambda *a: calls.append(1) or real(*a))
+        for _ in range(2):
+            for i, part in enumerate(x.split(6)):
+                found = cache(part, samples=torch.arange(6) + 6 * i + 6)
+                assert found.equal(expected[i])
+    assert len(calls) == 3
+    assert cache.stats().rows == 48
 
 
 def test_rows_that_require_grad_are_not_kept():
