@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,18 +106,18 @@ class CallNode(Node):
         is_exact: whether the value that it has is what the call gives, not rounded.
     """
 
-    __slots__ = ("_read", "call", "i", "ident", "is_exact", "key", "root", "views", "was_read")
+    __slots__ = ("_fill", "call", "i", "ident", "is_exact", "key", "root", "views", "was_read")
 
     def __init__(
         self,
         call: Call,
         i: int,
         root: CallNode | None,
-        read: Callable[[CallNode], Tensor],
+        fill: Callable[[CallNode], None],
         lock: threading.RLock,
     ) -> None:
         super().__init__(*call.expected.metas[i])
-        self.call, self.i, self._read, self.lock = call, i, read, lock
+        self.call, self.i, self._fill, self.lock = call, i, fill, lock
         self.key, self.ident = f"{call.key}.{i}", f"{call.ident}.{i}"
         self.was_read, self.is_exact = False, True
         self.root, self.views = root or self, list[CallNode]()
@@ -128,8 +128,10 @@ class CallNode(Node):
         self.was_read = True
         return super().get()
 
-    def compute(self) -> Tensor:
-        return self._read(self)
+    def _set(self) -> None:
+        run = LOCAL.run
+        with torch.inference_mode(False), nullcontext() if run is None else run.anew():
+            self._fill(self)
 
     def set(self, value: Tensor, is_exact: bool = True) -> None:
         """Have this value from now on."""

@@ -245,7 +245,7 @@ class Keeper:
             elif meta is None:
                 outputs.append(None)
             else:
-                self._nodes.append(CallNode(call, i, root, self._read, self._lock))
+                self._nodes.append(CallNode(call, i, root, self._fill, self._lock))
                 outputs.append(Pending.of(self._nodes[-1]))
         return tree_unflatten(outputs, outcome.spec)
 
@@ -329,8 +329,8 @@ class Keeper:
             self._num_outer += 1
         return known
 
-    def _read(self, node: CallNode) -> Tensor:
-        """The value of a node that something reads; then its views are taken at once."""
+    def _fill(self, node: CallNode) -> None:
+        """Give a node its value, which something reads, and at once those that are views of it."""
         reads, root = self._reads, node.root
         alone = reads is not None and node.ident in reads and root.value is None
         target = node if alone else root
@@ -344,8 +344,6 @@ class Keeper:
         for view in (*target.views, node):
             if view.value is None:
                 view.set(Chain(view, self._samples).compute())
-        assert node.value is not None
-        return node.value
 
 
 @lru_cache(maxsize=4096)

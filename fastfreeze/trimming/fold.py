@@ -92,7 +92,7 @@ class FusedNode(Node):
             return False
         return len(self.parts) == 1 and self.base.value is None and self._fold().checked
 
-    def compute(self) -> Tensor:
+    def _compute(self) -> Tensor:
         if self.residual is not None:
             self.residual.get()
         self._constants()
@@ -121,7 +121,7 @@ class FusedNode(Node):
         autocasts = torch.is_autocast_enabled(kind)
         outside = torch.autocast(kind, enabled=False) if autocasts else nullcontext()
         with torch.inference_mode(False), torch._C.DisableTorchFunction(), outside:
-            value = self.compute().data  # torch has counted no write to it
+            value = self._compute().data  # torch has counted no write to it
             self.version, self.value = value._version, value
         self.parts, self.base, self.residual = (), None, None
 

@@ -64,15 +64,6 @@ class Node:
         self.version, self.moved, self.passed = 0, False, False
         self.lock = threading.RLock()
 
-    def compute(self) -> Tensor:
-        """The value; called once."""
-        raise NotImplementedError
-
-    @property
-    def waits_on(self) -> bool:
-        """Whether its value is not known, and may never be read."""
-        return self.passed and self.value is None
-
     def get(self) -> Tensor:
         """The value, for one who has it under this name and may write to it."""
         if self.value is None:
@@ -83,14 +74,8 @@ class Node:
         return self.value
 
     def _set(self) -> None:
-        run = LOCAL.run
-        with torch.inference_mode(False):
-            if run is None:
-                value = self.compute()
-            else:
-                with run.anew():
-                    value = settle(self.compute())
-        self.version, self.value = value._version, value
+        """Compute the value."""
+        raise NotImplementedError
 
     def now(self) -> Tensor:
         """The value that it had when it was asked for.
@@ -241,10 +226,9 @@ class Run(TorchFunctionMode):
             reads: leave what more has been done to: most likely it is held by a name, and not read.
         """
         left = [p for ref in self.waiting.values() if (p := ref()) is not None]
-        waiting = {id(p.node): weakref.ref(p) for p in left if reads and p.node.waits_on}
-        left = [p for p in left if id(p.node) not in waiting]
-        self.waiting = waiting
-        for pending in left:
+        held = [p for p in left if reads and p.node.passed and p.node.value is None]
+        self.waiting = {id(p.node): weakref.ref(p) for p in held}
+        for pending in [p for p in left if id(p.node) not in self.waiting]:
             if not _become_plain(pending):
                 self._has_wrappers = True
 
