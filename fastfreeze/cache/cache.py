@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastfreeze.cache.calls import Chain
 from fastfreeze.cache.keeper import Keeper, Known
-from fastfreeze.cache.kept import Account, CacheStats, Kept
+from fastfreeze.cache.kept import Account, CacheStats, Kept, first_rows
 from fastfreeze.cache.rows import CannotKeepError, row_strides
 from fastfreeze.cache.store import Stores
 from fastfreeze.checks import check_int
@@ -46,20 +46,12 @@ class _Refusal(NamedTuple):
 
 @dataclass
 class _Step:
-    """What was looked up in a call, and the seconds that it took.
+    """What a call has looked up, and the seconds that it took."""
 
-    Attributes:
-        names: of the stores that were asked.
-        found: how many of them gave a whole batch.
-        full: of how many a whole batch was computed, of which nothing could be added.
-        timed: of how many it was computed and added, and looking it up was tried.
-        looking, computing, storing: seconds.
-    """
-
-    names: list[str] = field(default_factory=list)
-    found: int = 0
-    full: int = 0
-    timed: int = 0
+    names: list[str] = field(default_factory=list)  # of stores
+    found: int = 0  # of how many the whole batch was there
+    full: int = 0  # of how many it was computed, and nothing could be added
+    timed: int = 0  # of how many it was computed and added, and looking it up was tried
     looking: float = 0.0
     computing: float = 0.0
     storing: float = 0.0
@@ -272,8 +264,7 @@ class FeatureCache:
             raise CannotKeepError(refusal.reason)
         kept = self._kept.get(name)
         if kept is None:
-            kept = Kept(name, conditions, chain)
-            return kept, self._first(kept, chain)
+            return self._first(name, conditions, chain)
         self._step.names.append(name)
         self._old.discard(name)
         slots = self._slots(kept, chain, range(len(chain.samples)))
@@ -303,27 +294,27 @@ class FeatureCache:
         how = self._dtype, fp32_precision(device), torch.get_num_threads(), self.network.folding
         return f"{how} {torch.__version__} {cpu} {device.type} {gpu}"
 
-    def _first(self, kept: Kept, chain: Chain) -> Tensor:
+    def _first(self, name: str, conditions: str, chain: Chain) -> tuple[Kept, Tensor]:
         """The first batch of its kind: find out whether its values can be kept, and how."""
         n = len(chain.samples)
         if n < 2:
             raise CannotKeepError("a batch of one sample does not show what depends on the others")
         try:
-            flat = kept.first(chain, self._dtype)
+            form, flat = first_rows(chain, self._dtype)
         except CannotKeepError as error:
-            raise self._refused(kept.name, str(error)) from None
-        kept.rows = self._stores.open(kept.name, kept.form.column)
-        self._kept[kept.name] = kept
+            raise self._refused(name, str(error)) from None
+        rows = self._stores.open(name, form.column)
+        kept = self._kept[name] = Kept(name, conditions, chain.node.key, form, rows, n)
         slots = self._slots(kept, chain, range(n))
         if here := [i for i in range(n) if slots[i] >= 0]:
             found = kept.get([slots[i] for i in here], chain.device)
             if found is not None and not same_bits(found, flat[here]):
-                self._stores.drop(kept.name)
-                kept.rows = self._stores.open(kept.name, kept.form.column)
+                self._stores.drop(name)
+                kept.rows = self._stores.open(name, form.column)
         self._carry_on(kept, chain, range(n), flat)
         self._add(kept, chain, range(n), flat)
         self._counts.misses += n
-        return flat
+        return kept, flat
 
     def _check_whole(self, kept: Kept, chain: Chain, rows: Tensor, start: float) -> None:
         """See that a batch that was found, asked for at ``start``, is right."""

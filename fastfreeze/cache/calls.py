@@ -25,47 +25,27 @@ _STATIC = (
 
 @dataclass(eq=False)
 class Outcome:
-    """What a call gave the last time.
+    """What a call gave the last time."""
 
-    Attributes:
-        metas: shape, dtype and device of each tensor; the number of the argument that it is; None.
-        spec: how they are nested.
-        repeats: whether it has never given another form.
-    """
-
-    metas: tuple[Any, ...]
-    spec: TreeSpec
-    repeats: bool = True
+    metas: tuple[Any, ...]  # shape, dtype, device; the number of the argument that it is; None
+    spec: TreeSpec  # how they are nested
+    repeats: bool = True  # whether it has never given another form
 
 
 @dataclass(eq=False)
 class Call:
-    """A call that has been put off.
-
-    Attributes:
-        function: makes it.
-        leaves: arguments: nodes, and values that are no tensors.
-        spec: how they are nested.
-        expected: what it gives.
-        key: what it is called, with what, what went in there and what the modules hold; the same
-            in every process.
-        ident: the same but for what the modules hold.
-        index: its place in the forward.
-        autocast: as it was where it was called.
-        num_readers: how many calls were put off that read what it gives.
-        held: what it gave, if more than one call or value is of that.
-    """
+    """A call that has been put off."""
 
     function: Callable[..., Any]
-    leaves: list[Any]
-    spec: Any
+    leaves: list[Any]  # arguments: nodes, and values that are no tensors
+    spec: Any  # how these are nested
     expected: Outcome
-    key: str
-    ident: str
-    index: int
-    autocast: Any
-    num_readers: int = 0
-    held: Sequence[Given | None] = ()
+    key: str  # of what is called, what goes in, and what modules hold: the same in every process
+    ident: str  # the same but for what modules hold
+    index: int  # its place in the forward
+    autocast: Any  # as it was where it was called
+    num_readers: int = 0  # calls that were put off and read what it gives
+    held: Sequence[Given | None] = ()  # what it gave, if more than one call or value is of that
 
     def make(self, values: list[Any]) -> list[Any]:
         """Make it, with the values of its arguments.
@@ -100,8 +80,7 @@ class CallNode(Node):
     """One of the values that a call gives.
 
     Attributes:
-        root: what it is a view of, or itself.
-        views: all of this one, in the order in which they were taken.
+        root: what it is a view of, or itself; ``views`` are all of that, as they were taken.
         was_read: whether something has asked for it.
         is_exact: whether the value that it has is what the call gives, not rounded.
     """
@@ -151,11 +130,7 @@ class CallNode(Node):
 
 
 class Outer(Given):
-    """A tensor that came from outside, the n-th of the call.
-
-    Attributes:
-        is_input: whether the model was called with it.
-    """
+    """A tensor that came from outside, the n-th of the call; perhaps an input of the model."""
 
     __slots__ = ("_hashes", "ident", "is_input", "key", "number")
 
@@ -175,11 +150,9 @@ class Outer(Given):
 
 
 class Chain:
-    """The calls behind a value.
+    """The calls behind the value of a node.
 
     Attributes:
-        node: of the value.
-        samples: numbers of those in the batch.
         outer: what goes in, in order.
         nodes: that one, and all on the way to it, by their keys.
     """

@@ -78,22 +78,15 @@ _KNOWN = _functions((*_FRESH, *_VIEWS))
 
 
 class Known:
-    """What is known of a model's calls from earlier steps.
-
-    Attributes:
-        outcomes: of calls, by what they are and what they are given; a number is how often
-            they could not be put off.
-        reads: idents of what was read in the last step with inputs of a form; missing if that is
-            not known.
-        changes: how often what a module holds has changed.
-        reasons: why modules are not put off, by their names.
-        lookout: for writes to what modules hold.
-    """
+    """What is known of a model's calls from earlier steps."""
 
     def __init__(self) -> None:
+        # By what calls are and are given; a number is how often one could not be put off.
         self.outcomes: dict[Any, Outcome | int] = {}
+        # By the form of the inputs: idents of what was read in the last step.
         self.reads: dict[Any, set[str]] = {}
-        self.changes, self.reasons = 0, dict[str, str]()
+        self.changes = 0  # of what modules hold
+        self.reasons: dict[str, str] = {}  # why modules are not put off, by their names
         self.lookout = Lookout()
         self._arguments: dict[Any, set[Any]] = {}
         self._holders: set[str] = set()

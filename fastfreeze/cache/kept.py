@@ -15,7 +15,6 @@ from fastfreeze.cache.rows import CannotKeepError, Form
 from fastfreeze.cache.store import RowStore
 from fastfreeze.trimming.bits import same_bits
 
-_CHECKED_BATCHES = 2  # found whole, and computed all the same
 _TRIALS = 5  # steps that are timed
 _EVERY = 16  # steps of those in which all is found, one is timed later on
 _MAX_IDLE = 50  # steps in which all was computed, and nothing more could be added
@@ -40,23 +39,19 @@ class CacheStats:
     bytes: int = 0
 
 
+def _latest() -> deque[float]:
+    return deque(maxlen=_TRIALS)
+
+
 @dataclass
 class Account:
-    """Whether keeping what a step reads pays: seconds of the latest steps that were timed.
+    """Whether it pays to keep what a step reads: seconds of the latest steps that were timed."""
 
-    Attributes:
-        computing: what is kept.
-        storing: it.
-        looking: it up, from the question to the values: digests, what modules hold, loading.
-        idle: how many steps in a row gained nothing.
-        turn: of the steps in which all was found.
-    """
-
-    computing: deque[float] = field(default_factory=lambda: deque(maxlen=_TRIALS))
-    storing: deque[float] = field(default_factory=lambda: deque(maxlen=_TRIALS))
-    looking: deque[float] = field(default_factory=lambda: deque(maxlen=_TRIALS))
-    idle: int = 0
-    turn: int = 0
+    computing: deque[float] = field(default_factory=_latest)  # what is kept
+    storing: deque[float] = field(default_factory=_latest)
+    looking: deque[float] = field(default_factory=_latest)  # it up: digests, loading and all
+    idle: int = 0  # steps in a row that gained nothing
+    turn: int = 0  # of the steps in which all was found
 
     def found(self, looking: float) -> None:
         """Note a step in which all was found."""
@@ -95,46 +90,22 @@ class Account:
             )
 
 
+@dataclass(eq=False)
 class Kept:
-    """What is kept of a value, for one form of input.
+    """What is kept of a value, for one form of input."""
 
-    Attributes:
-        name: of the store.
-        conditions: what else the value depends on.
-        key: of the node whose value it is.
-        form: of the value.
-        rows: the store.
-        size: samples of the first batch. Others count only if they give the same bits.
-        verified: names of earlier values from which carrying on was found to give the same bits.
-        unchecked: how many batches that are found whole are still to be computed all the same.
-        untimed: how many that are computed are still to be timed.
-    """
-
+    name: str  # of the store
+    conditions: str  # what else the value depends on
+    key: str  # of its node
     form: Form
     rows: RowStore
+    size: int  # samples of the first batch; others count only if they give the same bits
+    unchecked: int = 2  # batches that are still to be computed when they are found whole
+    untimed: int = _TRIALS  # batches that are still to be timed when they are computed
 
-    def __init__(self, name: str, conditions: str, chain: Chain) -> None:
-        self.name, self.conditions = name, conditions
-        self.key, self.size = chain.node.key, len(chain.samples)
-        self.verified: set[tuple[str, ...]] = set()
-        self.unchecked, self.untimed = _CHECKED_BATCHES, _TRIALS
+    def __post_init__(self) -> None:
+        self.verified: set[tuple[str, ...]] = set()  # names of what was carried on, the same bits
         self._agreeing = {self.size: True}
-
-    def first(self, chain: Chain, dtype: torch.dtype | None) -> Tensor:
-        """The rows of the first batch, which show what form they have.
-
-        Raises:
-            CannotKeepError: they cannot be kept.
-        """
-        value, n = chain.compute(), self.size
-        self.form = Form.of(value, n, dtype)
-        if len(devices := {str(t.device) for t in (*chain.inputs, value)}) > 1:
-            raise CannotKeepError(f"inputs and what is read are on {' and '.join(sorted(devices))}")
-        flat = self.form.flat(value, n)
-        rows = [(n - 1) - i // 2 for i in range(n)]  # half of them, twice, in another order
-        if not same_bits(self.form.flat(chain.compute(rows), n), flat[rows]):
-            raise CannotKeepError("what a sample gives depends on the others in its batch")
-        return flat
 
     def get(self, slots: Sequence[int], device: torch.device) -> Tensor | None:
         """Kept rows, on ``device``: to a GPU out of pinned memory; None if they were damaged."""
@@ -165,3 +136,20 @@ class Kept:
     def carried_on(self, chain: Chain, rows: Sequence[int], given: dict[str, Tensor]) -> Tensor:
         """The rows that a chain gives for a batch of some samples, from given values of these."""
         return self.form.flat(chain.compute(rows, given), len(rows))
+
+
+def first_rows(chain: Chain, dtype: torch.dtype | None) -> tuple[Form, Tensor]:
+    """The rows of the first batch, and the form that they have.
+
+    Raises:
+        CannotKeepError: they cannot be kept.
+    """
+    value, n = chain.compute(), len(chain.samples)
+    if len(devices := {str(t.device) for t in (*chain.inputs, value)}) > 1:
+        raise CannotKeepError(f"inputs and what is read are on {' and '.join(sorted(devices))}")
+    form = Form.of(value, n, dtype)
+    flat = form.flat(value, n)
+    rows = [(n - 1) - i // 2 for i in range(n)]  # half of them, twice, in another order
+    if not same_bits(form.flat(chain.compute(rows), n), flat[rows]):
+        raise CannotKeepError("what a sample gives depends on the others in its batch")
+    return form, flat

@@ -37,23 +37,14 @@ def row_strides(tensor: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class Form:
-    """What of a value's shape and strides does not depend on the batch: how its rows are kept.
+    """What of a value's shape and strides does not depend on the batch: how its rows are kept."""
 
-    Attributes:
-        times: rows of the value for each sample; the other attributes are those of all of them.
-        shape: of a row.
-        strides: from row to row, and within a row.
-        dense: whether rows have no gaps: they are kept in the order of memory, others as they read.
-        dtype: of the value.
-        stored: of what is kept.
-    """
-
-    times: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dense: bool
-    dtype: torch.dtype
-    stored: torch.dtype
+    times: int  # rows of the value for each sample: all of these are what is called a row here
+    shape: tuple[int, ...]  # of a row
+    strides: tuple[int, ...]  # from row to row, and within a row
+    dense: bool  # whether rows have no gaps: they are kept in the order of memory
+    dtype: torch.dtype  # of the value
+    stored: torch.dtype  # of what is kept
 
     @classmethod
     def of(cls, value: Tensor, n: int, dtype: torch.dtype | None) -> Form:

@@ -139,10 +139,8 @@ class Run(TorchFunctionMode):
     which something may wait (:meth:`watch`).
 
     Attributes:
-        folds: the model's folded weights.
         known: ids of the tensors that may be folded; found when it becomes a mode.
-        may_watch: whether it ever becomes one.
-        watches: whether it is one now.
+        may_watch, watches: whether it ever becomes one, and is one now.
         keeper: puts off calls of frozen modules, and functions of what they give; None for nothing.
         pending: values of the keeper's.
         waiting: values of fused functions, by the id of their nodes.
