@@ -335,9 +335,10 @@ class FeatureCache:
         added = self._add(kept, chain, samples, flat)
         stored = self._clock(chain)
         step.full += not added
-        if self._measures and added and kept.untimed:
+        slots = kept.rows.find(chain.samples)
+        if self._measures and kept.untimed and all(slot >= 0 for slot in slots):
             kept.untimed -= 1
-            found = kept.get(kept.rows.some(len(samples)), chain.device)
+            found = kept.get(slots, chain.device)
             if found is not None:
                 kept.form.value(found)
             step.timed += 1

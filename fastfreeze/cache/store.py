@@ -75,11 +75,9 @@ class Stores:
             OSError: its file cannot be made.
         """
         if self._path is None:
-            store = RowStore(column, self.room)
-            self._open[name] = store
-        else:
-            store = self._open[name] = FileStore(column, self.room, self._path / f"{name}.rows")
-            store.take_over()
+            return self._open.setdefault(name, RowStore(column, self.room))
+        store = self._open[name] = FileStore(column, self.room, self._path / f"{name}.rows")
+        store.take_over()
         return store
 
     def drop(self, name: str) -> None:
@@ -145,11 +143,6 @@ class RowStore:
     def find(self, keys: Sequence[int]) -> list[int]:
         """The slot of each key; -1 where there is no row."""
         return [self._slots.get(key, -1) for key in keys]
-
-    def some(self, n: int) -> list[int]:
-        """Slots of ``n`` rows here and there, some perhaps more than once."""
-        slots = list(self._slots.values())
-        return [slots[i * 7919 % len(slots)] for i in range(n)] if slots else []
 
     def digest(self, slot: int) -> int:
         """What came with a row."""
@@ -230,6 +223,10 @@ class FileStore(RowStore):
         self._path, self._num_found = path, 0
         text = f"fastfreeze rows {_VERSION}\n{column[0]} {column[1]}\n"
         header = hashlib.blake2b(text.encode(), digest_size=_HEADER).digest()
+        with suppress(FileNotFoundError):
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # it is elsewhere, too
+                path.unlink()
         with _opened(path) as fd:
             if os.pread(fd, _HEADER, 0) != header:
                 os.ftruncate(fd, 0)
@@ -279,18 +276,8 @@ def _checksums(stamps: Tensor, rows: Tensor) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """A file to read and write, to which no other name leads: not one that lies elsewhere, too."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    fd = -1
-    with suppress(OSError):
-        fd = os.open(path, flags, 0o666)
-        found = os.fstat(fd)
-        if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
-            os.close(fd)
-            fd = -1
-    if fd < 0:
-        path.unlink(missing_ok=True)
-        fd = os.open(path, flags | os.O_EXCL, 0o666)
+    """A file to read and write, which is made if it is not there."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         yield fd
     finally:
