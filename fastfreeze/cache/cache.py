@@ -311,7 +311,6 @@ class FeatureCache:
             if found is not None and not same_bits(found, flat[here]):
                 self._stores.drop(name)
                 kept.rows = self._stores.open(name, form.column)
-        self._carry_on(kept, chain, range(n), flat)
         self._add(kept, chain, range(n), flat)
         self._counts.misses += n
         return kept, flat
@@ -420,16 +419,11 @@ class FeatureCache:
         reason = f"for {came}: something random, or that trains, lies in front"
         raise self._refused(kept.name, reason)
 
-    def _carry_on(
-        self, kept: Kept, chain: Chain, samples: Sequence[int], expected: Tensor | None = None
-    ) -> Tensor | None:
+    def _carry_on(self, kept: Kept, chain: Chain, samples: Sequence[int]) -> Tensor | None:
         """Rows of some samples of a batch, computed from earlier values and kept.
 
         None if there are no such values of all of them. The batch is as large as ever: some samples
         come more than once.
-
-        Args:
-            expected: what the whole chain gives for the batch, if that is known.
         """
         places = [i % len(samples) for i in range(len(chain.samples))]
         given: dict[str, Tensor] = {}
@@ -448,8 +442,7 @@ class FeatureCache:
             return None
         flat = kept.carried_on(chain, [samples[i] for i in places], given)[: len(samples)]
         if tuple(names) not in kept.verified:
-            whole = kept.compute(chain) if expected is None else expected
-            if not same_bits(flat, whole[list(samples)]):
+            if not same_bits(flat, kept.compute(chain)[list(samples)]):
                 for name in names:
                     self._delete(name)
                 return None

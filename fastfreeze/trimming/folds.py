@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,20 +20,21 @@ Key = tuple[Any, ...]
 
 
 class Constants:
-    """Tensors with which one of torch's functions was called, as they were then.
+    """What one of torch's functions of images was called with, and its tensors as they were then.
 
     Attributes:
         tensors: which.
         key: what tells this call from others.
     """
 
-    def __init__(self, tensors: Sequence[Tensor | None], *others: Any) -> None:
-        self.tensors = [t for t in tensors if t is not None]
-        self.key: Key = (*map(id, tensors), *others)
+    def __post_init__(self) -> None:
+        given = list(vars(self).values())
+        self.tensors = [v for v in given if isinstance(v, Tensor)]
+        self.key: Key = tuple([id(v) if isinstance(v, Tensor) else v for v in given])
         self._versions = self._now()
 
     def check(self) -> None:
-        """See that they are as they were.
+        """See that the tensors are as they were.
 
         Raises:
             TooLateError: they are not.
@@ -40,30 +42,32 @@ class Constants:
         if self._now() != self._versions:
             raise TooLateError
 
-    def _now(self) -> list[int]:
-        return [t._version for t in self.tensors if not t.is_inference()]
-
     def plain(self, x: Tensor) -> Tensor:
         """What torch computes of images ``x``."""
         raise NotImplementedError
 
+    def _now(self) -> list[int]:
+        return [t._version for t in self.tensors if not t.is_inference()]
 
+
+@dataclass(eq=False)
 class Convolving(Constants):
     """A call of torch's convolution of images, with pairs for stride, padding and dilation."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
-        groups: int,
-    ) -> None:
-        super().__init__((weight, bias), stride, padding, dilation, groups)
-        self.weight, self.bias, self.groups = weight, bias, groups
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.kernel_size, self.out_channels = weight.shape[2:], len(weight)
+    weight: Tensor
+    bias: Tensor | None
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+
+    @property
+    def kernel_size(self) -> torch.Size:
+        return self.weight.shape[2:]
+
+    @property
+    def out_channels(self) -> int:
+        return len(self.weight)
 
     def plain(self, x: Tensor) -> Tensor:
         how = self.stride, self.padding, self.dilation, self.groups
@@ -78,14 +82,15 @@ class Convolving(Constants):
         return Convolution(self, weight, bias, self.weight.dtype)
 
 
+@dataclass(eq=False)
 class Norm(Constants):
     """A call of torch's batch norm in eval mode."""
 
-    def __init__(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> None:
-        super().__init__((mean, var, weight, bias), eps)
-        self.mean, self.var, self.weight, self.bias, self.eps = mean, var, weight, bias, eps
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
 
     def plain(self, x: Tensor) -> Tensor:
         own = self.mean, self.var, self.weight, self.bias
