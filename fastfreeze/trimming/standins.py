@@ -19,7 +19,7 @@ from fastfreeze.errors import warn
 from fastfreeze.trimming.fold import may_fold
 from fastfreeze.trimming.operations import may_take_winograd
 from fastfreeze.trimming.pending import LOCAL, Run, settled
-from fastfreeze.trimming.state import Watch, is_run_again
+from fastfreeze.trimming.state import is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -67,7 +67,7 @@ class Frozen:
 
     def __init__(self, model: nn.Module, fold: bool, outermost: CodeType) -> None:
         modules = list(model.modules())
-        self._structure = Watch([m._modules for m in modules])
+        self._children = [m._modules for m in modules]
         self._parameters = [m._parameters for m in modules]
         self._flags = self._read_flags()
         self.modules = frozen_modules(model)
@@ -91,13 +91,15 @@ class Frozen:
 
     def outdated(self) -> bool:
         """Whether flags or modules are others now, or forwards of these or of their classes."""
-        if self._structure.changed() or self._read_flags() != self._flags:
+        if self._read_flags() != self._flags:
             return True
         return not self._users and self._read_forwards() != self._forwards
 
-    def _read_flags(self) -> list[bool]:
-        """Whether each parameter requires grad; True where there is none."""
-        return [p is None or p.requires_grad for d in self._parameters for p in d.values()]
+    def _read_flags(self) -> Any:
+        """What modules there are, and whether each parameter requires grad, or is None."""
+        children = [m for d in self._children for m in d.values()]
+        flags = [p is None or p.requires_grad for d in self._parameters for p in d.values()]
+        return children, flags
 
     def _read_forwards(self) -> Any:
         """Those that modules have of their own, their classes, and what these have."""
