@@ -253,7 +253,11 @@ class FeatureCache:
         return True
 
     def _rows(self, chain: Chain) -> tuple[Kept, Tensor]:
-        """Rows of a batch, kept from now on if they were not, and where they are kept."""
+        """The rows of a batch, found or computed and kept, and what keeps them.
+
+        Raises:
+            CannotKeepError: they are not kept.
+        """
         start = time.perf_counter()
         conditions = self._conditions(chain.device)
         strides = [row_strides(t) for t in chain.inputs if t.ndim]

@@ -27,9 +27,10 @@ _STATIC = (
 class Outcome:
     """What a call gave the last time."""
 
-    metas: tuple[Any, ...]  # shape, dtype, device; the number of the argument that it is; None
-    spec: TreeSpec  # how they are nested
-    repeats: bool = True  # whether it has never given another form
+    # Of each value: shape, dtype and device; or the number of the argument that it is; or None.
+    metas: tuple[Any, ...]
+    spec: TreeSpec  # how the values are nested
+    repeats: bool = True  # False once such a call gave another form
 
 
 @dataclass(eq=False)
@@ -188,7 +189,7 @@ class Chain:
         return numbers
 
     def reads(self, node: CallNode, given: dict[str, Tensor]) -> bool:
-        """Whether another value is computed with, where those of some keys are ``given``."""
+        """Whether the value of ``node`` is needed where those of the keys in ``given`` are known."""
         if node is self.node or node.key in given:
             return False
         needed = _behind(self.node, lambda n: n.key in given)

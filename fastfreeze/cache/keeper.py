@@ -323,7 +323,7 @@ class Keeper:
         return known
 
     def _fill(self, node: CallNode) -> None:
-        """Give a node its value, which something reads, and at once those that are views of it."""
+        """Give a node that something reads its value, and at once the views of that theirs."""
         reads, root = self._reads, node.root
         alone = reads is not None and node.ident in reads and root.value is None
         target = node if alone else root

@@ -173,7 +173,7 @@ class FusedNode(Node):
 
 
 def _fuse(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Have calls of these functions done by what is decorated, if it does not decline."""
+    """Let calls of these functions go to the decorated one, which may decline."""
 
     def register(handler: Callable[..., Any]) -> Callable[..., Any]:
         FUSED.update(dict.fromkeys(functions, handler))
@@ -290,7 +290,7 @@ def _cat(run: Run, tensors: Any, dim: int = 0, *rest: Any, **others: Any) -> Any
 
 
 def _parts(node: Node) -> Sequence[Node]:
-    """What a cat that waits is of; else the node alone."""
+    """The parts of a cat that waits; any other node is its only part."""
     if isinstance(node, FusedNode) and node.is_cat and node.value is None:
         return node.parts
     return (node,)

@@ -62,7 +62,7 @@ class Frozen:
     Attributes:
         modules: all that are in eval mode.
         names: of these.
-        folds: whether something may gain by waiting: a norm, or a convolution of Winograd's kind.
+        folds: whether waiting may pay in one of them.
     """
 
     def __init__(self, model: nn.Module, fold: bool, outermost: CodeType) -> None:
@@ -272,9 +272,9 @@ class _Unit(StandIn):
 
 
 def _watched(least: int | None, *args: Any, closing: bool = True) -> AbstractContextManager[None]:
-    """In which functions may wait, if that can pay and no call around it has seen to it.
+    """A context in which functions wait, if ``args`` hold ``least`` values that require no grad.
 
-    It can where ``args`` hold ``least`` values that require no grad: others never wait.
+    It changes nothing inside another one.
     """
     run = LOCAL.run
     if least is None or run is None or run.watches or not run.may_watch:
@@ -291,10 +291,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _least(modules: Iterable[nn.Module]) -> int | None:
-    """How many values must go in, that something is gained where functions in these wait.
-
-    None: nothing ever is.
-    """
+    """How many values inputs must hold for waiting to pay in these modules; None: it never does."""
     inside = [m for module in modules for m in module.modules() if _may_fold(m)]
     if not inside:
         return None
@@ -307,7 +304,7 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def _may_fold(module: nn.Module) -> bool:
-    """Whether something is gained where values wait for this module, or it waits for others."""
+    """Whether a module is a norm, or a convolution for Winograd's algorithm: waiting may pay."""
     if isinstance(module, _BatchNorm):
         return True
     return type(module) is nn.Conv2d and may_take_winograd(module)
