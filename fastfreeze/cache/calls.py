@@ -189,7 +189,7 @@ class Chain:
         return numbers
 
     def reads(self, node: CallNode, given: dict[str, Tensor]) -> bool:
-        """Whether the value of ``node`` is needed where those of the keys in ``given`` are known."""
+        """Whether the value of ``node`` is needed where those of ``given`` keys are known."""
         if node is self.node or node.key in given:
             return False
         needed = _behind(self.node, lambda n: n.key in given)
