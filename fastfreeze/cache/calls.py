@@ -119,7 +119,8 @@ class CallNode(Node):
 
     def at_hand(self) -> Tensor | None:
         """What the call gave, if that is there, and was not written to since."""
-        for node in (self if self.is_exact else None, self.call.held and self.call.held[self.i]):
+        own, held = self if self.is_exact else None, self.call.held
+        for node in (own, held[self.i] if held else None):
             if node and node.value is not None and node.value._version == node.version:
                 return node.value
         return None
