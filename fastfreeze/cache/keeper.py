@@ -219,7 +219,9 @@ class Keeper:
             if outcome == _TRIALS or not self._known.fits(what, arguments):
                 return NotImplemented
             return self._learn(given, function, module, leaves, spec)
-        nodes = [self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        nodes: list[Any] = [
+            self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
         behind = [node for node in nodes if isinstance(node, (CallNode, Outer))]
         keys, idents = tuple([n.key for n in behind]), tuple([n.ident for n in behind])
         key, ident = _names_of(given, held[1], keys, idents, len(self._samples))

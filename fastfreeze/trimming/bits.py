@@ -70,7 +70,7 @@ def checksum(tensor: Tensor) -> int | None:
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         return None
     with torch._C._DisableFuncTorch():  # whose tensors have no memory
-        return zlib.crc32(bits(tensor).numpy())
+        return zlib.crc32(bits(tensor).numpy().data)
 
 
 @lru_cache(maxsize=256)

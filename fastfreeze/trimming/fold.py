@@ -90,7 +90,9 @@ class FusedNode(Node):
         """Whether a convolution may compute it on the way."""
         if self.value is not None or not (self.is_affine and self.relu):
             return False
-        return len(self.parts) == 1 and self.base.value is None and self._fold().checked
+        base = self.base
+        alone = len(self.parts) == 1 and base is not None and base.value is None
+        return alone and self._fold().checked
 
     def _compute(self) -> Tensor:
         if self.residual is not None:
@@ -127,7 +129,8 @@ class FusedNode(Node):
 
     def _constants(self) -> list[Constants]:
         """What it computes with; raises TooLateError if that is not as it was."""
-        found = [c for c in (self.convolving, self.norm) if c is not None]
+        both: tuple[Constants | None, ...] = self.convolving, self.norm
+        found = [c for c in both if c is not None]
         for constants in found:
             constants.check()
         return found
@@ -142,7 +145,9 @@ class FusedNode(Node):
             return Affine(*self.norm.affine(), dtype)
 
         key = *[(type(c), c.key) for c in constants], dtype
-        return self.run.folds.get(key, [t for c in constants for t in c.tensors], make)
+        tensors = [t for c in constants for t in c.tensors]
+        fold: Fold = self.run.folds.get(key, tensors, make)
+        return fold
 
     def _folded(self, fold: Fold) -> Tensor:
         operation: Callable[..., Tensor] = fold.operation
