@@ -49,12 +49,11 @@ class _Step:
     """What a call has looked up, and the seconds that it took."""
 
     names: list[str] = field(default_factory=list)  # of stores
-    found: int = 0  # of how many the whole batch was there
-    full: int = 0  # of how many it was computed, and nothing could be added
-    timed: int = 0  # of how many it was computed and added, and looking it up was tried
-    looking: float = 0.0
-    computing: float = 0.0
-    storing: float = 0.0
+    found: int = 0  # in how many the whole batch was there
+    stored: int = 0  # in how many it was not, and was added
+    full: int = 0  # in how many it was not, and nothing could be added
+    seconds: float = 0.0
+    computing: float = 0.0  # of these
 
 
 class FeatureCache:
@@ -240,7 +239,10 @@ class FeatureCache:
         if self._off:
             return False
         try:
+            start = self._clock(chain)
             kept, rows = self._rows(chain)
+            value = kept.form.value(rows)
+            self._step.seconds += self._clock(chain) - start
         except CannotKeepError as error:
             self._reason = str(error)
             return False
@@ -249,7 +251,7 @@ class FeatureCache:
             return False
         if self._reason == _NOTHING_READ:
             self._reason = ""
-        chain.node.set(kept.form.value(rows), is_exact=kept.form.is_exact)
+        chain.node.set(value, is_exact=kept.form.is_exact)
         return True
 
     def _rows(self, chain: Chain) -> tuple[Kept, Tensor]:
@@ -258,7 +260,6 @@ class FeatureCache:
         Raises:
             CannotKeepError: they are not kept.
         """
-        start = time.perf_counter()
         conditions = self._conditions(chain.device)
         strides = [row_strides(t) for t in chain.inputs if t.ndim]
         text = f"{chain.node.key}\n{strides}\n{conditions}"
@@ -284,9 +285,9 @@ class FeatureCache:
             slots = kept.rows.find(chain.samples)  # by now all, if there was room
         rows = kept.get(slots, chain.device) if all(slot >= 0 for slot in slots) else None
         if rows is None:
-            return kept, self._compute(kept, chain, time.perf_counter() - start)
+            return kept, self._compute(kept, chain)
         if not missing:
-            self._check_whole(kept, chain, rows, start)
+            self._check_whole(kept, chain, rows)
         self._counts.hits += len(slots) - len(missing)
         return kept, rows
 
@@ -319,35 +320,29 @@ class FeatureCache:
         self._counts.misses += n
         return kept, flat
 
-    def _check_whole(self, kept: Kept, chain: Chain, rows: Tensor, start: float) -> None:
-        """See that a batch that was found, asked for at ``start``, is right."""
+    def _check_whole(self, kept: Kept, chain: Chain, rows: Tensor) -> None:
+        """See that a batch that was found is right."""
         self._step.found += 1
-        self._step.looking += self._clock(chain) - start
         if kept.unchecked:
             kept.unchecked -= 1
-            if not same_bits(rows, kept.compute(chain)):
+            if not same_bits(rows, self._timed(kept, chain)):
                 raise self._refused(kept.name, _NOT_THE_SAME)
 
-    def _compute(self, kept: Kept, chain: Chain, asking: float) -> Tensor:
+    def _compute(self, kept: Kept, chain: Chain) -> Tensor:
         """The whole batch; what is missing is kept from now on."""
-        samples, step = range(len(chain.samples)), self._step
+        samples = range(len(chain.samples))
         self._counts.misses += len(samples)
+        flat = self._timed(kept, chain)
+        added = self._add(kept, chain, samples, flat)
+        self._step.stored += bool(added)
+        self._step.full += not added
+        return flat
+
+    def _timed(self, kept: Kept, chain: Chain) -> Tensor:
+        """The rows of a batch, computed."""
         start = self._clock(chain)
         flat = kept.compute(chain)
-        computed = self._clock(chain)
-        added = self._add(kept, chain, samples, flat)
-        stored = self._clock(chain)
-        step.full += not added
-        slots = kept.rows.find(chain.samples)
-        if self._measures and kept.untimed and all(slot >= 0 for slot in slots):
-            kept.untimed -= 1
-            found = kept.get(slots, chain.device)
-            if found is not None:
-                kept.form.value(found)
-            step.timed += 1
-            step.computing += computed - start
-            step.storing += stored - computed
-            step.looking += asking + self._clock(chain) - stored
+        self._step.computing += self._clock(chain) - start
         return flat
 
     def _clock(self, chain: Chain) -> float:
@@ -360,10 +355,11 @@ class FeatureCache:
         """Refuse for a while what does not pay."""
         names, n = tuple(step.names), len(step.names)
         account = self._accounts.setdefault(names, Account())
+        rest = step.seconds - step.computing
         if step.found == n:
-            account.found(step.looking)
-        elif step.timed == n:
-            account.computed(step.computing, step.storing, step.looking)
+            account.found(rest)
+        elif step.stored == n:
+            account.stored(rest, step.computing)
         account.idle = account.idle + 1 if step.full == n else 0
         try:
             account.check(fills=step.found < n)

@@ -47,29 +47,28 @@ def _latest() -> deque[float]:
 class Account:
     """Whether it pays to keep what a step reads: seconds of the latest steps that were timed."""
 
-    computing: deque[float] = field(default_factory=_latest)  # what is kept
-    storing: deque[float] = field(default_factory=_latest)
-    looking: deque[float] = field(default_factory=_latest)  # it up: digests, loading and all
+    computing: deque[float] = field(default_factory=_latest)
+    storing: deque[float] = field(default_factory=_latest)  # and looking up
+    finding: deque[float] = field(default_factory=_latest)  # digests, loading and all
     idle: int = 0  # steps in a row that gained nothing
     turn: int = 0  # of the steps in which all was found
 
-    def found(self, looking: float) -> None:
+    def found(self, seconds: float) -> None:
         """Note a step in which all was found."""
         self.turn += 1
         if self.turn <= _TRIALS or self.turn % _EVERY == 0:
-            self.looking.append(looking)
+            self.finding.append(seconds)
 
-    def computed(self, computing: float, storing: float, looking: float) -> None:
-        """Note a step in which all was computed, and how long it takes to look that up."""
+    def stored(self, seconds: float, computing: float) -> None:
+        """Note a step in which all was computed, and then stored."""
+        self.storing.append(seconds)
         self.computing.append(computing)
-        self.storing.append(storing)
-        self.looking.append(looking)
 
     def check(self, fills: bool) -> None:
         """See that it pays, as far as that is known yet.
 
         Args:
-            fills: whether storing is a part of it.
+            fills: whether the latest step stored.
 
         Raises:
             CannotKeepError: it does not.
@@ -78,10 +77,10 @@ class Account:
             raise CannotKeepError(
                 "it does not pay: max_bytes is reached, and no batch is there as a whole"
             )
-        if len(self.computing) < _TRIALS or len(self.looking) < _TRIALS:
+        costs = self.storing if fills else self.finding
+        if min(len(costs), len(self.computing)) < _TRIALS:
             return
-        cost = median(self.looking) + (median(self.storing) if fills else 0.0)
-        chain = median(self.computing)
+        cost, chain = median(costs), median(self.computing)
         if cost >= chain:
             what = "storing and looking up take" if fills else "looking up takes"
             raise CannotKeepError(
@@ -101,7 +100,6 @@ class Kept:
     rows: RowStore
     size: int  # samples of the first batch; others count only if they give the same bits
     unchecked: int = 2  # batches that are still to be computed when they are found whole
-    untimed: int = _TRIALS  # batches that are still to be timed when they are computed
 
     def __post_init__(self) -> None:
         self.verified: set[tuple[str, ...]] = set()  # names of what was carried on, the same bits

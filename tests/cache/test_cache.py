@@ -829,19 +829,20 @@ def test_inside_transforms_of_torch_func():
 @pytest.mark.parametrize(
     ("seconds", "fills", "idle", "problem"),
     [
-        ((1.0, 0.2, 0.3), True, 0, ""),
-        ((1.0, 0.9, 0.3), True, 0, "storing and looking up take 1200.00 ms a batch, the frozen"),
-        ((1.0, 0.9, 0.3), False, 0, ""),
-        ((1.0, 0.9, 1.1), False, 0, "looking up takes 1100.00 ms a batch, the frozen modules 1000"),
-        ((1.0, 0.2, 0.3), True, 51, "max_bytes is reached, and no batch is there as a whole"),
+        ((1.0, 0.5, 0.3), True, 0, ""),
+        ((1.0, 1.2, 0.3), True, 0, "storing and looking up take 1200.00 ms a batch, the frozen"),
+        ((1.0, 1.2, 0.3), False, 0, ""),
+        ((1.0, 1.2, 1.1), False, 0, "looking up takes 1100.00 ms a batch, the frozen modules 1000"),
+        ((1.0, 0.5, 0.3), True, 51, "max_bytes is reached, and no batch is there as a whole"),
     ],
 )
 def test_an_account_decides(seconds, fills, idle, problem):
-    account = kept.Account(idle=idle)
+    account, (computing, storing, finding) = kept.Account(idle=idle), seconds
     for _ in range(5):
         with pytest.raises(CannotKeepError) if idle > 50 else nullcontext():
             account.check(fills)
-        account.computed(*seconds)
+        account.stored(storing, computing)
+        account.found(finding)
     with pytest.raises(CannotKeepError, match=problem) if problem else nullcontext():
         account.check(fills)
 

@@ -295,6 +295,28 @@ def test_what_a_module_gives_at_once_is_kept_apart_and_made_once():
     assert cache.stats().rows == 48
 
 
+class TwoStages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Frozen().requires_grad_(False), nn.Conv2d(4, 4, 3).requires_grad_(False)
+        self.one = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        y = self.a(x)
+        z = self.b(y)
+        return y * self.one, z * self.one
+
+
+def test_what_was_rounded_is_not_computed_with():
+    cache, x = cached(TwoStages(), dtype=torch.bfloat16), torch.randn(6, 3, 5, 5)
+    expected = [t.bfloat16().float() for t in cache.network(x)]
+    for _ in range(6):
+        found = cache(x, samples=torch.arange(6))
+        same = [a.equal(b) for a, b in zip(found, expected, strict=True)]
+    assert same == [True, True]
+    assert cache.stats().rows == 12
+
+
 def test_rows_that_require_grad_are_not_kept():
     class Gate(nn.Module):
         def __init__(self):
