@@ -198,8 +198,8 @@ class Run(TorchFunctionMode):
             result = self.keeper.call_function(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        fused = FUSED.get(func)
-        if fused is not None and args and (self.watches or self.keeper is not None):
+        fused = FUSED.get(func) if self.watches else None
+        if fused is not None and args:
             result = fused(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
