@@ -172,13 +172,12 @@ class FeatureCache:
             self._old = set(self._kept)
         if known.changes > _MAX_CHANGES:
             self._give_up(_CHANGES)
+        keeper.finish()
         if keeper.waits:
-            keeper.finish()
             if self._reason == _NOTHING_READ and known.reasons:
                 self._reason = next(iter(known.reasons.values()))
             return output
         self._num_late += 1
-        known.reads.clear()
         self._reason = _LATE
         if self._num_late > _MAX_LATE:
             self._give_up(_LATE)

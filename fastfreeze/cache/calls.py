@@ -152,19 +152,25 @@ class Outer(Given):
 
 
 class Chain:
-    """The calls behind the value of a node.
-
-    Attributes:
-        outer: what goes in, in order.
-        nodes: that one, and all on the way to it, by their keys.
-    """
+    """The calls behind the value of a node."""
 
     def __init__(self, node: CallNode, samples: Sequence[int]) -> None:
         self.node, self.samples = node, samples
-        leaves = [leaf for call in _behind(node, lambda _: False) for leaf in call.leaves]
-        outer = {leaf.number: leaf for leaf in leaves if isinstance(leaf, Outer)}
-        self.outer = [outer[number] for number in sorted(outer)]
-        self.nodes = {n.key: n for n in (*leaves, node) if isinstance(n, CallNode)}
+
+    @cached_property
+    def _leaves(self) -> list[Any]:
+        return [leaf for call in _behind(self.node, lambda _: False) for leaf in call.leaves]
+
+    @cached_property
+    def nodes(self) -> dict[str, CallNode]:
+        """Those on the way to the node, by their keys."""
+        return {leaf.key: leaf for leaf in self._leaves if isinstance(leaf, CallNode)}
+
+    @cached_property
+    def outer(self) -> list[Outer]:
+        """What goes in, in order."""
+        outer = {leaf.number: leaf for leaf in self._leaves if isinstance(leaf, Outer)}
+        return [outer[number] for number in sorted(outer)]
 
     @cached_property
     def inputs(self) -> list[Tensor]:
@@ -190,11 +196,13 @@ class Chain:
         return numbers
 
     def reads(self, node: CallNode, given: dict[str, Tensor]) -> bool:
-        """Whether the value of ``node`` is needed where those of ``given`` keys are known."""
-        if node is self.node or node.key in given:
-            return False
-        needed = _behind(self.node, lambda n: n.key in given)
-        return any(leaf is node for call in needed for leaf in call.leaves)
+        """Whether the value of ``node`` is needed beside those ``given`` and those at hand."""
+
+        def is_there(node: CallNode) -> bool:
+            return node.key in given or node.at_hand() is not None
+
+        leaves = [leaf for call in _behind(self.node, is_there) for leaf in call.leaves]
+        return not is_there(node) and any(leaf is node for leaf in leaves)
 
     def compute(self, rows: Sequence[int] = (), given: dict[str, Tensor] | None = None) -> Tensor:
         """The value.

@@ -177,16 +177,17 @@ class Keeper:
         known.lookout.look()
 
     def finish(self) -> None:
-        """Note what was read, for the next step: of a group one value."""
-        if self._learned:
-            self._known.reads.pop(self._form, None)
-            return
+        """Let go of what is held, and note what was read, for the next step: one of a group."""
         groups: dict[CallNode, list[CallNode]] = {}
         for node in self._nodes:
+            node.call.held = ()
             if node.was_read:
                 groups.setdefault(node.root, []).append(node)
+        self._nodes.clear()
         wanted = [group[0] if len(group) == 1 else root for root, group in groups.items()]
         self._known.reads[self._form] = {node.ident for node in wanted}
+        if self._learned or not self.waits:
+            del self._known.reads[self._form]
 
     def call_module(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a call of a frozen module; NotImplemented if it must be made."""
