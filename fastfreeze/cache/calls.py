@@ -192,7 +192,10 @@ class Chain:
     def digests(self) -> list[int]:
         """For each sample one number for the bits of all that goes in; a GPU is waited for."""
         hashes = combined([outer.hashes(len(self.samples)) for outer in self.outer])
-        numbers: list[int] = hashes.tolist()
+        on_host = hashes.to("cpu", non_blocking=True)
+        if hashes.is_cuda:
+            torch.cuda.current_stream(hashes.device).record_event().synchronize()
+        numbers: list[int] = on_host.tolist()
         return numbers
 
     def reads(self, node: CallNode, given: dict[str, Tensor]) -> bool:
