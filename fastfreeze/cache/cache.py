@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +15,12 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastfreeze.cache.calls import Chain
-from fastfreeze.cache.chain import Chains, Known
-from fastfreeze.cache.kept import (
-    TRIALS,
-    Account,
-    CacheStats,
-    Kept,
-    Rows,
-    all_same_bits,
-    now,
-    pick,
-)
+from fastfreeze.cache.keeper import Keeper, Known
+from fastfreeze.cache.kept import Account, CacheStats, Kept, first_rows
 from fastfreeze.cache.rows import CannotKeepError, row_strides
 from fastfreeze.cache.store import Stores
 from fastfreeze.checks import check_int
+from fastfreeze.trimming.bits import same_bits
 from fastfreeze.trimming.state import fp32_precision, requires_grad, tensors_in
 from fastfreeze.trimming.trimmed import TrimmedModel
 
@@ -50,6 +42,18 @@ class _Refusal(NamedTuple):
     reason: str
     wait: int
     until: int
+
+
+@dataclass
+class _Step:
+    """What a call has looked up, and the seconds that it took."""
+
+    names: list[str] = field(default_factory=list)  # of stores
+    found: int = 0  # in how many the whole batch was there
+    stored: int = 0  # in how many it was not, and was added
+    full: int = 0  # in how many it was not, and nothing could be added
+    seconds: float = 0.0
+    computing: float = 0.0  # of these
 
 
 class FeatureCache:
@@ -132,6 +136,7 @@ class FeatureCache:
         self._old: set[str] = set()  # kept when something else was frozen, and not used since
         self._num_late = 0
         self._counts = CacheStats()
+        self._step, self._accounts = _Step(), dict[tuple[str, ...], Account]()
         self._off = "switched off by enabled=False" if enabled is False else ""
         self._reason = self._off or "it has not been called yet"
 
@@ -152,22 +157,27 @@ class FeatureCache:
         self._reason = self._off or self._obstacle(args, kwargs, len(keys))
         if self._reason:
             return self.network(*args, **kwargs)
-        form = tuple([(t.shape, t.dtype, t.device) for t in tensors_in((args, kwargs))])
-        self._reason = _NOTHING_READ if form in self._known.reads else _UNKNOWN
-        changes = self._known.changes
-        chains = Chains(self._known, form, keys, self._names, self._find)
-        output = self.network.run(args, kwargs, chains)
-        if self._known.changes != changes:
+        known, inputs = self._known, list(tensors_in((args, kwargs)))
+        form = tuple([(t.shape, t.dtype, t.device) for t in inputs])
+        self._reason = _NOTHING_READ if form in known.reads else _UNKNOWN
+        changes = known.changes
+        self._step = _Step()
+        keeper = Keeper(known, form, keys, self._names, inputs, self._find)
+        output = self.network.run(args, kwargs, keeper)
+        if keeper.waits and self.active:
+            self._forget_old(keys)
+            if self._measures and self._step.names:
+                self._settle(self._step)
+        if known.changes != changes:
             self._old = set(self._kept)
-        if self._known.changes > _MAX_CHANGES:
+        if known.changes > _MAX_CHANGES:
             self._give_up(_CHANGES)
-        if chains.waits:
-            chains.finish()
-            if self._reason == _NOTHING_READ and self._known.reasons:
-                self._reason = next(iter(self._known.reasons.values()))
+        keeper.finish()
+        if keeper.waits:
+            if self._reason == _NOTHING_READ and known.reasons:
+                self._reason = next(iter(known.reasons.values()))
             return output
         self._num_late += 1
-        self._known.reads.clear()
         self._reason = _LATE
         if self._num_late > _MAX_LATE:
             self._give_up(_LATE)
@@ -223,32 +233,43 @@ class FeatureCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _find(self, chain: Chain) -> list[Tensor] | None:
-        """The values of a chain, from what is kept as far as possible; None if it is to be made."""
+    def _find(self, chain: Chain) -> bool:
+        """Give a node its value, from what is kept as far as possible; False if it cannot be."""
+        if self._off:
+            return False
         try:
-            values = self._values(chain)
+            start = self._clock(chain)
+            kept, rows = self._rows(chain)
+            value = kept.form.value(rows)
+            self._step.seconds += self._clock(chain) - start
         except CannotKeepError as error:
             self._reason = str(error)
-            return None
+            return False
         except OSError as error:
             self._give_up(f"its files cannot be used: {error}")
-            return None
+            return False
         if self._reason == _NOTHING_READ:
             self._reason = ""
-        return values
+        chain.node.set(value, is_exact=kept.form.is_exact)
+        return True
 
-    def _values(self, chain: Chain) -> list[Tensor]:
-        start = time.perf_counter()
+    def _rows(self, chain: Chain) -> tuple[Kept, Tensor]:
+        """The rows of a batch, found or computed and kept, and what keeps them.
+
+        Raises:
+            CannotKeepError: they are not kept.
+        """
         conditions = self._conditions(chain.device)
         strides = [row_strides(t) for t in chain.inputs if t.ndim]
-        text = f"{chain.keys}\n{strides}\n{conditions}"
+        text = f"{chain.node.key}\n{strides}\n{conditions}"
         name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         refusal = self._refusals.get(name)
         if refusal and self._calls < refusal.until:
             raise CannotKeepError(refusal.reason)
         kept = self._kept.get(name)
         if kept is None:
-            return self._first(Kept(name, conditions, chain, self._dtype), chain)
+            return self._first(name, conditions, chain)
+        self._step.names.append(name)
         self._old.discard(name)
         slots = self._slots(kept, chain, range(len(chain.samples)))
         if not kept.agrees(chain, slots):
@@ -256,13 +277,18 @@ class FeatureCache:
                 f"a batch of {len(slots)} gives other bits than one of {kept.size}"
             )
         missing = [i for i, slot in enumerate(slots) if slot < 0]
+        carried = self._carry_on(kept, chain, missing) if missing else None
+        if carried is not None and len(missing) == len(slots):
+            return kept, carried
+        if carried is not None:
+            slots = kept.rows.find(chain.samples)  # by now all, if there was room
+        rows = kept.get(slots, chain.device) if all(slot >= 0 for slot in slots) else None
+        if rows is None:
+            return kept, self._compute(kept, chain)
         if not missing:
-            flat = self._whole(kept, chain, slots, start)
-        else:
-            flat = self._carry_on(kept, chain, slots, missing)
-        if flat is None:
-            flat = self._compute(kept, chain, time.perf_counter() - start)
-        return kept.values(flat)
+            self._check_whole(kept, chain, rows)
+        self._counts.hits += len(slots) - len(missing)
+        return kept, rows
 
     def _conditions(self, device: torch.device) -> str:
         """What else values depend on, or how they are kept; in words."""
@@ -272,86 +298,93 @@ class FeatureCache:
         how = self._dtype, fp32_precision(device), torch.get_num_threads(), self.network.folding
         return f"{how} {torch.__version__} {cpu} {device.type} {gpu}"
 
-    def _first(self, kept: Kept, chain: Chain) -> list[Tensor]:
+    def _first(self, name: str, conditions: str, chain: Chain) -> tuple[Kept, Tensor]:
         """The first batch of its kind: find out whether its values can be kept, and how."""
         n = len(chain.samples)
         if n < 2:
             raise CannotKeepError("a batch of one sample does not show what depends on the others")
         try:
-            flat = kept.first(chain)
+            form, flat = first_rows(chain, self._dtype)
         except CannotKeepError as error:
-            raise self._refused(kept.name, str(error)) from None
-        kept.rows = self._stores.open(kept.name, kept.columns)
-        kept.account = Account() if self._measures else None
-        self._kept[kept.name] = kept
+            raise self._refused(name, str(error)) from None
+        rows = self._stores.open(name, form.column)
+        kept = self._kept[name] = Kept(name, conditions, chain.node.key, form, rows, n)
         slots = self._slots(kept, chain, range(n))
-        if known := [i for i in range(n) if slots[i] >= 0]:
-            found = kept.get([slots[i] for i in known], chain.device)
-            if found and not all_same_bits(found, pick(flat, known)):
-                self._stores.drop(kept.name)
-                kept.rows = self._stores.open(kept.name, kept.columns)
-        for earlier in self._earlier(kept, chain):
-            self._carry_on_from(earlier, kept, chain, range(n), flat)
+        if here := [i for i in range(n) if slots[i] >= 0]:
+            found = kept.get([slots[i] for i in here], chain.device)
+            if found is not None and not same_bits(found, flat[here]):
+                self._stores.drop(name)
+                kept.rows = self._stores.open(name, form.column)
         self._add(kept, chain, range(n), flat)
         self._counts.misses += n
-        return kept.values(flat)
+        return kept, flat
 
-    def _whole(self, kept: Kept, chain: Chain, slots: list[int], start: float) -> Rows | None:
-        """A batch that is there; None if it turns out to be damaged."""
-        flat = kept.get(slots, chain.device)
-        if flat is None:
-            return None
-        if kept.account is not None and kept.account.found_whole():
-            kept.values(flat)
-            kept.account.looking.append(now(chain.device) - start)
-            if problem := kept.account.problem(fills=False):
-                raise self._refused(kept.name, problem)
+    def _check_whole(self, kept: Kept, chain: Chain, rows: Tensor) -> None:
+        """See that a batch that was found is right."""
+        self._step.found += 1
         if kept.unchecked:
             kept.unchecked -= 1
-            if not all_same_bits(flat, kept.compute(chain)):
+            if not same_bits(rows, self._timed(kept, chain)):
                 raise self._refused(kept.name, _NOT_THE_SAME)
-        self._counts.hits += len(slots)
-        return flat
 
-    def _compute(self, kept: Kept, chain: Chain, asking: float) -> Rows:
+    def _compute(self, kept: Kept, chain: Chain) -> Tensor:
         """The whole batch; what is missing is kept from now on."""
-        samples, account = range(len(chain.samples)), kept.account
+        samples = range(len(chain.samples))
         self._counts.misses += len(samples)
-        if account is None:
-            flat = kept.compute(chain)
-            self._add(kept, chain, samples, flat)
-            return flat
-        start = now(chain.device)
-        flat = kept.compute(chain)
-        computed = now(chain.device)
+        flat = self._timed(kept, chain)
         added = self._add(kept, chain, samples, flat)
-        account.idle = 0 if added else account.idle + 1
-        if added and len(account.computing) < TRIALS:
-            stored = now(chain.device)
-            if found := kept.get(kept.rows.some(len(samples)), chain.device):
-                kept.values(found)
-            looking = asking + now(chain.device) - stored
-            account.computed(computed - start, stored - computed, looking)
-        if problem := account.problem(fills=True):
-            self._refused(kept.name, problem)
+        self._step.stored += bool(added)
+        self._step.full += not added
         return flat
 
-    def _add(self, kept: Kept, chain: Chain, samples: Sequence[int], flat: Rows) -> int:
+    def _timed(self, kept: Kept, chain: Chain) -> Tensor:
+        """The rows of a batch, computed."""
+        start = self._clock(chain)
+        flat = kept.compute(chain)
+        self._step.computing += self._clock(chain) - start
+        return flat
+
+    def _clock(self, chain: Chain) -> float:
+        """Seconds, when the device has done what was asked, if somebody wants to know."""
+        if self._measures and chain.device.type == "cuda":
+            torch.cuda.synchronize(chain.device)
+        return time.perf_counter()
+
+    def _settle(self, step: _Step) -> None:
+        """Refuse for a while what does not pay."""
+        names, n = tuple(step.names), len(step.names)
+        account = self._accounts.setdefault(names, Account())
+        rest = step.seconds - step.computing
+        if step.found == n:
+            account.found(rest)
+        elif step.stored == n:
+            account.stored(rest, step.computing)
+        account.idle = account.idle + 1 if step.full == n else 0
+        try:
+            account.check(fills=step.found < n)
+        except CannotKeepError as error:
+            del self._accounts[names]
+            for name in names:
+                self._refused(name, str(error))
+
+    def _add(self, kept: Kept, chain: Chain, samples: Sequence[int], flat: Tensor) -> int:
         """Keep rows of some samples; what is no longer wanted makes room."""
         keys = [chain.samples[i] for i in samples]
-        numbers = chain.digests.wait()
-        digests = [numbers[i] for i in samples]
+        digests = [chain.digests[i] for i in samples]
         pairs = zip(keys, kept.rows.find(keys), strict=True)
         wanted = len({key for key, slot in pairs if slot < 0})
         added = kept.rows.add(keys, digests, flat)
         while added < wanted and (old := next(iter(self._old), None)):
             self._delete(old)
             added += kept.rows.add(keys, digests, flat)
-        for name in self._old:
-            self._kept[name].rows.forget(keys)
-        for name in [name for name in self._old if not len(self._kept[name].rows)]:
-            self._delete(name)
         return added
+
+    def _forget_old(self, keys: Sequence[int]) -> None:
+        """What has been carried on, or is of no use to what is frozen now."""
+        for name in list(self._old):
+            self._kept[name].rows.forget(keys)
+            if not len(self._kept[name].rows):
+                self._delete(name)
 
     def _slots(self, kept: Kept, chain: Chain, samples: Sequence[int]) -> list[int]:
         """Slots of samples of the batch, -1 where there is none; inputs are the same as then.
@@ -363,11 +396,10 @@ class FeatureCache:
         slots = kept.rows.find([chain.samples[i] for i in samples])
         if not any(slot >= 0 for slot in slots):
             return slots
-        digests = chain.digests.wait()
         differ = [
             (i, slot)
             for i, slot in zip(samples, slots, strict=True)
-            if slot >= 0 and kept.rows.digest(slot) != digests[i]
+            if slot >= 0 and kept.rows.digest(slot) != chain.digests[i]
         ]
         for i, slot in differ:
             if not kept.rows.was_found(slot):
@@ -379,74 +411,41 @@ class FeatureCache:
         """Give up what depends on other inputs than before: all, if they are the model's own."""
         sample, view = divmod(chain.samples[i], 1 << _VIEW_BITS)
         came = f"sample {sample}, view {view}, came with other inputs than before"
-        if all(id(t) in chain.chains.given for t in chain.inputs):
+        if all(outer.is_input for outer in chain.outer):
             reason = f"{came}: the data set is not deterministic (see fastfreeze.RepeatableViews)"
             self._give_up(reason)
             raise CannotKeepError(reason)
         reason = f"for {came}: something random, or that trains, lies in front"
         raise self._refused(kept.name, reason)
 
-    def _earlier(self, kept: Kept, chain: Chain) -> list[Kept]:
-        """What is kept of values on the way to those that are wanted, the latest first.
+    def _carry_on(self, kept: Kept, chain: Chain, samples: Sequence[int]) -> Tensor | None:
+        """Rows of some samples of a batch, computed from earlier values and kept.
 
-        What is no longer valid, or of no use to what is frozen now, is deleted.
+        None if there are no such values of all of them. The batch is as large as ever: some samples
+        come more than once.
         """
-        found = []
-        for other in list(self._kept.values()):
-            if other is kept:
+        places = [i % len(samples) for i in range(len(chain.samples))]
+        given: dict[str, Tensor] = {}
+        names = []
+        for earlier in reversed(self._kept.values()):
+            node = chain.nodes.get(earlier.key)
+            if node is None or not (earlier.may_lead_to(kept) and chain.reads(node, given)):
                 continue
-            if other.leads_to(kept, chain):
-                found.append(other)
-            elif other.name in self._old:
-                self._delete(other.name)
-        return found[::-1]
-
-    def _carry_on(
-        self, kept: Kept, chain: Chain, slots: list[int], missing: list[int]
-    ) -> Rows | None:
-        """A batch of which some samples are kept only on the way to what is wanted.
-
-        None if it is to be computed.
-        """
-        for earlier in self._earlier(kept, chain):
-            flat = self._carry_on_from(earlier, kept, chain, missing)
-            if flat is None:
-                continue
-            if len(missing) == len(slots):
-                return flat
-            slots = kept.rows.find(chain.samples)  # by now all, if there was room
-            found = kept.get(slots, chain.device) if min(slots) >= 0 else None
-            self._counts.hits += len(slots) - len(missing) if found else 0
-            return found
-        return None
-
-    def _carry_on_from(
-        self,
-        earlier: Kept,
-        kept: Kept,
-        chain: Chain,
-        samples: Sequence[int],
-        expected: Rows | None = None,
-    ) -> Rows | None:
-        """Some samples of a batch, carried on from earlier values of all of them, and kept.
-
-        Args:
-            expected: what the whole chain gives for the batch, if that is known.
-        """
-        if earlier.name not in self._kept:  # deleted to make room
+            slots = self._slots(earlier, Chain(node, chain.samples), samples)
+            if all(slot >= 0 for slot in slots):
+                rows = earlier.get([slots[i] for i in places], chain.device)
+                if rows is not None:
+                    given[earlier.key] = earlier.form.value(rows)
+                    names.append(earlier.name)
+        if not given:
             return None
-        nodes = [chain.nodes[key] for key in earlier.wanted]
-        slots = self._slots(earlier, Chain(nodes, chain.chains), samples)
-        if any(slot < 0 for slot in slots):
-            return None
-        flat = kept.carried_on(earlier, chain, samples, slots)
-        if flat is None:
-            return None
-        if earlier.name not in kept.verified:
-            if not all_same_bits(flat, pick(expected or kept.compute(chain), samples)):
-                self._delete(earlier.name)
+        flat = kept.carried_on(chain, [samples[i] for i in places], given)[: len(samples)]
+        if tuple(names) not in kept.verified:
+            if not same_bits(flat, kept.compute(chain)[list(samples)]):
+                for name in names:
+                    self._delete(name)
                 return None
-            kept.verified.add(earlier.name)
+            kept.verified.add(tuple(names))
         self._add(kept, chain, samples, flat)
         self._counts.advanced += len(samples)
         return flat

@@ -1,80 +1,54 @@
-"""Calls that are put off, the values that they give, and chains of them."""
+"""Calls that are put off, the values that they give, and the chains that these make."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fastfreeze.cache.rows import (
-    CannotKeepError,
-    Fetched,
-    by_sample,
-    row_numbers,
-    take_rows,
-)
-from fastfreeze.trimming.bits import hash_rows
+from fastfreeze.cache.rows import CannotKeepError, take_rows
+from fastfreeze.trimming.bits import combined, hash_rows
 from fastfreeze.trimming.pending import LOCAL, Given, Node, Pending, Run, TooLateError, settle
-
-if TYPE_CHECKING:
-    from fastfreeze.cache.chain import Chains
 
 _STATIC = (
     *(bool, int, float, str, type(None), slice, type(...)),
     *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
-_LEAVES = (Tensor, *_STATIC)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Outcome:
-    """What a call gave the last time.
+    """What a call gave the last time."""
 
-    Attributes:
-        metas: shape, dtype and device of each tensor; the number of the argument that it is; None.
-        spec: how they are nested.
-        keys: keys and idents of such calls, by what the module holds and keys of what goes in.
-    """
-
+    # Of each value: shape, dtype and device; or the number of the argument that it is; or None.
     metas: tuple[Any, ...]
-    spec: TreeSpec
-    keys: dict[Any, tuple[str, str]] = field(default_factory=dict)
+    spec: TreeSpec  # how the values are nested
+    repeats: bool = True  # False once such a call gave another form
 
 
 @dataclass(eq=False)
 class Call:
-    """A call that has been put off.
-
-    Attributes:
-        function: makes it.
-        leaves: arguments: nodes, and values that are no tensors.
-        spec: how they are nested.
-        expected: what it gives.
-        key: what it is called, with what, what went in there and what the modules hold; the same
-            in every process.
-        ident: the same but for what the modules hold.
-        index: its place in the forward.
-        autocast: as it was where it was called.
-        outputs: while they are there.
-    """
+    """A call that has been put off."""
 
     function: Callable[..., Any]
-    leaves: list[Any]
-    spec: Any
+    leaves: list[Any]  # arguments: nodes, and values that are no tensors
+    spec: Any  # how these are nested
     expected: Outcome
-    key: str
-    ident: str
-    index: int
-    autocast: Any
-    outputs: list[Given | None] | None = None
+    key: str  # of what is called, what goes in, and what modules hold: the same in every process
+    ident: str  # the same but for what modules hold
+    index: int  # its place in the forward
+    autocast: Any  # as it was where it was called
+    num_readers: int = 0  # calls that were put off and read what it gives
+    held: Sequence[Given | None] = ()  # what it gave, if more than one call or value is of that
 
-    def make(self, values: list[Any], reader: Chains) -> list[Any]:
+    def make(self, values: list[Any]) -> list[Any]:
         """Make it, with the values of its arguments.
 
         Raises:
@@ -87,48 +61,69 @@ class Call:
                     stack.enter_context(torch.autocast(device, dtype, enabled))
             outputs, spec = tree_flatten(self.function(*args, **kwargs))
         outputs, expected = [settle(value) for value in outputs], self.expected
-        if spec != expected.spec or not all(
+        expected.repeats = spec == expected.spec and all(
             value is values[meta]
             if isinstance(meta, int)
             else meta == meta_of(value) and (value is None or not value.requires_grad)
             for meta, value in zip(expected.metas, outputs, strict=True)
-        ):
-            reader.forget(expected)
+        )
+        if not expected.repeats:
             raise TooLateError
         return outputs
+
+    def hold(self, values: Sequence[Tensor | None]) -> None:
+        """Keep what it gave for this step, if that is likely to be asked for again."""
+        if self.num_readers > 1 or len(values) > 1:
+            self.held = [None if value is None else Given(value) for value in values]
 
 
 class CallNode(Node):
     """One of the values that a call gives.
 
     Attributes:
-        root: what it is a view of, or itself.
-        views: all of this one, in the order in which they were taken.
+        root: what it is a view of, or itself; ``views`` are all of that, as they were taken.
+        was_read: whether something has asked for it.
+        is_exact: whether the value that it has is what the call gives, not rounded.
     """
 
-    __slots__ = ("call", "chains", "i", "ident", "key", "root", "views")
+    __slots__ = ("_fill", "call", "i", "ident", "is_exact", "key", "root", "views", "was_read")
 
     def __init__(
-        self, call: Call, i: int, meta: tuple[Any, ...], chains: Chains, root: CallNode | None
+        self,
+        call: Call,
+        i: int,
+        root: CallNode | None,
+        fill: Callable[[CallNode], None],
+        lock: threading.RLock,
     ) -> None:
-        shape, dtype, device = meta
-        super().__init__(shape, dtype, device)
-        self.call, self.i, self.chains, self.lock = call, i, chains, chains.lock
+        super().__init__(*call.expected.metas[i])
+        self.call, self.i, self._fill, self.lock = call, i, fill, lock
         self.key, self.ident = f"{call.key}.{i}", f"{call.ident}.{i}"
+        self.was_read, self.is_exact = False, True
         self.root, self.views = root or self, list[CallNode]()
         if root is not None:
             root.views.append(self)
 
     def get(self) -> Tensor:
-        self.chains.note(self)
+        self.was_read = True
         return super().get()
 
-    def compute(self) -> Tensor:
-        return self.chains.read(self)
+    def _set(self) -> None:
+        run = LOCAL.run
+        with torch.inference_mode(False), nullcontext() if run is None else run.anew():
+            self._fill(self)
 
-    def set(self, value: Tensor) -> None:
+    def set(self, value: Tensor, is_exact: bool = True) -> None:
         """Have this value from now on."""
-        self.version, self.value = value._version, value
+        self.version, self.value, self.is_exact = value._version, value, is_exact
+
+    def at_hand(self) -> Tensor | None:
+        """What the call gave, if that is there, and was not written to since."""
+        own, held = self if self.is_exact else None, self.call.held
+        for node in (own, held[self.i] if held else None):
+            if node and node.value is not None and node.value._version == node.version:
+                return node.value
+        return None
 
     def parted(self) -> list[CallNode]:
         """Views that have a value apart from the others' of their group."""
@@ -137,34 +132,45 @@ class CallNode(Node):
 
 
 class Outer(Given):
-    """A tensor that came from outside, the n-th of the call."""
+    """A tensor that came from outside, the n-th of the call; perhaps an input of the model."""
 
-    __slots__ = ("ident", "key", "number")
+    __slots__ = ("_hashes", "ident", "is_input", "key", "number")
 
-    def __init__(self, value: Tensor, number: int) -> None:
+    def __init__(self, value: Tensor, number: int, is_input: bool) -> None:
         super().__init__(value)
-        self.number, self.key = number, f"<{number}>"
-        self.ident = self.key
+        self.number, self.is_input = number, is_input
+        self.key = self.ident = f"<{number}>"
+        self._hashes: Tensor | None = None
+
+    def hashes(self, n: int) -> Tensor:
+        """Of each of ``n`` rows, or of all."""
+        if self._hashes is None:
+            value = self.now()
+            has_rows = value.ndim and len(value) == n
+            self._hashes = hash_rows(value if has_rows else value.reshape(1, -1))
+        return self._hashes
 
 
 class Chain:
-    """The calls behind some nodes.
+    """The calls behind the value of a node."""
 
-    Attributes:
-        wanted: the nodes.
-        keys: of these.
-        chains: that they belong to.
-        samples: numbers of those in the batch.
-        outer: the tensors that go in, by their number.
-        nodes: those that are wanted, and all on the way to them, by their keys.
-    """
+    def __init__(self, node: CallNode, samples: Sequence[int]) -> None:
+        self.node, self.samples = node, samples
 
-    def __init__(self, wanted: Sequence[CallNode], chains: Chains) -> None:
-        self.wanted, self.chains, self.samples = list(wanted), chains, chains.samples
-        self.keys = [node.key for node in wanted]
-        leaves = [leaf for call in _behind(wanted) for leaf in call.leaves]
-        self.outer = {leaf.number: leaf for leaf in leaves if isinstance(leaf, Outer)}
-        self.nodes = {n.key: n for n in (*leaves, *wanted) if isinstance(n, CallNode)}
+    @cached_property
+    def _leaves(self) -> list[Any]:
+        return [leaf for call in _behind(self.node, lambda _: False) for leaf in call.leaves]
+
+    @cached_property
+    def nodes(self) -> dict[str, CallNode]:
+        """Those on the way to the node, by their keys."""
+        return {leaf.key: leaf for leaf in self._leaves if isinstance(leaf, CallNode)}
+
+    @cached_property
+    def outer(self) -> list[Outer]:
+        """What goes in, in order."""
+        outer = {leaf.number: leaf for leaf in self._leaves if isinstance(leaf, Outer)}
+        return [outer[number] for number in sorted(outer)]
 
     @cached_property
     def inputs(self) -> list[Tensor]:
@@ -173,7 +179,7 @@ class Chain:
         Raises:
             CannotKeepError: that is not so.
         """
-        inputs, n = [self.outer[number].now() for number in sorted(self.outer)], len(self.samples)
+        inputs, n = [outer.now() for outer in self.outer], len(self.samples)
         if not any(t.ndim and len(t) == n for t in inputs):
             raise CannotKeepError(f"no tensor with a row for each of {n} samples goes in")
         return inputs
@@ -183,82 +189,91 @@ class Chain:
         return self.inputs[0].device
 
     @cached_property
-    def digests(self) -> Fetched:
-        """For each sample one number for the bits of all that goes in."""
-        n = len(self.samples)
-        rows = [t if t.ndim and len(t) == n else t.reshape(1, -1) for t in self.inputs]
-        return Fetched(hash_rows(*rows))
+    def digests(self) -> list[int]:
+        """For each sample one number for the bits of all that goes in; a GPU is waited for."""
+        hashes = combined([outer.hashes(len(self.samples)) for outer in self.outer])
+        on_host = hashes.to("cpu", non_blocking=True)
+        if hashes.is_cuda:
+            torch.cuda.current_stream(hashes.device).record_event().synchronize()
+        numbers: list[int] = on_host.tolist()
+        return numbers
 
-    def compute(
-        self,
-        keep: bool = False,
-        rows: Sequence[int] = (),
-        given: dict[str, Tensor] | None = None,
-    ) -> list[Tensor]:
-        """The values of the nodes.
+    def reads(self, node: CallNode, given: dict[str, Tensor]) -> bool:
+        """Whether the value of ``node`` is needed beside those ``given`` and those at hand."""
+
+        def is_there(node: CallNode) -> bool:
+            return node.key in given or node.at_hand() is not None
+
+        leaves = [leaf for call in _behind(self.node, is_there) for leaf in call.leaves]
+        return not is_there(node) and any(leaf is node for leaf in leaves)
+
+    def compute(self, rows: Sequence[int] = (), given: dict[str, Tensor] | None = None) -> Tensor:
+        """The value.
 
         Args:
-            keep: also keep all that is computed on the way, for who reads it later in this step.
-            rows: which samples of the inputs to take, as many as there are; empty for all in order.
+            rows: which samples of the inputs to take, as many as there are; empty for all in
+                order: then it is computed from values that are there.
             given: values of nodes on the way that are known, by their keys.
         """
-        given = given or {}
-        needed = _behind(self.wanted, given)
-        ends = {node.call for node in self.wanted}
+        known, value = given or {}, None if rows else self.node.at_hand()
+        if value is not None:
+            return value
+
+        def is_there(node: CallNode) -> bool:
+            return node.key in known or not (rows or node.at_hand() is None)
+
+        needed = _behind(self.node, is_there)
         last = {n.call: call for call in needed for n in call.leaves if isinstance(n, CallNode)}
         made: dict[Call, list[Any]] = {}
+
+        def value_of(leaf: Any) -> Any:
+            if isinstance(leaf, Outer):
+                return _rows_of(leaf.now(), rows)
+            if not isinstance(leaf, CallNode):
+                return leaf
+            if leaf.key in known:
+                return known[leaf.key]
+            return made[leaf.call][leaf.i] if leaf.call in made else leaf.at_hand()
+
         run = LOCAL.run or Run(None, None)  # of this thread
         outer, run.keeper = run.keeper, None
         try:
             for call in needed:
-                if call.outputs is None:
-                    values = [self._value(leaf, made, rows, given) for leaf in call.leaves]
-                    made[call] = call.make(values, self.chains)
-                else:
-                    made[call] = [node and node.there() for node in call.outputs]
-                if keep:
-                    call.outputs = [None if v is None else Given(v) for v in made[call]]
-                for done in [c for c in made if last.get(c) is call and c not in ends]:
+                made[call] = call.make([value_of(leaf) for leaf in call.leaves])
+                if not rows:
+                    call.hold(made[call])
+                for done in [c for c in made if last.get(c) is call]:
                     del made[done]
-            return [made[node.call][node.i] for node in self.wanted]
+            made_here: Tensor = made[self.node.call][self.node.i]
+            return made_here
         finally:
             run.keeper = outer
 
-    def _value(
-        self, leaf: Any, made: dict[Call, list[Any]], rows: Sequence[int], given: dict[str, Tensor]
-    ) -> Any:
-        if not isinstance(leaf, Node):
-            return leaf
-        if isinstance(leaf, CallNode) and leaf.value is None:
-            return given[leaf.key] if leaf.key in given else made[leaf.call][leaf.i]
-        value, n = leaf.there(), len(rows)
-        may_have_rows = value.ndim > 0 and n > 0 and len(value) % n == 0
-        if not may_have_rows or (len(value) > n and isinstance(leaf, Outer)):
-            return value
-        taken = take_rows(by_sample(value, n), row_numbers(rows, value.device))
-        return taken if len(value) == n else taken.flatten(0, 1)
+
+def _rows_of(value: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some samples of a tensor that came from outside; all where it has no row for each."""
+    if not (rows and value.ndim and len(value) == len(rows)):
+        return value
+    return take_rows(value, rows)
 
 
-def _behind(wanted: Sequence[CallNode], given: dict[str, Tensor] | None = None) -> list[Call]:
-    """The calls behind some nodes; not those behind values that are ``given`` or there."""
-    found: set[Call] = set()
-    queue = [node.call for node in wanted]
+def _behind(node: CallNode, is_there: Callable[[CallNode], bool]) -> list[Call]:
+    """The calls behind a node, but for those of values that are there, in order."""
+    found = {node.call}
+    queue = [node.call]
     while queue:
-        call = queue.pop()
-        if call in found:
-            continue
-        found.add(call)
-        nodes = [leaf for leaf in call.leaves if isinstance(leaf, CallNode)]
-        queue += [
-            n.call for n in nodes if given is None or (n.value is None and n.key not in given)
-        ]
+        for leaf in queue.pop().leaves:
+            is_new = isinstance(leaf, CallNode) and leaf.call not in found
+            if is_new and not is_there(leaf):
+                found.add(leaf.call)
+                queue.append(leaf.call)
     return sorted(found, key=lambda call: call.index)
 
 
 def flattened(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
     """Arguments in a row, and how they are nested: of most, how many have which name."""
     leaves = [*args, *kwargs.values()]
-    if all(isinstance(leaf, _LEAVES) for leaf in leaves):
+    if all(isinstance(leaf, (Tensor, *_STATIC)) for leaf in leaves):
         return leaves, (len(args), *kwargs)
     return tree_flatten((args, kwargs))
 
@@ -278,18 +293,15 @@ def autocast_state() -> tuple[Any, ...]:
 
 def is_put_off(value: Any) -> bool:
     """Whether something is the value of a call that nobody has read yet."""
-    if type(value) is not Pending or not isinstance(value.node, CallNode):
-        return False
-    return value.node.value is None
+    return type(value) is Pending and isinstance(value.node, CallNode) and value.node.value is None
 
 
 def meta_of(value: Any) -> Any:
     if type(value) is Pending:
-        node = value.node
-        return node.shape, node.dtype, node.device
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device
-    return None if value is None else type(value)
+        value = value.node
+    elif not isinstance(value, Tensor):
+        return None if value is None else type(value)
+    return value.shape, value.dtype, value.device
 
 
 def is_static(value: Any) -> bool:

@@ -6,10 +6,10 @@ import hashlib
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import _lru_cache_wrapper, cached_property, lru_cache, partial
-from itertools import chain, repeat
+from itertools import chain
 from operator import is_, methodcaller
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
 from fastfreeze.trimming.bits import bits
-from fastfreeze.trimming.watch import Contents, Steps
+from fastfreeze.trimming.watch import Contents, Lookout
 
 _OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"} | {"forward"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -33,7 +33,6 @@ _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property, cached_property)
 _ABC = "_abc_impl"
 _WORD = 8  # bytes
-_values = methodcaller("values")
 
 
 class UnsureError(Exception):
@@ -45,47 +44,34 @@ class Holdings:
 
     Attributes:
         module: whose they are.
-        tensors: parameters, buffers, and others that are held.
         problem: what cannot be seen; such a module is not to be put off.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, lookout: Lookout) -> None:
         self.module, self.problem = module, ""
-        self.tensors: list[Tensor] = []
-        self._inside: set[nn.Module] = set()
+        self._lookout = lookout
         self._hooks: list[Any] = []
-        self._lengths: list[int] = []
         self._live: list[Any] = []  # what `_now` gave
-        self._steps = Steps()
+        self._tensors: list[Tensor] = []  # parameters, buffers, and others that are held
         self._contents: Contents | None = None
         self._text = self._bits = ""
 
     def digest(self) -> tuple[str, str]:
         """Of all but the tensors' bits, and of these, with dtypes, shapes and strides.
 
-        They are computed anew when something has been written to or replaced.
-
-        Writes that torch does not count are looked for where an optimizer has stepped while there
-        were gradients, and by :meth:`compare`.
+        They are computed anew when something was replaced, or was found to be written to.
         """
-        if self.problem:
-            return "", ""
-        if self._has_changed():
+        if not self.problem and self._has_changed():
             try:
                 self._list()
             except UnsureError as error:
-                self.problem, self.tensors = f"{type(self.module).__name__}{error}", []
-                return "", ""
-        contents, tensors = self._contents, self.tensors
-        if self._steps.seen() or contents is None or not contents.as_counted(tensors):
-            self._steps.tensors = tensors
-            self._contents, self._bits = Contents(tensors), _digest_of(tensors)
+                self.problem = f"{type(self.module).__name__}{error}"
+        if self.problem:
+            return "", ""
+        if self._contents is None or not self._contents.lasts(self._tensors):
+            self._contents = self._lookout.contents(self._tensors, one_by_one=True)
+            self._bits = _digest_of(self._tensors)
         return self._text, self._bits
-
-    def compare(self, i: int) -> None:
-        """See whether a tensor was written to without torch's knowledge."""
-        if self._contents and i < len(self.tensors) and not self._contents.as_compared(i):
-            self._contents = None
 
     def has_hooks_inside(self) -> bool:
         """Whether something in the module has hooks; its own are called as ever."""
@@ -108,10 +94,8 @@ class Holdings:
     def _now(self) -> Iterator[Any]:
         return chain(
             chain.from_iterable(self._containers),
-            chain.from_iterable(map(_values, self._dicts)),
-            map(type, self._inside),
-            map(getattr, self._owners, self._names, repeat(None)),
-            map(dict.get, self._globals, self._global_names),
+            chain.from_iterable(map(methodcaller("values"), self._dicts)),
+            (read() for read in self._reads),
         )
 
     def _list(self) -> None:
@@ -120,12 +104,9 @@ class Holdings:
         self._hooks = [vars(m)[kind] for m in inside[1:] for kind in _HOOKS]
         self._containers: list[Any] = []
         self._dicts: list[Any] = []
-        self._owners: list[Any] = []
-        self._names: list[str] = []
-        self._globals: list[dict[str, Any]] = []
-        self._global_names: list[str] = []
+        self._reads: list[Callable[[], Any]] = [partial(type, m) for m in inside]
         self._arrays: list[tuple[Any, bytes]] = []
-        self.tensors = []
+        self._tensors = []
         text = repr(self._describe(self.module, "")).encode()
         self._text = hashlib.blake2b(text, digest_size=16).hexdigest()
         self._seen.clear()
@@ -160,8 +141,8 @@ class Holdings:
             raise UnsureError(
                 f"{path} is a {type(value).__name__}, or has no values that lie apart"
             )
-        self.tensors.append(value)
-        return len(self.tensors)
+        self._tensors.append(value)
+        return len(self._tensors)
 
     def _array(self, value: Any, path: str) -> Any:
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
@@ -202,8 +183,7 @@ class Holdings:
         self._dicts.append(own)
 
     def _watch_attribute(self, owner: Any, name: str) -> None:
-        self._owners.append(owner)
-        self._names.append(name)
+        self._reads.append(partial(getattr, owner, name, None))
 
     def _class(self, kind: type, path: str) -> Any:
         if id(kind) in self._seen:
@@ -250,8 +230,7 @@ class Holdings:
                     part = self._describe(value, f"{path}.{name}")
                 except UnsureError:  # of what happens to be near, the rest counts
                     part = ""
-                self._globals.append(own)
-                self._global_names.append(name)
+                self._reads.append(partial(own.get, name))
                 yield name, part
 
     def _object(self, value: Any, path: str) -> Any:

@@ -1,34 +1,28 @@
-"""What is kept of some values, whether that pays, and how rows may be computed bit by bit alike."""
+"""What is kept of a value, whether that pays, and how rows may be computed bit by bit alike."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from fastfreeze.cache.calls import Chain
-from fastfreeze.cache.rows import CannotKeepError, Form, share_storage
+from fastfreeze.cache.rows import CannotKeepError, Form
 from fastfreeze.cache.store import RowStore
 from fastfreeze.trimming.bits import same_bits
-from fastfreeze.trimming.state import record_stream
 
-_CHECKED_BATCHES = 2  # found whole, and computed all the same
-TRIALS = 5  # batches that are timed
-_EVERY = 16  # batches of those that are found whole, one is timed later on
-_MAX_IDLE = 50  # batches in which nothing was found whole and nothing more could be added
-
-Rows = list[Tensor]
+_TRIALS = 5  # steps that are timed
+_EVERY = 16  # steps of those in which all is found, one is timed later on
+_MAX_IDLE = 50  # steps in which all was computed, and nothing more could be added
 
 
 @dataclass
 class CacheStats:
-    """What a cache has done, counted in rows of one sample and view.
+    """What a cache has done, counted in rows: what is kept of a value for one sample and view.
 
     Attributes:
         hits: taken from the cache.
@@ -45,128 +39,81 @@ class CacheStats:
     bytes: int = 0
 
 
+def _latest() -> deque[float]:
+    return deque(maxlen=_TRIALS)
+
+
 @dataclass
 class Account:
-    """Whether keeping pays: seconds of the latest batches that were timed.
+    """Whether it pays to keep what a step reads: seconds of the latest steps that were timed."""
 
-    Attributes:
-        computing: what is kept.
-        storing: it.
-        looking: it up, from the question to the values: digests, what modules hold, loading.
-        idle: how many batches in a row gained nothing.
-        turn: of the batches that were found whole.
-    """
+    computing: deque[float] = field(default_factory=_latest)
+    storing: deque[float] = field(default_factory=_latest)  # and looking up
+    finding: deque[float] = field(default_factory=_latest)  # digests, loading and all
+    idle: int = 0  # steps in a row that gained nothing
+    turn: int = 0  # of the steps in which all was found
 
-    computing: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
-    storing: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
-    looking: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
-    idle: int = 0
-    turn: int = 0
+    def found(self, seconds: float) -> None:
+        """Note a step in which all was found."""
+        self.turn += 1
+        if self.turn <= _TRIALS or self.turn % _EVERY == 0:
+            self.finding.append(seconds)
 
-    def found_whole(self) -> bool:
-        """Note such a batch; whether it is to be timed."""
-        self.idle, self.turn = 0, self.turn + 1
-        return self.turn <= TRIALS or self.turn % _EVERY == 0
-
-    def computed(self, computing: float, storing: float, looking: float) -> None:
-        """Note a batch that was computed and stored, and how long it takes to look one up."""
+    def stored(self, seconds: float, computing: float) -> None:
+        """Note a step in which all was computed, and then stored."""
+        self.storing.append(seconds)
         self.computing.append(computing)
-        self.storing.append(storing)
-        self.looking.append(looking)
 
-    def problem(self, fills: bool) -> str:
-        """Why it does not pay; empty if it does, or if that is not known yet.
+    def check(self, fills: bool) -> None:
+        """See that it pays, as far as that is known yet.
 
         Args:
-            fills: whether storing is a part of it.
-        """
-        if self.idle > _MAX_IDLE:
-            return "it does not pay: max_bytes is reached, and no batch is there as a whole"
-        if len(self.computing) < TRIALS or len(self.looking) < TRIALS:
-            return ""
-        cost = median(self.looking) + (median(self.storing) if fills else 0.0)
-        chain = median(self.computing)
-        if cost < chain:
-            return ""
-        what = "storing and looking up take" if fills else "looking up takes"
-        return (
-            f"it does not pay: {what} {1e3 * cost:.2f} ms a batch, "
-            f"the frozen modules {1e3 * chain:.2f} ms"
-        )
-
-
-class Kept:
-    """What is kept of some values for one form of input.
-
-    Attributes:
-        name: of the store.
-        wanted: keys of the nodes whose values they are.
-        conditions: what else the values depend on.
-        rows: the store.
-        size: samples of the first batch. Others count only if they give the same bits.
-        verified: names of earlier values from which carrying on was found to give the same bits.
-        unchecked: how many batches that are found whole are still to be computed all the same.
-        account: whether it pays; None if nobody asks.
-    """
-
-    rows: RowStore
-
-    def __init__(self, name: str, conditions: str, chain: Chain, dtype: torch.dtype | None) -> None:
-        self.name, self.conditions = name, conditions
-        self.wanted, self.size = chain.keys, len(chain.samples)
-        self.verified: set[str] = set()
-        self.unchecked = _CHECKED_BATCHES
-        self.account: Account | None = None
-        self._agreeing = {self.size: True}
-        self._dtype = dtype
-        self._forms: list[Form] = []
-
-    @property
-    def columns(self) -> list[tuple[torch.dtype, int]]:
-        return [form.column for form in self._forms]
-
-    def first(self, chain: Chain) -> Rows:
-        """The rows of the first batch, which show what forms they have.
+            fills: whether the latest step stored.
 
         Raises:
-            CannotKeepError: they cannot be kept.
+            CannotKeepError: it does not.
         """
-        values, n = chain.compute(), self.size
-        self._forms = [Form.of(value, n, self._dtype) for value in values]
-        if len(devices := {str(t.device) for t in (*chain.inputs, *values)}) > 1:
-            raise CannotKeepError(f"inputs and what is read are on {' and '.join(sorted(devices))}")
-        if share_storage(values, chain.inputs):
-            raise CannotKeepError("values that are read share memory")
-        flat = self._flat(values, n)
-        rows = [(n - 1) - i // 2 for i in range(n)]  # half of them, twice, in another order
-        if not all_same_bits(self._flat(chain.compute(rows=rows), n), pick(flat, rows)):
-            raise CannotKeepError("what a sample gives depends on the others in its batch")
-        return flat
+        if self.idle > _MAX_IDLE:
+            raise CannotKeepError(
+                "it does not pay: max_bytes is reached, and no batch is there as a whole"
+            )
+        costs = self.storing if fills else self.finding
+        if min(len(costs), len(self.computing)) < _TRIALS:
+            return
+        cost, chain = median(costs), median(self.computing)
+        if cost >= chain:
+            what = "storing and looking up take" if fills else "looking up takes"
+            raise CannotKeepError(
+                f"it does not pay: {what} {1e3 * cost:.2f} ms a batch, "
+                f"the frozen modules {1e3 * chain:.2f} ms"
+            )
 
-    def get(self, slots: Sequence[int], device: torch.device) -> Rows | None:
-        """Kept rows, on ``device``; None if they were damaged.
 
-        To a GPU they go beside what it does, out of pinned memory. Torch keeps that, and uses it
-        again when the copy is done.
-        """
+@dataclass(eq=False)
+class Kept:
+    """What is kept of a value, for one form of input."""
+
+    name: str  # of the store
+    conditions: str  # what else the value depends on
+    key: str  # of its node
+    form: Form
+    rows: RowStore
+    size: int  # samples of the first batch; others count only if they give the same bits
+    unchecked: int = 2  # batches that are still to be computed when they are found whole
+
+    def __post_init__(self) -> None:
+        self.verified: set[tuple[str, ...]] = set()  # names of what was carried on, the same bits
+        self._agreeing = {self.size: True}
+
+    def get(self, slots: Sequence[int], device: torch.device) -> Tensor | None:
+        """Kept rows, on ``device``: to a GPU out of pinned memory; None if they were damaged."""
         on_gpu = device.type == "cuda"
-        columns = self.rows.get(slots, pinned=on_gpu)
-        if columns is None or not on_gpu:
-            return columns and [column.to(device) for column in columns]
-        now, beside = torch.cuda.current_stream(device), _stream_for_copies(device)
-        with torch.cuda.stream(beside):
-            columns = [column.to(device, non_blocking=True) for column in columns]
-        now.wait_stream(beside)
-        record_stream(columns, now)
-        return columns
+        rows = self.rows.get(slots, pinned=on_gpu)
+        return None if rows is None else rows.to(device, non_blocking=on_gpu)
 
-    def values(self, flat: Rows) -> list[Tensor]:
-        """The values, for the rows of a whole batch."""
-        return [form.value(rows) for form, rows in zip(self._forms, flat, strict=True)]
-
-    def compute(self, chain: Chain) -> Rows:
+    def compute(self, chain: Chain) -> Tensor:
         """The rows that a chain gives for its batch."""
-        return self._flat(chain.compute(), len(chain.samples))
+        return self.form.flat(chain.compute(), len(chain.samples))
 
     def agrees(self, chain: Chain, slots: Sequence[int]) -> bool:
         """Whether rows in a batch of this size give the same bits as in one of the usual size."""
@@ -174,53 +121,33 @@ class Kept:
         if n not in self._agreeing:
             here = [i for i, slot in enumerate(slots) if slot >= 0]
             found = self.get([slots[i] for i in here], chain.device) if here else None
-            if not found:
+            if found is None:
                 return False
-            self._agreeing[n] = all_same_bits(found, pick(self.compute(chain), here))
+            self._agreeing[n] = same_bits(found, self.compute(chain)[here])
         return self._agreeing[n]
 
-    def leads_to(self, other: Kept, chain: Chain) -> bool:
-        """Whether these values are on the way to other ones, those of a chain."""
-        narrows = any(form.stored != form.dtype for form in self._forms)
-        if narrows or self.conditions != other.conditions or self.wanted == other.wanted:
-            return False
-        return bool(len(self.rows)) and chain.nodes.keys() >= set(self.wanted)
+    def may_lead_to(self, other: Kept) -> bool:
+        """Whether another value that is computed from this one would be the same bits."""
+        own = self.form.is_exact, self.conditions
+        return own == (True, other.conditions) and self.key != other.key
 
-    def carried_on(
-        self, earlier: Kept, chain: Chain, samples: Sequence[int], slots: Sequence[int]
-    ) -> Rows | None:
-        """These values of some samples of a batch, from earlier ones; None if these were damaged.
-
-        The batch is as large as ever: some come more than once.
-        """
-        n = len(chain.samples)
-        chosen = [i % len(samples) for i in range(n)]
-        found = earlier.get([slots[i] for i in chosen], chain.device)
-        if found is None:
-            return None
-        given = dict(zip(earlier.wanted, earlier.values(found), strict=True))
-        values = chain.compute(rows=[samples[i] for i in chosen], given=given)
-        return [column[: len(samples)] for column in self._flat(values, n)]
-
-    def _flat(self, values: Sequence[Tensor], n: int) -> Rows:
-        return [form.flat(value, n) for form, value in zip(self._forms, values, strict=True)]
+    def carried_on(self, chain: Chain, rows: Sequence[int], given: dict[str, Tensor]) -> Tensor:
+        """The rows that a chain gives for a batch of some samples, from given values of these."""
+        return self.form.flat(chain.compute(rows, given), len(rows))
 
 
-def now(device: torch.device) -> float:
-    """Seconds on a clock, when the device has done what was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def first_rows(chain: Chain, dtype: torch.dtype | None) -> tuple[Form, Tensor]:
+    """The rows of the first batch, and the form that they have.
 
-
-@cache
-def _stream_for_copies(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def pick(flat: Rows, rows: Sequence[int]) -> Rows:
-    return [column[list(rows)] for column in flat]
-
-
-def all_same_bits(a: Rows, b: Rows) -> bool:
-    return all(map(same_bits, a, b))
+    Raises:
+        CannotKeepError: they cannot be kept.
+    """
+    value, n = chain.compute(), len(chain.samples)
+    if len(devices := {str(t.device) for t in (*chain.inputs, value)}) > 1:
+        raise CannotKeepError(f"inputs and what is read are on {' and '.join(sorted(devices))}")
+    form = Form.of(value, n, dtype)
+    flat = form.flat(value, n)
+    rows = [(n - 1) - i // 2 for i in range(n)]  # half of them, twice, in another order
+    if not same_bits(form.flat(chain.compute(rows), n), flat[rows]):
+        raise CannotKeepError("what a sample gives depends on the others in its batch")
+    return form, flat

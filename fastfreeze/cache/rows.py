@@ -20,35 +20,13 @@ def by_sample(tensor: Tensor, n: int) -> Tensor:
     return tensor if len(tensor) == n else tensor.unflatten(0, (n, -1))
 
 
-def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+def take_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """``tensor[rows]`` with the strides of ``tensor``, where its rows lie one after the other."""
+    chosen = torch.tensor(rows, dtype=torch.int64, device=tensor.device)
     if not are_dense(tensor):
-        return tensor.index_select(0, rows)
-    taken = in_memory(tensor).index_select(0, rows)
+        return tensor.index_select(0, chosen)
+    taken = in_memory(tensor).index_select(0, chosen)
     return taken.as_strided((len(rows), *tensor.shape[1:]), tensor.stride())
-
-
-def row_numbers(rows: Sequence[int], device: torch.device) -> Tensor:
-    """int64 on ``device``; the host does not wait for it."""
-    on_gpu = device.type == "cuda"
-    numbers = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-    return numbers.to(device, non_blocking=on_gpu)
-
-
-class Fetched:
-    """A tensor on its way to the host: what is queued before it on a GPU need not be waited for."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        on_gpu = tensor.device.type == "cuda"
-        self._tensor = tensor.to("cpu", non_blocking=on_gpu)  # in pinned memory, if from a GPU
-        self._copied = torch.cuda.current_stream(tensor.device).record_event() if on_gpu else None
-
-    def wait(self) -> list[int]:
-        """Its numbers."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        numbers: list[int] = self._tensor.tolist()
-        return numbers
 
 
 def row_strides(tensor: Tensor) -> list[int]:
@@ -59,23 +37,14 @@ def row_strides(tensor: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class Form:
-    """What of a value's shape and strides does not depend on the batch: how its rows are kept.
+    """What of a value's shape and strides does not depend on the batch: how its rows are kept."""
 
-    Attributes:
-        times: rows of the value for each sample; the other attributes are those of all of them.
-        shape: of a row.
-        strides: from row to row, and within a row.
-        dense: whether rows have no gaps: they are kept in the order of memory, others as they read.
-        dtype: of the value.
-        stored: of what is kept.
-    """
-
-    times: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dense: bool
-    dtype: torch.dtype
-    stored: torch.dtype
+    times: int  # rows of the value for each sample: all of these are what is called a row here
+    shape: tuple[int, ...]  # of a row
+    strides: tuple[int, ...]  # from row to row, and within a row
+    dense: bool  # whether rows have no gaps: they are kept in the order of memory
+    dtype: torch.dtype  # of the value
+    stored: torch.dtype  # of what is kept
 
     @classmethod
     def of(cls, value: Tensor, n: int, dtype: torch.dtype | None) -> Form:
@@ -96,6 +65,11 @@ class Form:
         stored = dtype if dtype is not None and narrows else value.dtype
         shape, strides = tuple(value.shape[1:]), value.stride()
         return cls(times, shape, strides, are_dense(value), value.dtype, stored)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether values come back as they were, not rounded."""
+        return self.stored == self.dtype
 
     @property
     def column(self) -> tuple[torch.dtype, int]:
@@ -136,10 +110,3 @@ class Form:
         strides = self.strides
         new = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
         return new.copy_(value)
-
-
-def share_storage(values: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether some values lie in the storage of one another, or of others."""
-    places = [v.untyped_storage().data_ptr() for v in values if v.numel()]
-    taken = {t.untyped_storage().data_ptr() for t in others}
-    return len(set(places)) < len(places) or not taken.isdisjoint(places)

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastfreeze.files import FileLock, lock_file
 from fastfreeze.trimming.bits import hash_rows
 
-_VERSION = 4
+_VERSION = 5
 _WORD, _STAMP = 8, 3  # bytes; words: the key of a row, its digest, its checksum
 _HEADER = 32
 _LOCK = "lock"
@@ -68,18 +68,16 @@ class Stores:
             raise RuntimeError(f"{path} is in use by another cache of this process")
         self._unlock = weakref.finalize(self, _release, lock)
 
-    def open(self, name: str, columns: Sequence[Column]) -> RowStore:
+    def open(self, name: str, column: Column) -> RowStore:
         """The store ``name``, 32 hexadecimal digits, with what an earlier process has left there.
 
         Raises:
             OSError: its file cannot be made.
         """
-        records: _Memory | _File = _Memory()
-        if self._path is not None:
-            records = _File(self._path / f"{name}.rows", columns)
-        store = self._open[name] = RowStore(columns, self.room, records)
-        if isinstance(records, _File):
-            store.take_over(records)
+        if self._path is None:
+            return self._open.setdefault(name, RowStore(column, self.room))
+        store = self._open[name] = FileStore(column, self.room, self._path / f"{name}.rows")
+        store.take_over()
         return store
 
     def drop(self, name: str) -> None:
@@ -120,19 +118,19 @@ def _release(lock: FileLock) -> None:
 
 
 class RowStore:
-    """Rows of a few columns, by key.
+    """Rows by key, in memory.
 
     Args:
-        columns: the dtype and the number of elements, >= 1, of a row of each column.
+        column: the dtype and the number of elements, >= 1, of a row.
         room: tells how many bytes may be added, and makes room for so many.
-        records: where they are.
     """
 
-    def __init__(self, columns: Sequence[Column], room: _Room, records: _Memory | _File) -> None:
-        self._columns, self._room, self._records = columns, room, records
-        self.row_bytes = row_bytes(columns)
+    def __init__(self, column: Column, room: _Room) -> None:
+        self._column, self._room = column, room
+        self.row_bytes = _WORD * _STAMP + column[0].itemsize * column[1]
         self._slots: dict[int, int] = {}
-        self._digests, self._num_found = array("q"), 0
+        self._digests = array("q")
+        self._records: list[Any] = []  # bytes of each
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -146,48 +144,36 @@ class RowStore:
         """The slot of each key; -1 where there is no row."""
         return [self._slots.get(key, -1) for key in keys]
 
-    def some(self, n: int) -> list[int]:
-        """Slots of ``n`` rows here and there, some perhaps more than once."""
-        slots = list(self._slots.values())
-        return [slots[i * 7919 % len(slots)] for i in range(n)] if slots else []
-
     def digest(self, slot: int) -> int:
         """What came with a row."""
         return self._digests[slot]
 
     def was_found(self, slot: int) -> bool:
         """Whether a row is left from an earlier process."""
-        return slot < self._num_found
+        return False
 
-    def get(self, slots: Sequence[int], pinned: bool = False) -> list[Tensor] | None:
-        """Copies of rows, ``[n, numel]`` of each column; in pinned memory, or not.
+    def get(self, slots: Sequence[int], pinned: bool = False) -> Tensor | None:
+        """Copies of rows, ``[n, numel]``; in pinned memory, or not.
 
         None if a file was cut short or altered; the rows that this has cost are gone.
         """
-        n = len(slots)
-        stamps = torch.empty(n, _STAMP, dtype=torch.int64, device="cpu")
-        columns = [
-            torch.empty(n, numel, dtype=dtype, device="cpu", pin_memory=pinned)
-            for dtype, numel in self._columns
-        ]
-        buffers = [t.view(torch.uint8).numpy() for t in (stamps, *columns)]
-        whole = self._records.read(slots, buffers)
-        if isinstance(self._records, _File):  # it may have been altered
-            same = (_checksums(stamps, columns) == stamps[:, -1]).tolist()
-            whole = [a and b for a, b in zip(whole, same, strict=True)]
+        dtype, numel = self._column
+        stamps = torch.empty(len(slots), _STAMP, dtype=torch.int64, device="cpu")
+        rows = torch.empty(len(slots), numel, dtype=dtype, device="cpu", pin_memory=pinned)
+        whole = self._read(slots, stamps, rows)
         if all(whole):
-            return columns
+            return rows
         gone = {slot for slot, good in zip(slots, whole, strict=True) if not good}
         self.forget([key for key, slot in self._slots.items() if slot in gone])
         return None
 
-    def add(self, keys: Sequence[int], digests: Sequence[int], values: Sequence[Tensor]) -> int:
+    def add(self, keys: Sequence[int], digests: Sequence[int], rows: Tensor) -> int:
         """Add rows whose keys are not there yet, as far as there is room.
 
         Args:
             keys: of each row, >= 0.
             digests: 64-bit integers, of whatever meaning.
-            values: ``[n, numel]`` of each column, on any device.
+            rows: ``[n, numel]``, on any device.
 
         Returns:
             How many were added.
@@ -197,128 +183,101 @@ class RowStore:
         chosen = chosen[: self._room(len(chosen) * self.row_bytes) // self.row_bytes]
         if not chosen:
             return 0
-        if len(chosen) < len(keys):
-            values = [value[chosen] for value in values]
-        values = [value.cpu().contiguous() for value in values]
+        rows = (rows if len(chosen) == len(keys) else rows[chosen]).cpu().contiguous()
         stamps = torch.tensor([[keys[i], digests[i], 0] for i in chosen], device="cpu")
-        stamps[:, -1] = _checksums(stamps, values)
-        data = torch.cat([t.view(torch.uint8) for t in (stamps, *values)], 1)
+        stamps[:, -1] = _checksums(stamps, rows)
+        data = torch.cat([stamps.view(torch.uint8), rows.view(torch.uint8)], 1)
         start = len(self._digests)
-        for i in chosen[: self._records.write(data.numpy(), start)]:
+        for i in chosen[: self._write(data.numpy(), start)]:
             self._slots[keys[i]] = len(self._digests)
             self._digests.append(digests[i])
         return len(self._digests) - start
-
-    def take_over(self, records: _File) -> None:
-        """Have what earlier processes have left, as far as there is room."""
-        size = records.size()
-        count = min(self._room(size), size) // self.row_bytes
-        for slot, stamp in enumerate(records.stamps(count)):
-            if stamp[2]:
-                self._slots[stamp[0]] = slot
-            self._digests.append(stamp[1])
-        self._num_found = count
 
     def forget(self, keys: Collection[int]) -> None:
         """Have no rows of these keys any more; their bytes stay taken up."""
         for key in keys:
             self._slots.pop(key, None)
 
-
-class _Memory:
-    """Records in memory."""
-
-    def __init__(self) -> None:
-        self._rows: list[Any] = []  # bytes of each
-
-    def read(self, slots: Sequence[int], buffers: Sequence[Any]) -> list[bool]:
-        """Copy records, each into a row of the buffers; whether they were whole."""
-        start = 0
-        for buffer in buffers:
-            width = buffer.shape[1]
-            for row, slot in zip(buffer, slots, strict=True):
-                row[:] = self._rows[slot][start : start + width]
-            start += width
+    def _read(self, slots: Sequence[int], stamps: Tensor, rows: Tensor) -> list[bool]:
+        """Copy records, each into a row of both; whether they were whole."""
+        for row, slot in zip(rows.view(torch.uint8).numpy(), slots, strict=True):
+            row[:] = self._records[slot][_WORD * _STAMP :]
         return [True] * len(slots)
 
-    def write(self, data: Any, start: int) -> int:
-        """Add records, ``[n, row_bytes]``; how many were added."""
-        del self._rows[start:]
-        self._rows.extend(data)
+    def _write(self, data: Any, start: int) -> int:
+        """Add records, ``[n, row_bytes]``, behind so many; how many were added."""
+        del self._records[start:]
+        self._records.extend(data)
         return len(data)
 
 
-class _File:
-    """Records in a file. What it holds of other columns, or in another format, is deleted.
+class FileStore(RowStore):
+    """The same in a file. What it holds in another format, or of another column, is deleted.
 
     Raises:
         OSError: it cannot be made, here and in all methods.
     """
 
-    def __init__(self, path: Path, columns: Sequence[Column]) -> None:
-        self._path, self._row_bytes = path, row_bytes(columns)
-        text = f"fastfreeze rows {_VERSION}\n" + "".join(f"{d} {n}\n" for d, n in columns)
+    def __init__(self, column: Column, room: _Room, path: Path) -> None:
+        super().__init__(column, room)
+        self._path, self._num_found = path, 0
+        text = f"fastfreeze rows {_VERSION}\n{column[0]} {column[1]}\n"
         header = hashlib.blake2b(text.encode(), digest_size=_HEADER).digest()
+        with suppress(FileNotFoundError):
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # it is elsewhere, too
+                path.unlink()
         with _opened(path) as fd:
             if os.pread(fd, _HEADER, 0) != header:
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, header, 0)
 
-    def size(self) -> int:
-        return self._path.stat().st_size - _HEADER
-
-    def stamps(self, count: int) -> Iterator[Any]:
-        """What stands in front of each of the first records; the others are cut off."""
+    def take_over(self) -> None:
+        """Have what earlier processes have left, as far as there is room; the rest is cut off."""
+        size = self._path.stat().st_size - _HEADER
+        self._num_found = min(self._room(size), size) // self.row_bytes
         with _opened(self._path) as fd:
-            os.ftruncate(fd, self._place(count))
+            os.ftruncate(fd, self._place(self._num_found))
             os.utime(fd)
-            for slot in range(count):
-                yield array("q", os.pread(fd, _WORD * _STAMP, self._place(slot)))
+            for slot in range(self._num_found):
+                stamp = array("q", os.pread(fd, _WORD * _STAMP, self._place(slot)))
+                if stamp[2]:
+                    self._slots[stamp[0]] = slot
+                self._digests.append(stamp[1])
 
-    def read(self, slots: Sequence[int], buffers: Sequence[Any]) -> list[bool]:
-        """Copy records, each into a row of the buffers; whether they were whole."""
+    def was_found(self, slot: int) -> bool:
+        return slot < self._num_found
+
+    def _read(self, slots: Sequence[int], stamps: Tensor, rows: Tensor) -> list[bool]:
+        buffers = [t.view(torch.uint8).numpy() for t in (stamps, rows)]
         with _opened(self._path) as fd:
-            return [
-                os.preadv(fd, [b[i] for b in buffers], self._place(slot)) == self._row_bytes
+            lengths = [
+                os.preadv(fd, [b[i] for b in buffers], self._place(slot))
                 for i, slot in enumerate(slots)
             ]
+        same = (_checksums(stamps, rows) == stamps[:, -1]).tolist()  # it may have been altered
+        return [n == self.row_bytes and s for n, s in zip(lengths, same, strict=True)]
 
-    def write(self, data: Any, start: int) -> int:
-        """Add records, ``[n, row_bytes]``; how many: fewer where the device is full."""
+    def _write(self, data: Any, start: int) -> int:
         left, written, place = data.reshape(-1).data, 0, self._place(start)
-        with _opened(self._path) as fd, suppress(OSError):
+        with _opened(self._path) as fd, suppress(OSError):  # the device is full
             while written < len(left):
                 written += os.pwrite(fd, left[written:], place + written)
-        return written // self._row_bytes
+        return written // self.row_bytes
 
     def _place(self, slot: int) -> int:
-        return _HEADER + slot * self._row_bytes
+        return _HEADER + slot * self.row_bytes
 
 
-def row_bytes(columns: Sequence[Column]) -> int:
-    """Of a record."""
-    return _WORD * _STAMP + sum(d.itemsize * numel for d, numel in columns)
-
-
-def _checksums(stamps: Tensor, values: Sequence[Tensor]) -> Tensor:
+def _checksums(stamps: Tensor, rows: Tensor) -> Tensor:
     """Of rows and what else their stamps say; never 0, which a hole in a file holds."""
-    return hash_rows(stamps[:, :-1], *values) | 1
+    return hash_rows(stamps[:, :-1], rows) | 1
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """A file to read and write, to which no other name leads: not one that lies elsewhere, too."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    fd = -1
-    with suppress(OSError):
-        fd = os.open(path, flags, 0o666)
-        found = os.fstat(fd)
-        if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
-            os.close(fd)
-            fd = -1
-    if fd < 0:
-        path.unlink(missing_ok=True)
-        fd = os.open(path, flags | os.O_EXCL, 0o666)
+    """A file to read and write, which is made if it is not there."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         yield fd
     finally:

@@ -8,24 +8,51 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastfreeze.layers.execution import preserved
 from fastfreeze.trimming.state import fp32_precision, tensors_in
 
 Tensors = dict[str, Tensor | None]
-Observation = tuple[Any, dict[str, Tensors]]  # the output's nested types; tensors by kind and name
 _EPSILONS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
-def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
-    """What ``run`` gives, buffers, and gradients of the parameters that require grad.
+def check_alike(
+    model: nn.Module,
+    found: Callable[..., Any],
+    expected: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Compare two ways of running a model: outputs, buffers, and gradients of what trains.
 
-    None for a parameter without one. The model and the random number generators are left as they
-    were.
+    The model and the random number generators are left as they were.
+
+    Raises:
+        RuntimeError: they differ by more than rounding; the message names the worst.
     """
+    own, others = _observed(model, found, args, kwargs), _observed(model, expected, args, kwargs)
+    worst, text = 1.0, ""
+    if own[0] != others[0]:
+        worst, text = math.inf, f"output is {own[0]}, not {others[0]}"
+    for kind, b in others[1].items():
+        a, floor = own[1][kind], 1e-3 * max((_magnitude(t) for t in b.values()), default=0.0)
+        for name in sorted(a.keys() | b.keys()):
+            times = _error(a.get(name), b.get(name), floor)
+            if times > worst:
+                worst, text = times, f"{kind} {name!r} differs by {times:.1e} times rounding"
+    if text:
+        raise RuntimeError(f"trimmed {type(model).__name__}: {text}")
+
+
+def _observed(
+    model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any
+) -> tuple[Any, dict[str, Tensors]]:
+    """The nested types of what ``run`` gives, and tensors by kind and name."""
+    copies = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with preserved(model), torch.enable_grad():
-        output = run()
+        output = run(*copies)
         outputs = list(tensors_in(output))
         gradients = _gradients(outputs, list(trained.values()))
         return _structure(output), {
@@ -35,29 +62,12 @@ def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
         }
 
 
-def difference(found: Observation, expected: Observation) -> str:
-    """The greatest difference, in words; empty if there is none beyond rounding."""
-    if found[0] != expected[0]:
-        return f"output is {found[0]}, not {expected[0]}"
-    worst, text = 1.0, ""
-    for kind, a in found[1].items():
-        b = expected[1][kind]
-        floor = 1e-3 * max((_magnitude(t) for t in b.values() if t is not None), default=0.0)
-        for name in sorted(a.keys() | b.keys()):
-            error, tolerance = _error(a.get(name), b.get(name), floor)
-            if error > worst * tolerance:
-                worst = error / tolerance
-                text = f"{kind} {name!r} differs, relative error {error:.1e}"
-    return text
-
-
 def excess(found: Any, expected: Any) -> float:
     """The greatest difference between tensors, as a multiple of what rounding may explain."""
     if _structure(found) != _structure(expected):
         return math.inf
     pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
-    errors = [_error(a, b, 0.0) for a, b in pairs]
-    return max((error / rounding for error, rounding in errors), default=0.0)
+    return max((_error(a, b, 0.0) for a, b in pairs), default=0.0)
 
 
 def _structure(value: Any) -> Any:
@@ -80,21 +90,21 @@ def _gradients(outputs: list[Tensor], parameters: Sequence[Tensor]) -> Sequence[
     return torch.autograd.grad(differentiable, parameters, weights, allow_unused=True)
 
 
-def _error(a: Tensor | None, b: Tensor | None, floor: float) -> tuple[float, float]:
-    """Relative error of ``a``, and how much of it rounding may explain."""
+def _error(a: Tensor | None, b: Tensor | None, floor: float) -> float:
+    """Of ``a``, relative to the greatest of ``b``, in multiples of what rounding may explain."""
     if a is None or b is None:
-        return (0.0 if a is b else math.inf), 1.0
+        return 0.0 if a is b else math.inf
     if a.shape != b.shape or a.dtype != b.dtype:
-        return math.inf, 1.0
+        return math.inf
     if torch.equal(a, b):
-        return 0.0, 1.0
+        return 0.0
     if not b.is_floating_point() or not torch.equal(a.isnan(), b.isnan()):
-        return math.inf, 1.0
-    error = (a.double() - b.double()).nan_to_num().abs().max().item()
+        return math.inf
+    error = _magnitude(a.double() - b.double())
     if not error:  # but for NaN, of which there are as many
-        return 0.0, 1.0
+        return 0.0
     scale = max(_magnitude(b), floor)
-    return (error / scale if scale else math.inf), math.sqrt(_epsilon(b))
+    return error / scale / math.sqrt(_epsilon(b)) if scale else math.inf
 
 
 def _epsilon(tensor: Tensor) -> float:
@@ -104,5 +114,7 @@ def _epsilon(tensor: Tensor) -> float:
     return max(epsilons)
 
 
-def _magnitude(tensor: Tensor) -> float:
-    return tensor.double().nan_to_num().abs().max().item() if tensor.numel() else 0.0
+def _magnitude(tensor: Tensor | None) -> float:
+    if tensor is None or not tensor.numel():
+        return 0.0
+    return tensor.double().nan_to_num().abs().max().item()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
-from fastfreeze.trimming.folds import Convolving, Fold, Norm, folded
+from fastfreeze.trimming.folds import Constants, Convolving, Fold, Norm
 from fastfreeze.trimming.operations import Affine, Convolution, may_take_winograd
 from fastfreeze.trimming.pending import (
     FUSED,
@@ -31,7 +31,6 @@ from fastfreeze.trimming.pending import (
     Node,
     Pending,
     Run,
-    TooLateError,
     may_wait,
     node_of,
 )
@@ -47,10 +46,7 @@ class FusedNode(Node):
         base: the same without what was done last; None if there is no such.
     """
 
-    __slots__ = (
-        *("base", "convolving", "norm", "parts", "relu", "residual", "run"),
-        *("tensors", "versions"),
-    )
+    __slots__ = ("base", "convolving", "norm", "parts", "relu", "residual", "run")
 
     def __init__(
         self,
@@ -59,21 +55,15 @@ class FusedNode(Node):
         shape: torch.Size,
         convolving: Convolving | None = None,
         norm: Norm | None = None,
-        base: Any = None,
+        residual: Node | None = None,
+        relu: bool = False,
+        base: FusedNode | None = None,
     ) -> None:
         super().__init__(shape, parts[0].dtype, parts[0].device)
         self.run, self.parts, self.base = run, parts, base
-        self.convolving, self.norm = convolving, norm
-        self.residual: Node | None = None
-        self.relu = False
+        self.convolving, self.norm, self.residual, self.relu = convolving, norm, residual, relu
         if base is not None:
-            base.passed = True  # first: to look at a tensor may be one of torch's functions
-        new = (convolving or norm) if base is None else None if norm is base.norm else norm
-        self.tensors: list[Tensor] = new.tensors() if new else []
-        self.versions = [t._version for t in self.tensors]
-        if base is not None:
-            self.tensors = base.tensors + self.tensors
-            self.versions = base.versions + self.versions
+            base.passed = True
 
     @property
     def is_cat(self) -> bool:
@@ -94,20 +84,20 @@ class FusedNode(Node):
         if residual and (self.is_affine or self.residual):
             return None
         own = self.run, self.parts, self.shape, self.convolving
-        node = FusedNode(*own, norm or self.norm, self)
-        node.residual, node.relu = residual or self.residual, relu
-        return node
+        return FusedNode(*own, norm or self.norm, residual or self.residual, relu, self)
 
     def fits_convolution(self) -> bool:
         """Whether a convolution may compute it on the way."""
         if self.value is not None or not (self.is_affine and self.relu):
             return False
-        return len(self.parts) == 1 and self.base.value is None and self._fold().checked
+        base = self.base
+        alone = len(self.parts) == 1 and base is not None and base.value is None
+        return alone and self._fold().checked
 
-    def compute(self) -> Tensor:
+    def _compute(self) -> Tensor:
         if self.residual is not None:
             self.residual.get()
-        self._check()
+        self._constants()
         base = self.base
         while base is not None and base.value is None:
             base = base.base
@@ -133,31 +123,30 @@ class FusedNode(Node):
         autocasts = torch.is_autocast_enabled(kind)
         outside = torch.autocast(kind, enabled=False) if autocasts else nullcontext()
         with torch.inference_mode(False), torch._C.DisableTorchFunction(), outside:
-            value = self.compute().data  # torch has counted no write to it
+            value = self._compute().data  # torch has counted no write to it
             self.version, self.value = value._version, value
         self.parts, self.base, self.residual = (), None, None
 
-    def _check(self) -> None:
-        """See that the weights are as they were.
-
-        Raises:
-            TooLateError: they are not.
-        """
-        if [t._version for t in self.tensors] != self.versions:
-            raise TooLateError
+    def _constants(self) -> list[Constants]:
+        """What it computes with; raises TooLateError if that is not as it was."""
+        both: tuple[Constants | None, ...] = self.convolving, self.norm
+        found = [c for c in both if c is not None]
+        for constants in found:
+            constants.check()
+        return found
 
     def _fold(self) -> Fold:
-        self._check()
-        convolving, norm, dtype = self.convolving, self.norm, self.dtype
+        constants, dtype = self._constants(), self.dtype
 
         def make() -> Affine | Convolution:
-            if convolving is not None:
-                return folded(convolving, norm)
-            assert norm is not None
-            return Affine(*norm.affine(), dtype)
+            if self.convolving is not None:
+                return self.convolving.folded(self.norm)
+            assert self.norm is not None
+            return Affine(*self.norm.affine(), dtype)
 
-        key = convolving and convolving.key(), norm and norm.key(), dtype
-        fold: Fold = self.run.folds.get(key, self.tensors, make)
+        key = *[(type(c), c.key) for c in constants], dtype
+        tensors = [t for c in constants for t in c.tensors]
+        fold: Fold = self.run.folds.get(key, tensors, make)
         return fold
 
     def _folded(self, fold: Fold) -> Tensor:
@@ -189,7 +178,7 @@ class FusedNode(Node):
 
 
 def _fuse(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Have calls of these functions done by what is decorated, if it does not decline."""
+    """Let calls of these functions go to the decorated one, which may decline."""
 
     def register(handler: Callable[..., Any]) -> Callable[..., Any]:
         FUSED.update(dict.fromkeys(functions, handler))
@@ -214,11 +203,11 @@ def _conv2d(
     if id(weight) not in run.known or rest or others or isinstance(padding, str):
         return NotImplemented
     s, p, d = [(v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation)]
-    convolving = Convolving(weight, bias, s, p, d, groups)
-    node = _images(run, x, convolving.tensors())
+    node = _images(run, x, weight, bias)
     shape = None if node is None else _convolved(node.shape, weight.shape, s, p, d, groups)
     if node is None or shape is None:
         return NotImplemented
+    convolving = Convolving(weight, bias, s, p, d, groups)
     if isinstance(node, FusedNode) and node.is_affine and may_take_winograd(convolving):
         node.passed = True
     else:
@@ -242,10 +231,11 @@ def _batch_norm(
 ) -> Any:
     if training or id(running_mean) not in run.known or running_var is None or rest or others:
         return NotImplemented
-    norm = Norm(running_mean, running_var, weight, bias, eps)
-    x = _images(run, input, norm.tensors())
-    if x is None or any(t.shape != x.shape[1:2] for t in norm.tensors()):
+    own = running_mean, running_var, weight, bias
+    x = _images(run, input, *own)
+    if x is None or any(t is not None and t.shape != x.shape[1:2] for t in own):
         return NotImplemented
+    norm = Norm(*own, eps)
     node = x.then(norm) if isinstance(x, FusedNode) else None
     if node is not None:
         return run.wait(node)
@@ -264,9 +254,7 @@ def _relu(run: Run, x: Any, inplace: bool = False, *rest: Any, **others: Any) ->
     return NotImplemented if new is None else run.wait(new, x if inplace else None)
 
 
-@_fuse(F.relu_, torch.relu_, Tensor.relu_)
-def _relu_in_place(run: Run, x: Any, *rest: Any, **others: Any) -> Any:
-    return _relu(run, x, True, *rest, **others)
+_fuse(F.relu_, torch.relu_, Tensor.relu_)(partial(_relu, inplace=True))
 
 
 @_fuse(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
@@ -286,9 +274,7 @@ def _add(run: Run, a: Any, b: Any = None, *rest: Any, inplace: bool = False, **o
     return NotImplemented
 
 
-@_fuse(Tensor.__iadd__, Tensor.add_)
-def _add_in_place(run: Run, a: Any, b: Any = None, *rest: Any, **others: Any) -> Any:
-    return NotImplemented if others else _add(run, a, b, *rest, inplace=True)
+_fuse(Tensor.__iadd__, Tensor.add_)(partial(_add, inplace=True))
 
 
 @_fuse(torch.cat, torch.concat, torch.concatenate)
@@ -309,7 +295,7 @@ def _cat(run: Run, tensors: Any, dim: int = 0, *rest: Any, **others: Any) -> Any
 
 
 def _parts(node: Node) -> Sequence[Node]:
-    """What a cat that waits is of; else the node alone."""
+    """The parts of a cat that waits; any other node is its only part."""
     if isinstance(node, FusedNode) and node.is_cat and node.value is None:
         return node.parts
     return (node,)
@@ -359,7 +345,7 @@ def may_fold(tensor: Any) -> bool:
     return plain and not (tensor.requires_grad or tensor.is_inference())
 
 
-def _images(run: Run, x: Any, weights: Sequence[Tensor]) -> Node | None:
+def _images(run: Run, x: Any, *weights: Tensor | None) -> Node | None:
     """The node of images ``x`` if a function of them and ``weights`` may wait."""
     if not may_wait(x) or not _may_wait_here(run, x.device.type):
         return None
@@ -371,6 +357,7 @@ def _images(run: Run, x: Any, weights: Sequence[Tensor]) -> Node | None:
         and t.dtype == node.dtype
         and t.device == node.device
         for t in weights
+        if t is not None
     )
     return node if fits and go_together else None
 

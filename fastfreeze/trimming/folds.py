@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,47 @@ from torch import Tensor
 
 from fastfreeze.trimming.compare import excess
 from fastfreeze.trimming.operations import Convolution
-from fastfreeze.trimming.watch import Contents, Steps
+from fastfreeze.trimming.pending import TooLateError
+from fastfreeze.trimming.watch import Contents, Lookout
 
 _MAX_CHANGES = 16
 Key = tuple[Any, ...]
 
 
-class Convolving(NamedTuple):
-    """What torch's convolution of images is called with, but for the images."""
+class Constants:
+    """What one of torch's functions of images was called with, and its tensors as they were then.
+
+    Attributes:
+        tensors: which.
+        key: what tells this call from others.
+    """
+
+    def __post_init__(self) -> None:
+        given = list(vars(self).values())
+        self.tensors = [v for v in given if isinstance(v, Tensor)]
+        self.key: Key = tuple([id(v) if isinstance(v, Tensor) else v for v in given])
+        self._versions = self._now()
+
+    def check(self) -> None:
+        """See that the tensors are as they were.
+
+        Raises:
+            TooLateError: they are not.
+        """
+        if self._now() != self._versions:
+            raise TooLateError
+
+    def plain(self, x: Tensor) -> Tensor:
+        """What torch computes of images ``x``."""
+        raise NotImplementedError
+
+    def _now(self) -> list[int]:
+        return [t._version for t in self.tensors if not t.is_inference()]
+
+
+@dataclass(eq=False)
+class Convolving(Constants):
+    """A call of torch's convolution of images, with pairs for stride, padding and dilation."""
 
     weight: Tensor
     bias: Tensor | None
@@ -37,18 +70,21 @@ class Convolving(NamedTuple):
         return len(self.weight)
 
     def plain(self, x: Tensor) -> Tensor:
-        """What torch computes."""
-        return F.conv2d(x, *self)
+        how = self.stride, self.padding, self.dilation, self.groups
+        return F.conv2d(x, self.weight, self.bias, *how)
 
-    def tensors(self) -> list[Tensor]:
-        return [t for t in self[:2] if t is not None]
+    def folded(self, norm: Norm | None) -> Convolution:
+        """With the norm behind it in its weights."""
+        weight = self.weight.detach().double()
+        bias = None if self.bias is None else self.bias.detach().double()
+        if norm is not None:
+            weight, bias = norm.behind(weight, bias)
+        return Convolution(self, weight, bias, self.weight.dtype)
 
-    def key(self) -> Key:
-        return *map(id, self[:2]), *self[2:]
 
-
-class Norm(NamedTuple):
-    """What torch's batch norm in eval mode is called with, but for the images."""
+@dataclass(eq=False)
+class Norm(Constants):
+    """A call of torch's batch norm in eval mode."""
 
     mean: Tensor
     var: Tensor
@@ -57,14 +93,8 @@ class Norm(NamedTuple):
     eps: float
 
     def plain(self, x: Tensor) -> Tensor:
-        """What torch computes."""
-        return F.batch_norm(x, *self[:4], training=False, eps=self.eps)
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in self[:4] if t is not None]
-
-    def key(self) -> Key:
-        return *map(id, self[:4]), self.eps
+        own = self.mean, self.var, self.weight, self.bias
+        return F.batch_norm(x, *own, training=False, eps=self.eps)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift per channel, in float64."""
@@ -73,6 +103,12 @@ class Norm(NamedTuple):
         if self.weight is not None:
             scale, shift = scale * self.weight.double(), shift * self.weight.double()
         return scale, shift if self.bias is None else shift + self.bias.double()
+
+    def behind(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a convolution with this norm behind it; all float64."""
+        scale, shift = self.affine()
+        bias = shift if bias is None else bias * scale + shift
+        return weight * scale[:, None, None, None], bias
 
 
 class Fold:
@@ -116,9 +152,8 @@ class Folds:
         self.exact = exact
         self._folds: dict[Key, Fold] = {}
         self._changes: dict[Key, int] = {}
-        self._turns: Iterator[Key] = cycle(())
         self._known: set[int] = set()
-        self._steps = Steps()
+        self._lookout = Lookout()
 
     def __len__(self) -> int:
         return sum(not fold.refused for fold in self._folds.values())
@@ -131,52 +166,20 @@ class Folds:
         """What ``make`` gives of ``tensors`` as they are; ``key`` has their ids."""
         found = self._folds.get(key)
         if found is not None:
-            if found.contents.as_counted(tensors):
+            if found.contents.lasts(tensors):
                 return found
-            self._drop(key)
+            self._changes[key] = self._changes.get(key, 0) + 1
         often = self._changes.get(key, 0) >= _MAX_CHANGES
         refused = "its weights change again and again" if often else ""
         with torch.inference_mode(False), torch.no_grad():
             operation = None if refused else make()
-        found = self._folds[key] = Fold(operation, Contents(tensors), refused)
-        self._look_anew()
-        return found
+        fold = self._folds[key] = Fold(operation, self._lookout.contents(tensors), refused)
+        return fold
 
     def check(self, known: set[int]) -> None:
-        """Drop those whose weights hold other bits, or are not among those that are known.
-
-        All after a step of an optimizer that may have moved them, else one in each call, in turn.
-        """
+        """Look for unseen writes; drop what was made of tensors whose ids are not known."""
+        self._lookout.look()
         if known != self._known:
-            self._known = known
-            for key, fold in list(self._folds.items()):
-                if not all(id(t) in known for t in fold.contents.tensors):
-                    del self._folds[key]
-            self._look_anew()
-        if self._steps.seen():
-            keys = list(self._folds)
-        else:
-            keys = [key for key in (next(self._turns, None),) if key is not None]
-        for key in keys:
-            if not self._folds[key].contents.as_compared():
-                self._drop(key)
-                self._look_anew()
-
-    def _drop(self, key: Key) -> None:
-        self._changes[key] = self._changes.get(key, 0) + 1
-        del self._folds[key]
-
-    def _look_anew(self) -> None:
-        self._turns = cycle(list(self._folds))
-        self._steps.tensors = [t for f in self._folds.values() for t in f.contents.tensors]
-
-
-def folded(convolving: Convolving, norm: Norm | None) -> Convolution:
-    """The convolution with the norm behind it in its weights."""
-    weight = convolving.weight.detach().double()
-    bias = None if convolving.bias is None else convolving.bias.detach().double()
-    if norm is not None:
-        scale, shift = norm.affine()
-        weight = weight * scale[:, None, None, None]
-        bias = shift if bias is None else bias * scale + shift
-    return Convolution(convolving, weight, bias, convolving.weight.dtype)
+            self._known, old = known, self._folds
+            used = {key: map(id, fold.contents.tensors) for key, fold in old.items()}
+            self._folds = {key: old[key] for key, ids in used.items() if known.issuperset(ids)}

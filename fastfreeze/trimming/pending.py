@@ -64,15 +64,6 @@ class Node:
         self.version, self.moved, self.passed = 0, False, False
         self.lock = threading.RLock()
 
-    def compute(self) -> Tensor:
-        """The value; called once."""
-        raise NotImplementedError
-
-    @property
-    def waits_on(self) -> bool:
-        """Whether its value is not known, and may never be read."""
-        return self.passed and self.value is None
-
     def get(self) -> Tensor:
         """The value, for one who has it under this name and may write to it."""
         if self.value is None:
@@ -83,14 +74,8 @@ class Node:
         return self.value
 
     def _set(self) -> None:
-        run = LOCAL.run
-        with torch.inference_mode(False):
-            if run is None:
-                value = self.compute()
-            else:
-                with run.anew():
-                    value = settle(self.compute())
-        self.version, self.value = value._version, value
+        """Compute the value."""
+        raise NotImplementedError
 
     def now(self) -> Tensor:
         """The value that it had when it was asked for.
@@ -103,8 +88,7 @@ class Node:
 
     def there(self) -> Tensor:
         """The same of a value that is known, which this does not count as read."""
-        assert self.value is not None
-        if self.value._version != self.version:
+        if self.value is None or self.value._version != self.version:
             raise TooLateError
         return self.value
 
@@ -155,10 +139,8 @@ class Run(TorchFunctionMode):
     which something may wait (:meth:`watch`).
 
     Attributes:
-        folds: the model's folded weights.
         known: ids of the tensors that may be folded; found when it becomes a mode.
-        may_watch: whether it ever becomes one.
-        watches: whether it is one now.
+        may_watch, watches: whether it ever becomes one, and is one now.
         keeper: puts off calls of frozen modules, and functions of what they give; None for nothing.
         pending: values of the keeper's.
         waiting: values of fused functions, by the id of their nodes.
@@ -216,8 +198,8 @@ class Run(TorchFunctionMode):
             result = self.keeper.call_function(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        fused = FUSED.get(func)
-        if fused is not None and args and (self.watches or self.keeper is not None):
+        fused = FUSED.get(func) if self.watches else None
+        if fused is not None and args:
             result = fused(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -242,10 +224,9 @@ class Run(TorchFunctionMode):
             reads: leave what more has been done to: most likely it is held by a name, and not read.
         """
         left = [p for ref in self.waiting.values() if (p := ref()) is not None]
-        waiting = {id(p.node): weakref.ref(p) for p in left if reads and p.node.waits_on}
-        left = [p for p in left if id(p.node) not in waiting]
-        self.waiting = waiting
-        for pending in left:
+        held = [p for p in left if reads and p.node.passed and p.node.value is None]
+        self.waiting = {id(p.node): weakref.ref(p) for p in held}
+        for pending in [p for p in left if id(p.node) not in self.waiting]:
             if not _become_plain(pending):
                 self._has_wrappers = True
 
@@ -262,8 +243,6 @@ class Run(TorchFunctionMode):
     def finish(self, output: Any) -> Any:
         """Compute what is still pending and held by anyone; these are plain tensors from now on."""
         self.close()
-        if self.keeper is not None:
-            self.keeper.release()
         left = [ref() for ref in self.pending]
         self.pending.clear()
         for pending in left:

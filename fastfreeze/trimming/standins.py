@@ -19,7 +19,7 @@ from fastfreeze.errors import warn
 from fastfreeze.trimming.fold import may_fold
 from fastfreeze.trimming.operations import may_take_winograd
 from fastfreeze.trimming.pending import LOCAL, Run, settled
-from fastfreeze.trimming.state import Watch, is_run_again
+from fastfreeze.trimming.state import is_run_again
 
 _MODELESS = ("conv", "linear", "activation", "pooling", "container", "flatten", "padding", "sparse")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -62,21 +62,20 @@ class Frozen:
     Attributes:
         modules: all that are in eval mode.
         names: of these.
-        folds: whether something may gain by waiting: a norm, or a convolution of Winograd's kind.
+        folds: whether waiting may pay in one of them.
     """
 
     def __init__(self, model: nn.Module, fold: bool, outermost: CodeType) -> None:
         modules = list(model.modules())
-        self._structure = Watch([m._modules for m in modules])
+        self._children = [m._modules for m in modules]
         self._parameters = [m._parameters for m in modules]
         self._flags = self._read_flags()
         self.modules = frozen_modules(model)
         frozen = set(self.modules)
         self.names = {m: n for n, m in model.named_modules() if m in frozen}
         self.folds = fold and any(map(_may_fold, self.modules))
-        self._forwards = [(vars(m), vars(m).get("forward")) for m in self.modules]
-        self._classes = list(map(type, self.modules))
-        self._forwards_of_classes = [(k, _forward_of(k)) for k in set(self._classes)]
+        self._kinds = set(map(type, self.modules))
+        self._forwards = self._read_forwards()
         compiled: list[StandIn] = [_Compiled(m) for m in modules if _is_compiled(m)]
         units = [_Unit(m, self, outermost) for m in self.modules if not isinstance(m, _LISTS)]
         chains = [_Chain(m, frozen) for m in modules if m not in frozen and _is_chain(m)]
@@ -92,17 +91,21 @@ class Frozen:
 
     def outdated(self) -> bool:
         """Whether flags or modules are others now, or forwards of these or of their classes."""
-        if self._structure.changed() or self._read_flags() != self._flags:
+        if self._read_flags() != self._flags:
             return True
-        return not self._users and (
-            any(d.get("forward") is not f for d, f in self._forwards)
-            or list(map(type, self.modules)) != self._classes
-            or any(_forward_of(kind) is not f for kind, f in self._forwards_of_classes)
-        )
+        return not self._users and self._read_forwards() != self._forwards
 
-    def _read_flags(self) -> list[bool]:
-        """Whether each parameter requires grad; True where there is none."""
-        return [p is None or p.requires_grad for d in self._parameters for p in d.values()]
+    def _read_flags(self) -> Any:
+        """What modules there are, and whether each parameter requires grad, or is None."""
+        children = [m for d in self._children for m in d.values()]
+        flags = [p is None or p.requires_grad for d in self._parameters for p in d.values()]
+        return children, flags
+
+    def _read_forwards(self) -> Any:
+        """Those that modules have of their own, their classes, and what these have."""
+        own = [vars(m).get("forward") for m in self.modules]
+        of_kinds = [getattr(kind, "forward", None) for kind in self._kinds]  # not TorchScript's
+        return own, list(map(type, self.modules)), of_kinds
 
     def known(self) -> set[int]:
         """Ids of the tensors that folded weights may be made of now."""
@@ -269,9 +272,9 @@ class _Unit(StandIn):
 
 
 def _watched(least: int | None, *args: Any, closing: bool = True) -> AbstractContextManager[None]:
-    """In which functions may wait, if that can pay and no call around it has seen to it.
+    """A context in which functions wait, if ``args`` hold ``least`` values that require no grad.
 
-    It can where ``args`` hold ``least`` values that require no grad: others never wait.
+    It changes nothing inside another one.
     """
     run = LOCAL.run
     if least is None or run is None or run.watches or not run.may_watch:
@@ -283,19 +286,12 @@ def _watched(least: int | None, *args: Any, closing: bool = True) -> AbstractCon
     return run.watch(closing) if elements >= least else nullcontext()
 
 
-def _forward_of(kind: type) -> Any:
-    return getattr(kind, "forward", None)  # TorchScript's has none
-
-
 def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
 def _least(modules: Iterable[nn.Module]) -> int | None:
-    """How many values must go in, that something is gained where functions in these wait.
-
-    None: nothing ever is.
-    """
+    """How many values inputs must hold for waiting to pay in these modules; None: it never does."""
     inside = [m for module in modules for m in module.modules() if _may_fold(m)]
     if not inside:
         return None
@@ -308,7 +304,7 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def _may_fold(module: nn.Module) -> bool:
-    """Whether something is gained where values wait for this module, or it waits for others."""
+    """Whether a module is a norm, or a convolution for Winograd's algorithm: waiting may pay."""
     if isinstance(module, _BatchNorm):
         return True
     return type(module) is nn.Conv2d and may_take_winograd(module)

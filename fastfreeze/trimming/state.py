@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd import function
 from torch.utils import checkpoint
-from torch.utils._pytree import tree_map
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -30,13 +29,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
-def record_stream(value: Any, stream: torch.cuda.Stream) -> None:
-    """Keep the memory of tensors in ``value`` for what ``stream`` does with them."""
-    for tensor in tensors_in(value):
-        if tensor.is_cuda:  # others, such as a number on the CPU, have no streams
-            tensor.record_stream(stream)
-
-
 def requires_grad(value: Any) -> bool:
     """Whether a tensor in ``value`` requires grad."""
     return any(tensor.requires_grad for tensor in tensors_in(value))
@@ -52,11 +44,6 @@ def fp32_precision(device: torch.device) -> tuple[str, str, str]:
     library = backends.cudnn if on_gpu else backends.mkldnn
     products = (backends.cuda if on_gpu else backends.mkldnn).matmul
     return tuple(x.fp32_precision for x in (library.conv, products, library.rnn))
-
-
-def copied(value: Any) -> Any:
-    """Nested containers with their tensors cloned and detached."""
-    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, value)
 
 
 def is_run_again(outermost: CodeType) -> bool:

@@ -12,11 +12,10 @@ from torch.nn.parameter import is_lazy
 
 from fastfreeze.errors import warn
 from fastfreeze.layers.execution import Undo, preserved
-from fastfreeze.trimming.compare import difference, observe
+from fastfreeze.trimming.compare import check_alike
 from fastfreeze.trimming.folds import Folds
 from fastfreeze.trimming.pending import LOCAL, Run, TooLateError, settled
 from fastfreeze.trimming.standins import Frozen
-from fastfreeze.trimming.state import copied
 
 _NO_FULL_GRAPH = "a trimmed model, whose own model is compiled: fullgraph=True is not for it"
 _WRITTEN = (
@@ -64,21 +63,19 @@ class TrimmedModel(nn.Module):
     dicts interchange, and what is done to the one is done to the other. ``model`` is left as it is:
     forwards and ``training`` flags of frozen modules are replaced only while it is called.
 
-    * In each call ``model``'s own forward runs, as Python. Nothing of it is recorded.
+    * In each call ``model``'s own forward runs once, as Python, with its inputs as they are;
+      nothing of it is recorded.
     * Frozen modules are in eval mode, wherever they are: norms keep their statistics and counters
       bit for bit. A module without parameters, such as a dropout, is in eval mode if it is inside a
       frozen module and nowhere else.
     * Inside a frozen module, and a frozen part of a ``Sequential``, whose inputs hold 2**20 values
       or more (2**19 where there are 3x3 convolutions), a convolution or norm of frozen weights and
-      of images that require no grad waits for what is done to its value: a norm, a sum or a ReLU
-      behind it is computed with it. Before any other of torch's functions runs, and at the end of
-      that module, the values are computed, and are plain tensors. ``model`` runs once in each call,
-      with its inputs as they are.
-    * Nothing waits under autocast, in inference mode, under a dispatch mode, in a transform of
-      torch.func or where hooks look after saved tensors, as in an activation checkpoint.
-    * In an activation checkpoint, and in the forward of a custom autograd function, frozen modules
-      keep the mode that they have, and that is announced. So they do in a generator that a forward
-      returns: call ``eval()`` on them.
+      of images that require no grad waits for a norm, a sum or a ReLU behind it, and is computed
+      with these before any other function runs. Nothing waits under autocast, in inference mode,
+      under a dispatch mode, in a transform of torch.func or in an activation checkpoint.
+    * In an activation checkpoint, in the forward of a custom autograd function and in a generator
+      that a forward returns frozen modules keep the mode that they have, which is announced in the
+      first two: call ``eval()`` on them.
     * Folded weights are copies, made again when the originals have been written to: torch's count
       of writes is compared in each call, and their contents when an optimizer has stepped while
       they had gradients, else one module's in each call. On a GPU contents are not compared.
@@ -164,19 +161,14 @@ class TrimmedModel(nn.Module):
                 self.model.train()
             frozen = self._now()
 
-            def in_eval() -> Any:
-                new_args, new_kwargs = copied((args, kwargs))
+            def in_eval(args: Any, kwargs: Any) -> Any:
                 with frozen.inside(None):
-                    return self.model(*new_args, **new_kwargs)
+                    return self.model(*args, **kwargs)
 
-            def waiting() -> Any:
-                new_args, new_kwargs = copied((args, kwargs))
-                return self._call(frozen, Folds(exact=True), new_args, new_kwargs)
+            def waiting(args: Any, kwargs: Any) -> Any:
+                return self._call(frozen, Folds(exact=True), args, kwargs)
 
-            expected = observe(self.model, in_eval)
-            problem = difference(observe(self.model, waiting), expected)
-        if problem:
-            raise RuntimeError(f"trimmed {type(self.model).__name__}: {problem}")
+            check_alike(self.model, waiting, in_eval, args, kwargs)
 
     @property
     def training(self) -> bool:
@@ -253,7 +245,6 @@ class TrimmedModel(nn.Module):
                 return self._forward(frozen, Run(folds, known), args, kwargs)
             except TooLateError:
                 raise RuntimeError(_WRITTEN) from None
-        keeper.begin(args, kwargs)
         asks = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
         undo = Undo(frozen.buffers(), [torch.cuda.current_device()] if asks else [])
         run = Run(folds, known, keeper)

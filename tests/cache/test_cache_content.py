@@ -59,8 +59,14 @@ def cached(model, **options):
 def agree(cache, calls=6):
     x = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(1))
     for _ in range(calls):
-        assert cache(x, samples=torch.arange(6)).equal(cache.network(x))
-    assert cache.network(x).equal(cache.network.model(x))
+        assert same(cache(x, samples=torch.arange(6)), cache.network(x))
+    assert same(cache.network(x), cache.network.model(x))
+
+
+def same(found, expected):
+    if isinstance(found, tuple):
+        return all(map(torch.equal, found, expected))
+    return found.equal(expected)
 
 
 class Slotted:
@@ -248,9 +254,18 @@ def pooled_after_a_write(y):
     return F.relu(y).mean((2, 3))
 
 
+def written_after_more_was_made_of_it(y):
+    z = torch.sigmoid(y)
+    y.add_(1)
+    return y.mean((2, 3)) + z.mean((2, 3))
+
+
 @pytest.mark.parametrize(
     "read",
-    [flattened, chunks, contiguous, written_before_it_is_viewed, twice, pooled_after_a_write],
+    [
+        *(flattened, chunks, contiguous, written_before_it_is_viewed, twice, pooled_after_a_write),
+        written_after_more_was_made_of_it,
+    ],
 )
 def test_writes_through_views(read):
     cache = cached(Net(Frozen(), read))
@@ -263,6 +278,59 @@ def test_a_view_that_alone_is_read_is_kept_alone():
     agree(cache)
     assert cache.active
     assert cache.stats().bytes == 6 * (24 + 4 * 4)
+
+
+class TwoScales(Frozen):
+    def forward(self, x):
+        y = self.conv(x)
+        return y, F.avg_pool2d(y, 2)
+
+
+def test_what_a_module_gives_at_once_is_kept_apart_and_made_once():
+    cache = cached(Net(TwoScales(), lambda both: sum(y.square().mean((2, 3)) for y in both)))
+    x, calls, real = torch.randn(18, 3, 5, 5), [], F.conv2d
+    agree(cache)
+    expected = [cache.network(part) for part in x.split(6)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "conv2d", lambda *a: calls.append(1) or real(*a))
+        for _ in range(2):
+            for i, part in enumerate(x.split(6)):
+                found = cache(part, samples=torch.arange(6) + 6 * i + 6)
+                assert found.equal(expected[i])
+    assert len(calls) == 3
+    assert cache.stats().rows == 48
+
+
+class TwoStages(nn.Module):
+    """Reads a value, and one that is computed of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Frozen().requires_grad_(False), nn.Conv2d(4, 4, 3).requires_grad_(False)
+        self.one = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        y = self.a(x)
+        z = self.b(y)
+        return y * self.one, z * self.one
+
+
+def test_what_was_rounded_is_not_computed_with():
+    cache, x = cached(TwoStages(), dtype=torch.bfloat16), torch.randn(6, 3, 5, 5)
+    expected = [t.bfloat16().float() for t in cache.network(x)]
+    for _ in range(6):
+        found = cache(x, samples=torch.arange(6))
+    assert same(found, tuple(expected))
+    assert cache.stats().rows == 12
+
+
+def test_values_on_the_way_to_one_another_are_computed_once():
+    cache, x = cached(TwoStages()), torch.randn(12, 3, 5, 5)
+    agree(cache)
+    for rows in torch.arange(6, 18).split(6):
+        assert same(cache(x[rows - 6], samples=rows), cache.network(x[rows - 6]))
+    stats = cache.stats()
+    assert (stats.misses, stats.advanced, stats.rows) == (36, 0, 36)
 
 
 def test_rows_that_require_grad_are_not_kept():

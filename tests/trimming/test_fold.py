@@ -470,8 +470,8 @@ def test_layers_frozen_by_hand_are_folded_once(monkeypatch):
     model = frozen(Net(residual, **parts()))
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     network, made = trim(model), []
-    fold = folding.folded
-    monkeypatch.setattr(folding, "folded", lambda *args: made.append(1) or fold(*args))
+    fold = folding.Convolving.folded
+    monkeypatch.setattr(folding.Convolving, "folded", lambda *args: made.append(1) or fold(*args))
     for _ in range(4):
         optimizer.zero_grad()
         network(images()).square().mean().backward()

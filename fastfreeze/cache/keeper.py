@@ -1,9 +1,8 @@
-"""Calls of frozen modules that are put off, and the chains that they make.
+"""Which calls are put off, and what is known of them from earlier steps.
 
 In a call through a cache, frozen modules and a list of torch's functions compute nothing when they
 are called: they hand on pending values, whose form is known from the last time. When something else
-reads one, the calls behind it are made, or what they gave before is found in the cache. What was
-read in the last step is asked for together.
+reads one, the calls behind it are made, or what they gave before is found in the cache.
 
 A view is in one *group* with what it is a view of. Of a group one value is kept: the view, if that
 alone is read, else what all are views of; they are taken from that very tensor.
@@ -14,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastfreeze.cache.calls import (
     Call,
@@ -39,7 +39,6 @@ from fastfreeze.cache.calls import (
     unflattened,
 )
 from fastfreeze.cache.digest import Holdings
-from fastfreeze.cache.rows import share_storage
 from fastfreeze.trimming.pending import (
     Given,
     Pending,
@@ -48,6 +47,7 @@ from fastfreeze.trimming.pending import (
     may_wait,
     settle,
 )
+from fastfreeze.trimming.watch import Lookout
 
 _FRESH = (  # give new tensors, whatever they are given
     *("relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid"),
@@ -78,26 +78,20 @@ _KNOWN = _functions((*_FRESH, *_VIEWS))
 
 
 class Known:
-    """What is known of a model's calls from earlier steps.
-
-    Attributes:
-        outcomes: of calls, by what they are and what they are given; a number is how often
-            they could not be put off.
-        reads: idents of what was read in the last step with inputs of a form; missing if that is
-            not known.
-        changes: how often what a module holds has changed.
-        reasons: why modules are not put off, by their names.
-    """
+    """What is known of a model's calls from earlier steps."""
 
     def __init__(self) -> None:
+        # By what calls are and are given; a number is how often one could not be put off.
         self.outcomes: dict[Any, Outcome | int] = {}
+        # By the form of the inputs: idents of what was read in the last step.
         self.reads: dict[Any, set[str]] = {}
-        self.changes, self.reasons = 0, dict[str, str]()
+        self.changes = 0  # of what modules hold
+        self.reasons: dict[str, str] = {}  # why modules are not put off, by their names
+        self.lookout = Lookout()
         self._arguments: dict[Any, set[Any]] = {}
         self._holders: set[str] = set()
         self._holdings: dict[str, Holdings] = {}
         self._digests: dict[str, tuple[str, str]] = {}
-        self._turns: Iterator[tuple[Holdings, int]] = iter(())
 
     def frozen_anew(self) -> None:
         """Forget what may be otherwise when something else is frozen."""
@@ -120,7 +114,7 @@ class Known:
             return None
         holdings = self._holdings.get(name)
         if holdings is None or holdings.module is not module:
-            holdings = self._holdings[name] = Holdings(module)
+            holdings = self._holdings[name] = Holdings(module, self.lookout)
         digest = holdings.digest()
         if holdings.problem:
             self.reasons[name] = f"{name} is not put off: {holdings.problem}"
@@ -132,13 +126,10 @@ class Known:
             self.changes += 1
         return digest
 
-    def compare_one(self) -> None:
-        """See whether one of the tensors that are held was written to without torch's knowledge."""
-        for holdings, i in self._turns:
-            holdings.compare(i)
-            return
-        held = self._holdings.values()
-        self._turns = iter([(h, i) for h in held for i in range(len(h.tensors))])
+    def outcome(self, given: Any) -> Outcome | int:
+        """What such a call gave the last time, or how often it could not be put off."""
+        found = self.outcomes.get(given, 0)
+        return _TRIALS if isinstance(found, Outcome) and not found.repeats else found
 
     def fits(self, what: Any, arguments: Any) -> bool:
         """Whether a call may be new: not if what is called gets other numbers all the time."""
@@ -151,20 +142,19 @@ class Known:
         return arguments in seen
 
 
-class Chains:
-    """The calls that are put off in one call of a model.
+class Keeper:
+    """Puts calls off in one call of a model.
 
     Args:
         known: from earlier steps.
         form: of the model's inputs.
         samples: numbers of these.
         names: of its frozen modules.
-        find: values of nodes from the cache, or computed by it; or None.
+        inputs: what the model is called with.
+        find: gives the value of a chain from the cache; False if it cannot.
 
     Attributes:
-        waits: False if what a chain reads was written to before it was read.
-        given: ids of the tensors that the model is called with.
-        lock: for who reads a value.
+        waits: False if what a call reads was written to before its value was read.
     """
 
     def __init__(
@@ -173,43 +163,31 @@ class Chains:
         form: Any,
         samples: list[int],
         names: dict[nn.Module, str],
-        find: Callable[[Chain], list[Tensor] | None],
+        inputs: Iterable[Tensor],
+        find: Callable[[Chain], bool],
     ) -> None:
         self._known, self._find, self._names = known, find, names
         self._form, self._reads = form, known.reads.get(form)
-        self.samples, self.waits, self.lock = samples, True, threading.RLock()
-        self.given: set[int] = set()
-        self._outer: dict[int, Outer] = {}  # tensors that came from outside
-        self._num_outer = self._index = 0
+        self._samples, self.waits, self._lock = samples, True, threading.RLock()
+        self._inputs = set(map(id, inputs))
+        self._outer: dict[int, Outer] = {}
+        self._num_outer = self._num_calls = 0
         self._nodes: list[CallNode] = []
-        self._read: dict[CallNode, None] = {}
         self._learned = False
-
-    def begin(self, args: Any, kwargs: Any) -> None:
-        """Note what the model is called with."""
-        self.given = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        self._known.compare_one()
-
-    def release(self) -> None:
-        """Let go of what was computed on the way."""
-        for node in self._nodes:
-            node.call.outputs = None
+        known.lookout.look()
 
     def finish(self) -> None:
-        """Note what was read, for the next step."""
-        if self._learned:
-            self._known.reads.pop(self._form, None)
-            return
+        """Let go of what is held, and note what was read, for the next step: one of a group."""
         groups: dict[CallNode, list[CallNode]] = {}
-        for node in self._read:
-            groups.setdefault(node.root, []).append(node)
-        alone = {root: group[0] if len(group) == 1 else root for root, group in groups.items()}
-        self._known.reads[self._form] = {node.ident for node in alone.values()}
-
-    def forget(self, outcome: Outcome) -> None:
-        """Never put a call off again that gave something of another form than the last time."""
-        outcomes = self._known.outcomes
-        outcomes.update({given: _TRIALS for given, found in outcomes.items() if found is outcome})
+        for node in self._nodes:
+            node.call.held = ()
+            if node.was_read:
+                groups.setdefault(node.root, []).append(node)
+        self._nodes.clear()
+        wanted = [group[0] if len(group) == 1 else root for root, group in groups.items()]
+        self._known.reads[self._form] = {node.ident for node in wanted}
+        if self._learned or not self.waits:
+            del self._known.reads[self._form]
 
     def call_module(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a call of a frozen module; NotImplemented if it must be made."""
@@ -225,65 +203,63 @@ class Chains:
         in_place = function in _MAY_BE_IN_PLACE and any(a is True for a in args[1:])
         if name is None or in_place or not kwargs.keys().isdisjoint(("inplace", "out")):
             return NotImplemented
-        return self._put_off(("function", name), function, None, args, kwargs)
+        return self._put_off(("function", name), function, None, args, kwargs, ("", ""))
 
-    def _put_off(  # noqa: PLR0911
-        self, what: Any, function: Any, module: Any, args: Any, kwargs: Any, held: Any = ("", "")
+    def _put_off(
+        self, what: Any, function: Any, module: Any, args: Any, kwargs: Any, held: Any
     ) -> Any:
-        if torch.is_inference_mode_enabled():
-            return NotImplemented
         leaves, spec = flattened(args, kwargs)
-        if not all(may_wait(x) if isinstance(x, Tensor) else is_static(x) for x in leaves):
+        if not self._may_put_off(leaves, module is not None, what[1] in _VIEWS):
             return NotImplemented
-        is_view = module is None and what[1] in _VIEWS
-        if not self._learned and module is None:
-            # What is there already has a value that others may write to.
-            chosen = leaves[:1] if is_view else leaves
-            if not any(is_put_off(leaf) for leaf in chosen):
-                return NotImplemented
-        if is_view and any(isinstance(x, Tensor) and x.dtype not in _INTEGERS for x in leaves[1:]):
-            return NotImplemented  # how many are true depends on the batch
-        signature = [meta_of(x) if isinstance(x, Tensor) else repr(x) for x in leaves]
-        given = (
-            *what,
-            spec if type(spec) is tuple else str(spec),
-            tuple(signature),
-            autocast_state(),
-            held[0],
-        )
-        outcome = self._known.outcomes.get(given, 0)
+        signature = tuple([meta_of(x) if isinstance(x, Tensor) else repr(x) for x in leaves])
+        spec_text = spec if type(spec) is tuple else str(spec)
+        given = (*what, spec_text, signature, autocast_state(), held[0])
+        outcome = self._known.outcome(given)
         if self._learned or not isinstance(outcome, Outcome):
-            arguments = spec, tuple(s for s in signature if isinstance(s, str))
-            if outcome == _TRIALS or not self._known.fits(what, str(arguments)):
+            arguments = spec_text, tuple(s for s in signature if isinstance(s, str))
+            if outcome == _TRIALS or not self._known.fits(what, arguments):
                 return NotImplemented
             return self._learn(given, function, module, leaves, spec)
         nodes: list[Any] = [
             self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
         ]
-        keys = tuple([node.key for node in nodes if isinstance(node, (CallNode, Outer))])
-        known = held[1], *keys
-        if known not in outcome.keys:
-            if len(outcome.keys) >= _MAX_ARGUMENTS:
-                outcome.keys.clear()
-            idents = [node.ident for node in nodes if isinstance(node, (CallNode, Outer))]
-            outcome.keys[known] = self._key(given, known), self._key(given[:-1], idents)
+        behind = [node for node in nodes if isinstance(node, (CallNode, Outer))]
+        keys, idents = tuple([n.key for n in behind]), tuple([n.ident for n in behind])
+        key, ident = _names_of(given, held[1], keys, idents, len(self._samples))
         if module is not None:
             self._known.put_off(what[1])
-        call = Call(function, nodes, spec, outcome, *outcome.keys[known], self._index, given[-2])
-        self._index += 1
-        root = nodes[0].root if is_view else None
-        outputs = [
-            self._output(call, i, meta, leaves, root) for i, meta in enumerate(outcome.metas)
-        ]
+        for node in behind:
+            if isinstance(node, CallNode):
+                node.call.num_readers += 1
+        call = Call(function, nodes, spec, outcome, key, ident, self._num_calls, given[-2])
+        self._num_calls += 1
+        root = nodes[0].root if module is None and what[1] in _VIEWS else None
+        outputs: list[Any] = []
+        for i, meta in enumerate(outcome.metas):
+            if isinstance(meta, int):
+                outputs.append(leaves[meta])
+            elif meta is None:
+                outputs.append(None)
+            else:
+                self._nodes.append(CallNode(call, i, root, self._fill, self._lock))
+                outputs.append(Pending.of(self._nodes[-1]))
         return tree_unflatten(outputs, outcome.spec)
 
-    def _output(self, call: Call, i: int, meta: Any, leaves: Sequence[Any], root: Any) -> Any:
-        if isinstance(meta, int):
-            return leaves[meta]
-        if meta is None:
-            return None
-        self._nodes.append(CallNode(call, i, meta, self, root))
-        return Pending.of(self._nodes[-1])
+    def _may_put_off(self, leaves: Sequence[Any], is_module: bool, may_be_view: bool) -> bool:
+        """Whether a call with these arguments may be put off, or looked at to be so later."""
+        if torch.is_inference_mode_enabled() or not all(
+            may_wait(x) if isinstance(x, Tensor) else is_static(x) for x in leaves
+        ):
+            return False
+        if is_module:
+            return True
+        first = leaves[:1] if may_be_view else leaves
+        if not self._learned and not any(map(is_put_off, first)):
+            return False  # what is there already has a value that others may write to
+        # An index of true and false: how many are true depends on the batch.
+        return not may_be_view or not any(
+            isinstance(x, Tensor) and x.dtype not in _INTEGERS for x in leaves[1:]
+        )
 
     def _learn(self, given: Any, function: Any, module: Any, leaves: list[Any], spec: Any) -> Any:
         """Make a call that is new, and see what it gives and whether it may be put off.
@@ -298,31 +274,29 @@ class Chains:
         run, asks = current_run(), _Asks()
         outer, run.keeper = run.keeper, None
         try:
-            with asks if module is not None else ExitStack():
+            with asks if module is not None else nullcontext():
                 run.own_modes = int(module is not None)
                 result = function(*args, **kwargs)
         finally:
             run.keeper, run.own_modes = outer, 0
         values, nesting = tree_flatten(result)
         values = [settle(value) for value in values]
-        trials = self._known.outcomes.get(given, 0)
-        trials = trials if isinstance(trials, int) else 0
         numbers = {id(x): i for i, x in enumerate(leaves) if isinstance(x, Tensor) and module}
         own = [v for v in values if isinstance(v, Tensor) and id(v) not in numbers]
         fits = all(v is None or (isinstance(v, Tensor) and may_wait(v)) for v in values)
         if module is not None:
             held = [*module.parameters(), *module.buffers()]
-            fits = fits and not share_storage(own, [*real, *held])
-        if not fits:
-            trials = _TRIALS
-        elif asks.found or self._effects(real, module) != before:
-            trials, fits = trials + 1, False
-        metas = [numbers.get(id(v), meta_of(v)) for v in values]
-        self._known.outcomes[given] = Outcome(tuple(metas), nesting) if fits else trials
-        if not fits:
-            return tree_unflatten(values, nesting)
-        # So that functions of these come here, too.
-        return tree_unflatten([v if v is None else Pending.of(Given(v)) for v in values], nesting)
+            fits = fits and not _share_storage(own, [*real, *held])
+        trials = self._known.outcome(given)
+        if fits and not asks.found and self._effects(real, module) == before:
+            metas = tuple([numbers.get(id(v), meta_of(v)) for v in values])
+            self._known.outcomes[given] = Outcome(metas, nesting)
+            # So that functions of these come here, too.
+            values = [v if v is None else Pending.of(Given(v)) for v in values]
+        else:
+            trials = trials + 1 if isinstance(trials, int) else 1
+            self._known.outcomes[given] = trials if fits else _TRIALS
+        return tree_unflatten(values, nesting)
 
     def _effects(self, inputs: Sequence[Tensor], module: nn.Module | None) -> Any:
         """What a call must leave as it is: random numbers, its inputs, what its module holds."""
@@ -346,64 +320,50 @@ class Chains:
         value = settle(tensor)
         known = self._outer.get(id(value))
         if known is None or known.version != value._version:
-            known = self._outer[id(value)] = Outer(value, self._num_outer)
+            known = Outer(value, self._num_outer, id(value) in self._inputs)
+            self._outer[id(value)] = known
             self._num_outer += 1
         return known
 
-    def _key(self, given: Any, keys: Sequence[str]) -> str:
-        """What a call is, whatever the number of samples."""
-        kind, name, spec, signature, *others = given
-        forms = [self._without_samples(form) for form in signature]
-        text = repr((kind, name, spec, forms, others, list(keys))).encode()
-        return hashlib.blake2b(text, digest_size=16).hexdigest()
-
-    def _without_samples(self, form: Any) -> Any:
-        times = self._times(form[0]) if isinstance(form, tuple) else 0
-        return (f"{times}n", *form[0][1:], *form[1:]) if times else form
-
-    def _times(self, shape: torch.Size) -> int:
-        """Rows for each sample; 0 where there are none."""
-        n = len(self.samples)
-        return 0 if not (n and shape) or shape[0] % n else shape[0] // n
-
-    def note(self, node: CallNode) -> None:
-        """Note that a value is read."""
-        self._read[node] = None
-
-    def read(self, node: CallNode) -> Tensor:
-        """The value of a node that something reads; with it those that were read the last time."""
+    def _fill(self, node: CallNode) -> None:
+        """Give a node that something reads its value, and at once the views of that theirs."""
         reads, root = self._reads, node.root
         alone = reads is not None and node.ident in reads and root.value is None
         target = node if alone else root
         if target.value is None:
             if not alone and root.parted():
                 raise TooLateError
-            self._fill(target)
-        if node.value is None:
-            node.set(Chain([node], self).compute(keep=True)[0])
-        assert node.value is not None
-        return node.value
+            chain = Chain(target, self._samples)
+            is_kept = reads is not None and _times(target.shape, len(self._samples)) > 0
+            if not (is_kept and self._find(chain)):
+                target.set(chain.compute())
+        for view in (*target.views, node):
+            if view.value is None:
+                view.set(Chain(view, self._samples).compute())
 
-    def _fill(self, target: CallNode) -> None:
-        """Have the value of a node, and of those that were read the last time."""
-        reads, times, wanted = self._reads, self._times(target.shape), [target]
-        if reads is None:
-            values = Chain(wanted, self).compute(keep=True)
-        else:
-            wanted = [n for n in self._nodes if n is target or self._is_wanted(n, times)]
-            chain = Chain(wanted, self)
-            found = self._find(chain) if times else None
-            values = chain.compute() if found is None else found
-        for node, value in zip(wanted, values, strict=True):
-            node.set(value)
-        for view in [view for node in wanted for view in node.views if view.value is None]:
-            view.set(Chain([view], self).compute(keep=True)[0])
 
-    def _is_wanted(self, node: CallNode, times: int) -> bool:
-        reads, root = self._reads, node.root
-        assert reads is not None
-        there = node.value is not None or root.value is not None or node.parted()
-        return node.ident in reads and not there and self._times(node.shape) == times
+@lru_cache(maxsize=4096)
+def _names_of(
+    given: Any, held: str, keys: tuple[str, ...], idents: tuple[str, ...], n: int
+) -> tuple[str, str]:
+    """Key and ident of a call, whatever the number ``n`` of samples."""
+    kind, name, spec, signature, autocast, text = given
+    what = kind, name, spec, [_without_samples(form, n) for form in signature], autocast
+    return _digest((*what, text, held, keys)), _digest((*what, idents))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def _without_samples(form: Any, n: int) -> Any:
+    times = _times(form[0], n) if isinstance(form, tuple) else 0
+    return (f"{times}n", *form[0][1:], *form[1:]) if times else form
+
+
+def _times(shape: torch.Size, n: int) -> int:
+    """Rows for each of ``n`` samples; 0 where there are none."""
+    return 0 if not (n and shape) or shape[0] % n else shape[0] // n
 
 
 class _Asks(TorchDispatchMode):
@@ -424,3 +384,10 @@ class _Asks(TorchDispatchMode):
             )
             self.found = self.found or not by_numbers
         return function(*args, **(kwargs or {}))
+
+
+def _share_storage(values: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether some values lie in the storage of one another, or of others."""
+    places = [v.untyped_storage().data_ptr() for v in values if v.numel()]
+    taken = {t.untyped_storage().data_ptr() for t in others}
+    return len(set(places)) < len(places) or not taken.isdisjoint(places)
