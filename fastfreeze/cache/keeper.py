@@ -63,7 +63,7 @@ _VIEWS = (  # may give views of the first argument, or itself
     *("to", "float", "__getitem__"),
 )
 _MAY_BE_IN_PLACE = (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, F.elu, F.leaky_relu)
-_TRIALS = 2  # in its first call a module may set itself up
+_TRIALS = 2  # in its first call a module may set itself up, and folds are compared
 _MAX_ARGUMENTS = 64  # that are no tensors, of one module or function
 _MAX_OUTCOMES = 4096
 _INTEGERS = (torch.int64, torch.int32)
@@ -278,7 +278,8 @@ class Keeper:
     ) -> tuple[Outcome | None, Any]:
         """Make a call that is new: its outcome, None if it is not to be put off; and what it gives.
 
-        It is made once more if the first time has changed what the module holds.
+        It is made once more if in the first time the module has set itself up, or folded
+        convolutions were compared.
         """
         real = [leaf.node.look() if is_put_off(leaf) else settle(leaf) for leaf in leaves]
         args, kwargs = unflattened(real, spec)
@@ -288,7 +289,7 @@ class Keeper:
             asks = _Asks()
             result = settled(self._made(function, args, kwargs, asks, module is not None))
             after = self._effects(tensors, module)
-            if before[:-1] != after[:-1] or before == after:
+            if before[:-1] != after[:-1] or not (asks.found or before != after):
                 break
         values, nesting = tree_flatten(result)
         numbers = {id(x): i for i, x in enumerate(real) if isinstance(x, Tensor) and module}
