@@ -238,7 +238,7 @@ def head_on_stored_features(task: FineTask) -> Training:
         return task.network.head(model, stored[ids])
 
     training = Training(model, network, optimizer, _annealed(optimizer, task), task.network.layout)
-    training.notes = lambda: {"hits": max(0, taken - computed)}
+    training.notes = lambda: {"hits": max(0, taken - computed), "misses": min(taken, computed)}
     return training
 
 
@@ -325,12 +325,7 @@ def ours(
 
 
 def _keep(training: Training, task: FineTask, network: fastfreeze.TrimmedModel) -> None:
-    """Keep the values of what is frozen, from the first step on.
-
-    A cache learns in two calls what is read of the frozen part. A batch of which one sample is not
-    there is computed as a whole, and with the samples of its first steps missing, many of the
-    second epoch's batches would be.
-    """
+    """Keep the values of what is frozen."""
     cache = fastfreeze.FeatureCache(network, enabled=True)
 
     def cached(x: Tensor, ids: Tensor) -> Tensor:
@@ -338,13 +333,10 @@ def _keep(training: Training, task: FineTask, network: fastfreeze.TrimmedModel) 
 
     def notes() -> dict:
         stats = cache.stats()
-        return {"hits": stats.hits, "advanced": stats.advanced, "reason": cache.reason}
+        counts = {"hits": stats.hits, "misses": stats.misses, "advanced": stats.advanced}
+        return {**counts, "reason": cache.reason}
 
     training.network, training.notes = cached, notes
-    if not all(p.requires_grad for p in training.model.parameters()):
-        shapes = {x.shape: (x, ids) for x, _, ids in map(task.batch, range(task.steps_per_epoch))}
-        for x, ids in 2 * list(shapes.values()):
-            cached(x, ids)
 
 
 def with_lora(model: nn.Module, names: Sequence[str], head: nn.Module) -> nn.Module:

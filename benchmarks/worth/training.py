@@ -79,7 +79,7 @@ class Meter:
         self._of_shape: dict[torch.Size, LayerFlops] = {}
         self._costs: dict[tuple[torch.Size, frozenset[int]], tuple[float, float]] = {}
         self._x, self._frozen, self._before = torch.empty(0), frozenset(), frozenset()
-        self._hits = self._advanced = 0
+        self._seen = 0, 0, 0
 
     def add(self, x: Tensor) -> None:
         """A step on a batch is about to be taken."""
@@ -89,14 +89,18 @@ class Meter:
         self._x = x
         self.macs += len(x) * self._cost(frozen)[0]
 
-    def found(self, hits: int = 0, advanced: int = 0, **_: Any) -> None:
-        """How many samples' frozen values have been found so far, or carried on from earlier ones.
+    def found(self, hits: int = 0, misses: int = 0, advanced: int = 0, **_: Any) -> None:
+        """How many frozen values have been found so far, computed, or carried on from earlier ones.
 
-        What does not depend on anything that trains was not computed for them in the last step.
+        What does not depend on anything that trains was not computed for as much of the last batch.
         """
-        self.macs -= (hits - self._hits) * self._cost(self._frozen)[1]
-        self.macs -= (advanced - self._advanced) * self._cost(self._before)[1]
-        self._hits, self._advanced = hits, advanced
+        seen = hits, misses, advanced
+        step = [now - before for now, before in zip(seen, self._seen, strict=True)]
+        self._seen = seen
+        if total := sum(step):
+            share = len(self._x) / total
+            self.macs -= share * step[0] * self._cost(self._frozen)[1]
+            self.macs -= share * step[2] * self._cost(self._before)[1]
 
     def _cost(self, frozen: frozenset[int]) -> tuple[float, float]:
         """A sample's MACs in a step, and those of them that depend on nothing that trains."""

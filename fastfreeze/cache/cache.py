@@ -29,7 +29,6 @@ _INDEX_BITS = 63 - _VIEW_BITS
 _MAX_CHANGES = 8  # of weights
 _MAX_LATE = 4
 _NOTHING_READ = "nothing frozen was read that has a row for each sample"
-_UNKNOWN = "it is found out what is read of the frozen modules"
 _NOT_THE_SAME = "the frozen modules do not always give the same bits"
 _WAIT = 500  # calls, until what was refused is tried again for the first time
 _CHANGES = "what is frozen changes again and again"
@@ -159,7 +158,7 @@ class FeatureCache:
             return self.network(*args, **kwargs)
         known, inputs = self._known, list(tensors_in((args, kwargs)))
         form = tuple([(t.shape, t.dtype, t.device) for t in inputs])
-        self._reason = _NOTHING_READ if form in known.reads else _UNKNOWN
+        self._reason = _NOTHING_READ
         changes = known.changes
         self._step = _Step()
         keeper = Keeper(known, form, keys, self._names, inputs, self._find)
@@ -172,11 +171,11 @@ class FeatureCache:
             self._old = set(self._kept)
         if known.changes > _MAX_CHANGES:
             self._give_up(_CHANGES)
-        keeper.finish()
         if keeper.waits:
             if self._reason == _NOTHING_READ and known.reasons:
                 self._reason = next(iter(known.reasons.values()))
             return output
+        known.reads.pop(form, None)
         self._num_late += 1
         self._reason = _LATE
         if self._num_late > _MAX_LATE:
@@ -233,10 +232,12 @@ class FeatureCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _find(self, chain: Chain) -> bool:
-        """Give a node its value, from what is kept as far as possible; False if it cannot be."""
+    def _find(self, chain: Chain) -> tuple[Tensor, bool] | None:
+        """A value, from what is kept as far as possible, and whether it is exact; None if it cannot
+        be kept.
+        """
         if self._off:
-            return False
+            return None
         try:
             start = self._clock(chain)
             kept, rows = self._rows(chain)
@@ -244,14 +245,13 @@ class FeatureCache:
             self._step.seconds += self._clock(chain) - start
         except CannotKeepError as error:
             self._reason = str(error)
-            return False
+            return None
         except OSError as error:
             self._give_up(f"its files cannot be used: {error}")
-            return False
+            return None
         if self._reason == _NOTHING_READ:
             self._reason = ""
-        chain.node.set(value, is_exact=kept.form.is_exact)
-        return True
+        return value, kept.form.is_exact
 
     def _rows(self, chain: Chain) -> tuple[Kept, Tensor]:
         """The rows of a batch, found or computed and kept, and what keeps them.

@@ -83,10 +83,13 @@ class CallNode(Node):
     Attributes:
         root: what it is a view of, or itself; ``views`` are all of that, as they were taken.
         was_read: whether something has asked for it.
+        is_out: whether what has it may write to it; else it waits, though its value may be there.
         is_exact: whether the value that it has is what the call gives, not rounded.
     """
 
-    __slots__ = ("_fill", "call", "i", "ident", "is_exact", "key", "root", "views", "was_read")
+    __slots__ = (
+        *("_fill", "call", "i", "ident", "is_exact", "is_out", "key", "root", "views", "was_read"),
+    )
 
     def __init__(
         self,
@@ -99,14 +102,22 @@ class CallNode(Node):
         super().__init__(*call.expected.metas[i])
         self.call, self.i, self._fill, self.lock = call, i, fill, lock
         self.key, self.ident = f"{call.key}.{i}", f"{call.ident}.{i}"
-        self.was_read, self.is_exact = False, True
+        self.was_read, self.is_exact, self.is_out = False, True, False
         self.root, self.views = root or self, list[CallNode]()
         if root is not None:
             root.views.append(self)
 
     def get(self) -> Tensor:
         self.was_read = True
-        return super().get()
+        value = super().get()
+        group = [] if self.root.value is None else [self.root, *self.root.views]
+        for node in (self, *group):
+            node.is_out = True
+        return value
+
+    def look(self) -> Tensor:
+        """The value, which waits on."""
+        return super().get() if self.value is None else self.there()
 
     def _set(self) -> None:
         run = LOCAL.run
@@ -293,7 +304,7 @@ def autocast_state() -> tuple[Any, ...]:
 
 def is_put_off(value: Any) -> bool:
     """Whether something is the value of a call that nobody has read yet."""
-    return type(value) is Pending and isinstance(value.node, CallNode) and value.node.value is None
+    return type(value) is Pending and isinstance(value.node, CallNode) and not value.node.is_out
 
 
 def meta_of(value: Any) -> Any:

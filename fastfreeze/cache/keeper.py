@@ -14,7 +14,7 @@ import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastfreeze.cache.calls import (
     Call,
@@ -40,12 +40,12 @@ from fastfreeze.cache.calls import (
 )
 from fastfreeze.cache.digest import Holdings
 from fastfreeze.trimming.pending import (
-    Given,
     Pending,
     TooLateError,
     current_run,
     may_wait,
     settle,
+    settled,
 )
 from fastfreeze.trimming.watch import Lookout
 
@@ -63,7 +63,7 @@ _VIEWS = (  # may give views of the first argument, or itself
     *("to", "float", "__getitem__"),
 )
 _MAY_BE_IN_PLACE = (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, F.elu, F.leaky_relu)
-_TRIALS = 2  # in its first call a model may set itself up, and folds are compared
+_TRIALS = 2  # in its first call a module may set itself up, and folds are compared
 _MAX_ARGUMENTS = 64  # that are no tensors, of one module or function
 _MAX_OUTCOMES = 4096
 _INTEGERS = (torch.int64, torch.int32)
@@ -81,8 +81,8 @@ class Known:
     """What is known of a model's calls from earlier steps."""
 
     def __init__(self) -> None:
-        # By what calls are and are given; a number is how often one could not be put off.
-        self.outcomes: dict[Any, Outcome | int] = {}
+        # By what calls are and are given; None if one cannot be put off.
+        self.outcomes: dict[Any, Outcome | None] = {}
         # By the form of the inputs: idents of what was read in the last step.
         self.reads: dict[Any, set[str]] = {}
         self.changes = 0  # of what modules hold
@@ -126,13 +126,15 @@ class Known:
             self.changes += 1
         return digest
 
-    def outcome(self, given: Any) -> Outcome | int:
-        """What such a call gave the last time, or how often it could not be put off."""
-        found = self.outcomes.get(given, 0)
-        return _TRIALS if isinstance(found, Outcome) and not found.repeats else found
+    def outcome(self, given: Any) -> Outcome | None:
+        """What such a call gave the last time; None if it is new or is not to be put off."""
+        found = self.outcomes.get(given)
+        return found if found is not None and found.repeats else None
 
-    def fits(self, what: Any, arguments: Any) -> bool:
-        """Whether a call may be new: not if what is called gets other numbers all the time."""
+    def may_learn(self, given: Any, what: Any, arguments: Any) -> bool:
+        """Whether a call is new, and what is called does not get other numbers all the time."""
+        if given in self.outcomes:
+            return False
         if len(self.outcomes) >= _MAX_OUTCOMES:
             self.outcomes.clear()
             self.reads.clear()
@@ -151,7 +153,7 @@ class Keeper:
         samples: numbers of these.
         names: of its frozen modules.
         inputs: what the model is called with.
-        find: gives the value of a chain from the cache; False if it cannot.
+        find: gives a chain's value from the cache and whether it is exact; None if it cannot.
 
     Attributes:
         waits: False if what a call reads was written to before its value was read.
@@ -164,7 +166,7 @@ class Keeper:
         samples: list[int],
         names: dict[nn.Module, str],
         inputs: Iterable[Tensor],
-        find: Callable[[Chain], bool],
+        find: Callable[[Chain], tuple[Tensor, bool] | None],
     ) -> None:
         self._known, self._find, self._names = known, find, names
         self._form, self._reads = form, known.reads.get(form)
@@ -173,21 +175,25 @@ class Keeper:
         self._outer: dict[int, Outer] = {}
         self._num_outer = self._num_calls = 0
         self._nodes: list[CallNode] = []
-        self._learned = False
+        self._asked: set[CallNode] = set()  # for what they gave before
         known.lookout.look()
 
     def finish(self) -> None:
-        """Let go of what is held, and note what was read, for the next step: one of a group."""
+        """Note what was read, of a group one value; what was not looked up is kept from now on."""
         groups: dict[CallNode, list[CallNode]] = {}
         for node in self._nodes:
-            node.call.held = ()
             if node.was_read:
                 groups.setdefault(node.root, []).append(node)
-        self._nodes.clear()
         wanted = [group[0] if len(group) == 1 else root for root, group in groups.items()]
         self._known.reads[self._form] = {node.ident for node in wanted}
-        if self._learned or not self.waits:
-            del self._known.reads[self._form]
+        for node in wanted:
+            is_new = node not in self._asked and self._has_rows(node)
+            if is_new and node.at_hand() is not None:
+                with suppress(TooLateError):  # something that goes in has been written to
+                    self._find(Chain(node, self._samples))
+        for node in self._nodes:
+            node.call.held = ()
+        self._nodes.clear()
 
     def call_module(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a call of a frozen module; NotImplemented if it must be made."""
@@ -214,15 +220,16 @@ class Keeper:
         signature = tuple([meta_of(x) if isinstance(x, Tensor) else repr(x) for x in leaves])
         spec_text = spec if type(spec) is tuple else str(spec)
         given = (*what, spec_text, signature, autocast_state(), held[0])
-        outcome = self._known.outcome(given)
-        if self._learned or not isinstance(outcome, Outcome):
+        outcome, values = self._known.outcome(given), list[Any]()
+        if outcome is None:
             arguments = spec_text, tuple(s for s in signature if isinstance(s, str))
-            if outcome == _TRIALS or not self._known.fits(what, arguments):
+            if not self._known.may_learn(given, what, arguments):
                 return NotImplemented
-            return self._learn(given, function, module, leaves, spec)
-        nodes: list[Any] = [
-            self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
-        ]
+            outcome, result = self._learn(given, function, module, leaves, spec)
+            if outcome is None:
+                return result
+            values = tree_leaves(result)
+        nodes = [self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         behind = [node for node in nodes if isinstance(node, (CallNode, Outer))]
         keys, idents = tuple([n.key for n in behind]), tuple([n.ident for n in behind])
         key, ident = _names_of(given, held[1], keys, idents, len(self._samples))
@@ -242,6 +249,8 @@ class Keeper:
                 outputs.append(None)
             else:
                 self._nodes.append(CallNode(call, i, root, self._fill, self._lock))
+                if values:
+                    self._nodes[-1].set(values[i])
                 outputs.append(Pending.of(self._nodes[-1]))
         return tree_unflatten(outputs, outcome.spec)
 
@@ -254,54 +263,62 @@ class Keeper:
         if is_module:
             return True
         first = leaves[:1] if may_be_view else leaves
-        if not self._learned and not any(map(is_put_off, first)):
+        if not any(map(is_put_off, first)):
             return False  # what is there already has a value that others may write to
         # An index of true and false: how many are true depends on the batch.
         return not may_be_view or not any(
             isinstance(x, Tensor) and x.dtype not in _INTEGERS for x in leaves[1:]
         )
 
-    def _learn(self, given: Any, function: Any, module: Any, leaves: list[Any], spec: Any) -> Any:
-        """Make a call that is new, and see what it gives and whether it may be put off.
+    def _learn(
+        self, given: Any, function: Any, module: Any, leaves: Sequence[Any], spec: Any
+    ) -> tuple[Outcome | None, Any]:
+        """Make a call that is new: its outcome, None if it is not to be put off; and what it gives.
 
-        From here on nothing is put off in this step: the model may write to what it was given.
+        It is made once more if in the first time the module has set itself up, or folded
+        convolutions were compared.
         """
-        self._learned = True
-        leaves = [settle(leaf) for leaf in leaves]
-        args, kwargs = unflattened(leaves, spec)
-        real = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        before = self._effects(real, module)
-        run, asks = current_run(), _Asks()
-        outer, run.keeper = run.keeper, None
-        try:
-            with asks if module is not None else nullcontext():
-                run.own_modes = int(module is not None)
-                result = function(*args, **kwargs)
-        finally:
-            run.keeper, run.own_modes = outer, 0
+        real = [leaf.node.look() if is_put_off(leaf) else settle(leaf) for leaf in leaves]
+        args, kwargs = unflattened(real, spec)
+        tensors = [leaf for leaf in real if isinstance(leaf, Tensor)]
+        for _ in range(_TRIALS):
+            before = self._effects(tensors, module)
+            asks = _Asks()
+            result = settled(self._made(function, args, kwargs, asks, module is not None))
+            after = self._effects(tensors, module)
+            if before[:-1] != after[:-1] or not (asks.found or before != after):
+                break
         values, nesting = tree_flatten(result)
-        values = [settle(value) for value in values]
-        numbers = {id(x): i for i, x in enumerate(leaves) if isinstance(x, Tensor) and module}
+        numbers = {id(x): i for i, x in enumerate(real) if isinstance(x, Tensor) and module}
         own = [v for v in values if isinstance(v, Tensor) and id(v) not in numbers]
         fits = all(v is None or (isinstance(v, Tensor) and may_wait(v)) for v in values)
         if module is not None:
             held = [*module.parameters(), *module.buffers()]
-            fits = fits and not _share_storage(own, [*real, *held])
-        trials = self._known.outcome(given)
-        if fits and not asks.found and self._effects(real, module) == before:
-            metas = tuple([numbers.get(id(v), meta_of(v)) for v in values])
-            self._known.outcomes[given] = Outcome(metas, nesting)
-            # So that functions of these come here, too.
-            values = [v if v is None else Pending.of(Given(v)) for v in values]
-        else:
-            trials = trials + 1 if isinstance(trials, int) else 1
-            self._known.outcomes[given] = trials if fits else _TRIALS
-        return tree_unflatten(values, nesting)
+            fits = fits and not _share_storage(own, [*tensors, *held])
+        if not fits or asks.found or before != after:
+            self._known.outcomes[given] = None
+            for leaf in leaves:
+                settle(leaf)  # has been read
+            return None, result
+        metas = tuple([numbers.get(id(v), meta_of(v)) for v in values])
+        self._known.outcomes[given] = outcome = Outcome(metas, nesting)
+        return outcome, result
+
+    def _made(self, function: Any, args: Any, kwargs: Any, asks: _Asks, is_module: bool) -> Any:
+        """What a call gives, with nothing in it put off."""
+        run = current_run()
+        outer, run.keeper = run.keeper, None
+        try:
+            with asks if is_module else nullcontext():
+                run.own_modes = int(is_module)
+                return function(*args, **kwargs)
+        finally:
+            run.keeper, run.own_modes = outer, 0
 
     def _effects(self, inputs: Sequence[Tensor], module: nn.Module | None) -> Any:
         """What a call must leave as it is: random numbers, its inputs, what its module holds."""
         if module is None:
-            return None
+            return ()
         name = self._names[module]
         return (
             torch.get_rng_state().numpy().tobytes(),
@@ -334,12 +351,17 @@ class Keeper:
             if not alone and root.parted():
                 raise TooLateError
             chain = Chain(target, self._samples)
-            is_kept = reads is not None and _times(target.shape, len(self._samples)) > 0
-            if not (is_kept and self._find(chain)):
-                target.set(chain.compute())
+            found = None
+            if reads is not None and self._has_rows(target):
+                self._asked.add(target)
+                found = self._find(chain)
+            target.set(*(found or (chain.compute(),)))
         for view in (*target.views, node):
             if view.value is None:
                 view.set(Chain(view, self._samples).compute())
+
+    def _has_rows(self, node: CallNode) -> bool:
+        return _times(node.shape, len(self._samples)) > 0
 
 
 @lru_cache(maxsize=4096)

@@ -258,4 +258,7 @@ class TrimmedModel(nn.Module):
 
     def _forward(self, frozen: Frozen, run: Run, args: Any, kwargs: Any) -> Any:
         with frozen.inside(run):
-            return run.finish(self.model(*args, **kwargs))
+            output = run.finish(self.model(*args, **kwargs))
+            if run.keeper is not None:
+                run.keeper.finish()
+            return output
