@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastfreeze.ensemble.graphs.flow import Flow, Program, copied, written
-from fastfreeze.trimming.folds import Convolving, Norm, folded
+from fastfreeze.trimming.folds import Convolving, Norm
 from fastfreeze.trimming.operations import Affine, may_take_winograd
 
 # What these give, or if they work, depends on how their input lies in memory.
@@ -247,7 +247,7 @@ def _norm_relu(x: _Affine) -> Callable[..., Tensor]:
 
 def _folded_convolution(x: _Convolution) -> Callable[..., Tensor]:
     """A convolution with what is folded into it."""
-    convolution, relu = folded(x.convolving, x.norm), x.relu
+    convolution, relu = x.convolving.folded(x.norm), x.relu
     affine = x.affine.operation() if x.affine else None
 
     def folded_convolution(x: Tensor, residual: Tensor | None = None) -> Tensor:
