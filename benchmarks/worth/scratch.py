@@ -43,12 +43,10 @@ def composer(task: Task) -> Training:
         for m in training.model.modules()
         if next(m.parameters(), None) is not None and next(m.children(), None) is None
     ]
-    anneal, taken = training.after_step, 0
+    anneal = training.after_step
 
-    def after_step() -> None:
-        nonlocal taken
-        anneal()
-        taken += 1
+    def after_step(taken: int) -> None:
+        anneal(taken)
         if taken % task.steps_per_epoch:
             return
         share = max(0.0, 2 * taken / task.total_steps - 1)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fastfreeze
 from benchmarks.training_rivals import Task, Training
-from benchmarks.worth.processors import CpuTime
 from benchmarks.worth.question import Method
+from fastfreeze.clock import cpu_seconds
 from fastfreeze.layers.costs import LayerFlops
 from fastfreeze.layers.execution import run_events
 
@@ -37,7 +37,7 @@ def trained(
         counted: whether to count MACs, whose own time is in the seconds.
         arguments: what the model is called with, of a batch's ``x``.
     """
-    cpu = CpuTime()
+    start = cpu_seconds()
     training: Training = method.make(task)
     meter = Meter(training.model, arguments) if counted else None
     for step in range(task.total_steps):
@@ -48,7 +48,7 @@ def trained(
         if meter is not None:
             meter.found(**training.notes())
     return training.model, {
-        "seconds": round(cpu.own(), 3),
+        "seconds": round(cpu_seconds() - start, 3),
         "macs": None if meter is None else round(meter.macs),
         **training.notes(),
     }
