@@ -1,8 +1,8 @@
 """Predictions of five members with the weights of their first modules in common.
 
 Every rival gives the mean of the members' probabilities for the same images, within 1e-6 of a loop
-in float64 (1e-5 on a GPU). The floor is the loop's time, divided by how many times fewer MACs there are to do, if
-what is shared is done once: up to three quarters of a member's.
+in float64 (1e-5 on a GPU). The floor is the loop's time, divided by how many times fewer MACs there
+are to do, if what is shared is done once: up to three quarters of a member's.
 """
 
 from __future__ import annotations

@@ -38,7 +38,10 @@ TESTS = {  # keywords of names, as pytest's -k takes them
     "tests-cuda": "cuda-cuda or (gpu and not triton-cuda) or cuda_graph",
     "tests-triton": "triton-cuda or (test_softmax_triton and not groups)",
 }
-OF_A_GPU = re.compile(r"\bHAS_GPU\b|kernels\(\)|\bbackend_and_device\b|\bkernel\(\"(cuda|triton)\"")
+OF_A_GPU = re.compile(  # what a file says that has tests for one
+    r"\bHAS_GPU\b|\bneeds_gpu\b|\bON_A_GPU\b|\b(every|rows_by|backend_and)_device\b"
+    r"|\bkernels\(\)|\bkernel\(\"(cuda|triton)\"|cuda\.is_available"
+)
 SMALL = ("*-tiny*", "*-2-33-17")
 # The most telling first, since time may run out.
 KERNELS = (
@@ -182,8 +185,9 @@ def tests(plan: Plan, stage: str, seconds: float) -> dict:
 
 def files_of_a_gpu() -> list[str]:
     """Those with tests that run on a GPU: all else a CPU can test."""
-    found = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(p.relative_to(ROOT)) for p in found if OF_A_GPU.search(p.read_text())]
+    found = sorted((ROOT / "tests").glob("*/test_*.py"))
+    others = [p for p in found if p.parent.name != "benchmarks" and OF_A_GPU.search(p.read_text())]
+    return [str(p.relative_to(ROOT)) for p in others]
 
 
 def pytest_command(files: Sequence[str], keyword: str) -> list[str]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,14 @@ class Task:
         """The model, with the same weights each time."""
         torch.manual_seed(self.seed)
         return build_model(self.model, in_channels=self.images.shape[1])
+
+    def arguments(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the model is called with."""
+        return (x,)
+
+    def logits(self, output: Any) -> Tensor:
+        """Of what the model gives."""
+        return output
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and ids."""

@@ -30,6 +30,7 @@ from fastfreeze.ensemble import error_rate, expected_calibration_error, nll
 TRAIN, MEMBERS = 6_000, 5
 BUDGETS = (10, 20, 30)
 PREDICTED, ROUNDS = 64, 10
+SCORES = {"error": error_rate, "nll": nll, "ece": expected_calibration_error}
 
 
 @dataclass
@@ -168,18 +169,13 @@ def run(asked: Run, folder: Path, counted: bool) -> dict:
         predict: Predict = fastfreeze.SnapshotEnsemble(model, states)
     else:
         predict = loop_of(model, states, torch.channels_last)
-    images, labels = data.test
-    p = torch.cat([predict(batch) for batch in images.split(250)])
-    valid = torch.cat([predict(batch) for batch in data.validation[0].split(250)])
-    return {
-        **trial.cost,
-        "error": error_rate(p, labels),
-        "nll": nll(p, labels),
-        "ece": expected_calibration_error(p, labels),
-        "validation_error": error_rate(valid, data.validation[1]),
-        "validation_nll": nll(valid, data.validation[1]),
-        "predict_ms": round(1e3 * _lowest_seconds(lambda: predict(images[:PREDICTED])), 3),
-    }
+    found = dict(trial.cost)
+    for begin, (images, labels) in data.sets.items():
+        p = torch.cat([predict(batch) for batch in images.split(250)])
+        for name, score in SCORES.items():
+            found[f"{begin}{name}"] = score(p, labels)
+    few = data.test[0][:PREDICTED]
+    return {**found, "predict_ms": round(1e3 * _lowest_seconds(lambda: predict(few)), 3)}
 
 
 def _lowest_seconds(call: Callable[[], object]) -> float:

@@ -51,6 +51,11 @@ class Fashion:
     black: Tensor
     pad: int
 
+    @property
+    def sets(self) -> dict[str, Labelled]:
+        """What a run is judged by, by what the names in its record begin with."""
+        return {"": self.test, "validation_": self.validation}
+
     def task(self, model: str, epochs: int, seed: int, lr: float) -> Varied:
         """So many epochs, each in an order of its own; what fills no batch is left out."""
         images, labels = self.train

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import fastfreeze
 from benchmarks.training_rivals import HYPERS
-from benchmarks.worth.finetuning import FineTask, methods, trained_and_judged
+from benchmarks.worth.finetuning import FineTask, methods
 from benchmarks.worth.question import Question, Run, fetch
+from benchmarks.worth.training import record
 from examples.finetune_image import FILES, HOW, WEIGHTS, found_in, mobilenet, read
 from fastfreeze.recipes.data import epoch_generator
 
@@ -78,7 +79,7 @@ def learn(run: Run, folder: Path, counted: bool) -> dict:
         "validation_": (x[:VALIDATION], labels[:VALIDATION]),
         "": read(files, "t10k", TEST, SIZE).tensors,
     }
-    return trained_and_judged(QUESTION.methods[run.method], task, counted, sets)
+    return record(QUESTION.methods[run.method], task, counted, sets)
 
 
 QUESTION = Question(

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fastfreeze
-from benchmarks.worth.finetuning import FineTask, methods, trained_and_judged
+from benchmarks.worth.finetuning import FineTask, methods
 from benchmarks.worth.question import Question, Run, fetch
+from benchmarks.worth.training import record
 from examples.finetune_text import ARCHIVE, HOW, MODEL, found_in
 from fastfreeze.recipes.data import epoch_generator
 
@@ -55,6 +56,7 @@ class MiniLM(FineTask):
         return [model.bert.embeddings, *model.bert.encoder.layer, head]
 
     def arguments(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = cut(x)
         return x[:, 0], x[:, 1]
 
     def logits(self, output: Any) -> Tensor:
@@ -159,7 +161,7 @@ def learn(run: Run, folder: Path, counted: bool) -> dict:
         begin: encoded(tokenizer, sorted(part, key=lambda row: len(row[0])))
         for begin, part in held_out.items()
     }
-    return trained_and_judged(QUESTION.methods[run.method], task, counted, by_length, cut)
+    return record(QUESTION.methods[run.method], task, counted, by_length)
 
 
 QUESTION = Question(

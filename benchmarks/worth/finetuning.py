@@ -22,7 +22,6 @@ from torch.optim.lr_scheduler import LambdaLR
 import fastfreeze
 from benchmarks.training_rivals import Task, Training, stepping
 from benchmarks.worth.question import Method
-from benchmarks.worth.training import judged, trained
 from fastfreeze.layers.split import LayerPlan
 from fastfreeze.schedule import Cosine, FreezeOut, Frozen, GradualUnfreezing, Segment
 
@@ -71,12 +70,7 @@ class FineTask(Task):
         raise NotImplementedError
 
     def arguments(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the model is called with."""
         return (x.contiguous(memory_format=self.layout),)
-
-    def logits(self, output: Any) -> Tensor:
-        """Of what the model gives."""
-        return output
 
     def build(self) -> nn.Module:
         torch.manual_seed(self.seed)
@@ -347,25 +341,6 @@ def _keep(training: Training, task: FineTask, network: fastfreeze.TrimmedModel) 
         shapes = {x.shape: (x, ids) for x, _, ids in map(task.batch, range(task.steps_per_epoch))}
         for x, ids in 2 * list(shapes.values()):
             cached(x, ids)
-
-
-Judged = dict[str, tuple[Tensor, Tensor]]  # inputs and labels, by what their record begins with
-
-
-def trained_and_judged(
-    method: Method,
-    task: FineTask,
-    counted: bool,
-    sets: Judged,
-    cut: Callable[[Tensor], Tensor] = lambda x: x,
-) -> dict:
-    """The record of a run: of the training, and of the errors on the sets."""
-    model, record = trained(method, task, counted, task.arguments)
-    logits = task.calls(model.eval())
-    for begin, (x, labels) in sets.items():
-        found = judged(lambda x: logits(cut(x), x), x, labels)
-        record |= {f"{begin}{name}": value for name, value in found.items()}
-    return record
 
 
 LONG = (4, 16, 64)  # epochs for what costs next to nothing

@@ -188,7 +188,7 @@ def test_macs_of_frozen_and_kept_layers(frozen, hits, macs):
     model = nn.Sequential(*(nn.Linear(a, b) for a, b in ((2, 3), (3, 3), (3, 1))))
     for i in frozen:
         model[i].requires_grad_(False)
-    meter = Meter(model)
+    meter = Meter(model, lambda x: (x,))
     for found in (0, hits):
         meter.add(torch.zeros(4, 2))
         meter.found(hits=found)
@@ -197,7 +197,7 @@ def test_macs_of_frozen_and_kept_layers(frozen, hits, macs):
 
 def test_what_is_carried_on_saves_what_was_frozen_before():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 1))
-    meter, costs = Meter(model), []
+    meter, costs = Meter(model, lambda x: (x,)), []
     for frozen, advanced in (([], 0), ([0], 0), ([0, 1], 1)):
         for i, layer in enumerate(model):
             layer.requires_grad_(i not in frozen)
@@ -210,6 +210,6 @@ def test_what_is_carried_on_saves_what_was_frozen_before():
 
 def test_judged():
     logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    found = judged(lambda x: x, logits, torch.tensor([0, 1, 1]), size=2)
-    assert found["error"] == pytest.approx(1 / 3)
-    assert found["nll"] == pytest.approx((2 * math.log1p(math.exp(-1)) + math.log1p(math.e)) / 3)
+    found = judged(lambda x: x, {"a_": (logits, torch.tensor([0, 1, 1]))}, size=2)
+    assert found["a_error"] == pytest.approx(1 / 3)
+    assert found["a_nll"] == pytest.approx((2 * math.log1p(math.exp(-1)) + math.log1p(math.e)) / 3)

@@ -11,7 +11,8 @@ from torch import nn
 
 pytest.importorskip("benchmarks.worth", reason="tests run outside the source tree")
 import fastfreeze
-from benchmarks.worth.finetuning import FineTask, methods, trained_and_judged
+from benchmarks.worth.finetuning import FineTask, methods
+from benchmarks.worth.training import record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPOCHS, STEPS, WIDTH = 2, 4, 8
@@ -93,7 +94,7 @@ def test_a_record_has_all_that_the_answer_needs():
     task = toy_task()
     sets = {"": (task.images, task.labels), "validation_": (task.images[:3], task.labels[:3])}
     kept, hand = (
-        trained_and_judged(METHODS[name], task, True, sets)
+        record(METHODS[name], task, True, sets)
         for name in ("half frozen, kept", "half frozen by hand")
     )
     product = WIDTH * WIDTH  # MACs of a stage: four forward, three backward
