@@ -7,7 +7,7 @@ replaced.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from benchmarks import ensemble_cases, step_cases
 from benchmarks.case import OURS
 from benchmarks.lines import HEADER, Line, lines_of, row, spread_text, times_of
 from benchmarks.results import hardware_of, made_by, read_json
-from benchmarks.training_rivals import BASELINE, BEST_TORCH, CACHE, FLAGS
+from benchmarks.training_rivals import BASELINE, BEST_FLAGS, BEST_TORCH, CACHE, FLAGS
 from fastfreeze.files import write_atomic
 
 PAGES = ("README.md", "docs/results.md", "docs/what-trim-gains.md")
@@ -94,7 +94,7 @@ class Ratios:
         kind: how the keys of its cases begin.
         first: the first column's title.
         base: the rival, and the title of its times.
-        columns: other rivals, or the floor, and their titles.
+        columns: other rivals, or the floor, and their titles; those without data are left out.
         text: of seconds, and those of ``base``.
         bold: a column.
         leave_out: of the cases' names.
@@ -111,30 +111,28 @@ class Ratios:
     sources: bool = True
 
     def __call__(self, results: Path) -> Iterator[str]:
-        yield from _header(self.first, self.base[1], *self.columns.values())
-        notes = []
+        found, notes = [], []
         for path in sorted(results.glob("*.json")):
             data = read_json(path)
             entries = data.get("results", {}).items()
-            found = [entry for key, entry in entries if key.startswith(f"{self.kind}-")]
-            yield from (self._row(entry) for entry in found if self.base[0] in entry["seconds"])
-            if found:
-                notes += [
-                    f"{entry['name']}: {entry['left_out'][OURS]}."
-                    for entry in found
-                    if OURS in entry["left_out"]
-                ]
-                notes.append(f"{hardware_of(data)}. Made by {made_by(data, path.name)}.")
-        for note in notes if self.sources else []:
-            yield f"\n{note}"
+            own = [entry for key, entry in entries if key.startswith(f"{self.kind}-")]
+            found += own
+            left_out = [(entry["name"], entry["left_out"].get(OURS)) for entry in own]
+            notes += [f"{name}: {why}." for name, why in left_out if why]
+            notes += [f"{hardware_of(data)}. Made by {made_by(data, path.name)}."] if own else []
+        there = {FLOOR}.union(*(entry["seconds"] for entry in found))
+        columns = {name: title for name, title in self.columns.items() if name in there}
+        yield from _header(self.first, self.base[1], *columns.values())
+        yield from (self._row(e, columns) for e in found if self.base[0] in e["seconds"])
+        yield from (f"\n{note}" for note in (notes if self.sources else []))
 
-    def _row(self, entry: dict) -> str:
+    def _row(self, entry: dict, columns: Iterable[str]) -> str:
         times = times_of(entry)
         base = times[self.base[0]]
         seconds = {FLOOR: entry.get("floor_s"), **{name: t.median for name, t in times.items()}}
         cells = {
             name: self.text(seconds[name], base.median) if seconds.get(name) else "-"
-            for name in self.columns
+            for name in columns
         }
         cells[self.bold] = f"**{cells[self.bold]}**"
         name = entry["name"].replace(self.leave_out, "")
@@ -172,9 +170,12 @@ TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
         (BASELINE, "torch"),
         {
             FLAGS: "flags",
-            BEST_TORCH: "torch, channels_last, fused, no freezing",
             OURS: "`trim`",
             CACHE: "with `FeatureCache`",
+            BEST_TORCH: "torch, channels_last, fused, no freezing",
+            BEST_FLAGS: "flags, channels_last, fused",
+            f"{OURS} channels_last": "`trim`, channels_last",
+            f"{OURS} channels_last cache": "with `FeatureCache`, channels_last",
             FLOOR: "limit",
         },
         _saved,
