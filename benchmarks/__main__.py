@@ -9,19 +9,17 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import itertools
-import shlex
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 
 from benchmarks import guard, report
-from benchmarks.cases import ALL_CASES, CASES
-from benchmarks.compare import copy_bandwidth, lines_of_entry, measured
-from benchmarks.lines import HEADER
-from benchmarks.measure import machine
-from benchmarks.results import write_json
+from benchmarks.case import OURS, Case, why
+from benchmarks.cases import cases
+from benchmarks.clock import copy_bandwidth, machine, measured
+from benchmarks.jobs import DIED, context_is_broken
+from benchmarks.results import add, at_least, begun, parser, read_json, write_json
 
 COMMANDS = {"report": report.main, "guard": guard.main}
 
@@ -32,47 +30,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[argv[0]](argv[1:])
     arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
-    bandwidth = copy_bandwidth()
-    facts = {**machine(), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
-    command = shlex.join(["python", "-m", "benchmarks", *argv])
-    results: dict = {"machine": facts, "command": command, "results": {}}
-    print(f"{facts}\n\n{HEADER}", flush=True)
-    refused = False
-    for name in arguments.cases:
-        case = ALL_CASES[name]()
-        refused |= case.refused
-        entry = measured(case, arguments.rounds, arguments.seconds, bandwidth)
-        results["results"][name] = entry
-        left_out = [f"{name}: {rival}: {why}" for rival, why in case.left_out.items()]
-        print(*lines_of_entry(name, entry), *left_out, sep="\n", flush=True)
-        if arguments.out:
-            write_json(arguments.out, results)
-    return int(refused)
+    torch.backends.cudnn.allow_tf32 = False  # results are compared closely
+    bandwidth = copy_bandwidth(arguments.device)
+    facts = {**machine(arguments.device), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
+    results = begun(facts, "benchmarks", argv)
+    if arguments.go_on and arguments.out:
+        results["results"] = read_json(arguments.out).get("results", {})
+    for name, make in arguments.cases.items():
+        if name in results["results"]:
+            continue
+        if arguments.out:  # of a case that ends this process, that is what is known
+            unknown = {**results["results"], name: _failed(name, "has not ended")}
+            write_json(arguments.out, {**results, "results": unknown})
+        add(results, name, _entry(name, make, arguments, bandwidth), arguments.out)
+        if context_is_broken():
+            print(f"{name} has broken the CUDA context; --go-on does the rest")
+            return DIED
+    return int(any(refused(entry) for entry in results["results"].values()))
+
+
+def _entry(
+    name: str, make: Callable[[], Case], arguments: argparse.Namespace, bandwidth: float
+) -> dict:
+    try:
+        return measured(make(), arguments.rounds, arguments.seconds, bandwidth)
+    except Exception as error:  # of whatever kind: the other cases can still be measured
+        return _failed(name, why(error))
+
+
+def _failed(name: str, reason: str) -> dict:
+    return {"name": name, "left_out": {OURS: reason}, "seconds": {}}
+
+
+def refused(entry: dict) -> bool:
+    """Whether one of ours has no numbers."""
+    return any(rival.startswith(OURS) for rival in entry["left_out"])
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = parser("benchmarks", __doc__)
+    made.add_argument("case", nargs="*", default=["*"], help="names or patterns; default: all")
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument(
+        "--compile", action="store_true", help="rivals that torch.compile takes minutes for, too"
     )
-    parser.add_argument("case", nargs="*", default=["*"], help="names or patterns; default: all")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="with them those that compile an optimizer's step, which takes minutes each",
+    made.add_argument("--threads", type=at_least(1), default=1)
+    made.add_argument(
+        "--rounds", type=at_least(0), default=101, help="at most; 0: only whether all do the same"
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=101, help="at most")
-    parser.add_argument("--seconds", type=float, default=10, help="for a case, about")
-    parser.add_argument("--out", type=Path, help="also write the results to this JSON file")
-    arguments = parser.parse_args(argv)
-    known = ALL_CASES if arguments.compile else CASES
+    made.add_argument("--seconds", type=float, default=10, help="for a case, about")
+    made.add_argument(
+        "--go-on", action="store_true", help="leave out the cases that the file has already"
+    )
+    arguments = made.parse_args(argv)
+    known = cases(arguments.device, arguments.compile)
     found = {pattern: fnmatch.filter(known, pattern) for pattern in arguments.case}
     for pattern, names in found.items():
         if not names:
-            parser.error(f"case must be one of {', '.join(known)} or a pattern, got {pattern!r}")
-    arguments.cases = list(dict.fromkeys(itertools.chain(*found.values())))
+            made.error(f"case must be one of {', '.join(known)} or a pattern, got {pattern!r}")
+    arguments.cases = {name: known[name] for name in itertools.chain(*found.values())}
     return arguments
 
 

@@ -6,27 +6,37 @@ is left out and named with the reason; if it is one of ours, the case is refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+import fastfreeze
+
 Run = Callable[[], object]
 OURS = "fastfreeze"  # the names of our runs begin so
 
 
-@dataclass
-class Rivals:
-    """Runs by name, all of them through the gate.
+@dataclass(kw_only=True)
+class Case:
+    """Rivals, and what their times are to be seen beside.
 
     Attributes:
-        runs: each does the whole work once.
+        name: for the table.
+        runs: by name, all of them through the gate; each does the whole work once.
         left_out: those that failed or gave another result, and why.
+        bytes_moved: the least that can be read and written; None: the memory is not what limits.
+        floor: what takes as long as no rival can do without; None: a copy of ``bytes_moved``.
+        share: or a rival, and what share of its time no rival can do without.
     """
 
+    name: str
     runs: dict[str, Run] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    bytes_moved: int | None = None
+    floor: Run | None = None
+    share: tuple[str, float] | None = None
 
     def add(self, name: str, make: Callable[[], Run], check: Callable[[Run], str | None]) -> None:
         """Enter a run if it passes ``check``, which returns what is wrong or None."""
@@ -34,8 +44,7 @@ class Rivals:
             run = make()
             wrong = check(run)
         except Exception as error:  # of whatever kind: the other rivals can still be timed
-            lines = f"{type(error).__name__}: {error}".splitlines()
-            wrong = lines[0].strip()
+            wrong = why(error)
         if wrong is None:
             self.runs[name] = run
         else:
@@ -47,19 +56,9 @@ class Rivals:
         return any(name.startswith(OURS) for name in self.left_out)
 
 
-@dataclass(kw_only=True)
-class Case(Rivals):
-    """Rivals, and what their times are to be seen beside.
-
-    Attributes:
-        name: for the table.
-        bytes_moved: the least that can be read and written; None: the memory is not what limits.
-        floor: what takes as long as no rival can do without; None: a copy of ``bytes_moved``.
-    """
-
-    name: str
-    bytes_moved: int | None = None
-    floor: Run | None = None
+def why(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].strip()
 
 
 def difference(
@@ -78,7 +77,39 @@ def difference(
     return None
 
 
-def compiled_run(run: Run, **options: str) -> Run:
+def own_backends(device: str) -> Mapping[str, str]:
+    """The backends of a device, by the names of our runs."""
+    names = {OURS: device}
+    if device == "cuda" and fastfreeze.backends()["triton"].available:
+        names[f"{OURS} triton"] = "triton"
+    return names
+
+
+def compiled_run(run: Run) -> Run:
     """For these shapes alone, and not as one more version of another case's function."""
     torch._dynamo.reset()
-    return torch.compile(run, dynamic=False, **options)
+    return torch.compile(run, dynamic=False)
+
+
+def graphed(run: Run, before: Run = lambda: None) -> Run:
+    """The run as a CUDA graph, but for the first one, which makes what the others read.
+
+    ``before`` runs each time, outside of the graph. On a CPU there is no graph.
+    """
+    graph, result, calls = None, None, 0
+
+    def replayed() -> object:
+        nonlocal graph, result, calls
+        calls += 1
+        before()
+        if calls == 1 or not torch.cuda.is_initialized():
+            return run()
+        if graph is None:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = run()
+        graph.replay()
+        return result
+
+    return replayed

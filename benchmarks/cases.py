@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.case import Case
+from benchmarks.ensemble_cases import ensemble_cases
 from benchmarks.host_cases import HOST_CASES
-from benchmarks.kernel_cases import KERNEL_CASES
-from benchmarks.optimizer_cases import COMPILED_CASES, OPTIMIZER_CASES
-from benchmarks.step_cases import STEP_CASES
+from benchmarks.kernel_cases import kernel_cases
+from benchmarks.optimizer_cases import optimizer_cases
+from benchmarks.step_cases import step_cases
 
-CASES: dict[str, Callable[[], Case]] = {
-    **OPTIMIZER_CASES,
-    **HOST_CASES,
-    **STEP_CASES,
-    **KERNEL_CASES,
-}
-ALL_CASES = {**CASES, **COMPILED_CASES}  # with those that take minutes
+
+def cases(device: str = "cpu", compiling: bool = False) -> dict[str, Callable[[], Case]]:
+    """Those of a device; if ``compiling``, with rivals that torch.compile takes minutes for."""
+    return {
+        **optimizer_cases(device, compiling),
+        **(HOST_CASES if device == "cpu" else {}),
+        **step_cases(device),
+        **ensemble_cases(device, compiling),
+        **kernel_cases(device),
+    }

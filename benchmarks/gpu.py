@@ -10,120 +10,124 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import platform
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.clock import output_of
-from benchmarks.gpu_tests import DRY_SELECTIONS, SELECTIONS, collected, run_tests
-from benchmarks.jobs import Job, Running, run_jobs, while_it_gets_on
+from benchmarks.__main__ import refused
+from benchmarks.clock import machine
+from benchmarks.jobs import run_job
+from benchmarks.outcomes import summary
 from benchmarks.results import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 MINUTES = 9.25  # in all: with the start of Python and torch less than ten
-TAIL = 10  # seconds in which a stage may end what it has begun, and this script itself
+TAIL = 10  # seconds in which this script ends what it has begun
 SOURCES = ("csrc", "fastfreeze", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-
-
-class Report:
-    """The results, and their file."""
-
-    def __init__(self, path: Path, results: dict) -> None:
-        self.path, self.results = path, results
-        self.save()
-
-    def save(self) -> None:
-        write_json(self.path, self.results)
-
-    def set(self, stage: str, found: dict) -> None:
-        self.results["stages"].setdefault(stage, {}).update(found)
-        self.save()
+TESTS = {  # keywords of names, as pytest's -k takes them
+    "tests-cuda": "cuda-cuda or (gpu and not triton-cuda) or cuda_graph",
+    "tests-triton": "triton-cuda or (test_softmax_triton and not groups)",
+}
+OF_A_GPU = re.compile(  # what a file says that has tests for one
+    r"\bHAS_GPU\b|\bneeds_gpu\b|\bON_A_GPU\b|\b(every|rows_by|backend_and)_device\b"
+    r"|\bkernels\(\)|\bkernel\(\"(cuda|triton)\"|cuda\.is_available"
+)
+SMALL = ("*-tiny*", "*-2-33-17")
+# The most telling first, since time may run out.
+KERNELS = (
+    *("sgd-resnet110-per-layer", "sgd-resnet110-per-layer-graph", "sgd-resnet50"),
+    *("adamw-resnet110-per-layer", "softmax-6-4096-1000", "statistics-6-4096-1000"),
+    *("sgd-resnet110", "softmax-5-256-10", "statistics-5-1024-100", "adamw-resnet50"),
+)
+REST = (
+    "adamw-resnet110-*graph",
+    "sgd-resnet50-bf16",
+    "sgd-vit_b_16",
+    "*-10-64-50257",
+    "ensemble-*",
+)
 
 
 @dataclass
-class Run:
-    """What stages need.
+class Plan:
+    """A run, and what its stages need.
 
     Attributes:
-        device: "cuda" or "cpu": a dry run.
-        report: of the results.
+        device: "cuda" or "cpu": a dry run, of small cases.
+        out: the folder of the results.
         scratch: a folder that goes with the run.
-        folder: where tests and benchmarks are run.
-        environment: with the path to the package.
-        wheel: to install, or None.
-        build: whether the package is installed first; else the sources are used as they are.
-        background: the build that goes on beside the stages.
+        source: what is installed; None: the package is used as it is.
+        folder: where tests and benchmarks run.
+        environment: with the path to what is installed.
+        results: until now.
     """
 
     device: str
-    report: Report
+    out: Path
     scratch: Path
+    source: Path | None = None
     folder: Path = ROOT
     environment: dict[str, str] = field(default_factory=dict)
-    wheel: Path | None = None
-    build: bool = True
-    background: Running | None = None
+    results: dict = field(default_factory=dict)
 
-    def log(self, stage: str) -> Path:
-        """Few files travel more easily: stages of a kind share one."""
-        return self.report.path.parent / f"{stage.partition('-')[0]}.log"
+    def job(
+        self,
+        stage: str,
+        command: Sequence[str],
+        seconds: float,
+        known: Callable[[], dict] = dict,
+        **options: object,
+    ) -> dict:
+        """Run a command of a stage; what is ``known`` of it is written as it goes."""
 
-    def tell(self, stage: str, found: dict) -> None:
-        """Note what is known of a stage, and of the build in the background."""
-        if self.background is not None and self.background.ended():
-            self.end_background()
-        self.report.set(stage, found)
+        def tick() -> None:
+            self.results["stages"][stage].update(known())
+            self.save()
 
-    def end_background(self) -> None:
-        if self.background is not None:
-            result, self.background = self.background.result(), None
-            self.report.set("build from source", result)
+        # Few files travel more easily: stages of a kind share one.
+        log = self.out / f"{stage.partition('-')[0]}.log"
+        ours = {**self.environment, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        options = {"folder": self.folder, "environment": ours, "tick": tick, **options}
+        return {**run_job(command, seconds, log, **options), **known()}
 
-    def python(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", *arguments]
-
-    def module(self, stage: str, seconds: float, *arguments: str) -> dict:
-        """One of our modules, which writes its results to a file, as a stage.
-
-        If it dies of a case, a new process goes on from what is in the file.
-        """
-        part = self.scratch / f"{stage}.json"
-        command = self.python(*arguments, "--device", self.device, "--out", str(part))
-        environment = {**self.environment, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-        gets_on = while_it_gets_on(lambda: len(read_json(part).get("cases", {})))
-        job = Job(stage, command, environment, self.folder, gets_on)
-        tick = lambda: self.tell(stage, read_json(part))  # noqa: E731
-        done = run_jobs([job], seconds, self.log(stage), tick)
-        return {**done["jobs"][stage], **read_json(part)}
+    def save(self) -> None:
+        write_json(self.out / "results.json", self.results)
 
 
-def install(run: Run, seconds: float) -> dict:
+Stage = Callable[[Plan, str, float], dict]
+
+
+def install(plan: Plan, stage: str, seconds: float) -> dict:
     """The wheel, or the sources built for this device, into a folder of its own."""
-    if not run.build:
+    if plan.source is None:
         return {"status": "left out"}
-    site = run.scratch / "site"
-    environment = {} if run.wheel is not None else build_environment(run.device)
-    source = str(run.wheel) if run.wheel is not None else str(copy_of_sources(run.scratch))
-    job = Job("install", pip_command(site, source), environment, run.scratch)
-    done = run_jobs([job], seconds, run.log("build"))
-    run.folder = outside_the_sources(run.scratch / "tree")
+    site, source = plan.scratch / "site", plan.source
+    if source == ROOT:
+        source = copied(SOURCES, plan.scratch / "sources")
+    command = pip_command(site, source)
+    environment = build_environment(plan.device)
+    found = plan.job(stage, command, seconds, folder=plan.scratch, environment=environment)
+    # From here the installed package is imported, not the sources beside it.
+    plan.folder = copied(("tests", "benchmarks", "csrc", "pyproject.toml"), plan.scratch / "tree")
     paths = [str(site), os.environ.get("PYTHONPATH", "")]
-    run.environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return done["jobs"]["install"]
+    plan.environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return found
 
 
-def pip_command(site: Path, source: str) -> list[str]:
+def pip_command(site: Path, source: Path) -> list[str]:
     """pip's, which neither asks a registry nor touches what is installed."""
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", str(site)]
-    return [sys.executable, "-m", "pip", "install", *options, source]
+    return [sys.executable, "-m", "pip", "install", *options, str(source)]
 
 
 def build_environment(device: str) -> dict[str, str]:
@@ -138,11 +142,10 @@ def build_environment(device: str) -> dict[str, str]:
     }
 
 
-def copy_of_sources(scratch: Path) -> Path:
-    """What the package is built from, without what was built before."""
-    folder = scratch / "sources"
+def copied(names: Sequence[str], folder: Path) -> Path:
+    """Copies of files and folders of the sources, without what was built before."""
     folder.mkdir()
-    for name in SOURCES:
+    for name in names:
         if (ROOT / name).is_dir():
             ignored = shutil.ignore_patterns("*.so", "__pycache__")
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -151,204 +154,134 @@ def copy_of_sources(scratch: Path) -> Path:
     return folder
 
 
-def outside_the_sources(folder: Path) -> Path:
-    """A folder from which the installed package is imported, not the sources beside it."""
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("tests", "benchmarks", "csrc"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    return folder
+def bench(plan: Plan, stage: str, seconds: float, *, cases: Sequence[str], rounds: int) -> dict:
+    """Cases; if one of them ends the process, a new one goes on behind it."""
+    out = plan.scratch / f"{stage}.json"
+    if plan.device == "cpu":
+        cases, rounds = SMALL, min(rounds, 2)
+    command = [sys.executable, "-m", "benchmarks", *cases, "--device", plan.device, "--go-on"]
+    command += ["--out", str(out), "--rounds", str(rounds), "--seconds", "3"]
+    return plan.job(
+        stage,
+        command,
+        seconds,
+        lambda: read_json(out),
+        done=lambda: len(read_json(out).get("results", {})),
+    )
 
 
-def smoke(run: Run, seconds: float) -> dict:
-    """A few results of each backend; then the build from source begins, if it is not done yet."""
-    found = run.module("smoke", seconds, "benchmarks.gpu_smoke")
-    if run.build and run.wheel is not None:
-        command = pip_command(run.scratch / "built", str(copy_of_sources(run.scratch)))
-        environment = build_environment(run.device)
-        job = Job("build from source", ["nice", *command], environment, run.scratch)
-        run.background = Running(job, run.log("build"))
-    return found
+def tests(plan: Plan, stage: str, seconds: float) -> dict:
+    """Tests that need a GPU, in several processes; one that dies of a test is replaced."""
+    lines = plan.scratch / f"{stage}.jsonl"
+    files, keyword = files_of_a_gpu(), TESTS[stage]
+    if plan.device == "cpu":  # a stand-in
+        files, keyword = ["tests/kernels/test_softmax.py"], "cpu-cpu"
+    command = pytest_command(files, keyword)
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
+    environment = {**plan.environment, "FASTFREEZE_OUTCOMES": str(lines), "OMP_NUM_THREADS": "1"}
+    return plan.job(stage, command, seconds, partial(summary, lines), environment=environment)
 
 
-def tests(stage: str) -> Stage:
-    def run_stage(run: Run, seconds: float) -> dict:
-        selection = (SELECTIONS if run.device == "cuda" else DRY_SELECTIONS)[stage]
-        scratch, log = run.scratch / stage, run.log(stage)
-        tell = lambda found: run.tell(stage, found)  # noqa: E731
-        return run_tests(selection, seconds, run.folder, run.environment, log, scratch, tell)
-
-    return run_stage
+def files_of_a_gpu() -> list[str]:
+    """Those with tests that run on a GPU: all else a CPU can test."""
+    found = sorted((ROOT / "tests").glob("*/test_*.py"))
+    others = [p for p in found if p.parent.name != "benchmarks" and OF_A_GPU.search(p.read_text())]
+    return [str(p.relative_to(ROOT)) for p in others]
 
 
-def bench(stage: str, part: str) -> Stage:
-    def run_stage(run: Run, seconds: float) -> dict:
-        limit = str(max(1.0, seconds - TAIL))
-        return run.module(stage, seconds, "benchmarks.gpu_bench", part, "--seconds", limit)
-
-    return run_stage
+def pytest_command(files: Sequence[str], keyword: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["--continue-on-collection-errors", "-p", "benchmarks.outcomes"]
+    return [*command, "-k", keyword, *files]
 
 
-def tools(run: Run, seconds: float) -> dict:
-    """What profilers and checkers say, where there are any; those that are not there are named."""
-    device = ["--device", run.device, "--out", str(run.scratch / "tools.json")]
-    profiled = run.python("benchmarks.gpu_bench", "profiled", *device)
-    checked = run.python("benchmarks.gpu_smoke", "--only", "^cuda: (s|adamw)", *device)
-    sections = ["SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy"]
-    commands = {
-        "ncu": [
-            *("--clock-control", "none"),
-            *("--kernel-id", "::regex:step_kernel|softmax_.*_kernel:2"),  # the second of each
-            *(part for name in sections for part in ("--section", name)),
-            *profiled,
-        ],
-        "compute-sanitizer": [
-            *("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20", *checked),
-        ],
-    }
-    # Each tensor in an allocation of its own, or writes behind one would hit another unseen.
-    environment = {**run.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    jobs = [
-        Job(name, [str(tool_path(name)), *command], environment, run.folder)
-        for name, command in commands.items()
-        if tool_path(name) is not None
-    ]
-    found = run_jobs(jobs, seconds, run.log("tools"), lambda: run.tell("tools", {}))
-    found["jobs"] |= {name: {"status": "not there"} for name in commands if not tool_path(name)}
-    return found
-
-
-def tool_path(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path=str(cuda_home() / "bin"))
-
-
-def cuda_home() -> Path:
-    return Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
-
-
-Stage = Callable[[Run, float], dict]
 # Name, seconds, what runs. A stage may take what those before it have left over; after the smoke,
 # a failed stage does not keep the next from running.
-PLAN: list[tuple[str, float, Stage]] = [
+STAGES: list[tuple[str, float, Stage]] = [
     ("build", 120, install),
-    ("smoke", 45, smoke),
-    ("tests-cuda", 65, tests("tests-cuda")),
-    ("kernels", 80, bench("kernels", "kernels")),
-    ("steps", 110, bench("steps", "steps")),
-    ("tests-triton", 80, tests("tests-triton")),
-    ("tools", 40, tools),
-    ("kernels-rest", 30, bench("kernels-rest", "rest")),
+    ("smoke", 45, partial(bench, cases=SMALL, rounds=0)),
+    ("tests-cuda", 65, tests),
+    ("kernels", 80, partial(bench, cases=KERNELS, rounds=41)),
+    ("steps", 110, partial(bench, cases=("trim-*", "kept-*"), rounds=21)),
+    ("tests-triton", 80, tests),
+    ("kernels-rest", 30, partial(bench, cases=REST, rounds=41)),
 ]
 
 
-def ends(plan: Sequence[tuple[str, float, Stage]], seconds: float) -> dict[str, float]:
+def ends(stages: Sequence[tuple[str, float, Stage]], seconds: float) -> dict[str, float]:
     """When each stage has to be over, in seconds from the start: its share of the whole."""
-    total, end, found = sum(limit for _, limit, _ in plan), 0.0, {}
-    for name, limit, _ in plan:
+    total, end, found = sum(limit for _, limit, _ in stages), 0.0, {}
+    for name, limit, _ in stages:
         end += limit
         found[name] = end / total * seconds
     return found
 
 
-def run_plan(run: Run, plan: Sequence[tuple[str, float, Stage]], seconds: float) -> None:
+def run_stages(plan: Plan, stages: Sequence[tuple[str, float, Stage]], seconds: float) -> None:
     """All stages in turn."""
-    start = time.monotonic()
-    for name, end in ends(plan, seconds - TAIL).items():
+    start, over = time.monotonic(), ends(stages, seconds - TAIL)
+    status = "complete"
+    for name, _, stage in stages:
         began = time.monotonic() - start
-        facts = {"began_s": round(began, 1), "limit_s": round(end - began, 1)}
-        run.report.set(name, {"status": "running", **facts})
+        found = {"status": "running", "began_s": round(began, 1)}
+        plan.results["stages"][name] = found
+        plan.save()
         try:
-            found = dict(plan_stage(plan, name)(run, end - began))
+            found |= stage(plan, name, over[name] - began)
         except Exception as error:
-            found = {"status": "failed", "reason": repr(error)}
+            found |= {"status": "failed", "reason": repr(error)}
         found["seconds"] = round(time.monotonic() - start - began, 1)
-        run.report.set(name, found)
+        plan.save()
         print(f"{name}: {found['status']}, {found['seconds']} s", flush=True)
         if name in ("build", "smoke") and found["status"] not in ("ok", "left out"):
-            run.report.results["status"] = f"stopped: the {name} {found['status']}"
+            status = f"stopped: the {name} {found['status']}"
             break
-    else:
-        run.report.results["status"] = "complete"
-    run.end_background()
-    run.report.save()
-
-
-def plan_stage(plan: Sequence[tuple[str, float, Stage]], name: str) -> Stage:
-    return next(stage for other, _, stage in plan if other == name)
-
-
-def machine(device: str) -> dict:
-    """What the numbers were measured on."""
-    on_gpu = device == "cuda"
-    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    facts = {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
-        "driver": output_of(driver),
-        "nvcc": (output_of([tool_path("nvcc") or "nvcc", "--version"]) or "").splitlines()[-1:],
-        "tools": {name: tool_path(name) for name in ("ncu", "compute-sanitizer")},
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-    }
-    if importlib.util.find_spec("triton"):
-        import triton
-
-        facts["triton"] = triton.__version__
-    return facts
-
-
-def commit() -> str | None:
-    """The commit, with "-dirty" behind if files differ from it; None without git."""
-    return output_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"])
+    plan.results["status"] = status
+    plan.save()
 
 
 def failures(results: dict) -> list[str]:
     """What went wrong, a line each."""
     found = []
     for name, stage in results["stages"].items():
-        if stage.get("status") not in ("ok", "left out"):
-            found.append(f"{name}: {stage.get('status')} {stage.get('reason', '')}".rstrip())
-        for check, state in stage.get("checks", {}).items():
-            if state["status"] != "ok":
-                found.append(f"  {check}: {state['reason']}")
+        if stage["status"] not in ("ok", "left out"):
+            found.append(f"{name}: {stage['status']} {stage.get('reason', '')}".rstrip())
         found += [f"  {test}" for test in stage.get("failures", {})]
         found += [f"  {test}: has not ended" for test in stage.get("not_ended", [])]
-        for case, state in stage.get("cases", {}).items():
-            if state["status"] != "measured":
-                reason = state.get("reason", state.get("left_out", ""))
-                found.append(f"  {case}: {state['status']} {reason}".rstrip())
+        for case, entry in stage.get("results", {}).items():
+            if refused(entry):
+                found.append(f"  {case}: {entry['left_out']}")
     return found
 
 
 def print_plan(minutes: float) -> None:
     """Stages, when they have to be over, and the tests that would run on a GPU."""
-    over = ends(PLAN, minutes * 60 - TAIL)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, end in over.items():
-            print(f"{name}: until {end:.0f} s")
-            if name in SELECTIONS:
-                folder = Path(scratch, name)
-                folder.mkdir()
-                counts = collected(SELECTIONS[name], ROOT, folder)
-                for file, count in counts.items():
-                    print(f"  {file}: {count} tests, {SELECTIONS[name].files[file]} processes")
-                print(f"  {sum(counts.values())} tests")
+    for name, end in ends(STAGES, minutes * 60 - TAIL).items():
+        print(f"{name}: until {end:.0f} s")
+        if name in TESTS:
+            command = pytest_command(files_of_a_gpu(), TESTS[name])
+            command += ["-p", "benchmarks.as_on_gpu", "--collect-only"]
+            environment = {**os.environ, "FASTFREEZE_OUTCOMES": os.devnull}
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            )
+            print(f"  {done.stdout.splitlines()[-1]}")
 
 
 def parser() -> argparse.ArgumentParser:
-    names = [name for name, _, _ in PLAN]
-    arguments = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    arguments.add_argument("--wheel", type=Path, help="install this instead of building")
-    arguments.add_argument("--no-build", action="store_true", help="use the sources as they are")
-    arguments.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE")
-    arguments.add_argument("--out", type=Path, default=Path("gpu-results"), help="a folder")
-    arguments.add_argument("--minutes", type=float, default=MINUTES, help="for everything")
-    arguments.add_argument("--plan", action="store_true", help="run nothing: tell what would run")
-    arguments.add_argument(
+    names = [name for name, _, _ in STAGES]
+    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    made.add_argument("--wheel", type=Path, help="install this instead of building")
+    made.add_argument("--no-build", action="store_true", help="use the sources as they are")
+    made.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE")
+    made.add_argument("--out", type=Path, default=Path("gpu-results"), help="a folder")
+    made.add_argument("--minutes", type=float, default=MINUTES, help="for everything")
+    made.add_argument("--plan", action="store_true", help="run nothing: tell what would run")
+    made.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a small dry run"
     )
-    return arguments
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -362,23 +295,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     chosen = {"build", *arguments.stages}
-    plan = [row for row in PLAN if row[0] in chosen]
-    facts = {"status": "running", "machine": machine(arguments.device), "commit": commit()}
-    report = Report(out / "results.json", {**facts, "stages": {}})
-    wheel = None if arguments.wheel is None else arguments.wheel.resolve()
+    source = None if arguments.no_build else (arguments.wheel or ROOT).resolve()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        run = Run(arguments.device, report, Path(scratch), wheel=wheel)
-        run.build = not arguments.no_build
-        try:
-            run_plan(run, plan, arguments.minutes * 60)
-        finally:
-            run.end_background()
-            if report.results["status"] == "running":
-                report.results["status"] = "cut off"
-                report.save()
-    bad = failures(report.results)
-    print(*bad, f"{report.results['status']}; results: {out}", sep="\n")
-    return 0 if not bad and report.results["status"] == "complete" else 1
+        plan = Plan(arguments.device, out, Path(scratch), source)
+        facts = machine(arguments.device)
+        plan.results = {"status": "cut off", "machine": facts, "stages": {}}
+        run_stages(plan, [row for row in STAGES if row[0] in chosen], arguments.minutes * 60)
+    bad = failures(plan.results)
+    print(*bad, f"{plan.results['status']}; results: {out}", sep="\n")
+    return 0 if not bad and plan.results["status"] == "complete" else 1
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import fastfreeze
 from benchmarks.case import OURS, Case
 from benchmarks.optimizer_cases import SGD_VALUES, TOTAL_STEPS
-from benchmarks.shapes import Shapes, shapes_of
+from benchmarks.shapes import parameter_groups, shapes_of
 from fastfreeze.kernels import sgd
 from fastfreeze.kernels.device_plan import DevicePlan
 
@@ -36,7 +36,7 @@ def host_case(model_name: str, num_groups: int) -> Case:
     shapes = [(0, *shape[1:]) for shape in shapes_of(model_name)]
 
     def groups() -> list[dict]:
-        made = Shapes(shapes, num_groups).groups("cpu", torch.float32)
+        made = parameter_groups(shapes, num_groups)
         return [{"params": group["params"]} for group in made]
 
     schedule = fastfreeze.Cosine(TOTAL_STEPS)

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, several at a time, with a limit and one log."""
+"""A command in a process of its own, with a time limit, begun anew where it has died."""
 
 from __future__ import annotations
 
@@ -6,142 +6,90 @@ import contextlib
 import os
 import signal
 import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-LOG_SECONDS = 5
+DIED = 3  # exit status of who cannot go on; 1 is that of who has come to the end, with failures
 
 
-@dataclass(frozen=True)
-class Job:
-    """A command.
-
-    Attributes:
-        name: in the results and the log.
-        command: the program and its arguments.
-        environment: what differs from ours.
-        folder: where it runs.
-        again: asked with the exit status when the command has failed: whether to run it once more.
-    """
-
-    name: str
-    command: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    folder: Path = Path()
-    again: Callable[[int], bool] = lambda status: False
+def context_is_broken() -> bool:
+    """Whether an error on the device has made this process's CUDA context useless."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception:  # of more than one type
+        return True
+    return False
 
 
-class Running:
-    """A job that has been started; its children end with it."""
-
-    def __init__(self, job: Job, log: Path) -> None:
-        self.job, self._log, self._start = job, log, time.monotonic()
-        self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115
-        self._process = self._started()
-        self._logged_at = self._start
-        self._failed: list[int] = []  # exit statuses
-
-    def _started(self) -> subprocess.Popen:
-        with Path(self._output.name).open("ab") as writing:
-            return subprocess.Popen(
-                self.job.command,
-                cwd=self.job.folder,
-                env={**os.environ, **self.job.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=writing,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def ended(self) -> bool:
-        """Whether it has; copies what it has written to the log, every few seconds."""
-        status = self._process.poll()
-        if status is not None or time.monotonic() > self._logged_at + LOG_SECONDS:
-            self._log_output()
-        if not status:
-            return status is not None
-        self._failed.append(status)
-        again = self.job.again(status)
-        if again:
-            self.kill()
-            self._process = self._started()
-        return not again
-
-    def _log_output(self) -> None:
-        self._logged_at = time.monotonic()
-        text = self._output.read().rstrip()
-        if text:
-            with self._log.open("ab") as log:
-                log.write(f"--- {self.job.name}\n".encode() + text + b"\n")
-
-    def result(self) -> dict:
-        """Of one that has ended, or has to, now."""
-        last = self._process.poll()
-        self.kill()
-        self._log_output()
-        failed = self._failed or [status for status in [last] if status]
-        status = "cut off" if last is None else "failed" if failed else "ok"
-        found = {"status": status, "seconds": round(time.monotonic() - self._start, 1)}
-        return {**found, "exit_statuses": failed} if failed else found
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # its children may outlive it
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-def while_it_gets_on(done: Callable[[], int]) -> Callable[[int], bool]:
-    """For :attr:`Job.again`: as long as each run has done something, as ``done`` counts."""
-    before = 0
-
-    def again(status: int) -> bool:
-        nonlocal before
-        now = done()
-        more, before = now > before, now
-        return more
-
-    return again
-
-
-def run_jobs(
-    jobs: Sequence[Job],
+def run_job(
+    command: Sequence[str],
     seconds: float,
     log: Path,
+    *,
+    folder: Path = Path(),
+    environment: Mapping[str, str] | None = None,
     tick: Callable[[], None] = lambda: None,
-    at_once: int = 1,
+    done: Callable[[], int] = lambda: 0,
 ) -> dict:
-    """Run jobs in their order, at most so long; ``tick`` is called about once a second.
+    """Run a command at most so long; its children end with it.
+
+    Args:
+        command: the program and its arguments.
+        seconds: the limit.
+        log: the file to which its output is added.
+        folder: where it runs.
+        environment: what differs from ours.
+        tick: is called about once a second.
+        done: counts what it has done; if it has died, but done something, it runs once more.
 
     Returns:
-        The status of all ("ok", "failed", "cut off"), seconds, and each job's.
+        "status" ("ok", "failed" or "cut off"), "seconds", and "exit_statuses" of what failed.
     """
-    start = time.monotonic()
-    waiting, running, results = list(jobs), [], {}
+    start, before, failed = time.monotonic(), -1, []
+    code: int | None = DIED
+    while code not in (0, 1, None) and done() > before:
+        before = done()
+        left = start + seconds - time.monotonic()
+        code = _run(command, left, log, folder, environment or {}, tick)
+        failed += [code] if code else []
+        tick()
+    status = "cut off" if code is None else "failed" if failed else "ok"
+    found = {"status": status, "seconds": round(time.monotonic() - start, 1)}
+    return {**found, "exit_statuses": failed} if failed else found
+
+
+def _run(
+    command: Sequence[str],
+    seconds: float,
+    log: Path,
+    folder: Path,
+    environment: Mapping[str, str],
+    tick: Callable[[], None],
+) -> int | None:
+    """The exit status; None if it was cut off."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    end = time.monotonic() + seconds
     try:
-        while (waiting or running) and time.monotonic() < start + seconds:
-            while waiting and len(running) < at_once:
-                running.append(Running(waiting.pop(0), log))
-            next_tick = time.monotonic() + 1
-            while time.monotonic() < min(next_tick, start + seconds):
-                for one in [one for one in running if one.ended()]:
-                    running.remove(one)
-                    results[one.job.name] = one.result()
-                if not running:
-                    break
-                time.sleep(0.05)
-            tick()
+        while time.monotonic() < end:
+            try:
+                return process.wait(min(1, max(0.0, end - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                tick()
+        return process.poll()
     finally:
-        for one in running:
-            results[one.job.name] = one.result()
-    results |= {job.name: {"status": "cut off", "seconds": 0.0} for job in waiting}
-    tick()
-    found = {result["status"] for result in results.values()}
-    status = "cut off" if "cut off" in found else "failed" if "failed" in found else "ok"
-    return {
-        "status": status,
-        "seconds": round(time.monotonic() - start, 1),
-        "jobs": {job.name: results[job.name] for job in jobs},
-    }
+        with contextlib.suppress(ProcessLookupError):  # its children may outlive it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -10,54 +10,53 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.case import Case, Run, compiled_run, difference
+from benchmarks.case import OURS, Case, Run, compiled_run, difference, graphed, own_backends
 from fastfreeze.kernels.affine import affine_relu_cat
 from fastfreeze.kernels.softmax import EnsembleStatistics, ensemble_softmax, ensemble_statistics
 from fastfreeze.kernels.winograd import transform_weight, winograd_conv2d
 
 
-def softmax_case(M: int, B: int, C: int) -> Case:
+def softmax_case(M: int, B: int, C: int, device: str = "cpu") -> Case:
     """Mean of the softmax of M members' logits [B, C], fp32."""
     torch.manual_seed(0)
-    members = [torch.randn(B, C) for _ in range(M)]
+    members = [torch.randn(B, C, device=device) for _ in range(M)]
     stacked = torch.stack(members)
 
-    def loop() -> torch.Tensor:
+    def loop() -> Tensor:
         total = torch.softmax(members[0], -1)
         for logits in members[1:]:
             total += torch.softmax(logits, -1)
         return total.div_(M)
 
-    runs: dict[str, Run] = {
-        "fastfreeze": lambda: ensemble_softmax(members),
-        "eager loop": loop,
-        "softmax(stacked).mean(0)": lambda: torch.softmax(stacked, -1).mean(0),
+    ours = {
+        name: partial(ensemble_softmax, members, backend=backend)
+        for name, backend in own_backends(device).items()
     }
+    rivals = {"softmax(stacked).mean(0)": lambda: torch.softmax(stacked, -1).mean(0)}
     name = f"ensemble average, ({M}, {B}, {C})"
-    return _case(name, (M + 1) * B * C * 4, runs, "softmax(stacked).mean(0)", compiled=loop)
+    return _averages(name, (M + 1) * B * C * 4, ours, loop, rivals, device)
 
 
-def statistics_case(M: int, B: int, C: int) -> Case:
+def statistics_case(M: int, B: int, C: int, device: str = "cpu") -> Case:
     """That mean with its maximum, class, entropy, mutual information and the labels' NLL."""
     torch.manual_seed(0)
-    members = [torch.randn(B, C) for _ in range(M)]
-    labels = torch.randint(C, (B,))
+    members = [torch.randn(B, C, device=device) for _ in range(M)]
+    labels = torch.randint(C, (B,), device=device)
 
-    def loop() -> list[torch.Tensor]:
-        return eager_statistics(members, labels)
+    def own(backend: str) -> list[Tensor]:
+        return statistics_fields(ensemble_statistics(members, labels, backend=backend))
 
-    runs: dict[str, Run] = {
-        "fastfreeze": lambda: statistics_fields(ensemble_statistics(members, labels)),
-        "eager loop": loop,
-    }
+    ours = {name: partial(own, backend) for name, backend in own_backends(device).items()}
     name = f"ensemble statistics, ({M}, {B}, {C})"
     moved = (M + 1) * B * C * 4 + B * (8 + 8 + 4 * 4)
+    loop = partial(eager_statistics, members, labels)
     # Compiled sums over many classes lose digits.
-    return _case(name, moved, runs, "eager loop", compiled=loop, rtol=1e-3)
+    return _averages(name, moved, ours, loop, {}, device, rtol=1e-3)
 
 
-def eager_statistics(members: Sequence[torch.Tensor], labels: torch.Tensor) -> list[torch.Tensor]:
+def eager_statistics(members: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
     """What a user would write; in the order of ``statistics_fields``."""
     mean = torch.zeros_like(members[0])
     entropies = torch.zeros_like(mean[:, 0])
@@ -72,10 +71,28 @@ def eager_statistics(members: Sequence[torch.Tensor], labels: torch.Tensor) -> l
     return [mean, best, entropy, (entropy - entropies).clamp(min=0), nll]
 
 
-def statistics_fields(s: EnsembleStatistics) -> list[torch.Tensor]:
+def statistics_fields(s: EnsembleStatistics) -> list[Tensor]:
     """All but the class, of which rounding may choose another where two are as likely."""
     assert s.nll is not None
     return [s.probabilities, s.max_probability, s.entropy, s.mutual_information, s.nll]
+
+
+def _averages(
+    name: str,
+    bytes_moved: int,
+    ours: dict[str, Run],
+    loop: Run,
+    rivals: dict[str, Run],
+    device: str,
+    **tolerance: float,
+) -> Case:
+    """Also the loop compiled or, on a GPU, replayed as a graph, and ours, too."""
+    runs = {**ours, "eager loop": loop, **rivals}
+    if device == "cuda":
+        runs |= {
+            f"{rival}, graph": graphed(run) for rival, run in {**ours, "eager loop": loop}.items()
+        }
+    return _case(name, bytes_moved, runs, loop, loop if device == "cpu" else None, **tolerance)
 
 
 @torch.no_grad()
@@ -87,14 +104,18 @@ def convolution_case(C: int, size: int, K: int) -> Case:
     weight = (torch.randn(K, C, 3, 3) / (9 * C) ** 0.5).to(memory_format=last)
     bias, transformed = torch.randn(K), transform_weight(weight)
     how = ((1, 1), (1, 1), (1, 1), 1, "relu", [], "")
+
+    def by_torch() -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1).relu_()
+
     runs: dict[str, Run] = {
-        "fastfreeze": lambda: winograd_conv2d(x, transformed, bias, padding=(1, 1), relu=True),
-        "torch conv2d, relu_": lambda: F.conv2d(x, weight, bias, padding=1).relu_(),
+        OURS: lambda: winograd_conv2d(x, transformed, bias, padding=(1, 1), relu=True),
+        "torch conv2d, relu_": by_torch,
         "oneDNN, fused": lambda: torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *how),
     }
     name = f"3x3 convolution, {C} to {K} channels, 32 images of {size}x{size}"
     moved = 4 * (9 * C * K + 32 * size * size * (C + K))
-    return _case(name, moved, runs, "torch conv2d, relu_", atol=2e-5)
+    return _case(name, moved, runs, by_torch, atol=2e-5)
 
 
 @torch.no_grad()
@@ -107,55 +128,62 @@ def norm_case(channels: Sequence[int], size: int) -> Case:
     scale, shift = torch.randn(C), torch.randn(C)
     statistics = (torch.zeros(C), torch.ones(C))
 
-    def norm() -> torch.Tensor:
+    def norm() -> Tensor:
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return F.batch_norm(x, *statistics, scale, shift, eps=0.0).relu_()
 
     runs: dict[str, Run] = {
-        "fastfreeze": lambda: affine_relu_cat(parts, scale, shift),
+        OURS: lambda: affine_relu_cat(parts, scale, shift),
         "torch cat, batch_norm, relu_": norm,
     }
     tensors = f"{len(channels)} tensor" + "s" * (len(channels) > 1)
     name = f"norm and ReLU, {tensors}, {C} channels, 32 images of {size}x{size}"
-    return _case(name, 2 * 4 * 32 * size * size * C, runs, "torch cat, batch_norm, relu_")
+    return _case(name, 2 * 4 * 32 * size * size * C, runs, norm)
 
 
 def _case(
     name: str,
     bytes_moved: int,
     runs: dict[str, Run],
-    truth: str,
+    truth: Run,
     compiled: Run | None = None,
     **tolerance: float,
 ) -> Case:
-    """Those of the runs that agree with ``truth``, one of them, and ``compiled``, if that does."""
+    """Those of the runs that agree with ``truth``, and ``compiled``, if that does."""
     case = Case(name=name, bytes_moved=bytes_moved)
-    expected = _listed(runs[truth]())
+    expected = _listed(truth())
     makes: dict[str, Callable[[], Run]] = {k: lambda run=run: run for k, run in runs.items()}
     if compiled is not None:
-        makes["torch.compile of the loop"] = lambda: compiled_run(compiled)
+        makes["torch.compile of the loop"] = partial(compiled_run, compiled)
+
+    def wrong(run: Run) -> str | None:
+        run()  # a graph is captured at the second call
+        return difference(_listed(run()), expected, **tolerance)
+
     for rival, make in makes.items():
-        case.add(rival, make, lambda run: difference(_listed(run()), expected, **tolerance))
+        case.add(rival, make, wrong)
     return case
 
 
-def _listed(result: object) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)
+def _listed(result: object) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
-KERNEL_CASES: dict[str, Callable[[], Case]] = {
-    **{
-        f"softmax-{M}-{B}-{C}": partial(softmax_case, M, B, C)
-        for M, B, C in [(5, 256, 10), (5, 1024, 100), (6, 4096, 1000)]
-    },
-    **{
-        f"statistics-{M}-{B}-{C}": partial(statistics_case, M, B, C)
-        for M, B, C in [(5, 1024, 100), (6, 4096, 1000), (10, 64, 50257)]
-    },
-    **{
-        f"convolution-{C}-{K}-{size}": partial(convolution_case, C, size, K)
-        for C, K, size in [(64, 64, 16), (256, 256, 8), (512, 512, 4), (48, 12, 16)]
-    },
-    "norm-64-32": partial(norm_case, [64], 32),
-    "norm-7-tensors-16": partial(norm_case, [96] + [12] * 6, 16),
-}
+def kernel_cases(device: str = "cpu") -> dict[str, Callable[[], Case]]:
+    """By name."""
+    softmax = [(2, 33, 17), (5, 256, 10), (5, 1024, 100), (6, 4096, 1000)]
+    statistics = [(2, 33, 17), (5, 1024, 100), (6, 4096, 1000), (10, 64, 50257)]
+    found: dict[str, Callable[[], Case]] = {
+        f"{kind}-{'-'.join(map(str, shape))}": partial(make, *shape, device=device)
+        for kind, make, shapes in (
+            ("softmax", softmax_case, softmax),
+            ("statistics", statistics_case, statistics),
+        )
+        for shape in shapes
+    }
+    if device == "cpu":
+        for C, K, size in [(64, 64, 16), (256, 256, 8), (512, 512, 4), (48, 12, 16)]:
+            found[f"convolution-{C}-{K}-{size}"] = partial(convolution_case, C, size, K)
+        found["norm-64-32"] = partial(norm_case, [64], 32)
+        found["norm-7-tensors-16"] = partial(norm_case, [96] + [12] * 6, 16)
+    return found

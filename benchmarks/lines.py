@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.case import OURS
-from benchmarks.measure import Times
+from benchmarks.clock import Times
 
 HEADER = "| case | fastfreeze | best rival | ratio | floor |\n|---|---|---|---|---|"
 
@@ -16,8 +15,8 @@ class Line:
     """One of ours in one case.
 
     Attributes:
-        case: name of the case for the table.
-        label: the same, short.
+        key: of the case.
+        case: its name.
         ours: which of ours.
         own: its times.
         rival: the fastest of the others.
@@ -25,8 +24,8 @@ class Line:
         floor: seconds that no rival can do without, None where nobody knows.
     """
 
+    key: str
     case: str
-    label: str
     ours: str
     own: Times
     rival: str
@@ -41,38 +40,38 @@ class Line:
     def __str__(self) -> str:
         """Markdown."""
         own = spread_text(self.own)
-        cells = [
+        return row(
             self.case,
             own if self.ours == OURS else f"{self.ours}: {own}",
             f"{self.rival}: {spread_text(self.best)}",
             f"{self.ratio:.2f}",
             "-" if self.floor is None else seconds_text(self.floor),
-        ]
-        return f"| {' | '.join(cells)} |"
+        )
 
 
-def lines_of(
-    case: str,
-    label: str,
-    times: Mapping[str, Times],
-    floor: float | None = None,
-    ours: Sequence[str] | None = None,
-) -> list[Line]:
-    """A line for each of ours; none where one side is missing.
-
-    Args:
-        case, label: as in :class:`Line`.
-        times: of ours and of its rivals, by name.
-        floor: as in :class:`Line`.
-        ours: names of ours in ``times``; those that begin with "fastfreeze" if not given.
-    """
-    if ours is None:
-        ours = [name for name in times if name.startswith(OURS)]
-    rivals = [name for name in times if name not in ours]
+def lines_of(key: str, entry: dict) -> list[Line]:
+    """A line for each of ours in an entry of the results; none where one side is missing."""
+    times = times_of(entry)
+    rivals = [name for name in times if not name.startswith(OURS)]
     if not rivals:
         return []
     best = min(rivals, key=lambda name: times[name].median)
-    return [Line(case, label, name, times[name], best, times[best], floor) for name in ours]
+    floor = entry.get("floor_s")
+    return [
+        Line(key, entry["name"], name, times[name], best, times[best], floor)
+        for name in times
+        if name not in rivals
+    ]
+
+
+def times_of(entry: dict) -> dict[str, Times]:
+    """Of each rival."""
+    return {rival: Times(**times) for rival, times in entry["seconds"].items()}
+
+
+def row(*cells: str) -> str:
+    """Of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def spread_text(times: Times) -> str:
@@ -83,6 +82,7 @@ def spread_text(times: Times) -> str:
 
 
 def seconds_text(seconds: float) -> str:
+    """With a unit."""
     factor, unit = _unit(seconds)
     return f"{_digits(factor * seconds)} {unit}"
 

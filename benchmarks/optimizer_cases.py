@@ -7,22 +7,24 @@ for every rival. The floor is our update of as many elements in one flat tensor.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 import fastfreeze
-from benchmarks.case import OURS, Case, Run, difference
-from benchmarks.shapes import Shapes, shapes_of
+from benchmarks.case import Case, Run, difference, graphed, own_backends
+from benchmarks.shapes import TINY, parameter_groups, shapes_of
 
 SGD_VALUES = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
-# What the packages can, too. They may change the gradient in place for the weight decay.
 PLAIN_MOMENTUM = {"lr": 0.1, "momentum": 0.9}
 ADAMW_VALUES = {"lr": 1e-3, "weight_decay": 0.05}
 TOTAL_STEPS = 1_000_000  # so long that no timed step reaches a freeze
 GATE_STEPS = 3
+TOLERANCES = {torch.float32: {}, torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2}}
 MODELS = (
     "resnet110",
     "wrn34-4",  # the Snapshot paper's WRN-32, which does not count the shortcuts' convolutions
@@ -34,78 +36,91 @@ MODELS = (
     "resnet50",
     "vit_b_16",
 )
-PACKAGES_MODELS = ("resnet110", "resnet50")
+MOMENTUM_MODELS = ("resnet110", "resnet50")
 ADAMW_MODELS = ("resnet110", "resnet50", "vit_b_16")
 FROZEN = (0, 50, 90)  # percent of the layers
-
-Make = Callable[[list[dict]], Run]
 
 
 def optimizer_case(
     model_name: str,
-    per_layer: bool,
+    per_layer: bool = False,
     frozen: int = 0,
     values: Mapping[str, float] = SGD_VALUES,
-    rivals: Mapping[str, Make] | None = None,
-    channels_last: bool = False,
     optimizer: str = "SGD",
+    channels_last: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    in_graph: bool = False,
+    compiled: bool = False,
 ) -> Case:
     """A step with its learning-rate schedule.
 
     Args:
-        model_name: as in :func:`benchmarks.shapes.network`.
+        model_name: as in :func:`benchmarks.shapes.shapes_of`.
         per_layer: one parameter group for each layer, else one.
         frozen: percent of the layers that are frozen.
         values: hyperparameters.
-        rivals: besides torch's three, from parameter groups to a step.
-        channels_last: weights of convolutions, and their gradients, lie so in memory.
         optimizer: "SGD" or "AdamW".
+        channels_last: weights of convolutions, and their gradients, lie so in memory.
+        device: where they are.
+        dtype: of weights and gradients.
+        in_graph: the step is replayed as a CUDA graph.
+        compiled: torch.compile is a rival, too, which takes minutes.
     """
     shapes = shapes_of(model_name)
     num_layers = sum(len(shape) > 1 for shape in shapes)
-    num_frozen = round(frozen / 100 * num_layers)
-    groups = partial(_groups, shapes, num_layers, num_frozen, per_layer, channels_last)
-    truth_groups = groups()
+
+    def groups() -> list[dict]:
+        layers = parameter_groups(shapes, num_layers, device, dtype)
+        return arranged(layers, round(frozen / 100 * num_layers), per_layer, channels_last)
+
     theirs = partial(torch_step, values=values, optimizer=optimizer)
-    expected = _stepped(theirs(truth_groups, foreach=False), truth_groups)
-    trained = [p for group in truth_groups for p in group["params"] if p.grad is not None]
-    numel = sum(p.numel() for p in trained)
-    size = f"{len(shapes)} tensors, {sum(map(math.prod, shapes)) / 1e6:.1f}M"
-    groups_text = f"{num_layers} groups" if per_layer else "1 group"
-    frozen_text = f", {frozen}% of {num_layers} layers frozen" if frozen else ""
-    plain = ", plain momentum" if values == PLAIN_MOMENTUM else ""
+    expected, numel = _truth(groups(), partial(theirs, foreach=False))
     kept = 1 if optimizer == "SGD" else 2  # tensors of state
-    layout = ", channels_last" if channels_last else ""
+    notes = {
+        ", plain momentum": values == PLAIN_MOMENTUM,
+        f", {model_name} ({len(shapes)} tensors, {sum(map(math.prod, shapes)) / 1e6:.1f}M)": True,
+        f", {num_layers} groups" if per_layer else ", 1 group": True,
+        f", {frozen}% of {num_layers} layers frozen": frozen > 0,
+        ", channels_last": channels_last,
+        ", bf16": dtype == torch.bfloat16,
+        ", CUDA graph": in_graph,
+    }
+    flat = parameter_groups([(numel,)], 1, device, dtype)
     case = Case(
-        name=f"{optimizer} step{plain}, {model_name} ({size}), {groups_text}{frozen_text}{layout}",
-        bytes_moved=numel * 4 * (3 + 2 * kept),  # the gradient is read alone
-        floor=_flat_step(numel, values, optimizer),
+        name=f"{optimizer} step" + "".join(note for note, there in notes.items() if there),
+        bytes_moved=numel * dtype.itemsize * (3 + 2 * kept),  # the gradient is read alone
+        floor=_ours([{"params": flat[0]["params"]}], values, optimizer, device),
     )
-    makes: dict[str, Make] = {
-        OURS: partial(_ours, values=values, optimizer=optimizer),
+    ours = {
+        name: partial(_ours, values=values, optimizer=optimizer, backend=backend)
+        for name, backend in own_backends(device).items()
+    }
+    makes: dict[str, Callable[[list[dict]], Run]] = {
+        **ours,
         "torch fused": partial(theirs, fused=True),
         "torch foreach": partial(theirs, foreach=True),
         "torch for-loop": partial(theirs, foreach=False),
-        **(rivals or {}),
     }
+    if in_graph:
+        makes = {name: lambda g, make=make: graphed(make(g)) for name, make in ours.items()}
+        makes["torch fused, lr in a tensor"] = partial(_lr_in_a_tensor, values, optimizer)
+    if compiled:
+        makes["torch.compile of foreach"] = partial(_compiled, values)
     for name, make in makes.items():
         own = groups()
         case.add(
             name,
-            lambda make=make, own=own: make(own),
-            lambda run, own=own: difference(_stepped(run, own), expected),
+            partial(make, own),
+            lambda run, own=own: difference(_stepped(run, own), expected, **TOLERANCES[dtype]),
         )
     return case
 
 
-def _groups(
-    shapes: Sequence[Sequence[int]],
-    num_layers: int,
-    num_frozen: int,
-    per_layer: bool,
-    channels_last: bool = False,
+def arranged(
+    layers: list[dict], num_frozen: int, per_layer: bool, channels_last: bool
 ) -> list[dict]:
-    layers = Shapes(shapes, num_layers).groups("cpu", torch.float32)
+    """The groups: layers, or all of them in one; the first ``num_frozen`` are frozen."""
     everything = [p for layer in layers for p in layer["params"]]
     for p in everything if channels_last else ():
         if p.dim() == 4:
@@ -114,43 +129,42 @@ def _groups(
     for layer in layers[:num_frozen]:
         for p in layer["params"]:
             p.requires_grad_(False).grad = None
-    if per_layer:
-        return layers
-    return [{"params": everything}]
+    return layers if per_layer else [{"params": everything}]
 
 
-def _stepped(run: Run, groups: list[dict]) -> list[torch.Tensor]:
+def _truth(groups: list[dict], make: Callable[[list[dict]], Run]) -> tuple[list[Tensor], int]:
+    """The parameters after the gate's steps in fp32, and how many elements train."""
+    wide = [{**group, "params": [_in_fp32(p) for p in group["params"]]} for group in groups]
+    trained = [p for group in wide for p in group["params"] if p.grad is not None]
+    return _stepped(make(wide), wide), sum(p.numel() for p in trained)
+
+
+def _in_fp32(p: nn.Parameter) -> nn.Parameter:
+    wide = nn.Parameter(p.detach().float(), p.requires_grad)
+    wide.grad = None if p.grad is None else p.grad.float()
+    return wide
+
+
+def _stepped(run: Run, groups: Sequence[dict]) -> list[Tensor]:
     """The parameters after the gate's steps."""
     for _ in range(GATE_STEPS):
         run()
     return [p.detach().clone() for group in groups for p in group["params"]]
 
 
-def _flat_step(numel: int, values: Mapping[str, float], optimizer: str) -> Run:
-    flat = torch.nn.Parameter(torch.randn(numel))
-    flat.grad = torch.randn(numel)
-    return _ours([{"params": [flat]}], values, optimizer)
-
-
-def _ours(groups: list[dict], values: Mapping[str, float], optimizer: str) -> Run:
-    made = getattr(fastfreeze, optimizer)
-    return made(groups, schedule=fastfreeze.Cosine(TOTAL_STEPS), backend="cpu", **values).step
+def _ours(groups: list[dict], values: Mapping[str, float], optimizer: str, backend: str) -> Run:
+    schedule = fastfreeze.Cosine(TOTAL_STEPS)
+    return getattr(fastfreeze, optimizer)(groups, schedule=schedule, backend=backend, **values).step
 
 
 def torch_step(
-    groups: list[dict],
-    scheduled: bool = True,
-    values: Mapping[str, float] = SGD_VALUES,
-    optimizer: str = "SGD",
-    **implementation: bool,
+    groups: list[dict], values: Mapping[str, float], optimizer: str, **implementation: bool
 ) -> Run:
-    """torch's step and, if ``scheduled``, its scheduler's."""
-    made = getattr(torch.optim, optimizer)(groups, **values, **implementation)
-    return with_scheduler(made) if scheduled else made.step
+    """torch's step and its scheduler's."""
+    return _scheduled(getattr(torch.optim, optimizer)(groups, **values, **implementation))
 
 
-def with_scheduler(optimizer: torch.optim.Optimizer, compiled: bool = False) -> Run:
-    """The optimizer's step and a cosine scheduler's."""
+def _scheduled(optimizer: torch.optim.Optimizer, compiled: bool = False) -> Run:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TOTAL_STEPS)
     step = torch.compile(optimizer.step) if compiled else optimizer.step
 
@@ -161,84 +175,55 @@ def with_scheduler(optimizer: torch.optim.Optimizer, compiled: bool = False) -> 
     return both
 
 
-def _compiled(groups: list[dict], values: Mapping[str, float]) -> Run:
+def _compiled(values: Mapping[str, float], groups: list[dict]) -> Run:
     """torch's step compiled; its learning rates are tensors, or each would compile it anew."""
     torch._dynamo.reset()
     values = {**values, "lr": torch.tensor(values["lr"])}
-    optimizer = torch.optim.SGD(groups, **values, foreach=True)
-    return with_scheduler(optimizer, compiled=True)
+    return _scheduled(torch.optim.SGD(groups, **values, foreach=True), compiled=True)
 
 
-def _bitsandbytes(groups: list[dict], values: Mapping[str, float]) -> Run:
-    import bitsandbytes
+def _lr_in_a_tensor(values: Mapping[str, float], optimizer: str, groups: list[dict]) -> Run:
+    """torch's fused step in a graph, which reads its learning rates on the device.
 
-    return with_scheduler(bitsandbytes.optim.SGD32bit(groups, **values))
-
-
-def _optimi(groups: list[dict], values: Mapping[str, float]) -> Run:
-    import optimi
-
-    return with_scheduler(optimi.SGD(groups, **values))
-
-
-def _heavyball(groups: list[dict], values: Mapping[str, float]) -> Run:
-    import heavyball
-
-    names = {"lr": values["lr"], "beta": values["momentum"]}
-    # It would take the gradients away, and the next step would find none.
-    return with_scheduler(heavyball.SGD(groups, **names, consume_grad=False))
+    Its own scheduler would launch a kernel for each group: all are written at once.
+    """
+    device = groups[0]["params"][0].device
+    lrs, steps = torch.empty(len(groups), device=device), itertools.count()
+    own = [{**group, "lr": lrs[i]} for i, group in enumerate(groups)]
+    options = {"capturable": device.type == "cuda"} if optimizer == "AdamW" else {}
+    made = getattr(torch.optim, optimizer)(own, **values, fused=True, **options)
+    schedule = fastfreeze.Cosine(TOTAL_STEPS)
+    return graphed(made.step, lambda: lrs.fill_(schedule.lr(next(steps), values["lr"])))
 
 
-def _named(model: str, per_layer: bool, *parts: str, optimizer: str = "sgd") -> str:
-    return "-".join([optimizer, model, *(["per-layer"] if per_layer else []), *parts])
+def optimizer_cases(device: str = "cpu", compiling: bool = False) -> dict[str, Callable[[], Case]]:
+    """By name; if ``compiling``, those too that compile a step, which take minutes each."""
+    adamw = {"values": ADAMW_VALUES, "optimizer": "AdamW"}
+    momentum = {"values": PLAIN_MOMENTUM}
+    rows = [("sgd", model, _frozen(f), {"frozen": f}) for model in MODELS for f in FROZEN]
+    rows += [
+        ("adamw", model, _frozen(f), {"frozen": f, **adamw})
+        for model in ADAMW_MODELS
+        for f in FROZEN[:2]
+    ]
+    rows += [("sgd", "resnet110", "channels-last", {"channels_last": True})]
+    rows += [("sgd", model, "momentum", momentum) for model in MOMENTUM_MODELS]
+    rows += [("sgd", TINY, "", {}), ("adamw", TINY, "", adamw)]
+    if device == "cuda":
+        graph = {"in_graph": True}
+        rows += [("sgd", model, "graph", graph) for model in (TINY, "resnet110")]
+        rows += [("adamw", model, "graph", graph | adamw) for model in (TINY, "resnet110")]
+        rows += [("sgd", "resnet50", "bf16", {"dtype": torch.bfloat16})]
+    if compiling:
+        rows += [("sgd", "resnet110", "compiled", {"compiled": True, **momentum})]
+    return {
+        "-".join(filter(None, [kind, model, "per-layer" * per_layer, end])): partial(
+            optimizer_case, model, per_layer, device=device, **options
+        )
+        for kind, model, end, options in rows
+        for per_layer in (False, True)
+    }
 
 
-def _frozen_part(frozen: int) -> list[str]:
-    return [f"frozen-{frozen}"] if frozen else []
-
-
-PACKAGES: dict[str, Make] = {
-    "bitsandbytes": partial(_bitsandbytes, values=PLAIN_MOMENTUM),
-    "optimi": partial(_optimi, values=PLAIN_MOMENTUM),
-}
-_COMPILING: dict[str, Make] = {
-    "torch.compile of foreach": partial(_compiled, values=PLAIN_MOMENTUM),
-    "heavyball": partial(_heavyball, values=PLAIN_MOMENTUM),
-}
-OPTIMIZER_CASES: dict[str, Callable[[], Case]] = {
-    _named(model, per_layer, *_frozen_part(frozen)): partial(
-        optimizer_case, model, per_layer, frozen
-    )
-    for model in MODELS
-    for per_layer in (False, True)
-    for frozen in FROZEN
-}
-OPTIMIZER_CASES |= {
-    _named("resnet110", per_layer, "channels-last"): partial(
-        optimizer_case, "resnet110", per_layer, channels_last=True
-    )
-    for per_layer in (False, True)
-}
-# The packages' rivals: none has Nesterov's momentum.
-OPTIMIZER_CASES |= {
-    _named(model, per_layer, "momentum"): partial(
-        optimizer_case, model, per_layer, values=PLAIN_MOMENTUM, rivals=PACKAGES
-    )
-    for model in PACKAGES_MODELS
-    for per_layer in (False, True)
-}
-OPTIMIZER_CASES |= {
-    _named(model, per_layer, *_frozen_part(frozen), optimizer="adamw"): partial(
-        optimizer_case, model, per_layer, frozen, values=ADAMW_VALUES, optimizer="AdamW"
-    )
-    for model in ADAMW_MODELS
-    for per_layer in (False, True)
-    for frozen in FROZEN[:2]
-}
-# Minutes each.
-COMPILED_CASES: dict[str, Callable[[], Case]] = {
-    _named("resnet110", per_layer, "compiled"): partial(
-        optimizer_case, "resnet110", per_layer, values=PLAIN_MOMENTUM, rivals=_COMPILING
-    )
-    for per_layer in (False, True)
-}
+def _frozen(percent: int) -> str:
+    return f"frozen-{percent}" if percent else ""

@@ -6,28 +6,19 @@ replaced.
 
 from __future__ import annotations
 
-import json
 import re
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import step_cases
-from benchmarks.compare import lines_of_entry
-from benchmarks.lines import Line, seconds_text, spread_text
-from benchmarks.measure import Times
-from benchmarks.results import hardware_of, made_by
-from benchmarks.training_rivals import BEST_TORCH, FLAGS
+from benchmarks import ensemble_cases, step_cases
+from benchmarks.case import OURS
+from benchmarks.lines import HEADER, Line, lines_of, row, spread_text, times_of
+from benchmarks.results import hardware_of, made_by, read_json
+from benchmarks.training_rivals import BASELINE, BEST_FLAGS, BEST_TORCH, CACHE, FLAGS
 from fastfreeze.files import write_atomic
 
 PAGES = ("README.md", "docs/results.md", "docs/what-trim-gains.md")
-TITLES = {
-    "densenet-bc-40": "DenseNet-BC-40 (k=12)",
-    "wrn16-2": "WRN-16-2",
-    "vgg16": "VGG-16",
-    "resnet20": "ResNet-20",
-}
-OURS, CACHE = "fastfreeze", "fastfreeze cache"
 # What docs/results.md shows of steps and averages.
 KERNELS = (
     "sgd-resnet110-per-layer",
@@ -79,242 +70,171 @@ def with_tables(text: str, results: Path) -> str:
     return _TABLE.sub(made, text)
 
 
-Trained = tuple[str, str, int, dict]  # model, t_0, steps, entry
+def _share(own: float, base: float) -> str:
+    share = own / base
+    return f"{share:.2f}" if share >= 0.1 else f"{share:.2g}"
 
 
-def _trainings(results: Path) -> list[Trained]:
-    """All trainings, by model, t_0 and falling length."""
-    found = [
-        (model, t_0, entry["steps"], at)
-        for path in sorted(results.glob("training-*.json"))
-        for model, entry in json.loads(path.read_text())["models"].items()
-        for t_0, at in entry["t_0"].items()
-    ]
-    return sorted(found, key=lambda run: (list(TITLES).index(run[0]), float(run[1]), -run[2]))
+def _times(own: float, base: float) -> str:
+    return f"{base / own:.2f}x"
 
 
-def trainings(results: Path) -> Iterator[str]:
-    """Every training: what is saved of the time without freezing."""
-    yield from _header(
-        "model, t_0",
-        "steps, freezes",
-        "flags",
-        "torch, channels_last, fused, no freezing",
-        "`trim`",
-        "long run",
-        "with `FeatureCache`",
-        "long run",
-        "limit",
-        "a freeze in steps: median (highest)",
-    )
-    for model, t_0, steps, at in _trainings(results):
-        rivals = at["rivals"]
-        recuts = rivals[OURS]["recuts"]
-        yield _row(
-            f"{TITLES[model]}, {t_0}",
-            f"{steps}, {at['freezes']}",
-            _saved(rivals, FLAGS),
-            _saved(rivals, BEST_TORCH),
-            f"**{_saved(rivals, OURS)}**",
-            f"{rivals[OURS]['saved_in_a_long_run']:.0%}",
-            _saved(rivals, CACHE),
-            f"{rivals[CACHE]['saved_in_a_long_run']:.0%}",
-            f"{at['limit']['median']:.0%}",
-            f"{statistics.median(recuts):.1f} ({max(recuts):.1f})",
-        )
-    for path in sorted(results.glob("training-*.json")):
-        data = json.loads(path.read_text())
-        yield from ("", f"{hardware_of(data)}. Made by {made_by(data, path.name)}.")
+def _saved(own: float, base: float) -> str:
+    return f"{1 - own / base:.0%}"
 
 
-def trainings_short(results: Path) -> Iterator[str]:
-    """The same for the README: flags, ours and the cache."""
-    yield from _header(
-        "model, `t_0`, steps", "`requires_grad=False` alone", "`trim`", "with `FeatureCache`"
-    )
-    for model, t_0, steps, at in _trainings(results):
-        flags, own, cache = (_saved(at["rivals"], rival) for rival in (FLAGS, OURS, CACHE))
-        yield _row(f"{TITLES[model]}, {t_0}, {steps}", flags, f"**{own}**", cache)
+FLOOR = "floor"
 
 
-def _saved(rivals: dict, name: str) -> str:
-    return f"{rivals[name]['saved']['median']:.0%}" if name in rivals else "-"
+@dataclass(frozen=True)
+class Ratios:
+    """Cases of a kind: the time of one rival, and the others beside it.
 
+    Attributes:
+        kind: how the keys of its cases begin.
+        first: the first column's title.
+        base: the rival, and the title of its times.
+        columns: other rivals, or the floor, and their titles; those without data are left out.
+        text: of seconds, and those of ``base``.
+        bold: a column.
+        leave_out: of the cases' names.
+        sources: whether the table tells who made it, and who was left out.
+    """
 
-def _steps(results: Path, kind: str) -> Iterator[tuple[str, dict, list[tuple[str, dict]]]]:
-    """Of each file of training steps: its name, the data, and the cases of a kind."""
-    for path in sorted(results.glob("trim-*.json")):
-        data = json.loads(path.read_text())
-        cases = data["results"].items()
-        yield path.name, data, [(key, e) for key, e in cases if key.startswith(f"{kind}-")]
+    kind: str
+    first: str
+    base: tuple[str, str]
+    columns: Mapping[str, str]
+    text: Callable[[float, float], str]
+    bold: str = OURS
+    leave_out: str = ""
+    sources: bool = True
 
+    def __call__(self, results: Path) -> Iterator[str]:
+        found, notes = [], []
+        for path in sorted(results.glob("*.json")):
+            data = read_json(path)
+            entries = data.get("results", {}).items()
+            own = [entry for key, entry in entries if key.startswith(f"{self.kind}-")]
+            found += own
+            left_out = [(entry["name"], entry["left_out"].get(OURS)) for entry in own]
+            notes += [f"{name}: {why}." for name, why in left_out if why]
+            notes += [f"{hardware_of(data)}. Made by {made_by(data, path.name)}."] if own else []
+        there = {FLOOR}.union(*(entry["seconds"] for entry in found))
+        columns = {name: title for name, title in self.columns.items() if name in there}
+        yield from _header(self.first, self.base[1], *columns.values())
+        yield from (self._row(e, columns) for e in found if self.base[0] in e["seconds"])
+        yield from (f"\n{note}" for note in (notes if self.sources else []))
 
-def _of_flags(seconds: Mapping[str, dict], rival: str) -> str:
-    """A rival's time as a share of that of flags."""
-    if rival not in seconds:
-        return "-"
-    return f"{seconds[rival]['median'] / seconds[step_cases.FLAGS]['median']:.2f}"
-
-
-def trim(results: Path) -> Iterator[str]:
-    """Steps of each model with half of it frozen, those that gain most first."""
-    for name, data, cases in _steps(results, "trim"):
-        measured = [(key, e["seconds"]) for key, e in cases if OURS in e["seconds"]]
-        measured.sort(key=lambda case: float(_of_flags(case[1], OURS)))
-        shares = [float(_of_flags(seconds, OURS)) for _, seconds in measured]
-        faster, slower = sum(x < 0.98 for x in shares), sum(x > 1.02 for x in shares)
-        yield (
-            f"{hardware_of(data)}. Of {len(shares)} models {faster} are faster than with flags by "
-            f"more than 2%, {slower} slower."
-        )
-        yield ""
-        yield from _header(
-            "model",
-            "flags",
-            "`trim`",
-            "`trim` : flags",
-            "frozen part in eval mode : flags",
-            "and channels_last : flags",
-            "`trim`, channels_last : flags",
-        )
-        for key, seconds in measured:
-            yield _row(
-                key.removeprefix("trim-"),
-                *(spread_text(Times(**seconds[rival])) for rival in (step_cases.FLAGS, OURS)),
-                f"**{_of_flags(seconds, OURS)}**",
-                _of_flags(seconds, step_cases.IN_EVAL),
-                _of_flags(seconds, step_cases.CHANNELS_LAST),
-                _of_flags(seconds, step_cases.OURS_CHANNELS_LAST),
-            )
-        for key, entry in cases:
-            if OURS not in entry["seconds"]:
-                yield from ("", f"{key.removeprefix('trim-')}: {entry['left_out'][OURS]}.")
-        yield from ("", f"Made by {made_by(data, name)}.", "")
-
-
-def kept(results: Path) -> Iterator[str]:
-    """Steps with kept values, beside flags and beside the rest alone."""
-    for name, data, cases in _steps(results, "kept"):
-        yield from (f"{hardware_of(data)}.", "")
-        yield from _header(
-            "model, what is frozen",
-            "flags",
-            "frozen part in eval mode : flags",
-            "`trim` : flags",
-            "kept values",
-            "flags : kept values",
-            "the rest alone",
-            "kept values : the rest alone",
-        )
-        for _, entry in cases:
-            seconds, floor = entry["seconds"], entry.get("floor_s")
-            if step_cases.CACHE not in seconds:
-                yield _row(entry["name"], f"refused: {entry['left_out']}", *["-"] * 6)
-                continue
-            own = seconds[step_cases.CACHE]["median"]
-            yield _row(
-                entry["name"],
-                spread_text(Times(**seconds[step_cases.FLAGS])),
-                _of_flags(seconds, step_cases.IN_EVAL),
-                _of_flags(seconds, OURS),
-                spread_text(Times(**seconds[step_cases.CACHE])),
-                f"**{seconds[step_cases.FLAGS]['median'] / own:.1f}**",
-                "-" if floor is None else seconds_text(floor),
-                "-" if floor is None else f"{own / floor:.2f}",
-            )
-        yield from ("", f"Made by {made_by(data, name)}.", "")
-
-
-_ENSEMBLE_RIVALS = {
-    "torch loop, channels_last": "channels_last",
-    "torch.func vmap": "`torch.func` vmap",
-    OURS: "fastfreeze",
-    "fastfreeze, not folded": "not folded",
-}
-
-
-def _ensembles(results: Path, names: Sequence[str], *, bound: bool) -> Iterator[str]:
-    titles = [_ENSEMBLE_RIVALS[name] for name in names]
-    last = ["bound"] if bound else []
-    yield from _header("model, batch size", "torch loop, ms", *titles, *last)
-    cases = json.loads((results / "predict-epyc-1-thread.json").read_text())["cases"]
-    for case in cases:
-        seconds = {name: times["median"] for name, times in case["seconds"].items()}
-        loop = seconds["torch loop"]
-        ratios = [f"{loop / seconds[name]:.2f}x" for name in names]
-        ratios[names.index(OURS)] = f"**{ratios[names.index(OURS)]}**"
-        yield _row(
-            f"{TITLES[case['model']]}, {case['batch_size']}",
-            f"{1e3 * loop:.3g}",
-            *ratios,
-            *([f"{case['bound']:.2f}x"] if bound else []),
-        )
-
-
-def ensembles(results: Path) -> Iterator[str]:
-    """Forward passes of ensembles, as ratios to a loop over the members."""
-    return _ensembles(results, list(_ENSEMBLE_RIVALS), bound=True)
-
-
-def ensembles_short(results: Path) -> Iterator[str]:
-    """The same without the variants."""
-    return _ensembles(results, ["torch.func vmap", OURS], bound=False)
+    def _row(self, entry: dict, columns: Iterable[str]) -> str:
+        times = times_of(entry)
+        base = times[self.base[0]]
+        seconds = {FLOOR: entry.get("floor_s"), **{name: t.median for name, t in times.items()}}
+        cells = {
+            name: self.text(seconds[name], base.median) if seconds.get(name) else "-"
+            for name in columns
+        }
+        cells[self.bold] = f"**{cells[self.bold]}**"
+        name = entry["name"].replace(self.leave_out, "")
+        return row(name, spread_text(base), *cells.values())
 
 
 def kernels(results: Path) -> Iterator[str]:
-    """Steps and averages of one machine, in microseconds, and the fastest rival of each."""
-    yield from _header(
-        "case",
-        "fastfreeze, µs (quartiles)",
-        "best rival, µs (quartiles)",
-        "ratio",
-        "floor, µs",
-    )
-    cases = json.loads((results / THREADS["1 thread"]).read_text())["results"]
-    for name in KERNELS:
-        line = _line_of(name, cases[name])
-        yield _row(
-            line.case,
-            _microseconds(line.own),
-            f"{line.rival}: {_microseconds(line.best)}",
-            f"{line.ratio:.2f}",
-            f"{1e6 * cases[name]['floor_s']:.0f}",
-        )
+    """Steps and averages of one machine, and the fastest rival of each."""
+    yield HEADER
+    yield from (str(line) for line in _own_lines(results / THREADS["1 thread"], KERNELS))
 
 
 def steps_short(results: Path) -> Iterator[str]:
     """How many times as long torch's fastest step takes, by threads, groups and layout."""
     yield from _header("ResNet-110, 329 tensors", *THREADS)
-    runs = [json.loads((results / file).read_text())["results"] for file in THREADS.values()]
-    for label, name in STEPS.items():
-        yield _row(label, *(f"{_line_of(name, run[name]).ratio:.2f}x" for run in runs))
+    runs = [_own_lines(results / file, [*STEPS.values()]) for file in THREADS.values()]
+    for label, *lines in zip(STEPS, *runs, strict=True):
+        yield row(label, *(f"{line.ratio:.2f}x" for line in lines))
 
 
-def _line_of(name: str, entry: dict) -> Line:
+def _own_lines(path: Path, names: Sequence[str]) -> list[Line]:
     """Ours as it comes, without its variants."""
-    return next(line for line in lines_of_entry(name, entry) if line.ours == OURS)
+    cases = read_json(path)["results"]
+    return [x for name in names for x in lines_of(name, cases[name]) if x.ours == OURS]
 
 
-def _microseconds(times: Times) -> str:
-    median, low, high = (1e6 * t for t in (times.median, times.low, times.high))
-    return f"{median:.0f} ({low:.0f}-{high:.0f})"
-
-
-def _header(*titles: str) -> Iterable[str]:
-    return _row(*titles), f"|{'---|' * len(titles)}"
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+def _header(*titles: str) -> tuple[str, str]:
+    return row(*titles), f"|{'---|' * len(titles)}"
 
 
 TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
-    "trainings": trainings,
-    "trainings-short": trainings_short,
-    "trim": trim,
-    "kept": kept,
-    "ensembles": ensembles,
-    "ensembles-short": ensembles_short,
+    "trainings": Ratios(
+        "training",
+        "model",
+        (BASELINE, "torch"),
+        {
+            FLAGS: "flags",
+            OURS: "`trim`",
+            CACHE: "with `FeatureCache`",
+            BEST_TORCH: "torch, channels_last, fused, no freezing",
+            BEST_FLAGS: "flags, channels_last, fused",
+            f"{OURS} channels_last": "`trim`, channels_last",
+            f"{OURS} channels_last cache": "with `FeatureCache`, channels_last",
+            FLOOR: "limit",
+        },
+        _saved,
+    ),
+    "trainings-short": Ratios(
+        "training",
+        "model",
+        (BASELINE, "without freezing"),
+        {FLAGS: "`requires_grad=False` alone", OURS: "`trim`", CACHE: "with `FeatureCache`"},
+        _saved,
+        sources=False,
+    ),
+    "trim": Ratios(
+        "trim",
+        "model",
+        (step_cases.FLAGS, "flags"),
+        {
+            OURS: "`trim`",
+            step_cases.IN_EVAL: "frozen part in eval mode",
+            step_cases.CHANNELS_LAST: "and channels_last",
+            step_cases.OURS_CHANNELS_LAST: "`trim`, channels_last",
+        },
+        _share,
+        leave_out=", half of the parameters frozen",
+    ),
+    "kept": Ratios(
+        "kept",
+        "model, what is frozen",
+        (step_cases.FLAGS, "flags"),
+        {
+            step_cases.IN_EVAL: "frozen part in eval mode",
+            OURS: "`trim`",
+            CACHE: "kept values",
+            FLOOR: "the rest alone",
+        },
+        _share,
+        bold=CACHE,
+    ),
+    "ensembles": Ratios(
+        "ensemble",
+        "model",
+        (ensemble_cases.LOOP, "torch loop"),
+        {
+            ensemble_cases.CHANNELS_LAST: "channels_last",
+            ensemble_cases.VMAP: "`torch.func` vmap",
+            OURS: "fastfreeze",
+            ensemble_cases.NOT_FOLDED: "not folded",
+            FLOOR: "bound",
+        },
+        _times,
+    ),
+    "ensembles-short": Ratios(
+        "ensemble",
+        "model",
+        (ensemble_cases.LOOP, "torch loop"),
+        {ensemble_cases.VMAP: "`torch.func` vmap", OURS: "fastfreeze"},
+        _times,
+        sources=False,
+    ),
     "kernels": kernels,
     "steps-short": steps_short,
 }

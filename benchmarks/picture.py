@@ -85,4 +85,4 @@ def ratio_spread(line: Line) -> tuple[float, float]:
 
 
 def _label(line: Line) -> str:
-    return line.label if line.ours == OURS else f"{line.label}: {line.ours}"
+    return line.key if line.ours == OURS else f"{line.key}: {line.ours}"

@@ -8,45 +8,43 @@ Results of one kind and one machine share a table. It holds one line for each of
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import pages
-from benchmarks.case import OURS
-from benchmarks.compare import lines_of_entry
 from benchmarks.lines import HEADER, Line, lines_of
-from benchmarks.measure import Times
 from benchmarks.picture import draw
-from benchmarks.results import hardware_of, made_by
+from benchmarks.results import hardware_of, made_by, read_json
 from benchmarks.worth import page as worth
 from fastfreeze.files import write_atomic
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCS = REPOSITORY / "docs"
-KERNEL_TITLES = {  # by how a case's name begins
-    "sgd": "Optimizer step",
-    "adamw": "Optimizer step",
+STEP, KERNELS = "Optimizer step", "Kernels"
+TITLES = {  # by how a case's key begins
+    "sgd": STEP,
+    "adamw": STEP,
     "host": "Host time of an optimizer step on a GPU",
     "trim": "Training step, half of the parameters frozen",
     "kept": "Training step with kept values",
+    "ensemble": "Ensembles",
+    "training": "Whole trainings",
+    "peers": "Snapshot ensembles and their peers",
 }
-OTHER_KERNELS = "Kernels"
-ENSEMBLES, TRAININGS, PEERS = "Ensembles", "Whole trainings", "Snapshot ensembles and their peers"
-FLOORS = {
-    "Optimizer step": "updating as many elements in one flat tensor",
-    "Host time of an optimizer step on a GPU": "not known; nothing is launched, and torch's "
-    "launches, one for each group, are not counted",
-    "Training step, half of the parameters frozen": "not known",
-    "Training step with kept values": "training the rest alone, on features that were stored",
-    OTHER_KERNELS: "the case's bytes at the bandwidth of a large copy",
-    ENSEMBLES: "the loop's time, divided by how many times fewer MACs there are to do if what "
-    "members share is done once; folding norms goes beyond it",
-    TRAININGS: "the baseline's time if frozen layers took none, with torch's kernels",
-    PEERS: "not known",
+FLOORS = {  # and the order of the tables
+    STEP: "updating as many elements in one flat tensor",
+    TITLES["host"]: "not known; nothing is launched, and torch's launches, one for each group, are "
+    "not counted",
+    TITLES["trim"]: "not known",
+    TITLES["kept"]: "training the rest alone, on features that were stored",
+    KERNELS: "the case's bytes at the bandwidth of a large copy",
+    TITLES["ensemble"]: "the loop's time, divided by how many times fewer MACs there are to do if "
+    "what members share is done once; folding norms goes beyond it",
+    TITLES["training"]: "the baseline's time if frozen layers took none, with torch's kernels",
+    TITLES["peers"]: "not known",
 }
 INTRODUCTION = """\
 # Benchmarks
@@ -118,95 +116,20 @@ def collect(folder: Path) -> list[Table]:
     """The tables of all results in a folder, by kind and then by the files' names.
 
     Raises:
-        ValueError: a file holds no results that are known here.
+        ValueError: a file holds no results.
     """
     tables: dict[tuple[str, str], Table] = {}
     for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text())
+        data = read_json(path)
+        if "worth" in data:  # a page of its own
+            continue
+        if "results" not in data:
+            raise ValueError(f"{path} must hold results; it holds {', '.join(data)}")
         hardware = hardware_of(data)
-        for title, lines, left_out in _parts(path, data):
+        for key, entry in data["results"].items():
+            title = TITLES.get(key.partition("-")[0], KERNELS)
             table = tables.setdefault((title, hardware), Table(title, hardware))
-            table.lines += lines
-            table.left_out.update(left_out)
+            table.lines += lines_of(key, entry)
+            table.left_out.update(f"{who}: {why}" for who, why in entry["left_out"].items())
             table.made_by[path.name] = made_by(data, path.name)
     return sorted(tables.values(), key=lambda table: list(FLOORS).index(table.title))
-
-
-Part = tuple[str, list[Line], list[str]]  # title, lines, who has no numbers
-
-
-def _parts(path: Path, data: dict) -> Iterator[Part]:
-    for key, parts in _READERS.items():
-        if key in data:
-            return parts(data[key])
-    raise ValueError(f"{path} must hold one of {', '.join(_READERS)}; it holds {', '.join(data)}")
-
-
-def _kernel_parts(results: dict) -> Iterator[Part]:
-    for key, entry in results.items():
-        title = KERNEL_TITLES.get(key.partition("-")[0], OTHER_KERNELS)
-        left_out = [f"{rival}: {why}" for rival, why in entry.get("left_out", {}).items()]
-        yield title, lines_of_entry(key, entry), left_out
-
-
-def _ensemble_parts(cases: Sequence[dict]) -> Iterator[Part]:
-    for entry in cases:
-        times = {rival: Times(**t) for rival, t in entry["seconds"].items()}
-        label = f"{entry['model']}, batch {entry['batch_size']}"
-        case = f"{label}, {entry['members']} members, {entry['shared']:.0%} of the MACs shared"
-        floor = times["torch loop"].median / entry["bound"]
-        left_out = [f"{rival}: {why}" for rival, why in entry["wrong"].items()]
-        yield ENSEMBLES, lines_of(case, label, times, floor), left_out
-
-
-def _training_parts(models: dict) -> Iterator[Part]:
-    for model, entry in models.items():
-        if entry["status"] == "refused":
-            yield TRAININGS, [], [f"{model}: {n}: {why}" for n, why in entry["wrong"].items()]
-            continue
-        for t_0, at in entry["t_0"].items():
-            totals = {name: rival["total"] for name, rival in at["rivals"].items()}
-            times = {
-                name: Times(total["median"], total["lowest"], total["highest"])
-                for name, total in totals.items()
-            }
-            label = f"{model}, t_0={t_0}, {entry['steps']} steps"
-            floor = (1 - at["limit"]["median"]) * times["torch"].median
-            case = f"{label}, {at['freezes']} freezes"
-            yield TRAININGS, lines_of(case, label, times, floor), []
-
-
-def _peer_parts(peers: Sequence[dict]) -> Iterator[Part]:
-    """Predictions from the same snapshots, or by whoever brings its own; and the trainings."""
-    trainings: dict[str, Times] = {}
-    predictions: dict[str, dict[str, Times]] = {}
-    left_out = []
-    for peer in peers:
-        trained_by, predicted_by, facts = peer["trained_by"], peer["predicted_by"], peer["facts"]
-        if peer["wrong"]:
-            left_out.append(f"{predicted_by} ({trained_by}): {peer['wrong']}")
-        if "training_seconds" in facts:
-            trainings[trained_by] = Times(*[facts["training_seconds"]] * 3)
-        if "predict_median" in facts:
-            predict = Times(*(facts[f"predict_{k}"] for k in ("median", "low", "high")))
-            predictions.setdefault(trained_by, {})[predicted_by] = predict
-    yield PEERS, lines_of("training", "training", trainings), left_out
-    foreign = {
-        name: times
-        for trained_by, own in predictions.items()
-        if not trained_by.startswith(OURS)
-        for name, times in own.items()
-    }
-    for trained_by, own in predictions.items():
-        if trained_by.startswith(OURS):
-            case = f"prediction, {trained_by}"
-            yield PEERS, lines_of(case, case, {**foreign, **own}), []
-
-
-_READERS = {
-    "results": _kernel_parts,
-    "cases": _ensemble_parts,
-    "models": _training_parts,
-    "peers": _peer_parts,
-    "worth": lambda name: iter(()),  # a page of its own
-}

@@ -27,13 +27,11 @@ from torch.optim.swa_utils import update_bn
 
 import fastfreeze
 from benchmarks.case import OURS, Case
-from benchmarks.training_rivals import HYPERS, LR, Training
+from benchmarks.training_rivals import CACHE, FLAGS, HYPERS, LR, Training
 
-FLAGS = "flags"
 IN_EVAL = "flags, frozen part in eval mode"
 CHANNELS_LAST = "flags, frozen part in eval mode, channels_last"
 OURS_CHANNELS_LAST = f"{OURS}, channels_last"
-CACHE = f"{OURS} cache"
 REST = "rest alone"  # the floor of kept cases
 GATE_STEPS = 4
 FILLING_EPOCHS = 3  # after which all is found, and the first that was found has been compared
@@ -82,6 +80,7 @@ class Work:
         inputs, labels: ``[N, ...]`` and int64 ``[N]``.
         batch_size: of the shuffled batches.
         cut: the frozen part and the rest of a copy, modules that run one after the other.
+        bf16: under autocast.
     """
 
     model: nn.Module
@@ -89,11 +88,15 @@ class Work:
     labels: Tensor
     batch_size: int
     cut: Cut | None = None
+    bf16: bool = False
 
     @property
     def layout(self) -> torch.memory_format:
         """In which images are fastest, mostly."""
         return torch.channels_last if self.inputs.ndim == 4 else torch.contiguous_format
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.labels.device.type, torch.bfloat16, enabled=self.bf16)
 
     def start(self) -> nn.Module:
         """A copy in training mode, what is frozen in eval mode."""
@@ -108,7 +111,8 @@ class Work:
         """Sample ids int64 ``[B]``, each epoch in another order, the same for every rival."""
         generator = torch.Generator().manual_seed(0)
         while True:
-            yield from torch.randperm(len(self.labels), generator=generator).split(self.batch_size)
+            order = torch.randperm(len(self.labels), generator=generator)
+            yield from order.to(self.labels.device).split(self.batch_size)
 
 
 class Step:
@@ -118,7 +122,7 @@ class Step:
         self.training, self._inputs, self._labels = training, inputs, work.labels
         self._batches = work.batches()
 
-    def __call__(self) -> float:
+    def __call__(self) -> Tensor:
         ids = next(self._batches)
         return self.training.step(self._inputs[ids], self._labels[ids], ids)
 
@@ -126,14 +130,14 @@ class Step:
 def by_hand(work: Work, layout: torch.memory_format = torch.contiguous_format) -> Step:
     """torch alone."""
     model = work.start().to(memory_format=layout)
-    return Step(_training(model, lambda x, ids: model(x), layout), work, work.inputs)
+    return Step(_training(work, model, lambda x, ids: model(x), layout), work, work.inputs)
 
 
 def by_trim(work: Work, layout: torch.memory_format = torch.contiguous_format) -> Step:
     """The trimmed model."""
     model = work.start().to(memory_format=layout)
     trimmed = fastfreeze.trim(model)
-    return Step(_training(model, lambda x, ids: trimmed(x), layout), work, work.inputs)
+    return Step(_training(work, model, lambda x, ids: trimmed(x), layout), work, work.inputs)
 
 
 def by_cache(work: Work) -> Step:
@@ -143,10 +147,11 @@ def by_cache(work: Work) -> Step:
     cache = fastfreeze.FeatureCache(fastfreeze.trim(model), enabled=True)
     num_batches = len(work.labels) // work.batch_size
     for ids in islice(work.batches(), FILLING_EPOCHS * num_batches):
-        cache(work.inputs[ids].contiguous(memory_format=layout), samples=ids)
+        with work.autocast():
+            cache(work.inputs[ids].contiguous(memory_format=layout), samples=ids)
     model.load_state_dict(work.model.state_dict())  # norms that train have moved
     misses = cache.stats().misses
-    training = _training(model, lambda x, ids: cache(x, samples=ids), layout)
+    training = _training(work, model, lambda x, ids: cache(x, samples=ids), layout)
     training.notes = lambda: {"missed": cache.stats().misses - misses, "reason": cache.reason}
     return Step(training, work, work.inputs)
 
@@ -157,23 +162,27 @@ def rest_alone(work: Work) -> Step:
     model = work.start()
     frozen, rest = work.cut(model.to(memory_format=work.layout))
     layout = work.layout
-    with torch.no_grad():
+    with torch.no_grad(), work.autocast():
         features = frozen(work.inputs.contiguous(memory_format=layout))
     if features.ndim != 4:
         layout = torch.contiguous_format
-    return Step(_training(model, lambda x, ids: rest(x), layout), work, features)
+    return Step(_training(work, model, lambda x, ids: rest(x), layout), work, features)
 
 
 def _training(
+    work: Work,
     model: nn.Module,
     network: Callable[[Tensor, Tensor], Any],
     layout: torch.memory_format = torch.contiguous_format,
 ) -> Training:
     def logits(inputs: Tensor, ids: Tensor) -> Tensor:
-        output = network(inputs, ids)
-        return output if isinstance(output, Tensor) else output.logits
+        with work.autocast():
+            output = network(inputs, ids)
+        return (output if isinstance(output, Tensor) else output.logits).float()
 
-    return Training(model, logits, torch.optim.SGD(model.parameters(), LR, **HYPERS), layout=layout)
+    fused = {"fused": True} if work.labels.is_cuda else {}
+    optimizer = torch.optim.SGD(model.parameters(), LR, **HYPERS, **fused)
+    return Training(model, logits, optimizer, layout=layout)
 
 
 def step_case(work: Work, name: str) -> Case:
@@ -223,13 +232,19 @@ def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: set[str])
     return math.hypot(*((a[n].double() - b[n].double()).norm().item() for n in names))
 
 
-def trim_case(model_name: str, batch_size: int = 16, **options: float) -> Case:
-    """Of a model of timm, on one batch of images."""
+def trim_case(
+    model_name: str,
+    batch_size: int = 16,
+    image_size: int = IMAGE_SIZE,
+    device: str = "cpu",
+    **options: float,
+) -> Case:
+    """Of a model of timm, on one batch of images; in bf16 on a GPU."""
     import timm
 
     torch.manual_seed(0)
     model = timm.create_model(model_name, num_classes=10, **options)
-    work = _images(model, batch_size, batch_size, None)
+    work = _images(model, batch_size, batch_size, image_size, device)
     layers = fastfreeze.split(model, work.inputs[:2]).layers
     parameters = [p for layer in layers for p in layer.trainable]
     for parameter in parameters[: len(parameters) // 2]:
@@ -237,8 +252,10 @@ def trim_case(model_name: str, batch_size: int = 16, **options: float) -> Case:
     return step_case(work, f"{model_name}, half of the parameters frozen")
 
 
-def mobilenet_case(num_frozen: int, batch_size: int = 32) -> Case:
-    """Of torchvision's MobileNetV2 with so many of its 19 blocks frozen."""
+def mobilenet_case(
+    num_frozen: int, batch_size: int = 32, image_size: int = IMAGE_SIZE, device: str = "cpu"
+) -> Case:
+    """Of torchvision's MobileNetV2 with so many of its 19 blocks frozen; in bf16 on a GPU."""
     from torchvision.models import mobilenet_v2
 
     def cut(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -247,17 +264,26 @@ def mobilenet_case(num_frozen: int, batch_size: int = 32) -> Case:
         return features[:num_frozen], nn.Sequential(features[num_frozen:], *pool, model.classifier)
 
     torch.manual_seed(0)
-    work = _images(mobilenet_v2(weights=None, num_classes=10), batch_size, 4 * batch_size, cut)
+    model = mobilenet_v2(weights=None, num_classes=10)
+    work = _images(model, batch_size, 4 * batch_size, image_size, device, cut)
     cut(work.model)[0].requires_grad_(False)
     return step_case(work, f"MobileNetV2, {num_frozen} of 19 blocks frozen")
 
 
-def _images(model: nn.Module, batch_size: int, samples: int, cut: Cut | None) -> Work:
+def _images(
+    model: nn.Module,
+    batch_size: int,
+    samples: int,
+    image_size: int,
+    device: str,
+    cut: Cut | None = None,
+) -> Work:
     """Random ones, whose statistics the model's norms have."""
-    images = torch.randn(samples, 3, IMAGE_SIZE, IMAGE_SIZE)
+    images = torch.randn(samples, 3, image_size, image_size).to(device)
     # Else frozen norms would let what they norm grow.
-    update_bn([images[:16]], model)
-    return Work(model, images, torch.randint(10, (samples,)), batch_size, cut)
+    update_bn([images[:16]], model.to(device))
+    labels = torch.randint(10, (samples,)).to(device)
+    return Work(model, images, labels, batch_size, cut, bf16=device == "cuda")
 
 
 def bert_case(
@@ -285,11 +311,21 @@ def bert_case(
     return step_case(Work(model, tokens, labels, batch_size, cut), f"BERT, {what} frozen")
 
 
-STEP_CASES: dict[str, Callable[[], Case]] = {
-    **{f"trim-{model}": partial(trim_case, model, **options) for model, options in ZOO.items()},
-    "kept-mobilenet_v2-half": partial(mobilenet_case, 10),
-    "kept-mobilenet_v2-three-quarters": partial(mobilenet_case, 15),
-    "kept-minilm-3-layers": partial(bert_case, 3),
-    "kept-minilm-5-layers": partial(bert_case, 5),
-    "kept-minilm-all-but-head": partial(bert_case, None),
-}
+def step_cases(device: str = "cpu") -> dict[str, Callable[[], Case]]:
+    """By name; on a GPU fewer, larger ones."""
+    if device == "cuda":
+        large = {"image_size": 224, "device": device}
+        return {
+            "trim-resnet50": partial(trim_case, "resnet50", 256, **large),
+            "trim-vit_small_patch16_224": partial(trim_case, "vit_small_patch16_224", 128, **large),
+            "kept-mobilenet_v2-half": partial(mobilenet_case, 10, 128, **large),
+            "kept-mobilenet_v2-three-quarters": partial(mobilenet_case, 15, 128, **large),
+        }
+    return {
+        **{f"trim-{model}": partial(trim_case, model, **options) for model, options in ZOO.items()},
+        "kept-mobilenet_v2-half": partial(mobilenet_case, 10),
+        "kept-mobilenet_v2-three-quarters": partial(mobilenet_case, 15),
+        "kept-minilm-3-layers": partial(bert_case, 3),
+        "kept-minilm-5-layers": partial(bert_case, 5),
+        "kept-minilm-all-but-head": partial(bert_case, None),
+    }

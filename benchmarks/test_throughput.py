@@ -8,22 +8,18 @@ import pytest
 import torch
 
 from benchmarks.case import Case
-from benchmarks.cases import CASES
-from benchmarks.optimizer_cases import PACKAGES
+from benchmarks.cases import cases
+
+MOST_RUNS = 6
 
 
 @lru_cache(maxsize=1)  # tests of one case follow each other
 def made(case: str) -> Case:
-    return CASES[case]()
+    return cases()[case]()
 
 
-def most_runs(case: str) -> int:
-    return 5 + (len(PACKAGES) if case.endswith("momentum") else 0)
-
-
-@pytest.mark.parametrize(
-    ("case", "run"), [(case, run) for case in CASES for run in range(most_runs(case))]
-)
+@pytest.mark.parametrize("run", range(MOST_RUNS))
+@pytest.mark.parametrize("case", cases())
 def test_run(benchmark, case, run):
     torch.set_num_threads(1)
     runs = list(made(case).runs.items())

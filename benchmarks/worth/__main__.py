@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.measure import machine
+from benchmarks.clock import machine
 from benchmarks.results import read_json, write_json
 from benchmarks.worth.answer import summary
 from benchmarks.worth.passes import Children, alone, costs, errors

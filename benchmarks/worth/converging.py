@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastfreeze
 from benchmarks.training_rivals import HYPERS, Task, Training
+from fastfreeze.schedule import Cosine
 
 Layers = Sequence[Sequence[Tensor]]  # the parameters of each
 
@@ -110,22 +111,17 @@ def converging(
     judge = rule(layers)
     anneal = round(anneal_epochs * task.steps_per_epoch)
     ends: list[int] = []  # the step at which each layer begins to anneal, from the input on
-    taken = 0
+    cosine, fall = Cosine(task.total_steps), Cosine(max(1, anneal))
 
-    def fallen(step: int, length: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * step / length))
-
-    def after_step() -> None:
-        nonlocal taken
-        taken += 1
+    def after_step(taken: int) -> None:
         judge.see_step()
         if taken % task.steps_per_epoch == 0:
             ends.extend([taken] * (judge.first_to_train(len(ends)) - len(ends)))
         for i, group in enumerate(optimizer.param_groups):
             begin = ends[i] if i < len(ends) else taken
-            group["lr"] = task.lr * fallen(begin, task.total_steps)
+            group["lr"] = cosine.lr(begin, task.lr)
             if i < len(ends) and taken - begin < anneal:
-                group["lr"] *= fallen(taken - begin, anneal)
+                group["lr"] *= fall.lr(taken - begin, 1.0)
             elif i < len(ends):
                 for p in layers[i]:
                     p.requires_grad_(False).grad = None

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 import fastfreeze
-from benchmarks.training_rivals import Task, Training
+from benchmarks.ensemble_cases import Predict, State, loop_of
+from benchmarks.training_rivals import Task, Training, stepping
 from benchmarks.worth import fashion
 from benchmarks.worth.question import Method, Question, Run
 from benchmarks.worth.scratch import RATES, following, torch_alone
@@ -29,8 +30,6 @@ from fastfreeze.ensemble import prediction_scores
 TRAIN, MEMBERS = 6_000, 5
 BUDGETS = (10, 20, 30)
 PREDICTED, ROUNDS = 64, 10
-State = Mapping[str, Tensor]
-Predict = Callable[[Tensor], Tensor]  # images to probabilities
 
 
 @dataclass
@@ -81,12 +80,10 @@ def _cycles(trial: Trial, make: Callable[[Task, int], Training]) -> list[State]:
     def training(task: Task) -> Training:
         length = task.total_steps // MEMBERS
         found = make(task, length)
-        anneal, taken = found.after_step, 0
+        anneal = found.after_step
 
-        def after_step() -> None:
-            nonlocal taken
-            anneal()
-            taken += 1
+        def after_step(taken: int) -> None:
+            anneal(taken)
             if taken % length == 0:
                 states.append(_state(found.model))
 
@@ -102,7 +99,8 @@ def snapshots(trial: Trial) -> list[State]:
 
     def make(task: Task, length: int) -> Training:
         training = torch_alone(task)
-        training.after_step = CosineAnnealingWarmRestarts(training.optimizer, length).step
+        scheduler = CosineAnnealingWarmRestarts(training.optimizer, length)
+        training.after_step = stepping(scheduler)
         return training
 
     return _cycles(trial, make)
@@ -142,20 +140,6 @@ def branches(trial: Trial, *, until: float, anew: bool) -> list[State]:
     return [trunk, *(_state(trial.learn(make, epochs, part)) for part in range(1, MEMBERS))]
 
 
-def loop(model: nn.Module, states: Sequence[State]) -> Predict:
-    """The mean of the members' probabilities, in torch alone."""
-    members = [copy.deepcopy(model) for _ in states]
-    for member, state in zip(members, states, strict=True):
-        member.load_state_dict(state)
-        member.eval().to(memory_format=torch.channels_last)
-
-    def predict(images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)
-        return torch.stack([member(images).softmax(1) for member in members]).mean(0)
-
-    return predict
-
-
 def _ours(make: Callable[..., list[State]], **options: Any) -> Method:
     return Method(partial(make, **options), RATES, ours=True)
 
@@ -180,21 +164,17 @@ def run(asked: Run, folder: Path, counted: bool) -> dict:
     with torch.enable_grad():
         states = method.make(trial)
     model = data.task(asked.task, 1, 0, asked.lr).build()
-    predict = fastfreeze.SnapshotEnsemble(model, states) if method.ours else loop(model, states)
-    images, labels = data.test
-    p = torch.cat([predict(batch) for batch in images.split(250)])
-    valid = torch.cat([predict(batch) for batch in data.validation[0].split(250)])
-    scores = prediction_scores(p, labels)
-    validation = prediction_scores(valid, data.validation[1])
-    return {
-        **trial.cost,
-        "error": scores.error,
-        "nll": scores.nll,
-        "ece": scores.ece,
-        "validation_error": validation.error,
-        "validation_nll": validation.nll,
-        "predict_ms": round(1e3 * _lowest_seconds(lambda: predict(images[:PREDICTED])), 3),
-    }
+    if method.ours:
+        predict: Predict = fastfreeze.SnapshotEnsemble(model, states)
+    else:
+        predict = loop_of(model, states, torch.channels_last)
+    found = dict(trial.cost)
+    for begin, (images, labels) in data.sets.items():
+        p = torch.cat([predict(batch) for batch in images.split(250)])
+        scores = prediction_scores(p, labels)
+        found |= {f"{begin}{name}": getattr(scores, name) for name in ("error", "nll", "ece")}
+    few = data.test[0][:PREDICTED]
+    return {**found, "predict_ms": round(1e3 * _lowest_seconds(lambda: predict(few)), 3)}
 
 
 def _lowest_seconds(call: Callable[[], object]) -> float:

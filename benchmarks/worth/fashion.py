@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.training_rivals import Task
-from benchmarks.worth import finetuning
+from benchmarks.worth import question
 from examples.finetune_image import FILES
 from fastfreeze.recipes.data import ImageData, epoch_generator, load_data
 
@@ -19,7 +19,7 @@ HOW = """{folder} lacks {missing}. To get it:
   apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb {folder}"""
 BATCH_SIZE, VALIDATION = 64, 2000
 CPU = torch.device("cpu")
-fetch = partial(finetuning.fetch, names=FILES, how=HOW)
+fetch = partial(question.fetch, names=FILES, how=HOW)
 Labelled = tuple[Tensor, Tensor]  # float32 [N, 1, 28, 28] and int64 [N]
 
 
@@ -50,6 +50,11 @@ class Fashion:
     test: Labelled
     black: Tensor
     pad: int
+
+    @property
+    def sets(self) -> dict[str, Labelled]:
+        """What a run is judged by, by what the names in its record begin with."""
+        return {"": self.test, "validation_": self.validation}
 
     def task(self, model: str, epochs: int, seed: int, lr: float) -> Varied:
         """So many epochs, each in an order of its own; what fills no batch is left out."""

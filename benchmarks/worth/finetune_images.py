@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import fastfreeze
 from benchmarks.training_rivals import HYPERS
-from benchmarks.worth.finetuning import FineTask, fetch, methods, trained_and_judged, with_lora
-from benchmarks.worth.question import Question, Run
+from benchmarks.worth.finetuning import FineTask, methods
+from benchmarks.worth.question import Question, Run, fetch
+from benchmarks.worth.training import record
 from examples.finetune_image import FILES, HOW, WEIGHTS, found_in, mobilenet, read
 from fastfreeze.recipes.data import epoch_generator
 
@@ -25,28 +26,19 @@ VALIDATION, TEST = 2000, 5000  # images
 BUDGETS = {"2,048 images": (1, 2, 4, 8), "512 images": (2, 4, 8, 16), "10,240 images": (1, 2, 4)}
 
 
-class MobileNet:
-    """As :class:`~benchmarks.worth.finetuning.Network` says."""
+class MobileNet(FineTask):
+    """Its blocks are stages; images float32 ``[N, 3, 64, 64]``."""
 
     layout = torch.channels_last
     half, last_block = 10, 3
     optimizer = staticmethod(partial(torch.optim.SGD, fused=True, **HYPERS))
     ours = staticmethod(partial(fastfreeze.SGD, **HYPERS))
 
-    def __init__(self, weights: Path) -> None:
-        self._weights = weights
-
-    def build(self) -> nn.Module:
-        return mobilenet(self._weights).train()
+    def pretrained(self) -> nn.Module:
+        return mobilenet(self.weights).train()
 
     def stages(self, model: nn.Module) -> list[nn.Module]:
         return [*model.features, model.classifier]
-
-    def arguments(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x,)
-
-    def logits(self, output: Tensor) -> Tensor:
-        return output
 
     def features(self, model: nn.Module, x: Tensor) -> Tensor:
         return model.features(x).mean((2, 3))
@@ -54,16 +46,15 @@ class MobileNet:
     def head(self, model: nn.Module, features: Tensor) -> Tensor:
         return model.classifier(features)
 
-    def with_lora(self, model: nn.Module, first: int) -> nn.Module:
-        """At the convolutions of 1 x 1, which hold most of the weights."""
-        names = [
+    def lora_names(self, model: nn.Module, first: int) -> list[str]:
+        """The convolutions of 1 x 1, which hold most of the weights."""
+        return [
             f"features.{name}"
             for name, module in model.features.named_modules()
             if isinstance(module, nn.Conv2d)
             and module.kernel_size == (1, 1)
             and int(name.partition(".")[0]) >= first
         ]
-        return with_lora(model, names, model.classifier)
 
 
 def learn(run: Run, folder: Path, counted: bool) -> dict:
@@ -74,21 +65,21 @@ def learn(run: Run, folder: Path, counted: bool) -> dict:
         torch.randperm(count, generator=epoch_generator(run.seed, epoch))
         for epoch in range(run.epochs)
     ]
-    task = FineTask(
+    task = MobileNet(
         run.task,
         x[VALIDATION:],
         labels[VALIDATION:],
         torch.cat(orders).view(-1, BATCH_SIZE),
         run.seed,
         run.lr,
-        network=MobileNet(files[WEIGHTS]),
+        weights=files[WEIGHTS],
         epochs=run.epochs,
     )
     sets = {
         "validation_": (x[:VALIDATION], labels[:VALIDATION]),
         "": read(files, "t10k", TEST, SIZE).tensors,
     }
-    return trained_and_judged(QUESTION.methods[run.method], task, counted, sets)
+    return record(QUESTION.methods[run.method], task, counted, sets)
 
 
 QUESTION = Question(

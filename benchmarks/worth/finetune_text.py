@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fastfreeze
-from benchmarks.worth.finetuning import FineTask, fetch, methods, trained_and_judged, with_lora
-from benchmarks.worth.question import Question, Run
+from benchmarks.worth.finetuning import FineTask, methods
+from benchmarks.worth.question import Question, Run, fetch
+from benchmarks.worth.training import record
 from examples.finetune_text import ARCHIVE, HOW, MODEL, found_in
 from fastfreeze.recipes.data import epoch_generator
 
@@ -32,27 +33,30 @@ FILES = {  # and sentences for validation and test
 }
 
 
-class MiniLM:
-    """As :class:`~benchmarks.worth.finetuning.Network` says."""
+class MiniLM(FineTask):
+    """Its layers are stages; the head is the pooler and the classifier.
 
-    layout = torch.contiguous_format
+    Tokens and masks are int64 ``[N, 2, L]``.
+    """
+
     half, last_block = 4, 2
     optimizer = staticmethod(partial(torch.optim.AdamW, fused=True))
     ours = fastfreeze.AdamW
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, labels, ids = super().batch(step)
+        return cut(x), labels, ids
 
-    def build(self) -> nn.Module:
-        return AutoModelForSequenceClassification.from_pretrained(
-            self._folder, num_labels=2
-        ).train()
+    def pretrained(self) -> nn.Module:
+        load = AutoModelForSequenceClassification.from_pretrained
+        return load(self.weights, num_labels=2).train()
 
     def stages(self, model: nn.Module) -> list[nn.Module]:
         head = nn.ModuleList([model.bert.pooler, model.classifier])
         return [model.bert.embeddings, *model.bert.encoder.layer, head]
 
     def arguments(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = cut(x)
         return x[:, 0], x[:, 1]
 
     def logits(self, output: Any) -> Tensor:
@@ -65,22 +69,13 @@ class MiniLM:
         pooled = model.bert.pooler(features.unsqueeze(1))
         return model.classifier(model.dropout(pooled))
 
-    def with_lora(self, model: nn.Module, first: int) -> nn.Module:
-        """At all products of the layers; ``first`` counts the embeddings."""
-        names = [
+    def lora_names(self, model: nn.Module, first: int) -> list[str]:
+        """All products of the layers; ``first`` counts the embeddings."""
+        return [
             f"bert.encoder.layer.{name}"
             for name, module in model.bert.encoder.layer.named_modules()
             if isinstance(module, nn.Linear) and int(name.partition(".")[0]) >= first - 1
         ]
-        return with_lora(model, names, self.stages(model)[-1])
-
-
-class TextTask(FineTask):
-    """Tokens and masks, int64 ``[N, 2, L]``."""
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        x, labels, ids = super().batch(step)
-        return cut(x), labels, ids
 
 
 def lengths(x: Tensor) -> Tensor:
@@ -148,14 +143,14 @@ def learn(run: Run, folder: Path, counted: bool) -> dict:
     rows = sentences(files[ARCHIVE], name)
     tokenizer = AutoTokenizer.from_pretrained(files[MODEL].parent)
     x, labels = encoded(tokenizer, rows[:TRAINING])
-    task = TextTask(
+    task = MiniLM(
         run.task,
         x,
         labels,
         order(x, run.seed, run.epochs),
         run.seed,
         run.lr,
-        network=MiniLM(files[MODEL].parent),
+        weights=files[MODEL].parent,
         epochs=run.epochs,
     )
     held_out = {
@@ -166,7 +161,7 @@ def learn(run: Run, folder: Path, counted: bool) -> dict:
         begin: encoded(tokenizer, sorted(part, key=lambda row: len(row[0])))
         for begin, part in held_out.items()
     }
-    return trained_and_judged(QUESTION.methods[run.method], task, counted, by_length, cut)
+    return record(QUESTION.methods[run.method], task, counted, by_length)
 
 
 QUESTION = Question(

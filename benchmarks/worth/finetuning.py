@@ -8,14 +8,11 @@ that can be done by hand without keeping values.
 from __future__ import annotations
 
 import math
-import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,145 +20,145 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import fastfreeze
-from benchmarks.training_rivals import Task, Training
+from benchmarks.training_rivals import Task, Training, stepping
 from benchmarks.worth.question import Method
-from benchmarks.worth.training import judged, trained
 from fastfreeze.layers.split import LayerPlan
-from fastfreeze.schedule import FreezeOut, Frozen, GradualUnfreezing, Schedule, Segment
+from fastfreeze.schedule import Cosine, FreezeOut, Frozen, GradualUnfreezing, Segment
 
 WARM = 0.1  # of a run
 
 
-class Network(Protocol):
-    """A pretrained network, and how it is trained.
+@dataclass(frozen=True, kw_only=True)
+class FineTask(Task):
+    """A pretrained network, and what it is fine-tuned on.
 
     Attributes:
+        weights: where those of the network are.
+        epochs: the budget.
         layout: memory format of inputs and weights.
         half: how many stages have half of the compute, at most.
         last_block: how many stages a head and the last block are.
         optimizer, ours: torch's, at its fastest, and fastfreeze's, of groups and a learning rate.
     """
 
-    layout: torch.memory_format
-    half: int
-    last_block: int
-    optimizer: Callable[..., Optimizer]
-    ours: Callable[..., Optimizer]
+    weights: Path
+    epochs: int
+    layout: ClassVar[torch.memory_format] = torch.contiguous_format
+    half: ClassVar[int]
+    last_block: ClassVar[int]
+    optimizer: ClassVar[Callable[..., Optimizer]]
+    ours: ClassVar[Callable[..., Optimizer]]
 
-    def build(self) -> nn.Module:
-        """With pretrained weights and a new head, in training mode."""
+    def pretrained(self) -> nn.Module:
+        """The network with a new head, in training mode."""
+        raise NotImplementedError
 
     def stages(self, model: nn.Module) -> list[nn.Module]:
         """What freezes together, from the input to the head."""
-
-    def arguments(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the model is called with."""
-
-    def logits(self, output: Any) -> Tensor:
-        """Of what the model gives."""
+        raise NotImplementedError
 
     def features(self, model: nn.Module, x: Tensor) -> Tensor:
         """What the head reads."""
+        raise NotImplementedError
 
     def head(self, model: nn.Module, features: Tensor) -> Tensor:
         """Logits."""
+        raise NotImplementedError
 
-    def with_lora(self, model: nn.Module, first: int) -> nn.Module:
-        """The model with adapters in its stages from ``first`` on; they and the head train."""
+    def lora_names(self, model: nn.Module, first: int) -> list[str]:
+        """Modules in the stages from ``first`` on that get adapters."""
+        raise NotImplementedError
 
-
-@dataclass(frozen=True)
-class FineTask(Task):
-    """What is fine-tuned.
-
-    Attributes:
-        network: which, and how.
-        epochs: the budget.
-    """
-
-    network: Network = field(kw_only=True)
-    epochs: int = field(kw_only=True)
+    def arguments(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.contiguous(memory_format=self.layout),)
 
     def build(self) -> nn.Module:
         torch.manual_seed(self.seed)
-        return self.network.build().to(memory_format=self.network.layout)
+        return self.pretrained().to(memory_format=self.layout)
 
     @property
     def steps_per_epoch(self) -> int:
         return self.total_steps // self.epochs
 
-    def arguments(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.network.arguments(x.contiguous(memory_format=self.network.layout))
+    @property
+    def warm(self) -> int:
+        """Steps of the warm-up."""
+        return math.ceil(WARM * self.total_steps)
+
+    def annealed(self, decay: float = 1.0) -> Rate:
+        """By one cosine, and smaller by ``decay`` for each stage between a stage and the head."""
+        schedule = Cosine(self.total_steps, warmup_steps=self.warm, layer_decay=decay)
+        return lambda step, stage=0, stages=1: schedule.lr(step, 1.0, stage, stages)
+
+    def training(
+        self, model: nn.Module, optimizer: Optimizer, after_step: Callable[[int], object]
+    ) -> Training:
+        """Of a model that is called as it is."""
+        return Training(model, self.calls(model), optimizer, after_step, self.layout)
 
     def calls(self, network: Callable[..., Any]) -> Callable[[Tensor, Tensor], Tensor]:
         """Logits of a batch and its ids, by a network that does not ask for the ids."""
-        return lambda x, ids: self.network.logits(network(*self.arguments(x)))
+        return lambda x, ids: self.logits(network(*self.arguments(x)))
 
 
-Rate = Callable[[int, int, int, FineTask], float]  # step, stage, stages, task: times the task's
-First = Callable[[int, int, FineTask], int]  # step, stages, task: the first stage that trains
+Schedules = Callable[[FineTask, LayerPlan, int], Any]  # of a task, its plan and its warm-up
+Rate = Callable[[int, int, int], float]  # step, stage, stages: times the task's
+First = Callable[[int, int], int]  # step, stages: the first stage that trains
 
 
-def cosine(step: int, stage: int, stages: int, task: FineTask, *, decay: float = 1.0) -> float:
-    """Annealed, and smaller by ``decay`` for each stage that lies between it and the head."""
-    done = step / task.total_steps
-    warm = min(1.0, (step + 1) / (WARM * task.total_steps))
-    return warm * 0.5 * (1 + math.cos(math.pi * done)) * decay ** (stages - 1 - stage)
-
-
-def nothing_frozen(step: int, stages: int, task: FineTask) -> int:
-    return 0
-
-
-def by_hand(task: FineTask, *, first: First = nothing_frozen, rate: Rate = cosine) -> Training:
+def by_hand(
+    task: FineTask, *, first: First = lambda step, stages: 0, rate: Rate | None = None
+) -> Training:
     """torch's optimizer, one group for each stage; the stages before ``first`` are frozen."""
     model = task.build()
-    stages = task.network.stages(model)
+    stages = task.stages(model)
     groups = [{"params": list(stage.parameters())} for stage in stages]
-    optimizer = task.network.optimizer(groups, task.lr)
-    rates = [partial(rate, stage=i, stages=len(stages), task=task) for i in range(len(stages))]
+    optimizer = task.optimizer(groups, task.lr)
+    rate = rate or task.annealed()
+    rates = [partial(rate, stage=i, stages=len(stages)) for i in range(len(stages))]
     scheduler = LambdaLR(optimizer, rates)
-    taken, trains = 0, 0
+    trains = 0
 
-    def freeze() -> None:
+    def freeze(taken: int) -> None:
         nonlocal trains
-        now = first(taken, len(stages), task)
+        now = first(taken, len(stages))
         if now != trains:
             for i, stage in enumerate(stages):
                 stage.requires_grad_(i >= now).train(i >= now)
             trains = now
 
-    def follow() -> None:
-        nonlocal taken
+    def follow(taken: int) -> None:
         scheduler.step()
-        taken += 1
-        freeze()
+        freeze(taken)
 
-    freeze()
-    return Training(model, task.calls(model), optimizer, follow, task.network.layout)
-
-
-def from_stage(step: int, stages: int, task: FineTask, *, stage: int) -> int:
-    """A fixed prefix; a negative stage counts from the end."""
-    return stage % stages
+    freeze(0)
+    return task.training(model, optimizer, follow)
 
 
 def half_by_hand(task: FineTask) -> Training:
-    return by_hand(task, first=partial(from_stage, stage=task.network.half))
+    return by_hand(task, first=lambda step, stages: task.half)
+
+
+def head_alone(task: FineTask) -> Training:
+    return by_hand(task, first=lambda step, stages: stages - 1)
 
 
 def head_then_last_block(task: FineTask) -> Training:
     """The last block joins the head for the second half of the run."""
 
-    def first(step: int, stages: int, task: FineTask) -> int:
-        return stages - (1 if 2 * step < task.total_steps else task.network.last_block)
+    def first(step: int, stages: int) -> int:
+        return stages - (1 if 2 * step < task.total_steps else task.last_block)
 
     return by_hand(task, first=first)
 
 
-def gradually(step: int, stages: int, task: FineTask) -> int:
+def gradually_by_hand(task: FineTask) -> Training:
     """The head first, then stage by stage, all for the second half of the run (ULMFiT)."""
-    return max(0, stages - 1 - 2 * stages * step // task.total_steps)
+
+    def first(step: int, stages: int) -> int:
+        return max(0, stages - 1 - 2 * stages * step // task.total_steps)
+
+    return by_hand(task, first=first)
 
 
 def fine_tune(task: FineTask) -> Training:
@@ -173,10 +170,10 @@ def fine_tune(task: FineTask) -> Training:
     """
     turn = min(task.steps_per_epoch, task.total_steps // 2)
 
-    def first(step: int, stages: int, task: FineTask) -> int:
+    def first(step: int, stages: int) -> int:
         return stages - 1 if step < turn else 0
 
-    def rate(step: int, stage: int, stages: int, task: FineTask) -> float:
+    def rate(step: int, stage: int, stages: int) -> float:
         if step < turn:
             return _one_cycle(step / turn, rises=0.99)
         scale = 0.5 * 100 ** (stage / (stages - 1) - 1)
@@ -200,44 +197,42 @@ def backbone_finetuning(task: FineTask) -> Training:
     from lightning.pytorch.callbacks import BackboneFinetuning
 
     model = task.build()
-    *body, head = task.network.stages(model)
+    *body, head = task.stages(model)
     module = nn.Module()  # what the callback looks for in a LightningModule
     module.backbone = nn.ModuleList(body)
     callback = BackboneFinetuning(max(1, task.epochs // 2), lambda epoch: 2.0)
     callback.freeze_before_training(module)
     groups = [{"params": list(head.parameters())}]
-    optimizer = task.network.optimizer(groups, task.lr)
-    taken = 0
+    optimizer = task.optimizer(groups, task.lr)
 
-    def follow() -> None:
-        nonlocal taken
-        taken += 1
+    def follow(taken: int) -> None:
         if taken % task.steps_per_epoch == 0 and taken < task.total_steps:
             callback.finetune_function(module, taken // task.steps_per_epoch, optimizer)
 
-    return Training(model, task.calls(model), optimizer, follow, task.network.layout)
+    return task.training(model, optimizer, follow)
 
 
 def head_on_stored_features(task: FineTask) -> Training:
     """What is before the head runs once for each sample, at the start; the head trains on that."""
     model = task.build()
-    *body, head = task.network.stages(model)
+    *body, head = task.stages(model)
     for stage in body:
         stage.requires_grad_(False).eval()
     with torch.no_grad():
-        found = [(ids, task.network.features(model, x)) for x, ids in _all_samples(task)]
+        found = [(ids, task.features(model, x)) for x, ids in _all_samples(task)]
     stored = torch.empty(len(task.labels), *found[0][1].shape[1:])
     for ids, features in found:
         stored[ids] = features
-    optimizer = task.network.optimizer([{"params": list(head.parameters())}], task.lr)
+    optimizer = task.optimizer([{"params": list(head.parameters())}], task.lr)
     computed, taken = sum(len(ids) for ids, _ in found), 0
 
     def network(x: Tensor, ids: Tensor) -> Tensor:
         nonlocal taken
         taken += len(ids)
-        return task.network.head(model, stored[ids])
+        return task.head(model, stored[ids])
 
-    training = Training(model, network, optimizer, _annealed(optimizer, task), task.network.layout)
+    anneal = stepping(LambdaLR(optimizer, task.annealed()))
+    training = Training(model, network, optimizer, anneal, task.layout)
     training.notes = lambda: {"hits": max(0, taken - computed), "misses": min(taken, computed)}
     return training
 
@@ -249,23 +244,23 @@ def _all_samples(task: FineTask) -> Iterator[tuple[Tensor, Tensor]]:
         x, _, ids = task.batch(step)
         if not seen.issuperset(ids.tolist()):
             seen.update(ids.tolist())
-            yield x.contiguous(memory_format=task.network.layout), ids
-
-
-def _annealed(optimizer: Optimizer, task: FineTask) -> Callable[[], None]:
-    return LambdaLR(optimizer, partial(cosine, stage=0, stages=1, task=task)).step
+            yield x.contiguous(memory_format=task.layout), ids
 
 
 def lora(task: FineTask, *, kept: bool = False) -> Training:
     """peft's adapters in all stages; if ``kept``, in the second half alone, above kept values."""
-    first = task.network.half if kept else 0
+    from peft import LoraConfig, inject_adapter_in_model
+
+    first = task.half if kept else 0
     model = task.build()
-    stages = task.network.stages(model)
-    model = task.network.with_lora(model, first).to(memory_format=task.network.layout)
+    stages = task.stages(model)
+    names = task.lora_names(model, first)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=names)
+    model = inject_adapter_in_model(config, model).to(memory_format=task.layout)
+    stages[-1].requires_grad_(True)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = task.network.optimizer([{"params": trainable}], task.lr)
-    after_step, layout = _annealed(optimizer, task), task.network.layout
-    training = Training(model, task.calls(model), optimizer, after_step, layout)
+    optimizer = task.optimizer([{"params": trainable}], task.lr)
+    training = task.training(model, optimizer, stepping(LambdaLR(optimizer, task.annealed())))
     if kept:
         for stage in stages[:first]:
             stage.eval()
@@ -293,32 +288,33 @@ class ThenFrozen(Frozen):
         return Segment(0, self.total_steps), Segment(max(1, self.total_steps // 4), 0)
 
 
-def frozen(task: FineTask, plan: LayerPlan, warm: int, *, until: float, kind: Any = Frozen) -> Any:
-    """A prefix of that share of the compute; 1 is all but the head."""
-    first = len(plan.layers) - 1 if until == 1 else until
-    return kind(task.total_steps, until=first, warmup_steps=warm)
+def prefix(until: float, kind: Any = Frozen) -> Schedules:
+    """A frozen one of that share of the compute; 1 is all but the head."""
+
+    def schedule(task: FineTask, plan: LayerPlan, warm: int) -> Any:
+        first = len(plan.layers) - 1 if until == 1 else until
+        return kind(task.total_steps, until=first, warmup_steps=warm)
+
+    return schedule
 
 
-def gradual(task: FineTask, plan: LayerPlan, warm: int) -> Schedule:
+def gradual(task: FineTask, plan: LayerPlan, warm: int) -> Any:
     every = max(1, task.total_steps // (2 * len(plan.layers)))
     return GradualUnfreezing(task.total_steps, unfreeze_every=every, warmup_steps=warm)
 
 
-def freezeout(task: FineTask, plan: LayerPlan, warm: int) -> Schedule:
+def freezeout(task: FineTask, plan: LayerPlan, warm: int) -> Any:
     return FreezeOut(task.total_steps, t_0=0.5, scale_lr=False, warmup_steps=warm)
 
 
-def ours(
-    task: FineTask, *, schedule: Callable[[FineTask, LayerPlan, int], Schedule], kept: bool = True
-) -> Training:
+def ours(task: FineTask, *, schedule: Schedules, kept: bool = True) -> Training:
     """fastfreeze's optimizer and trimmed network; what is frozen is kept, if that is asked for."""
     model = task.build()
     plan = fastfreeze.split(model, task.arguments(task.batch(0)[0][:2]))
-    warm = math.ceil(WARM * task.total_steps)
-    plan = replace(plan, schedule=schedule(task, plan, warm), lr=task.lr)
-    optimizer = task.network.ours(plan.param_groups(), task.lr, schedule=plan.schedule)
+    plan = replace(plan, schedule=schedule(task, plan, task.warm), lr=task.lr)
+    optimizer = task.ours(plan.param_groups(), task.lr, schedule=plan.schedule)
     network: Any = fastfreeze.trim(model)
-    training = Training(model, task.calls(network), optimizer, layout=task.network.layout)
+    training = Training(model, task.calls(network), optimizer, layout=task.layout)
     if kept:
         _keep(training, task, network)
     return training
@@ -329,7 +325,7 @@ def _keep(training: Training, task: FineTask, network: fastfreeze.TrimmedModel) 
     cache = fastfreeze.FeatureCache(network, enabled=True)
 
     def cached(x: Tensor, ids: Tensor) -> Tensor:
-        return task.network.logits(cache(*task.arguments(x), samples=ids))
+        return task.logits(cache(*task.arguments(x), samples=ids))
 
     def notes() -> dict:
         stats = cache.stats()
@@ -339,83 +335,36 @@ def _keep(training: Training, task: FineTask, network: fastfreeze.TrimmedModel) 
     training.network, training.notes = cached, notes
 
 
-def with_lora(model: nn.Module, names: Sequence[str], head: nn.Module) -> nn.Module:
-    """The model with peft's adapters of rank 8 at these modules; they and the head train."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=list(names))
-    model = inject_adapter_in_model(config, model)
-    head.requires_grad_(True)
-    return model
-
-
-def fetch(folder: Path, names: Sequence[str], how: str) -> None:
-    """Bring files into a folder if one of these is missing.
-
-    Args:
-        how: a line, and then commands for a shell, with ``{folder}`` and ``{missing}``.
-    """
-    if all(next(folder.rglob(name), None) for name in names):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for line in how.format(folder=shlex.quote(str(folder)), missing="").splitlines()[1:]:
-        command = line.strip().replace("pip ", f"{shlex.quote(sys.executable)} -m pip ", 1)
-        subprocess.run(command, shell=True, check=True, cwd=folder)
-
-
-Judged = dict[str, tuple[Tensor, Tensor]]  # inputs and labels, by what their record begins with
-
-
-def trained_and_judged(
-    method: Method,
-    task: FineTask,
-    counted: bool,
-    sets: Judged,
-    cut: Callable[[Tensor], Tensor] = lambda x: x,
-) -> dict:
-    """The record of a run: of the training, and of the errors on the sets."""
-    model, record = trained(method, task, counted, task.arguments)
-    logits = task.calls(model.eval())
-    for begin, (x, labels) in sets.items():
-        found = judged(lambda x: logits(cut(x), x), x, labels)
-        record |= {f"{begin}{name}": value for name, value in found.items()}
-    return record
-
-
 LONG = (4, 16, 64)  # epochs for what costs next to nothing
 
 
 def methods(lrs: tuple[float, ...]) -> dict[str, Method]:
     """All of them, with one grid of learning rates."""
 
-    def rival(make: Callable[[FineTask], Training], **options: Any) -> Method:
-        return Method(make, lrs, **options)
+    def rival(make: Callable[[FineTask], Training], epochs: tuple[int, ...] = ()) -> Method:
+        return Method(make, lrs, epochs=epochs)
 
-    def own(make: Callable[[FineTask], Training], **options: Any) -> Method:
-        return Method(make, lrs, ours=True, **options)
+    def own(make: Callable[..., Training], epochs: tuple[int, ...] = (), **options: Any) -> Method:
+        return Method(partial(make, **options), lrs, ours=True, epochs=epochs)
 
-    def prefix(until: float, kept: bool = True, kind: Any = Frozen) -> Any:
-        return partial(ours, schedule=partial(frozen, until=until, kind=kind), kept=kept)
-
-    head = partial(by_hand, first=partial(from_stage, stage=-1))
     return {
         "everything trains": rival(by_hand),
-        "half frozen, kept": own(prefix(0.5)),
-        "three quarters frozen, kept": own(prefix(0.75)),
-        "LoRA above half, kept": own(partial(lora, kept=True)),
-        "all but the head frozen, kept": own(prefix(1), epochs=LONG),
-        "head on stored features": rival(head_on_stored_features, epochs=LONG),
+        "half frozen, kept": own(ours, schedule=prefix(0.5)),
+        "three quarters frozen, kept": own(ours, schedule=prefix(0.75)),
+        "LoRA above half, kept": own(lora, kept=True),
+        "all but the head frozen, kept": own(ours, LONG, schedule=prefix(1)),
+        "head on stored features": rival(head_on_stored_features, LONG),
         "LoRA": rival(lora),
-        "layer-wise rate decay": rival(partial(by_hand, rate=partial(cosine, decay=0.8))),
+        "layer-wise rate decay": rival(lambda task: by_hand(task, rate=task.annealed(0.8))),
         "fastai's fine_tune": rival(fine_tune),
         "half frozen by hand": rival(half_by_hand),
-        "half frozen, kept, then all thawed": own(prefix(0.5, kind=ThenThawed)),
-        "all, then half frozen, kept": own(prefix(0.5, kind=ThenFrozen)),
+        "half frozen, kept, then all thawed": own(ours, schedule=prefix(0.5, ThenThawed)),
+        "all, then half frozen, kept": own(ours, schedule=prefix(0.5, ThenFrozen)),
         "head, then last block": rival(head_then_last_block),
-        "gradual unfreezing by hand": rival(partial(by_hand, first=gradually)),
+        "gradual unfreezing by hand": rival(gradually_by_hand),
         "Lightning's BackboneFinetuning": rival(backbone_finetuning),
-        "head only": rival(head),
-        "half frozen, trimmed": own(prefix(0.5, kept=False)),
-        "gradual unfreezing, trimmed": own(partial(ours, schedule=gradual, kept=False)),
-        "FreezeOut, not scaled, kept": own(partial(ours, schedule=freezeout)),
+        "head only": rival(head_alone),
+        "half frozen, trimmed": own(ours, schedule=prefix(0.5), kept=False),
+        "gradual unfreezing, trimmed": own(ours, schedule=gradual, kept=False),
+        "FreezeOut, not scaled, kept": own(ours, schedule=freezeout),
     }

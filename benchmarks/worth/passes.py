@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -11,12 +13,35 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.worth.processors import CpuTime
 from benchmarks.worth.question import Part, Run, load
+from fastfreeze.clock import cpu_seconds
 
 ROUNDS = 3
 TIMES = ("seconds", "predict_ms")  # what a record may tell that an idle machine is for
 OTHERS = 0.05  # of the processors' time, that others may use while a cost is measured
+
+
+Reading = tuple[float, float, float | None]  # seconds: passed, ours, and of whoever worked
+
+
+def reading() -> Reading:
+    """Of the clock, this process and its ended children, and the CPUs that it may use."""
+    busy = None
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        text, cpus = Path("/proc/stat").read_text(), os.sched_getaffinity(0)
+        found = {name: times for name, *times in map(str.split, text.splitlines())}
+        # user nice system idle iowait irq softirq steal
+        ticks = [found[f"cpu{i}"][k] for i in cpus for k in (0, 1, 2, 5, 6, 7)]
+        busy = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), cpu_seconds(), busy
+
+
+def share_of_others(before: Reading, now: Reading) -> float:
+    """Of the CPUs' time between two readings; 0 where the system does not tell."""
+    if before[2] is None or now[2] is None:
+        return 0.0
+    passed, own, busy = (b - a for a, b in zip(before, now, strict=True))
+    return (busy - own) / len(os.sched_getaffinity(0)) / passed
 
 
 class Children:
@@ -85,14 +110,14 @@ def costs(
         for run in part.once(records):
             if sum(map(run.is_of, found)) > count:
                 continue
-            start, cpu = time.monotonic(), CpuTime()
+            start = reading()
             try:
                 record = run_alone(run)
             except Exception as error:  # whatever a rival's package raises
                 missing += 1
                 print(f"{run}: {type(error).__name__}: {error}", flush=True)
                 continue
-            others = (cpu.others() or 0.0) / (time.monotonic() - start)
+            others = share_of_others(start, reading())
             if others > OTHERS:
                 missing += 1
                 print(f"thrown away, as others took {others:.0%}: {run}", flush=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -128,6 +131,20 @@ def best_lr(records: Sequence[dict], grid: Sequence[Run]) -> float | None:
         return None
     best = min(there, key=lambda r: (r["validation_error"], r["validation_nll"]))
     return best["lr"]
+
+
+def fetch(folder: Path, names: Sequence[str], how: str) -> None:
+    """Bring files into a folder if one of these is missing.
+
+    Args:
+        how: a line, and then commands for a shell, with ``{folder}`` and ``{missing}``.
+    """
+    if all(next(folder.rglob(name), None) for name in names):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for line in how.format(folder=shlex.quote(str(folder)), missing="").splitlines()[1:]:
+        command = line.strip().replace("pip ", f"{shlex.quote(sys.executable)} -m pip ", 1)
+        subprocess.run(command, shell=True, check=True, cwd=folder)
 
 
 def load(name: str) -> Question:

@@ -18,7 +18,7 @@ from benchmarks.training_rivals import FLAGS as FLAGS_NAME
 from benchmarks.worth import fashion
 from benchmarks.worth.converging import GradientNorms, Movement, converging
 from benchmarks.worth.question import Method, Question, Run
-from benchmarks.worth.training import judged, trained
+from benchmarks.worth.training import record
 from fastfreeze.schedule import Schedule
 
 TRAIN = 12_000
@@ -43,12 +43,10 @@ def composer(task: Task) -> Training:
         for m in training.model.modules()
         if next(m.parameters(), None) is not None and next(m.children(), None) is None
     ]
-    anneal, taken = training.after_step, 0
+    anneal = training.after_step
 
-    def after_step() -> None:
-        nonlocal taken
-        anneal()
-        taken += 1
+    def after_step(taken: int) -> None:
+        anneal(taken)
         if taken % task.steps_per_epoch:
             return
         share = max(0.0, 2 * taken / task.total_steps - 1)
@@ -117,14 +115,7 @@ METHODS = {
 def run(asked: Run, folder: Path, counted: bool) -> dict:
     data = fashion.read(folder, TRAIN)
     task = data.task(asked.task, asked.epochs, asked.seed, asked.lr)
-    model, record = trained(METHODS[asked.method], task, counted)
-    model.eval()
-    found = judged(model, *data.validation)
-    return {
-        **record,
-        **judged(model, *data.test),
-        **{f"validation_{key}": value for key, value in found.items()},
-    }
+    return record(METHODS[asked.method], task, counted, data.sets)
 
 
 QUESTION = Question(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,33 +13,32 @@ from torch import Tensor, nn
 
 import fastfreeze
 from benchmarks.training_rivals import Task, Training
-from benchmarks.worth.processors import CpuTime
 from benchmarks.worth.question import Method
+from fastfreeze.clock import cpu_seconds
 from fastfreeze.layers.costs import LayerFlops
 from fastfreeze.layers.execution import run_events
 
-
-def _alone(x: Tensor) -> tuple[Tensor, ...]:
-    return (x,)
+Sets = Mapping[str, tuple[Tensor, Tensor]]  # inputs and labels
 
 
-def trained(
-    method: Method,
-    task: Task,
-    counted: bool,
-    arguments: Callable[[Tensor], tuple[Tensor, ...]] = _alone,
-) -> tuple[nn.Module, dict]:
+def record(method: Method, task: Task, counted: bool, sets: Sets) -> dict:
+    """Of a run: of its training, and the errors on sets, by what the names of these begin with."""
+    model, found = trained(method, task, counted)
+    model.eval()
+    return {**found, **judged(lambda x: task.logits(model(*task.arguments(x))), sets)}
+
+
+def trained(method: Method, task: Task, counted: bool) -> tuple[nn.Module, dict]:
     """Train; the model, and "seconds" and "macs" of all that was done from the first line on.
 
     Args:
         method: whose ``make`` gives the training.
         task: what it trains on.
         counted: whether to count MACs, whose own time is in the seconds.
-        arguments: what the model is called with, of a batch's ``x``.
     """
-    cpu = CpuTime()
+    start = cpu_seconds()
     training: Training = method.make(task)
-    meter = Meter(training.model, arguments) if counted else None
+    meter = Meter(training.model, task.arguments) if counted else None
     for step in range(task.total_steps):
         x, labels, ids = task.batch(step)
         if meter is not None:
@@ -48,18 +47,22 @@ def trained(
         if meter is not None:
             meter.found(**training.notes())
     return training.model, {
-        "seconds": round(cpu.own(), 3),
+        "seconds": round(cpu_seconds() - start, 3),
         "macs": None if meter is None else round(meter.macs),
         **training.notes(),
     }
 
 
 @torch.no_grad()
-def judged(logits: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, size: int = 250) -> dict:
-    """ "error" and "nll" of a model in eval mode."""
-    outputs = torch.cat([logits(batch) for batch in x.split(size)])
-    wrong = (outputs.argmax(1) != labels).double().mean()
-    return {"error": wrong.item(), "nll": F.cross_entropy(outputs, labels).item()}
+def judged(logits: Callable[[Tensor], Tensor], sets: Sets, size: int = 250) -> dict:
+    """ "error" and "nll" of a model in eval mode on each set."""
+    found = {}
+    for begin, (x, labels) in sets.items():
+        outputs = torch.cat([logits(batch) for batch in x.split(size)])
+        wrong = (outputs.argmax(1) != labels).double().mean()
+        found[f"{begin}error"] = wrong.item()
+        found[f"{begin}nll"] = F.cross_entropy(outputs, labels).item()
+    return found
 
 
 class Meter:
@@ -73,7 +76,7 @@ class Meter:
         arguments: what the model is called with, of a batch's ``x``.
     """
 
-    def __init__(self, model: nn.Module, arguments: Callable[[Tensor], Any] = _alone) -> None:
+    def __init__(self, model: nn.Module, arguments: Callable[[Tensor], Any]) -> None:
         self.macs = 0.0
         self._model, self._arguments = model, arguments
         self._of_shape: dict[torch.Size, LayerFlops] = {}

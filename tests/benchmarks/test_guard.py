@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 
 guard = pytest.importorskip("benchmarks.guard", reason="tests run outside the source tree")
 from benchmarks.case import Case  # noqa: E402
-from benchmarks.measure import Times  # noqa: E402
+from benchmarks.clock import Times  # noqa: E402
 
 MACHINE = {"cpu": "some", "threads": 1, "torch": "2.0"}
 
@@ -51,19 +52,15 @@ BASELINE = entry(fastfreeze=1.0, torch=3.0, torch_fused=2.0)
     ],
 )
 def test_verdicts(now, verdict, ratio):
-    found = guard.verdict("case", BASELINE, now)
-    assert found.verdict == verdict
-    assert found.before == 2
-    assert found.now == pytest.approx(ratio, abs=0.01)
-    assert found.failed == (verdict == "worse")
+    _, _, before, found, _, word = guard.verdict("case", BASELINE, now)
+    assert (before, found, word) == ("2.00", f"{ratio:.2f}", verdict)
 
 
 @pytest.mark.parametrize(
     "now", [entry(torch=1.0), entry(fastfreeze=1.0, stranger=2.0), {"seconds": {}}]
 )
 def test_a_case_that_cannot_be_compared_fails(now):
-    found = guard.verdict("case", BASELINE, now)
-    assert (found.verdict, found.failed) == ("refused", True)
+    assert guard.verdict("case", BASELINE, now)[-1] == "refused"
 
 
 def test_the_tolerance_follows_the_spreads_within_bounds():
@@ -76,33 +73,11 @@ def test_the_tolerance_follows_the_spreads_within_bounds():
 SLOW, FAST = entry(fastfreeze=2.0, torch_fused=2.0), entry(fastfreeze=1.0, torch_fused=2.0)
 
 
-@pytest.mark.parametrize(
-    ("measurements", "verdict"),
-    [
-        pytest.param([FAST], "ok", id="once is enough"),
-        pytest.param([SLOW, FAST], "ok", id="worse only once"),
-        pytest.param([SLOW, SLOW], "worse", id="worse twice"),
-    ],
-)
-def test_what_is_worse_is_measured_once_more(measurements, verdict):
-    left = list(measurements)
-    cases = {"case": lambda: Case(name="a case")}
-    (found,) = guard.compare({"case": BASELINE}, cases, lambda case: left.pop(0))
-    assert found.verdict == verdict
-    assert not left
-
-
-def test_a_case_that_is_gone_fails():
-    (found,) = guard.compare({"gone": BASELINE}, {}, lambda case: FAST)
-    assert (found.verdict, found.failed) == ("no such case", True)
-
-
 @pytest.fixture
 def baseline(tmp_path, monkeypatch):
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps({"machine": MACHINE, "results": {"a": BASELINE, "b": BASELINE}}))
-    makes = {name: lambda name=name: Case(name=name) for name in "ab"}
-    monkeypatch.setattr(guard, "ALL_CASES", makes)
+    monkeypatch.setattr(guard, "cases", lambda: {name: partial(Case, name=name) for name in "ab"})
     monkeypatch.setattr(guard, "copy_bandwidth", lambda: 1e10)
     monkeypatch.setattr(guard, "machine", lambda: MACHINE)
     return path
@@ -110,31 +85,46 @@ def baseline(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    ("slow", "cases", "code"), [("", [], 0), ("b", [], 1), ("b", ["a"], 0), ("b", ["b"], 1)]
+    ("measurements", "cases", "code"),
+    [
+        pytest.param({"a": [FAST], "b": [FAST]}, [], 0, id="once is enough"),
+        pytest.param({"a": [SLOW, FAST], "b": [FAST]}, [], 0, id="worse only once"),
+        pytest.param({"a": [FAST], "b": [SLOW, SLOW]}, [], 1, id="worse twice"),
+        pytest.param({"a": [FAST]}, ["a"], 0, id="one that is fine"),
+        pytest.param({"b": [SLOW, SLOW]}, ["b"], 1, id="one that is not"),
+    ],
 )
-def test_the_exit_code_and_the_table(baseline, monkeypatch, capsys, slow, cases, code):
-    monkeypatch.setattr(guard, "measured", lambda case, *rest: SLOW if case.name == slow else FAST)
+def test_the_exit_code_and_the_table(baseline, monkeypatch, capsys, measurements, cases, code):
+    left = {name: list(entries) for name, entries in measurements.items()}
+    worse = {name for name, entries in measurements.items() if entries == [SLOW, SLOW]}
+    monkeypatch.setattr(guard, "measured", lambda case, *rest: left[case.name].pop(0))
     assert guard.main([*cases, f"--baseline={baseline}"]) == code
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["case", "best", "rival", "before", "now", "tolerance", "verdict"]
     words = {row.split()[0]: row.split()[-1] for row in rows}
-    assert words == {name: "worse" if name == slow else "ok" for name in cases or ["a", "b"]}
+    assert words == {name: "worse" if name in worse else "ok" for name in cases or ["a", "b"]}
+    assert not any(left.values())
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_another_machine_is_told(baseline, monkeypatch, capsys):
+def test_another_machine_and_cases_that_are_gone_are_told(baseline, monkeypatch, capsys):
     monkeypatch.setattr(guard, "machine", lambda: {**MACHINE, "cpu": "another"})
-    monkeypatch.setattr(guard, "measured", lambda *args: FAST)
-    guard.main([f"--baseline={baseline}"])
-    assert "cpu: another, the baseline has some" in capsys.readouterr().out
+    monkeypatch.setattr(guard, "cases", dict)
+    assert guard.main([f"--baseline={baseline}"]) == 1
+    text = capsys.readouterr().out
+    assert "cpu: another, the baseline has some" in text
+    assert text.count("no such case") == 2
 
 
 @pytest.mark.parametrize(
     ("content", "argv", "message"),
     [
-        pytest.param({"cases": []}, [], "must be a file of python -m benchmarks", id="kind"),
+        pytest.param({"machine": MACHINE}, [], "must be a file of python -m benchmarks", id="kind"),
         pytest.param(
-            {"machine": MACHINE, "results": {}}, ["a"], "must be in the baseline, got a", id="case"
+            {"machine": MACHINE, "results": {"b": BASELINE}},
+            ["a"],
+            "must be in the baseline, got a",
+            id="case",
         ),
     ],
 )

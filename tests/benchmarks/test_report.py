@@ -8,8 +8,8 @@ import pytest
 
 report = pytest.importorskip("benchmarks.report", reason="tests run outside the source tree")
 from benchmarks import pages, picture  # noqa: E402
+from benchmarks.clock import Times  # noqa: E402
 from benchmarks.lines import Line, lines_of, seconds_text, spread_text  # noqa: E402
-from benchmarks.measure import Times  # noqa: E402
 
 MACHINE = {
     "cpu": "Some CPU",
@@ -22,10 +22,6 @@ MACHINE = {
 
 def times(median, low=None, high=None):
     return {"median": median, "low": low or 0.9 * median, "high": high or 1.1 * median}
-
-
-def spread(median):
-    return {"median": median, "lowest": median, "highest": median}
 
 
 KERNELS = {
@@ -51,6 +47,7 @@ KERNELS = {
         },
         "trim-net": {
             "name": "net, half of the parameters frozen",
+            "left_out": {},
             "floor_s": None,
             "seconds": {
                 "fastfreeze": times(0.1),
@@ -60,12 +57,14 @@ KERNELS = {
         },
         "trim-other": {
             "name": "other",
+            "left_out": {},
             "seconds": {"fastfreeze": times(0.05), "flags": times(0.2)},
         },
         "trim-wrong": {"name": "wrong", "left_out": {"fastfreeze": "wrong"}, "seconds": {}},
         "kept-net": {
             "name": "net, 3 of 4 layers frozen",
             "floor_s": 0.025,
+            "left_out": {},
             "seconds": {
                 "fastfreeze": times(0.08),
                 "fastfreeze cache": times(0.03),
@@ -74,77 +73,78 @@ KERNELS = {
         },
         "host-net": {
             "name": "host time of a step, net",
+            "left_out": {},
             "seconds": {"fastfreeze": times(1e-4), "torch": times(2e-4)},
         },
-        "norm": {"name": "norm", "seconds": {"fastfreeze": times(2e-5), "torch": times(3e-5)}},
+        "norm": {
+            "name": "norm",
+            "left_out": {},
+            "seconds": {"fastfreeze": times(2e-5), "torch": times(3e-5)},
+        },
     },
 }
 ENSEMBLE = {
     "machine": MACHINE,
-    "command": "python -m benchmarks.predict net --out=/somewhere/y.json --rounds 9",
-    "cases": [
-        {
-            "model": "net",
-            "batch_size": 4,
-            "members": 5,
-            "shared": 0.75,
-            "bound": 2.5,
-            "wrong": {"vmap": "1e-3 from the loop in float64"},
+    "command": "python -m benchmarks net --out=/somewhere/y.json --rounds 9",
+    "results": {
+        "ensemble-resnet20-4": {
+            "name": "net, batch 4, 5 members, 75% of the MACs shared",
+            "left_out": {"vmap": "1e-3 from the loop in float64"},
+            "floor_s": 0.004,
             "seconds": {
                 "torch loop": times(0.01),
+                "torch loop, channels_last": times(0.02),
+                "torch.func vmap": times(0.02),
                 "fastfreeze": times(0.002),
                 "fastfreeze, not folded": times(0.004),
             },
         }
-    ],
+    },
 }
 TRAINING = {
     "machine": {**MACHINE, "threads": 2},
     "command": "python -m benchmarks.training net",
-    "models": {
-        "net": {
-            "status": "measured",
-            "steps": 100,
-            "t_0": {
-                "0.5": {
-                    "freezes": 7,
-                    "limit": spread(0.6),
-                    "rivals": {
-                        "torch": {"total": spread(20.0)},
-                        "flags": {"total": spread(12.0)},
-                        "fastfreeze": {"total": spread(10.0)},
-                        "fastfreeze cache": {"total": spread(8.0)},
-                    },
-                }
+    "results": {
+        "training-vgg16-0.5": {
+            "name": "net, t_0=0.5, 100 steps, 7 freezes",
+            "left_out": {},
+            "floor_s": 8.0,
+            "seconds": {
+                "torch": times(20.0, 20.0, 20.0),
+                "flags": times(12.0, 12.0, 12.0),
+                "fastfreeze": times(10.0, 10.0, 10.0),
+                "fastfreeze cache": times(8.0, 8.0, 8.0),
             },
         },
-        "bad": {"status": "refused", "wrong": {"fastfreeze": "losses differ"}},
+        "training-bad-0.5": {
+            "name": "bad",
+            "left_out": {"fastfreeze": "losses differ"},
+            "seconds": {},
+        },
     },
 }
-
-
-def peer(trained_by, predicted_by, seconds, training=None, wrong=""):
-    facts = {f"predict_{k}": v for k, v in times(seconds).items()} if seconds else {}
-    if training:
-        facts["training_seconds"] = training
-    return {
-        "trained_by": trained_by,
-        "predicted_by": predicted_by,
-        "wrong": wrong,
-        "facts": facts,
-        "answers": {},
-    }
-
-
 PEERS = {
     "machine": MACHINE,
     "command": "python -m benchmarks.peers",
-    "peers": [
-        peer("fastfreeze, sticky", "fastfreeze", 0.1, training=30.0),
-        peer("fastfreeze, sticky", "torch loop", 0.3),
-        peer("torchensemble", "torchensemble 0.2", 0.2, training=60.0),
-        peer("other", "other", None, wrong="not installed"),
-    ],
+    "results": {
+        "peers-training": {
+            "name": "training",
+            "left_out": {"other": "not installed"},
+            "seconds": {
+                "fastfreeze, sticky": times(30.0, 30.0, 30.0),
+                "torchensemble": times(60.0, 60.0, 60.0),
+            },
+        },
+        "peers-sticky": {
+            "name": "prediction, fastfreeze, sticky",
+            "left_out": {},
+            "seconds": {
+                "fastfreeze": times(0.1),
+                "torch loop": times(0.3),
+                "torchensemble 0.2": times(0.2),
+            },
+        },
+    },
 }
 FILES = {
     "a.json": KERNELS,
@@ -201,8 +201,8 @@ def test_who_has_no_numbers_is_named(folder):
         "- other: no nesterov (2 cases)",
         "- fastfreeze: wrong (1 case)",
         "- vmap: 1e-3 from the loop in float64 (1 case)",
-        "- bad: fastfreeze: losses differ (1 case)",
-        "- other (other): not installed (1 case)",
+        "- fastfreeze: losses differ (1 case)",
+        "- other: not installed (1 case)",
     ]:
         assert note in text.splitlines()
 
@@ -212,7 +212,7 @@ def test_machine_versions_and_command_are_told(folder):
     assert "Some CPU, 2 threads; torch 2.14, Python 3.11, fastfreeze 0.1.0" in text
     made_by = "- `python -m benchmarks`; beside other work ([data](../benchmarks/results/a.json))"
     assert made_by in text.splitlines()
-    assert "- `python -m benchmarks.predict net --rounds 9` ([data]" in text
+    assert "- `python -m benchmarks net --rounds 9` ([data]" in text
     assert "/somewhere" not in text
 
 
@@ -237,7 +237,7 @@ def test_the_order_of_kinds_does_not_depend_on_the_files(folder):
 
 def test_a_file_of_another_kind_is_refused(folder):
     (folder / "x.json").write_text(json.dumps({"machine": MACHINE, "numbers": []}))
-    with pytest.raises(ValueError, match=r"x\.json must hold one of results, cases, .* numbers"):
+    with pytest.raises(ValueError, match=r"x\.json must hold results; it holds machine, numbers"):
         report.collect(folder)
 
 
@@ -272,7 +272,7 @@ def test_the_committed_file_is_what_the_committed_data_give():
 
 
 def line(own, best, **options):
-    return Line("case", "case", "fastfreeze", Times(*own), "torch", Times(*best), **options)
+    return Line("key", "case", "fastfreeze", Times(*own), "torch", Times(*best), **options)
 
 
 def test_a_ratio_and_what_it_lies_between():
@@ -282,17 +282,14 @@ def test_a_ratio_and_what_it_lies_between():
 
 
 def test_the_best_rival_is_none_of_ours():
-    found = lines_of(
-        "case",
-        "label",
-        {name: Times(t, t, t) for name, t in [("fastfreeze", 2.0), ("a", 3.0), ("b", 2.5)]}
-        | {"fastfreeze b": Times(1.0, 1.0, 1.0)},
-    )
-    assert [(x.ours, x.rival, x.ratio) for x in found] == [
+    seconds = {"fastfreeze": 2.0, "a": 3.0, "b": 2.5, "fastfreeze b": 1.0}
+    entry = {"name": "case", "seconds": {name: times(t) for name, t in seconds.items()}}
+    assert [(x.ours, x.rival, x.ratio) for x in lines_of("key", entry)] == [
         ("fastfreeze", "b", 1.25),
         ("fastfreeze b", "b", 2.5),
     ]
-    assert lines_of("case", "label", {"fastfreeze": Times(1.0, 1.0, 1.0)}) == []
+    alone = {"name": "case", "seconds": {"fastfreeze": times(1.0)}}
+    assert lines_of("key", alone) == []
 
 
 @pytest.mark.parametrize(
@@ -328,52 +325,56 @@ def test_the_tables_of_the_pages_are_up_to_date():
         )
 
 
-def test_a_table_is_replaced_and_nothing_else(tmp_path):
-    results = tmp_path / "results"
-    results.mkdir()
-    rivals = {
-        name: {"saved": spread(saved), "saved_in_a_long_run": 0.5, "recuts": [0.25, 1.0, 0.5]}
-        for name, saved in (("flags", 0.3), ("fastfreeze", 0.45), ("fastfreeze cache", 0.61))
-    }
-    at = {"0.5": {"freezes": 7, "limit": spread(0.62), "rivals": rivals}}
-    data = {"models": {"vgg16": {"steps": 100, "t_0": at}}}
-    (results / "training-a.json").write_text(json.dumps({**data, "machine": MACHINE}))
+def test_a_table_is_replaced_and_nothing_else(folder, tmp_path):
     for page in pages.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text(
             "before\n<!-- table: trainings -->\nold\n<!-- end of table -->\nafter\n"
         )
-    pages.update(tmp_path, results)
+    pages.update(tmp_path, folder)
     for page in pages.PAGES:
         text = (tmp_path / page).read_text()
-        row = "| VGG-16, 0.5 | 100, 7 | 30% | - | **45%** | 50% | 61% | 50% | 62% | 0.5 (1.0) |"
-        assert text.startswith("before\n<!-- table: trainings -->\n| model, t_0 |")
-        assert f"\n{row}\n\nSome CPU, 1 thread; torch 2.14," in text
-        assert text.endswith("training-a.json)).\n<!-- end of table -->\nafter\n")
+        row = "| net, t_0=0.5, 100 steps, 7 freezes | 20 s | 40% | **50%** | 60% | 60% |"
+        assert text.startswith("before\n<!-- table: trainings -->\n| model | torch |")
+        assert f"\n{row}\n\nbad: losses differ.\n\nSome CPU, 2 threads; torch 2.14," in text
+        assert text.endswith("c.json)).\n<!-- end of table -->\nafter\n")
         assert "old" not in text
 
 
-def test_what_trim_gains(folder):
-    (folder / "a.json").rename(folder / "trim-a.json")
-    text = pages.with_tables(
-        "".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in ("trim", "kept")),
-        folder,
-    )
-    gains, kept = text.split("<!-- table: kept -->")
-    assert "Of 2 models 2 are faster than with flags by more than 2%, 0 slower." in gains
-    rows = [line for line in gains.splitlines() if line.startswith("| ")][1:]
-    assert rows == [
-        "| other | 200 ms (180-220) | 50 ms (45-55) | **0.25** | - | - | - |",
-        "| net | 250 ms (225-275) | 100 ms (90-110) | **0.40** | 0.80 | - | - |",
-    ]
-    assert "\nwrong: wrong.\n" in gains
-    assert (
-        "| net, 3 of 4 layers frozen | 100 ms (90-110) | - | 0.80 | 30 ms (27-33) | **3.3** "
-        "| 25 ms | 1.20 |"
-    ) in kept
-    made_by = "Made by `python -m benchmarks`; beside other work ([data]"
-    assert made_by in gains
-    assert made_by in kept
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [
+        (
+            "trim",
+            [
+                "| net | 250 ms (225-275) | **0.40** | 0.80 |",
+                "| other | 200 ms (180-220) | **0.25** | - |",
+            ],
+        ),
+        (
+            "kept",
+            ["| net, 3 of 4 layers frozen | 100 ms (90-110) | 0.80 | **0.30** | 0.25 |"],
+        ),
+        (
+            "ensembles",
+            [
+                "| net, batch 4, 5 members, 75% of the MACs shared | 10 ms (9-11) | 0.50x | 0.50x "
+                "| **5.00x** | 2.50x | 2.50x |"
+            ],
+        ),
+        (
+            "trainings-short",
+            ["| net, t_0=0.5, 100 steps, 7 freezes | 20 s | 40% | **50%** | 60% |"],
+        ),
+    ],
+)
+def test_tables_of_ratios(folder, table, rows):
+    header, _, *found = "\n".join(pages.TABLES[table](folder)).splitlines()
+    assert [line for line in found if line.startswith("|")] == rows
+    assert {header.count("|")} == {row.count("|") for row in rows}
+    notes = [line for line in found if line and not line.startswith("|")]
+    assert len(notes) == {"trim": 2, "trainings-short": 0}.get(table, 1)
+    assert table != "trim" or notes[0] == "wrong: wrong."
 
 
 def test_an_unknown_table_is_refused(tmp_path):

@@ -11,21 +11,21 @@ import torch
 
 training = pytest.importorskip("benchmarks.training", reason="tests run outside the source tree")
 from benchmarks import training_rivals as rivals  # noqa: E402
+from benchmarks.training import RunTimes, take_turns  # noqa: E402
 from benchmarks.training_rivals import (  # noqa: E402
     BASELINE,
     BEST_TORCH,
     FLAGS,
     FREEZING,
     NOT_FREEZING,
-    RunTimes,
     Task,
+    Training,
     frozen_layers,
-    take_turns,
 )
 from fastfreeze.schedule import FreezeOut  # noqa: E402
 
 MODEL = "resnet8-w4"
-OURS = "fastfreeze"
+OURS, KEY = "fastfreeze", f"training-{MODEL}-0.5"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,22 +43,13 @@ def test_a_toy_run(tmp_path, capsys):
     assert code == 0, results
     assert results["machine"]["torch"] == torch.__version__
     assert MODEL in results["command"]
-    entry = results["models"][MODEL]
-    assert (entry["status"], entry["steps"]) == ("measured", 12)
-    at = entry["t_0"]["0.5"]
-    assert at["freezes"] == 4
-    assert at["rivals"][FLAGS]["saved"]["median"] < at["limit"]["median"] < 1
-    assert set(at["rivals"]) == {BASELINE, FLAGS, BEST_TORCH, OURS, "fastfreeze cache"}
-    for name, line in at["rivals"].items():
-        total = line["total"]
-        assert 0 < total["lowest"] <= total["median"] <= total["highest"]
-        assert line["saved"]["highest"] < 1
-        assert bool(line["recuts"]) == (name in FREEZING)
-    assert at["rivals"][BASELINE]["saved"] == {"median": 0, "lowest": 0, "highest": 0}
-    assert at["rivals"]["fastfreeze cache"]["notes"].keys() >= {"hits", "misses", "reason"}
-    text = capsys.readouterr().out
-    assert f"{MODEL}, t_0=0.5: 12 steps, 4 freezes. Limit:" in text
-    assert f"| {OURS} |" in text
+    entry = results["results"][KEY]
+    assert entry["name"] == f"{MODEL}, t_0=0.5, 12 steps, 4 freezes"
+    assert set(entry["seconds"]) == {BASELINE, FLAGS, BEST_TORCH, OURS, "fastfreeze cache"}
+    for total in entry["seconds"].values():
+        assert 0 < total["low"] <= total["median"] <= total["high"]
+    assert 0 < entry["floor_s"] < entry["seconds"][FLAGS]["high"]
+    assert f"| {MODEL}, t_0=0.5, 12 steps, 4 freezes |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -113,7 +104,7 @@ def forgets_momentum(found):
 
 
 def one_weight_off(found):
-    found.after_step = lambda: next(found.model.parameters()).data.mul_(1.001)
+    found.after_step = lambda taken: next(found.model.parameters()).data.mul_(1.001)
 
 
 @pytest.mark.parametrize(
@@ -125,11 +116,11 @@ def test_a_rival_that_trains_otherwise_is_refused(monkeypatch, tmp_path, capsys,
     monkeypatch.setitem(FREEZING, OURS, broken(change))
     code, results = run(tmp_path, OURS)
     assert code == 1
-    entry = results["models"][MODEL]
-    assert (entry["status"], set(entry)) == ("refused", {"status", "wrong"})
-    assert list(entry["wrong"]) == [OURS]
-    assert "of its change from that of flags" in entry["wrong"][OURS]
-    assert "no times, since the rivals do not train alike" in capsys.readouterr().out
+    entry = results["results"][KEY]
+    assert entry["seconds"] == {}
+    assert list(entry["left_out"]) == [OURS]
+    assert "of its change from that of flags" in entry["left_out"][OURS]
+    assert f"{KEY}: {OURS}: " in capsys.readouterr().out
 
 
 def test_a_rival_that_fails_is_refused(monkeypatch, tmp_path):
@@ -169,9 +160,9 @@ def test_flags_follow_the_schedule():
 def test_losses_that_differ_in_the_timed_run_are_told(off):
     good, bad = RunTimes(losses=[2.0, 1.9, 1.8]), RunTimes(losses=[2.0, 1.9 + off, 1.8 + off])
     near = RunTimes(losses=[2.0, 1.91, 1.7])  # one that is off is no more than rounding can do
-    keys = [(BASELINE, 0.5), (BEST_TORCH, 0.5), (FLAGS, 0.5), (OURS, 0.5)]
-    runs = [dict(zip(keys, row, strict=True)) for row in ([good] * 4, [good, bad, good, near])]
-    assert list(training.disagreements(runs)) == [f"{BEST_TORCH}, t_0=0.5"]
+    names = [BASELINE, BEST_TORCH, FLAGS, OURS]
+    runs = [dict(zip(names, row, strict=True)) for row in ([good] * 4, [good, bad, good, near])]
+    assert list(training.disagreements(runs)) == [BEST_TORCH]
 
 
 def test_rivals_take_turns_on_the_same_batches():
@@ -185,7 +176,7 @@ def test_rivals_take_turns_on_the_same_batches():
 
         def step(self, images, labels, ids):
             log.append((self.name, tuple(ids.tolist())))
-            return 0.0
+            return torch.zeros(())
 
     makes = {name: lambda name=name: Logged(name) for name in "ab"}
     times = take_turns(makes, task, first=1, slice_steps=2)
@@ -198,32 +189,20 @@ def test_rivals_take_turns_on_the_same_batches():
         assert sorted(epoch.tolist()) == list(range(8))
 
 
-def test_what_a_stage_costs():
-    frozen = [0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3]
-    seconds = [9.0, 5.0, 4.0, 8.0, 4.0, 3.0, 3.5, 1.0, 7.0, 6.0, 1.0, 2.0]
-    assert training.stages(frozen) == [range(3), range(3, 7), range(7, 9), range(9, 12)]
-    usual = [4.0] * 3 + [3.25] * 4 + [4.0] * 2 + [2.0] * 3
-    assert training.usual_seconds(seconds, frozen) == usual
-    assert training.recut_seconds(seconds, frozen) == [8 + 4 - 6.5, 6 + 1 - 4]
+def test_an_entry(monkeypatch):
+    def runs(second, prefix):
+        flags = RunTimes(4.0, [10.0] * 6, notes={"prefix_seconds": prefix})
+        return {BASELINE: RunTimes(0.0, [second] * 6), FLAGS: flags}
 
-
-def test_a_summary():
-    frozen = [0, 0, 1, 1, 1, 1]
-    baseline = [RunTimes(0.0, [10.0] * 6), RunTimes(0.0, [20.0] * 6)]
-    ours = [RunTimes(4.0, [10.0, 10.0, 18.0, 8.0, 5.0, 5.0])] * 2
-    summary = training.summarize({BASELINE: baseline, OURS: ours}, frozen)[OURS]
-    assert summary.total == training.Spread(60.0, 60.0, 60.0)
-    assert summary.saved == training.Spread(0.25, 0.0, 0.5)
-    assert summary.saved_of_best_torch is None
-    assert summary.once == 60 - (10 + 10 + 5 * 4)
-    assert summary.saved_in_a_long_run == pytest.approx(1 - 40 / 90)
-    assert summary.recuts == pytest.approx([(18 + 8 - 10) / 15])
-
-
-def test_the_limit_leaves_out_what_is_frozen():
-    runs = [RunTimes(1.0, [4.0, 3.0], notes={"prefix_seconds": p}) for p in (2.0, 3.0, 0.0)]
-    baseline = [RunTimes(0.0, [10.0])] * 3
-    assert training.limit(runs, baseline) == training.Spread(0.4, pytest.approx(0.2), 0.5)
+    rounds = [runs(10.0, 34.0), runs(20.0, 4.0)]
+    monkeypatch.setattr(training, "gate", lambda *_: {})
+    monkeypatch.setattr(training, "disagreements", lambda rounds: {})
+    monkeypatch.setattr(training, "take_turns", lambda makes, task, first: rounds[first])
+    task = Task.random(MODEL, 8, 4, epochs=3, image_size=8)
+    entry = training.entry_of(task, [BASELINE, FLAGS], 0.5, rounds=2)
+    assert entry["seconds"][BASELINE] == {"median": 90.0, "low": 60.0, "high": 120.0}
+    assert entry["seconds"][FLAGS] == {"median": 64.0, "low": 64.0, "high": 64.0}
+    assert entry["floor_s"] == 90 * 0.5  # half of torch's time in both rounds
 
 
 def test_flags_time_what_is_frozen():
@@ -242,10 +221,41 @@ def test_flags_time_what_is_frozen():
 def test_deviation_is_that_of_the_worst_tensor():
     task = Task.random(MODEL, 4, 4, epochs=1, image_size=8)
     a, b = (rivals.plain(task, 0.5) for _ in range(2))
-    start = task.build()
-    assert rivals.largest_deviation(a, b, start)[0] == 0
+    start = task.build().state_dict()
+    assert training.largest_deviation(a, b, start)[0] == 0
     b.step(*task.batch(0))
     a.step(*task.batch(0))
-    assert rivals.largest_deviation(a, b, start)[0] < 1e-6
+    assert training.largest_deviation(a, b, start)[0] < 1e-6
     a.model.head.layers[-1].bias.data += math.nan
-    assert rivals.largest_deviation(a, b, start) == (math.inf, "head.layers.2.bias")
+    assert training.largest_deviation(a, b, start) == (math.inf, "head.layers.2.bias")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "off", "error"),
+    [
+        pytest.param("bias", 6e-8, 6e-3, id="rounding of a gradient that is none"),
+        pytest.param("bias", 1e-5, 1.0, id="but not more"),
+        pytest.param("weight", 5e-4, 0.5, id="half of a usual change"),
+        pytest.param("frozen", 1e-12, math.inf, id="what truth left as it was"),
+        pytest.param("mean", 1e-7, 10.0, id="statistics"),
+    ],
+)
+def test_a_parameter_that_hardly_moves_is_judged_by_what_is_usual(tensor, off, error):
+    """Usual is 1e-3; the bias moves by 1e-7 for rounding's sake, and the statistics by 1e-8."""
+
+    def trained(**moved):
+        model = torch.nn.Module().double()
+        for name in ("weight", "other", "bias", "frozen"):
+            model.register_parameter(
+                name, torch.nn.Parameter(torch.full((4,), moved.get(name, 0.0)))
+            )
+        model.register_buffer("mean", torch.full((4,), moved.get("mean", 0.0)))
+        return Training(model.double(), None, None)
+
+    moved = {"weight": 1e-3, "other": 1e-3, "bias": 1e-7, "mean": 1e-8}
+    truth, start = trained(**moved), trained().model.state_dict()
+    found = trained(**{**moved, tensor: moved.get(tensor, 0.0) + off})
+    assert training.largest_deviation(found, truth, start) == (
+        pytest.approx(error, rel=1e-3),
+        tensor,
+    )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,7 +76,7 @@ def whole(monkeypatch):
         monkeypatch.setattr(module, "load", lambda name: QUESTION)
     runs, costs = [], []
     passes.errors(PART, runs, Toys(), lambda: None)
-    monkeypatch.setattr(passes, "CpuTime", lambda: SimpleNamespace(others=lambda: 0.0))
+    monkeypatch.setattr(passes, "share_of_others", lambda before, now: 0.0)
     passes.costs(PART, runs, costs, record, lambda: None)
     return {"worth": "finetune-text", "runs": runs, "costs": costs}
 
@@ -117,14 +115,18 @@ def test_costs_take_turns_and_count_only_alone(whole, capsys, monkeypatch):
     found = [(c["method"], c["epochs"], c["seed"]) for c in whole["costs"]]
     once = [("plain", n, 0) for n in (1, 2, 4)] + [("ours", n, 0) for n in (2, 4)]
     assert found == passes.ROUNDS * once
-    for seconds, thrown in ((6.0, 15), (4.0, 0)):
-        times = itertools.count(step=100.0)
-        monkeypatch.setattr(passes.time, "monotonic", lambda times=times: next(times))
-        monkeypatch.setattr(passes, "CpuTime", lambda s=seconds: SimpleNamespace(others=lambda: s))
+    for share, thrown in ((0.06, 15), (0.04, 0)):
+        monkeypatch.setattr(passes, "share_of_others", lambda before, now, share=share: share)
         costs = []
         assert passes.costs(PART, whole["runs"], costs, record, lambda: None) == thrown
         assert len(costs) == 15 - thrown
     assert "thrown away, as others took 6%" in capsys.readouterr().out
+
+
+def test_what_others_took_of_the_processors(monkeypatch):
+    monkeypatch.setattr(passes.os, "sched_getaffinity", lambda pid: {0, 1})
+    assert passes.share_of_others((0.0, 1.0, 10.0), (10.0, 5.0, 15.0)) == (5 - 4) / 20
+    assert passes.share_of_others((0.0, 1.0, None), (10.0, 5.0, None)) == 0.0
 
 
 def test_saved_is_against_the_cheapest_rival_at_the_mark(whole):
@@ -161,6 +163,7 @@ def test_seconds_are_scaled_by_the_macs_of_the_seeds(whole):
 def test_the_page_has_what_there_are_data_of(whole, tmp_path, monkeypatch):
     page.write(tmp_path, tmp_path)
     assert not list(tmp_path.iterdir())
+    whole["command"] = "python -m benchmarks.worth finetune-text --out=x"
     whole["machine"] = {"cpu": "CPU", "threads": 1, "torch": "2", "python": "3", "fastfreeze": "0"}
     monkeypatch.setattr(
         page, "read_json", lambda path: whole if path == Path("worth-finetune-text.json") else {}
@@ -185,7 +188,7 @@ def test_macs_of_frozen_and_kept_layers(frozen, hits, macs):
     model = nn.Sequential(*(nn.Linear(a, b) for a, b in ((2, 3), (3, 3), (3, 1))))
     for i in frozen:
         model[i].requires_grad_(False)
-    meter = Meter(model)
+    meter = Meter(model, lambda x: (x,))
     for found in (0, hits):
         meter.add(torch.zeros(4, 2))
         meter.found(hits=found)
@@ -194,7 +197,7 @@ def test_macs_of_frozen_and_kept_layers(frozen, hits, macs):
 
 def test_what_is_carried_on_saves_what_was_frozen_before():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 1))
-    meter, costs = Meter(model), []
+    meter, costs = Meter(model, lambda x: (x,)), []
     for frozen, advanced in (([], 0), ([0], 0), ([0, 1], 1)):
         for i, layer in enumerate(model):
             layer.requires_grad_(i not in frozen)
@@ -207,6 +210,6 @@ def test_what_is_carried_on_saves_what_was_frozen_before():
 
 def test_judged():
     logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    found = judged(lambda x: x, logits, torch.tensor([0, 1, 1]), size=2)
-    assert found["error"] == pytest.approx(1 / 3)
-    assert found["nll"] == pytest.approx((2 * math.log1p(math.exp(-1)) + math.log1p(math.e)) / 3)
+    found = judged(lambda x: x, {"a_": (logits, torch.tensor([0, 1, 1]))}, size=2)
+    assert found["a_error"] == pytest.approx(1 / 3)
+    assert found["a_nll"] == pytest.approx((2 * math.log1p(math.exp(-1)) + math.log1p(math.e)) / 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 pytest.importorskip("benchmarks.worth", reason="tests run outside the source tree")
 import fastfreeze
-from benchmarks.worth.finetuning import FineTask, methods, trained_and_judged
+from benchmarks.worth.finetuning import FineTask, methods
+from benchmarks.worth.training import record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPOCHS, STEPS, WIDTH = 2, 4, 8
@@ -18,26 +20,19 @@ METHODS = methods((0.1,))
 HEAD = 3
 
 
-class Toy:
+class Toy(FineTask):
     """Four stages of one size."""
 
-    layout = torch.contiguous_format
     half, last_block = 2, 2
     optimizer = staticmethod(partial(torch.optim.SGD, momentum=0.9))
     ours = staticmethod(partial(fastfreeze.SGD, momentum=0.9))
 
-    def build(self):
+    def pretrained(self):
         body = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(HEAD)]
         return nn.Sequential(*body, nn.Linear(WIDTH, WIDTH))
 
     def stages(self, model):
         return list(model)
-
-    def arguments(self, x):
-        return (x,)
-
-    def logits(self, output):
-        return output
 
     def features(self, model, x):
         return model[:-1](x)
@@ -51,9 +46,8 @@ def toy_task():
     count = 8
     x = torch.randn(count, WIDTH, generator=generator)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(EPOCHS)])
-    return FineTask(
-        "toy", x, x.argmax(1), order.view(EPOCHS * STEPS, -1), lr=0.1, network=Toy(), epochs=EPOCHS
-    )
+    order = order.view(EPOCHS * STEPS, -1)
+    return Toy("toy", x, x.argmax(1), order, lr=0.1, weights=Path(), epochs=EPOCHS)
 
 
 def first_that_trains(training):
@@ -100,7 +94,7 @@ def test_a_record_has_all_that_the_answer_needs():
     task = toy_task()
     sets = {"": (task.images, task.labels), "validation_": (task.images[:3], task.labels[:3])}
     kept, hand = (
-        trained_and_judged(METHODS[name], task, True, sets)
+        record(METHODS[name], task, True, sets)
         for name in ("half frozen, kept", "half frozen by hand")
     )
     product = WIDTH * WIDTH  # MACs of a stage: four forward, three backward

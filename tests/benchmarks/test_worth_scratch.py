@@ -173,7 +173,7 @@ def test_members_share_what_is_frozen(few, tmp_path, name, monkeypatch):
     assert shared == SHARED[name]
     assert len({tuple(state[last].tolist()) for state in states}) == len(states)
     record = ensembles.run(asked, tmp_path, True)
-    predict = ensembles.loop(few.task(MODEL, 1, 0, 0.1).build(), states)
+    predict = ensembles.loop_of(few.task(MODEL, 1, 0, 0.1).build(), states)
     expected = predict(few.test[0])
     assert record["error"] == (expected.argmax(1) != few.test[1]).double().mean()
     assert record["nll"] == pytest.approx(
