@@ -320,6 +320,40 @@ class WritesToShared(nn.Module):
         return self.c(y) + view
 
 
+class Scale(nn.Module):
+    """Writes to its input without saying so."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return x.mul_(self.weight)
+
+
+class WritesInAModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 3), Scale(), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+class NoisyModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.noise, self.b = nn.Linear(3, 64), Noise(), nn.Linear(64, 2)
+
+    def forward(self, x):
+        return self.b(self.noise(self.a(x)))
+
+
 class Noisy(nn.Module):
     def __init__(self):
         super().__init__()
@@ -350,8 +384,9 @@ class Branching(nn.Module):
         return y if y.sum() > 0 else -y
 
 
-def test_a_shared_value_that_one_member_writes_to():
-    ensemble = SnapshotEnsemble(WritesToShared(), chain(WritesToShared, ("a", "c"), 3))
+@pytest.mark.parametrize("make", [WritesToShared, WritesInAModule])
+def test_a_shared_value_that_one_member_writes_to(make):
+    ensemble = SnapshotEnsemble(make(), chain(make, ("a", "c"), 3))
     assert_right(ensemble, torch.randn(4, 3))
     assert "one graph" in ensemble.plan
 
@@ -379,8 +414,9 @@ def test_what_cannot_be_one_graph_runs_as_a_loop(make, reason):
         assert re.search(reason, ensemble.plan), ensemble.plan
 
 
-def test_members_draw_numbers_of_their_own():
-    ensemble = SnapshotEnsemble(Noisy(), chain(Noisy, ("",), 2))
+@pytest.mark.parametrize("make", [Noisy, NoisyModule])
+def test_members_draw_numbers_of_their_own(make):
+    ensemble = SnapshotEnsemble(make(), chain(make, ("",), 2))
     x = torch.randn(4, 3)
     for fold in (True, False):
         ensemble.fold = fold
