@@ -60,25 +60,23 @@ class FeatureCache:
 
     What the rest of the model reads of them is kept for each sample and view, and taken from there
     when the sample comes again. Nothing need be said about where the frozen part ends: it is what
-    was read in the last step. When more is frozen, what was kept is carried on from the old values
-    to the new ones as the samples come; when frozen weights or what modules hold change (a thaw,
-    ``load_state_dict``), it is computed anew. Kept rows are compared with a digest of all tensors
-    that go into the frozen modules, masks too.
+    was read in the last step. When more is frozen, the new values are computed from the kept ones
+    as the samples come. When weights or anything else that frozen modules hold has changed, they
+    are computed anew. Kept rows are compared with a digest of all tensors that go into the frozen
+    modules, masks too: if a sample comes with other inputs than before, the data set is not
+    deterministic, and the cache does without for good. With random augmentation, see
+    :class:`~fastfreeze.RepeatableViews`.
 
-    The model sees the same bits as without the cache (with ``dtype``, the same but for that
-    rounding): what may differ is compared first. That is whether a row depends on the others,
-    whether carrying on gives what computing from the inputs gives, once for each pair, and the
-    first two batches that are found whole, and the first of another size. Where bits differ the
-    cache does without.
+    The model sees the same bits as without the cache; with ``dtype``, the same but for that
+    rounding. These are compared first: rows in a batch of others, and of another size; new values
+    that are computed from kept ones; and the first two batches that are found whole. Where bits
+    differ the cache does without.
 
-    A frozen module is called where the model calls it, not put off, if a tensor that goes in
-    requires grad, if something in it has hooks, draws random numbers, writes to its input or to
-    what it holds, gives anything but tensors and None, or asks what values are (``.item()``,
-    ``nonzero()``); if it holds something whose content cannot be seen, such as a generator, a lock
-    or a module outside of it; or in inference mode. What is in it may be put off all the same.
-
-    It does without for good when a sample comes with other inputs than before: the data set is then
-    not deterministic. With random augmentation, see :class:`~fastfreeze.RepeatableViews`.
+    A frozen module runs where the model calls it, and nothing of it is kept, in inference mode; if
+    a tensor that goes in requires grad; if something in it has hooks, draws random numbers, writes
+    to its input or to what it holds, gives anything but tensors and None, or asks what values are
+    (``.item()``, ``nonzero()``); or if the content of what it holds cannot be seen, such as a
+    generator, a lock or a module outside of it. What is in it may be kept all the same.
 
     Args:
         network: made by :func:`fastfreeze.trim`.

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfreeze.files import FileLock, lock_file
+from fastfreeze.files import lock_file
 from fastfreeze.trimming.bits import hash_rows
 
 _VERSION = 5
@@ -66,7 +66,8 @@ class Stores:
             raise RuntimeError(f"{path} is in use by another process") from error
         if not lock.mutex.acquire(blocking=False):
             raise RuntimeError(f"{path} is in use by another cache of this process")
-        self._unlock = weakref.finalize(self, _release, lock)
+        # It holds the lock, which would else be let go of.
+        self._unlock = weakref.finalize(self, lambda lock: lock.mutex.release(), lock)
 
     def open(self, name: str, column: Column) -> RowStore:
         """The store ``name``, 32 hexadecimal digits, with what an earlier process has left there.
@@ -90,7 +91,10 @@ class Stores:
     def room(self, wanted: int) -> int:
         """Bytes that are left, ``wanted`` if that is possible without deleting open stores."""
         left = self._max_bytes - sum(store.nbytes for store in self._open.values())
-        others = self._others()
+        paths = [] if self._path is None else list(self._path.iterdir())
+        names = {f"{name}.rows" for name in self._open}
+        unused = [p for p in paths if _STORE.fullmatch(p.name) and p.name not in names]
+        others = {p: found for p in unused if stat.S_ISREG((found := p.lstat()).st_mode)}
         left -= sum(found.st_size for found in others.values())
         for path in sorted(others, key=lambda path: others[path].st_mtime):
             if left >= wanted:
@@ -103,18 +107,6 @@ class Stores:
         """Let go of memory and files; the files stay."""
         self._open.clear()
         self._unlock()
-
-    def _others(self) -> dict[Path, os.stat_result]:
-        if self._path is None:
-            return {}
-        names = {f"{name}.rows" for name in self._open}
-        paths = [p for p in self._path.iterdir() if _STORE.fullmatch(p.name)]
-        found = {path: path.lstat() for path in paths if path.name not in names}
-        return {path: s for path, s in found.items() if stat.S_ISREG(s.st_mode)}
-
-
-def _release(lock: FileLock) -> None:
-    lock.mutex.release()
 
 
 class RowStore:
