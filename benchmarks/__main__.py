@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = {**machine(arguments.device), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
     results = begun(facts, "benchmarks", argv)
     if arguments.go_on and arguments.out:
-        results["results"] = read_json(arguments.out).get("results", {})
+        results |= read_json(arguments.out)
     for name, make in arguments.cases.items():
         if name in results["results"]:
             continue
