@@ -229,7 +229,9 @@ class Keeper:
             if outcome is None:
                 return result
             values = tree_leaves(result)
-        nodes = [self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        nodes: list[Any] = [
+            self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
         behind = [node for node in nodes if isinstance(node, (CallNode, Outer))]
         keys, idents = tuple([n.key for n in behind]), tuple([n.ident for n in behind])
         key, ident = _names_of(given, held[1], keys, idents, len(self._samples))
