@@ -61,13 +61,14 @@ class Call:
                     stack.enter_context(torch.autocast(device, dtype, enabled))
             outputs, spec = tree_flatten(self.function(*args, **kwargs))
         outputs, expected = [settle(value) for value in outputs], self.expected
-        expected.repeats = spec == expected.spec and all(
+        repeats = spec == expected.spec and all(
             value is values[meta]
             if isinstance(meta, int)
             else meta == meta_of(value) and (value is None or not value.requires_grad)
             for meta, value in zip(expected.metas, outputs, strict=True)
         )
-        if not expected.repeats:
+        if not repeats:
+            expected.repeats = False
             raise TooLateError
         return outputs
 

@@ -133,7 +133,7 @@ class Kept:
 
     def carried_on(self, chain: Chain, rows: Sequence[int], given: dict[str, Tensor]) -> Tensor:
         """The rows that a chain gives for a batch of some samples, from given values of these."""
-        return self.form.flat(chain.compute(rows, given), len(rows))
+        return self.form.flat(chain.compute(rows, given=given), len(rows))
 
 
 def first_rows(chain: Chain, dtype: torch.dtype | None) -> tuple[Form, Tensor]:

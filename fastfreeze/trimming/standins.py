@@ -74,6 +74,7 @@ class Frozen:
         frozen = set(self.modules)
         self.names = {m: n for n, m in model.named_modules() if m in frozen}
         self.folds = fold and any(map(_may_fold, self.modules))
+        self._own = [vars(m) for m in self.modules]
         self._kinds = set(map(type, self.modules))
         self._forwards = self._read_forwards()
         compiled: list[StandIn] = [_Compiled(m) for m in modules if _is_compiled(m)]
@@ -103,7 +104,7 @@ class Frozen:
 
     def _read_forwards(self) -> Any:
         """Those that modules have of their own, their classes, and what these have."""
-        own = [vars(m).get("forward") for m in self.modules]
+        own = [d.get("forward") for d in self._own]
         of_kinds = [getattr(kind, "forward", None) for kind in self._kinds]  # not TorchScript's
         return own, list(map(type, self.modules)), of_kinds
 
