@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -58,17 +58,3 @@ def is_run_again(outermost: CodeType) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-class Watch:
-    """Notices entries of dictionaries that were added, removed or rebound."""
-
-    def __init__(self, live: Sequence[dict[Any, Any]]) -> None:
-        self._live = list(live)
-        self._seen = [dict(d) for d in live]
-
-    def changed(self) -> bool:
-        try:
-            return self._live != self._seen  # identical values are not compared further
-        except (RuntimeError, TypeError, ValueError):  # two tensors or arrays have no single truth
-            return True
