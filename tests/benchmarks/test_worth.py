@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("benchmarks.worth", reason="tests run outside the source tree")
+from benchmarks.worth import __main__ as command
 from benchmarks.worth import answer as answers
 from benchmarks.worth import page, passes
 from benchmarks.worth.question import Method, Part, Question, Run
@@ -109,6 +112,20 @@ def test_what_is_there_is_not_run_again_and_what_fails_is_told(capsys):
     assert passes.errors(PART, runs, Toys(fails=("ours",)), lambda: None) == 2
     assert {r["method"] for r in runs} == {"plain"}
     assert "ImportError: no peft" in capsys.readouterr().out
+
+
+def test_the_command_goes_on_where_its_file_ends(tmp_path, monkeypatch, capsys):
+    for module in (command, answers):
+        monkeypatch.setattr(module, "load", lambda name: QUESTION)
+    out = tmp_path / "worth-scratch.json"
+    for begun in (7, 0):  # four that choose rates, and three more budgets
+        toys = Toys()
+        monkeypatch.setattr(command, "Children", lambda *_, toys=toys: nullcontext(toys))
+        assert command.main(["scratch", "--errors", "--seeds=1", f"--out={out}"]) == 0
+        assert len(toys.begun) == begun
+        assert "### toy" in capsys.readouterr().out
+    results = json.loads(out.read_text())
+    assert (results["worth"], len(results["runs"]), results["costs"]) == ("scratch", 7, [])
 
 
 def test_costs_take_turns_and_count_only_alone(whole, capsys, monkeypatch):
