@@ -38,7 +38,7 @@ class Finite(click.FloatRange):
         return number
 
 
-class _Methods(click.ParamType):
+class _Methods(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     """Names of methods, with commas between; each once."""
 
     name = "text"
