@@ -38,7 +38,7 @@ class Finite(click.FloatRange):
         return number
 
 
-class _Methods(click.ParamType):  # type: ignore[type-arg]
+class _Methods(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     """Names of methods, with commas between; each once."""
 
     name = "text"
@@ -95,11 +95,12 @@ def _resumed(ctx: click.Context, param: click.Parameter, path: Path | None) -> R
     if run.command != command:
         raise RecipeError(f"{path} is of another command: fastfreeze {run.command} --resume")
     for parameter in ctx.command.params:
+        name = str(parameter.name)
         try:
-            if parameter.name in run.arguments:
-                parameter.process_value(ctx, run.arguments[parameter.name])
+            if name in run.arguments:
+                parameter.process_value(ctx, run.arguments[name])
         except click.BadParameter as error:
-            text = f"{path}/config.json is damaged: {parameter.name}: {error.message}"
+            text = f"{path}/config.json is damaged: {name}: {error.message}"
             raise RecipeError(text) from error
     ctx.default_map = {**run.arguments, "data_dir": run.data_dir}
     return run

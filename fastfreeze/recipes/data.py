@@ -143,7 +143,8 @@ class ImageData:
             *([v2.RandomHorizontalFlip()] if self.flip else []),
             *([v2.ColorJitter(0.4, 0.4, 0.4)] if self.colours else []),
         ]
-        return v2.Compose(parts) if parts else None
+        vary: Callable[[Tensor], Tensor] | None = v2.Compose(parts) if parts else None
+        return vary
 
     def test_batches(
         self, batch_size: int, device: torch.device
