@@ -212,10 +212,7 @@ def arguments_of(plan: DevicePlan) -> dict[str, dict]:
     expected = {name: table.data_ptr() for name, table in tables.items()}
     expected |= {"eta_min": 0.1, "warmup_steps": 7.0, "num_runs": len(plan.runs), "num_tensors": 2}
     return {
-        name: {
-            "expected": expected | {"track": int(name == "tracks" or plan.rule.counts)},
-            **launch,
-        }
+        name: {"expected": expected | {"track": int(name == "tracks")}, **launch}
         for name, launch in zip(("step", "tracks"), driver.active.launched, strict=True)
     }
 
