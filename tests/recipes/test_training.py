@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import time
 from contextlib import nullcontext
@@ -17,7 +18,6 @@ from fastfreeze.recipes import runs
 from fastfreeze.recipes import tables as tables_module
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError
-from fastfreeze.recipes.images import MemoryImages
 from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import METHOD_NAMES
@@ -27,7 +27,7 @@ from fastfreeze.recipes.train import TrainConfig
 from fastfreeze.recipes.training import plain_sgd, predict, set_up, train_epoch
 from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, from_config
 from fastfreeze.snapshots import SnapshotStore
-from tests.killed import untimed
+from tests.commands import TINY, Killed, assert_same_lines, ran, tiny_data
 
 CPU = torch.device("cpu")
 
@@ -35,51 +35,21 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def small_images(count):
-    """Bright on the left, or on the right: two classes that a few steps can tell apart."""
-    generator = torch.Generator().manual_seed(count)
-    pixels = torch.randint(0, 100, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(count) % 2
-    pixels[labels == 0, :, :, :4] += 100
-    pixels[labels == 1, :, :, 4:] += 100
-    return MemoryImages(pixels, labels)
-
-
 @pytest.fixture(scope="module")
 def data():
-    half = torch.tensor([0.4])
-    return ImageData(small_images(20), small_images(12), half, half, 2, pad=1, flip=False)
+    return tiny_data(20, 12)
 
 
-CONFIG = TrainConfig(
-    methods=METHOD_NAMES,
-    data="mnist5k",
-    image_size=8,
-    model="resnet8-w4",
-    epochs=4,
-    batch_size=8,
-    lr=0.05,
-    t_0=0.5,
-    how_scale="cubic",
-    cycles=3,
-    composition="sticky",
-    last_k=1,
-    seed=3,
-    seeds=1,
-    device="cpu",
-    threads=1,
-)
+CONFIG = TrainConfig(**TINY)
 TOTAL_STEPS = 12
 
 
-def create(path, config):
-    return RunDir.create(path, describe("train", dataclasses.asdict(config), None))
+def train(path, data, say=lambda line: None, **changes):
+    return ran(path, data, dataclasses.replace(CONFIG, **changes), say=say)[0]
 
 
-def train(path, data, config=CONFIG, say=lambda line: None):
-    run = RunDir.open(path) if (path / "config.json").exists() else create(path, config)
-    config.run(data, run, say, quiet=True)
-    return run
+def network():
+    return build_model("resnet8-w4", num_classes=2, in_channels=1)
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +57,16 @@ def finished(tmp_path_factory, data):
     return train(tmp_path_factory.mktemp("runs") / "run", data)
 
 
+def result_for(run, method):
+    return next(r for r in run.results() if r["method"] == method)
+
+
 def weights(run, name):
     return run.load_checkpoint(name)["model"]
 
 
 def assert_same_run(found, expected):
-    assert untimed(found.results()) == untimed(expected.results())
-    assert untimed(found.metrics()) == untimed(expected.metrics())
+    assert_same_lines(found, expected)
     for method in METHOD_NAMES:
         name = f"{method}-seed3"
         a, b = found.load_checkpoint(name), expected.load_checkpoint(name)
@@ -110,8 +83,8 @@ def assert_same_run(found, expected):
 
 def test_plain_sgd_is_torchs_with_the_cosine(data):
     torch.manual_seed(0)
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
-    twin = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    model = network()
+    twin = network()
     twin.load_state_dict(model.state_dict())
     schedule = Cosine(3)
     train_epoch(plain_sgd(model, schedule, 0.1), data.train_batches(0, 0, 8, CPU), CPU, int)
@@ -127,7 +100,7 @@ def test_plain_sgd_is_torchs_with_the_cosine(data):
 
 
 def test_frozen_layers_stay_as_they_are(data):
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    model = network()
     schedule = FreezeOut(TOTAL_STEPS, t_0=0.5)
     setup = set_up(model, schedule, 0.05, data.example(CPU))
     seen = []
@@ -154,7 +127,7 @@ FINE = {"warm": {"warmup_steps": 4}, "by layer": {"layer_decay": 0.5}, "floor": 
 @pytest.mark.parametrize("options", FINE.values(), ids=FINE)
 def test_a_setup_follows_all_of_its_schedule(data, options):
     schedule = Cosine(TOTAL_STEPS, **options)
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    model = network()
     setup = set_up(model, schedule, 0.05, data.example(CPU))
     train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
     groups = setup.optimizer.param_groups
@@ -163,7 +136,7 @@ def test_a_setup_follows_all_of_its_schedule(data, options):
 
 
 def test_losses_and_times_are_those_of_each_step(data):
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    model = network()
     setup = set_up(model, SnapshotCycles(TOTAL_STEPS, num_cycles=2), 0.05, None)
     first, _ = next(iter(data.train_batches(0, 0, 8, CPU))), None
     expected = F.cross_entropy(model(first[0]), first[1]).item()
@@ -202,10 +175,10 @@ def test_norms_see_the_batches_until_they_freeze(finished, method, trained):
 
 @pytest.mark.parametrize("method", ["freezeout", "both"])
 def test_removed_backward_is_what_the_plan_predicts(finished, data, method):
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    model = network()
     schedule = CONFIG.schedule(method, TOTAL_STEPS)
     plan = split(model, data.example(CPU), schedule=schedule)
-    result = next(r for r in finished.results() if r["method"] == method)
+    result = result_for(finished, method)
     assert result["backward_removed"] == pytest.approx(plan.backward_saving)
 
 
@@ -215,13 +188,13 @@ def test_ensemble_is_of_all_snapshots(finished, data, method):
     store = SnapshotStore(finished.snapshots(name))
     states = [store.load(snapshot) for snapshot in store]
     torch.testing.assert_close(states[-1], weights(finished, name), rtol=0, atol=0)
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    model = network()
     probabilities = []
     for state in states:
         model.load_state_dict(state)
         probabilities.append(predict(model, data, CPU).softmax(1))
     mean = torch.stack(probabilities).mean(0)
-    result = next(r for r in finished.results() if r["method"] == method)
+    result = result_for(finished, method)
     labels = data.test.labels
     assert result["ensemble_error"] == (mean.argmax(1) != labels).double().mean().item()
     assert result["nll"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-4)
@@ -236,7 +209,7 @@ def test_members_are_told(finished, data, method):
         line.split("  ")[0]: line.split() for line in lines if line.startswith(("member", "ens"))
     }
     assert list(rows) == [*(f"member {m}" for m in range(len(store))), "ensemble"]
-    result = next(r for r in finished.results() if r["method"] == method)
+    result = result_for(finished, method)
     assert rows["ensemble"][1] == f"{100 * result['ensemble_error']:.2f}"
     assert float(rows["ensemble"][2]) == pytest.approx(result["nll"], abs=1e-4)
     assert float(rows[f"member {len(store) - 1}"][2]) == pytest.approx(
@@ -260,7 +233,7 @@ def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch)
         return batches(self, seed, epoch, *rest)
 
     monkeypatch.setattr(ImageData, "train_batches", recorded)
-    train(tmp_path / "run", data, dataclasses.replace(CONFIG, methods=("sgd",), seeds=2))
+    train(tmp_path / "run", data, methods=("sgd",), seeds=2)
     assert asked == [(seed, epoch) for seed in (3, 4) for epoch in range(4)]
 
 
@@ -289,23 +262,14 @@ def test_metrics_tell_schedules_layers_and_freezes(finished):
 
 
 def test_thawing_layers_are_told(tmp_path, data):
-    config = dataclasses.replace(CONFIG, methods=("both",), composition="thaw", cycles=2)
-    lines = train(tmp_path / "run", data, config).metrics()
-    assert [line["step"] for line in lines if line["event"] == "thaw"] == [6]
-    assert next(line["layers"] for line in lines if line["event"] == "thaw") == [0, 1, 2, 3]
+    changes = {"methods": ("both",), "composition": "thaw", "cycles": 2}
+    lines = train(tmp_path / "run", data, **changes).metrics()
+    thaws = [(line["step"], line["layers"]) for line in lines if line["event"] == "thaw"]
+    assert thaws == [(6, [0, 1, 2, 3])]
 
 
-class Killed(BaseException):
-    """Nothing may catch this."""
-
-
-@pytest.mark.parametrize(
-    "completed",
-    [
-        pytest.param(n, marks=[] if n in (1, 31, 61) else [pytest.mark.slow])
-        for n in range(1, 62, 6)
-    ],
-)
+@pytest.mark.train
+@pytest.mark.parametrize("completed", range(1, 62, 6))
 def test_resumes_bit_identical_after_a_crash_between_any_writes(
     tmp_path, monkeypatch, data, finished, completed
 ):
@@ -336,7 +300,7 @@ def test_resumes_bit_identical_after_a_crash_between_any_writes(
 
 def test_snapshots_after_the_checkpoint_are_taken_again(tmp_path, monkeypatch, data):
     """They are this run's own: nothing is warned of, and no ensemble has them twice."""
-    config = dataclasses.replace(CONFIG, methods=("snapshot",), epochs=1, cycles=3)
+    changes = {"methods": ("snapshot",), "epochs": 1, "cycles": 3}
 
     def killed(*_):
         raise Killed
@@ -344,15 +308,15 @@ def test_snapshots_after_the_checkpoint_are_taken_again(tmp_path, monkeypatch, d
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "save_checkpoint", killed)
         with pytest.raises(Killed):
-            train(tmp_path / "run", data, config)
+            train(tmp_path / "run", data, **changes)
     store = SnapshotStore(RunDir.open(tmp_path / "run").snapshots("snapshot-seed3"))
     before = [(s.step, s.sha256) for s in store]
     assert len(before) == 3
-    train(tmp_path / "run", data, config)
+    train(tmp_path / "run", data, **changes)
     assert [(s.step, s.sha256) for s in store] == before
 
 
-def test_finished_methods_are_not_run_again(finished, data, tmp_path):
+def test_finished_methods_are_not_run_again(finished, data):
     said = []
     before = finished.results()
     train(finished.path, data, say=said.append)
@@ -362,15 +326,12 @@ def test_finished_methods_are_not_run_again(finished, data, tmp_path):
 
 def test_without_a_terminal_each_tenth_of_a_training_is_told(tmp_path, data):
     said = []
-    config = dataclasses.replace(CONFIG, methods=("sgd",), epochs=25, cycles=1)
-    train(tmp_path / "run", data, config, say=said.append)
+    train(tmp_path / "run", data, said.append, methods=("sgd",), epochs=25, cycles=1)
     tenths = [line.partition(", ")[0] for line in said[:-1]]
     assert tenths == [f"sgd-seed3: epoch {n} of 25" for n in (3, 5, 8, 10, 13, 15, 18, 20, 23)]
 
 
 def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
-    config = dataclasses.replace(CONFIG, methods=("sgd",))
-    run = create(tmp_path / "run", config)
     saved = RunDir.save_checkpoint
 
     def save_and_die(self, name, state):
@@ -380,21 +341,16 @@ def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "save_checkpoint", save_and_die)
         with pytest.raises(Killed):
-            config.run(data, run, lambda line: None, quiet=True)
-    [result] = train(run.path, data, config).results()
+            train(tmp_path / "run", data, methods=("sgd",))
+    [result] = train(tmp_path / "run", data, methods=("sgd",)).results()
     assert 1000 < result["seconds"] < 1100
     assert result["peak_memory_mb"] == 1e6
 
 
 def test_seeds_differ_and_table_averages(tmp_path, data):
-    config = dataclasses.replace(CONFIG, methods=("sgd", "snapshot"), seeds=2)
-    run = train(tmp_path / "run", data, config)
-    assert [(r["method"], r["seed"]) for r in run.results()] == [
-        ("sgd", 3),
-        ("snapshot", 3),
-        ("sgd", 4),
-        ("snapshot", 4),
-    ]
+    run = train(tmp_path / "run", data, methods=("sgd", "snapshot"), seeds=2)
+    order = [(r["method"], r["seed"]) for r in run.results()]
+    assert order == [("sgd", 3), ("snapshot", 3), ("sgd", 4), ("snapshot", 4)]
     assert run.results()[0]["nll"] != run.results()[2]["nll"]
     table = (run.path / "table.txt").read_text()
     assert "±" in table
@@ -403,11 +359,9 @@ def test_seeds_differ_and_table_averages(tmp_path, data):
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_divergence_is_an_error(tmp_path, data, method):
-    config = dataclasses.replace(CONFIG, methods=(method,), lr=1e30)
-    with pytest.raises(
-        RecipeError, match=rf"{method}-seed3: .* at step \d+: a learning rate of 1e\+30"
-    ):
-        train(tmp_path / "run", data, config)
+    told = rf"{method}-seed3: .* at step \d+: a learning rate of 1e\+30"
+    with pytest.raises(RecipeError, match=told):
+        train(tmp_path / "run", data, methods=(method,), lr=1e30)
 
 
 @pytest.mark.parametrize(
@@ -443,18 +397,9 @@ def test_unknown_peak_memory_is_none(monkeypatch):
 
 
 def result_of(method, seed, seconds, error, ensemble_error=None):
-    return {
-        "method": method,
-        "seed": seed,
-        "error": error,
-        "ensemble_error": ensemble_error,
-        "nll": 0.5,
-        "ece": 0.01,
-        "seconds": seconds,
-        "cpu_seconds": 1.5 * seconds,
-        "backward_removed": 0.25,
-        "peak_memory_mb": None,
-    }
+    own = {"method": method, "seed": seed, "error": error, "ensemble_error": ensemble_error}
+    own |= {"seconds": seconds, "cpu_seconds": 1.5 * seconds}
+    return own | {"nll": 0.5, "ece": 0.01, "backward_removed": 0.25, "peak_memory_mb": None}
 
 
 def test_table():
@@ -482,69 +427,49 @@ def test_table():
     assert table.rows[1][-1] == "0.50x"
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"method": "sgd", "seed": 0}]'])
-def test_damaged_results(tmp_path, text):
-    run = RunDir.create(tmp_path / "run", {})
-    (run.path / "results.json").write_text(text)
-    with pytest.raises(RecipeError, match=r"results\.json"):
-        run.results()
+@pytest.fixture
+def run(tmp_path):
+    """A run directory before its first step."""
+    return RunDir.create(tmp_path / "run", {})
 
 
 LINE = '{"method": "sgd", "seed": 0, "step": 0}'
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "3",
-        '{"method": "sgd"}',
-        "[]",
-        "{",
-        "[" * 100_000,
-        LINE.replace("0}", '"0"}'),
-        LINE.replace("sgd", "../sgd"),
-        f"{LINE[:9]}\n{LINE}",
-    ],
-)
-def test_damaged_metrics(tmp_path, text):
-    run = RunDir.create(tmp_path / "run", {})
-    (run.path / "metrics.jsonl").write_text(f"{LINE}\n{text}\n")
-    with pytest.raises(RecipeError, match=r"metrics.jsonl is damaged: line 2 is"):
-        run.metrics()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
+NO_LINE = [
+    *("3", '{"method": "sgd"}', "[]", "{", "[" * 100_000),
+    *(LINE.replace("0}", '"0"}'), LINE.replace("sgd", "../sgd"), f"{LINE[:9]}\n{LINE}"),
+]
+DAMAGED = {
+    "results.json": ["{", "{}", "[1]", '[{"method": "sgd", "seed": 0}]'],
+    "metrics.jsonl": [f"{LINE}\n{text}\n" for text in NO_LINE],
+    "config.json": [
         *("{", "[]", "{}", '{"arguments": 3}', '{"arguments": {"seed": 0}}', "[" * 10**5),
         '{"arguments": {"model": "m", "data": "d", "seed": 0}}',
         '{"command": "train", "arguments": {"model": "m", "data": "d", "seed": 0}, "data_dir": 3}',
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name, texts in DAMAGED.items() for text in texts]
 )
-def test_damaged_config(tmp_path, text):
-    run = RunDir.create(tmp_path / "run", {})
-    (run.path / "config.json").write_text(text)
-    with pytest.raises(RecipeError, match=r"config\.json"):
-        RunDir.open(run.path)
+def test_damaged_files(run, name, text):
+    (run.path / name).write_text(text)
+    where = "metrics.jsonl is damaged: line 2 is" if name == "metrics.jsonl" else re.escape(name)
+    read = {"results.json": RunDir.results, "metrics.jsonl": RunDir.metrics}
+    with pytest.raises(RecipeError, match=where):
+        read.get(name, lambda run: RunDir.open(run.path))(run)
 
 
-def test_run_directory_is_not_overwritten(tmp_path):
+def test_run_directories_that_cannot_be_made(run, tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(RecipeError, match="exists: go on with --resume"):
-        RunDir.create(tmp_path, {})
-    RunDir.create(tmp_path / "new", {})
-    with pytest.raises(RecipeError, match="exists"):
-        RunDir.create(tmp_path / "new", {})
-
-
-def test_run_directory_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").touch()
+    for path in (tmp_path, run.path):
+        with pytest.raises(RecipeError, match="exists: go on with --resume"):
+            RunDir.create(path, {})
     with pytest.raises(RecipeError, match="cannot write to --run-dir"):
-        RunDir.create(tmp_path / "file" / "run", {})
+        RunDir.create(tmp_path / "notes.txt" / "run", {})
 
 
-def test_half_a_metrics_line_ends_the_metrics(tmp_path):
-    run = RunDir.create(tmp_path / "run", {})
+def test_half_a_metrics_line_ends_the_metrics(run):
     run.log({"method": "sgd", "seed": 0, "step": 0})
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"method": "sgd", "se')
@@ -552,8 +477,8 @@ def test_half_a_metrics_line_ends_the_metrics(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "checkpoints/sgd-seed0.pt"])
-def test_links_out_of_a_run_directory_are_not_followed(tmp_path, name):
-    run, outside = RunDir.create(tmp_path / "run", {}), tmp_path / "outside"
+def test_links_out_of_a_run_directory_are_not_followed(run, tmp_path, name):
+    outside = tmp_path / "outside"
     outside.write_text("[]")
     (run.path / name).symlink_to(outside)
     with pytest.raises(RecipeError, match="a symbolic link, which might lead anywhere, is not"):
@@ -563,8 +488,7 @@ def test_links_out_of_a_run_directory_are_not_followed(tmp_path, name):
     assert outside.read_text() == "[]"
 
 
-def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
-    run = RunDir.create(tmp_path / "run", {})
+def test_one_process_at_a_time_goes_on_with_a_run(run, tmp_path):
     left = [run.path / f".fastfreeze-{'0' * 16}.tmp", run.path / "checkpoints" / "x.pt"]
     for path in left:
         path.touch()
@@ -585,13 +509,9 @@ def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
     assert [path.exists() for path in left] == [False, True]
 
 
-def test_rewind_keeps_what_checkpoints_cover(tmp_path):
-    run = RunDir.create(tmp_path / "run", {})
-    lines = [
-        {"method": method, "seed": 0, "step": step}
-        for method in ("sgd", "both")
-        for step in (0, 5, 6)
-    ]
+def test_rewind_keeps_what_checkpoints_cover(run):
+    steps = [(method, step) for method in ("sgd", "both") for step in (0, 5, 6)]
+    lines = [{"method": method, "seed": 0, "step": step} for method, step in steps]
     for line in lines:
         run.log(line)
     run.save_checkpoint("sgd-seed0", {"step": 5})
@@ -599,12 +519,10 @@ def test_rewind_keeps_what_checkpoints_cover(tmp_path):
     assert run.metrics() == lines[:2]
 
 
-def test_damaged_checkpoint(tmp_path):
-    run = RunDir.create(tmp_path / "run", {})
+def test_damaged_checkpoint(run):
     run.save_checkpoint("sgd-seed0", {"step": 5})
     path = run.path / "checkpoints" / "sgd-seed0.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(
-        RecipeError, match=r"is no checkpoint of this run .*: remove it to train sgd-seed0 from"
-    ):
+    told = r"is no checkpoint of this run .*: remove it to train sgd-seed0 from"
+    with pytest.raises(RecipeError, match=told):
         run.load_checkpoint("sgd-seed0")
