@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 
 import hypothesis
 import pytest
@@ -55,6 +56,31 @@ def pytest_configure(config):
         interpreter.install()
         # NumPy's, where a GPU says nothing.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime")
+
+
+# Rooms and files of whose tables the plain run has a share, and the mark of what it leaves out.
+LONG_TABLES = {
+    **dict.fromkeys(["kernels", "optim"], "kernel"),
+    **dict.fromkeys(["layers", "ensemble", "trimming", "test_distributed"], "train"),
+}
+ALL_COMPILE = {"test_build", "test_export", "test_compiled", "test_compile_matrix", "test_launcher"}
+BACKENDS = {"reference", "cpu", "triton", "cuda"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """What CONTRIBUTING.md says of marks. A GPU is quick: with one, nothing is left out."""
+    rows = Counter()
+    for item in items if not HAS_GPU else ():
+        mark = LONG_TABLES.get(item.path.stem) or LONG_TABLES.get(item.path.parent.name)
+        if "compile" in item.originalname or item.path.stem in ALL_COMPILE:
+            item.add_marker("compile")
+        elif mark:
+            id_ = item.callspec.id if hasattr(item, "callspec") else ""
+            table = item.path, item.originalname, frozenset(BACKENDS.intersection(id_.split("-")))
+            if rows[table] % 11:
+                item.add_marker(mark)
+            rows[table] += 1
 
 
 def pytest_collection_finish():

@@ -510,7 +510,7 @@ def commands(group, before=""):
             yield from commands(command, f"{name} ")
 
 
-@pytest.mark.parametrize("command", commands(main))
+@pytest.mark.parametrize("command", list(commands(main)))
 def test_help_has_an_example(command):
     result = invoke(*command.split(), "--help")
     assert result.exit_code == 0
