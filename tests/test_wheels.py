@@ -53,6 +53,7 @@ def installed(wheels, monkeypatch, tmp_path):
         return folder / "bin/python"
 
     monkeypatch.setattr(wheels, "environment", environment)
+    monkeypatch.setattr(wheels, "WORKERS", ())
     monkeypatch.setattr(wheels, "call", said["calls"].append)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # pytest's, for that Python
     monkeypatch.setattr(wheels, "output", output)
