@@ -37,6 +37,7 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.train
 @needs_cpu_kernels
 def test_a_dry_run(tmp_path):
     options = ["--device=cpu", "--no-build", "--stages", "smoke", "tools"]

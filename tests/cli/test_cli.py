@@ -16,6 +16,8 @@ import torch
 import fastfreeze
 from fastfreeze.cli import main
 from fastfreeze.recipes.rundir import RunDir
+from fastfreeze.reproduction.papers import Row
+from fastfreeze.reproduction.reproduce import FreezeOutConfig
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles
 from tests.commands import assert_drawn, assert_same_lines, invoke, printed, why, write_pictures
 from tests.killed import untimed
@@ -320,14 +322,16 @@ def test_reproduce_list():
 
 
 @needs_mnist5k
-def test_reproduce(tmp_path):
+def test_reproduce(tmp_path, monkeypatch):
+    small = Row("small", "Small", "resnet8-w4", "mnist5k", 100, 8, 1)
+    monkeypatch.setattr(FreezeOutConfig, "rows", staticmethod(lambda: (small,)))
     run = tmp_path / "run"
-    row = ["--model=vgg16", "--dataset=mnist5k", "--scale=1e-9", "--test-images=10", "--threads=1"]
+    row = ["--model=small", "--dataset=mnist5k", "--scale=1e-9", "--test-images=10", "--threads=1"]
     result = invoke("reproduce", "freezeout", *row, "--run-dir", run)
     assert result.exit_code == 0, result.output
     assert result.stdout == (run / "table.txt").read_text()
     words = "0.0025% of the paper's budget: 1 epoch of 10 images; tested on 10 of 1,000 images"
-    assert f"VGG-16 on mnist5k: {words}" in result.stdout
+    assert f"Small on mnist5k: {words}" in result.stdout
     assert words in result.stderr
     again = invoke("reproduce", "freezeout", "--resume", run, "--json", "--quiet")
     assert (again.exit_code, again.stderr) == (0, "")

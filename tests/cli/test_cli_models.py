@@ -72,13 +72,13 @@ def trained(model, *more, command="train"):
 
 @pytest.mark.parametrize("model", ["train_own:make", "train_own:kept", "train_own:keeps"])
 def test_own_network_trains_and_resumes(own, model):
-    results = printed(*trained(model))["results"]
-    assert [r["method"] for r in results] == ["sgd", "freezeout", "snapshot", "both"]
+    results = printed(*trained(model, "--methods=sgd,both"))["results"]
+    assert [r["method"] for r in results] == ["sgd", "both"]
     run = RunDir.open(Path("run"))
     assert run.arguments["model"] == model
     firsts = [line["step_losses"][0] for line in run.metrics() if line.get("epoch") == 1]
-    assert firsts == pytest.approx([firsts[0]] * 4, abs=1e-5)  # from the same weights
-    (run.path / "results.json").write_text(json.dumps(results[:2]))
+    assert firsts == pytest.approx([firsts[0]] * 2, abs=1e-5)  # from the same weights
+    (run.path / "results.json").write_text(json.dumps(results[:1]))
     again = printed("train", "--resume", "run", "--quiet")["results"]
     assert [r["ensemble_error"] for r in again] == [r["ensemble_error"] for r in results]
     store = SnapshotStore(run.snapshots("both-seed0"))
@@ -120,7 +120,7 @@ def test_what_cannot_be_trained_is_told_before_the_first_step(own, model, messag
 
 
 def test_the_last_batch_of_an_epoch_counts_too(own):
-    in_pairs = trained("train_own:in_pairs", "--methods=sgd")
+    in_pairs = trained("train_own:in_pairs", "--methods=sgd", "--epochs=1", "--cycles=1")
     assert invoke(*in_pairs).exit_code == 0
     told = why(invoke(*in_pairs, "--batch-size=5", "--run-dir=other"))
     assert "cannot take a batch of the shape [1, 3, 8, 8]: ValueError: Expected more" in told

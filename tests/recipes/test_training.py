@@ -1,11 +1,13 @@
 """The methods do what they say, and an interrupted run ends as an uninterrupted one."""
 
 import dataclasses
+import math
 import os
 import re
 import signal
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.memory import PeakMemory, release
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import METHOD_NAMES
-from fastfreeze.recipes.rundir import RunDir, describe, write_atomic
+from fastfreeze.recipes.rundir import RunDir, write_atomic
 from fastfreeze.recipes.tables import results_table
 from fastfreeze.recipes.train import TrainConfig
 from fastfreeze.recipes.training import plain_sgd, predict, set_up, train_epoch
@@ -67,8 +69,8 @@ def weights(run, name):
 
 def assert_same_run(found, expected):
     assert_same_lines(found, expected)
-    for method in METHOD_NAMES:
-        name = f"{method}-seed3"
+    for result in expected.results():
+        name = f"{result['method']}-seed3"
         a, b = found.load_checkpoint(name), expected.load_checkpoint(name)
         torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
         assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
@@ -233,8 +235,8 @@ def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch)
         return batches(self, seed, epoch, *rest)
 
     monkeypatch.setattr(ImageData, "train_batches", recorded)
-    train(tmp_path / "run", data, methods=("sgd",), seeds=2)
-    assert asked == [(seed, epoch) for seed in (3, 4) for epoch in range(4)]
+    train(tmp_path / "run", data, methods=("sgd",), epochs=2, seeds=2)
+    assert asked == [(3, 0), (3, 1), (4, 0), (4, 1)]
 
 
 def test_what_freezing_saves_is_written_down(finished):
@@ -268,34 +270,40 @@ def test_thawing_layers_are_told(tmp_path, data):
     assert thaws == [(6, [0, 1, 2, 3])]
 
 
-@pytest.mark.train
-@pytest.mark.parametrize("completed", range(1, 62, 6))
-def test_resumes_bit_identical_after_a_crash_between_any_writes(
-    tmp_path, monkeypatch, data, finished, completed
-):
-    left = completed
+@pytest.fixture
+def writes(monkeypatch):
+    """Counts a run's writes in `done`; the one after `allowed` kills it."""
+    counted = SimpleNamespace(done=0, allowed=math.inf)
 
     def crashing(write):
         def wrapped(*args, **kwargs):
-            nonlocal left
-            if left == 0:
+            if counted.done == counted.allowed:
                 raise Killed
-            left -= 1
+            counted.done += 1
             return write(*args, **kwargs)
 
         return wrapped
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "log", crashing(RunDir.log))
-        patch.setattr(SnapshotStore, "save", crashing(SnapshotStore.save))
-        for module in (rundir_module, tables_module, runs):
-            patch.setattr(module, "write_atomic", crashing(write_atomic))
-        run = RunDir(tmp_path, describe("train", dataclasses.asdict(CONFIG), None))
-        (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(RunDir, "log", crashing(RunDir.log))
+    monkeypatch.setattr(SnapshotStore, "save", crashing(SnapshotStore.save))
+    for module in (rundir_module, tables_module, runs):
+        monkeypatch.setattr(module, "write_atomic", crashing(write_atomic))
+    return counted
+
+
+@pytest.mark.parametrize("every", [11, pytest.param(2, marks=pytest.mark.train)])
+def test_resumes_bit_identical_after_a_crash_between_any_writes(tmp_path, data, writes, every):
+    two = {"methods": ("sgd", "both"), "epochs": 2}
+    expected = train(tmp_path / "whole", data, **two)
+    total = writes.done
+    assert total > 22
+    for completed in range(1, total, every):
+        writes.done, writes.allowed = 0, completed
+        path = tmp_path / str(completed)
         with pytest.raises(Killed):
-            CONFIG.run(data, run, lambda line: None, quiet=True)
-    CONFIG.run(data, run, lambda line: None, quiet=True)
-    assert_same_run(run, finished)
+            train(path, data, **two)
+        writes.allowed = math.inf
+        assert_same_run(train(path, data, **two), expected)
 
 
 def test_snapshots_after_the_checkpoint_are_taken_again(tmp_path, monkeypatch, data):
@@ -326,9 +334,9 @@ def test_finished_methods_are_not_run_again(finished, data):
 
 def test_without_a_terminal_each_tenth_of_a_training_is_told(tmp_path, data):
     said = []
-    train(tmp_path / "run", data, said.append, methods=("sgd",), epochs=25, cycles=1)
+    train(tmp_path / "run", data, said.append, methods=("sgd",), epochs=12, cycles=1)
     tenths = [line.partition(", ")[0] for line in said[:-1]]
-    assert tenths == [f"sgd-seed3: epoch {n} of 25" for n in (3, 5, 8, 10, 13, 15, 18, 20, 23)]
+    assert tenths == [f"sgd-seed3: epoch {n} of 12" for n in (2, 3, 4, 5, 6, 8, 9, 10, 11)]
 
 
 def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
@@ -348,7 +356,7 @@ def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
 
 
 def test_seeds_differ_and_table_averages(tmp_path, data):
-    run = train(tmp_path / "run", data, methods=("sgd", "snapshot"), seeds=2)
+    run = train(tmp_path / "run", data, methods=("sgd", "snapshot"), epochs=1, seeds=2)
     order = [(r["method"], r["seed"]) for r in run.results()]
     assert order == [("sgd", 3), ("snapshot", 3), ("sgd", 4), ("snapshot", 4)]
     assert run.results()[0]["nll"] != run.results()[2]["nll"]
