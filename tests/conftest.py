@@ -58,12 +58,16 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime")
 
 
-# Rooms and files of whose tables the plain run has a share, and the mark of what it leaves out.
+# What plain pytest leaves out, and by which mark: tests with such words in their file or name,
+LONG_NAMES = {
+    **dict.fromkeys(["compile", "test_build.py", "test_export.py", "test_launcher.py"], "compile"),
+    **dict.fromkeys(["dry_run", "toy_run"], "train"),
+}
+# and of the tables in these rooms and files all but a share.
 LONG_TABLES = {
     **dict.fromkeys(["kernels", "optim"], "kernel"),
     **dict.fromkeys(["layers", "ensemble", "trimming", "test_distributed"], "train"),
 }
-ALL_COMPILE = {"test_build", "test_export", "test_compiled", "test_compile_matrix", "test_launcher"}
 BACKENDS = {"reference", "cpu", "triton", "cuda"}
 
 
@@ -72,14 +76,15 @@ def pytest_collection_modifyitems(items):
     """What CONTRIBUTING.md says of marks. A GPU is quick: with one, nothing is left out."""
     rows = Counter()
     for item in items if not HAS_GPU else ():
-        mark = LONG_TABLES.get(item.path.stem) or LONG_TABLES.get(item.path.parent.name)
-        if "compile" in item.originalname or item.path.stem in ALL_COMPILE:
-            item.add_marker("compile")
-        elif mark:
+        name = f"{item.path.name}: {item.originalname}"
+        table_mark = LONG_TABLES.get(item.path.stem) or LONG_TABLES.get(item.path.parent.name)
+        if marks := [mark for word, mark in LONG_NAMES.items() if word in name]:
+            item.add_marker(marks[0])
+        elif table_mark:
             id_ = item.callspec.id if hasattr(item, "callspec") else ""
-            table = item.path, item.originalname, frozenset(BACKENDS.intersection(id_.split("-")))
+            table = name, frozenset(BACKENDS.intersection(id_.split("-")))
             if rows[table] % 11:
-                item.add_marker(mark)
+                item.add_marker(table_mark)
             rows[table] += 1
 
 

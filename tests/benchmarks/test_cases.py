@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import sys
 from functools import partial
 
@@ -41,12 +40,17 @@ def test_every_network_is_measured_in_one_group_and_many_with_layers_frozen():
     assert {"sgd-resnet110-compiled", "trim-resnet18", "norm-64-32"} < ALL_CASES.keys()
 
 
-TOTAL = sum(torch.Size(shape).numel() for shape in shapes_of(MODEL))
-each_grouping = pytest.mark.parametrize("per_layer", [False, True], ids=["one group", "per layer"])
+@pytest.mark.parametrize(
+    ("model", "tensors"), [("resnet50", 161), ("vit_b_16", 152), ("resnet110", 329)]
+)
+def test_shapes_of_networks(model, tensors):
+    if model != "resnet110":
+        pytest.importorskip("torchvision")
+    assert len(shapes_of(model)) == tensors
 
 
 @needs_cpu_kernels
-@each_grouping
+@pytest.mark.parametrize("per_layer", [False, True], ids=["one group", "per layer"])
 @pytest.mark.parametrize("frozen", [0, 50, 90])
 def test_rivals_of_a_step_do_the_same_in_all_forms(per_layer, frozen):
     case = sgd_case(per_layer=per_layer, frozen=frozen)
@@ -54,19 +58,20 @@ def test_rivals_of_a_step_do_the_same_in_all_forms(per_layer, frozen):
     assert list(case.runs) == ["fastfreeze", *TORCH]
     assert (f"{NUM_LAYERS} groups" if per_layer else "1 group") in case.name
     assert (f"{frozen}% of {NUM_LAYERS} layers frozen" in case.name) == (frozen > 0)
-    assert (case.bytes_moved == 20 * TOTAL) == (frozen == 0)
+    total = sum(torch.Size(shape).numel() for shape in shapes_of(MODEL))
+    assert (case.bytes_moved == 20 * total) == (frozen == 0)
     assert case.bytes_moved > 0
 
 
 @needs_cpu_kernels
-@each_grouping
+@pytest.mark.parametrize("per_layer", [False, True], ids=["one group", "per layer"])
 def test_rivals_of_adamws_step_do_the_same(per_layer):
     values = optimizer_cases.ADAMW_VALUES
     case = sgd_case(per_layer=per_layer, values=values, optimizer="AdamW")
     assert case.left_out == {}
     assert list(case.runs) == ["fastfreeze", *TORCH]
     assert case.name.startswith("AdamW step, ")
-    assert case.bytes_moved == 28 * TOTAL
+    assert case.bytes_moved == 28 * sum(torch.Size(shape).numel() for shape in shapes_of(MODEL))
     assert {"adamw-resnet110-per-layer", "adamw-vit_b_16-frozen-50"} < CASES.keys()
 
 
@@ -221,17 +226,18 @@ def test_a_step_of_another_training_is_not_timed(monkeypatch, maker, made, rival
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 
 
-def bert(frozen):
-    return step_cases.bert_case(frozen, 2, 6, **TINY)
-
-
 @pytest.mark.parametrize(
     ("package", "make", "name", "kept"),
     [
         ("timm", partial(step_cases.trim_case, "test_resnet", 2), "test_resnet, half", False),
         ("torchvision", partial(step_cases.mobilenet_case, 15, 4), "15 of 19 blocks", True),
-        ("transformers", partial(bert, 1), "embeddings and 1 of 2 layers", True),
-        ("transformers", partial(bert, None), "but the head", True),
+        (
+            "transformers",
+            partial(step_cases.bert_case, 1, 2, 6, **TINY),
+            "embeddings and 1 of 2 layers",
+            True,
+        ),
+        ("transformers", partial(step_cases.bert_case, None, 2, 6, **TINY), "but the head", True),
     ],
 )
 def test_models_of_others_with_a_frozen_part(package, make, name, kept):
@@ -244,15 +250,23 @@ def test_models_of_others_with_a_frozen_part(package, make, name, kept):
     assert len({p.requires_grad for p in flags.parameters()}) == 2
 
 
+def test_what_is_frozen_has_cases():
+    assert sum(name.startswith("trim-") for name in CASES) == 19
+    assert sum(name.startswith("kept-") for name in CASES) == 5
+
+
 @pytest.mark.parametrize(
-    ("second", "wrong"),
-    [(2.0, ""), (2.0 + 1e-5, ""), (2.1, "off by up to 1.0e-01"), (math.nan, "off by up to nan")],
+    ("found", "wrong"),
+    [
+        pytest.param([1.0, 2.0], None, id="equal"),
+        pytest.param([1.0, 2.0 + 1e-5], None, id="rounding"),
+        pytest.param([1.0, 2.1], "off by up to 1.0e-01", id="another value"),
+        pytest.param([1.0, float("nan")], "off by up to nan", id="nan"),
+    ],
 )
-def test_what_counts_as_the_same(second, wrong):
-    message = difference([torch.tensor([1.0, second])], [torch.tensor([1.0, 2.0])]) or ""
-    assert bool(message) == bool(wrong)
-    assert wrong in message
-    assert difference([torch.empty(0)], [torch.empty(0)]) is None
+def test_what_counts_as_the_same(found, wrong):
+    message = difference([torch.tensor(found)], [torch.tensor([1.0, 2.0])])
+    assert message is None if wrong is None else wrong in message
 
 
 def test_a_step_on_the_host_is_that_of_a_device_plan_without_its_launch(monkeypatch):
@@ -264,6 +278,10 @@ def test_a_step_on_the_host_is_that_of_a_device_plan_without_its_launch(monkeypa
     for run in case.runs.values():
         run()
     assert [type(plan) for plan in launched] == [host_cases.HostPlan] * 2  # with the schedule, too
+
+
+def test_empty_tensors_are_the_same():
+    assert difference([torch.empty(0)], [torch.empty(0)]) is None
 
 
 def test_a_rival_that_fails_when_it_runs_is_left_out():
@@ -293,8 +311,12 @@ def test_rounds_fit_in_the_time(monkeypatch, clock_step, seconds, pace):
 
 def test_an_entry_holds_what_was_timed():
     calls = []
-    runs = {name: counted(calls, name) for name in ("fastfreeze", "torch")}
-    case = Case(name="a case", runs=runs, left_out={"other": "why"}, bytes_moved=1000)
+    case = Case(
+        name="a case",
+        runs={name: counted(calls, name) for name in ("fastfreeze", "torch")},
+        left_out={"other": "why"},
+        bytes_moved=1000,
+    )
     entry = compare.measured(case, rounds=2, seconds=1, bandwidth=1e6)
     assert entry["seconds"].keys() == {"fastfreeze", "torch"}
     assert entry["floor_s"] == 1e-3
@@ -306,8 +328,11 @@ def test_an_entry_holds_what_was_timed():
 
 def test_a_floor_of_its_own_is_timed_too():
     calls = []
-    runs = dict.fromkeys(["fastfreeze", "torch"], lambda: None)
-    case = Case(name="a case", runs=runs, floor=counted(calls, "floor"))
+    case = Case(
+        name="a case",
+        runs={"fastfreeze": lambda: None, "torch": lambda: None},
+        floor=counted(calls, "floor"),
+    )
     entry = compare.measured(case, rounds=2, seconds=1, bandwidth=1e6)
     assert calls
     assert entry["bytes"] is None

@@ -16,28 +16,40 @@ MACHINE = {"cpu": "some", "threads": 1, "torch": "2.0"}
 
 def entry(spread=0.01, **medians):
     """An entry in the results; ``spread``: of the quartiles, on each side."""
-    spreads = {name: Times(t, t * (1 - spread), t * (1 + spread)) for name, t in medians.items()}
-    seconds = {name.replace("_", " "): asdict(times) for name, times in spreads.items()}
-    return {"name": "a case", "seconds": seconds}
+    return {
+        "name": "a case",
+        "seconds": {
+            name.replace("_", " "): asdict(Times(t, t * (1 - spread), t * (1 + spread)))
+            for name, t in medians.items()
+        },
+    }
 
 
 BASELINE = entry(fastfreeze=1.0, torch=3.0, torch_fused=2.0)
 
 
-VERDICTS = {
-    "the same": (entry(fastfreeze=1.0, torch=3.0, torch_fused=2.0), "ok", 2),
-    "load": (entry(fastfreeze=9.0, torch=27.0, torch_fused=18.0), "ok", 2),
-    "a little slower": (entry(fastfreeze=1.04, torch_fused=2.0), "ok", 1.92),
-    "slower": (entry(fastfreeze=1.2, torch_fused=2.0), "worse", 1.67),
-    "faster": (entry(fastfreeze=0.8, torch_fused=2.0), "better", 2.5),
-    "a faster rival": (entry(fastfreeze=1.0, torch=1.5, torch_fused=2.0), "worse", 1.5),
-    "slower in noise": (entry(spread=0.1, fastfreeze=1.2, torch_fused=2.0), "ok", 1.67),
-    "half, any noise": (entry(spread=0.9, fastfreeze=4.1, torch_fused=2.0), "worse", 0.49),
-    "not in the baseline": (entry(fastfreeze=1.0, torch_fused=2.0, rival=0.5), "ok", 2),
-}
-
-
-@pytest.mark.parametrize(("now", "verdict", "ratio"), VERDICTS.values(), ids=VERDICTS)
+@pytest.mark.parametrize(
+    ("now", "verdict", "ratio"),
+    [
+        pytest.param(entry(fastfreeze=1.0, torch=3.0, torch_fused=2.0), "ok", 2, id="the same"),
+        pytest.param(entry(fastfreeze=9.0, torch=27.0, torch_fused=18.0), "ok", 2, id="load"),
+        pytest.param(entry(fastfreeze=1.04, torch_fused=2.0), "ok", 1.92, id="a little slower"),
+        pytest.param(entry(fastfreeze=1.2, torch_fused=2.0), "worse", 1.67, id="slower"),
+        pytest.param(entry(fastfreeze=0.8, torch_fused=2.0), "better", 2.5, id="faster"),
+        pytest.param(
+            entry(fastfreeze=1.0, torch=1.5, torch_fused=2.0), "worse", 1.5, id="a faster rival"
+        ),
+        pytest.param(
+            entry(spread=0.1, fastfreeze=1.2, torch_fused=2.0), "ok", 1.67, id="slower in noise"
+        ),
+        pytest.param(
+            entry(spread=0.9, fastfreeze=4.1, torch_fused=2.0), "worse", 0.49, id="half, any noise"
+        ),
+        pytest.param(
+            entry(fastfreeze=1.0, torch_fused=2.0, rival=0.5), "ok", 2, id="not in the baseline"
+        ),
+    ],
+)
 def test_verdicts(now, verdict, ratio):
     found = guard.verdict("case", BASELINE, now)
     assert found.verdict == verdict

@@ -54,7 +54,6 @@ def trained(task, name, directory):
     return peers.by_fastfreeze(task, name, peers._schedules(task)[name], directory)
 
 
-@pytest.mark.train
 @pytest.mark.usefixtures("without_torchensemble")
 def test_a_toy_run_where_torchensemble_is_not_installed(tmp_path, capsys):
     out = tmp_path / "results.json"

@@ -11,8 +11,13 @@ from benchmarks import pages, picture  # noqa: E402
 from benchmarks.lines import Line, lines_of, seconds_text, spread_text  # noqa: E402
 from benchmarks.measure import Times  # noqa: E402
 
-MACHINE = {"cpu": "Some CPU", "threads": 1, "torch": "2.14", "python": "3.11"}
-MACHINE["fastfreeze"] = "0.1.0"
+MACHINE = {
+    "cpu": "Some CPU",
+    "threads": 1,
+    "torch": "2.14",
+    "python": "3.11",
+    "fastfreeze": "0.1.0",
+}
 
 
 def times(median, low=None, high=None):
@@ -23,66 +28,96 @@ def spread(median):
     return {"median": median, "lowest": median, "highest": median}
 
 
-def case(name, seconds, **more):
-    """A case by the medians of its rivals, or what `times` makes of them."""
-    entries = {k: v if isinstance(v, dict) else times(v) for k, v in seconds.items()}
-    return {"name": name, "seconds": entries, **more}
-
-
-SGD = case(
-    "SGD step, net",
-    {"fastfreeze": 1e-3, "torch": 4e-3, "torch fused": times(2e-3, 1e-3, 3e-3)},
-    bytes=20,
-    floor_s=0.5e-3,
-    left_out={"other": "no nesterov"},
-)
-FLAGS_IN_EVAL = "flags, frozen part in eval mode"
 KERNELS = {
     "machine": {**MACHINE, "copy_gb_per_s": 20},
     "command": "python -m benchmarks --out /somewhere/x.json",
     "note": "beside other work",
     "results": {
-        "sgd-net": SGD,
-        "sgd-wrong": case(
-            "SGD step, wrong", {}, left_out={"fastfreeze": "wrong", "other": "no nesterov"}
-        ),
-        "trim-net": case(
-            "net, half of the parameters frozen",
-            {"fastfreeze": 0.1, "flags": 0.25, FLAGS_IN_EVAL: 0.2},
-            floor_s=None,
-        ),
-        "trim-other": case("other", {"fastfreeze": 0.05, "flags": 0.2}),
-        "trim-wrong": case("wrong", {}, left_out={"fastfreeze": "wrong"}),
-        "kept-net": case(
-            "net, 3 of 4 layers frozen",
-            {"fastfreeze": 0.08, "fastfreeze cache": 0.03, "flags": 0.1},
-            floor_s=0.025,
-        ),
-        "host-net": case("host time of a step, net", {"fastfreeze": 1e-4, "torch": 2e-4}),
-        "norm": case("norm", {"fastfreeze": 2e-5, "torch": 3e-5}),
+        "sgd-net": {
+            "name": "SGD step, net",
+            "bytes": 20,
+            "floor_s": 0.5e-3,
+            "left_out": {"other": "no nesterov"},
+            "seconds": {
+                "fastfreeze": times(1e-3),
+                "torch": times(4e-3),
+                "torch fused": times(2e-3, 1e-3, 3e-3),
+            },
+        },
+        "sgd-wrong": {
+            "name": "SGD step, wrong",
+            "left_out": {"fastfreeze": "wrong", "other": "no nesterov"},
+            "seconds": {},
+        },
+        "trim-net": {
+            "name": "net, half of the parameters frozen",
+            "floor_s": None,
+            "seconds": {
+                "fastfreeze": times(0.1),
+                "flags": times(0.25),
+                "flags, frozen part in eval mode": times(0.2),
+            },
+        },
+        "trim-other": {
+            "name": "other",
+            "seconds": {"fastfreeze": times(0.05), "flags": times(0.2)},
+        },
+        "trim-wrong": {"name": "wrong", "left_out": {"fastfreeze": "wrong"}, "seconds": {}},
+        "kept-net": {
+            "name": "net, 3 of 4 layers frozen",
+            "floor_s": 0.025,
+            "seconds": {
+                "fastfreeze": times(0.08),
+                "fastfreeze cache": times(0.03),
+                "flags": times(0.1),
+            },
+        },
+        "host-net": {
+            "name": "host time of a step, net",
+            "seconds": {"fastfreeze": times(1e-4), "torch": times(2e-4)},
+        },
+        "norm": {"name": "norm", "seconds": {"fastfreeze": times(2e-5), "torch": times(3e-5)}},
     },
-}
-PREDICTION = {
-    **case("", {"torch loop": 0.01, "fastfreeze": 0.002, "fastfreeze, not folded": 0.004}),
-    **{"model": "net", "batch_size": 4, "members": 5, "shared": 0.75, "bound": 2.5},
-    "wrong": {"vmap": "1e-3 from the loop in float64"},
 }
 ENSEMBLE = {
     "machine": MACHINE,
     "command": "python -m benchmarks.predict net --out=/somewhere/y.json --rounds 9",
-    "cases": [PREDICTION],
-}
-SECONDS = {"torch": 20.0, "flags": 12.0, "fastfreeze": 10.0, "fastfreeze cache": 8.0}
-AT = {
-    "freezes": 7,
-    "limit": spread(0.6),
-    "rivals": {name: {"total": spread(total)} for name, total in SECONDS.items()},
+    "cases": [
+        {
+            "model": "net",
+            "batch_size": 4,
+            "members": 5,
+            "shared": 0.75,
+            "bound": 2.5,
+            "wrong": {"vmap": "1e-3 from the loop in float64"},
+            "seconds": {
+                "torch loop": times(0.01),
+                "fastfreeze": times(0.002),
+                "fastfreeze, not folded": times(0.004),
+            },
+        }
+    ],
 }
 TRAINING = {
     "machine": {**MACHINE, "threads": 2},
     "command": "python -m benchmarks.training net",
     "models": {
-        "net": {"status": "measured", "steps": 100, "t_0": {"0.5": AT}},
+        "net": {
+            "status": "measured",
+            "steps": 100,
+            "t_0": {
+                "0.5": {
+                    "freezes": 7,
+                    "limit": spread(0.6),
+                    "rivals": {
+                        "torch": {"total": spread(20.0)},
+                        "flags": {"total": spread(12.0)},
+                        "fastfreeze": {"total": spread(10.0)},
+                        "fastfreeze cache": {"total": spread(8.0)},
+                    },
+                }
+            },
+        },
         "bad": {"status": "refused", "wrong": {"fastfreeze": "losses differ"}},
     },
 }
@@ -92,8 +127,13 @@ def peer(trained_by, predicted_by, seconds, training=None, wrong=""):
     facts = {f"predict_{k}": v for k, v in times(seconds).items()} if seconds else {}
     if training:
         facts["training_seconds"] = training
-    who = {"trained_by": trained_by, "predicted_by": predicted_by}
-    return {**who, "wrong": wrong, "facts": facts, "answers": {}}
+    return {
+        "trained_by": trained_by,
+        "predicted_by": predicted_by,
+        "wrong": wrong,
+        "facts": facts,
+        "answers": {},
+    }
 
 
 PEERS = {
@@ -106,7 +146,12 @@ PEERS = {
         peer("other", "other", None, wrong="not installed"),
     ],
 }
-FILES = {"a.json": KERNELS, "b.json": ENSEMBLE, "c.json": TRAINING, "d.json": PEERS}
+FILES = {
+    "a.json": KERNELS,
+    "b.json": ENSEMBLE,
+    "c.json": TRAINING,
+    "d.json": PEERS,
+}
 
 
 @pytest.fixture
@@ -144,6 +189,9 @@ def rows(folder):
 )
 def test_each_kind_of_result_has_its_line(rows, row):
     assert row in rows
+
+
+def test_nothing_else_has_a_line(rows):
     assert len([row for row in rows if not row.startswith("| case")]) == 13
 
 
@@ -169,7 +217,7 @@ def test_machine_versions_and_command_are_told(folder):
 
 
 def test_one_machine_has_one_table_of_a_kind_and_another_its_own(folder):
-    more = {**KERNELS, "results": {"sgd-more": {**SGD, "name": "more"}}}
+    more = {**KERNELS, "results": {"sgd-more": {**KERNELS["results"]["sgd-net"], "name": "more"}}}
     (folder / "e.json").write_text(json.dumps(more))
     other = {**more, "machine": {**MACHINE, "cpu": "Another CPU"}}
     (folder / "f.json").write_text(json.dumps(other))

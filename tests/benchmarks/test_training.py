@@ -38,7 +38,6 @@ def run(tmp_path, *rivals):
     return training.main([MODEL, *options, "--rivals", *rivals]), json.loads(out.read_text())
 
 
-@pytest.mark.train
 def test_a_toy_run(tmp_path, capsys):
     code, results = run(tmp_path, BEST_TORCH, OURS, "fastfreeze cache")
     assert code == 0, results
