@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections import Counter
 
 import hypothesis
@@ -76,13 +77,12 @@ def pytest_collection_modifyitems(items):
     """What CONTRIBUTING.md says of marks. A GPU is quick: with one, nothing is left out."""
     rows = Counter()
     for item in items if not HAS_GPU else ():
-        name = f"{item.path.name}: {item.originalname}"
+        name, _, row = item.nodeid.partition("[")
         table_mark = LONG_TABLES.get(item.path.stem) or LONG_TABLES.get(item.path.parent.name)
         if marks := [mark for word, mark in LONG_NAMES.items() if word in name]:
             item.add_marker(marks[0])
-        elif table_mark:
-            id_ = item.callspec.id if hasattr(item, "callspec") else ""
-            table = name, frozenset(BACKENDS.intersection(id_.split("-")))
+        elif table_mark and not item.get_closest_marker("slow"):
+            table = name, frozenset(BACKENDS.intersection(re.split(r"[]-]", row)))
             if rows[table] % 11:
                 item.add_marker(table_mark)
             rows[table] += 1
