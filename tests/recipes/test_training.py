@@ -76,23 +76,19 @@ def assert_same_run(found, expected):
         assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
         states = a["optimizer"]["state"], b["optimizer"]["state"]
         torch.testing.assert_close(*states, rtol=0, atol=0)
-        hashes = [
-            [(s.step, s.cycle, s.sha256) for s in SnapshotStore(run.snapshots(name))]
-            for run in (found, expected)
-        ]
+        stores = (SnapshotStore(run.snapshots(name)) for run in (found, expected))
+        hashes = [[(s.step, s.cycle, s.sha256) for s in store] for store in stores]
         assert hashes[0] == hashes[1]
 
 
 def test_plain_sgd_is_torchs_with_the_cosine(data):
     torch.manual_seed(0)
-    model = network()
-    twin = network()
+    model, twin = network(), network()
     twin.load_state_dict(model.state_dict())
     schedule = Cosine(3)
     train_epoch(plain_sgd(model, schedule, 0.1), data.train_batches(0, 0, 8, CPU), CPU, int)
-    optimizer = torch.optim.SGD(
-        twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
-    )
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    optimizer = torch.optim.SGD(twin.parameters(), **options)
     for step, (images, labels) in enumerate(data.train_batches(0, 0, 8, CPU)):
         optimizer.param_groups[0]["lr"] = schedule.lr(step, 0.1)
         optimizer.zero_grad()
@@ -129,8 +125,7 @@ FINE = {"warm": {"warmup_steps": 4}, "by layer": {"layer_decay": 0.5}, "floor": 
 @pytest.mark.parametrize("options", FINE.values(), ids=FINE)
 def test_a_setup_follows_all_of_its_schedule(data, options):
     schedule = Cosine(TOTAL_STEPS, **options)
-    model = network()
-    setup = set_up(model, schedule, 0.05, data.example(CPU))
+    setup = set_up(network(), schedule, 0.05, data.example(CPU))
     train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
     groups = setup.optimizer.param_groups
     rates = [schedule.lr(3, 0.05, i, len(groups)) for i in range(len(groups))]
@@ -140,8 +135,8 @@ def test_a_setup_follows_all_of_its_schedule(data, options):
 def test_losses_and_times_are_those_of_each_step(data):
     model = network()
     setup = set_up(model, SnapshotCycles(TOTAL_STEPS, num_cycles=2), 0.05, None)
-    first, _ = next(iter(data.train_batches(0, 0, 8, CPU))), None
-    expected = F.cross_entropy(model(first[0]), first[1]).item()
+    images, labels = next(data.train_batches(0, 0, 8, CPU))
+    expected = F.cross_entropy(model(images), labels).item()
     losses, seconds = train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert len(losses) == len(seconds) == 3
@@ -158,34 +153,30 @@ def test_methods_learn_and_tell(finished, data):
         assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
         assert epochs[-1]["train_loss"] == pytest.approx(np.mean(epochs[-1]["step_losses"]), 1e-4)
         assert result["error"] == epochs[-1]["test_error"] < 0.4
-        assert result["seconds"] == pytest.approx(
-            sum(s for line in epochs for s in line["step_seconds"]), abs=1e-4
-        )
+        seconds = sum(s for line in epochs for s in line["step_seconds"])
+        assert result["seconds"] == pytest.approx(seconds, abs=1e-4)
         assert result["cpu_seconds"] > 0
         members = [line["step"] for line in lines if line["event"] == "snapshot"]
         assert members == ([4, 8, 12] if method in ("snapshot", "both") else [])
         assert (result["ensemble_error"] is None) == (not members)
         assert (result["backward_removed"] > 0) == (method in ("freezeout", "both"))
+    firsts = [line["step_losses"][0] for line in finished.metrics() if line.get("epoch") == 1]
+    assert firsts == pytest.approx([firsts[0]] * 4, abs=1e-5)  # from the same weights, and images
 
 
 @pytest.mark.parametrize(("method", "trained"), [("sgd", 12), ("freezeout", 2), ("both", 5)])
-def test_norms_see_the_batches_until_they_freeze(finished, method, trained):
+def test_norms_freeze_and_the_backward_is_removed_as_planned(finished, data, method, trained):
     state = weights(finished, f"{method}-seed3")
     assert state["stem.layers.1.num_batches_tracked"] == trained
-    assert CONFIG.schedule(method, TOTAL_STEPS).freeze_steps(0, 5) in ((trained,), ())
-
-
-@pytest.mark.parametrize("method", ["freezeout", "both"])
-def test_removed_backward_is_what_the_plan_predicts(finished, data, method):
-    model = network()
     schedule = CONFIG.schedule(method, TOTAL_STEPS)
-    plan = split(model, data.example(CPU), schedule=schedule)
-    result = result_for(finished, method)
-    assert result["backward_removed"] == pytest.approx(plan.backward_saving)
+    assert schedule.freeze_steps(0, 5) in ((trained,), ())
+    plan = split(network(), data.example(CPU), schedule=schedule)
+    removed = result_for(finished, method)["backward_removed"]
+    assert removed == pytest.approx(plan.backward_saving)
 
 
 @pytest.mark.parametrize("method", ["snapshot", "both"])
-def test_ensemble_is_of_all_snapshots(finished, data, method):
+def test_ensemble_is_of_all_snapshots_and_its_members_are_told(finished, data, method):
     name = f"{method}-seed3"
     store = SnapshotStore(finished.snapshots(name))
     states = [store.load(snapshot) for snapshot in store]
@@ -200,30 +191,16 @@ def test_ensemble_is_of_all_snapshots(finished, data, method):
     labels = data.test.labels
     assert result["ensemble_error"] == (mean.argmax(1) != labels).double().mean().item()
     assert result["nll"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("method", ["snapshot", "both"])
-def test_members_are_told(finished, data, method):
-    path = finished.path / f"ensemble-{method}-seed3.txt"
-    store = SnapshotStore(finished.snapshots(f"{method}-seed3"))
-    lines = path.read_text().splitlines()
-    rows = {
-        line.split("  ")[0]: line.split() for line in lines if line.startswith(("member", "ens"))
-    }
+    lines = (finished.path / f"ensemble-{name}.txt").read_text().splitlines()
+    told = (line for line in lines if line.startswith(("member", "ens")))
+    rows = {line.split("  ")[0]: line.split() for line in told}
     assert list(rows) == [*(f"member {m}" for m in range(len(store))), "ensemble"]
-    result = result_for(finished, method)
     assert rows["ensemble"][1] == f"{100 * result['ensemble_error']:.2f}"
     assert float(rows["ensemble"][2]) == pytest.approx(result["nll"], abs=1e-4)
-    assert float(rows[f"member {len(store) - 1}"][2]) == pytest.approx(
-        100 * result["error"], abs=0.01
-    )
-    assert f"{len(data.test.labels)} rows" in lines[-3]
+    last = float(rows[f"member {len(store) - 1}"][2])
+    assert last == pytest.approx(100 * result["error"], abs=0.01)
+    assert f"{len(labels)} rows" in lines[-3]
     assert "members as one graph" in lines[-1]
-
-
-def test_methods_start_from_the_same_weights_and_images(finished):
-    firsts = [line["step_losses"][0] for line in finished.metrics() if line.get("epoch") == 1]
-    assert firsts == pytest.approx([firsts[0]] * 4, abs=1e-5)
 
 
 def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch):
@@ -239,28 +216,23 @@ def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch)
     assert asked == [(3, 0), (3, 1), (4, 0), (4, 1)]
 
 
-def test_what_freezing_saves_is_written_down(finished):
-    found = {path.name for path in finished.path.glob("freezing-*")}
-    assert found == {"freezing-freezeout-seed3.txt", "freezing-both-seed3.txt"}
-    lines = (finished.path / "freezing-freezeout-seed3.txt").read_text().splitlines()
-    steps = [line.split()[0] for line in lines[2:6]]
-    schedule = CONFIG.schedule("freezeout", TOTAL_STEPS)
-    assert steps == [str(schedule.freeze_steps(i, 5)[0]) for i in range(4)]
-
-
-def test_metrics_tell_schedules_layers_and_freezes(finished):
-    lines = [line for line in finished.metrics() if line["method"] == "freezeout"]
-    start = lines[0]
+def test_schedules_layers_and_freezes_are_told(finished):
+    start, *lines = (line for line in finished.metrics() if line["method"] == "freezeout")
     assert start["event"] == "start"
     assert start["layers"] == ["stem", "blocks.0", "blocks.1", "blocks.2", "head"]
     schedule = from_config(start["schedule"])
     assert schedule == CONFIG.schedule("freezeout", TOTAL_STEPS)
+    steps = [schedule.freeze_steps(i, 5)[0] for i in range(4)]
     freezes = [(line["layers"], line["step"]) for line in lines if line["event"] == "freeze"]
-    assert freezes == [([i], *schedule.freeze_steps(i, 5)) for i in range(4)]
-    for line in lines:
-        if line["event"] == "epoch":
-            expected = [schedule.lr(line["step"], 0.05, i, 5) for i in range(5)]
-            assert line["lr"] == pytest.approx(expected)
+    assert freezes == [([i], step) for i, step in enumerate(steps)]
+    for line in (line for line in lines if line["event"] == "epoch"):
+        expected = [schedule.lr(line["step"], 0.05, i, 5) for i in range(5)]
+        assert line["lr"] == pytest.approx(expected)
+    freezing, sgd = finished.path / "freezing-freezeout-seed3.txt", "freezing-sgd-seed3.txt"
+    told = freezing.read_text().splitlines()[2:6]
+    assert [int(line.split()[0]) for line in told] == steps
+    assert (finished.path / "freezing-both-seed3.txt").exists()
+    assert not (finished.path / sgd).exists()
 
 
 def test_thawing_layers_are_told(tmp_path, data):
