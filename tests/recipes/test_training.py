@@ -263,12 +263,12 @@ def writes(monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize("every", [11, pytest.param(2, marks=pytest.mark.train)])
+@pytest.mark.parametrize("every", [9, pytest.param(2, marks=pytest.mark.train)])
 def test_resumes_bit_identical_after_a_crash_between_any_writes(tmp_path, data, writes, every):
     two = {"methods": ("sgd", "both"), "epochs": 2}
     expected = train(tmp_path / "whole", data, **two)
     total = writes.done
-    assert total > 22
+    assert total > 18
     for completed in range(1, total, every):
         writes.done, writes.allowed = 0, completed
         path = tmp_path / str(completed)
