@@ -90,7 +90,7 @@ def work_in(directory, monkeypatch, **modules):
 
 
 def bright(count, num_classes=2):
-    """Images [count, 1, 8, 8], each class bright in columns of its own, which a few steps can tell."""
+    """Images [count, 1, 8, 8]; of each class other columns are bright, which is soon learnt."""
     generator = torch.Generator().manual_seed(count)
     pixels = torch.randint(0, 100, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
     labels = torch.arange(count) % num_classes
