@@ -164,8 +164,8 @@ def test_step_decay_has_the_cycles_snapshots():
 
 
 SMALL = {
-    SnapshotConfig: Row("small", "Small", "resnet8-w4", EMBEDDED, 6, 8, 3),
-    FreezeOutConfig: Row("small", "Small", "resnet8-w4", EMBEDDED, 4, 8, 1),
+    SnapshotConfig: Row("small", "Small", "resnet8-w4", EMBEDDED, 6, 16, 3),
+    FreezeOutConfig: Row("small", "Small", "resnet8-w4", EMBEDDED, 4, 16, 1),
 }
 
 
@@ -219,13 +219,13 @@ def test_single_and_nocycle_are_one_training(finished):
     run_dir, _ = finished[SnapshotConfig]
     lines = [line for line in run_dir.metrics() if (line["method"], line["seed"]) == ("single", 0)]
     schedule = from_config(lines[0]["schedule"])
-    assert schedule == StepDecay(60, num_cycles=3)
+    assert schedule == StepDecay(30, num_cycles=3)
     epochs = [line for line in lines if line["event"] == "epoch"]
     assert [line["lr"] for line in epochs] == [
         pytest.approx([schedule.lr(line["step"], 0.1)]) for line in epochs
     ]
     snapshots = [line["step"] for line in lines if line["event"] == "snapshot"]
-    assert snapshots == [20, 40, 60]
+    assert snapshots == [10, 20, 30]
 
 
 def test_freezeout_row(finished):
