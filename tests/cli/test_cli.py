@@ -22,6 +22,7 @@ from fastfreeze.schedule import FreezeOut, FreezeOutCycles
 from tests.commands import assert_drawn, assert_same_lines, invoke, printed, why, write_pictures
 from tests.killed import untimed
 
+pytestmark = pytest.mark.usefixtures("digits_once")
 METHODS = ["sgd", "freezeout", "snapshot", "both"]
 CONFIG = {"command": "train", "arguments": {"model": "vgg16", "data": "mnist5k", "seed": 0}}
 needs_mnist5k = pytest.mark.skipif(
