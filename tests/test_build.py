@@ -22,7 +22,9 @@ pytest.importorskip("setuptools")
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists(), reason="tests run outside the source tree"
 )
+of_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build")
 TOOLKIT = {"CUDA_HOME": str(Path(nvcc).parent.parent)} if (nvcc := find_nvcc()) else {}
+ONLY_CUDA = {"FASTFREEZE_BUILD_CPP": "0", "FASTFREEZE_BUILD_CUDA": "1"}
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 PROBE = """
 #include "schedule_math.h"
@@ -75,35 +77,35 @@ def copy_tree(tmp_path):
     return tmp_path
 
 
+def setup_py(tree, *arguments, **environment):
+    """Runs setup.py; CUDA is left out unless it is asked for."""
+    environment = {**os.environ, **TOOLKIT, "FASTFREEZE_BUILD_CUDA": "0", **environment}
+    command = [sys.executable, "setup.py", *arguments]
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, cwd=tree, env=environment, check=False, **options)
+
+
 def build(tree, *options, **environment):
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", "out", *options],
-        cwd=tree,
-        env={**os.environ, **TOOLKIT, "FASTFREEZE_BUILD_CUDA": "0", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = setup_py(tree, "build_ext", "--build-lib", "out", *options, **environment)
     built = sorted(p.name for p in (tree / "out").rglob("*.so"))
     return done.returncode, built, done.stdout + done.stderr
 
 
 def wheel_of(tree, **environment):
     """Builds a wheel, and gives its name and what it holds."""
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "dist"],
-        cwd=tree,
-        env={**os.environ, "FASTFREEZE_BUILD_CUDA": "0", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = setup_py(tree, "-q", "bdist_wheel", "--dist-dir", "dist", **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tree / "dist").iterdir()
     with zipfile.ZipFile(wheel) as archive:
         return wheel.name, {name: archive.read(name) for name in archive.namelist()}
+
+
+def of_an_earlier_build(tree):
+    """Libraries that must not stay where they are left out."""
+    for folder in (tree / "out/fastfreeze", tree / "fastfreeze"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "libfastfreeze_cuda.so").touch()
+        (folder / "libfastfreeze_cpu.so").touch()
 
 
 def only_source(tree, name, text):
@@ -200,10 +202,9 @@ def test_a_copy_of_the_sources_that_is_there_is_left_alone(setup, tmp_path, monk
         assert (folder / "csrc/probe.cu").exists()
 
 
+@of_cuda
 @needs_nvcc
 def test_two_reproducible_builds_are_equal(tmp_path):
-    if torch.version.cuda is None:
-        pytest.skip("torch is a CPU build")
     libraries = []
     for name in ("one", "a/nother"):
         (tmp_path / name).mkdir(parents=True)
@@ -212,9 +213,8 @@ def test_two_reproducible_builds_are_equal(tmp_path):
             if source.name != "step_kernel.cu":  # one is enough, for the time it takes
                 source.unlink()
         (tree / "csrc/cuda/probe.cu").write_text(NAMED_BY_PLACE + f"// {tmp_path}")
-        only_cuda = {"FASTFREEZE_BUILD_CPP": "0", "FASTFREEZE_BUILD_CUDA": "1"}
         settings = {"TORCH_CUDA_ARCH_LIST": "9.0", "SOURCE_DATE_EPOCH": "1"}
-        code, built, output = build(tree, **only_cuda, **settings)
+        code, built, output = build(tree, **ONLY_CUDA, **settings)
         assert (code, built) == (0, ["libfastfreeze_cuda.so"]), output
         libraries.append(next((tree / "out").rglob("*.so")))
     first, second = (library.read_bytes() for library in libraries)
@@ -232,19 +232,15 @@ KEPT = {
 }
 
 
+@of_cuda
 @pytest.mark.parametrize(("cpp", "cuda", "works", "status", "kept"), KEPT.values(), ids=KEPT)
 def test_what_fails_does_not_take_the_rest_with_it(tree, cpp, cuda, works, status, kept):
-    if torch.version.cuda is None:
-        pytest.skip("torch is a CPU build")
     only_source(tree, "cpu/probe.cpp", cpp)
     only_source(tree, "cuda/probe.cu", "")
     major = torch.version.cuda.split(".")[0]
     compiles = 'for last; do :; done; : > "$last"' if works else "echo seeded >&2; exit 1"
     fake_nvcc(tree, f'echo "release {major}.0"; test "$1" = --version || {{ {compiles}; }}')
-    for stale in ("out/fastfreeze", "fastfreeze"):
-        (tree / stale).mkdir(parents=True, exist_ok=True)
-        (tree / stale / "libfastfreeze_cuda.so").touch()
-        (tree / stale / "libfastfreeze_cpu.so").touch()
+    of_an_earlier_build(tree)
     environment = {"CUDA_HOME": str(tree / "toolkit"), "TORCH_CUDA_ARCH_LIST": "9.0"}
     code, built, output = build(tree, "--inplace", FASTFREEZE_BUILD_CUDA=cuda, **environment)
     assert code == status
@@ -281,9 +277,7 @@ def test_a_device_that_cannot_be_asked_is_none(setup, monkeypatch, capsys):
 
 
 def test_the_switch_leaves_out(tree):
-    for stale in ("out/fastfreeze", "fastfreeze"):  # of an earlier build
-        (tree / stale).mkdir(parents=True, exist_ok=True)
-        (tree / stale / "libfastfreeze_cpu.so").touch()
+    of_an_earlier_build(tree)
     assert build(tree, FASTFREEZE_BUILD_CPP="0")[:2] == (0, [])
 
 
@@ -295,22 +289,17 @@ def test_an_unknown_switch_value_is_refused(tree, name):
 
 
 def test_cuda_on_demand_needs_nvcc(tree):
-    (tree / "csrc/cuda").mkdir(exist_ok=True)
-    (tree / "csrc/cuda/probe.cu").write_text(PROBE)
-    code, _, output = build(
-        tree, FASTFREEZE_BUILD_CPP="0", FASTFREEZE_BUILD_CUDA="1", CUDA_HOME=str(tree)
-    )
+    only_source(tree, "cuda/probe.cu", PROBE)
+    code, _, output = build(tree, **ONLY_CUDA, CUDA_HOME=str(tree))
     assert code != 0
     assert "no nvcc in CUDA_HOME or on the PATH" in output
 
 
+@of_cuda
 @needs_nvcc
 def test_cuda_is_built_for_the_architectures_asked_for(tree):
-    if torch.version.cuda is None:
-        pytest.skip("torch is a CPU build")
     only_source(tree, "cuda/probe.cu", PROBE)
-    only_cuda = {"FASTFREEZE_BUILD_CPP": "0", "FASTFREEZE_BUILD_CUDA": "1"}
-    code, built, output = build(tree, TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX", **only_cuda)
+    code, built, output = build(tree, TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX", **ONLY_CUDA)
     assert (code, built) == (0, ["libfastfreeze_cuda.so"]), output
     for flag in ("compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"):
         assert flag in output
@@ -319,22 +308,18 @@ def test_cuda_is_built_for_the_architectures_asked_for(tree):
 
 
 OTHER_TOOLKITS = {
-    "too new": (
-        "echo 'Cuda compilation tools, release 99.1, V99.1'",
-        "is of CUDA 99, torch of CUDA",
-    ),
+    "too new": ("echo 'Cuda tools, release 99.1, V99.1'", "is of CUDA 99, torch of CUDA"),
     "too old": ("echo 'release 9.2' && test $1 = --version", "libfastfreeze_cuda was not built"),
     "unknown": ("echo 'a wrapper of another compiler'", "--version tells no release"),
     "broken": ("echo 'cannot execute' >&2; exit 126", "returned non-zero exit status 126"),
 }
 
 
+@of_cuda
 @pytest.mark.parametrize(("script", "why"), OTHER_TOOLKITS.values(), ids=OTHER_TOOLKITS)
 @pytest.mark.parametrize("switch", ["auto", "1"])
 def test_a_toolkit_that_does_not_fit(tree, switch, script, why):
-    if torch.version.cuda is None:
-        pytest.skip("torch is a CPU build")
-    (tree / "csrc/cuda/probe.cu").write_text(PROBE)
+    only_source(tree, "cuda/probe.cu", PROBE)
     fake_nvcc(tree, script)
     environment = {"FASTFREEZE_BUILD_CPP": "0", "CUDA_HOME": str(tree / "toolkit")}
     environment["TORCH_CUDA_ARCH_LIST"] = "9.0"  # "auto" would leave CUDA out without a device
@@ -350,9 +335,7 @@ def test_the_source_distribution_holds_every_source(tree):
     shutil.copy(ROOT / "MANIFEST.in", tree)
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, tree)
-    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "dist"]
-    environment = {**os.environ, "FASTFREEZE_BUILD_CUDA": "0"}
-    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, timeout=120)
+    assert setup_py(tree, "-q", "sdist", "--dist-dir", "dist").returncode == 0
     with tarfile.open(next((tree / "dist").glob("*.tar.gz"))) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
@@ -363,9 +346,7 @@ def test_the_source_distribution_holds_every_source(tree):
 
 @needs_nvcc
 def test_a_bad_architecture_is_refused(tree):
-    (tree / "csrc/cuda").mkdir(exist_ok=True)
-    (tree / "csrc/cuda/probe.cu").write_text(PROBE)
-    only_cuda = {"FASTFREEZE_BUILD_CPP": "0", "FASTFREEZE_BUILD_CUDA": "1"}
-    code, _, output = build(tree, TORCH_CUDA_ARCH_LIST="hopper", **only_cuda)
+    only_source(tree, "cuda/probe.cu", PROBE)
+    code, _, output = build(tree, TORCH_CUDA_ARCH_LIST="hopper", **ONLY_CUDA)
     assert code != 0
     assert "TORCH_CUDA_ARCH_LIST: expected such as '9.0' or '9.0+PTX', got 'hopper'" in output

@@ -42,6 +42,7 @@ def run(directory, name, *arguments):
     return done.stdout
 
 
+@pytest.mark.train
 def test_plain_loop(tmp_path):
     printed = run(tmp_path, "plain_loop.py", "--epochs", "1", "--images", "500")
     errors = dict(re.findall(r"^(\w+) +error ([\d.]+)%", printed, re.MULTILINE))
@@ -50,7 +51,7 @@ def test_plain_loop(tmp_path):
     assert "predicted saving" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.train
 @pytest.mark.parametrize("freeze", ["hand", "schedule"])
 def test_finetune_torchvision(tmp_path, freeze):
     pytest.importorskip("torchvision")
@@ -63,7 +64,7 @@ def test_finetune_torchvision(tmp_path, freeze):
         assert re.search(r"[1-9]\d* values from the cache", printed)
 
 
-@pytest.mark.slow
+@pytest.mark.train
 def test_finetune_on_a_folder(tmp_path):
     pytest.importorskip("torchvision")
     image = pytest.importorskip("PIL.Image")
@@ -83,7 +84,7 @@ PRETRAINED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.train
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_finetune_pretrained(tmp_path, name):
     """On what FASTFREEZE_EXAMPLE_DATA holds, got as the program says that it can be."""
@@ -130,6 +131,7 @@ def serving(directory):
         process.wait(60)
 
 
+@pytest.mark.train
 def test_serve_ensemble(tmp_path, monkeypatch):
     def ask(body):
         with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=60) as response:

@@ -18,7 +18,6 @@ def run(code):
 @pytest.mark.parametrize(
     "use",
     [
-        "from fastfreeze import SGD",
         "from fastfreeze import *; SGD, trim",
         "import fastfreeze; fastfreeze.SGD; fastfreeze.schedule.StepDecay",
         "import fastfreeze; assert 'SGD' in dir(fastfreeze)",

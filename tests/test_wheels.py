@@ -53,6 +53,7 @@ def installed(wheels, monkeypatch, tmp_path):
         return folder / "bin/python"
 
     monkeypatch.setattr(wheels, "environment", environment)
+    monkeypatch.setattr(wheels, "WORKERS", ())
     monkeypatch.setattr(wheels, "call", said["calls"].append)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # pytest's, for that Python
     monkeypatch.setattr(wheels, "output", output)
@@ -223,9 +224,9 @@ def test_the_rows_are_the_oldest_the_newest_and_without(wheels):
     packages = wheels.packages([old, new])
     assert [packages[name][0] for name in ("oldest", "newest")] == [old, new]
     rows = wheels.rows(sdist, compiled, pure)
-    assert [r.file for r in rows] == [compiled, sdist, sdist, compiled, pure, compiled]
-    assert [r.long for r in rows] == [True] + [False] * 5
-    tests = [wheels.LONG_TESTS, *[wheels.FEW_TESTS] * 2, *[wheels.SHORT_TESTS] * 3]
+    assert [r.file for r in rows] == [compiled, sdist, compiled, pure, compiled]
+    assert [r.long for r in rows] == [True] + [False] * 4
+    tests = [wheels.LONG_TESTS, wheels.FEW_TESTS, *[wheels.SHORT_TESTS] * 3]
     assert [r.tests for r in rows] == tests
     one_after_the_other = [name for name, _ in groupby(r.environment for r in rows)]
     assert one_after_the_other == list(packages)

@@ -1,22 +1,19 @@
 """``fastfreeze plan``: what is typed, what is printed, and how it ends."""
 
-import json
 import sys
 
 import pytest
-from click.testing import CliRunner
 
-from fastfreeze.cli import main
+from tests import commands
+from tests.commands import work_in
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(main, ["plan", *map(str, arguments)])
+    return commands.invoke("plan", *arguments)
 
 
 def as_json(*arguments):
-    result = invoke(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return commands.printed("plan", *arguments)
 
 
 @pytest.mark.parametrize("of", ["compute", "backward"])
@@ -33,12 +30,19 @@ def test_saving_finds_t_0(of):
     assert lines[-1] == f"t_0={found['t_0']} is the largest that saves 30.0% of the {of}"
 
 
-def test_t0_is_printed_as_before():
-    result = invoke("resnet20", "--t0", 0.8)
-    assert result.exit_code == 0
-    assert result.stdout.splitlines()[-1].startswith("predicted saving: ")
-    found = as_json("resnet20", "--how-scale", "linear")
-    assert (found["t_0"], found["how_scale"]) == (0.8, "linear")
+def test_a_plan_without_a_saving():
+    found = as_json("resnet20", "--steps", 1000)
+    assert (found["t_0"], found["how_scale"]) == (0.8, "cubic")
+    first, last = found["layers"][0], found["layers"][-1]
+    assert (first["name"], first["freezes_at_step"]) == ("stem", [512])
+    assert first["initial_lr"] == pytest.approx(0.1 / 0.8**3)
+    assert (last["name"], last["freezes_at_step"], last["initial_lr"]) == ("head", [], 0.1)
+    assert sum(layer["parameters"] for layer in found["layers"]) == 269_722
+    assert sum(layer["backward_share"] for layer in found["layers"]) == pytest.approx(1)
+    assert 0.2 < found["backward_saving"] < 0.5
+    printed = invoke("resnet20", "--t0", 0.8, "--steps", 1000).stdout.splitlines()
+    assert printed[-1].startswith("predicted saving: ")
+    assert as_json("resnet20", "--how-scale", "linear")["how_scale"] == "linear"
 
 
 def test_saving_that_cannot_be_reached():
@@ -102,14 +106,13 @@ def leaves():
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A directory with modules, from which the command is started."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    (tmp_path / "plan_own.py").write_text(OWN)
-    (tmp_path / "plan_broken.py").write_text("import package_that_is_missing\n")
-    (tmp_path / "plan_typo.py").write_text("def make(:\n")
-    yield
-    for name in ("plan_own", "plan_broken", "plan_typo"):
-        sys.modules.pop(name, None)
+    work_in(
+        tmp_path,
+        monkeypatch,
+        plan_own=OWN,
+        plan_broken="import package_that_is_missing\n",
+        plan_typo="def make(:\n",
+    )
 
 
 @pytest.mark.parametrize("name", ["Net", "made", "nested.make"])
@@ -143,11 +146,7 @@ def test_what_split_warns_of_is_told(own):
         ("plan_own:", 2, "must be MODULE:FUNCTION, got plan_own:"),
         ("torchvision:resnet5", 2, "no classification network 'resnet5'; try resnet50"),
         ("torchvision:fasterrcnn_resnet50_fpn", 2, "no classification network"),
-        (
-            "torchvision:resnet18 --in-channels 1",
-            2,
-            "resnet18 takes images of 3 channels, not of 1",
-        ),
+        ("torchvision:resnet18 --in-channels 1", 2, "takes images of 3 channels, not of 1"),
         ("torchvision:alexnet --image-size 16", 1, "torchvision:alexnet cannot be split"),
         ("alexnet", 2, "model must be one of resnet<6n+2>"),
         ("resnet20 --saving 0.3 --t0 0.5", 2, "--saving and --t0 exclude each other"),
@@ -174,9 +173,3 @@ def test_missing_torchvision(monkeypatch):
     result = invoke("torchvision:resnet18")
     assert result.exit_code == 1
     assert 'pip install "fastfreeze[train]"' in result.stderr
-
-
-def test_help_has_examples():
-    result = invoke("--help")
-    assert result.exit_code == 0
-    assert "fastfreeze plan vgg16 --saving 0.3" in result.stdout

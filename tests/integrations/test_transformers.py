@@ -23,9 +23,7 @@ from fastfreeze.integrations.transformers import (  # noqa: E402
     total_steps,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLES, BATCH, EPOCHS, CYCLES = 12, 4, 6, 3
 STEPS = EPOCHS * SAMPLES // BATCH
 
@@ -35,29 +33,17 @@ def bert():
 
 
 def vit():
+    encoder = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    encoder |= {"intermediate_size": 32, "hidden_dropout_prob": 0.1}
     config = transformers.ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=2,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=3,
-        hidden_dropout_prob=0.1,
+        image_size=8, patch_size=4, num_channels=2, num_labels=3, **encoder
     )
     return transformers.ViTForImageClassification(config)
 
 
 def resnet():
-    config = transformers.ResNetConfig(
-        num_channels=2,
-        embedding_size=4,
-        hidden_sizes=[4, 8],
-        depths=[2, 2],
-        layer_type="basic",
-        num_labels=3,
-    )
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [2, 2]}
+    config = transformers.ResNetConfig(num_channels=2, num_labels=3, layer_type="basic", **sizes)
     return transformers.ResNetForImageClassification(config)
 
 
@@ -80,10 +66,7 @@ LAYERS = {
     vit: ["embeddings", "layer", "layer", "layer", "classifier"],
     resnet: [
         "embedder",
-        "stages.0.layers.0",
-        "stages.0.layers.1",
-        "stages.1.layers.0",
-        "stages.1.layers.1",
+        *(f"stages.{stage}.layers.{layer}" for stage in (0, 1) for layer in (0, 1)),
         "classifier",
     ],
 }
@@ -95,6 +78,10 @@ def samples(inputs):
         {name: values[i] for name, values in inputs.items()} | {"labels": labels[i]}
         for i in range(SAMPLES)
     ]
+
+
+def example_of(data):
+    return tuple(v[None] for name, v in data[0].items() if name != "labels")
 
 
 def trainer(model, data, directory, store=None, measured=False, **options):
@@ -114,7 +101,7 @@ def trainer(model, data, directory, store=None, measured=False, **options):
     )
     run = transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
     schedule = fastfreeze.FreezeOutCycles(total_steps(run), num_cycles=CYCLES, t_0=0.5)
-    example = tuple(v[None] for name, v in data[0].items() if name != "labels")
+    example = example_of(data)
     plan = fastfreeze.split(model, example, schedule=schedule, lr=0.05)
     optimizer = fastfreeze.SGD(plan.param_groups(), 0.05, momentum=0.9, schedule=schedule)
     run.optimizer, run.lr_scheduler = optimizer, IdleScheduler(optimizer)
@@ -242,8 +229,7 @@ def test_another_optimizer_freezes_by_a_scheduler(options, tmp_path):
         store = fastfreeze.MemorySnapshots()
         run, _, _ = trainer(model, data, tmp_path / name, store, **options_of_run)
         schedule = fastfreeze.FreezeOutCycles(total_steps(run), num_cycles=2, scale_lr=False)
-        example = tuple(v[None] for name, v in data[0].items() if name != "labels")
-        groups = fastfreeze.split(model, example).param_groups(no_decay=True)
+        groups = fastfreeze.split(model, example_of(data)).param_groups(no_decay=True)
         run.optimizer = torch.optim.AdamW(groups, lr=0.01)
         run.lr_scheduler = scheduler = fastfreeze.FreezeScheduler(run.optimizer, schedule)
         run.train(resume_from_checkpoint=checkpoint)
@@ -333,22 +319,15 @@ def unknown_part(run, _):
     run.callback_handler.callbacks[-1]._network = "vit"
 
 
-@pytest.mark.parametrize(
-    ("mistake", "message"),
-    [
-        (
-            without_scheduler,
-            "must be an IdleScheduler, or a FreezeScheduler for an .* got LambdaLR",
-        ),
-        (
-            other_optimizer,
-            "among the schedulers, over parameters that train, got torch.optim.sgd.SGD",
-        ),
-        (more_epochs, "total_steps=18, the training 21"),
-        (unknown_part, r"BertForSequenceClassification \(bert, dropout, classifier\), got 'vit'"),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
+MISTAKES = {
+    without_scheduler: "must be an IdleScheduler, or a FreezeScheduler for an .* got LambdaLR",
+    other_optimizer: "the schedulers, over parameters that train, got torch.optim.sgd.SGD",
+    more_epochs: "total_steps=18, the training 21",
+    unknown_part: r"BertForSequenceClassification \(bert, dropout, classifier\), got 'vit'",
+}
+
+
+@pytest.mark.parametrize(("mistake", "message"), MISTAKES.items())
 def test_mistakes_are_named_before_anything_trains(mistake, message, tmp_path):
     model = bert()
     run, optimizer, _ = trainer(model, samples(texts()), tmp_path)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from fastfreeze.recipes.compare import CompareConfig, Spread, compare, comparison_table
-from fastfreeze.recipes.data import ImageData, MemoryImages
-from fastfreeze.recipes.rundir import RunDir, describe
+from tests.commands import TINY, ran, tiny_data
 
 pytest.importorskip("scipy", reason="which compare takes Student's t from")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,39 +94,19 @@ def test_table_says_the_same():
 
 
 CONFIG = CompareConfig(
-    methods=("snapshot", "sgd", "freezeout"),
-    data="mnist5k",
-    image_size=8,
-    model="resnet8-w4",
-    epochs=2,
-    batch_size=8,
-    lr=0.05,
-    t_0=0.5,
-    how_scale="cubic",
-    cycles=2,
-    composition="sticky",
-    last_k=1,
-    seed=3,
-    seeds=2,
-    device="cpu",
-    threads=1,
-    baseline="freezeout",
+    **TINY
+    | {"methods": ("snapshot", "sgd", "freezeout"), "epochs": 2, "cycles": 2, "seeds": 2}
+    | {"baseline": "freezeout"}
 )
 
 
 @pytest.fixture(scope="module")
 def data():
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 255, (24, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    images = MemoryImages(pixels, torch.arange(24) % 2)
-    half = torch.tensor([0.4])
-    return ImageData(images, images, half, half, 2, pad=1, flip=False)
+    return tiny_data(24, 24)
 
 
 def test_a_comparison_trains_the_baseline_first_and_each_method_once(data, tmp_path):
-    asked = describe("compare", dataclasses.asdict(CONFIG), None)
-    run_dir = RunDir.create(tmp_path / "run", asked)
-    outcome = CONFIG.run(data, run_dir, lambda line: None, quiet=True)
+    run_dir, outcome = ran(tmp_path / "run", data, CONFIG, "compare")
     methods = ["freezeout", "snapshot", "sgd"]
     assert [r["method"] for r in run_dir.results()] == methods * 2
     assert [c["method"] for c in outcome.values["comparison"]] == methods

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import struct
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +31,17 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def data_of(pixels, pad, flip, mean=0.0, std=1.0, **more):
+    """Images [N, C, H, W] to train and to test on, each of a class of its own."""
+    images = MemoryImages(pixels, torch.arange(len(pixels)))
+    channels = torch.zeros(pixels.shape[1])
+    mean, std = (channels + torch.as_tensor(value) for value in (mean, std))
+    return ImageData(images, images, mean, std, len(pixels), pad=pad, flip=flip, **more)
+
+
 def small_data(pad=1, flip=True):
     pixels = torch.randint(0, 256, (23, 2, 6, 5), generator=generator(), dtype=torch.uint8)
-    images = MemoryImages(pixels, torch.arange(23))
-    return ImageData(
-        images, images, torch.tensor([0.4, 0.6]), torch.tensor([0.2, 0.3]), 23, pad, flip
-    )
+    return data_of(pixels, pad, flip, mean=[0.4, 0.6], std=[0.2, 0.3])
 
 
 def collected(batches):
@@ -62,7 +69,7 @@ def test_batches_depend_on_seed_and_epoch_alone(seed, epoch, same):
     before = torch.get_rng_state()
     found = collected(data.train_batches(seed, epoch, 8, CPU))
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)) == same
+    assert all(map(torch.equal, expected, found)) == same
 
 
 def test_unvaried_batches_are_the_normalised_images():
@@ -79,35 +86,28 @@ def test_unvaried_batches_are_the_normalised_images():
 @pytest.mark.parametrize("flip", [False, True])
 def test_images_are_shifted_and_mirrored_each_by_itself(flip):
     pixels = torch.randint(1, 256, (200, 3, 5, 4), generator=generator(), dtype=torch.uint8)
-    images = MemoryImages(pixels, torch.arange(200))
-    zeros, ones = torch.zeros(3), torch.ones(3)
-    data = ImageData(images, images, zeros, ones, 200, pad=2, flip=flip)
+    data = data_of(pixels, pad=2, flip=flip)
     out, labels = collected(data.train_batches(1, 0, 64, CPU))
     padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2))[labels]
     seen = set()
     for image, source in zip((255 * out).round().to(torch.uint8), padded, strict=True):
         matches = {
             (mirrored, top, left)
-            for mirrored in (False, True)
-            for top in range(5)
-            for left in range(5)
+            for mirrored, top, left in product((False, True), range(5), range(5))
             if torch.equal(
                 image.flip(2) if mirrored else image, source[:, top : top + 5, left : left + 4]
             )
         }
         assert len(matches) == 1
         seen |= matches
-    assert {(top, left) for _, top, left in seen} == {(i, j) for i in range(5) for j in range(5)}
+    assert {(top, left) for _, top, left in seen} == set(product(range(5), range(5)))
     assert {mirrored for mirrored, *_ in seen} == {False, flip}
 
 
 def test_colours_vary_in_training_alone():
     pixels = torch.full((23, 3, 6, 5), 100, dtype=torch.uint8)
     pixels[:, 1] = 150
-    images = MemoryImages(pixels, torch.arange(23))
-    data = ImageData(
-        images, images, torch.zeros(3), torch.ones(3), 23, pad=0, flip=False, colours=True
-    )
+    data = data_of(pixels, pad=0, flip=False, colours=True)
     varied, _ = collected(data.train_batches(0, 1, 8, CPU))
     assert torch.equal(varied, varied[:, :, :1, :1].expand_as(varied))
     assert len(varied[:, 0, 0, 0].unique()) > 15
@@ -144,12 +144,9 @@ def test_part_changes_nothing_but_the_training_images():
     assert (part.test, part.num_classes) == (data.test, 23)
     assert part.mean is data.mean
     assert torch.equal(data.part(23).train.pixels, data.train.pixels)
-
-
-@pytest.mark.parametrize("count", [0, 24])
-def test_part_of_another_size_than_there_is(count):
-    with pytest.raises(ValueError, match=rf"count must be in 1\.\.23, got {count}"):
-        small_data().part(count)
+    for count in (0, 24):
+        with pytest.raises(ValueError, match=rf"count must be in 1\.\.23, got {count}"):
+            data.part(count)
 
 
 def test_mnist5k():
@@ -250,29 +247,20 @@ def write_svhn(root, monkeypatch, split, per_class):
     monkeypatch.setitem(SVHN.split_list, split, ["", path.name, digest])
 
 
-def test_svhn_files(tmp_path, monkeypatch):
-    for split, per_class in (("train", 3), ("test", 2)):
-        write_svhn(tmp_path, monkeypatch, split, per_class)
-    data = load_data("svhn", tmp_path)
-    assert torch.bincount(data.train.labels).tolist() == [3] * 10
-    assert torch.bincount(data.test.labels).tolist() == [2] * 10
-    digits = torch.where(data.train.labels == 0, 10, data.train.labels)
-    assert torch.equal(data.train.pixels[:, 2, 0, 1].long(), 10 * digits)
-    assert (data.num_classes, data.pad, data.flip, data.colours) == (10, 0, False, False)
-
-
-def test_svhn_extra_holds_out_sermanets_validation_images(tmp_path, monkeypatch):
+def test_svhn_and_svhn_extra_without_sermanets_validation_images(tmp_path, monkeypatch):
     for split, per_class in (("train", 403), ("extra", 205), ("test", 2)):
         write_svhn(tmp_path, monkeypatch, split, per_class)
-    data = load_data("svhn-extra", tmp_path)
-    assert torch.bincount(data.train.labels).tolist() == [3 + 5] * 10
-    assert torch.bincount(data.test.labels).tolist() == [2] * 10
-    again = load_data("svhn-extra", tmp_path)
-    assert torch.equal(data.train.pixels, again.train.pixels)
+    data, more, again = (load_data(f"svhn{end}", tmp_path) for end in ("", "-extra", "-extra"))
+    for found, per_class in ((data.train, 403), (more.train, 3 + 5), (more.test, 2)):
+        assert torch.bincount(found.labels).tolist() == [per_class] * 10
+    digits = torch.where(data.train.labels == 0, 10, data.train.labels)
+    assert torch.equal(data.train.pixels[:, 2, 0, 1], (10 * digits).to(torch.uint8))
+    assert (data.num_classes, data.pad, data.flip, data.colours) == (10, 0, False, False)
+    assert torch.equal(more.train.pixels, again.train.pixels)
     (tmp_path / "extra_32x32.mat").write_bytes(b"half")
     with pytest.raises(RecipeError, match=r"must hold a whole extra_32x32\.mat"):
         load_data("svhn-extra", tmp_path)
-    assert len(load_data("svhn", tmp_path).train.labels) == 4030
+    load_data("svhn", tmp_path)
 
 
 def picture(path, colour, size=(64, 64), mode="RGB"):
@@ -302,9 +290,8 @@ def tiny_imagenet(tmp_path):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_tiny_imagenet(tiny_imagenet, inside):
-    data = load_data(
-        "tinyimagenet", tiny_imagenet / "tiny-imagenet-200" if inside else tiny_imagenet
-    )
+    root = tiny_imagenet / "tiny-imagenet-200" if inside else tiny_imagenet
+    data = load_data("tinyimagenet", root)
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]  # n01443537 first
     assert data.test.labels.tolist() == [1, 0, 1, 0]
     assert (data.num_classes, data.pad, data.flip, data.colours) == (2, 8, True, True)
@@ -321,42 +308,35 @@ def test_tiny_imagenet(tiny_imagenet, inside):
     assert data.part(2).train.labels.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("gone", "message"),
-    [
-        ("train", "No such file or directory: .*train"),
-        ("val/val_annotations.txt", "No such file or directory"),
-        ("val/images", "No such file or directory"),
-        ("train/n02124075/images", "no valid file for the classes n02124075"),
-    ],
-)
-def test_tiny_imagenet_in_part(tiny_imagenet, gone, message):
-    path = tiny_imagenet / "tiny-imagenet-200" / gone
-    path.unlink() if path.is_file() else shutil.rmtree(path)
-    with pytest.raises(RecipeError, match=rf"(?is)must hold tiny-imagenet-200 .*{message}.*curl"):
-        load_data("tinyimagenet", tiny_imagenet)
+GONE = {
+    "train": "No such file or directory: .*train",
+    "val/val_annotations.txt": "No such file or directory",
+    "val/images": "No such file or directory",
+    "train/n02124075/images": "no valid file for the classes n02124075",
+}
+WRONG_ROWS = {
+    "twice": "val_0.JPEG\tn01443537\t0\n{all}",
+    "half": "val_0.JPEG\tn01443537\t0\nval_2.JPEG\tn01443537\t0",
+    "no such file": "{all}\nval_9.JPEG\tn01443537\t0",
+    "an empty row": "{all}\n",
+    "no class": "{all}\nval_1.JPEG",
+    "no such class": "{unknown}",
+}
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        "val_0.JPEG\tn01443537\t0\n{all}",
-        "val_0.JPEG\tn01443537\t0\nval_2.JPEG\tn01443537\t0",
-        "{all}\nval_9.JPEG\tn01443537\t0",
-        "{all}\n",
-        "{all}\nval_1.JPEG",
-        "{unknown}",
-    ],
-    ids=["twice", "half", "no such file", "an empty row", "no class", "no such class"],
-)
-def test_tiny_imagenet_with_wrong_annotations(tiny_imagenet, rows):
-    path = tiny_imagenet / "tiny-imagenet-200" / "val" / "val_annotations.txt"
-    whole = path.read_text().strip()
-    unknown = whole.replace("n02124075", "n09999999")
-    path.write_text(rows.format(all=whole, unknown=unknown) + "\n")
-    with pytest.raises(
-        RecipeError, match=r"txt must give each file of val/images a class of train"
-    ):
+@pytest.mark.parametrize("damage", [*GONE, *WRONG_ROWS])
+def test_tiny_imagenet_in_part_or_with_wrong_annotations(tiny_imagenet, damage):
+    root = tiny_imagenet / "tiny-imagenet-200"
+    if damage in GONE:
+        message = rf"(?is)must hold tiny-imagenet-200 .*{GONE[damage]}.*curl"
+        shutil.rmtree(root / damage) if (root / damage).is_dir() else (root / damage).unlink()
+    else:
+        message = "txt must give each file of val/images a class of train"
+        path = root / "val" / "val_annotations.txt"
+        whole = path.read_text().strip()
+        unknown = whole.replace("n02124075", "n09999999")
+        path.write_text(WRONG_ROWS[damage].format(all=whole, unknown=unknown) + "\n")
+    with pytest.raises(RecipeError, match=message):
         load_data("tinyimagenet", tiny_imagenet)
 
 
@@ -389,19 +369,11 @@ def test_imagenet(imagenet):
     assert images.shape == (8, 3, 224, 224)
     assert labels.sort().values.tolist() == data.train.labels.tolist()
     assert data.example(CPU).shape == (2, 3, 224, 224)
-
-
-def test_imagenet_is_tested_on_the_centre(imagenet):
-    pixels, _ = load_data("imagenet", imagenet).test[[0]]
+    pixels, _ = data.test[[0]]
     # 300 x 200 is scaled to 384 x 256; what is left out: 80 of 384 left and right, 16 of 256.
-    edges = [
-        pixels[0, 0, 112, 0],
-        pixels[0, 0, 112, -1],
-        pixels[0, 1, 0, 112],
-        pixels[0, 1, -1, 112],
-    ]
-    expected = [255 * 80 / 384, 255 * 304 / 384, 255 * 16 / 256, 255 * 240 / 256]
-    assert [e.item() for e in edges] == pytest.approx(expected, abs=3)
+    across, down = pixels[0, 0, 112, [0, -1]], pixels[0, 1, [0, -1], 112]
+    assert across.tolist() == pytest.approx([255 * 80 / 384, 255 * 304 / 384], abs=3)
+    assert down.tolist() == pytest.approx([255 * 16 / 256, 255 * 240 / 256], abs=3)
 
 
 def test_imagenet_epochs_do_not_depend_on_workers_or_on_what_was_read_before(imagenet):
@@ -411,14 +383,10 @@ def test_imagenet_epochs_do_not_depend_on_workers_or_on_what_was_read_before(ima
     epochs = [collected(data.train_batches(5, epoch, 3, CPU)) for epoch in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(3)
-    assert not torch.equal(
-        epochs[0][0].sum((1, 2, 3)).sort()[0], epochs[1][0].sum((1, 2, 3)).sort()[0]
-    )
+    first, second = (images.sum((1, 2, 3)).sort()[0] for images, _ in epochs)
+    assert not torch.equal(first, second)
     fresh = load_data("imagenet", imagenet, workers=2)
-    for found, expected in zip(
-        collected(fresh.train_batches(5, 1, 3, CPU)), epochs[1], strict=True
-    ):
-        assert torch.equal(found, expected)
+    assert all(map(torch.equal, collected(fresh.train_batches(5, 1, 3, CPU)), epochs[1]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -426,24 +394,11 @@ def test_damaged_image_is_named_in_one_line(imagenet, workers):
     path = imagenet / "val" / "n01443537" / "1.JPEG"
     path.write_bytes(path.read_bytes()[:500])
     data = load_data("imagenet", imagenet, workers=workers)
-    with pytest.raises(
-        RecipeError, match=r"^cannot read the image .*/n01443537/1\.JPEG: "
-    ) as error:
+    told = r"^cannot read the image .*/n01443537/1\.JPEG: "
+    with pytest.raises(RecipeError, match=told) as error:
         list(data.test_batches(2, CPU))
     assert "\n" not in str(error.value)
     assert multiprocessing.active_children() == []
-
-
-def test_png_whose_chunks_are_damaged_is_told(tmp_path):
-    path = tmp_path / "a.png"
-    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    data = bytearray(path.read_bytes())
-    length = data.index(b"IDAT") - 4
-    data[length : length + 4] = (100).to_bytes(4, "big")  # what follows is no chunk
-    path.write_bytes(data)
-    with pytest.raises(RecipeError, match=r"cannot read the image .*a\.png: "):
-        FileImages.at([path], [0], centred(5, 5))[[0]]
 
 
 def read(path):
@@ -521,10 +476,21 @@ def test_a_cameras_note_of_what_is_up_is_followed(tmp_path, ending, up, turns):
     assert np.array_equal(read(path).permute(1, 2, 0), np.rot90(pixels, turns))
 
 
+def png_without_a_chunk():
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "png")
+    data = bytearray(file.getvalue())
+    length = data.index(b"IDAT") - 4
+    data[length : length + 4] = (9).to_bytes(4, "big")  # what follows is no chunk
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "cannot identify image file"),
+        (png_without_a_chunk(), ""),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
         (b"P5 9 9 255\n" + bytes(81), "exceeds limit of 8 pixels"),
     ],
@@ -644,14 +610,11 @@ def test_folder(image_folder, workers):
     images, labels = collected(data.test_batches(3, CPU))
     red = images[:, 0] * data.std[0] + data.mean[0]
     assert images.shape == (4, 3, 8, 8)
-    torch.testing.assert_close(
-        red, (100 / 255 * labels.float()).view(-1, 1, 1).expand(4, 8, 8), atol=1e-6, rtol=0
-    )
-    expected = collected(
-        load_data("folder", image_folder, image_size=8).train_batches(0, 3, 2, CPU)
-    )
-    found = collected(data.train_batches(0, 3, 2, CPU))
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    expected = (100 / 255 * labels.float()).view(-1, 1, 1).expand(4, 8, 8)
+    torch.testing.assert_close(red, expected, atol=1e-6, rtol=0)
+    alone = load_data("folder", image_folder, image_size=8)
+    epochs = (collected(each.train_batches(0, 3, 2, CPU)) for each in (data, alone))
+    assert all(map(torch.equal, *epochs))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,10 @@ from fastfreeze.recipes.rundir import __doc__ as run_directory
 from fastfreeze.reproduction.papers import FREEZEOUT_T_0S
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
-pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="tests run outside the source tree")
+pytestmark = [
+    pytest.mark.skipif(not PAGE.exists(), reason="tests run outside the source tree"),
+    pytest.mark.usefixtures("digits_once"),
+]
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<comment>.*) -->\n)?^```console\n\$ (?P<command>.*)\n(?P<output>(?:.*\n)*?)^```",
     re.MULTILINE,

@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from fastfreeze.recipes.data import ImageData, MemoryImages, load_data
+from fastfreeze.recipes.data import MemoryImages, load_data
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import DATA_NAMES, EMBEDDED
 from fastfreeze.recipes.plot import plot_run
-from fastfreeze.recipes.rundir import RunDir, describe
+from fastfreeze.recipes.rundir import RunDir
 from fastfreeze.reproduction.budget import scaled
 from fastfreeze.reproduction.papers import (
     SNAPSHOT_COLUMNS,
@@ -25,6 +24,7 @@ from fastfreeze.reproduction.papers import (
 )
 from fastfreeze.reproduction.reproduce import FreezeOutConfig, SnapshotConfig
 from fastfreeze.schedule import SnapshotCycles, StepDecay, from_config
+from tests.commands import Killed, assert_drawn, ran, tiny_data
 from tests.killed import untimed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,18 +37,9 @@ def config(kind, model="small", data=EMBEDDED, **changes):
     return kind(model=model, data=data, threads=1, **{**fixed, **changes})
 
 
-def images(count, num_classes=4, size=8):
-    generator = torch.Generator().manual_seed(count)
-    labels = torch.arange(count) % num_classes
-    pixels = torch.randint(0, 90, (count, 1, size, size), generator=generator, dtype=torch.uint8)
-    pixels += (40 * labels).to(torch.uint8)[:, None, None, None]
-    return MemoryImages(pixels, labels)
-
-
 @pytest.fixture(scope="module")
 def data():
-    half = torch.tensor([0.4])
-    return ImageData(images(80), images(24), half, half, 4, pad=1, flip=False)
+    return tiny_data(80, 24, num_classes=4)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=ids)
@@ -83,9 +74,8 @@ def test_rows_are_those_of_the_papers():
 
 
 def test_unknown_rows_are_told_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match="no row for densenet100-24 on svhn-extra; there are: "
-    ) as e:
+    told = "no row for densenet100-24 on svhn-extra; there are: "
+    with pytest.raises(ValueError, match=told) as e:
         SnapshotConfig.find("densenet100-24", "svhn-extra")
     for row in snapshot_rows():
         assert row.model in str(e.value)
@@ -174,8 +164,8 @@ def test_step_decay_has_the_cycles_snapshots():
 
 
 SMALL = {
-    SnapshotConfig: Row("small", "Small", "resnet8-w4", EMBEDDED, 6, 8, 3),
-    FreezeOutConfig: Row("small", "Small", "resnet8-w4", EMBEDDED, 4, 8, 1),
+    SnapshotConfig: Row("small", "Small", "resnet8-w4", EMBEDDED, 6, 16, 3),
+    FreezeOutConfig: Row("small", "Small", "resnet8-w4", EMBEDDED, 4, 16, 1),
 }
 
 
@@ -186,14 +176,6 @@ def _small_rows(monkeypatch):
         monkeypatch.setattr(kind, "rows", staticmethod(lambda rows=(*rows, row): rows))
 
 
-def run(path, data, asked):
-    if (path / "config.json").exists():
-        run_dir = RunDir.open(path)
-    else:
-        run_dir = RunDir.create(path, describe("reproduce", dataclasses.asdict(asked), None))
-    return run_dir, asked.run(data, run_dir, lambda line: None, quiet=True)
-
-
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -201,15 +183,8 @@ def finished(data, tmp_path_factory):
         for kind, row in SMALL.items():
             patch.setattr(kind, "rows", staticmethod(lambda row=row: (row,)))
             path = tmp_path_factory.mktemp("runs") / kind.__name__
-            found[kind] = run(path, data, config(kind, seeds=2))
+            found[kind] = ran(path, data, config(kind, seeds=2), "reproduce")
     return found
-
-
-def check_picture(path):
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert picture.width > picture.height > 500
-        assert len(picture.convert("RGB").getcolors(2**24)) > 100  # something is drawn
 
 
 def test_snapshot_row(finished):
@@ -244,13 +219,13 @@ def test_single_and_nocycle_are_one_training(finished):
     run_dir, _ = finished[SnapshotConfig]
     lines = [line for line in run_dir.metrics() if (line["method"], line["seed"]) == ("single", 0)]
     schedule = from_config(lines[0]["schedule"])
-    assert schedule == StepDecay(60, num_cycles=3)
+    assert schedule == StepDecay(30, num_cycles=3)
     epochs = [line for line in lines if line["event"] == "epoch"]
     assert [line["lr"] for line in epochs] == [
         pytest.approx([schedule.lr(line["step"], 0.1)]) for line in epochs
     ]
     snapshots = [line["step"] for line in lines if line["event"] == "snapshot"]
-    assert snapshots == [20, 40, 60]
+    assert snapshots == [10, 20, 30]
 
 
 def test_freezeout_row(finished):
@@ -277,7 +252,7 @@ def test_freezeout_row(finished):
 @pytest.mark.parametrize("kind", SMALL)
 def test_a_reproduction_can_be_plotted(finished, kind, tmp_path):
     plot_run(finished[kind][0], tmp_path / "plot.png")
-    check_picture(tmp_path / "plot.png")
+    assert_drawn(tmp_path / "plot.png")
 
 
 def fake_results(methods):
@@ -320,11 +295,7 @@ def test_parts_are_balanced_and_the_network_is_the_papers(data):
         dataclasses.replace(asked, test_images=25).budget(data)
 
 
-class Killed(BaseException):
-    """Nothing may catch this."""
-
-
-@pytest.mark.slow
+@pytest.mark.train
 @pytest.mark.parametrize(("kind", "epochs"), [(SnapshotConfig, 3), (FreezeOutConfig, 9)])
 def test_interrupted_reproduction_ends_like_an_uninterrupted_one(
     finished, data, tmp_path, monkeypatch, kind, epochs
@@ -342,8 +313,8 @@ def test_interrupted_reproduction_ends_like_an_uninterrupted_one(
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "log", dying)
         with pytest.raises(Killed):
-            run(tmp_path / "run", data, asked)
-    found, _ = run(tmp_path / "run", data, asked)
+            ran(tmp_path / "run", data, asked, "reproduce")
+    found, _ = ran(tmp_path / "run", data, asked, "reproduce")
     expected, _ = finished[kind]
     for lines in (RunDir.results, RunDir.metrics):
         first = [line for line in lines(expected) if line["seed"] == 0]
@@ -364,26 +335,18 @@ def small_digits():
 
 
 # DenseNet-100 is left out: it is DenseNet-40's code, and a checkpoint of it has 200 MB.
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("kind", "model"),
     [
-        (FreezeOutConfig, "vgg16"),
-        *(
-            pytest.param(kind, model, marks=pytest.mark.slow)
-            for kind, model in (
-                (SnapshotConfig, "resnet110"),
-                (SnapshotConfig, "resnet32-w64"),
-                (SnapshotConfig, "densenet40"),
-                (FreezeOutConfig, "densenet-bc-76"),
-                (FreezeOutConfig, "wrn40-4"),
-            )
-        ),
+        *((SnapshotConfig, model) for model in ("resnet110", "resnet32-w64", "densenet40")),
+        *((FreezeOutConfig, model) for model in ("vgg16", "densenet-bc-76", "wrn40-4")),
     ],
 )
 def test_every_network_runs_to_a_table(small_digits, tmp_path, kind, model):
     asked = config(kind, model, scale=1e-9, test_images=10)
     asked.check(small_digits)
-    run_dir, outcome = run(tmp_path / "run", small_digits, asked)
+    run_dir, outcome = ran(tmp_path / "run", small_digits, asked, "reproduce")
     assert len(outcome.table.rows) == (4 if kind is SnapshotConfig else 3)
     assert f"{asked.row.title} on mnist5k: " in outcome.table.note
     assert all(0 <= r["error"] <= 1 for r in run_dir.results())

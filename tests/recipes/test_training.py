@@ -1,10 +1,13 @@
 """The methods do what they say, and an interrupted run ends as an uninterrupted one."""
 
 import dataclasses
+import math
 import os
+import re
 import signal
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,16 +20,15 @@ from fastfreeze.recipes import runs
 from fastfreeze.recipes import tables as tables_module
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError
-from fastfreeze.recipes.images import MemoryImages
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import METHOD_NAMES
-from fastfreeze.recipes.rundir import RunDir, describe, write_atomic
+from fastfreeze.recipes.rundir import RunDir, write_atomic
 from fastfreeze.recipes.tables import results_table
 from fastfreeze.recipes.train import TrainConfig
 from fastfreeze.recipes.training import plain_sgd, predict, set_up, train_epoch
 from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, from_config
 from fastfreeze.snapshots import SnapshotStore
-from tests.killed import untimed
+from tests.commands import TINY, Killed, assert_same_lines, ran, tiny_data
 
 CPU = torch.device("cpu")
 
@@ -34,51 +36,21 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def small_images(count):
-    """Bright on the left, or on the right: two classes that a few steps can tell apart."""
-    generator = torch.Generator().manual_seed(count)
-    pixels = torch.randint(0, 100, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(count) % 2
-    pixels[labels == 0, :, :, :4] += 100
-    pixels[labels == 1, :, :, 4:] += 100
-    return MemoryImages(pixels, labels)
-
-
 @pytest.fixture(scope="module")
 def data():
-    half = torch.tensor([0.4])
-    return ImageData(small_images(20), small_images(12), half, half, 2, pad=1, flip=False)
+    return tiny_data(20, 12)
 
 
-CONFIG = TrainConfig(
-    methods=METHOD_NAMES,
-    data="mnist5k",
-    image_size=8,
-    model="resnet8-w4",
-    epochs=4,
-    batch_size=8,
-    lr=0.05,
-    t_0=0.5,
-    how_scale="cubic",
-    cycles=3,
-    composition="sticky",
-    last_k=1,
-    seed=3,
-    seeds=1,
-    device="cpu",
-    threads=1,
-)
+CONFIG = TrainConfig(**TINY)
 TOTAL_STEPS = 12
 
 
-def create(path, config):
-    return RunDir.create(path, describe("train", dataclasses.asdict(config), None))
+def train(path, data, say=lambda line: None, **changes):
+    return ran(path, data, dataclasses.replace(CONFIG, **changes), say=say)[0]
 
 
-def train(path, data, config=CONFIG, say=lambda line: None):
-    run = RunDir.open(path) if (path / "config.json").exists() else create(path, config)
-    config.run(data, run, say, quiet=True)
-    return run
+def network():
+    return build_model("resnet8-w4", num_classes=2, in_channels=1)
 
 
 @pytest.fixture(scope="module")
@@ -86,37 +58,36 @@ def finished(tmp_path_factory, data):
     return train(tmp_path_factory.mktemp("runs") / "run", data)
 
 
+def result_for(run, method):
+    return next(r for r in run.results() if r["method"] == method)
+
+
 def weights(run, name):
     return run.load_checkpoint(name)["model"]
 
 
 def assert_same_run(found, expected):
-    assert untimed(found.results()) == untimed(expected.results())
-    assert untimed(found.metrics()) == untimed(expected.metrics())
-    for method in METHOD_NAMES:
-        name = f"{method}-seed3"
+    assert_same_lines(found, expected)
+    for result in expected.results():
+        name = f"{result['method']}-seed3"
         a, b = found.load_checkpoint(name), expected.load_checkpoint(name)
         torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
         assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
         states = a["optimizer"]["state"], b["optimizer"]["state"]
         torch.testing.assert_close(*states, rtol=0, atol=0)
-        hashes = [
-            [(s.step, s.cycle, s.sha256) for s in SnapshotStore(run.snapshots(name))]
-            for run in (found, expected)
-        ]
+        stores = (SnapshotStore(run.snapshots(name)) for run in (found, expected))
+        hashes = [[(s.step, s.cycle, s.sha256) for s in store] for store in stores]
         assert hashes[0] == hashes[1]
 
 
 def test_plain_sgd_is_torchs_with_the_cosine(data):
     torch.manual_seed(0)
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
-    twin = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    model, twin = network(), network()
     twin.load_state_dict(model.state_dict())
     schedule = Cosine(3)
     train_epoch(plain_sgd(model, schedule, 0.1), data.train_batches(0, 0, 8, CPU), CPU, int)
-    optimizer = torch.optim.SGD(
-        twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
-    )
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    optimizer = torch.optim.SGD(twin.parameters(), **options)
     for step, (images, labels) in enumerate(data.train_batches(0, 0, 8, CPU)):
         optimizer.param_groups[0]["lr"] = schedule.lr(step, 0.1)
         optimizer.zero_grad()
@@ -126,7 +97,7 @@ def test_plain_sgd_is_torchs_with_the_cosine(data):
 
 
 def test_frozen_layers_stay_as_they_are(data):
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    model = network()
     schedule = FreezeOut(TOTAL_STEPS, t_0=0.5)
     setup = set_up(model, schedule, 0.05, data.example(CPU))
     seen = []
@@ -153,8 +124,7 @@ FINE = {"warm": {"warmup_steps": 4}, "by layer": {"layer_decay": 0.5}, "floor": 
 @pytest.mark.parametrize("options", FINE.values(), ids=FINE)
 def test_a_setup_follows_all_of_its_schedule(data, options):
     schedule = Cosine(TOTAL_STEPS, **options)
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
-    setup = set_up(model, schedule, 0.05, data.example(CPU))
+    setup = set_up(network(), schedule, 0.05, data.example(CPU))
     train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
     groups = setup.optimizer.param_groups
     rates = [schedule.lr(3, 0.05, i, len(groups)) for i in range(len(groups))]
@@ -162,10 +132,10 @@ def test_a_setup_follows_all_of_its_schedule(data, options):
 
 
 def test_losses_and_times_are_those_of_each_step(data):
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    model = network()
     setup = set_up(model, SnapshotCycles(TOTAL_STEPS, num_cycles=2), 0.05, None)
-    first, _ = next(iter(data.train_batches(0, 0, 8, CPU))), None
-    expected = F.cross_entropy(model(first[0]), first[1]).item()
+    images, labels = next(data.train_batches(0, 0, 8, CPU))
+    expected = F.cross_entropy(model(images), labels).item()
     losses, seconds = train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert len(losses) == len(seconds) == 3
@@ -182,72 +152,54 @@ def test_methods_learn_and_tell(finished, data):
         assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
         assert epochs[-1]["train_loss"] == pytest.approx(np.mean(epochs[-1]["step_losses"]), 1e-4)
         assert result["error"] == epochs[-1]["test_error"] < 0.4
-        assert result["seconds"] == pytest.approx(
-            sum(s for line in epochs for s in line["step_seconds"]), abs=1e-4
-        )
+        seconds = sum(s for line in epochs for s in line["step_seconds"])
+        assert result["seconds"] == pytest.approx(seconds, abs=1e-4)
         assert result["cpu_seconds"] > 0
         members = [line["step"] for line in lines if line["event"] == "snapshot"]
         assert members == ([4, 8, 12] if method in ("snapshot", "both") else [])
         assert (result["ensemble_error"] is None) == (not members)
         assert (result["backward_removed"] > 0) == (method in ("freezeout", "both"))
+    firsts = [line["step_losses"][0] for line in finished.metrics() if line.get("epoch") == 1]
+    assert firsts == pytest.approx([firsts[0]] * 4, abs=1e-5)  # from the same weights, and images
 
 
 @pytest.mark.parametrize(("method", "trained"), [("sgd", 12), ("freezeout", 2), ("both", 5)])
-def test_norms_see_the_batches_until_they_freeze(finished, method, trained):
+def test_norms_freeze_and_the_backward_is_removed_as_planned(finished, data, method, trained):
     state = weights(finished, f"{method}-seed3")
     assert state["stem.layers.1.num_batches_tracked"] == trained
-    assert CONFIG.schedule(method, TOTAL_STEPS).freeze_steps(0, 5) in ((trained,), ())
-
-
-@pytest.mark.parametrize("method", ["freezeout", "both"])
-def test_removed_backward_is_what_the_plan_predicts(finished, data, method):
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
     schedule = CONFIG.schedule(method, TOTAL_STEPS)
-    plan = split(model, data.example(CPU), schedule=schedule)
-    result = next(r for r in finished.results() if r["method"] == method)
-    assert result["backward_removed"] == pytest.approx(plan.backward_saving)
+    assert schedule.freeze_steps(0, 5) in ((trained,), ())
+    plan = split(network(), data.example(CPU), schedule=schedule)
+    removed = result_for(finished, method)["backward_removed"]
+    assert removed == pytest.approx(plan.backward_saving)
 
 
 @pytest.mark.parametrize("method", ["snapshot", "both"])
-def test_ensemble_is_of_all_snapshots(finished, data, method):
+def test_ensemble_is_of_all_snapshots_and_its_members_are_told(finished, data, method):
     name = f"{method}-seed3"
     store = SnapshotStore(finished.snapshots(name))
     states = [store.load(snapshot) for snapshot in store]
     torch.testing.assert_close(states[-1], weights(finished, name), rtol=0, atol=0)
-    model = build_model("resnet8-w4", num_classes=2, in_channels=1)
+    model = network()
     probabilities = []
     for state in states:
         model.load_state_dict(state)
         probabilities.append(predict(model, data, CPU).softmax(1))
     mean = torch.stack(probabilities).mean(0)
-    result = next(r for r in finished.results() if r["method"] == method)
+    result = result_for(finished, method)
     labels = data.test.labels
     assert result["ensemble_error"] == (mean.argmax(1) != labels).double().mean().item()
     assert result["nll"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("method", ["snapshot", "both"])
-def test_members_are_told(finished, data, method):
-    path = finished.path / f"ensemble-{method}-seed3.txt"
-    store = SnapshotStore(finished.snapshots(f"{method}-seed3"))
-    lines = path.read_text().splitlines()
-    rows = {
-        line.split("  ")[0]: line.split() for line in lines if line.startswith(("member", "ens"))
-    }
+    lines = (finished.path / f"ensemble-{name}.txt").read_text().splitlines()
+    told = (line for line in lines if line.startswith(("member", "ens")))
+    rows = {line.split("  ")[0]: line.split() for line in told}
     assert list(rows) == [*(f"member {m}" for m in range(len(store))), "ensemble"]
-    result = next(r for r in finished.results() if r["method"] == method)
     assert rows["ensemble"][1] == f"{100 * result['ensemble_error']:.2f}"
     assert float(rows["ensemble"][2]) == pytest.approx(result["nll"], abs=1e-4)
-    assert float(rows[f"member {len(store) - 1}"][2]) == pytest.approx(
-        100 * result["error"], abs=0.01
-    )
-    assert f"{len(data.test.labels)} rows" in lines[-3]
+    last = float(rows[f"member {len(store) - 1}"][2])
+    assert last == pytest.approx(100 * result["error"], abs=0.01)
+    assert f"{len(labels)} rows" in lines[-3]
     assert "members as one graph" in lines[-1]
-
-
-def test_methods_start_from_the_same_weights_and_images(finished):
-    firsts = [line["step_losses"][0] for line in finished.metrics() if line.get("epoch") == 1]
-    assert firsts == pytest.approx([firsts[0]] * 4, abs=1e-5)
 
 
 def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch):
@@ -259,83 +211,75 @@ def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch)
         return batches(self, seed, epoch, *rest)
 
     monkeypatch.setattr(ImageData, "train_batches", recorded)
-    train(tmp_path / "run", data, dataclasses.replace(CONFIG, methods=("sgd",), seeds=2))
-    assert asked == [(seed, epoch) for seed in (3, 4) for epoch in range(4)]
+    train(tmp_path / "run", data, methods=("sgd",), epochs=2, seeds=2)
+    assert asked == [(3, 0), (3, 1), (4, 0), (4, 1)]
 
 
-def test_what_freezing_saves_is_written_down(finished):
-    found = {path.name for path in finished.path.glob("freezing-*")}
-    assert found == {"freezing-freezeout-seed3.txt", "freezing-both-seed3.txt"}
-    lines = (finished.path / "freezing-freezeout-seed3.txt").read_text().splitlines()
-    steps = [line.split()[0] for line in lines[2:6]]
-    schedule = CONFIG.schedule("freezeout", TOTAL_STEPS)
-    assert steps == [str(schedule.freeze_steps(i, 5)[0]) for i in range(4)]
-
-
-def test_metrics_tell_schedules_layers_and_freezes(finished):
-    lines = [line for line in finished.metrics() if line["method"] == "freezeout"]
-    start = lines[0]
+def test_schedules_layers_and_freezes_are_told(finished):
+    start, *lines = (line for line in finished.metrics() if line["method"] == "freezeout")
     assert start["event"] == "start"
     assert start["layers"] == ["stem", "blocks.0", "blocks.1", "blocks.2", "head"]
     schedule = from_config(start["schedule"])
     assert schedule == CONFIG.schedule("freezeout", TOTAL_STEPS)
+    steps = [schedule.freeze_steps(i, 5)[0] for i in range(4)]
     freezes = [(line["layers"], line["step"]) for line in lines if line["event"] == "freeze"]
-    assert freezes == [([i], *schedule.freeze_steps(i, 5)) for i in range(4)]
-    for line in lines:
-        if line["event"] == "epoch":
-            expected = [schedule.lr(line["step"], 0.05, i, 5) for i in range(5)]
-            assert line["lr"] == pytest.approx(expected)
+    assert freezes == [([i], step) for i, step in enumerate(steps)]
+    for line in (line for line in lines if line["event"] == "epoch"):
+        expected = [schedule.lr(line["step"], 0.05, i, 5) for i in range(5)]
+        assert line["lr"] == pytest.approx(expected)
+    freezing, sgd = finished.path / "freezing-freezeout-seed3.txt", "freezing-sgd-seed3.txt"
+    told = freezing.read_text().splitlines()[2:6]
+    assert [int(line.split()[0]) for line in told] == steps
+    assert (finished.path / "freezing-both-seed3.txt").exists()
+    assert not (finished.path / sgd).exists()
 
 
 def test_thawing_layers_are_told(tmp_path, data):
-    config = dataclasses.replace(CONFIG, methods=("both",), composition="thaw", cycles=2)
-    lines = train(tmp_path / "run", data, config).metrics()
-    assert [line["step"] for line in lines if line["event"] == "thaw"] == [6]
-    assert next(line["layers"] for line in lines if line["event"] == "thaw") == [0, 1, 2, 3]
+    changes = {"methods": ("both",), "composition": "thaw", "cycles": 2}
+    lines = train(tmp_path / "run", data, **changes).metrics()
+    thaws = [(line["step"], line["layers"]) for line in lines if line["event"] == "thaw"]
+    assert thaws == [(6, [0, 1, 2, 3])]
 
 
-class Killed(BaseException):
-    """Nothing may catch this."""
-
-
-@pytest.mark.parametrize(
-    "completed",
-    [
-        pytest.param(n, marks=[] if n in (1, 31, 61) else [pytest.mark.slow])
-        for n in range(1, 62, 6)
-    ],
-)
-def test_resumes_bit_identical_after_a_crash_between_any_writes(
-    tmp_path, monkeypatch, data, finished, completed
-):
-    left = completed
+@pytest.fixture
+def writes(monkeypatch):
+    """Counts a run's writes in `done`; the one after `allowed` kills it."""
+    counted = SimpleNamespace(done=0, allowed=math.inf)
 
     def crashing(write):
         def wrapped(*args, **kwargs):
-            nonlocal left
-            if left == 0:
+            if counted.done == counted.allowed:
                 raise Killed
-            left -= 1
+            counted.done += 1
             return write(*args, **kwargs)
 
         return wrapped
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "log", crashing(RunDir.log))
-        patch.setattr(SnapshotStore, "save", crashing(SnapshotStore.save))
-        for module in (rundir_module, tables_module, runs):
-            patch.setattr(module, "write_atomic", crashing(write_atomic))
-        run = RunDir(tmp_path, describe("train", dataclasses.asdict(CONFIG), None))
-        (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(RunDir, "log", crashing(RunDir.log))
+    monkeypatch.setattr(SnapshotStore, "save", crashing(SnapshotStore.save))
+    for module in (rundir_module, tables_module, runs):
+        monkeypatch.setattr(module, "write_atomic", crashing(write_atomic))
+    return counted
+
+
+@pytest.mark.parametrize("every", [9, pytest.param(2, marks=pytest.mark.train)])
+def test_resumes_bit_identical_after_a_crash_between_any_writes(tmp_path, data, writes, every):
+    two = {"methods": ("sgd", "both"), "epochs": 2}
+    expected = train(tmp_path / "whole", data, **two)
+    total = writes.done
+    assert total > 18
+    for completed in range(1, total, every):
+        writes.done, writes.allowed = 0, completed
+        path = tmp_path / str(completed)
         with pytest.raises(Killed):
-            CONFIG.run(data, run, lambda line: None, quiet=True)
-    CONFIG.run(data, run, lambda line: None, quiet=True)
-    assert_same_run(run, finished)
+            train(path, data, **two)
+        writes.allowed = math.inf
+        assert_same_run(train(path, data, **two), expected)
 
 
 def test_snapshots_after_the_checkpoint_are_taken_again(tmp_path, monkeypatch, data):
     """They are this run's own: nothing is warned of, and no ensemble has them twice."""
-    config = dataclasses.replace(CONFIG, methods=("snapshot",), epochs=1, cycles=3)
+    changes = {"methods": ("snapshot",), "epochs": 1, "cycles": 3}
 
     def killed(*_):
         raise Killed
@@ -343,15 +287,15 @@ def test_snapshots_after_the_checkpoint_are_taken_again(tmp_path, monkeypatch, d
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "save_checkpoint", killed)
         with pytest.raises(Killed):
-            train(tmp_path / "run", data, config)
+            train(tmp_path / "run", data, **changes)
     store = SnapshotStore(RunDir.open(tmp_path / "run").snapshots("snapshot-seed3"))
     before = [(s.step, s.sha256) for s in store]
     assert len(before) == 3
-    train(tmp_path / "run", data, config)
+    train(tmp_path / "run", data, **changes)
     assert [(s.step, s.sha256) for s in store] == before
 
 
-def test_finished_methods_are_not_run_again(finished, data, tmp_path):
+def test_finished_methods_are_not_run_again(finished, data):
     said = []
     before = finished.results()
     train(finished.path, data, say=said.append)
@@ -361,15 +305,12 @@ def test_finished_methods_are_not_run_again(finished, data, tmp_path):
 
 def test_without_a_terminal_each_tenth_of_a_training_is_told(tmp_path, data):
     said = []
-    config = dataclasses.replace(CONFIG, methods=("sgd",), epochs=25, cycles=1)
-    train(tmp_path / "run", data, config, say=said.append)
+    train(tmp_path / "run", data, said.append, methods=("sgd",), epochs=12, cycles=1)
     tenths = [line.partition(", ")[0] for line in said[:-1]]
-    assert tenths == [f"sgd-seed3: epoch {n} of 25" for n in (3, 5, 8, 10, 13, 15, 18, 20, 23)]
+    assert tenths == [f"sgd-seed3: epoch {n} of 12" for n in (2, 3, 4, 5, 6, 8, 9, 10, 11)]
 
 
 def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
-    config = dataclasses.replace(CONFIG, methods=("sgd",))
-    run = create(tmp_path / "run", config)
     saved = RunDir.save_checkpoint
 
     def save_and_die(self, name, state):
@@ -379,20 +320,15 @@ def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "save_checkpoint", save_and_die)
         with pytest.raises(Killed):
-            config.run(data, run, lambda line: None, quiet=True)
-    [result] = train(run.path, data, config).results()
+            train(tmp_path / "run", data, methods=("sgd",))
+    [result] = train(tmp_path / "run", data, methods=("sgd",)).results()
     assert 1000 < result["seconds"] < 1100
 
 
 def test_seeds_differ_and_table_averages(tmp_path, data):
-    config = dataclasses.replace(CONFIG, methods=("sgd", "snapshot"), seeds=2)
-    run = train(tmp_path / "run", data, config)
-    assert [(r["method"], r["seed"]) for r in run.results()] == [
-        ("sgd", 3),
-        ("snapshot", 3),
-        ("sgd", 4),
-        ("snapshot", 4),
-    ]
+    run = train(tmp_path / "run", data, methods=("sgd", "snapshot"), epochs=1, seeds=2)
+    order = [(r["method"], r["seed"]) for r in run.results()]
+    assert order == [("sgd", 3), ("snapshot", 3), ("sgd", 4), ("snapshot", 4)]
     assert run.results()[0]["nll"] != run.results()[2]["nll"]
     table = (run.path / "table.txt").read_text()
     assert "±" in table
@@ -401,11 +337,9 @@ def test_seeds_differ_and_table_averages(tmp_path, data):
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_divergence_is_an_error(tmp_path, data, method):
-    config = dataclasses.replace(CONFIG, methods=(method,), lr=1e30)
-    with pytest.raises(
-        RecipeError, match=rf"{method}-seed3: .* at step \d+: a learning rate of 1e\+30"
-    ):
-        train(tmp_path / "run", data, config)
+    told = rf"{method}-seed3: .* at step \d+: a learning rate of 1e\+30"
+    with pytest.raises(RecipeError, match=told):
+        train(tmp_path / "run", data, methods=(method,), lr=1e30)
 
 
 @pytest.mark.parametrize(
@@ -424,17 +358,9 @@ def test_values_that_do_not_fit_together(data, change, message):
 
 
 def result_of(method, seed, seconds, error, ensemble_error=None):
-    return {
-        "method": method,
-        "seed": seed,
-        "error": error,
-        "ensemble_error": ensemble_error,
-        "nll": 0.5,
-        "ece": 0.01,
-        "seconds": seconds,
-        "cpu_seconds": 1.5 * seconds,
-        "backward_removed": 0.25,
-    }
+    own = {"method": method, "seed": seed, "error": error, "ensemble_error": ensemble_error}
+    own |= {"seconds": seconds, "cpu_seconds": 1.5 * seconds}
+    return own | {"nll": 0.5, "ece": 0.01, "backward_removed": 0.25}
 
 
 def test_table():
@@ -461,69 +387,49 @@ def test_table():
     assert table.rows[1][-1] == "0.50x"
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"method": "sgd", "seed": 0}]'])
-def test_damaged_results(tmp_path, text):
-    run = RunDir.create(tmp_path / "run", {})
-    (run.path / "results.json").write_text(text)
-    with pytest.raises(RecipeError, match=r"results\.json"):
-        run.results()
+@pytest.fixture
+def run(tmp_path):
+    """A run directory before its first step."""
+    return RunDir.create(tmp_path / "run", {})
 
 
 LINE = '{"method": "sgd", "seed": 0, "step": 0}'
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "3",
-        '{"method": "sgd"}',
-        "[]",
-        "{",
-        "[" * 100_000,
-        LINE.replace("0}", '"0"}'),
-        LINE.replace("sgd", "../sgd"),
-        f"{LINE[:9]}\n{LINE}",
-    ],
-)
-def test_damaged_metrics(tmp_path, text):
-    run = RunDir.create(tmp_path / "run", {})
-    (run.path / "metrics.jsonl").write_text(f"{LINE}\n{text}\n")
-    with pytest.raises(RecipeError, match=r"metrics.jsonl is damaged: line 2 is"):
-        run.metrics()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
+NO_LINE = [
+    *("3", '{"method": "sgd"}', "[]", "{", "[" * 100_000),
+    *(LINE.replace("0}", '"0"}'), LINE.replace("sgd", "../sgd"), f"{LINE[:9]}\n{LINE}"),
+]
+DAMAGED = {
+    "results.json": ["{", "{}", "[1]", '[{"method": "sgd", "seed": 0}]'],
+    "metrics.jsonl": [f"{LINE}\n{text}\n" for text in NO_LINE],
+    "config.json": [
         *("{", "[]", "{}", '{"arguments": 3}', '{"arguments": {"seed": 0}}', "[" * 10**5),
         '{"arguments": {"model": "m", "data": "d", "seed": 0}}',
         '{"command": "train", "arguments": {"model": "m", "data": "d", "seed": 0}, "data_dir": 3}',
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name, texts in DAMAGED.items() for text in texts]
 )
-def test_damaged_config(tmp_path, text):
-    run = RunDir.create(tmp_path / "run", {})
-    (run.path / "config.json").write_text(text)
-    with pytest.raises(RecipeError, match=r"config\.json"):
-        RunDir.open(run.path)
+def test_damaged_files(run, name, text):
+    (run.path / name).write_text(text)
+    where = "metrics.jsonl is damaged: line 2 is" if name == "metrics.jsonl" else re.escape(name)
+    read = {"results.json": RunDir.results, "metrics.jsonl": RunDir.metrics}
+    with pytest.raises(RecipeError, match=where):
+        read.get(name, lambda run: RunDir.open(run.path))(run)
 
 
-def test_run_directory_is_not_overwritten(tmp_path):
+def test_run_directories_that_cannot_be_made(run, tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(RecipeError, match="exists: go on with --resume"):
-        RunDir.create(tmp_path, {})
-    RunDir.create(tmp_path / "new", {})
-    with pytest.raises(RecipeError, match="exists"):
-        RunDir.create(tmp_path / "new", {})
-
-
-def test_run_directory_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").touch()
+    for path in (tmp_path, run.path):
+        with pytest.raises(RecipeError, match="exists: go on with --resume"):
+            RunDir.create(path, {})
     with pytest.raises(RecipeError, match="cannot write to --run-dir"):
-        RunDir.create(tmp_path / "file" / "run", {})
+        RunDir.create(tmp_path / "notes.txt" / "run", {})
 
 
-def test_half_a_metrics_line_ends_the_metrics(tmp_path):
-    run = RunDir.create(tmp_path / "run", {})
+def test_half_a_metrics_line_ends_the_metrics(run):
     run.log({"method": "sgd", "seed": 0, "step": 0})
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"method": "sgd", "se')
@@ -531,8 +437,8 @@ def test_half_a_metrics_line_ends_the_metrics(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "checkpoints/sgd-seed0.pt"])
-def test_links_out_of_a_run_directory_are_not_followed(tmp_path, name):
-    run, outside = RunDir.create(tmp_path / "run", {}), tmp_path / "outside"
+def test_links_out_of_a_run_directory_are_not_followed(run, tmp_path, name):
+    outside = tmp_path / "outside"
     outside.write_text("[]")
     (run.path / name).symlink_to(outside)
     with pytest.raises(RecipeError, match="a symbolic link, which might lead anywhere, is not"):
@@ -542,8 +448,7 @@ def test_links_out_of_a_run_directory_are_not_followed(tmp_path, name):
     assert outside.read_text() == "[]"
 
 
-def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
-    run = RunDir.create(tmp_path / "run", {})
+def test_one_process_at_a_time_goes_on_with_a_run(run, tmp_path):
     left = [run.path / f".fastfreeze-{'0' * 16}.tmp", run.path / "checkpoints" / "x.pt"]
     for path in left:
         path.touch()
@@ -564,13 +469,9 @@ def test_one_process_at_a_time_goes_on_with_a_run(tmp_path):
     assert [path.exists() for path in left] == [False, True]
 
 
-def test_rewind_keeps_what_checkpoints_cover(tmp_path):
-    run = RunDir.create(tmp_path / "run", {})
-    lines = [
-        {"method": method, "seed": 0, "step": step}
-        for method in ("sgd", "both")
-        for step in (0, 5, 6)
-    ]
+def test_rewind_keeps_what_checkpoints_cover(run):
+    steps = [(method, step) for method in ("sgd", "both") for step in (0, 5, 6)]
+    lines = [{"method": method, "seed": 0, "step": step} for method, step in steps]
     for line in lines:
         run.log(line)
     run.save_checkpoint("sgd-seed0", {"step": 5})
@@ -578,12 +479,10 @@ def test_rewind_keeps_what_checkpoints_cover(tmp_path):
     assert run.metrics() == lines[:2]
 
 
-def test_damaged_checkpoint(tmp_path):
-    run = RunDir.create(tmp_path / "run", {})
+def test_damaged_checkpoint(run):
     run.save_checkpoint("sgd-seed0", {"step": 5})
     path = run.path / "checkpoints" / "sgd-seed0.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(
-        RecipeError, match=r"is no checkpoint of this run .*: remove it to train sgd-seed0 from"
-    ):
+    told = r"is no checkpoint of this run .*: remove it to train sgd-seed0 from"
+    with pytest.raises(RecipeError, match=told):
         run.load_checkpoint("sgd-seed0")
