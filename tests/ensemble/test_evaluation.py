@@ -20,6 +20,9 @@ from fastfreeze.ensemble.scores import (
     expected_calibration_error,
     nll,
 )
+from tests.covering import covering
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 class Given:
@@ -55,9 +58,7 @@ def test_a_default_device_changes_nothing():
     assert torch.equal(found.disagreement, expected.disagreement)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("members", [1, 3])
-@pytest.mark.parametrize("sizes", [[1], [33], [1, 31, 32, 33]], ids=str)
+@covering(dtype=DTYPES, members=[1, 3], sizes=[[1], [33], [1, 31, 32, 33]])
 def test_as_the_metrics_of_all_rows(dtype, members, sizes):
     rows = sum(sizes)
     given = exact_probabilities(rows, members, 4).to(dtype)
@@ -66,17 +67,17 @@ def test_as_the_metrics_of_all_rows(dtype, members, sizes):
 
     each = [*given.unbind(1), given.double().mean(1)]
     for scores, p in zip([*found.members, found.ensemble], each, strict=True):
-        close = {"rel": 1e-12, "abs": 1e-14}
-        assert scores.error == pytest.approx(error_rate(p, labels), **close)
-        assert scores.nll == pytest.approx(nll(p, labels), **close)
-        assert scores.brier == pytest.approx(brier_score(p, labels), **close)
-        assert scores.ece == pytest.approx(expected_calibration_error(p, labels, 7), **close)
-        assert scores.entropy == pytest.approx(entropy(p.double()).mean().item(), **close)
+        expected = {
+            "error": error_rate(p, labels),
+            "nll": nll(p, labels),
+            "brier": brier_score(p, labels),
+            "ece": expected_calibration_error(p, labels, 7),
+            "entropy": entropy(p.double()).mean().item(),
+        }
+        assert vars(scores) == pytest.approx(expected, rel=1e-12, abs=1e-14)
     p = given.double()
-    information = entropy(p.mean(1)) - entropy(p).mean(1)
-    assert found.mutual_information == pytest.approx(
-        information.clamp(min=0).mean().item(), abs=1e-12
-    )
+    information = (entropy(p.mean(1)) - entropy(p).mean(1)).clamp(min=0).mean().item()
+    assert found.mutual_information == pytest.approx(information, abs=1e-12)
     assert torch.equal(found.disagreement, disagreement(given.unbind(1)))
     assert (found.num_rows, found.num_bins) == (rows, 7)
 
@@ -199,21 +200,9 @@ REFUSED = {
     "a triple": ([(HALF, Y, Y)], TypeError, r"pairs \(inputs, labels\), or .* got a tuple of 3"),
     "an array": ([(HALF.numpy(), Y)], TypeError, r"batches\[0\] must hold tensors, got a NumPy"),
     "labels in an array": ([(HALF, Y), (HALF, Y.numpy())], TypeError, r"batches\[1\] .*from_numpy"),
-    "no members": (
-        [(HALF[:, :0], Y)],
-        ValueError,
-        "at least one: expected 1, got 0",
-    ),
-    "fewer members": (
-        [(HALF, Y), (HALF[:, :1], Y)],
-        ValueError,
-        "ensemble must give the same members .* expected 2, got 1",
-    ),
-    "logits": (
-        [(HALF * torch.tensor([[1.0], [2.0]]), Y)],
-        ValueError,
-        r"members\[1\]\[0\] must su",
-    ),
+    "no members": ([(HALF[:, :0], Y)], ValueError, "at least one: expected 1, got 0"),
+    "fewer members": ([(HALF, Y), (HALF[:, :1], Y)], ValueError, "same members .* 2, got 1"),
+    "logits": ([(HALF * torch.tensor([[1.0], [2]]), Y)], ValueError, r"members\[1\]\[0\] must su"),
     "label too high": ([(HALF, Y + 1)], ValueError, r"labels\[1\] must be in 0\.\.1, got 2"),
     "an empty batch": ([(HALF[:0], Y[:0])], ValueError, r"members\[0\] must have shape \[B, C\]"),
 }
@@ -225,19 +214,12 @@ def test_refused(batches, error, match):
         evaluate(Given(), batches)
 
 
-def test_members_of_other_shapes_are_refused():
+def test_refused_members_and_bins():
     class Uneven:
         def member_probabilities(self, inputs):
             return [torch.full((2, 2), 0.5), torch.full((2, 4), 0.25)]
 
     with pytest.raises(ValueError, match=r"members\[1\] must be like the first member, \[2, 2\]"):
         evaluate(Uneven(), [(HALF, Y)])
-
-
-def test_bins_are_checked_before_anything_runs():
-    def batches():
-        pytest.fail("a batch was asked for")
-        yield
-
-    with pytest.raises(ValueError, match="num_bins must be >= 1, got 0"):
-        evaluate(Given(), batches(), num_bins=0)
+    with pytest.raises(ValueError, match="num_bins must be >= 1, got 0"):  # before anything runs
+        evaluate(Given(), iter(lambda: 1 / 0, None), num_bins=0)

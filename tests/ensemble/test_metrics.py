@@ -17,12 +17,7 @@ from fastfreeze.ensemble.scores import (
     nll,
 )
 
-STATISTICS = [
-    error_rate,
-    nll,
-    brier_score,
-    expected_calibration_error,
-]
+STATISTICS = [error_rate, nll, brier_score, expected_calibration_error]
 every_statistic = pytest.mark.parametrize("statistic", STATISTICS, ids=lambda f: f.__name__)
 
 
@@ -55,29 +50,21 @@ def test_nll_of_an_impossible_label_is_finite(dtype, most):
 
 
 def test_brier_score():
-    probabilities = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
-    labels = torch.tensor([0, 1])
-    expected = ((0.25 + 0.25) + (0.04 + 0.49 + 0.25)) / 2
-    assert brier_score(probabilities, labels) == pytest.approx(expected, rel=1e-12)
-    assert brier_score(torch.eye(3), torch.arange(3)) == 0
-    assert brier_score(torch.eye(3), torch.tensor([1, 2, 0])) == 2
-
-
-@pytest.mark.parametrize("rows", [1, 31, 32, 33])
-def test_brier_score_of_random_rows(rows):
-    probabilities = torch.randn(rows, 7, dtype=torch.float64).softmax(-1)
-    labels = torch.randint(7, (rows,))
+    probabilities = torch.randn(33, 7, dtype=torch.float64).softmax(-1)
+    labels = torch.randint(7, (33,))
     expected = sum(
         (p - (c == y)) ** 2
         for row, y in zip(probabilities.tolist(), labels.tolist(), strict=True)
         for c, p in enumerate(row)
     )
-    assert brier_score(probabilities, labels) == pytest.approx(expected / rows, rel=1e-12)
+    assert brier_score(probabilities, labels) == pytest.approx(expected / 33, rel=1e-12)
+    assert brier_score(torch.eye(3), torch.arange(3)) == 0
+    assert brier_score(torch.eye(3), torch.tensor([1, 2, 0])) == 2
 
 
-def plain_calibration_error(probabilities, labels, num_bins):
-    """Equation 3, bin by bin."""
-    total = 0.0
+def binned(probabilities, labels, num_bins):
+    """Centre, accuracy, mean confidence and rows of each bin that has any, one by one."""
+    found = []
     for i in range(num_bins):
         rows = [
             (row.max().item(), row.argmax().item() == label)
@@ -85,10 +72,10 @@ def plain_calibration_error(probabilities, labels, num_bins):
             if i / num_bins < row.max() <= (i + 1) / num_bins
         ]
         if rows:
-            confidence = sum(c for c, _ in rows) / len(rows)
-            accuracy = sum(right for _, right in rows) / len(rows)
-            total += len(rows) / len(labels) * abs(accuracy - confidence)
-    return total
+            confidences, right = zip(*rows, strict=True)
+            n = len(rows)
+            found.append(((i + 0.5) / num_bins, sum(right) / n, sum(confidences) / n, n))
+    return found
 
 
 @pytest.mark.parametrize("num_bins", [1, 2, 15, 100])
@@ -96,7 +83,9 @@ def test_expected_calibration_error(num_bins):
     probabilities = torch.randn(300, 5, dtype=torch.float64).mul(2).softmax(-1)
     labels = torch.randint(5, (300,))
     found = expected_calibration_error(probabilities, labels, num_bins)
-    assert found == pytest.approx(plain_calibration_error(probabilities, labels, num_bins))
+    each = binned(probabilities, labels, num_bins)
+    expected = sum(n / 300 * abs(accuracy - sure) for _, accuracy, sure, n in each)
+    assert found == pytest.approx(expected)
 
 
 def test_expected_calibration_error_by_hand():
@@ -109,8 +98,7 @@ def test_expected_calibration_error_by_hand():
     assert expected_calibration_error(torch.eye(3), torch.arange(3)) == 0
 
 
-@pytest.mark.parametrize("members", [1, 2, 5])
-@pytest.mark.parametrize("rows", [1, 31, 32, 33])
+@pytest.mark.parametrize(("members", "rows"), [(1, 31), (2, 1), (5, 33)])
 def test_disagreement(members, rows):
     probabilities = torch.randn(members, rows, 3).softmax(-1)
     classes = probabilities.argmax(-1).tolist()
@@ -137,11 +125,7 @@ REFUSED_MEMBERS = {
     "one member": (torch.ones(3, 2) / 2, ValueError, r"shape \[M, B, C\], got \(3, 2\)"),
     "list of lists": ([[0.5, 0.5]], TypeError, r"members\[0\] must be .*, got list"),
     "logits": ([torch.eye(2), 2 * torch.eye(2)], ValueError, r"members\[1\]\[0\] must sum to 1"),
-    "other shape": (
-        [torch.eye(2), torch.eye(3)],
-        ValueError,
-        r"members\[1\] must be like the first",
-    ),
+    "other shape": ([torch.eye(2), torch.eye(3)], ValueError, r"members\[1\] must be like the f"),
 }
 
 
@@ -178,7 +162,7 @@ REFUSED_PREDICTIONS = {
         torch.eye(2),
         np.arange(2),
         TypeError,
-        "labels must .* got a NumPy array, of which torch.from_numpy",
+        "labels .* got a NumPy array",
     ),
     "no rows": (torch.ones(0, 2), Y[:0], ValueError, r"B >= 1 and C >= 2, got \(0, 2\)"),
     "float labels": (GOOD, Y.float(), TypeError, "labels must be .*integers, got torch.float32"),

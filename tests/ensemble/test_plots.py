@@ -12,6 +12,7 @@ import torch
 
 from fastfreeze.ensemble.plots import reliability_diagram
 from fastfreeze.ensemble.scores import expected_calibration_error
+from tests.ensemble.test_metrics import binned
 
 
 @pytest.fixture(autouse=True)
@@ -35,28 +36,17 @@ def bars(axes, label):
     return list(container)
 
 
-@pytest.mark.parametrize("num_bins", [1, 4, 15, 100])
-@pytest.mark.parametrize("rows", [1, 33, 200])
+@pytest.mark.parametrize(("num_bins", "rows"), [(1, 33), (4, 200), (15, 1), (15, 200), (100, 33)])
 def test_the_bars_of_the_reliability_diagram(num_bins, rows):
     probabilities, labels = predictions(rows)
-    expected = []
-    for i in range(num_bins):
-        binned = [
-            (row.max().item(), row.argmax().item() == label)
-            for row, label in zip(probabilities, labels.tolist(), strict=True)
-            if i / num_bins < row.max() <= (i + 1) / num_bins
-        ]
-        if binned:
-            confidence = sum(c for c, _ in binned) / len(binned)
-            accuracy = sum(right for _, right in binned) / len(binned)
-            expected.append(((i + 0.5) / num_bins, accuracy, confidence - accuracy, len(binned)))
-
+    expected = binned(probabilities, labels, num_bins)
     ax = reliability_diagram(probabilities, labels, num_bins=num_bins)
     parts = [bars(ax, label) for label in ("accuracy", *GAPS)]
     most = max(count for *_, count in expected)
-    for drawn, (centre, accuracy, difference, count) in zip(
+    for drawn, (centre, accuracy, confidence, count) in zip(
         zip(*parts, strict=True), expected, strict=True
     ):
+        difference = confidence - accuracy
         for bar in drawn:
             assert bar.get_width() == pytest.approx(1 / num_bins)
             assert bar.get_x() + bar.get_width() / 2 == pytest.approx(centre)
@@ -98,21 +88,16 @@ def test_no_figure_but_the_callers():
 
 Y = torch.tensor([0, 1])
 REFUSED = {
-    "logits": ((torch.eye(2) * 2, Y), "probabilities.* must sum to 1"),
-    "labels": ((torch.eye(2), Y + 1), "labels.* must be in 0..1, got 2"),
+    "logits": ((torch.eye(2) * 2, Y), {}, "probabilities.* must sum to 1"),
+    "labels": ((torch.eye(2), Y + 1), {}, "labels.* must be in 0..1, got 2"),
+    "bins": ((torch.eye(2), Y), {"num_bins": 0}, "num_bins must be >= 1, got 0"),
 }
 
 
-@pytest.mark.parametrize(("arguments", "match"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused_leaves_no_figure(arguments, match):
+@pytest.mark.parametrize(("arguments", "options", "match"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_leaves_no_figure(arguments, options, match):
     with pytest.raises(ValueError, match=match):
-        reliability_diagram(*arguments)
-    assert plt.get_fignums() == []
-
-
-def test_refused_bins():
-    with pytest.raises(ValueError, match="num_bins must be >= 1, got 0"):
-        reliability_diagram(torch.eye(2), Y, num_bins=0)
+        reliability_diagram(*arguments, **options)
     assert plt.get_fignums() == []
 
 
@@ -134,12 +119,4 @@ ax.figure.canvas.draw()
 """
     unset = ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)

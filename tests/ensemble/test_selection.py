@@ -89,18 +89,22 @@ def test_all_subsets(metric):
 
 def test_by_hand():
     """The first errs on one row, the two others make up for it together."""
+    label = torch.tensor([0, 0])
     of_label = torch.tensor([[0.8, 0.4], [0.3, 0.9], [0.2, 0.2]])
     members = torch.stack([of_label, 1 - of_label], -1)
-    found = select_members(members, torch.tensor([0, 0]))
+    found = select_members(members, label)
     assert found.picks == found.indices == (0, 1)
-    assert found.counts == (1, 1)
-    assert found.weights == (0.5, 0.5)
     expected = [-(math.log(a) + math.log(b)) / 2 for a, b in ((0.8, 0.4), (0.55, 0.65))]
     assert found.path == pytest.approx(expected, rel=1e-6)
-    errors = select_members(members, torch.tensor([0, 0]), metric="error")
-    assert errors.single == (0.5, 0.5, 1.0)
-    assert errors.path == (0.5, 0.0)
-    assert errors.picks == (0, 1)
+    errors = select_members(members, label, metric="error")
+    assert (errors.single, errors.path, errors.picks) == ((0.5, 0.5, 1.0), (0.5, 0.0), (0, 1))
+    # The error leaves ties to the NLL.
+    of_label = torch.tensor([[0.6, 0.6], [0.9, 0.9], [0.1, 0.9]])
+    members = torch.stack([of_label, 1 - of_label], -1)
+    found = select_members(members, label, metric="error")
+    assert (found.picks, found.path) == ((1,), (0.0,))
+    found = Selection((2, 0, 2, 2, 1), (1.0,) * 5, (1.0,) * 3)
+    assert (found.indices, found.counts, found.weights) == ((2, 0, 1), (3, 1, 1), (0.6, 0.2, 0.2))
 
 
 def test_replacement_by_hand():
@@ -113,25 +117,6 @@ def test_replacement_by_hand():
     assert found.weights == pytest.approx((2 / 3, 1 / 3))
     expected = [-math.log(a * b) / 2 for a, b in ((0.7, 0.5), (0.55, 0.65), (0.6, 0.6))]
     assert found.path == pytest.approx(expected, rel=1e-12)
-
-
-def test_indices_counts_and_weights():
-    found = Selection((2, 0, 2, 2, 1), (1.0,) * 5, (1.0,) * 3)
-    assert found.indices == (2, 0, 1)
-    assert found.counts == (3, 1, 1)
-    assert found.weights == (0.6, 0.2, 0.2)
-
-
-def test_replacement_gives_weight():
-    members, labels = sampled(6, 200, 5, spread=0.3)
-    found = select_members(members, labels, replace=True, max_members=30)
-    picks, path = plain_selection(members, labels, "nll", True, 30)
-    assert list(found.picks) == picks
-    assert len(picks) > len(found.indices)
-    mean = sum(w * members[m] for m, w in zip(found.indices, found.weights, strict=True))
-    assert nll(mean, labels) == pytest.approx(found.path[-1], rel=1e-12)
-    assert sum(found.weights) == pytest.approx(1, rel=1e-15)
-    assert found.path[-1] == pytest.approx(path[-1], rel=1e-12)
 
 
 @every_metric
@@ -147,14 +132,6 @@ def test_ties_go_to_the_first(metric, replace):
     assert found.picks[0] in (0, 1)
 
 
-def test_the_error_leaves_ties_to_the_nll():
-    of_label = torch.tensor([[0.6, 0.6], [0.9, 0.9], [0.1, 0.9]])
-    members = torch.stack([of_label, 1 - of_label], -1)
-    found = select_members(members, torch.tensor([0, 0]), metric="error")
-    assert found.picks == (1,)
-    assert found.path == (0.0,)
-
-
 def test_max_members():
     members, labels = sampled(6, 200, 5, spread=0.1)
     whole = select_members(members, labels)
@@ -164,6 +141,9 @@ def test_max_members():
         assert found.picks == whole.picks[:count]
         assert found.path == whole.path[:count]
         assert found.single == whole.single
+    for count, error in ((0, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"max_members must be .* got {count}"):
+            select_members(members, labels, max_members=count)
 
 
 @every_metric
@@ -189,9 +169,7 @@ def test_an_impossible_label_is_finite(dtype):
     assert last_k_curve(members, label) == (nll(members[0], label),) * 2
 
 
-@every_metric
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 6])
+@covering(metric=list(METRICS), dtype=DTYPES, M=[1, 2, 6])
 def test_last_k_curve(metric, dtype, M):
     members, labels = sampled(M, 33, 5, dtype)
     found = last_k_curve(members, labels, metric=metric)
@@ -200,40 +178,22 @@ def test_last_k_curve(metric, dtype, M):
     assert found[0] == METRICS[metric](members[-1], labels)
 
 
-def test_early_members_that_hurt_show_in_the_curve():
-    good, labels = sampled(1, 500, 3, spread=0)
-    bad = torch.full_like(good, 1 / 3)
-    first, second, third = last_k_curve(torch.cat([bad, bad, good]), labels)
-    assert first < second < third < math.log(3)
-
-
 @pytest.mark.parametrize("call", [select_members, last_k_curve], ids=lambda f: f.__name__)
 def test_bad_arguments(call):
     members, labels = sampled(3, 4, 5)
-    with pytest.raises(ValueError, match=r"members must have shape \[M, B, C\], got \(4, 5\)"):
-        call(members[0], labels)
-    for nothing in ([], members[:0]):
-        with pytest.raises(ValueError, match="members must hold at least one member, got none"):
-            call(nothing, labels)
-    with pytest.raises(ValueError, match=r"members\[0\] must have shape \[B, C\]"):
-        call(members[:, :0], labels[:0])
-    with pytest.raises(TypeError, match=r"members\[1\] must be a floating-point .* torch\.int64"):
-        call([members[0], labels], labels)
-    with pytest.raises(ValueError, match=r"labels must have shape \(4,\) on cpu, got \(3,\)"):
-        call(members, labels[:3])
-    with pytest.raises(ValueError, match=r"labels\[2\] must be in 0\.\.4, got 5"):
-        call(members, torch.tensor([0, 1, 5, 2]))
-    with pytest.raises(ValueError, match=r"members\[1\]\[0\] must sum to 1 .* got 2\.5"):
-        call([members[0], torch.full((4, 5), 0.5)], labels)
-    with pytest.raises(ValueError, match=r"members\[1\]\[0\] must be >= 0, got nan"):
-        call([members[0], members[1] * torch.nan], labels)
-    with pytest.raises(ValueError, match=r"members\[1\] must be like the first member, \[4, 5\]"):
-        call([members[0], torch.full((4, 2), 0.5)], labels * 0)
-    with pytest.raises(ValueError, match=r"metric must be one of \('nll', 'error'\), got 'ece'"):
-        call(members, labels, metric="ece")
-
-
-@pytest.mark.parametrize(("count", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
-def test_bad_max_members(count, error):
-    with pytest.raises(error, match=f"max_members must be .* got {count}"):
-        select_members(*sampled(3, 4, 5), max_members=count)
+    first = members[0]
+    for arguments, options, error, match in (
+        ((first, labels), {}, ValueError, r"members must have shape \[M, B, C\], got \(4, 5\)"),
+        (([], labels), {}, ValueError, "members must hold at least one member, got none"),
+        ((members[:0], labels), {}, ValueError, "members must hold at least one member, got none"),
+        ((members[:, :0], labels[:0]), {}, ValueError, r"members\[0\] must have shape \[B, C\]"),
+        (([first, labels], labels), {}, TypeError, r"members\[1\] must be a fl.* torch\.int64"),
+        ((members, labels[:3]), {}, ValueError, r"labels must have shape \(4,\) on cpu, got \(3,"),
+        ((members, labels * 0 + 5), {}, ValueError, r"labels\[0\] must be in 0\.\.4, got 5"),
+        (([first, first + 0.3], labels), {}, ValueError, r"\[1\]\[0\] must sum to 1 .* got 2\.5"),
+        (([first, first * torch.nan], labels), {}, ValueError, r"\[1\]\[0\] must be >= 0, got nan"),
+        (([first, torch.full((4, 2), 0.5)], labels * 0), {}, ValueError, "be like the first"),
+        ((members, labels), {"metric": "ece"}, ValueError, r"metric must be one of .* got 'ece'"),
+    ):
+        with pytest.raises(error, match=match):
+            call(*arguments, **options)

@@ -146,6 +146,13 @@ def test_config_round_trip(schedule):
     assert from_config(json.loads(json.dumps(schedule.config()))) == schedule
 
 
+def test_without_later_arguments_a_config_is_as_it_was():
+    config = {"name": "FreezeOut", "total_steps": 10, "t_0": 0.8, "how_scale": "cubic"}
+    assert FreezeOut(10).config() == {**config, "scale_lr": True}
+    later = {"stages": 2, "warmup_steps": 3, "layer_decay": 0.9}
+    assert FreezeOut(10, **later).config() == {**config, "scale_lr": True, **later}
+
+
 @any_schedule
 @given(warmup_steps=st.integers(0, 90), decay=st.floats(0.1, 1), layer=st.integers(0, 9))
 def test_warm_up_and_decay_multiply_every_rate(schedule, warmup_steps, decay, layer):
@@ -196,12 +203,6 @@ def test_a_plan_resolves_a_name_or_a_share(until, index):
     json.dumps(Frozen(10, until=until).config())
 
 
-def test_thaw_steps():
-    schedule = FreezeOutCycles(400, num_cycles=4, t_0=0.5, composition="thaw")
-    assert schedule.thaw_steps(0, 5) == (100, 200, 300)
-    assert schedule.thaw_steps(4, 5) == Frozen(9, until=1).thaw_steps(0, 2) == ()
-
-
 def test_exact_at_ends_and_restarts():
     cosine = Cosine(1000, eta_min=0.001)
     assert cosine.lr(0, 0.3) == 0.3
@@ -212,6 +213,11 @@ def test_exact_at_ends_and_restarts():
     assert 0 < cycles.lr(99, 0.1) < 0.001
     assert cycles.lr(100, 0.1) == 0
     assert cycles.cycle_ends == (20, 40, 60, 80, 100)
+    cut_short = SnapshotCycles(10, num_cycles=4)  # cycles of 3, 3, 3 and 1
+    assert cut_short.cycle_ends == (3, 6, 9, 10)
+    assert cut_short.lr(9, 0.1) == 0.1
+    assert Constant(7).segments() == (Segment(0, math.inf),)
+    assert Constant(7).lr(range(8), 0.5).tolist() == [0.5] * 8
 
 
 def test_equals_torchs_cosine():
@@ -225,12 +231,6 @@ def test_equals_torchs_cosine():
         scheduler.step()
 
 
-def test_last_cycle_is_cut_short():
-    cycles = SnapshotCycles(10, num_cycles=4)  # cycles of 3, 3, 3 and 1
-    assert cycles.cycle_ends == (3, 6, 9, 10)
-    assert cycles.lr(9, 0.1) == 0.1
-
-
 def test_freezeout_worked_values():
     # t_0 = 0.8, cubic, 1000 steps, 5 layers: ratios 0.512, 0.614, 0.729, 0.857, 1.
     schedule = FreezeOut(1000, t_0=0.8)
@@ -238,17 +238,17 @@ def test_freezeout_worked_values():
     assert schedule.lr(0, 0.1, 0, 5) == 0.1 / 0.8**3
     assert schedule.lr(256, 0.1, 0, 5) == pytest.approx(0.5 * 0.1 / 0.512)
     assert schedule.lr(1000, 0.1, 4, 5) == 0
-    unscaled = FreezeOut(1000, t_0=0.8, scale_lr=False)
-    assert unscaled.lr(0, 0.1, 0, 5) == 0.1
-
-
-def test_freeze_step_does_not_wait_for_rounding():
+    assert schedule.freeze_steps(0, 1) == ()  # the head
     assert 1000 * 0.8**2 > 640  # in floating point
     assert FreezeOut(1000, t_0=0.8, how_scale="squared").freeze_steps(0, 5) == (640,)
-
-
-def test_one_layer_is_the_head():
-    assert FreezeOut(100, t_0=0.5).freeze_steps(0, 1) == ()
+    # In stages layers 0 and 1 freeze together, and 2 and 3.
+    staged = FreezeOut(1000, t_0=0.8, stages=2)
+    assert [staged.freeze_steps(i, 5) for i in range(5)] == [(615,)] * 2 + [(858,)] * 2 + [()]
+    assert staged.lr(0, 0.1, 0, 5) == staged.lr(0, 0.1, 1, 5) == pytest.approx(0.1 / 0.85**3)
+    assert 0 < staged.lr(614, 0.1, 0, 5) < 1e-4
+    for stages in (None, 2):
+        unscaled = FreezeOut(1000, t_0=0.8, stages=stages, scale_lr=False)
+        assert unscaled.lr(0, 0.1, 0, 5) == 0.1
 
 
 def test_sticky_freezes_a_growing_prefix():
@@ -276,6 +276,8 @@ def test_sticky_stretch_follows_freezeout_within_its_cycle():
 def test_thaw_restarts_every_layer():
     schedule = FreezeOutCycles(400, num_cycles=4, t_0=0.5, composition="thaw")
     assert schedule.freeze_steps(0, 5) == (13, 113, 213, 313)
+    assert schedule.thaw_steps(0, 5) == (100, 200, 300)
+    assert schedule.thaw_steps(4, 5) == Frozen(9, until=1).thaw_steps(0, 2) == ()
     assert schedule.lr([0, 100, 200, 300], 0.1, 0, 5).tolist() == [0.1 / 0.125] * 4
 
 
@@ -311,16 +313,6 @@ def test_a_stage_takes_the_ratio_of_its_last_layer(T, layers, stages, t_0, how_s
     assert len(steps) <= stages
 
 
-def test_stages_worked_values():
-    # As above, but layers 0 and 1 freeze together, and 2 and 3.
-    schedule = FreezeOut(1000, t_0=0.8, stages=2)
-    assert [schedule.freeze_steps(i, 5) for i in range(5)] == [(615,)] * 2 + [(858,)] * 2 + [()]
-    assert schedule.lr(0, 0.1, 0, 5) == schedule.lr(0, 0.1, 1, 5) == pytest.approx(0.1 / 0.85**3)
-    assert 0 < schedule.lr(614, 0.1, 0, 5) < 1e-4
-    unscaled = FreezeOut(1000, t_0=0.8, stages=2, scale_lr=False)
-    assert unscaled.lr(0, 0.1, 0, 5) == 0.1
-
-
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_cycles_have_so_many_stages_each(stages):
     sticky = FreezeOutCycles(1000, num_cycles=3, t_0=0.5, stages=stages)
@@ -349,18 +341,6 @@ def test_what_is_frozen_when(schedule, layers):
         assert (step in found) == (now != frozen)
         frozen = found.get(step, frozen)
         assert now == frozen
-
-
-def test_without_later_arguments_a_config_is_as_it_was():
-    config = {"name": "FreezeOut", "total_steps": 10, "t_0": 0.8, "how_scale": "cubic"}
-    assert FreezeOut(10).config() == {**config, "scale_lr": True}
-    later = {"stages": 2, "warmup_steps": 3, "layer_decay": 0.9}
-    assert FreezeOut(10, **later).config() == {**config, "scale_lr": True, **later}
-
-
-def test_segments_describe_constant():
-    assert Constant(7).segments() == (Segment(0, math.inf),)
-    assert Constant(7).lr(range(8), 0.5).tolist() == [0.5] * 8
 
 
 @pytest.mark.parametrize(
