@@ -136,7 +136,6 @@ def by_batch(m, x):
 
 
 def test_other_numbers_of_rows():
-    """Share rows, unless the number is computed with."""
     x = images()
     for net, num_rows in ((own_network(by_batch, "a"), 18), (network("a"), 12)):
         cache = on(net)
@@ -193,18 +192,6 @@ def test_kept_values_are_carried_on(runs):
     assert len(cache._kept) == 1
     epochs(cache, x)
     assert cache.stats().misses == 24 + 6
-
-
-def test_carried_on_across_several_freezes(runs):
-    cache, x = on(network("a")), images()
-    epochs(cache, x, 1)
-    frozen(cache.network.model, "b")
-    for rows in (range(6), range(4, 10)):
-        check(cache, x[rows], torch.tensor(rows))
-    frozen(cache.network.model, "c")
-    epochs(cache, x, 3, batch=5)
-    assert cache.stats().rows == 24
-    assert len(cache._kept) == 1
 
 
 def test_carrying_on_that_gives_other_bits_is_not_used(monkeypatch):
@@ -342,7 +329,6 @@ def replace_module(model):
 
 
 def test_writes_that_torch_does_not_count():
-    """By a fused optimizer at once; by NumPy within a call for each tensor."""
     cache, x = on(network("a")), images()
     epochs(cache, x)
     weight = cache.network.model.a.conv.weight
@@ -620,14 +606,6 @@ def test_what_does_not_pay_is_tried_again_after_a_while(monkeypatch):
     problem = "it does not pay"
     frozen(cache.network.model, "b")  # another cut is measured anew
     assert list(calls(1)) == [True]
-
-
-def test_a_full_cache_that_gains_nothing_is_switched_off():
-    cache, x = FeatureCache(network("a"), max_bytes=8 * 2200), images(120)
-    for _ in range(80):
-        rows = torch.randperm(120)[:12]
-        cache(x[rows], samples=rows)
-    assert "it does not pay: max_bytes is reached" in cache.reason or "ms a batch" in cache.reason
 
 
 @every_device

@@ -145,7 +145,6 @@ def test_a_module_under_autocast_and_inference_mode():
 
 
 def test_a_part_of_another_module():
-    """The ensemble inside a model that is compiled and exported."""
     ensemble, x = made(), torch.randn(2, 3, 8, 8)
     model = Does(lambda m, x: m.inner(x * 2).log(), inner=ensemble.as_module(x))
     program = torch.export.export(model, (x,)).module()

@@ -163,7 +163,6 @@ WRITES = (
 
 
 def test_never_stale():
-    """Whatever is done to a member, the next call knows of it; fold may be set."""
     ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("",), 3))
     x, seen = torch.randn(2, 3, 6, 6), []
     assert_right(ensemble, x)
@@ -451,7 +450,6 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("first_called", [False, True])
 def test_members_that_are_changed(change, first_called):
-    """The next call is right."""
     ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem", "blocks"), 3))
     x = torch.randn(2, 3, 6, 6)
     if first_called:
@@ -527,7 +525,6 @@ BODIES = {
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_modules_that_hold_tensors_in_their_own_way(body):
-    """They are shared where frozen, run once, exported, and load."""
 
     def make():
         head = nn.Linear(4, 3)

@@ -162,7 +162,6 @@ def test_a_list_is_as_a_tensor_and_nothing_is_written(metric):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_impossible_label_is_finite(dtype):
-    """Its floor is that of the members' dtype, as in nll."""
     members = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]], dtype=dtype)
     label = torch.tensor([0])
     assert select_members(members, label).path == (nll(members[0], label),)

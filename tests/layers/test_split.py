@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models as tv
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -342,24 +340,6 @@ def test_small_models(case):
         assert contents(split(model)) == contents(plan)
 
 
-@given(st.lists(st.sampled_from(["linear", "norm", "relu", "block"]), min_size=1, max_size=12))
-@settings(max_examples=40)
-def test_any_sequence_keeps_its_order(kinds):
-    make = {
-        "linear": lambda: nn.Linear(4, 4),
-        "norm": lambda: nn.BatchNorm1d(4),
-        "relu": nn.ReLU,
-        "block": lambda: Block(4),
-    }
-    model = nn.Sequential(*(make[kind]() for kind in kinds), nn.Linear(4, 4))
-    plan = split(model, torch.ones(1, 4))
-    check_partition(plan)
-    assert [n for x in plan.layers for n, _ in x.parameters] == [
-        n for n, _ in model.named_parameters()
-    ]
-    assert len(plan.layers) == 1 + sum(kind in ("linear", "block") for kind in kinds)
-
-
 def test_members_of_a_layer():
     for make, x, modules in (
         (mlp, X, [("0", "1", "2"), ("3", "4"), ("5",)]),
@@ -556,15 +536,6 @@ def test_saving_counts_the_steps_without_a_backward(schedule, make):
     assert plan.backward_saving == pytest.approx(saved / backward)
     assert plan.compute_saving == pytest.approx(saved / (forward + backward))
     assert (plan.backward_saving > 0) == (schedule.freezes and not isinstance(model, Tied))
-
-
-def test_a_prefix_that_never_trained_saves_nothing_more():
-    model = mlp()
-    model[0].requires_grad_(False)
-    plan = split(model, X, schedule=FreezeOut(100))
-    assert plan.layers[0].backward_flops == 0
-    gone = FreezeOut(100).frozen_share(1, 3)
-    assert plan.backward_saving == pytest.approx(gone * plan.backward_share(1))
 
 
 TIED = {"module": ((True,), "head"), "without bias": ((False,), "head")}

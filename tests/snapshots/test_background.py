@@ -155,7 +155,6 @@ def test_threads_and_stores_of_one_directory_lose_nothing(tmp_path):
 
 
 def test_a_snapshot_that_is_removed_while_it_is_read_is_gone(tmp_path, monkeypatch):
-    """It is not said to be damaged."""
     chain = sticky_chain(2)
     writer, reader = SnapshotStore(tmp_path), SnapshotStore(tmp_path)
     first, second = (writer.save(state, step=i, cycle=i) for i, state in enumerate(chain))

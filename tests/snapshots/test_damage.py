@@ -362,7 +362,6 @@ def test_a_manifest_that_is_no_file_is_neither_read_nor_replaced(tmp_path, make,
 
 
 def test_a_signature_that_is_not_the_tensors_is_refused(tmp_path):
-    """All hashes are right."""
     store, _ = filled_store(tmp_path, 1)
     content = manifest_of(tmp_path)
     content["tensors"][0]["shape"] = [4, 6]
@@ -446,7 +445,6 @@ class Stopping:
 @pytest.mark.filterwarnings("ignore:.* holds snapshots of later steps")
 @pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
 def test_stopped_at_any_write(tmp_path, monkeypatch, written):
-    """Before and after each file that saves, replaced snapshots and prunes write."""
     chain = sticky_chain(3)
 
     def run(store, done):

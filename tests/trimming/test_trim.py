@@ -295,49 +295,36 @@ def test_nothing_is_baked_in(body, fold):
     Net.scale = 1.0
 
 
-def test_hooks_are_called_as_ever():
+class Own(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Other(Own):
+    def forward(self, x):
+        return 3 * x + self.bias[0]
+
+
+LATER = {
+    "a hook": lambda patch, m: m.norm.register_forward_hook(lambda *args: args[2] * 2),
+    "a forward": lambda patch, m: setattr(m.a, "forward", lambda x: 2 * F.conv2d(x, m.a.weight)),
+    "a forward of the class": lambda patch, m: patch.setattr(Own, "forward", Other.forward),
+    "a class": lambda patch, m: setattr(m.norm, "__class__", Other),
+}
+
+
+@pytest.mark.parametrize("change", LATER.values(), ids=LATER)
+def test_what_is_given_later_is_called_as_ever(change, monkeypatch):
     model, seen = net(reads_what_may_change), []
-    network, x = trim(model), images()
-    network(x)
-    model.a.register_forward_hook(lambda m, args, out: seen.append(out))
-    model.norm.register_forward_hook(lambda m, args, out: out * 2)
-    with by_hand(model):
-        expected = model(x)
-    torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-6)
-    assert len(seen) == 2
-    assert all(type(t) is Tensor for t in seen)
-    torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-6)
-
-
-def test_a_forward_of_its_own_given_later():
-    model = net(reads_what_may_change)
-    network, x = trim(model), images()
-    network(x)
-    model.a.forward = lambda x: 2 * F.conv2d(x, model.a.weight)
-    with by_hand(model):
-        torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
-    assert model.a.forward.__name__ == "<lambda>"
-
-
-@pytest.mark.parametrize("change", ["a forward", "a class"])
-def test_a_forward_by_their_class_later(change, monkeypatch):
-    class Own(nn.BatchNorm2d):
-        def forward(self, x):
-            return super().forward(x)
-
-    class Other(Own):
-        def forward(self, x):
-            return 3 * x + self.bias[0]
-
-    model = net(reads_what_may_change)
     model.norm = Own(6).requires_grad_(False)
     network, x = trim(model), images()
     network(x)
-    if change == "a forward":
-        monkeypatch.setattr(Own, "forward", Other.forward)
-    else:
-        model.norm.__class__ = Other
-    torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
+    change(monkeypatch, model)
+    model.a.register_forward_hook(lambda m, args, out: seen.append(out))
+    with by_hand(model):
+        torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
+    assert all(type(t) is Tensor for t in seen)
+    torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-6)
 
 
 def test_exceptions_threads_and_calls_within_calls():
