@@ -17,7 +17,7 @@ from fastfreeze.ensemble import SnapshotEnsemble, select_members
 from fastfreeze.ensemble._checks import logits_of
 from fastfreeze.errors import FastfreezeWarning, SnapshotError
 from fastfreeze.snapshots import MemorySnapshots, SnapshotStore
-from tests.nets import Does, small_model, tied_model
+from tests.nets import Does, small_model
 from tests.snapshots.stores import assert_same_state, states
 
 
@@ -77,17 +77,6 @@ def test_the_last_members(tmp_path, last):
         assert torch.equal(of_store(x), ensemble(x))
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_gradient_modes(mode):
-    models, ensemble = models_and_ensemble()
-    x = torch.randn(5, 4)
-    with mode():
-        mean = ensemble(x)
-        assert not mean.requires_grad
-        assert mean.is_inference() == (mode is torch.inference_mode)
-        torch.testing.assert_close(mean.double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
-
-
 def test_gradients_reach_the_inputs_but_no_weight():
     models, ensemble = models_and_ensemble()
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
@@ -120,19 +109,6 @@ def test_the_ensemble_shares_nothing_with_what_it_was_made_of():
         for tensor in [*state.values(), *model.state_dict().values()]:
             tensor.zero_()
     assert all((p != 0).any() for p in ensemble.members[0][0].parameters())
-
-
-def test_tied_weights_stay_tied():
-    ensemble = SnapshotEnsemble(tied_model(), [tied_model().state_dict()])
-    assert ensemble.members[0][0].weight is ensemble.members[0][1].weight
-
-
-def test_the_ensemble_compiles_in_one_graph():
-    models, ensemble = models_and_ensemble()
-    x = torch.randn(5, 4)
-    compiled = torch.compile(ensemble, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x).double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
 
 
 def ran(module):

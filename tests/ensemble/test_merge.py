@@ -232,7 +232,10 @@ def test_made_and_called_in_any_mode(mode):
     expected = SnapshotEnsemble(model, states)(x)
     with mode():
         ensemble = SnapshotEnsemble(model, states)
-        assert torch.equal(ensemble(x), expected)
+        found = ensemble(x)
+        assert torch.equal(found, expected)
+        assert not found.requires_grad
+        assert found.is_inference() == (mode is torch.inference_mode)
         assert "one graph" in ensemble.plan
     assert torch.equal(ensemble(x), expected)
 

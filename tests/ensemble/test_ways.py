@@ -96,4 +96,5 @@ def test_tied_weights(how):
         return model
 
     ensemble = SnapshotEnsemble(make(), [make().state_dict() for _ in range(3)], how=how)
+    assert ensemble.members[0].out.weight is ensemble.members[0].words.weight
     assert_right(ensemble, torch.randint(7, (4, 2)))

@@ -7,7 +7,6 @@ from torch import fx
 
 from fastfreeze.layers.split import split
 from fastfreeze.recipes.models import build_model
-from fastfreeze.trimming import trim
 
 
 def on_meta(name, **arguments):
@@ -84,31 +83,6 @@ def test_stem_stride_halves_what_follows_the_stem(name):
         assert model(torch.zeros(1, 3, 32 * stride, 32 * stride)).shape == (1, 10)
         hook.remove()
     assert seen == [32, 32]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_trimmed_half_frozen_network_has_the_models_gradients(name):
-    images = torch.randn(4, 3, 16, 16)
-    model = build_model(name)
-    layers = split(model, images).layers
-    frozen = layers[: len(layers) // 2]
-    for parameter in (p for layer in frozen for p in layer.trainable):
-        parameter.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-
-    def gradients(network):
-        model.zero_grad()
-        network(images).square().sum().backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-    found = gradients(trim(model, fold=False))
-    for module in (model.get_submodule(m) for layer in frozen for m in layer.modules):
-        module.eval()
-    expected = gradients(model)
-    assert list(expected) == [n for layer in layers[len(frozen) :] for n, _ in layer.parameters]
-    torch.testing.assert_close(found, expected)
 
 
 LAYERS = {"resnet20": 11, "tiny-resnet20": 11, "resnet110": 56, "wrn16-2": 8, "densenet40": 40}
