@@ -189,12 +189,7 @@ def test_bad_arguments(call):
         (([first, labels], labels), {}, TypeError, r"members\[1\] must be a fl.* torch\.int64"),
         ((members, labels[:3]), {}, ValueError, r"labels must have shape \(4,\) on cpu, got \(3,"),
         ((members, labels * 0 + 5), {}, ValueError, r"labels\[0\] must be in 0\.\.4, got 5"),
-        (
-            ([first, first * 0 + 0.5], labels),
-            {},
-            ValueError,
-            r"\[1\]\[0\] must sum to 1 .* got 2\.5",
-        ),
+        (([first, first * 0 + 0.5], labels), {}, ValueError, r"\[1\]\[0\] must sum .* 2\.5"),
         (([first, first * torch.nan], labels), {}, ValueError, r"\[1\]\[0\] must be >= 0, got nan"),
         (([first, torch.full((4, 2), 0.5)], labels * 0), {}, ValueError, "be like the first"),
         ((members, labels), {"metric": "ece"}, ValueError, r"metric must be one of .* got 'ece'"),
