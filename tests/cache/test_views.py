@@ -85,7 +85,7 @@ def test_a_sample_goes_through_all_views_before_one_repeats(num_views):
         assert len({tuple(v) for v in np.array(views).T}) > 5  # orders of their own
 
 
-@pytest.mark.parametrize("context", [None, "fork", "spawn"])
+@pytest.mark.parametrize("context", [None, "fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_epochs_reach_workers_that_stay(context):
     data = RepeatableViews(Draws(11), num_views=2)
     workers = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": context}
