@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.ensemble.scores import (
@@ -127,18 +126,6 @@ def test_the_floor_of_the_nll_is_that_of_the_members_dtype():
     given = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]], dtype=torch.float16)
     found = evaluate(Given(), [(given, torch.tensor([1]))])
     assert found.ensemble.nll == found.members[0].nll == pytest.approx(9.7, abs=0.05)
-
-
-def test_a_snapshot_ensemble_and_a_loader():
-    model = nn.Linear(5, 3)
-    states = [nn.Linear(5, 3).state_dict() for _ in range(3)]
-    ensemble = SnapshotEnsemble(model, states)
-    inputs, labels = torch.randn(50, 5), torch.randint(3, (50,))
-    found = evaluate(ensemble, DataLoader(TensorDataset(inputs, labels), batch_size=16))
-    whole = ensemble(inputs)
-    assert found.ensemble.nll == pytest.approx(nll(whole, labels), rel=1e-5)
-    assert found.ensemble.error == pytest.approx(error_rate(whole, labels))
-    assert len(found.members) == 3
 
 
 @pytest.mark.parametrize("pair", [tuple, list])

@@ -396,16 +396,6 @@ def test_export(tmp_path, place, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_memory_shares_what_is_equal():
-    chain, memory = sticky_chain(), MemorySnapshots()
-    for i, state in enumerate(chain):
-        memory.save(state, step=i, cycle=i)
-    kept = [held for _, held in memory._states]
-    for i in range(1, len(chain)):
-        shared = {name for name in kept[i] if kept[i][name] is kept[i - 1][name]}
-        assert shared == {f"{k}.{what}" for k in range(i) for what in ("weight", "bias")}
-
-
 def test_memory_is_not_changed_from_outside():
     model, memory = small_model(), MemorySnapshots("cpu")
     expected = copy.deepcopy(model.state_dict())
