@@ -246,7 +246,8 @@ def test_rows_found_are_told_from_rows_written_and_a_smaller_budget_takes_what_f
     stores = Stores(7 * ROW, tmp_path)
     store = stores.open(NAME, COLUMNS)
     assert held(store, range(20)) == set(range(7))
-    store.forget([0])
+    stores.close()
+    store = Stores(PLENTY, tmp_path).open(NAME, COLUMNS)
     add(store, [30])
     assert [store.was_found(slot) for slot in store.find([1, 2, 30])] == [True, True, False]
 
