@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import gc
-import multiprocessing
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import fastfreeze.snapshots.store as store_module
 from fastfreeze.errors import FastfreezeWarning, SnapshotError
 from fastfreeze.snapshots import SnapshotStore
 from fastfreeze.snapshots.tensors import content_hash, read_tensor
+from tests.killed import alive, killed
 from tests.nets import small_model
 from tests.snapshots.stores import (
     assert_holds,
@@ -233,60 +233,44 @@ def test_an_interpreter_that_exits_loses_nothing(tmp_path):
     assert "No space left" in done.stderr
 
 
-def forked(work, *arguments):
-    """A child process that does it, and what receives of it."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=work, args=(*arguments, sender), daemon=True)
-    child.start()
-    return child, receiver
-
-
-def saves_and_waits(directory, told):
+def saves_and_waits(directory, ready):
     store = SnapshotStore(directory)
     store.save(small_model(), step=1, cycle=0)
-    told.send("saved")
+    ready()
     time.sleep(60)
 
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_second_process_that_writes_is_refused(tmp_path, wait):
-    writer, receiver = forked(saves_and_waits, tmp_path)
-    assert receiver.recv() == "saved"
-    store, before = SnapshotStore(tmp_path), files_in(tmp_path)
-    (snapshot,) = store
-    for act in (
-        lambda: store.save(small_model(), step=2, cycle=0, wait=wait),
-        lambda: store.prune(keep=[]),
-        lambda: store.remove(snapshot),
-    ):
-        with pytest.raises(SnapshotError, match=f"^{tmp_path} is in use by another process"):
-            act()
-    assert len(store.load(snapshot)) == len(small_model().state_dict())
-    assert files_in(tmp_path) == before
-    writer.kill()
-    writer.join()
+    with alive(saves_and_waits, tmp_path):
+        store, before = SnapshotStore(tmp_path), files_in(tmp_path)
+        (snapshot,) = store
+        for act in (
+            lambda: store.save(small_model(), step=2, cycle=0, wait=wait),
+            lambda: store.prune(keep=[]),
+            lambda: store.remove(snapshot),
+        ):
+            with pytest.raises(SnapshotError, match=f"^{tmp_path} is in use by another process"):
+                act()
+        assert len(store.load(snapshot)) == len(small_model().state_dict())
+        assert files_in(tmp_path) == before
     store.save(small_model(), step=2, cycle=0, wait=wait)
     assert steps(store) == [1, 2]
 
 
-def saves_as_a_child(store, told):
+def saves_as_a_child(store, ready):
     store.flush()  # waits for nothing
-    try:
+    with pytest.raises(SnapshotError, match="in use by another process"):
         store.save(small_model(), step=9, cycle=0)
-    except SnapshotError as error:
-        told.send(str(error))
+    ready()
+    time.sleep(60)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_of_a_writer_waits_for_nothing_and_is_refused(tmp_path, held_back):
     store = SnapshotStore(tmp_path)
     store.save(small_model(), step=1, cycle=0, wait=False)  # a thread is in the middle of it
-    child, receiver = forked(saves_as_a_child, store)
-    assert receiver.poll(20)
-    assert "in use by another process" in receiver.recv()
-    child.join(20)
-    assert child.exitcode == 0
+    killed(saves_as_a_child, store)
     held_back.set()
     store.save(small_model(), step=2, cycle=0)
     assert steps(store) == [1, 2]

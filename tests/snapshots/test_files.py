@@ -7,9 +7,8 @@ import fcntl
 import gc
 import os
 import resource
-import signal
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from fastfreeze.files import (
     remove_temporaries,
     write_atomic,
 )
+from tests.killed import alive, killed
 
 
 @contextmanager
@@ -146,34 +146,27 @@ def test_what_is_no_file_is_neither_read_nor_added_to(tmp_path, make, match):
     assert not (tmp_path / "nowhere").exists()
 
 
-def forked(run):
-    """A child process that has called ``run``, and now waits to be killed."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            kept = run()
-            os.write(writing, b"y")
-        except BlockingIOError:
-            os.write(writing, b"n")
-        time.sleep(60)
-        os._exit(kept is None)
-    os.close(writing)
-    done = os.read(reading, 1) == b"y"
-    os.close(reading)
-    return child, done
+def holds(path, ready):
+    lock = lock_file(path)
+    ready()
+    time.sleep(60)
+    del lock
 
 
-def killed(child):
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+def is_refused(path, ready):
+    with pytest.raises(BlockingIOError):
+        lock_file(path)
+    ready()
+    time.sleep(60)
 
 
 def free(path):
-    """Whether another process could take the lock."""
-    child, done = forked(lambda: lock_file(path))
-    killed(child)
-    return done
+    """Whether another process can take the lock."""
+    try:
+        killed(holds, path)
+    except AssertionError:
+        return False
+    return True
 
 
 def test_one_process_holds_a_lock_for_as_long_as_it_is_referred_to(tmp_path):
@@ -194,24 +187,20 @@ def test_one_process_holds_a_lock_for_as_long_as_it_is_referred_to(tmp_path):
 
 def test_a_lock_ends_with_its_process(tmp_path):
     path = tmp_path / "lock"
-    child, done = forked(lambda: lock_file(path))
-    assert done
-    with pytest.raises(BlockingIOError):
+    with alive(holds, path), pytest.raises(BlockingIOError):
         lock_file(path)
-    killed(child)
     assert lock_file(path)
 
 
 def test_a_forked_process_holds_no_lock(tmp_path):
     path = tmp_path / "lock"
     lock = lock_file(path)
-    with lock.mutex:  # as if another thread were writing
-        child, done = forked(lambda: lock_file(path))
-    assert not done
-    del lock
-    gc.collect()
-    assert free(path)  # though the child is still there
-    killed(child)
+    with ExitStack() as stack:
+        with lock.mutex:  # as if another thread were writing
+            stack.enter_context(alive(is_refused, path))
+        del lock
+        gc.collect()
+        assert free(path)  # though the child is still there
 
 
 def test_a_lock_file_that_was_replaced_is_another_lock_and_no_link_is_one(tmp_path):
