@@ -36,7 +36,7 @@ def steps(wrap):
     model, found = Blocks(dropout=1e-9), []
     network = wrap(trim(model, fold=False))
     x = torch.randn(4, 3, 8, 8)
-    for num_frozen in (0, 0, 1, 1, 2, 0, 3, 1):
+    for num_frozen in (0, 0, 2, 2, 0, 3):
         for i, part in enumerate((model.a, model.b, model.c)):
             part.requires_grad_(i >= num_frozen)
         model.zero_grad()
@@ -55,7 +55,7 @@ def test_follows_the_flags(way):
     torch._dynamo.reset()
     counters.clear()
     found = steps(lambda network: way(network, backend="aot_eager"))
-    assert counters["stats"]["unique_graphs"] >= 4
+    assert counters["stats"]["unique_graphs"] >= 3
     torch.testing.assert_close(found, steps(lambda network: network), rtol=1e-4, atol=1e-5)
 
 

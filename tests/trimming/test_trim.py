@@ -109,7 +109,7 @@ VIT = {k: v for k, v in BERT.items() if k != "vocab_size"} | {"image_size": 32, 
 
 IMAGES, LARGER = (lambda: images(4, 3, 32, 32)), (lambda: images(2, 3, 64, 64))
 OF_TORCHVISION = (
-    *("alexnet", "vgg11_bn", "resnet18", "densenet121", "mobilenet_v3_small", "convnext_tiny"),
+    *("squeezenet1_1", "resnet18", "densenet121", "mobilenet_v3_small", "convnext_tiny"),
     *("efficientnet_b0", "shufflenet_v2_x0_5", "regnet_y_400mf", "swin_t"),
 )
 OF_TIMM = (
