@@ -537,7 +537,8 @@ TORN_DOWN = "terminate called without an active exception"
 
 
 @pytest.mark.skipif(not DOCS.exists(), reason="tests run outside the source tree")
-@pytest.mark.parametrize("name", ["train.py", pytest.param("shard.py", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train.py", "shard.py"])
 def test_the_recipes_run_under_torchrun(tmp_path, name):
     blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / name).write_text(next(b for b in blocks if b.startswith(f"# {name}")))
