@@ -492,8 +492,20 @@ class Guarded(nn.Module):
             return self.linear(x), None
 
 
+def attend(m, x):
+    return m.attention(x, x, x)
+
+
 def in_bags(m, x):
     return m.bag((x[..., 0].abs() * 3).long().clamp(max=8))[:, None], None
+
+
+def powers(m, x):
+    return sum(x @ w for w in m.all), None
+
+
+def of_sequence(m, x):
+    return m.head(m.inner(x)[0].mean(1))
 
 
 def weights():
@@ -504,11 +516,9 @@ BODIES = {
     "lstm": lambda: nn.LSTM(4, 4, batch_first=True),
     "gru": lambda: nn.GRU(4, 2, 2, bidirectional=True, batch_first=True),
     "rnn": lambda: nn.RNN(4, 4, bias=False, batch_first=True),
-    "attention": lambda: Does(
-        lambda m, x: m.attention(x, x, x), attention=nn.MultiheadAttention(4, 2, batch_first=True)
-    ),
+    "attention": lambda: Does(attend, attention=nn.MultiheadAttention(4, 2, batch_first=True)),
     "embedding bag": lambda: Does(in_bags, bag=nn.EmbeddingBag(9, 4)),
-    "parameter list": lambda: Does(lambda m, x: (sum(x @ w for w in m.all), None), all=weights()),
+    "parameter list": lambda: Does(powers, all=weights()),
     "own list": Listing,
     "lock and weight norm": Guarded,
 }
@@ -516,10 +526,8 @@ BODIES = {
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_modules_that_hold_tensors_in_their_own_way(body):
-
     def make():
-        head = nn.Linear(4, 3)
-        return Does(lambda m, x: m.head(m.inner(x)[0].mean(1)), inner=body(), head=head)
+        return Does(of_sequence, inner=body(), head=nn.Linear(4, 3))
 
     ensemble, x = SnapshotEnsemble(make, chain(make, ("inner",), 3)), torch.randn(3, 5, 4)
     assert_right(ensemble, x)
