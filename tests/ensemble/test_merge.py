@@ -366,7 +366,7 @@ def check_torchvision(name):
     assert shared < whole
 
 
-QUICK = ["resnet18", "mobilenet_v3_small", "vit_b_16", "swin_t"]
+QUICK = ["resnet18", "mobilenet_v3_small", "swin_t"]
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -375,7 +375,7 @@ def test_torchvision(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(QUICK)))
+@pytest.mark.parametrize("name", sorted({*FAMILIES, "vit_b_16"} - set(QUICK)))
 def test_every_family_of_torchvision(name):
     check_torchvision(name)
 
