@@ -116,11 +116,20 @@ class Stage(nn.Module):
         return x
 
 
+class Twice(nn.Module):
+    """A block of two parts of one class, each with a name and a part to play."""
+
+    def __init__(self):
+        super().__init__()
+        self.b0, self.b1 = Block(), Block()
+
+    def forward(self, x):
+        return x + self.b1(self.b0(x))
+
+
 @pytest.mark.parametrize("example", [X, None], ids=["run", "symbolic"])
 def test_a_stage_that_loops_over_its_blocks_is_opened(example):
-    """But not a block of two parts of one class, each with a name and a part to play."""
-    two = Does(lambda m, x: x + m.b1(m.b0(x)), b0=Block(), b1=Block())
-    model = nn.Sequential(nn.Linear(4, 4), Stage(3), two, nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(4, 4), Stage(3), Twice(), nn.Linear(4, 2))
     assert names(split(model, example)) == ["0", "1.b0", "1.b1", "1.b2", "2", "3"]
 
 

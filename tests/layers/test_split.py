@@ -109,11 +109,11 @@ class Attention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.head = nn.Linear(3, 8), nn.Linear(8, 1)
+        self.embed = nn.Linear(3, 8)
         self.token = nn.Parameter(torch.zeros(1, 1, 8))
         self.position = nn.Parameter(torch.zeros(1, 6, 8))
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.norm = nn.LayerNorm(8)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 1)
 
     def forward(self, x):
         x = self.embed(x)
