@@ -6,13 +6,12 @@ import os
 import signal
 import threading
 import time
-from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import Ranks, connect
+from tests.ranks import Ranks
 
 HOUR = 3600
 
@@ -74,23 +73,3 @@ def test_a_failed_group_is_replaced(ranks, rank_0, rank_1, message):
     after = works(ranks)
     assert before.isdisjoint(after)
     assert after < works(ranks, world=3)
-
-
-def refused(tries, rank, world, store):
-    """Of rank 1, as often as ``tries`` is long; the others wait for it."""
-    if rank == 1 and tries.read_text():
-        tries.write_text(tries.read_text()[1:])
-        raise RuntimeError("connection closed by peer")
-    connect(rank, world, store)
-
-
-def test_a_connection_is_tried_twice(ranks, monkeypatch, tmp_path):
-    before, tries = works(ranks), tmp_path / "tries"
-    monkeypatch.setattr(ranks, "connect", partial(refused, tries))
-    tries.write_text(".")
-    second = works(ranks)
-    assert before.isdisjoint(second)
-    tries.write_text("..")
-    with pytest.raises(AssertionError, match="connection closed by peer"):
-        works(ranks)
-    assert second.isdisjoint(works(ranks))

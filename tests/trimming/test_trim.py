@@ -125,17 +125,7 @@ MODELS = {
     "BERT": hugging_face(
         "BertForSequenceClassification", "BertConfig", text, output_hidden_states=True, **BERT
     ),
-    "DistilBERT": hugging_face(
-        *("DistilBertForSequenceClassification", "DistilBertConfig", text),
-        **{"vocab_size": 100, "dim": 32, "n_layers": 4, "n_heads": 2, "hidden_dim": 64},
-    ),
     "DINOv2": hugging_face("Dinov2ForImageClassification", "Dinov2Config", IMAGES, **VIT),
-    "CLIP vision": hugging_face("CLIPVisionModel", "CLIPVisionConfig", IMAGES, **VIT),
-    "Swin": hugging_face(
-        *("SwinForImageClassification", "SwinConfig", IMAGES),
-        **{"image_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4},
-        **{"depths": [1, 1, 2], "num_heads": [1, 2, 2]},
-    ),
     "T5 encoder": hugging_face(
         *("T5EncoderModel", "T5Config", text),
         **{"vocab_size": 100, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 4},
