@@ -270,7 +270,7 @@ def test_the_papers_models_in_tf32(name, device, monkeypatch):
     assert folds(trimmed) > 10
 
 
-@pytest.mark.parametrize(("name", "share"), zip(FAMILIES, (0.3, 0.7) * 2, strict=True))
+@pytest.mark.parametrize(("name", "share"), list(zip(FAMILIES, (0.3, 0.7) * 2, strict=True)))
 def test_the_papers_models(name, share):
     model = build_model(name)
     frozen(model)
@@ -373,26 +373,23 @@ def test_never_stale_on_a_gpu_after_the_cpu():
         assert "folded" in trimmed.prefix
 
 
-def renew_data(model, weight):
-    model.a.weight.data = weight
-
-
-def renew_by_swap(model, weight):
-    torch.utils.swap_tensors(model.a.weight, nn.Parameter(weight, requires_grad=False))
-
-
-def renew_parameter(model, weight):
-    model.a.weight = nn.Parameter(weight, requires_grad=False)
-
-
-@pytest.mark.parametrize("renew", [renew_data, renew_by_swap, renew_parameter])
-def test_never_stale_where_memory_is_used_again(renew):
+@pytest.mark.parametrize("how", ["data", "swap", "parameter"])
+def test_never_stale_where_memory_is_used_again(how):
     model = frozen(Net(residual, **parts()))
     trimmed, x = trim(model), images()
     trimmed(x)
     for _ in range(20):
         for _ in range(2):
-            renew(model, model.a.weight.detach() * 1.05)
+            weight = model.a.weight.detach() * 1.05
+            if how == "data":
+                model.a.weight.data = weight
+            elif how == "swap":
+                new = nn.Parameter(weight, requires_grad=False)
+                torch.utils.swap_tensors(model.a.weight, new)
+                del new
+            else:
+                model.a.weight = nn.Parameter(weight, requires_grad=False)
+            del weight
         assert relative_error(trimmed(x), trim(model, fold=False)(x)) < 1e-5
 
 
