@@ -251,13 +251,6 @@ class TestReestimateNorms:
         for found, value in zip((norm.running_mean, norm.running_var), expected, strict=True):
             torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
 
-    def test_sync_batch_norm(self):
-        model = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4))
-        plain = nn.Sequential(model[0], nn.BatchNorm1d(4))
-        batches = [torch.randn(5, 3) for _ in range(3)]
-        assert reestimate_norms(model, batches) == reestimate_norms(plain, batches) == ("1",)
-        assert torch.equal(model[1].running_var, plain[1].running_var)
-
     def test_a_norm_that_runs_twice(self):
         norm = nn.BatchNorm1d(3)
         model = nn.Sequential(norm, nn.Linear(3, 3), norm)
