@@ -460,6 +460,37 @@ def test_what_cannot_be_folded_runs_as_it_is(monkeypatch):
     assert "times what rounding may" in trimmed.prefix
 
 
+def test_autocast_and_functional_calls_run_it_as_it_is():
+    model, x = frozen(Net(residual, **parts())), images()
+    trimmed, plain = trim(model), trim(model, fold=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(trimmed(x), plain(x))
+    state = {name: value + 0.1 for name, value in model.state_dict().items() if "num" not in name}
+    weights = {"head.weight": model.head.weight.detach()}
+
+    def loss(network):
+        return lambda values: torch.func.functional_call(network, values, (x,)).square().sum()
+
+    for call in (lambda f: f(state), lambda f: torch.func.grad(f)(weights)["head.weight"]):
+        found, expected = (call(loss(network)) for network in (trimmed, plain))
+        assert relative_error(found, expected) < 4e-6
+
+
+def writes_to_a_weight(m, x):
+    y = m.norm(m.a(x))
+    with torch.no_grad():
+        m.a.weight.mul_(1.01)
+        m.norm.running_mean.add_(0.1)
+    return y + m.b(x)
+
+
+def test_a_weight_that_a_call_writes_to():
+    model, x = frozen(Net(writes_to_a_weight, **parts())), images()
+    network, plain = trim(model), trim(copy.deepcopy(model), fold=False)
+    for _ in range(3):
+        torch.testing.assert_close(network(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
 def test_weights_that_change_in_each_call(monkeypatch):
     monkeypatch.setattr(folds_module, "_MAX_CHANGES", 3)
     model = frozen(Net(residual, **parts()))

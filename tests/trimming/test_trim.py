@@ -353,7 +353,6 @@ def test_other_modes():
     wanted = x.clone().requires_grad_()
     network(wanted).sum().backward()
     assert wanted.grad is not None
-    state = {name: v + 0.1 for name, v in model.state_dict().items() if "num" not in name}
     weights = {"head.weight": model.head.weight.detach()}
 
     def loss(net):
@@ -361,7 +360,6 @@ def test_other_modes():
 
     found, expected = (torch.func.grad(loss(n))(weights) for n in (network, plain))
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(loss(network)(state), loss(plain)(state))
     network.eval()
     assert torch.equal(network(x), model(x))
 
@@ -488,14 +486,6 @@ def writes_to_its_input(m, x):
     return m.head(m.b(m.a(x) + y).mean((2, 3)))
 
 
-def writes_to_a_weight(m, x):
-    y = m.norm(m.a(x))
-    with torch.no_grad():
-        m.a.weight.mul_(1.01)
-        m.norm.running_mean.add_(0.1)
-    return m.head(m.b(y + m.a(x)).mean((2, 3)))
-
-
 def writes_to_a_view(m, x):
     y = m.norm(m.a(x)).relu()
     y[:, 1].zero_()
@@ -506,7 +496,7 @@ STRANGE = [
     *(swaps_weights, has_two_epsilons, enters_autocast, wants_a_gradient, adds_what_trains, maps),
     *(is_called_by_keyword, writes_to_a_base, copies_a_module, draws_and_writes_late),
     *(keeps_an_attribute, goes_through_a_function, writes_to_what_others_read),
-    *(writes_to_its_input, writes_to_a_weight, writes_to_a_view),
+    *(writes_to_its_input, writes_to_a_view),
 ]
 
 
