@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.ensemble.members import hold_the_same, owners_of
+from fastfreeze.recipes.models import build_model
 from tests.covering import covering
 from tests.nets import FAMILIES, Branching, Does, Many, Residual, torchvision_model
 
@@ -346,6 +347,17 @@ def test_owners():
     with torch.no_grad():
         members[3].bias.copy_(members[0].bias)
     assert owners_of(members) == {"weight": (0, 1, 1, 3), "bias": (0, 1, 1, 0)}
+
+
+@pytest.mark.parametrize("name", ["resnet8-w4", "densenet-bc-10", "wrn10-1"])
+def test_the_papers_networks(name):
+    def make():
+        return build_model(name, num_classes=5)
+
+    names = list(make().state_dict())
+    for part in (0, len(names) // 2, len(names)):
+        states = chain(make, tuple(names[:part]), 3)
+        assert_right(SnapshotEnsemble(make(), states), torch.randn(3, 3, 16, 16), atol=2e-6)
 
 
 def check_torchvision(name):
