@@ -43,7 +43,6 @@ class Ranks:
 
     def __init__(self):
         self._workers = []
-        self.connect = connect
 
     def run(self, job, *args, world=2, seconds=WORK):
         """``job(*args)`` in ``world`` processes; its values, by rank.
@@ -82,7 +81,7 @@ class Ranks:
             process.start()
             theirs.close()  # so that its end is noticed
             self._workers.append((process, ours))
-        self._call(self.connect, [(rank, world, str(store)) for rank in range(world)], CONNECT)
+        self._call(connect, [(rank, world, str(store)) for rank in range(world)], CONNECT)
 
     def _call(self, function, arguments, seconds):
         """``function`` in as many processes as there are arguments for; its values, by rank."""

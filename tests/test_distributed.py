@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import subprocess
 import sys
 import weakref
@@ -32,6 +31,7 @@ import fastfreeze
 from fastfreeze.distributed import DataParallel
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles
 from tests.conftest import needs_cpu_kernels
+from tests.covering import covering
 from tests.ranks import Ranks
 
 BATCH = 12  # samples in a step, in all processes together
@@ -121,11 +121,9 @@ def trained_in_parallel(seed, parts, trimmed, keywords):
 
 
 TRAININGS = {
-    "trimmed": (1, True, {}),
     "untrimmed": (1, False, {}),
     "accumulated under no_sync": (2, True, {}),
-    "gradients are views of buckets": (1, True, {"gradient_as_bucket_view": True}),
-    "views, accumulated": (3, True, {"gradient_as_bucket_view": True}),
+    "views of buckets, accumulated": (3, True, {"gradient_as_bucket_view": True}),
     "a bucket for each gradient": (1, True, {"bucket_cap_mb": 1e-6}),
     "a static graph": (1, True, {"static_graph": True}),
 }
@@ -264,19 +262,19 @@ def test_statistics_of_frozen_norms_are_sent_once(ranks, seed):
     assert "as they are" not in prefix  # it is folded once, not at each step
 
 
-def errors_of(make_different, when):
+def errors_of(what, when):
     """What each rank is told when rank 1 differs from the start, or after two steps."""
     model = net(0)
     different = dist.get_rank() == 1
-    schedule = FreezeOut(20 if different and make_different == "schedule" else 16, t_0=0.5)
+    schedule = FreezeOut(20 if different and what == "schedule" else 16, t_0=0.5)
     optimizer = made(model, schedule)
     if when == "start" and different:
-        CHANGES[make_different](model, optimizer)
+        CHANGES[what](model, optimizer)
     try:
         network = DataParallel(model, optimizer)
         train(network, optimizer, [0, 1], 0)
         if different:
-            CHANGES[make_different](model, optimizer)
+            CHANGES[what](model, optimizer)
         train(network, optimizer, [2], 0)
     except RuntimeError as error:
         return str(error)
@@ -294,7 +292,6 @@ DIFFERENT = [
     ("schedule", "start", r"rank 1 has .*'total_steps': 20.*rank 0 has .*'total_steps': 16"),
     ("step", "start", "rank 1 has 'step 1', rank 0 has 'step 0'"),
     ("step", "later", "rank 1 has 'step 1', rank 0 has 'step 2'"),
-    ("flags", "start", r"parameter 2.0.bias: frozen.*parameter 2.0.bias: trains"),
     ("flags", "later", r"parameter 2.0.bias: frozen.*parameter 2.0.bias: trains"),
     ("lr", "start", r"group 1.*'weight_decay': 0.5.*group 1.*'weight_decay': 0.001"),
     ("model", "start", "parameter 4.weight.*'nothing more'"),
@@ -336,24 +333,21 @@ def test_flags_may_change_inside_a_no_sync_window(ranks, seed):
 
 
 def old_ones_after_many_freezes():
-    model = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 1000), nn.Linear(1000, 1))
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(9, 1))
     optimizer = fastfreeze.SGD(model.parameters(), lr=0.1)
-    network = DataParallel(model, optimizer)
-    sent, held, peaks = SentBytes(), [], []
-    network.register_comm_hook(None, sent.hook)
-    for step in range(40):
+    network, held = DataParallel(model, optimizer), []
+    network.register_comm_hook(None, SentBytes().hook)
+    for step in range(10):
         model[0].requires_grad_(step % 2 == 0)
         optimizer.zero_grad(set_to_none=True)
-        network(torch.ones(1, 1000)).sum().backward()
+        network(torch.ones(1, 9)).sum().backward()
         held.append(weakref.ref(network._ddp))
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    return [ref() is not None for ref in held], peaks
+    return [ref() is not None for ref in held]
 
 
 def test_nothing_is_left_of_the_old_buckets(ranks):
-    for alive, peaks in ranks.run(old_ones_after_many_freezes):
-        assert alive == [False] * 39 + [True]
-        assert peaks[-1] - peaks[9] < 60, "MiB, where each of 30 holds 4 or 8"
+    for alive in ranks.run(old_ones_after_many_freezes):
+        assert alive == [False] * 9 + [True]
 
 
 def saved_after(seed, steps):
@@ -458,11 +452,11 @@ def trained_in_shards(seed, backend, trimmed, name):
     return whole(model), gradients
 
 
-@pytest.mark.parametrize("trimmed", [False, True], ids=["untrimmed", "trimmed"])
-@pytest.mark.parametrize(
-    "backend", [None, "reference", pytest.param("cpu", marks=needs_cpu_kernels)]
+@covering(
+    name=list(HYPERS),
+    backend=[None, "reference", pytest.param("cpu", marks=needs_cpu_kernels, id="cpu")],
+    trimmed={"untrimmed": False, "trimmed": True},
 )
-@every_optimizer
 def test_sharded_layers_freeze_and_train_as_in_one_process(ranks, seed, backend, trimmed, name):
     expected = in_one_process(seed, name)
     for found, gradients in ranks.run(trained_in_shards, seed, backend, trimmed, name):
@@ -537,23 +531,14 @@ def test_shards_resume_what_one_process_has_saved(ranks, seed, name):
         torch.testing.assert_close(found, in_one_process(seed, name), rtol=1e-9, atol=1e-11)
 
 
-def test_a_plan_whose_model_has_lost_a_layer_is_refused():
-    model = net(0)
-    plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
-    del model[3]
-    with pytest.raises(
-        ValueError, match=r"must still hold the parameters 3\.0\.weight, 3\.0\.bias"
-    ):
-        plan.param_groups()
-
-
 DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
 # Seen once on a busy machine, torch 2.15: a thread of torch's was still there as a process ended.
 TORN_DOWN = "terminate called without an active exception"
 
 
 @pytest.mark.skipif(not DOCS.exists(), reason="tests run outside the source tree")
-@pytest.mark.parametrize("name", ["train.py", pytest.param("shard.py", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train.py", "shard.py"])
 def test_the_recipes_run_under_torchrun(tmp_path, name):
     blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / name).write_text(next(b for b in blocks if b.startswith(f"# {name}")))

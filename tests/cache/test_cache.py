@@ -22,7 +22,7 @@ from fastfreeze.cache import calls, kept
 from fastfreeze.cache.rows import CannotKeepError
 from tests.conftest import every_device
 from tests.killed import killed
-from tests.zoo import tiny_bert
+from tests.nets import tiny_bert
 
 on = partial(FeatureCache, enabled=True)
 

@@ -22,7 +22,8 @@ from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.ensemble.members import hold_the_same, owners_of
 from fastfreeze.recipes.models import build_model
 from tests.covering import covering
-from tests.zoo import FAMILIES, build
+from tests.nets import FAMILIES
+from tests.nets import torchvision_model as build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

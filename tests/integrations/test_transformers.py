@@ -12,7 +12,7 @@ from torch import nn
 import fastfreeze
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.trimming import TrimmedModel
-from tests.zoo import tiny_bert
+from tests.nets import tiny_bert
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

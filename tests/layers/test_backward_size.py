@@ -12,13 +12,52 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
+from torch import Tensor
 from torchvision.models import get_model, list_models
 
 from fastfreeze import trim
 from fastfreeze.recipes.models import build_model
-from tests.zoo import FAMILIES, build, in_execution_order, saved_bytes, tensors
+from tests.nets import FAMILIES, torchvision_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def in_execution_order(model, *inputs):
+    """Parameters by their module's first call; those of modules never called, after the caller."""
+    order, hooks = [], []
+    for module in model.modules():
+        own, all_of_it = list(module.parameters(recurse=False)), list(module.parameters())
+        hooks.append(module.register_forward_pre_hook(lambda *_, p=own: order.extend(p)))
+        hooks.append(module.register_forward_hook(lambda *_, p=all_of_it: order.extend(p)))
+    model.eval()
+    with torch.no_grad():
+        model(*inputs)
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(order))
+
+
+def tensors(value):
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value
+    return [t for item in items if item is not None for t in tensors(item)]
+
+
+def saved_bytes(call):
+    """Bytes of storage that the forward keeps for the backward."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # a node that kept its own output itself would never be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = call()
+    del output
+    return sum(kept.values())
 
 
 def backward_nodes(output):
@@ -89,7 +128,7 @@ QUICK = ["googlenet", "mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5"]
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("name", QUICK)
 def test_torchvision(name, fold):
-    model, x = build(name)
+    model, x = torchvision_model(name)
     check_sizes(model, x, evenly(model, 3), fold)
 
 
@@ -97,7 +136,7 @@ def test_torchvision(name, fold):
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(QUICK)))
 def test_every_family_of_torchvision(name, fold):
-    model, x = build(name)
+    model, x = torchvision_model(name)
     check_sizes(model, x, evenly(model, 5), fold)
 
 

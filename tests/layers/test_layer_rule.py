@@ -15,6 +15,7 @@ from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.layers.frozen import note_frozen
 from fastfreeze.layers.split import split
 from fastfreeze.schedule import Cosine, FreezeOut
+from tests.nets import Does
 
 X = torch.ones(2, 4)
 
@@ -25,19 +26,6 @@ def names(plan):
 
 def home(plan, parameter):
     return next(x.name for x in plan.layers if parameter in dict(x.parameters))
-
-
-class Does(nn.Module):
-    """Parts, and a function of the module and its input."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        self.does = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.does(self, x)
 
 
 class Block(nn.Module):
@@ -55,47 +43,48 @@ def weight(*shape):
     return nn.Parameter(torch.ones(*shape or (4, 4)))
 
 
-def expanded_at_first(m, x):
-    w = m.w.expand(4, 4).clone()
-    return m.b(m.a(x) @ w)
+READS = {  # what of the weight is multiplied with
+    "twice in one operation": lambda w: w.t() * w.t(),
+    "view": lambda w: w.view(4, 4),
+    "index": lambda w: w[[3, 2, 1, 0]],
+    "cat": lambda w: torch.cat([w[:1], w[1:]]),
+    "repeat": lambda w: w.repeat(1, 2)[:, :4],
+    "data": lambda w: w.data,
+}
+EARLY = {"expanded": lambda w: w.expand(4, 4).clone(), "stacked": lambda w: torch.stack([w, w])[0]}
 
 
-def stacked_at_first(m, x):
-    w = torch.stack([m.w, m.w])
-    return m.b(m.a(x) @ w[0])
+def read_late(read):
+    return lambda m, x: m.b(m.a(x) @ read(m.w))
 
 
-def squared(m, x):
-    w = m.w.t()
-    return m.b(m.a(x) @ (w * w))
+def read_early(read):
+    def forward(m, x):
+        w = read(m.w)
+        return m.b(m.a(x) @ w)
+
+    return forward
 
 
-READS = {
-    "twice in one operation": squared,
-    "view": lambda m, x: m.b(m.a(x) @ m.w.view(4, 4)),
-    "index": lambda m, x: m.b(m.a(x) @ m.w[[3, 2, 1, 0]]),
-    "cat": lambda m, x: m.b(m.a(x) @ torch.cat([m.w[:1], m.w[1:]])),
-    "repeat": lambda m, x: m.b(m.a(x) @ m.w.repeat(1, 2)[:, :4]),
-    "data": lambda m, x: m.b(m.a(x) @ m.w.data),
+def in_autocast(m, x):
+    return m.b(torch.autocast("cpu", torch.bfloat16)(torch.mm)(m.a(x), m.w).float())
+
+
+USES = {
+    **{name: read_late(read) for name, read in READS.items()},
+    **{f"{name} at first": read_early(read) for name, read in EARLY.items()},
     "checkpoint": lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False) @ m.w),
     "reentrant checkpoint": lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=True) @ m.w),
     "vmap": lambda m, x: m.b(torch.vmap(lambda row: m.w @ row)(m.a(x))),
-    "autocast": lambda m, x: m.b(
-        torch.autocast("cpu", torch.bfloat16)(torch.mm)(m.a(x), m.w).float()
-    ),
-    "expanded at first": expanded_at_first,
-    "stacked at first": stacked_at_first,
+    "autocast": in_autocast,
     "given to a module": lambda m, x: m.b(nn.Identity()(m.w) @ m.a(x).T).T,
 }
 
 
-@pytest.mark.parametrize("read", READS)
-def test_a_parameter_belongs_where_its_values_are_used_first(read):
-    model = Does(READS[read], a=nn.Linear(4, 4), w=weight(), b=nn.Linear(4, 4))
-    x = torch.ones(4, 4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plan = split(model, x)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_parameter_belongs_where_its_values_are_used_first(use):
+    plan = split(Does(use, a=linear(), w=weight(), b=linear()), torch.ones(4, 4))
     assert names(plan) == ["a", "w", "b"]
     assert [len(layer.parameters) for layer in plan.layers] == [2, 1, 2]
 
@@ -148,6 +137,14 @@ def linear():
     return nn.Linear(4, 4)
 
 
+def deep():
+    return nn.Sequential(linear(), nn.ReLU(), linear())
+
+
+def normed(part):
+    return nn.Sequential(part, nn.LayerNorm(4))
+
+
 def exits(m, x):
     x = m.a(x)
     early = m.early(x) if m.training or not m.only_training else None
@@ -173,21 +170,10 @@ def written(m, x):
 HEADS = {
     "two": (two, {}, ["a", "h1"]),
     "added": (added, {}, ["a", "h1"]),
-    "deep": (two, {"h2": nn.Sequential(linear(), nn.ReLU(), linear())}, ["a", "h2.0", "h1"]),
-    "behind a norm": (
-        two,
-        {
-            "a": nn.Sequential(Block(), nn.LayerNorm(4)),
-            "h2": nn.Sequential(linear(), nn.ReLU(), linear()),
-        },
-        ["a.0", "h2.0", "h1"],
-    ),
+    "deep": (two, {"h2": deep()}, ["a", "h2.0", "h1"]),
+    "behind a norm": (two, {"a": normed(Block()), "h2": deep()}, ["a.0", "h2.0", "h1"]),
     "with norms": (
-        two,
-        {
-            "h1": nn.Sequential(linear(), nn.LayerNorm(4)),
-            "h2": nn.Sequential(nn.LayerNorm(4), linear()),
-        },
+        *(two, {"h1": normed(linear()), "h2": nn.Sequential(nn.LayerNorm(4), linear())}),
         ["a", "h1.0"],
     ),
     "none, by a write into a buffer": (written, {}, ["a", "h1", "h2"]),
@@ -196,19 +182,19 @@ HEADS = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("case", HEADS)
 @pytest.mark.parametrize("example", [X, None], ids=["run", "symbolic"])
 def test_no_head_freezes(case, example):
     forward, parts, expected = HEADS[case]
     usual = ("a", "early", "b", "head") if forward is exits else ("a", "h1", "h2")
     parts = {**{name: linear() for name in usual}, **copy.deepcopy(parts)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plan = split(Does(forward, **parts), example)
+    plan = split(Does(forward, **parts), example)
     assert names(plan) == expected
     assert not any(layer.held_by for layer in plan.layers)
 
 
+@pytest.mark.filterwarnings("error")
 def test_layers_dropped_at_random_are_in_their_places():
     def forward(m, x):
         x = m.first(x) + (m.noise if m.training else 0)
@@ -218,9 +204,7 @@ def test_layers_dropped_at_random_are_in_their_places():
 
     layers = nn.ModuleList(Block() for _ in range(3))
     model = Does(forward, first=linear(), noise=weight(4), layers=layers, head=linear())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plan = split(model, X)
+    plan = split(model, X)
     assert names(plan) == ["first", "layers.0", "layers.1", "layers.2", "head"]
     assert home(plan, "noise") == "first"
 
@@ -270,12 +254,7 @@ FREEZING = FreezeOut(10, t_0=0.5)
 @pytest.mark.parametrize(
     ("fixed", "marked", "schedule", "message"),
     [
-        (
-            ["0"],
-            ["0"],
-            None,
-            r"layers 0 \(0\) do not train: a schedule froze them in an earlier run",
-        ),
+        (["0"], ["0"], None, r"layers 0 \(0\) do not train: a schedule froze them in an earlier"),
         (["0", "1"], ["0"], FREEZING, r"layers 0 \(0\) do not train: .*requires_grad_\(True\) bef"),
         (["0", "1"], [], FREEZING, r"layers 0..1 do not train .* and the schedule has nothing to"),
         (["0", "1"], [], Cosine(10), None),  # a head that is trained alone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -16,6 +15,7 @@ from fastfreeze import FastfreezeWarning, FreezeOut, FreezeOutCycles, FreezeRepo
 from fastfreeze.layers.costs import LayerCosts, LayerFlops
 from fastfreeze.layers.execution import run_events
 from fastfreeze.recipes.models import build_model
+from tests.nets import Keywords, Skipping
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,10 +26,7 @@ def freeze_layers(plan, frozen):
             parameter.requires_grad_(layer.index not in frozen)
 
 
-# --- FLOPs ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["resnet8-w4", "densenet-bc-10", "wrn10-1", "vgg16"])
+@pytest.mark.parametrize("name", ["resnet8-w4", "densenet-bc-10", "wrn10-1"])
 def test_flops_of_every_cut_are_those_that_torch_counts(name):
     model, x = build_model(name, num_classes=2), torch.randn(2, 3, 16, 16)
     plan = split(model, x)
@@ -40,18 +37,6 @@ def test_flops_of_every_cut_are_those_that_torch_counts(name):
         with FlopCounterMode(display=False) as counter:
             model(x).sum().backward()
         assert flops.costs().step(frozen, flops.alive(frozen)) == counter.get_total_flops()
-
-
-class Skipping(nn.Module):
-    """The last layer's parameter is used at the bottom as well."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.head = nn.Linear(6, 6)
-
-    def forward(self, x):
-        return self.head(self.b(self.a(x @ self.head.weight)))
 
 
 def test_a_shared_parameter_keeps_the_backward_alive():
@@ -77,9 +62,6 @@ def test_costs():
     assert costs.step([], [1, 1, 1]) == 1777
     assert costs.step([0, 1], [0, 0.5, 1]) == 1000 + 7 + 10 + 40 + 400
     assert costs.step_without_prefix([0, 1], [0, 0.5, 1]) == 1000 + 6 + 10 + 40 + 400
-
-
-# --- times ---------------------------------------------------------------------------------------
 
 
 class Spends(torch.autograd.Function):
@@ -121,6 +103,23 @@ def slow_model(now):
     return nn.Sequential(Slow(now, 1, 4), Slow(now, 2, 8), Slow(now, 3, 16))
 
 
+def linears():
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+def watched(model, x=None, **options):
+    """A report of the model's steps under a plain optimizer."""
+    x = torch.randn(2, 4) if x is None else x
+    plan = split(model, x, **options)
+    optimizer = torch.optim.SGD(plan.param_groups(), 1e-3)
+    return FreezeReport(model, optimizer, plan, x), model, optimizer, x
+
+
+def has_hooks(model):
+    of_modules = [m._forward_hooks or m._forward_pre_hooks for m in model.modules()]
+    return any([*of_modules, *(p._post_accumulate_grad_hooks for p in model.parameters())])
+
+
 def train(report, model, optimizer, x, steps, now=None, rest=0.0):
     for _ in range(steps):
         with report.step():
@@ -133,22 +132,19 @@ def train(report, model, optimizer, x, steps, now=None, rest=0.0):
 
 def test_times_are_measured_and_predicted(now):
     """34 s forward and backward, 6 s of something else; nothing else takes time on this clock."""
-    model, x = slow_model(now), torch.randn(2, 4)
-    plan = split(model, x)
-    optimizer = torch.optim.SGD(plan.param_groups(), 1e-3)
-    report = FreezeReport(model, optimizer, plan, x)
+    report, *run = watched(slow_model(now))
     assert report.rows == ()
     assert str(report) == "no layer has been frozen or thawed yet"
-    train(report, model, optimizer, x, 9, now, 6.0)
-    freeze_layers(plan, [0])
-    train(report, model, optimizer, x, 1, now, 6.0)  # noticed at the end of a step
+    train(report, *run, 9, now, 6.0)
+    run[0][0].requires_grad_(False)
+    train(report, *run, 1, now, 6.0)  # noticed at the end of a step
     (row,) = report.rows
     assert (row.step, row.frozen, row.blockers) == (10, (0,), ())
     assert row.before == pytest.approx(40)
     assert row.after is row.measured is None
-    train(report, model, optimizer, x, 2, now, 6.0)
+    train(report, *run, 2, now, 6.0)
     assert report.rows[0].after is None
-    train(report, model, optimizer, x, 3, now, 6.0)
+    train(report, *run, 3, now, 6.0)
     (row,) = report.rows
     # layer 1's backward has one of its two gradients left, as far as FLOPs can tell
     assert row.predicted == pytest.approx((40 - 4 - 8 / 2) / 40)
@@ -158,26 +154,20 @@ def test_times_are_measured_and_predicted(now):
 
 
 def test_the_update_of_frozen_layers_is_gone(now):
-    model, x = slow_model(now), torch.randn(2, 4)
-    plan = split(model, x, layers=["0", "1", "2"])
-    optimizer = torch.optim.SGD(plan.param_groups(), 1e-3)
-    report = FreezeReport(model, optimizer, plan, x)
-    optimizer.register_step_post_hook(lambda *_: now.__setitem__(0, now[0] + 30.0))
-    train(report, model, optimizer, x, 4)
-    freeze_layers(plan, [0])
-    train(report, model, optimizer, x, 1)
+    report, *run = watched(slow_model(now), layers=["0", "1", "2"])
+    run[1].register_step_post_hook(lambda *_: now.__setitem__(0, now[0] + 30.0))
+    train(report, *run, 4)
+    run[0][0].requires_grad_(False)
+    train(report, *run, 1)
     assert report.rows[0].predicted == pytest.approx((64 - 4 - 4 - 10) / 64)
 
 
 def test_medians_of_the_latest_steps(now):
-    model, x = slow_model(now), torch.randn(2, 4)
-    plan = split(model, x)
-    optimizer = torch.optim.SGD(plan.param_groups(), 1e-3)
-    report = FreezeReport(model, optimizer, plan, x)
+    report, *run = watched(slow_model(now))
     for rest in [1e6, 1e6, 7.0, 7.0, *[100.0] * 10, *[2.0] * 95]:  # 2 first steps are left out
-        train(report, model, optimizer, x, 1, now, rest)
-    freeze_layers(plan, [0])
-    train(report, model, optimizer, x, 1, now, 2.0)
+        train(report, *run, 1, now, rest)
+    run[0][0].requires_grad_(False)
+    train(report, *run, 1, now, 2.0)
     assert report.rows[0].before == pytest.approx(36)
 
 
@@ -195,9 +185,6 @@ def test_without_a_profile_flops_predict():
     assert report.source == "FLOPs"
     assert 0 < report.rows[0].limit < report.rows[0].predicted < 1
     assert "predicted, from FLOPs" in str(report)
-
-
-# --- events --------------------------------------------------------------------------------------
 
 
 def freezing_run(schedule, *, report=True, steps=None):
@@ -236,19 +223,19 @@ def test_every_event_of_a_schedule_is_a_row():
     assert [row.frozen for row in report.rows] == [tuple(range(i + 1)) for i in range(4)]
     assert all(row.limit < row.predicted < 1 for row in report.rows)
     assert not any(row.blockers for row in report.rows)
+    lines = str(report).splitlines()
+    headers = ["step", "frozen layers", "predicted", "limit", "measured", "ms before", "ms after"]
+    assert " ".join(lines[0].split()) == " ".join(headers)
+    assert [line.split()[1] for line in lines[2:6]] == ["0", "0..1", "0..2", "0..3"]
+    total = math.prod(row.predicted for row in report.rows)
+    assert lines[7] == report.summary
+    assert report.summary.startswith(f"step time by freezing: predicted {total:.3f}, limit ")
+    assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("trimmed", [True, False])
 def test_a_model_of_keyword_arguments(trimmed):
-    class Keywords(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
-
-        def forward(self, *, x):
-            return self.second(self.first(x))
-
-    model, example = Keywords(), {"x": torch.randn(2, 6)}
+    model, example = Keywords(), {"images": torch.randn(2, 6)}
     schedule = FreezeOut(4, t_0=0.5)
     plan = split(model, example, schedule=schedule, lr=0.05)
     optimizer = fastfreeze.SGD(plan.param_groups(), 0.05, schedule=schedule)
@@ -277,12 +264,9 @@ def test_a_thaw_is_an_event_too():
 
 
 def test_freezes_and_thaws_are_measured_apart(now):
-    model, x = slow_model(now), torch.randn(2, 4)
-    plan = split(model, x)
-    optimizer = torch.optim.SGD(plan.param_groups(), 1e-3)
-    report = FreezeReport(model, optimizer, plan, x)
+    report, model, _, x = watched(slow_model(now))
     for frozen, seconds in (((), 40.0), ((0,), 20.0), ((), 30.0), ((0,), 15.0)):
-        freeze_layers(plan, frozen)
+        model[0].requires_grad_(not frozen)
         for _ in range(6):
             start = now[0]
             with report.step():
@@ -298,12 +282,11 @@ def test_a_report_changes_no_number():
     assert losses == plain_losses
     torch.testing.assert_close(model.state_dict(), plain_model.state_dict(), rtol=0, atol=0)
     assert report.source != "FLOPs"
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not has_hooks(model)
 
 
 def test_steps_of_a_resumed_run_are_counted():
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(2, 4)
+    model, x = linears(), torch.randn(2, 4)
     schedule = FreezeOut(30, t_0=0.8)
     plan = split(model, x)
     optimizer = fastfreeze.SGD(plan.param_groups(), 1e-3, schedule=schedule)
@@ -315,39 +298,20 @@ def test_steps_of_a_resumed_run_are_counted():
 
 
 def test_an_error_in_a_step_is_not_a_step_and_leaves_no_hooks():
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(2, 4)
-    plan = split(model, x)
-    optimizer = torch.optim.SGD(plan.param_groups(), 1e-3)
-    report = FreezeReport(model, optimizer, plan, x)
-    train(report, model, optimizer, x, 3)
+    report, *run = watched(linears())
+    train(report, *run, 3)
 
     def fail():
         with report.step():
-            model(x).sum().backward()
+            run[0](run[2]).sum().backward()
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-    freeze_layers(plan, [0])
-    train(report, model, optimizer, x, 1)
+    assert not has_hooks(run[0])
+    run[0][0].requires_grad_(False)
+    train(report, *run, 1)
     assert report.rows[0].step == 4
-
-
-def test_table():
-    _, _, report = freezing_run(FreezeOut(30, t_0=0.4, scale_lr=False))
-    lines = str(report).splitlines()
-    headers = ["step", "frozen layers", "predicted", "limit", "measured", "ms before", "ms after"]
-    assert " ".join(lines[0].split()) == " ".join(headers)
-    assert [line.split()[1] for line in lines[2:6]] == ["0", "0..1", "0..2", "0..3"]
-    total = math.prod(row.predicted for row in report.rows)
-    assert lines[7] == report.summary
-    assert report.summary.startswith(f"step time by freezing: predicted {total:.3f}, limit ")
-    assert max(map(len, lines)) <= 100
-
-
-# --- blockers ------------------------------------------------------------------------------------
 
 
 def test_each_event_with_a_blocker_warns_once():
@@ -372,21 +336,17 @@ def test_each_event_with_a_blocker_warns_once():
 
 
 def test_planned_sharing_is_a_blocker():
-    model, x = Skipping(), torch.randn(5, 6)
     with pytest.warns(FastfreezeWarning, match="also used before"):
-        plan = split(model, x)
-    optimizer = torch.optim.SGD(plan.param_groups(), 1e-3)
-    report = FreezeReport(model, optimizer, plan, x)
-    train(report, model, optimizer, x, 3)
-    freeze_layers(plan, [0])
+        report, *run = watched(Skipping(), torch.randn(5, 6))
+    train(report, *run, 3)
+    run[0].a.requires_grad_(False)
     with pytest.warns(FastfreezeWarning, match=r"head\.weight still trains: 50% of the prefix's"):
-        train(report, model, optimizer, x, 1)
+        train(report, *run, 1)
     assert report.rows[0].predicted < 1
 
 
 def test_plan_must_be_the_networks():
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(2, 4)
+    model, x = linears(), torch.randn(2, 4)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    other = split(copy.deepcopy(model), x)
     with pytest.raises(ValueError, match="plan must be of this Sequential, but is of another"):
-        FreezeReport(model, optimizer, other, x)
+        FreezeReport(model, optimizer, split(linears(), x), x)

@@ -22,23 +22,15 @@ def predicted(plan, of, **arguments):
 
 @pytest.mark.parametrize(
     ("saving", "of", "how_scale"),
-    [
-        (0.01, "compute", "cubic"),
-        (0.2, "compute", "linear"),
-        (0.5, "compute", "cubic"),
-        (0.3, "backward", "squared"),
-        (0.5, "backward", "linear"),
-        (0.7, "backward", "cubic"),
-    ],
+    [(0.01, "compute", "cubic"), (0.2, "compute", "linear"), (0.3, "backward", "squared")],
 )
 def test_t_0_is_the_largest_that_saves_as_much(plan, saving, of, how_scale):
     found = fastfreeze.freezeout_for_saving(plan, saving, 10_000, of=of, how_scale=how_scale)
     assert (found.total_steps, found.how_scale) == (10_000, how_scale)
     assert round(found.t_0, 4) == found.t_0
     at = {"total_steps": 10_000, "how_scale": how_scale}
-    assert predicted(plan, of, t_0=found.t_0, **at) >= saving
+    assert saving <= predicted(plan, of, t_0=found.t_0, **at) < saving + 1e-3
     assert predicted(plan, of, t_0=found.t_0 + 1e-4, **at) < saving
-    assert predicted(plan, of, t_0=found.t_0, **at) < saving + 1e-3
 
 
 def test_two_equal_layers_by_hand():

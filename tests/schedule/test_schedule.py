@@ -12,7 +12,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,41 +108,37 @@ def test_freezeout_equals_the_papers_closed_form(T, layers, t_0, how_scale, scal
 
 
 @every_schedule
-@pytest.mark.parametrize("layer", [0, 3, 9])
-def test_range_and_freezing_agree(schedule, layer):
-    lrs = schedule.lr(range(91), 0.1, layer, 10)
-    frozen = [schedule.is_frozen(s, layer, 10) for s in range(90)]
-    assert (lrs >= 0).all()
-    assert (lrs[:90][frozen] == 0).all()
-    assert (lrs[:90][~np.array(frozen)] > 0).all()
-    assert np.mean(frozen) == pytest.approx(schedule.frozen_share(layer, 10))
-    became = [s for s in range(1, 90) if frozen[s] and not frozen[s - 1]]
-    assert became == list(schedule.freeze_steps(layer, 10))
-    ratios = [freezeout_ratio(i, 9, 0.5, "cubic") for i in range(10)]
-    later = ratios[layer:] if getattr(schedule, "stages", None) else ratios[layer : layer + 1]
-    assert lrs[0] == 0.1 or any(lrs[0] == pytest.approx(0.1 / ratio) for ratio in later)
-
-
-@every_schedule
-def test_falls_within_each_cycle(schedule):
-    for layer in (0, 5, 9):
-        lrs = schedule.lr(range(90), 0.1, layer, 10)
-        ends = (0, *schedule.cycle_ends)
-        for begin, end in itertools.pairwise(ends):
+def test_range_and_freezing_agree(schedule):
+    for layer in (0, 3, 9):
+        lrs = schedule.lr(range(91), 0.1, layer, 10)
+        frozen = [schedule.is_frozen(s, layer, 10) for s in range(90)]
+        assert (lrs >= 0).all()
+        assert (lrs[:90][frozen] == 0).all()
+        assert (lrs[:90][~np.array(frozen)] > 0).all()
+        assert np.mean(frozen) == pytest.approx(schedule.frozen_share(layer, 10))
+        became = [s for s in range(1, 90) if frozen[s] and not frozen[s - 1]]
+        assert became == list(schedule.freeze_steps(layer, 10))
+        ratios = [freezeout_ratio(i, 9, 0.5, "cubic") for i in range(10)]
+        later = ratios[layer:] if getattr(schedule, "stages", None) else ratios[layer : layer + 1]
+        assert lrs[0] == 0.1 or any(lrs[0] == pytest.approx(0.1 / ratio) for ratio in later)
+        for begin, end in itertools.pairwise((0, *schedule.cycle_ends)):
             assert (np.diff(lrs[begin:end]) <= 1e-15).all()
 
 
 @any_schedule
-def test_scalar_and_array_agree(schedule):
+def test_scalar_and_array_agree_and_so_does_a_config(schedule):
     steps = np.arange(90).reshape(6, 15)
     lrs = schedule.lr(steps, 0.1, 2, 10)
     assert lrs.shape == (6, 15)
     assert lrs.ravel().tolist() == [schedule.lr(int(s), 0.1, 2, 10) for s in range(90)]
-
-
-@any_schedule
-def test_config_round_trip(schedule):
     assert from_config(json.loads(json.dumps(schedule.config()))) == schedule
+
+
+def test_without_later_arguments_a_config_is_as_it_was():
+    config = {"name": "FreezeOut", "total_steps": 10, "t_0": 0.8, "how_scale": "cubic"}
+    assert FreezeOut(10).config() == {**config, "scale_lr": True}
+    later = {"stages": 2, "warmup_steps": 3, "layer_decay": 0.9}
+    assert FreezeOut(10, **later).config() == {**config, "scale_lr": True, **later}
 
 
 @any_schedule
@@ -196,12 +191,6 @@ def test_a_plan_resolves_a_name_or_a_share(until, index):
     json.dumps(Frozen(10, until=until).config())
 
 
-def test_thaw_steps():
-    schedule = FreezeOutCycles(400, num_cycles=4, t_0=0.5, composition="thaw")
-    assert schedule.thaw_steps(0, 5) == (100, 200, 300)
-    assert schedule.thaw_steps(4, 5) == Frozen(9, until=1).thaw_steps(0, 2) == ()
-
-
 def test_exact_at_ends_and_restarts():
     cosine = Cosine(1000, eta_min=0.001)
     assert cosine.lr(0, 0.3) == 0.3
@@ -212,23 +201,11 @@ def test_exact_at_ends_and_restarts():
     assert 0 < cycles.lr(99, 0.1) < 0.001
     assert cycles.lr(100, 0.1) == 0
     assert cycles.cycle_ends == (20, 40, 60, 80, 100)
-
-
-def test_equals_torchs_cosine():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=0.01)
-    ours = Cosine(50, eta_min=0.01)
-    for step in range(50):
-        assert ours.lr(step, 0.1) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
-        optimizer.step()
-        scheduler.step()
-
-
-def test_last_cycle_is_cut_short():
-    cycles = SnapshotCycles(10, num_cycles=4)  # cycles of 3, 3, 3 and 1
-    assert cycles.cycle_ends == (3, 6, 9, 10)
-    assert cycles.lr(9, 0.1) == 0.1
+    cut_short = SnapshotCycles(10, num_cycles=4)  # cycles of 3, 3, 3 and 1
+    assert cut_short.cycle_ends == (3, 6, 9, 10)
+    assert cut_short.lr(9, 0.1) == 0.1
+    assert Constant(7).segments() == (Segment(0, math.inf),)
+    assert Constant(7).lr(range(8), 0.5).tolist() == [0.5] * 8
 
 
 def test_freezeout_worked_values():
@@ -238,17 +215,17 @@ def test_freezeout_worked_values():
     assert schedule.lr(0, 0.1, 0, 5) == 0.1 / 0.8**3
     assert schedule.lr(256, 0.1, 0, 5) == pytest.approx(0.5 * 0.1 / 0.512)
     assert schedule.lr(1000, 0.1, 4, 5) == 0
-    unscaled = FreezeOut(1000, t_0=0.8, scale_lr=False)
-    assert unscaled.lr(0, 0.1, 0, 5) == 0.1
-
-
-def test_freeze_step_does_not_wait_for_rounding():
+    assert schedule.freeze_steps(0, 1) == ()  # the head
     assert 1000 * 0.8**2 > 640  # in floating point
     assert FreezeOut(1000, t_0=0.8, how_scale="squared").freeze_steps(0, 5) == (640,)
-
-
-def test_one_layer_is_the_head():
-    assert FreezeOut(100, t_0=0.5).freeze_steps(0, 1) == ()
+    # In stages layers 0 and 1 freeze together, and 2 and 3.
+    staged = FreezeOut(1000, t_0=0.8, stages=2)
+    assert [staged.freeze_steps(i, 5) for i in range(5)] == [(615,)] * 2 + [(858,)] * 2 + [()]
+    assert staged.lr(0, 0.1, 0, 5) == staged.lr(0, 0.1, 1, 5) == pytest.approx(0.1 / 0.85**3)
+    assert 0 < staged.lr(614, 0.1, 0, 5) < 1e-4
+    for stages in (None, 2):
+        unscaled = FreezeOut(1000, t_0=0.8, stages=stages, scale_lr=False)
+        assert unscaled.lr(0, 0.1, 0, 5) == 0.1
 
 
 def test_sticky_freezes_a_growing_prefix():
@@ -276,6 +253,8 @@ def test_sticky_stretch_follows_freezeout_within_its_cycle():
 def test_thaw_restarts_every_layer():
     schedule = FreezeOutCycles(400, num_cycles=4, t_0=0.5, composition="thaw")
     assert schedule.freeze_steps(0, 5) == (13, 113, 213, 313)
+    assert schedule.thaw_steps(0, 5) == (100, 200, 300)
+    assert schedule.thaw_steps(4, 5) == Frozen(9, until=1).thaw_steps(0, 2) == ()
     assert schedule.lr([0, 100, 200, 300], 0.1, 0, 5).tolist() == [0.1 / 0.125] * 4
 
 
@@ -311,16 +290,6 @@ def test_a_stage_takes_the_ratio_of_its_last_layer(T, layers, stages, t_0, how_s
     assert len(steps) <= stages
 
 
-def test_stages_worked_values():
-    # As above, but layers 0 and 1 freeze together, and 2 and 3.
-    schedule = FreezeOut(1000, t_0=0.8, stages=2)
-    assert [schedule.freeze_steps(i, 5) for i in range(5)] == [(615,)] * 2 + [(858,)] * 2 + [()]
-    assert schedule.lr(0, 0.1, 0, 5) == schedule.lr(0, 0.1, 1, 5) == pytest.approx(0.1 / 0.85**3)
-    assert 0 < schedule.lr(614, 0.1, 0, 5) < 1e-4
-    unscaled = FreezeOut(1000, t_0=0.8, stages=2, scale_lr=False)
-    assert unscaled.lr(0, 0.1, 0, 5) == 0.1
-
-
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_cycles_have_so_many_stages_each(stages):
     sticky = FreezeOutCycles(1000, num_cycles=3, t_0=0.5, stages=stages)
@@ -339,21 +308,16 @@ def test_cycles_have_so_many_stages_each(stages):
 
 
 @every_schedule
-@pytest.mark.parametrize("layers", [1, 2, 10])
-def test_what_is_frozen_when(schedule, layers):
-    found = dict(schedule.frozen_layers(layers))
-    assert min(found) == 0
-    frozen = None
-    for step in range(90):
-        now = {i for i in range(layers) if schedule.is_frozen(step, i, layers)}
-        assert (step in found) == (now != frozen)
-        frozen = found.get(step, frozen)
-        assert now == frozen
-
-
-def test_segments_describe_constant():
-    assert Constant(7).segments() == (Segment(0, math.inf),)
-    assert Constant(7).lr(range(8), 0.5).tolist() == [0.5] * 8
+def test_what_is_frozen_when(schedule):
+    for layers in (1, 2, 10):
+        found = dict(schedule.frozen_layers(layers))
+        assert min(found) == 0
+        frozen = None
+        for step in range(90):
+            now = {i for i in range(layers) if schedule.is_frozen(step, i, layers)}
+            assert (step in found) == (now != frozen)
+            frozen = found.get(step, frozen)
+            assert now == frozen
 
 
 @pytest.mark.parametrize(
@@ -364,11 +328,9 @@ def test_segments_describe_constant():
         (lambda: SnapshotCycles(3, num_cycles=4), "num_cycles must be at most total_steps=3"),
         (lambda: SnapshotCycles(10, num_cycles=6), "use num_cycles=5"),
         (lambda: FreezeOut(10, t_0=0.0), r"t_0 must be in \(0, 1\], got 0.0"),
-        (lambda: FreezeOut(10, t_0=1.5), r"t_0 must be in \(0, 1\], got 1.5"),
         (lambda: FreezeOut(10, t_0=math.nan), r"t_0 must be in \(0, 1\], got nan"),
         (lambda: FreezeOut(10, how_scale="quartic"), "how_scale must be one of"),
         (lambda: FreezeOut(10, stages=0), "stages must be >= 1, got 0"),
-        (lambda: FreezeOutCycles(10, num_cycles=2, stages=-1), "stages must be >= 1, got -1"),
         (lambda: FreezeOutCycles(10, num_cycles=2, composition="melt"), "composition must be"),
         (lambda: FreezeOutCycles(10, num_cycles=2, composition="last_k"), "needs k"),
         (lambda: FreezeOutCycles(10, num_cycles=2, composition="last_k", k=3), "k must be in 1..2"),
@@ -382,13 +344,11 @@ def test_segments_describe_constant():
         (lambda: Frozen(10, until=1.5), r"until must be a share in \(0, 1\), .* got 1.5"),
         (lambda: Frozen(10, until=3).segments(0, 3), "until must be in 1..2, as the head trains"),
         (lambda: Frozen(10, until="a").lr(0, 0.1, 0, 3), "until='a' is for a plan to resolve"),
-        (lambda: Frozen(10, until=0.5).freeze_steps(0, 3), "until=0.5 is for a plan to resolve"),
         (lambda: Frozen(10, until="layer").for_layers(NAMES, COSTS), "got 'layer'"),
         (lambda: Frozen(10, until="stem").for_layers(NAMES, COSTS), "'stem' freezes no layer"),
         (lambda: Frozen(10, until=0.09).for_layers(NAMES, COSTS), "alone has 0.100 of the comp"),
         (lambda: Frozen(10, until=0.5).for_layers(NAMES, None), "give split an example input"),
         (lambda: Cosine(10).lr(11, 0.1), "step must be in 0..10"),
-        (lambda: Cosine(10).lr(-1, 0.1), "step must be in 0..10"),
         (lambda: Cosine(10).lr(math.nan, 0.1), r"step must be in 0..10 \(total_steps\), got nan"),
         (lambda: Cosine(10).lr([1, math.nan], 0.1), "step must be in 0..10"),
         (lambda: Cosine(10).lr(0, math.inf), "initial_lr must be finite"),
@@ -408,13 +368,9 @@ def test_bad_values(make, message):
     [
         (lambda: Cosine(10.5), "total_steps must be an int >= 1, got 10.5"),
         (lambda: Cosine(10, eta_min="x"), "eta_min must be a number >= 0, got 'x'"),
-        (lambda: SnapshotCycles(9, num_cycles=3, eta_min=None), "eta_min must be a number >= 0"),
         (lambda: FreezeOut(10, stages=2.0), "stages must be an int >= 1, got 2.0"),
         (lambda: FreezeOut(10, t_0="x"), "t_0 must be a number in (0, 1], got 'x'"),
-        (lambda: FreezeOut(10, t_0=True), "t_0 must be a number in (0, 1], got True"),
         (lambda: FreezeOut(10, scale_lr="x"), "scale_lr must be a bool, got 'x'"),
-        (lambda: FreezeOutCycles(10, num_cycles=2, t_0="x"), "t_0 must be a number in (0, 1]"),
-        (lambda: FreezeOutCycles(10, num_cycles=2, scale_lr=1), "scale_lr must be a bool, got 1"),
         (lambda: Cosine(10, warmup_steps=0.5), "warmup_steps must be an int in 0..10, got 0.5"),
         (lambda: Cosine(10, layer_decay=None), "layer_decay must be a number in (0, 1], got None"),
         (lambda: GradualUnfreezing(10, unfreeze_every=1.5), "unfreeze_every must be an int >= 1"),

@@ -13,27 +13,17 @@ from torch import nn
 from fastfreeze import FeatureCache, trim
 from fastfreeze.ensemble import SnapshotEnsemble
 from tests.conftest import ON_A_GPU, needs_gpu
+from tests.nets import Blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 on = partial(FeatureCache, enabled=True)
 
 
-def block(inputs, outputs):
-    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-class Net(nn.Module):
-    """Three blocks and a head; the first is frozen."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = block(3, 8), block(8, 8), block(8, 8)
-        self.head = nn.Linear(8, 5)
-        self.a.requires_grad_(False)
-
-    def forward(self, x):
-        return self.head(self.c(self.b(self.a(x))).mean((2, 3)))
+def frozen_net():
+    """Its first block is frozen."""
+    model = Blocks(dropout=0, width=8, stride=1)
+    model.a.requires_grad_(False)
+    return model
 
 
 def data(count=4, rows=6, device="cpu"):
@@ -58,7 +48,8 @@ def train(model, call, batches, optimizer=None):
     return losses
 
 
-# --- a default device --------------------------------------------------------------------------
+def by_sample(cache):
+    return lambda x, samples: cache(x, samples=samples)
 
 
 def trimmed(model, batches, path):
@@ -73,7 +64,7 @@ def trimmed(model, batches, path):
 def cached(model, batches, path):
     """Found, in part found, computed, carried on to a later cut, and computed anew."""
     with on(trim(model), directory=path) as cache:
-        call = lambda x, samples: cache(x, samples=samples)  # noqa: E731
+        call = by_sample(cache)
         losses = train(model, call, [*batches[:2], *batches, *batches])
         mixed = [torch.cat(pair)[3:9] for pair in zip(*batches[:2], strict=True)]
         losses += train(model, call, [mixed, batches[0]])
@@ -90,7 +81,7 @@ def cached(model, batches, path):
 
 def kept_narrow(model, batches, path):
     cache = on(trim(model), dtype=torch.bfloat16)
-    return train(model, lambda x, samples: cache(x, samples=samples), batches * 3)
+    return train(model, by_sample(cache), batches * 3)
 
 
 def members(model, batches, path):
@@ -110,14 +101,11 @@ PARTS = [trimmed, cached, kept_narrow, members]
 @pytest.mark.parametrize("default", ["meta", ON_A_GPU])
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
 def test_a_default_device_changes_nothing(part, default, tmp_path):
-    model, batches = Net(), data()
+    model, batches = frozen_net(), data()
     expected = part(copy.deepcopy(model), batches, tmp_path / "a")
     with torch.device(default):
         found = part(model, batches, tmp_path / "b")
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
-
-
-# --- a GPU -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -140,7 +128,7 @@ def waits(monkeypatch):
 
 
 def on_gpu():
-    model, batches = Net().cuda(), data(device="cuda")
+    model, batches = frozen_net().cuda(), data(device="cuda")
     return model, batches, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
 
 
@@ -172,7 +160,7 @@ def test_a_trimmed_step_on_a_gpu_waits_for_nothing(options, waits):
 def test_kept_rows_on_a_gpu_wait_for_digests_alone(files, dtype, waits, tmp_path):
     model, batches, optimizer = on_gpu()
     with on(trim(model), directory=tmp_path if files else None, dtype=dtype) as cache:
-        call = lambda x, samples: cache(x, samples=samples)  # noqa: E731
+        call = by_sample(cache)
         train(model, call, batches * 3, optimizer)  # the first that are found are compared
         waits.clear()
         with without_waits():
@@ -189,7 +177,7 @@ def test_pinned_memory_of_kept_rows_on_a_gpu_is_used_again():
 
     def run():
         for batch in batches:
-            train(model, lambda x, samples: cache(x, samples=samples), [batch], optimizer)
+            train(model, by_sample(cache), [batch], optimizer)
             torch.cuda.synchronize()
 
     for _ in range(3):
@@ -241,7 +229,7 @@ def test_a_sample_on_a_gpu_that_has_changed_is_never_taken_from_the_cache():
 
 @needs_gpu
 def test_a_network_on_a_gpu_and_on_the_cpu_finds_rows_of_both():
-    network, batches = trim(Net()), data()
+    network, batches = trim(frozen_net()), data()
     cache = on(network)
     for device in ("cpu", "cuda", "cpu", "cuda"):
         network.to(device)
@@ -251,14 +239,15 @@ def test_a_network_on_a_gpu_and_on_the_cpu_finds_rows_of_both():
     assert cache.stats().rows == 48
 
 
-class Scaled(Net):
+class Scaled(Blocks):
     def forward(self, x, scale):
         return super().forward(x * scale.to(x.device))
 
 
 @needs_gpu
 def test_inputs_on_the_cpu_beside_images_on_a_gpu():
-    model = Scaled().cuda()
+    model = Scaled(dropout=0).cuda()
+    model.a.requires_grad_(False)
     network, number = trim(model), torch.tensor(0.5)
     cache, x = on(network), data(device="cuda")[0][0]
     for scale in (number, torch.rand(6, 1, 1, 1), torch.rand(6, 1, 1, 1).cuda()):
@@ -269,7 +258,7 @@ def test_inputs_on_the_cpu_beside_images_on_a_gpu():
 
 @needs_gpu
 def test_a_frozen_prefix_on_a_gpu_keeps_no_memory_for_a_backward():
-    model, x = Net().cuda(), torch.randn(64, 3, 32, 32, device="cuda")
+    model, x = frozen_net().cuda(), torch.randn(64, 3, 32, 32, device="cuda")
     network = trim(model)
     kept = []
     for frozen in ((), ("b",), ("b", "c")):
