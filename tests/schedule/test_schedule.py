@@ -134,13 +134,6 @@ def test_scalar_and_array_agree_and_so_does_a_config(schedule):
     assert from_config(json.loads(json.dumps(schedule.config()))) == schedule
 
 
-def test_without_later_arguments_a_config_is_as_it_was():
-    config = {"name": "FreezeOut", "total_steps": 10, "t_0": 0.8, "how_scale": "cubic"}
-    assert FreezeOut(10).config() == {**config, "scale_lr": True}
-    later = {"stages": 2, "warmup_steps": 3, "layer_decay": 0.9}
-    assert FreezeOut(10, **later).config() == {**config, "scale_lr": True, **later}
-
-
 @any_schedule
 @given(warmup_steps=st.integers(0, 90), decay=st.floats(0.1, 1), layer=st.integers(0, 9))
 def test_warm_up_and_decay_multiply_every_rate(schedule, warmup_steps, decay, layer):
