@@ -69,8 +69,11 @@ class AdamReferencePlan(TensorwisePlan):
         moments: list[list[Tensor | None]],
         **hyper: Any,
     ) -> None:
+        means, squares, largest = moments
         params, steps = ([of[i] for i in members] for of in (self.params, self._steps))
-        adam_reference(params, grads, *moments, steps, state_dtype=self.state_dtype, **hyper)
+        adam_reference(
+            params, grads, means, squares, largest, steps, state_dtype=self.state_dtype, **hyper
+        )
 
 
 PLANS: dict[Backend, type[Plan]] = {

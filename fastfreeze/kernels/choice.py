@@ -46,9 +46,8 @@ def choose_backends(
                 "it, its gradient or its state shares memory with another of these tensors, or "
                 "lies between another's elements"
             )
-        chosen.append(
-            library.choose(backend, param.device, f"parameter {i}", lambda _, why=reason: why)
-        )
+        refuses = dict.fromkeys(library.backends(), reason).get
+        chosen.append(library.choose(backend, param.device, f"parameter {i}", refuses))
     return chosen
 
 
