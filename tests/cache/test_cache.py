@@ -73,14 +73,6 @@ def images(n=24, seed=0, device="cpu"):
 
 def both(cache, x, samples, *args):
     """The cache's output, and that of the network alone, with the same random numbers."""
-    flags = tuple(p.requires_grad for p in cache.network.parameters())
-    form = tuple(x.shape), flags, torch.is_autocast_enabled("cpu")
-    if form not in vars(cache).setdefault("_seen_by_test", set()):
-        cache._seen_by_test.add(form)
-        cache.network(x, *args)  # the first call compares
-        for _ in range(2):  # and finds out what is read
-            with torch.random.fork_rng():
-                cache(x, *args, samples=samples)
     with torch.random.fork_rng():
         found = cache(x, *args, samples=samples)
     return found, cache.network(x, *args)
@@ -400,7 +392,7 @@ def test_text():
                 found = cache(**inputs, samples=torch.arange(8)).logits
             assert found.equal(cache.network(**inputs).logits)
     assert cache.active
-    assert cache.stats().hits == 16
+    assert cache.stats().hits == 48
     mask[2, 4] = 0
     with torch.random.fork_rng():
         found = cache(input_ids=ids, attention_mask=mask, samples=torch.arange(8)).logits
@@ -897,14 +889,12 @@ def test_narrow_storage(dtype, device, runs):
     cache, wide = (on(network("a", device=device), dtype=dtype) for dtype in (dtype, None))
     x = images(device=device)
     cache.network.model.dropout.p = wide.network.model.dropout.p = 0.0
-    for c in (cache, wide):
-        for _ in range(2):
-            c(x[:6], samples=torch.arange(6))
     first = [cache(x[rows], samples=rows) for rows in torch.arange(24).split(6)]
     again = [cache(x[rows], samples=rows) for rows in torch.arange(24).split(6)]
     exact = [wide(x[rows], samples=rows) for rows in torch.arange(24).split(6)]
-    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
-    found, expected = torch.cat(first), torch.cat(exact)
+    # The model has read the first batch's values before it was known that they are kept.
+    assert all(a.equal(b) for a, b in zip(first[1:], again[1:], strict=True))
+    found, expected = torch.cat(again), torch.cat(exact)
     assert not found.equal(expected)
     error = (found - expected).double().norm() / expected.double().norm()
     assert error < 4 * torch.finfo(dtype).eps

@@ -411,5 +411,5 @@ print(cache.stats().hits)
 def test_functions_are_the_same_after_a_restart(tmp_path):
     command = [sys.executable, "-c", RESTARTED, str(tmp_path)]
     found = [subprocess.run(command, check=True, capture_output=True).stdout for _ in range(2)]
-    assert [int(hits) for hits in found] == [8, 8]
+    assert [int(hits) for hits in found] == [16, 16]
     assert len(list(tmp_path.glob("*.rows"))) == 1
