@@ -88,8 +88,9 @@ class FeatureCache:
             version, device or number of threads are not used. The files of the least recently used
             values are deleted when their space is needed.
         dtype: a floating-point dtype to keep wider values in: ``torch.bfloat16`` halves the bytes
-            of fp32, with a relative error of up to 2**-8 in each value, kept or just computed. What
-            is kept is then not carried on when more is frozen.
+            of fp32, with a relative error of up to 2**-8 in each value, kept or just computed, but
+            for the first batch after a freeze. What is kept is then not carried on when more is
+            frozen.
         enabled: None: on while looking up takes less time than the frozen modules, and storing too
             while it fills; measured in the first few batches after something else was frozen, and
             now and then. What does not pay is tried again after a while. True: without that. False:
