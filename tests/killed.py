@@ -6,15 +6,12 @@ import os
 import select
 import signal
 import time
+from contextlib import contextmanager
 
 import torch
 
 # The fields of a run's lines that no two runs share.
-TIMINGS = {
-    "seconds",
-    "cpu_seconds",
-    "step_seconds",
-}
+TIMINGS = {"seconds", "cpu_seconds", "step_seconds"}
 
 
 def untimed(lines):
@@ -22,8 +19,9 @@ def untimed(lines):
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
-def killed(run, *arguments, after=0.0):
-    """Run a function in another process, to be killed ``after`` seconds once it calls ``ready``."""
+@contextmanager
+def alive(run, *arguments):
+    """Another process, which runs a function and has called ``ready``; it is killed in the end."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -36,9 +34,15 @@ def killed(run, *arguments, after=0.0):
     try:
         assert select.select([reading], [], [], 60)[0], "not ready"
         assert os.read(reading, 1) == b"r", "ended before it was ready"
-        time.sleep(after)
+        yield
     finally:
         os.close(reading)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     assert status == signal.SIGKILL, "ended before it was killed"
+
+
+def killed(run, *arguments, after=0.0):
+    """Such a process is killed ``after`` seconds."""
+    with alive(run, *arguments):
+        time.sleep(after)
