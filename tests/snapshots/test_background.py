@@ -1,0 +1,303 @@
+"""Saves that do not wait, and stores that several threads and processes use."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import gc
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import fastfreeze.snapshots.store as store_module
+from fastfreeze.errors import FastfreezeWarning, SnapshotError
+from fastfreeze.snapshots import SnapshotStore
+from fastfreeze.snapshots.tensors import content_hash, read_tensor
+from tests.killed import alive, killed
+from tests.nets import small_model
+from tests.snapshots.stores import (
+    assert_holds,
+    assert_same_state,
+    files_in,
+    filled_store,
+    full_disk,
+    states,
+    steps,
+    sticky_chain,
+)
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """The thread that writes waits for this event before it looks at the first tensor."""
+    event = threading.Event()
+
+    def waiting(tensor):
+        assert event.wait(20)
+        return content_hash(tensor)
+
+    monkeypatch.setattr(store_module, "content_hash", waiting)
+    yield event
+    event.set()
+
+
+def test_weights_may_change_right_after_a_save_that_does_not_wait(tmp_path, held_back):
+    store, model = SnapshotStore(tmp_path), small_model()
+    expected = copy.deepcopy(model.state_dict())
+    assert store.save(model, step=0, cycle=0, wait=False) is None
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    held_back.set()
+    (snapshot,) = store
+    assert_same_state(store.load(snapshot), expected)
+
+
+def test_saves_are_written_in_order(tmp_path, held_back):
+    store, saved = SnapshotStore(tmp_path), states(6)
+    threading.Timer(0.05, held_back.set).start()
+    for i, state in enumerate(saved[:4]):
+        store.save(state, step=i % 2, cycle=i, wait=False)
+    store.save(saved[4], step=1, cycle=4)
+    store.save(saved[5], step=2, cycle=5, wait=False)
+    assert [(s.step, s.cycle) for s in store] == [(0, 2), (1, 4), (2, 5)]
+    assert_holds(store, (saved[2], saved[4], saved[5]))
+
+
+def test_a_second_copy_is_made_only_when_the_first_is_written(tmp_path, held_back):
+    store, saved = SnapshotStore(tmp_path), states(2)
+    store.save(saved[0], step=0, cycle=0, wait=False)
+    second = threading.Thread(
+        target=store.save, args=(saved[1],), kwargs={"step": 1, "cycle": 0, "wait": False}
+    )
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    held_back.set()
+    second.join()
+    assert steps(store) == [0, 1]
+    assert_holds(store, saved)
+
+
+NEXT_CALLS = {
+    "flush": lambda store, snapshot: store.flush(),
+    "save": lambda store, snapshot: store.save(small_model(), step=50, cycle=5),
+    "iter": lambda store, snapshot: list(store),
+    "len": lambda store, snapshot: len(store),
+    "last": lambda store, snapshot: store.last(1),
+    "load": lambda store, snapshot: store.load(snapshot),
+    "load_into": lambda store, snapshot: store.load_into(small_model(), snapshot),
+    "export": lambda store, snapshot: store.export(snapshot, "never written"),
+    "remove": lambda store, snapshot: store.remove(snapshot),
+    "prune": lambda store, snapshot: store.prune(keep=[]),
+    "bytes_on_disk": lambda store, snapshot: store.bytes_on_disk,
+}
+
+
+@pytest.mark.parametrize("act", NEXT_CALLS.values(), ids=NEXT_CALLS)
+def test_what_goes_wrong_later_is_raised_by_the_next_call_once(tmp_path, monkeypatch, act):
+    store, _ = filled_store(tmp_path)
+    snapshots, before = tuple(store), files_in(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastfreeze.files.os.fsync", full_disk)
+        assert store.save(small_model(), step=40, cycle=4, wait=False) is None
+        with pytest.raises(OSError, match="No space left"):
+            act(store, snapshots[0])
+    assert tuple(store) == snapshots
+    assert files_in(tmp_path) == before
+
+
+def test_a_save_that_does_not_wait_raises_for_the_one_before(tmp_path, monkeypatch):
+    store, _ = filled_store(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastfreeze.files.os.fsync", full_disk)
+        store.save(small_model(), step=40, cycle=4, wait=False)
+        store._background._calls[0].join()
+        with pytest.raises(OSError, match="No space left"):
+            store.save(small_model(), step=50, cycle=5, wait=False)
+    store.save(small_model(), step=40, cycle=4, wait=False)
+    assert steps(store) == [10, 20, 30, 40]
+
+
+@pytest.mark.filterwarnings("ignore:.* holds snapshots of later steps")
+def test_threads_and_stores_of_one_directory_lose_nothing(tmp_path):
+    saved = states(16)
+    stores = [SnapshotStore(path) for path in (tmp_path, tmp_path / ".." / tmp_path.name)]
+
+    def work(step):
+        store = stores[step % 2]
+        store.save(saved[step], step=step, cycle=0, wait=step % 3 == 0)
+        for snapshot in store:
+            assert_same_state(store.load(snapshot), saved[snapshot.step])
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(16)))
+    for store in stores:
+        store.flush()
+    del store, stores[0]  # the other one still has its turn
+    assert steps(stores[0]) == list(range(16))
+    stores[0].prune(keep=stores[0].last(12))
+    found = SnapshotStore(tmp_path)
+    assert steps(found) == list(range(4, 16))
+    assert_holds(found, saved[4:])
+
+
+def loads_if_there(store, snapshot, expected):
+    """Whether it is still there; it must not be damaged."""
+    try:
+        state = store.load(snapshot)
+    except SnapshotError as error:
+        if "is not in" not in str(error):
+            raise
+        return False
+    assert_same_state(state, expected)
+    return True
+
+
+def test_a_reader_beside_a_writer_that_prunes(tmp_path):
+    """What is removed while it is read is said to be gone, not damaged."""
+    chain = sticky_chain(4)
+    writer, reader = SnapshotStore(tmp_path), SnapshotStore(tmp_path)
+    first = writer.save(chain[1], step=0, cycle=0)
+    stop, loads = threading.Event(), 0
+
+    def write():
+        for _ in range(10):
+            writer.save(chain[2], step=1, cycle=0)
+            writer.prune(keep=[first])
+            writer.save(chain[3], step=0, cycle=0)
+            writer.save(chain[1], step=0, cycle=0)
+        stop.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not stop.is_set():
+        found = [s for s in reader if s.sha256 == first.sha256]
+        loads += sum(loads_if_there(reader, snapshot, chain[1]) for snapshot in found)
+    thread.join()
+    assert loads > 3
+
+
+def test_a_snapshot_that_is_removed_while_it_is_read_is_gone(tmp_path, monkeypatch):
+    chain = sticky_chain(2)
+    writer, reader = SnapshotStore(tmp_path), SnapshotStore(tmp_path)
+    first, second = (writer.save(state, step=i, cycle=i) for i, state in enumerate(chain))
+
+    def read_late(*arguments):
+        monkeypatch.setattr(store_module, "read_tensor", read_tensor)
+        writer.remove(second)
+        return read_tensor(*arguments)
+
+    monkeypatch.setattr(store_module, "read_tensor", read_late)
+    with pytest.raises(SnapshotError, match="is not in"):
+        reader.load(second)
+    assert_same_state(reader.load(first), chain[0])
+
+
+def test_a_store_that_is_let_go_of_saves_first(tmp_path):
+    store = SnapshotStore(tmp_path)
+    store.save(small_model(), step=1, cycle=0, wait=False)
+    del store
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while len(SnapshotStore(tmp_path)) == 0:
+        assert time.monotonic() < deadline
+
+
+def test_a_store_that_is_let_go_of_tells_what_went_wrong(tmp_path, monkeypatch, held_back):
+    monkeypatch.setattr("fastfreeze.files.os.fsync", full_disk)
+    store = SnapshotStore(tmp_path)
+    store.save(small_model(), step=1, cycle=0, wait=False)
+    (call,) = store._background._calls
+    held_back.set()
+    call.join(20)
+    del call
+    holder = [store]
+    del store
+    with pytest.warns(FastfreezeWarning, match=r"a snapshot was not saved, .*No space left"):
+        holder.clear()
+
+
+EXITS = """
+import sys, threading, time, torch
+import fastfreeze.files as files
+from fastfreeze import SnapshotStore
+
+fsync = files.os.fsync
+full = None
+
+def slow(fd):
+    time.sleep(0.1)
+    if threading.current_thread() in full._background._calls:
+        raise OSError(28, "No space left")
+    fsync(fd)
+
+files.os.fsync = slow
+store, full = map(SnapshotStore, sys.argv[1:])
+full.save({"weight": torch.ones(1)}, step=0, cycle=0, wait=False)
+for step in range(3):
+    store.save({"weight": torch.full((1,), float(step))}, step=step, cycle=0, wait=False)
+"""
+
+
+def test_an_interpreter_that_exits_loses_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", EXITS, tmp_path / "well", tmp_path / "full"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    store = SnapshotStore(tmp_path / "well")
+    assert [store.load(s)["weight"].tolist() for s in store] == [[0.0], [1.0], [2.0]]
+    assert len(SnapshotStore(tmp_path / "full")) == 0
+    assert done.stderr.count("a snapshot was not saved, ") == 1
+    assert "No space left" in done.stderr
+
+
+def saves_and_waits(directory, ready):
+    store = SnapshotStore(directory)
+    store.save(small_model(), step=1, cycle=0)
+    ready()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_second_process_that_writes_is_refused(tmp_path, wait):
+    with alive(saves_and_waits, tmp_path):
+        store, before = SnapshotStore(tmp_path), files_in(tmp_path)
+        (snapshot,) = store
+        for act in (
+            lambda: store.save(small_model(), step=2, cycle=0, wait=wait),
+            lambda: store.prune(keep=[]),
+            lambda: store.remove(snapshot),
+        ):
+            with pytest.raises(SnapshotError, match=f"^{tmp_path} is in use by another process"):
+                act()
+        assert len(store.load(snapshot)) == len(small_model().state_dict())
+        assert files_in(tmp_path) == before
+    store.save(small_model(), step=2, cycle=0, wait=wait)
+    assert steps(store) == [1, 2]
+
+
+def saves_as_a_child(store, ready):
+    store.flush()  # waits for nothing
+    with pytest.raises(SnapshotError, match="in use by another process"):
+        store.save(small_model(), step=9, cycle=0)
+    ready()
+    time.sleep(60)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_of_a_writer_waits_for_nothing_and_is_refused(tmp_path, held_back):
+    store = SnapshotStore(tmp_path)
+    store.save(small_model(), step=1, cycle=0, wait=False)  # a thread is in the middle of it
+    killed(saves_as_a_child, store)
+    held_back.set()
+    store.save(small_model(), step=2, cycle=0)
+    assert steps(store) == [1, 2]

@@ -1,0 +1,505 @@
+"""Whatever happens to the files of a store, no wrong weights are loaded, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastfreeze.snapshots.store as store_module
+import fastfreeze.snapshots.tensors as tensors_module
+from fastfreeze.errors import SnapshotError
+from fastfreeze.files import append, write_atomic
+from fastfreeze.snapshots import SnapshotStore
+from tests.killed import killed
+from tests.snapshots.stores import (
+    assert_holds,
+    assert_same_state,
+    bytes_in,
+    distinct_bytes,
+    file_of,
+    files_in,
+    filled_store,
+    full_disk,
+    manifest_of,
+    raw_state,
+    states,
+    steps,
+    sticky_chain,
+)
+
+
+def with_one(directory):
+    """A store of one snapshot: its state, its snapshot, and the file of its first tensor."""
+    store, (state,) = filled_store(directory, 1)
+    (snapshot,) = store
+    return store, state, snapshot, file_of(directory, state["0.weight"])
+
+
+def test_a_damaged_snapshot_is_never_loaded(tmp_path):
+    store, expected, snapshot, path = with_one(tmp_path)
+    good = path.read_bytes()
+    loaded = store.load(snapshot)
+    header = 8 + int.from_bytes(good[:8], "little")
+    refused = rf"{path.name} is truncated or altered, at '"
+    for at in range(0, len(good), 3):
+        damaged = bytearray(good)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        with (
+            contextlib.suppress(SnapshotError)
+            if at < header
+            else pytest.raises(SnapshotError, match=refused)
+        ):
+            assert_same_state(store.load(snapshot), expected)
+    for size in (0, 7, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:size])
+        with pytest.raises(SnapshotError, match=refused):
+            store.load(snapshot)
+    path.unlink()
+    with pytest.raises(SnapshotError, match=rf"{path.name} cannot be read, it holds '0.weight'"):
+        store.load(snapshot)
+    path.write_bytes(good)
+    assert_same_state(store.load(snapshot), expected)
+    os.truncate(path, 0)
+    path.write_bytes(b"x" * len(good))
+    assert_same_state(loaded, expected)  # not a view of the file
+
+
+def rot(path):
+    """Change a tensor in its file, which keeps its size and its header."""
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(data[:begin] + bytes(b ^ 1 for b in data[begin:]))
+
+
+def move_out(path):
+    """As an archive might bring it: a link out of the store."""
+    path.rename(path.parent.parent / "outside")
+    path.symlink_to(path.parent.parent / "outside")
+
+
+LOSSES = {"gone": Path.unlink, "cut": lambda p: os.truncate(p, 99), "rotten": rot, "link": move_out}
+
+
+@pytest.mark.parametrize("damage", LOSSES.values(), ids=LOSSES)
+def test_a_lost_tensor_is_written_again(tmp_path, damage):
+    """When it is saved again. Until then all that hold it are refused, and can be removed."""
+    chain, directory = sticky_chain(3), tmp_path / "store"
+    store = SnapshotStore(directory)
+    first, second = (store.save(state, step=i, cycle=i) for i, state in enumerate(chain[:2]))
+    damage(file_of(directory, chain[0]["0.weight"]))  # which all have in common
+    refused = r"tensor-\w+\.safe.* (cannot be|is truncated).*'0.w"
+    for snapshot in (first, second):
+        with pytest.raises(SnapshotError, match=refused):
+            store.load(snapshot)
+    store.remove(first)
+    assert tuple(store) == (second,)
+    store.save(chain[2], step=2, cycle=2)
+    assert_holds(store, chain[1:])
+    store.remove(second)
+    assert bytes_in(directory) == distinct_bytes(chain[2])
+
+
+def of_header(change):
+    """The file's data with another header."""
+
+    def forge(data):
+        begin = 8 + int.from_bytes(data[:8], "little")
+        header = json.dumps(change(json.loads(data[8:begin]))).encode()
+        return len(header).to_bytes(8, "little") + header + data[begin:]
+
+    return forge
+
+
+def offsets(*found):
+    """Have each tensor there."""
+    return of_header(lambda h: {name: {**e, "data_offsets": list(found)} for name, e in h.items()})
+
+
+FORGED = {
+    "a list": of_header(lambda header: [header]),
+    "nothing": of_header(lambda header: {}),
+    "beyond the end": offsets(10**6, 10**6 + 24),
+    "all in one place": offsets(0, 24),
+    "deep": of_header(lambda header: json.loads("[" * 500 + "]" * 500)),
+    "no length": lambda data: bytes(8) + data[8:],
+    "the longest": lambda data: b"\xff" * 8 + data[8:],
+}
+
+
+@pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED)
+def test_a_forged_header_is_refused(tmp_path, forge):
+    store, state, snapshot, path = with_one(tmp_path)
+    path.write_bytes(forge(path.read_bytes()))
+    refused = rf"{path.name} is truncated or altered, at '0\.weight'"
+    with pytest.raises(SnapshotError, match=refused):
+        store.load(snapshot)
+    assert_same_state(store.load(store.save(state, step=10, cycle=0)), state)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A store whose snapshots share tensors, and what is in it, by step."""
+    directory = tmp_path_factory.mktemp("template")
+    store, chain = SnapshotStore(directory), sticky_chain(3)
+    for i, state in enumerate(chain):
+        store.save(state, step=i, cycle=i, metrics={"loss": 0.5 - i})
+    return directory, chain
+
+
+def splice(files, i, at, count, piece):
+    old = files[i].read_bytes()
+    at %= len(old) + 1
+    files[i].write_bytes(old[:at] + piece + old[at + count :])
+
+
+def swap(files, i, other):
+    a, b = files[i], files[other % len(files)]
+    old = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(old)
+
+
+def delete(files, i):
+    files[i].unlink()
+
+
+NUMBERS = st.integers(0, 10**6)
+PLACES = st.integers(0, 400) | NUMBERS  # in a header, or anywhere
+COUNTS = st.sampled_from([0, 1, 4, 8, 10**6])
+DAMAGE = st.one_of(
+    st.tuples(st.just(splice), NUMBERS, PLACES, st.just(1), st.binary(min_size=1, max_size=1)),
+    st.tuples(st.just(splice), NUMBERS, PLACES, COUNTS, st.binary(max_size=9)),
+    st.tuples(st.just(swap), NUMBERS, NUMBERS),
+    st.tuples(st.just(delete), NUMBERS),
+)
+
+
+@settings(max_examples=150)
+@given(damages=st.lists(DAMAGE, min_size=1, max_size=3))
+def test_whatever_happens_to_the_files_no_wrong_weights_are_loaded(template, damages):
+    directory, saved = template
+    with tempfile.TemporaryDirectory() as copied:
+        shutil.copytree(directory, copied, dirs_exist_ok=True)
+        for damage, which, *arguments in damages:
+            files = sorted(Path(copied).iterdir())
+            if files:
+                damage(files, which % len(files), *arguments)
+        check_never_wrong(Path(copied), saved)
+
+
+def check_never_wrong(directory, saved):
+    """Every snapshot is what was saved, or refused."""
+    with contextlib.suppress(SnapshotError):
+        store = SnapshotStore(directory)
+        for snapshot in store:
+            with contextlib.suppress(SnapshotError):
+                assert_same_state(store.load(snapshot), saved[snapshot.step])
+
+
+def places_in(value, path=()):
+    """Where each number, text and None is, and each list and object."""
+    if path:
+        yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places_in(value[key], (*path, key))
+
+
+def test_every_edit_of_the_manifest_is_refused(tmp_path, template):
+    shutil.copytree(template[0], tmp_path, dirs_exist_ok=True)
+    good = manifest_of(tmp_path)
+    places = list(places_in(good))
+    assert len(places) > 80
+    for path in places:
+        for removes in (False, True):
+            content = copy.deepcopy(good)
+            holder = content
+            for key in path[:-1]:
+                holder = holder[key]
+            if removes:
+                del holder[path[-1]]
+            else:
+                old = holder[path[-1]]
+                holder[path[-1]] = old + 1 if isinstance(old, int | float) else "other"
+            (tmp_path / "manifest.json").write_text(json.dumps(content))
+            with pytest.raises(SnapshotError, match=r"manifest\.json is not a manifest of"):
+                SnapshotStore(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(good, indent=2))
+    assert_holds(SnapshotStore(tmp_path), template[1])
+
+
+def forged(content):
+    """With the right checksum."""
+    if isinstance(content, dict):
+        content = {k: v for k, v in content.items() if k != "checksum"}
+        text = json.dumps(content, separators=(",", ":"))
+        content["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(content)
+
+
+def edited(entry=None, tensor=None, **top):
+    def edit(content):
+        content.update(top)
+        for key, change in (("snapshots", entry), ("tensors", tensor)):
+            if change:
+                content[key][0].update(change)
+        return content
+
+    return edit
+
+
+def swapped(content):
+    rows = content["snapshots"][0]["tensors"]
+    rows[0], rows[1] = rows[1], rows[0]
+    return content
+
+
+def twice(content):
+    return {**content, "snapshots": [*content["snapshots"], dict(content["snapshots"][0])]}
+
+
+OLD = r"format_version must be 3, got "
+FIRST, TENSOR = r"snapshots\[0\]", r"tensors\[0\]"
+BAD_MANIFESTS = {  # what is forged in, and the field that is named
+    "a list": (lambda content: [content], r"it must be of type dict, got \[{"),
+    "the version before": (edited(format_version=2), OLD + "2"),
+    "a version like ours": (edited(format_version=3.0), "format_version must be of type int"),
+    "no version": (lambda c: {k: v for k, v in c.items() if k != "format_version"}, OLD + "None"),
+    "another field": (edited(more=1), "it must have the fields format_version, tensors"),
+    "no tensors": (edited(tensors=[]), FIRST + ".sha256 must be that of"),
+    "a tensor as list": (edited(tensors=[[]]), TENSOR + r" must be of type dict, got \[\]"),
+    "a dtype of another kind": (edited(tensor={"dtype": "nn"}), TENSOR + ".dtype must be the"),
+    "another word for it": (edited(tensor={"dtype": "float"}), TENSOR + ".dtype must be the"),
+    "a huge shape": (edited(tensor={"shape": [2**40, 2**40]}), TENSOR + ".shape must be sizes"),
+    "a huge empty shape": (edited(tensor={"shape": [0, 2**64]}), TENSOR + ".shape must be sizes"),
+    "a negative size": (edited(tensor={"shape": [-6, -4]}), TENSOR + ".shape must be sizes"),
+    "a size as bool": (edited(tensor={"shape": [True, 24]}), TENSOR + ".shape must be sizes"),
+    "a name as number": (edited(tensor={"name": 1}), TENSOR + ".name must be of type str"),
+    "twice the same name": (edited(tensor={"name": "0.bias"}), "differ from the others, got '0.b"),
+    "escaping path": (edited(hashes=["../../etc/passwd"]), r"hashes\[0\] must be 64 hexadecimal"),
+    "a longer hash": (edited(hashes=["0" * 65]), r"hashes\[0\] must be 64 hex"),
+    "hash as number": (edited(hashes=[5]), r"hashes\[0\] must be 64 hexadecimal digits, got 5"),
+    "hashes as text": (edited(hashes="0" * 64), "hashes must be of type list"),
+    "no hashes": (edited(hashes=[]), FIRST + ".tensors must be positions among 0 hashes"),
+    "two tensors for each other": (swapped, FIRST + ".sha256 must be that of"),
+    "a tensor too few": (edited({"tensors": [0]}), FIRST + ".sha256 must be that of"),
+    "a tensor beyond": (edited({"tensors": [10**6]}), FIRST + ".tensors must be positions"),
+    "a tensor from the end": (edited({"tensors": [-1]}), FIRST + ".tensors must be posit"),
+    "negative step": (edited({"step": -1}), FIRST + ".step must be >= 0, got -1"),
+    "step not a number": (edited({"step": math.nan}), FIRST + ".step must be of type int"),
+    "cycle as bool": (edited({"cycle": True}), FIRST + ".cycle must be of type int"),
+    "metric as text": (edited({"metrics": {"a": "1"}}), r"\.metrics\['a'\] must be of type float"),
+    "a huge metric": (edited({"metrics": {"a": 10**400}}), r"\['a'\] must be of type float"),
+    "unknown entry": (edited({"pickle": "x"}), FIRST + " must have the fields step, cycle"),
+    "twice the same step": (twice, "snapshots must have steps that rise"),
+}
+
+
+@pytest.mark.parametrize(("edit", "match"), BAD_MANIFESTS.values(), ids=BAD_MANIFESTS)
+def test_a_bad_manifest_is_refused(tmp_path, edit, match):
+    filled_store(tmp_path, 1)
+    path = tmp_path / "manifest.json"
+    path.write_text(forged(manifest_of(tmp_path)))
+    SnapshotStore(tmp_path)
+    path.write_text(forged(edit(manifest_of(tmp_path))))
+    refused = rf"(?s)manifest\.json is not a manifest of snapshots: .*({match})"
+    with pytest.raises(SnapshotError, match=refused):
+        SnapshotStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[" * 100_000, b"\xff\xfe", b'{"a": 1, "a": 1}', b"9" * 10_000], ids=range(5)
+)
+def test_a_manifest_that_is_not_json_is_refused(tmp_path, data):
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(SnapshotError, match=r"manifest\.json is not a manifest of snapshots"):
+        SnapshotStore(tmp_path)
+
+
+def link_out(path):
+    path.symlink_to(path.parent.parent / "outside")
+
+
+@pytest.mark.parametrize(
+    ("make", "match"), [(link_out, "a symbolic link, which might lead"), (Path.mkdir, "not a file")]
+)
+def test_a_manifest_that_is_no_file_is_neither_read_nor_replaced(tmp_path, make, match):
+    directory = tmp_path / "store"
+    store, saved = filled_store(directory)
+    (directory / "manifest.json").rename(tmp_path / "outside")
+    make(directory / "manifest.json")
+    before = sorted((p, p.lstat().st_mtime_ns) for p in tmp_path.rglob("*"))
+    for act in (
+        lambda: SnapshotStore(directory),
+        lambda: store.save(saved[0], step=99, cycle=9),
+        lambda: store.prune(keep=[]),
+    ):
+        with pytest.raises(SnapshotError, match=rf"manifest\.json cannot be read: .*{match}"):
+            act()
+    assert sorted((p, p.lstat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
+
+
+def test_a_signature_that_is_not_the_tensors_is_refused(tmp_path):
+    store, _ = filled_store(tmp_path, 1)
+    content = manifest_of(tmp_path)
+    content["tensors"][0]["shape"] = [4, 6]
+    (tmp_path / "manifest.json").write_text(forged(content))
+    refused = r"at '0.weight': it holds a float32 \[6, 4\], not a .* \[4, 6"
+    with pytest.raises(SnapshotError, match=refused):
+        store.load(store.last(1)[0])
+
+
+def test_leftovers_are_ignored_and_removed_on_the_next_save(tmp_path):
+    store, saved = filled_store(tmp_path, 1)
+    names = (f"tensor-{'{0}' * 64}.safetensors", f".fastfreeze-{'{0}' * 16}.tmp")
+    leftovers = [tmp_path / name.format(0) for name in names]
+    directories = [tmp_path / name.format(1) for name in names]
+    foreign = [tmp_path / "model.safetensors", tmp_path / "notes.tmp"]
+    for path in directories:
+        path.mkdir()
+    for path in leftovers + foreign:
+        path.write_bytes(b"x")
+    assert len(SnapshotStore(tmp_path)) == 1
+    store.save(saved[0], step=20, cycle=1)
+    assert not any(path.exists() for path in leftovers)
+    assert all(path.exists() for path in foreign + directories)
+    assert len(store) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_lost_manifest_is_not_an_empty_store(tmp_path, count):
+    store, saved = filled_store(tmp_path, count)
+    (tmp_path / "manifest.json").unlink()
+    before = files_in(tmp_path)
+    for act in (
+        lambda: SnapshotStore(tmp_path),
+        lambda: store.save(saved[0], step=99, cycle=9),
+    ):
+        with pytest.raises(SnapshotError, match=r"manifest\.json is missing, though there are sn"):
+            act()
+    assert files_in(tmp_path) == before
+
+
+def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+    store, saved = filled_store(tmp_path)
+    before = files_in(tmp_path)
+    (new,) = states(1)
+    monkeypatch.setattr("fastfreeze.files.os.fsync", full_disk)
+    for act in (
+        lambda: store.save(saved[0], step=20, cycle=1),
+        lambda: store.save(new, step=20, cycle=1),
+        lambda: store.prune(keep=store.last(1)),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            act()
+        assert files_in(tmp_path) == before
+
+
+class StoppedError(BaseException):
+    """As a kill: nothing goes on."""
+
+
+class Stopping:
+    """Stops before, or after, it writes the file of that number."""
+
+    def __init__(self, at, written):
+        self.at, self.written, self.count, self.turn = at, written, 0, threading.Lock()
+
+    def write(self, path, content):
+        with self.turn:
+            number, self.count = self.count, self.count + 1
+        if number > self.at or (number == self.at and not self.written):
+            raise StoppedError
+        write_atomic(path, content)
+        if number == self.at:
+            raise StoppedError
+
+    def remove(self, store, manifest, remove=SnapshotStore._remove_leftovers):
+        if self.count > self.at:
+            raise StoppedError
+        remove(store, manifest)
+
+
+@pytest.mark.filterwarnings("ignore:.* holds snapshots of later steps")
+@pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+def test_stopped_at_any_write(tmp_path, monkeypatch, written):
+    chain = sticky_chain(3)
+
+    def run(store, done):
+        for i, state in enumerate(chain):
+            store.save(chain[0], step=i, cycle=0)
+            store.save(state, step=i, cycle=i)  # in its place
+            done.append(i)
+        done.append("pruned")
+        store.prune(keep=store.last(2))
+        done.append("all")
+
+    monkeypatch.setattr("fastfreeze.files.os.fsync", lambda _: None)
+    for stop_at in itertools.count():
+        directory, done, stopping = tmp_path / str(stop_at), [], Stopping(stop_at, written)
+        with monkeypatch.context() as patch, contextlib.suppress(StoppedError):
+            patch.setattr(SnapshotStore, "_remove_leftovers", lambda *a, s=stopping: s.remove(*a))
+            for module in (store_module, tensors_module):
+                patch.setattr(module, "write_atomic", stopping.write)
+            run(SnapshotStore(directory), done)
+        store = SnapshotStore(directory)
+        if "pruned" in done:
+            assert steps(store) in ([0, 1, 2], [1, 2])
+        else:
+            assert steps(store)[: len(done)] == done
+        for snapshot in store:
+            expected = [chain[snapshot.step]] + [chain[0]] * (snapshot.step not in done)
+            assert raw_state(store.load(snapshot)) in map(raw_state, expected)
+        run(store, [])  # nothing stands in the way of another run
+        assert steps(store) == [1, 2]
+        assert bytes_in(directory) == distinct_bytes(*chain[1:])
+        if "all" in done:
+            break
+    assert stop_at > 12
+
+
+def killed_state(step):
+    """Some layers stay for six steps, some are tied."""
+    frozen, weight = torch.full((2_000,), float(step // 6)), torch.full((5_000,), float(step))
+    return {"frozen": frozen, "weight": weight, "tied": weight, "steps": torch.tensor(step)}
+
+
+def save_for_ever(directory, told, ready):
+    """Told are steps that are safe."""
+    store = SnapshotStore(directory)
+    for step in itertools.count(max(steps(store), default=-1) + 1):
+        store.save(killed_state(step), step=step, cycle=step // 6, wait=step % 3 == 0)
+        if step % 5 == 4:
+            store.prune(keep=tuple(store)[-4:])
+        if step % 3 == 0 or step % 5 == 4:
+            append(told, f"{step}\n".encode())
+            ready()
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_all_completed_snapshots_are_intact(tmp_path, kills):
+    random_, told = random.Random(0), tmp_path / "told"
+    for _ in range(kills):
+        killed(save_for_ever, tmp_path / "store", told, after=random_.random() * 0.04)
+        store = SnapshotStore(tmp_path / "store")
+        found = steps(store)
+        assert found == list(range(found[0], found[-1] + 1))
+        assert found[-1] >= int(told.read_text().split()[-1])
+        for snapshot in store:
+            assert raw_state(store.load(snapshot)) == raw_state(killed_state(snapshot.step))
