@@ -39,25 +39,23 @@ def sampled(rows, classes, temperature, dtype=torch.float64):
     return logits, torch.multinomial(chances, 1).squeeze(-1)
 
 
-@every_dtype
-@pytest.mark.parametrize(
-    ("rows", "classes", "temperature"),
-    [(31, 2, 0.3), (31, 2, 4.0), (32, 7, 1.0), (33, 33, 4.0), (500, 10, 0.3)],
+@covering(
+    dtype=DTYPES,
+    sizes=[(31, 2), (32, 7), (33, 33), (500, 10)],
+    temperature=[0.3, 1.0, 4.0],
 )
-def test_it_is_the_lowest_nll(dtype, rows, classes, temperature):
-    logits, labels = sampled(rows, classes, temperature, dtype)
+def test_it_is_the_lowest_nll(dtype, sizes, temperature, monkeypatch):
+    logits, labels = sampled(*sizes, temperature, dtype)
+    calls, derivatives = [], calibrate._derivatives
+    counted = lambda *args: calls.append(0) or derivatives(*args)  # noqa: E731
+    monkeypatch.setattr(calibrate, "_derivatives", counted)
     found = fit_temperature(logits, labels)
+    assert len(calls) <= 20
     assert found == pytest.approx(searched_temperature(logits, labels), rel=1e-5)
     assert found == fit_temperature(logits.double(), labels)
 
 
-@pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
-def test_it_finds_the_temperature_of_the_labels(temperature):
-    logits, labels = sampled(20_000, 5, temperature)
-    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
-
-
-@pytest.mark.parametrize("gap", [1e-2, 0.5, 2.0, 50.0, 650.0])
+@pytest.mark.parametrize("gap", [1e-2, 2.0, 650.0])
 @pytest.mark.parametrize("wrong", [1, 10, 400])
 def test_two_classes_by_hand(gap, wrong):
     """The probability of the first is the share of rows that it is right in."""
@@ -72,19 +70,6 @@ def test_close_to_the_bounds(temperature):
     logits, labels = sampled(200, 5, 1.0)
     logits = logits * temperature / fit_temperature(logits, labels)
     assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=1e-8)
-
-
-def test_few_evaluations(monkeypatch):
-    calls = []
-    derivatives = calibrate._derivatives
-    monkeypatch.setattr(
-        calibrate, "_derivatives", lambda *args: calls.append(0) or derivatives(*args)
-    )
-    for scale in (1e-2, 0.1, 1.0, 10.0, 60.0):
-        logits, labels = sampled(100, 5, 1.0)
-        calls.clear()
-        fit_temperature(scale * logits, labels)
-        assert len(calls) <= 20
 
 
 @pytest.mark.parametrize("block", [1, 15, 5 * 33, 10_000])
@@ -116,19 +101,13 @@ def test_where_there_is_no_minimum_within(logits, labels, expected):
     assert fit_temperature(logits, labels) == expected
 
 
-def test_masked_classes_do_not_count():
-    logits, labels = sampled(50, 4, 2.0)
-    masked = torch.cat([logits, torch.full((50, 3), -math.inf)], dim=1)
-    assert fit_temperature(masked, labels) == pytest.approx(
-        fit_temperature(logits, labels), rel=1e-12
-    )
-
-
 def test_only_differences_of_logits_count():
     logits, labels = sampled(50, 4, 2.0)
     expected = pytest.approx(fit_temperature(logits, labels), rel=1e-9)
     assert fit_temperature(logits.log_softmax(-1), labels) == expected
     assert fit_temperature(logits + 1000 * torch.randn(50, 1).double(), labels) == expected
+    masked = torch.cat([logits, torch.full((50, 3), -math.inf)], dim=1)
+    assert fit_temperature(masked, labels) == expected
 
 
 GOOD = torch.zeros(2, 2)
@@ -143,10 +122,10 @@ REFUSED = {
     "inf": (torch.tensor([[0.0, INF], [0.0, 0.0]]), Y, ValueError, r"logits\[0\] .*got inf"),
     "all masked": (torch.tensor([[0.0, 0.0], [-INF, -INF]]), Y, ValueError, r"logits\[1\] .*-inf"),
     "masked label": (
-        torch.tensor([[0.0, 0.0], [0.0, -INF]]),
+        torch.tensor([[0.0, 0], [0, -INF]]),
         Y,
         ValueError,
-        r"logits\[1\] must be finite at the label, got -inf",
+        r"finite at the label",
     ),
     "float labels": (GOOD, Y.float(), TypeError, "labels must be .*integers"),
     "too few labels": (GOOD, Y[:1], ValueError, r"labels must have shape \(2,\)"),
@@ -193,13 +172,6 @@ def test_forward(dtype, temperature, shape):
     torch.testing.assert_close(found, expected, **close)
 
 
-def test_a_probability_of_0_stays_0():
-    scaling = TemperatureScaling()
-    scaling.temperature.fill_(3.0)
-    found = scaling(torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]))
-    torch.testing.assert_close(found, torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]))
-
-
 @every_dtype
 def test_fit_with_a_label_of_probability_0(dtype):
     """It counts as the smallest normal number; classes that are no label stay impossible."""
@@ -213,15 +185,6 @@ def test_fit_with_a_label_of_probability_0(dtype):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_pooled_calibrated_members_are_underconfident():
-    """Rahaman & Thiery, NeurIPS 2021: the pool still wants a temperature, below 1."""
-    logits, labels = sampled(3000, 5, 2.0)
-    members = [(logits + 2 * torch.randn_like(logits)).softmax(-1) for _ in range(5)]
-    calibrated = [TemperatureScaling().fit(p, labels)(p) for p in members]
-    again = TemperatureScaling().fit(sum(calibrated) / 5, labels)
-    assert again.temperature < 0.95
-
-
 def test_state_is_saved_and_loaded():
     scaling = TemperatureScaling().fit(torch.tensor([[0.9, 0.1]] * 4), torch.tensor([0, 1, 0, 0]))
     assert list(scaling.state_dict()) == ["temperature"]
@@ -232,19 +195,12 @@ def test_state_is_saved_and_loaded():
     assert str(scaling) == "TemperatureScaling(temperature=2)"  # log 9 / log 3
 
 
-@pytest.mark.parametrize(
-    ("probabilities", "labels"),
-    [
-        (torch.tensor([[0.5, 0.6]]), torch.tensor([0])),
-        (torch.tensor([[0.5, 0.5]]), torch.tensor([2])),
-        (torch.ones(0, 2), torch.ones(0).long()),
-    ],
-)
-def test_a_fit_that_fails_changes_nothing(probabilities, labels):
-    scaling = TemperatureScaling()
+def test_a_fit_that_fails_changes_nothing():
+    scaling, half = TemperatureScaling(), torch.tensor([[0.5, 0.5]])
     scaling.temperature.fill_(1.5)
-    with pytest.raises(ValueError, match=r"probabilities|labels"):
-        scaling.fit(probabilities, labels)
+    for probabilities, labels in ((half + 0.1, Y[:1]), (half, Y[:1] + 2), (half[:0], Y[:0])):
+        with pytest.raises(ValueError, match=r"probabilities|labels"):
+            scaling.fit(probabilities, labels)
     assert scaling.temperature == 1.5
 
 
@@ -252,12 +208,11 @@ def test_forward_along_another_dimension():
     scaling, p = TemperatureScaling(), torch.rand(2, 5, 3, 4).softmax(1)
     scaling.temperature.fill_(2.0)
     torch.testing.assert_close(scaling(p, dim=1), p.log().div(2).softmax(1))
+    sure = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]])
+    torch.testing.assert_close(scaling(sure), sure)
     for arguments in ((p,), (p[:, :1, 0, 0],)):
         with pytest.raises(ValueError, match=r"dim must say where|must have C >= 2"):
             scaling(*arguments)
-
-
-@pytest.mark.parametrize("bad", [[0.5, 0.5], torch.tensor([1, 0])], ids=["list", "integers"])
-def test_forward_refuses_what_is_no_tensor_of_probabilities(bad):
-    with pytest.raises(TypeError, match="probabilities must be a floating-point tensor, got"):
-        TemperatureScaling()(bad)
+    for bad in ([0.5, 0.5], torch.tensor([1, 0])):
+        with pytest.raises(TypeError, match="probabilities must be a floating-point tensor, got"):
+            scaling(bad)

@@ -17,13 +17,8 @@ from fastfreeze.ensemble import SnapshotEnsemble, select_members
 from fastfreeze.ensemble._checks import logits_of
 from fastfreeze.errors import FastfreezeWarning, SnapshotError
 from fastfreeze.snapshots import MemorySnapshots, SnapshotStore
-from tests.snapshots.test_snapshots import (
-    assert_same_state,
-    filled_store,
-    small_model,
-    states,
-    tied_model,
-)
+from tests.nets import Does, small_model
+from tests.snapshots.stores import assert_same_state, states
 
 
 def mean_of(models, x):
@@ -31,12 +26,19 @@ def mean_of(models, x):
         return sum(m.eval()(x).double().softmax(-1) for m in models) / len(models)
 
 
-def models_and_ensemble(count=3, **kwargs):
+def models_and_ensemble(count=3):
     models = [small_model() for _ in range(count)]
     for model in models:  # statistics of its own for each
         model.train()(torch.randn(20, 4) + 1)
     snapshots = [copy.deepcopy(m.state_dict()) for m in models]
-    return models, SnapshotEnsemble(small_model(), snapshots, **kwargs)
+    return models, SnapshotEnsemble(small_model(), snapshots)
+
+
+def stored(models, store=None):
+    store = MemorySnapshots() if store is None else store
+    for i, model in enumerate(models):
+        store.save(model, step=i, cycle=i)
+    return store
 
 
 def test_the_ensemble_averages_probabilities():
@@ -69,37 +71,9 @@ def test_the_last_members(tmp_path, last):
     models, _ = models_and_ensemble()
     x = torch.randn(5, 4)
     expected = mean_of(models[-last:], x)
-    store = SnapshotStore(tmp_path)
-    for i, model in enumerate(models):
-        store.save(model, step=i, cycle=i)
-    stored = SnapshotEnsemble.from_store(small_model(), store, last)
-    torch.testing.assert_close(stored(x).double(), expected, rtol=1e-5, atol=1e-7)
-
-
-def test_all_members_of_a_store(tmp_path):
-    store, saved = filled_store(tmp_path)
-    x = torch.randn(5, 4)
-    found = SnapshotEnsemble.from_store(small_model(), store)(x)
-    assert torch.equal(found, SnapshotEnsemble(small_model(), saved)(x))
-
-
-def test_snapshots_in_memory():
-    models, ensemble = models_and_ensemble()
-    store, x = MemorySnapshots(), torch.randn(5, 4)
-    for i, model in enumerate(models):
-        store.save(model, step=i, cycle=i)
-    assert torch.equal(SnapshotEnsemble.from_store(small_model(), store)(x), ensemble(x))
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_gradient_modes(mode):
-    models, ensemble = models_and_ensemble()
-    x = torch.randn(5, 4)
-    with mode():
-        mean = ensemble(x)
-        assert not mean.requires_grad
-        assert mean.is_inference() == (mode is torch.inference_mode)
-        torch.testing.assert_close(mean.double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
+    for store in (SnapshotStore(tmp_path), MemorySnapshots()):
+        ensemble = SnapshotEnsemble.from_store(small_model(), stored(models, store), last)
+        torch.testing.assert_close(ensemble(x).double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_gradients_reach_the_inputs_but_no_weight():
@@ -134,28 +108,6 @@ def test_the_ensemble_shares_nothing_with_what_it_was_made_of():
         for tensor in [*state.values(), *model.state_dict().values()]:
             tensor.zero_()
     assert all((p != 0).any() for p in ensemble.members[0][0].parameters())
-
-
-def test_tied_weights_stay_tied():
-    ensemble = SnapshotEnsemble(tied_model(), [tied_model().state_dict()])
-    assert ensemble.members[0][0].weight is ensemble.members[0][1].weight
-
-
-def test_the_ensemble_compiles_in_one_graph():
-    models, ensemble = models_and_ensemble()
-    x = torch.randn(5, 4)
-    compiled = torch.compile(ensemble, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x).double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
-
-
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(2, 2)
-
-    def forward(self, x):
-        return self.linear(x), x
 
 
 def ran(module):
@@ -194,24 +146,17 @@ HARD_TO_COPY = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_models_that_ran_in_training(make):
     models, x = [make() for _ in range(3)], torch.randn(5, 4)
-    store = MemorySnapshots()
-    for i, model in enumerate(models):
-        store.save(model, step=i, cycle=i)
-    expected = mean_of(models, x)
+    store, expected = stored(models), mean_of(models, x)
     for model in (models[0], make):
         ensemble = SnapshotEnsemble.from_store(model, store)
         for _ in range(2):
             torch.testing.assert_close(ensemble(x).double(), expected, rtol=1e-5, atol=1e-7)
 
 
-class Locked(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear, self.lock = nn.Linear(4, 3), threading.Lock()
-
-    def forward(self, x):
-        with self.lock:
-            return self.linear(x)
+def locked():
+    model = nn.Linear(4, 3)
+    model.lock = threading.Lock()
+    return model
 
 
 def with_a_closure():
@@ -225,7 +170,7 @@ def always(model):
 
 
 REFUSED_MODELS = {
-    "lock": (Locked, TypeError, "model cannot be copied .*lock.*: give a function that makes"),
+    "lock": (locked, TypeError, "model cannot be copied .*lock.*: give a function that makes"),
     "closure": (with_a_closure, TypeError, "the function in 0._forward_hooks would use the orig"),
     "no model": (lambda: None, TypeError, "model must be an nn.Module, or .* got NoneType"),
     "another's": (lambda: always(small_model()), ValueError, "new tensors .* got '0.weight'"),
@@ -241,21 +186,19 @@ def test_refused_models(make, error, match):
         SnapshotEnsemble(model, [state, state])
 
 
-@pytest.mark.parametrize("make", [Locked, with_a_closure])
+@pytest.mark.parametrize("make", [locked, with_a_closure])
 def test_members_made_by_a_function(make):
     models, x = [make() for _ in range(3)], torch.randn(5, 4)
     ensemble = SnapshotEnsemble(make, [m.state_dict() for m in models])
     torch.testing.assert_close(ensemble(x).double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
-    if make is Locked:
+    if make is locked:
         torch.testing.assert_close(ensemble.as_module(x)(x), ensemble(x))
 
 
 @pytest.mark.parametrize("last", [None, 3])
 def test_members_by_their_positions(last):
     models, _ = models_and_ensemble(4)
-    store, x = MemorySnapshots(), torch.randn(5, 4)
-    for i, model in enumerate(models):
-        store.save(model, step=i, cycle=i)
+    store, x = stored(models), torch.randn(5, 4)
     labels, there = torch.randint(3, (5,)), models[-(last or 4) :]
     every = SnapshotEnsemble.from_store(small_model(), store, last)
     found = select_members(list(every.member_probabilities(x)), labels)
@@ -273,20 +216,13 @@ def test_members_by_their_positions(last):
             SnapshotEnsemble.from_store(small_model(), store, last, members=members)
 
 
-class Output(nn.Module):
-    """What a function makes of a linear layer's result."""
-
-    def __init__(self, change, classes=3):
-        super().__init__()
-        self.linear, self.change = nn.Linear(4, classes), change
-
-    def forward(self, x):
-        return self.change(self.linear(x))
-
-
 def ensemble_of(change, classes=3, **options):
-    states = [Output(change, classes).state_dict() for _ in range(3)]
-    return SnapshotEnsemble(Output(change, classes), states, **options)
+    """Of what a function makes of a linear layer's result."""
+
+    def make():
+        return Does(lambda m, x: change(m.linear(x)), linear=nn.Linear(4, classes))
+
+    return SnapshotEnsemble(make(), [make().state_dict() for _ in range(3)], **options)
 
 
 def channels_first(z):
@@ -340,52 +276,51 @@ def test_probabilities_are_announced_once(first):
     list(ensemble.member_probabilities(x))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda z: z,
-        lambda z: z.abs(),
-        lambda z: z.log_softmax(-1),
-        lambda z: z * 0,
-        lambda z: F.one_hot(z.argmax(-1), 3).float(),
-        lambda z: torch.cat([z.softmax(-1)[:-1], z[-1:]]),
-    ],
-    ids=["logits", "positive", "logarithms", "zeros", "one-hot", "all rows but one"],
-)
+NO_PROBABILITIES = {
+    "logits": lambda z: z,
+    "positive": lambda z: z.abs(),
+    "logarithms": lambda z: z.log_softmax(-1),
+    "zeros": lambda z: z * 0,
+    "one-hot": lambda z: F.one_hot(z.argmax(-1), 3).float(),
+    "all rows but one": lambda z: torch.cat([z.softmax(-1)[:-1], z[-1:]]),
+}
+
+
+@pytest.mark.parametrize("change", NO_PROBABILITIES.values(), ids=NO_PROBABILITIES)
 def test_no_false_alarm(change):
     ensemble_of(change)(torch.randn(5, 4))
 
 
+def pair(*states):
+    """Of a model that gives two values."""
+    model = Does(lambda m, x: (m.linear(x), x), linear=nn.Linear(2, 2))
+    states = [model.state_dict() if state is None else state for state in states]
+    return SnapshotEnsemble(model, states)
+
+
+def of_none(last):
+    return SnapshotEnsemble.from_store(small_model(), MemorySnapshots(), last=last)
+
+
+ALONE = nn.Linear(2, 2).state_dict()
 REFUSED_ENSEMBLES = {
     "an array": (
-        lambda: ensemble_of(torch.clone)(np.ones((2, 4))),
-        TypeError,
+        *(lambda: ensemble_of(torch.clone)(np.ones((2, 4))), TypeError),
         "inputs must hold tensors, got a NumPy array, of which torch.from_numpy makes",
     ),
-    "none": (lambda: SnapshotEnsemble(Pair(), []), ValueError, "at least one state dict"),
-    "last": (
-        lambda: SnapshotEnsemble.from_store(Pair(), MemorySnapshots(), last=2),
-        ValueError,
-        "last must be at most 0, the snapshots there are, got 2",
-    ),
-    "last 0": (
-        lambda: SnapshotEnsemble.from_store(Pair(), MemorySnapshots(), last=0),
-        ValueError,
-        "last must be >= 1",
-    ),
+    "none": (pair, ValueError, "at least one state dict"),
+    "last": (lambda: of_none(2), ValueError, "last must be at most 0, the .*, got 2"),
+    "last 0": (lambda: of_none(0), ValueError, "last must be >= 1"),
     "a state dict alone": (
-        lambda: SnapshotEnsemble(Pair(), Pair().state_dict()),
-        TypeError,
+        *(lambda: SnapshotEnsemble(nn.Linear(2, 2), ALONE), TypeError),
         r"snapshots\[0\] must be a state dict, got str",
     ),
     "a second of another model": (
-        lambda: SnapshotEnsemble(Pair(), [Pair().state_dict(), {}]),
-        SnapshotError,
+        *(lambda: pair(None, {}), SnapshotError),
         r"snapshots\[1\] is of another model: missing: 'linear.weight', 'linear.bias'",
     ),
     "not logits": (
-        lambda: SnapshotEnsemble(Pair(), [Pair().state_dict()])(torch.ones(1, 2)),
-        TypeError,
+        *(lambda: pair(None)(torch.ones(1, 2)), TypeError),
         "logits must be a tensor: the model must return one, .* got tuple",
     ),
 }

@@ -22,40 +22,9 @@ from fastfreeze.ensemble import SnapshotEnsemble
 from fastfreeze.ensemble.members import hold_the_same, owners_of
 from fastfreeze.recipes.models import build_model
 from tests.covering import covering
-from tests.nets import FAMILIES
-from tests.nets import torchvision_model as build
+from tests.nets import FAMILIES, Branching, Does, Many, Residual, torchvision_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        y = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
-        y += x
-        return self.relu(y)
-
-
-class Net(nn.Module):
-    """In-place sums, a parameter that is used by itself, dropout, a buffer."""
-
-    def __init__(self, blocks=3, width=5):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width))
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
-        self.scale = nn.Parameter(torch.rand(width, 1, 1) + 0.5)
-        self.register_buffer("shift", torch.randn(width, 1, 1), persistent=False)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(width, 4)
-
-    def forward(self, x):
-        y = F.relu(self.blocks(F.relu(self.stem(x))) * self.scale + self.shift)
-        return self.head(self.dropout(y.mean((2, 3))))
 
 
 def randomized(model):
@@ -120,7 +89,7 @@ SHARED = {
 )
 def test_what_is_shared_runs_once(case, fold, size):
     shared, expected = case
-    ensemble = SnapshotEnsemble(Net(), chain(Net, shared, 3), fold=fold)
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, shared, 3), fold=fold)
     x = torch.randn(size[0], 3, *size[1:])
     assert_right(ensemble, x)
     with Convolutions() as ran, torch.no_grad():
@@ -130,30 +99,30 @@ def test_what_is_shared_runs_once(case, fold, size):
 
 
 def test_unfolded_has_the_bits_of_the_loop():
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks.0"), 3), fold=False)
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem", "blocks.0"), 3), fold=False)
     x = torch.randn(4, 3, 6, 6)
     expected = [m(x).softmax(-1) for m in ensemble.members]
     for found, truth in zip(ensemble.member_probabilities(x), expected, strict=True):
         assert torch.equal(found, truth)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_pattern_of_sharing(seed):
     """Each tensor of each member is one of two: tries, and graphs that are none."""
     choice = random.Random(seed)
-    pool = [copy.deepcopy(randomized(Net()).state_dict()) for _ in range(2)]
+    pool = [copy.deepcopy(randomized(Residual()).state_dict()) for _ in range(2)]
     states = [{n: choice.choice(pool)[n].clone() for n in pool[0]} for _ in range(4)]
     for fold in (False, True):
-        assert_right(SnapshotEnsemble(Net(), states, fold=fold), torch.randn(3, 3, 7, 7))
+        assert_right(SnapshotEnsemble(Residual(), states, fold=fold), torch.randn(3, 3, 7, 7))
 
 
 def test_a_trie_of_three_levels():
-    states = chain(Net, ("stem", "blocks.0"), 4)
+    states = chain(Residual, ("stem", "blocks.0"), 4)
     for m in (1, 3):  # members 0 and 1, 2 and 3 have another block in common
         for name in states[0]:
             if name.startswith("blocks.1"):
                 states[m][name] = states[m - 1][name].clone()
-    ensemble = SnapshotEnsemble(Net(), states)
+    ensemble = SnapshotEnsemble(Residual(), states)
     x = torch.randn(2, 3, 9, 9)
     assert_right(ensemble, x)
     with Convolutions() as ran, torch.no_grad():
@@ -162,7 +131,7 @@ def test_a_trie_of_three_levels():
 
 
 def test_equal_parameters_are_held_once():
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks"), 5))
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem", "blocks"), 5))
     held = {p.data_ptr(): p.numel() for p in ensemble.parameters()}
     own = sum(
         p.numel() for p in [ensemble.members[0].scale, *ensemble.members[0].head.parameters()]
@@ -171,46 +140,51 @@ def test_equal_parameters_are_held_once():
     assert sum(held.values()) == whole + 4 * own
 
 
-@pytest.mark.parametrize("fold", [False, True])
-def test_never_stale(fold):
-    """Whatever is done to a member, the next call knows of it."""
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("",), 3), fold=fold)
-    x = torch.randn(2, 3, 6, 6)
+def write_in_common(ensemble):
+    with torch.no_grad():
+        ensemble.members[0].blocks[0].conv1.weight.mul_(1.5)
+
+
+def replace(ensemble):
+    ensemble.members[0].head.weight = nn.Parameter(torch.randn(4, 5))
+
+
+def load(ensemble):
+    other = SnapshotEnsemble(Residual(), chain(Residual, ("stem",), 3))
+    ensemble.load_state_dict(other.state_dict())
+
+
+WRITES = (
+    lambda ensemble: ensemble.members[1].stem[1].running_mean.add_(1),
+    lambda ensemble: ensemble.members[2].shift.mul_(2),
+    *(replace, write_in_common, load),
+    lambda e: e.members[1].head.register_forward_hook(lambda *_: torch.zeros(2, 4)),
+)
+
+
+def test_never_stale():
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("",), 3))
+    x, seen = torch.randn(2, 3, 6, 6), []
     assert_right(ensemble, x)
-
-    def write_statistics():
-        ensemble.members[1].stem[1].running_mean.add_(1)
-
-    def write_hidden_buffer():
-        ensemble.members[2].shift.mul_(2)
-
-    def replace():
-        ensemble.members[0].head.weight = nn.Parameter(torch.randn(4, 5))
-
-    def write_in_common():
-        with torch.no_grad():
-            ensemble.members[0].blocks[0].conv1.weight.mul_(1.5)
-
-    def load():
-        ensemble.load_state_dict(SnapshotEnsemble(Net(), chain(Net, ("stem",), 3)).state_dict())
-
-    def hook():
-        ensemble.members[1].head.register_forward_hook(lambda *_: torch.zeros(2, 4))
-
-    seen = []
-    for change in (write_statistics, write_hidden_buffer, replace, write_in_common, load, hook):
-        change()
-        assert_right(ensemble, x)
+    plans = list(ensemble._prepared.values())
+    ensemble(x)
+    assert list(ensemble._prepared.values()) == plans  # kept while nothing changes
+    for write in WRITES:
+        write(ensemble)
+        for fold in (True, False):
+            ensemble.fold = fold
+            assert_right(ensemble, x)
+            assert ensemble.plan.endswith("run, folded") == (fold and "one graph" in ensemble.plan)
         seen.append(ensemble(x))
     for before, after in itertools.pairwise(seen):
         assert not torch.equal(before, after)
 
 
 def test_loading_gives_each_member_its_own_again():
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("",), 3))
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("",), 3))
     x = torch.randn(2, 3, 6, 6)
     ensemble(x)
-    states = chain(Net, ("blocks.2",), 3)
+    states = chain(Residual, ("blocks.2",), 3)
     other = SnapshotEnsemble(copy.deepcopy(ensemble.members[0]), states)
     holder = nn.ModuleDict({"ensemble": ensemble})
     holder.load_state_dict({f"ensemble.{k}": v for k, v in other.state_dict().items()})
@@ -222,7 +196,7 @@ def test_loading_gives_each_member_its_own_again():
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
 def test_copies(how):
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3))
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem",), 3))
     x = torch.randn(2, 3, 6, 6)
     expected = ensemble(x)
     other = how(ensemble)
@@ -236,13 +210,13 @@ def test_copies(how):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype):
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3)).to(dtype)
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem",), 3)).to(dtype)
     x = torch.randn(2, 3, 6, 6, dtype=dtype)
     assert_right(ensemble, x, atol=1e-14 if dtype == torch.float64 else 2e-2)
 
 
 def test_autocast():
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3))
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem",), 3))
     x = torch.randn(2, 3, 6, 6)
     ensemble(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -254,34 +228,16 @@ def test_autocast():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_made_and_called_in_any_mode(mode):
-    states, x, model = chain(Net, ("stem",), 3), torch.randn(2, 3, 6, 6), Net()
+    states, x, model = chain(Residual, ("stem",), 3), torch.randn(2, 3, 6, 6), Residual()
     expected = SnapshotEnsemble(model, states)(x)
     with mode():
         ensemble = SnapshotEnsemble(model, states)
-        assert torch.equal(ensemble(x), expected)
+        found = ensemble(x)
+        assert torch.equal(found, expected)
+        assert not found.requires_grad
+        assert found.is_inference() == (mode is torch.inference_mode)
         assert "one graph" in ensemble.plan
     assert torch.equal(ensemble(x), expected)
-
-
-def test_gradients_reach_the_input():
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks.0"), 3)).double()
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    truth = torch.stack([m(x).softmax(-1) for m in ensemble.members]).mean(0)
-    expected = torch.autograd.grad(truth[:, 0].sum(), x)[0]
-    found = torch.autograd.grad(ensemble(x)[:, 0].sum(), x)[0]
-    torch.testing.assert_close(found, expected)
-
-
-class Many(nn.Module):
-    """Several inputs, by position and by name, one of them no tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 4)
-
-    def forward(self, x, y, *, scale=1.0, extra=None):
-        z = self.a(x) + y * scale
-        return self.b(z if extra is None else z + extra)
 
 
 def test_arguments():
@@ -298,94 +254,53 @@ def test_arguments():
         assert_right(ensemble, x[:1].expand(rows, 2, 3), y[:1].expand(rows, 2, 4), scale=rows)
 
 
-class WritesToInput(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.linear(x.add_(1))
-
-
-class WritesToShared(nn.Module):
+def writes_to_shared(m, x):
     """A value that members have in common is written to by what they do not have in common."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(3, 3), nn.Parameter(torch.randn(3)), nn.Linear(3, 2)
-
-    def forward(self, x):
-        y = self.a(x)
-        view = y[:, :2]
-        y *= self.b
-        return self.c(y) + view
+    y = m.a(x)
+    view = y[:, :2]
+    y *= m.b
+    return m.c(y) + view
 
 
-class Scale(nn.Module):
-    """Writes to its input without saying so."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3))
-
-    def forward(self, x):
-        return x.mul_(self.weight)
+def shared_value():
+    parts = {"a": nn.Linear(3, 3), "b": nn.Parameter(torch.randn(3)), "c": nn.Linear(3, 2)}
+    return Does(writes_to_shared, **parts)
 
 
-class WritesInAModule(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(3, 3), Scale(), nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.c(self.b(self.a(x)))
+def writes_in_a_module():
+    """A module that writes to its input without saying so."""
+    scale = Does(lambda m, x: x.mul_(m.weight), weight=nn.Parameter(torch.randn(3)))
+    parts = {"a": nn.Linear(3, 3), "b": scale, "c": nn.Linear(3, 2)}
+    return Does(lambda m, x: m.c(m.b(m.a(x))), **parts)
 
 
-class Noise(nn.Module):
-    def forward(self, x):
-        return x + torch.rand_like(x)
+def writes_to_input():
+    return Does(lambda m, x: m.linear(x.add_(1)), linear=nn.Linear(3, 2))
 
 
-class NoisyModule(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.noise, self.b = nn.Linear(3, 64), Noise(), nn.Linear(64, 2)
-
-    def forward(self, x):
-        return self.b(self.noise(self.a(x)))
+def counts_its_calls(m, x):
+    m.calls += 1
+    return m.linear(x) * m.calls
 
 
-class Noisy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 64), nn.Linear(64, 2)
-
-    def forward(self, x):
-        return self.b(F.dropout(self.a(x), 0.5))
+def counting():
+    model = Does(counts_its_calls, linear=nn.Linear(3, 2))
+    model.register_buffer("calls", torch.zeros(()))
+    return model
 
 
-class Counting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls += 1
-        return self.linear(x) * self.calls
+def noisy():
+    parts = {"a": nn.Linear(3, 64), "b": nn.Linear(64, 2)}
+    return Does(lambda m, x: m.b(F.dropout(m.a(x), 0.5)), **parts)
 
 
-class Branching(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x):
-        y = self.linear(x)
-        return y if y.sum() > 0 else -y
+def noisy_module():
+    noise = Does(lambda m, x: x + torch.rand_like(x))
+    parts = {"a": nn.Linear(3, 64), "noise": noise, "b": nn.Linear(64, 2)}
+    return Does(lambda m, x: m.b(m.noise(m.a(x))), **parts)
 
 
-@pytest.mark.parametrize("make", [WritesToShared, WritesInAModule])
+@pytest.mark.parametrize("make", [shared_value, writes_in_a_module])
 def test_a_shared_value_that_one_member_writes_to(make):
     ensemble = SnapshotEnsemble(make(), chain(make, ("a", "c"), 3))
     assert_right(ensemble, torch.randn(4, 3))
@@ -395,27 +310,27 @@ def test_a_shared_value_that_one_member_writes_to(make):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (WritesToInput, "the model writes to its inputs or to its own tensors in place"),
-        (Counting, "forward changes attributes of the model"),
+        (writes_to_input, "the model writes to its inputs or to its own tensors in place"),
+        (counting, "forward changes attributes of the model"),
         (Branching, "one by one: .*control flow"),
     ],
 )
 def test_what_cannot_be_one_graph_runs_as_a_loop(make, reason):
     states = chain(make, ("",), 3)
-    if make is Counting:
+    if make is counting:
         for state in states:
             state["calls"].zero_()
     ensemble, truth = SnapshotEnsemble(make(), states), SnapshotEnsemble(make(), states)
     for _ in range(3):
         x = torch.randn(4, 3)
-        after = x + 1 if make is WritesToInput else x.clone()
+        after = x + 1 if make is writes_to_input else x.clone()
         expected = torch.stack([m(x.clone()).softmax(-1) for m in truth.members]).mean(0)
         torch.testing.assert_close(ensemble(x), expected)
         assert torch.equal(x, after)
         assert re.search(reason, ensemble.plan), ensemble.plan
 
 
-@pytest.mark.parametrize("make", [Noisy, NoisyModule])
+@pytest.mark.parametrize("make", [noisy, noisy_module])
 def test_members_draw_numbers_of_their_own(make):
     ensemble = SnapshotEnsemble(make(), chain(make, ("",), 2))
     x = torch.randn(4, 3)
@@ -465,7 +380,7 @@ def test_the_papers_networks(name):
 
 def check_torchvision(name):
     """Three members, of which each has a third of the tensors in common with the one before."""
-    model, x = build(name)
+    model, x = torchvision_model(name)
     names = list(model.state_dict())
     states = [copy.deepcopy(model.state_dict())]
     for part in (1, 2):
@@ -481,7 +396,7 @@ def check_torchvision(name):
     assert shared < whole
 
 
-QUICK = ["resnet18", "mobilenet_v3_small", "vit_b_16", "swin_t"]
+QUICK = ["resnet18", "mobilenet_v3_small", "swin_t"]
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -490,13 +405,13 @@ def test_torchvision(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(QUICK)))
+@pytest.mark.parametrize("name", sorted({*FAMILIES, "vit_b_16"} - set(QUICK)))
 def test_every_family_of_torchvision(name):
     check_torchvision(name)
 
 
 def test_called_by_threads_at_once():
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3))
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem",), 3))
     inputs = [torch.randn(2, 3, size, size) for size in (5, 6, 7)] * 10
     with torch.no_grad():
         expected = [looped(ensemble, x).mean(0) for x in inputs]
@@ -511,7 +426,7 @@ def test_called_by_threads_at_once():
 @pytest.mark.parametrize("how", ["loop", "shared", None])
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2)])
 def test_members_that_need_gradients_lose_none(how, which):
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3), how=how)
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem",), 3), how=how)
     x = torch.randn(2, 3, 6, 6)
     for m in which:
         ensemble.members[m].head.weight = nn.Parameter(torch.randn(4, 5))
@@ -535,50 +450,37 @@ class Derived(nn.Module):
         return self.linear(x) * self.slope + self.plain
 
 
-def append(ensemble):
-    ensemble.members.append(randomized(Net()).eval().requires_grad_(False))
+def swap(members):
+    members[0], members[2] = members[2], members[0]
 
 
-def remove(ensemble):
-    del ensemble.members[0]
+def other_head(members):
+    members[1].head = nn.Linear(5, 4, bias=False).eval().requires_grad_(False)
 
 
-def swap(ensemble):
-    ensemble.members[0], ensemble.members[2] = ensemble.members[2], ensemble.members[0]
-
-
-def renew(ensemble):
-    ensemble.members = nn.ModuleList(list(ensemble.members)[::-1][:2])
-
-
-def other_activation(ensemble):
-    ensemble.members[1].blocks[0].relu = nn.Tanh().eval()
-
-
-def other_eps(ensemble):
-    ensemble.members[1].stem[1].eps = 0.5
-
-
-def other_head(ensemble):
-    ensemble.members[1].head = nn.Linear(5, 4, bias=False).eval().requires_grad_(False)
-
-
-UNLIKE = (other_activation, other_eps, other_head)
-CHANGES = [append, remove, swap, renew, *UNLIKE]
+CHANGES = {
+    "append": lambda members: members.append(randomized(Residual()).eval().requires_grad_(False)),
+    "remove": lambda members: members.__delitem__(0),
+    "swap": swap,
+    "unlike: activation": lambda members: setattr(members[1].blocks[0], "relu", nn.Tanh().eval()),
+    "unlike: eps": lambda members: setattr(members[1].stem[1], "eps", 0.5),
+    "unlike: head": other_head,
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("first_called", [False, True])
 def test_members_that_are_changed(change, first_called):
-    """The next call is right."""
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks"), 3))
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem", "blocks"), 3))
     x = torch.randn(2, 3, 6, 6)
     if first_called:
         assert_right(ensemble, x)
-    change(ensemble)
+    CHANGES[change](ensemble.members)
     assert_right(ensemble, x)
-    if change in UNLIKE:
+    if change.startswith("unlike"):
         assert "one by one: member 1 differs from the first in" in ensemble.plan
+    ensemble.members = nn.ModuleList(list(ensemble.members)[::-1][:2])
+    assert_right(ensemble, x)
 
 
 def test_members_that_differ_in_other_state():
@@ -593,41 +495,6 @@ def test_members_that_differ_in_other_state():
         change(*ensemble.members)
         assert_right(ensemble, x)
         assert plan in ensemble.plan
-
-
-def test_a_graph_is_kept_while_nothing_changes():
-    ensemble, x = SnapshotEnsemble(Derived(), chain(Derived, (), 2)), torch.randn(4, 3)
-    ensemble(x)
-    (plan,) = ensemble._prepared.values()
-    ensemble(x)
-    assert list(ensemble._prepared.values()) == [plan]
-
-
-class Attending(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.attention(x, x, x)
-
-
-class Counts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.bag = nn.EmbeddingBag(9, 4)
-
-    def forward(self, x):
-        return self.bag((x[..., 0].abs() * 3).long().clamp(max=8))[:, None], None
-
-
-class Powers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weights = nn.ParameterList([torch.randn(4, 4), torch.randn(4, 4)])
-
-    def forward(self, x):
-        return sum(x @ w for w in self.weights), None
 
 
 class Listing(nn.Module):
@@ -655,22 +522,33 @@ class Guarded(nn.Module):
             return self.linear(x), None
 
 
-class Sequences(nn.Module):
-    def __init__(self, body):
-        super().__init__()
-        self.body, self.head = body, nn.Linear(4, 3)
+def attend(m, x):
+    return m.attention(x, x, x)
 
-    def forward(self, x):
-        return self.head(self.body(x)[0].mean(1))
+
+def in_bags(m, x):
+    return m.bag((x[..., 0].abs() * 3).long().clamp(max=8))[:, None], None
+
+
+def powers(m, x):
+    return sum(x @ w for w in m.all), None
+
+
+def of_sequence(m, x):
+    return m.head(m.inner(x)[0].mean(1))
+
+
+def weights():
+    return nn.ParameterList([torch.randn(4, 4), torch.randn(4, 4)])
 
 
 BODIES = {
     "lstm": lambda: nn.LSTM(4, 4, batch_first=True),
     "gru": lambda: nn.GRU(4, 2, 2, bidirectional=True, batch_first=True),
     "rnn": lambda: nn.RNN(4, 4, bias=False, batch_first=True),
-    "attention": Attending,
-    "embedding bag": Counts,
-    "parameter list": Powers,
+    "attention": lambda: Does(attend, attention=nn.MultiheadAttention(4, 2, batch_first=True)),
+    "embedding bag": lambda: Does(in_bags, bag=nn.EmbeddingBag(9, 4)),
+    "parameter list": lambda: Does(powers, all=weights()),
     "own list": Listing,
     "lock and weight norm": Guarded,
 }
@@ -678,21 +556,19 @@ BODIES = {
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_modules_that_hold_tensors_in_their_own_way(body):
-    """They are shared where frozen, run once, exported, and load."""
-
     def make():
-        return Sequences(body())
+        return Does(of_sequence, inner=body(), head=nn.Linear(4, 3))
 
-    ensemble, x = SnapshotEnsemble(make, chain(make, ("body",), 3)), torch.randn(3, 5, 4)
+    ensemble, x = SnapshotEnsemble(make, chain(make, ("inner",), 3)), torch.randn(3, 5, 4)
     assert_right(ensemble, x)
     ran, whole = map(int, re.search(r"as one graph, (\d+) of (\d+) nodes", ensemble.plan).groups())
     assert ran == whole // 3 + 2  # the head's own
-    in_common = {id(p) for m in ensemble.members for p in m.body.parameters()}
+    in_common = {id(p) for m in ensemble.members for p in m.inner.parameters()}
     again = body is Listing  # what is read elsewhere too is each member's own
-    assert len(in_common) == len(list(ensemble.members[0].body.parameters())) + 2 * again
+    assert len(in_common) == len(list(ensemble.members[0].inner.parameters())) + 2 * again
     torch.testing.assert_close(ensemble.as_module(x)(x[:2]), ensemble(x[:2]))
     with torch.no_grad():
-        for p in ensemble.members[1].body.parameters():
+        for p in ensemble.members[1].inner.parameters():
             p.mul_(1.5)
     assert_right(ensemble, x)
     other = SnapshotEnsemble(make, chain(make, (), 3))
@@ -700,27 +576,16 @@ def test_modules_that_hold_tensors_in_their_own_way(body):
     torch.testing.assert_close(ensemble(x), other(x))
 
 
-def test_fold_may_be_set():
-    ensemble, x = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3)), torch.randn(2, 3, 6, 6)
-    for fold in (True, False, True):
-        ensemble.fold = fold
-        assert_right(ensemble, x)
-        assert ensemble.plan.endswith("run, folded") == fold
-
-
-class Precise(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x):
-        with torch.autocast("cpu", enabled=False):
-            return self.linear(x.float() + 100)
-
-
 @pytest.mark.parametrize("plain_first", [False, True])
 def test_a_block_without_autocast(plain_first):
-    ensemble, x = SnapshotEnsemble(Precise(), chain(Precise, (), 3)), torch.randn(4, 3)
+    def forward(m, x):
+        with torch.autocast("cpu", enabled=False):
+            return m.linear(x.float() + 100)
+
+    def make():
+        return Does(forward, linear=nn.Linear(3, 2))
+
+    ensemble, x = SnapshotEnsemble(make(), chain(make, (), 3)), torch.randn(4, 3)
     expected = ensemble(x) if plain_first else None
     with torch.autocast("cpu", torch.bfloat16):
         found = ensemble(x)
@@ -738,7 +603,7 @@ def test_an_argument_without_a_hash():
 
 
 def test_an_ensemble_is_freed_at_once():
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 3))
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem",), 3))
     ensemble(torch.randn(2, 3, 6, 6))
     weight = weakref.ref(ensemble.members[0].head.weight)
     gc.collect()

@@ -29,7 +29,6 @@ def expected_calibration_error(probabilities, labels, num_bins=15):
 
 
 STATISTICS = [error_rate, nll, brier_score, expected_calibration_error]
-every_statistic = pytest.mark.parametrize("statistic", STATISTICS, ids=lambda f: f.__name__)
 
 
 def test_error_rate():
@@ -61,24 +60,16 @@ def test_nll_of_an_impossible_label_is_finite(dtype, most):
 
 
 def test_brier_score():
-    probabilities = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
-    labels = torch.tensor([0, 1])
-    expected = ((0.25 + 0.25) + (0.04 + 0.49 + 0.25)) / 2
-    assert brier_score(probabilities, labels) == pytest.approx(expected, rel=1e-12)
-    assert brier_score(torch.eye(3), torch.arange(3)) == 0
-    assert brier_score(torch.eye(3), torch.tensor([1, 2, 0])) == 2
-
-
-@pytest.mark.parametrize("rows", [1, 31, 32, 33])
-def test_brier_score_of_random_rows(rows):
-    probabilities = torch.randn(rows, 7, dtype=torch.float64).softmax(-1)
-    labels = torch.randint(7, (rows,))
+    probabilities = torch.randn(33, 7, dtype=torch.float64).softmax(-1)
+    labels = torch.randint(7, (33,))
     expected = sum(
         (p - (c == y)) ** 2
         for row, y in zip(probabilities.tolist(), labels.tolist(), strict=True)
         for c, p in enumerate(row)
     )
-    assert brier_score(probabilities, labels) == pytest.approx(expected / rows, rel=1e-12)
+    assert brier_score(probabilities, labels) == pytest.approx(expected / 33, rel=1e-12)
+    assert brier_score(torch.eye(3), torch.arange(3)) == 0
+    assert brier_score(torch.eye(3), torch.tensor([1, 2, 0])) == 2
 
 
 def plain_calibration_error(probabilities, labels, num_bins):
@@ -115,13 +106,13 @@ def test_expected_calibration_error_by_hand():
     assert expected_calibration_error(torch.eye(3), torch.arange(3)) == 0
 
 
-@every_statistic
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_probabilities_of_any_precision_are_accepted(statistic, dtype):
+def test_probabilities_of_any_precision_are_accepted(dtype):
     probabilities = torch.randn(20, 1000).softmax(-1)
     labels = torch.randint(1000, (20,))
-    found = statistic(probabilities.to(dtype), labels)
-    assert found == pytest.approx(statistic(probabilities, labels), abs=0.06)
+    for statistic in STATISTICS:
+        found = statistic(probabilities.to(dtype), labels)
+        assert found == pytest.approx(statistic(probabilities, labels), abs=0.06)
 
 
 GOOD = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
@@ -136,12 +127,7 @@ REFUSED_PREDICTIONS = {
     "one dimension": (torch.tensor([1.0]), Y, ValueError, r"shape \[B, C\].*\(1,\)"),
     "one column": (torch.ones(2, 1), Y[:2], ValueError, r"C >= 2, got \(2, 1\). One column p"),
     "an array": (np.ones((2, 2)), Y[:2], TypeError, "got a NumPy array, of which torch.from_numpy"),
-    "array of labels": (
-        torch.eye(2),
-        np.arange(2),
-        TypeError,
-        "labels must .* got a NumPy array, of which torch.from_numpy",
-    ),
+    "array of labels": (torch.eye(2), np.arange(2), TypeError, "labels .* NumPy array, of which"),
     "no rows": (torch.ones(0, 2), Y[:0], ValueError, r"B >= 1 and C >= 2, got \(0, 2\)"),
     "float labels": (GOOD, Y.float(), TypeError, "labels must be .*integers, got torch.float32"),
     "bool labels": (GOOD, Y.bool(), TypeError, "labels must be .*integers, got torch.bool"),

@@ -8,7 +8,8 @@ from torch import nn
 
 from fastfreeze.ensemble import SnapshotEnsemble
 from tests.conftest import needs_gpu
-from tests.ensemble.test_merge import Branching, Many, Net, assert_right, chain
+from tests.ensemble.test_merge import assert_right, chain
+from tests.nets import Branching, Does, Many, Residual
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WAYS = (None, "loop", "shared")
@@ -17,14 +18,14 @@ WAYS = (None, "loop", "shared")
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("batch", [1, 3, 33])
 def test_every_way_gives_the_same(how, batch):
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks.0"), 3), how=how)
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem", "blocks.0"), 3), how=how)
     x = torch.randn(batch, 3, 6, 6)
     assert_right(ensemble, x)
     with torch.no_grad():
         for p in ensemble.members[1].head.parameters():
             p.add_(torch.randn_like(p))
     assert_right(ensemble, x)
-    ensemble.load_state_dict(SnapshotEnsemble(Net(), chain(Net, (), 3)).state_dict())
+    ensemble.load_state_dict(SnapshotEnsemble(Residual(), chain(Residual, (), 3)).state_dict())
     assert_right(ensemble, x)
 
 
@@ -51,7 +52,7 @@ def test_an_explicit_way_never_falls_back():
 
 
 def test_the_shared_graph_is_not_compiled_by_way_of_the_ensemble():
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem",), 2), how="shared")
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem",), 2), how="shared")
     compiled = torch.compile(ensemble, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="how='shared' cannot run: compile what as_module gives"):
         compiled(torch.randn(2, 3, 6, 6))
@@ -71,7 +72,7 @@ def test_a_bad_way():
 @needs_gpu
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_cuda_graph_by_torch(autocast):
-    ensemble = SnapshotEnsemble(Net(), chain(Net, ("stem", "blocks.0"), 3)).cuda()
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem", "blocks.0"), 3)).cuda()
     x = torch.randn(3, 3, 6, 6, device="cuda")
     # Of a cache of casts, the graph would keep addresses that are given back.
     with (
@@ -86,17 +87,14 @@ def test_a_cuda_graph_by_torch(autocast):
             torch.testing.assert_close(found, truth.to(found.dtype))
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.out = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
-        self.out.weight = self.embedding.weight
-
-    def forward(self, x):
-        return self.out(self.embedding(x))
-
-
 @pytest.mark.parametrize("how", WAYS)
 def test_tied_weights(how):
-    ensemble = SnapshotEnsemble(Tied(), [Tied().state_dict() for _ in range(3)], how=how)
+    def make():
+        model = Does(lambda m, x: m.out(m.words(x)), words=nn.Embedding(7, 5))
+        model.out = nn.Linear(5, 7, bias=False)
+        model.out.weight = model.words.weight
+        return model
+
+    ensemble = SnapshotEnsemble(make(), [make().state_dict() for _ in range(3)], how=how)
+    assert ensemble.members[0].out.weight is ensemble.members[0].words.weight
     assert_right(ensemble, torch.randint(7, (4, 2)))
