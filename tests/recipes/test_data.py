@@ -225,6 +225,7 @@ def test_fashion_mnist_files(tmp_path, layout, end):
         (gzip.compress(struct.pack(">HBBI", 0, 8, 1, 4) + b"1234")[:-9], "ended before"),
         (gzip.compress(struct.pack(">HBBI", 0, 8, 1, 3) + b"123"), "got 4 images and 3 labels"),
     ],
+    ids=["empty", "cut short", "a label too few"],
 )
 def test_damaged_fashion_mnist_files(tmp_path, content, why):
     write_fashion_mnist(tmp_path)
