@@ -155,7 +155,7 @@ def by_fastfreeze(task: Task, schedule: SnapshotCycles, folder: Path) -> Trained
         step = next(steps)
         if step in schedule.cycle_ends:
             cycle = schedule.cycle_ends.index(step)
-            store.save(model, step=step, cycle=cycle, schedule=schedule, wait=False)
+            store.save(model, step=step, cycle=cycle, wait=False)
 
     for epoch in range(task.epochs):
         train_epoch(setup, task.batches(epoch), CPU, after_step)

@@ -364,7 +364,7 @@ def test_a_table_is_replaced_and_nothing_else(folder, tmp_path):
         ),
         (
             "trainings-short",
-            ["| net, t_0=0.5, 100 steps, 7 freezes | 20 s | 40% | **50%** | 60% |"],
+            ["| net, t_0=0.5, 100 steps, 7 freezes | 20 s | 40% | **50%** |"],
         ),
     ],
 )
