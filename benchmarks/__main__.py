@@ -30,7 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[argv[0]](argv[1:])
     arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.allow_tf32 = False  # results are compared closely
     bandwidth = copy_bandwidth(arguments.device)
     facts = {**machine(arguments.device), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
     results = begun(facts, "benchmarks", argv)
@@ -93,4 +92,5 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    torch.backends.cudnn.allow_tf32 = False  # results are compared closely
     sys.exit(main())
