@@ -34,7 +34,7 @@ from fastfreeze.kernels.plans import PlanSpec
 from fastfreeze.kernels.sgd_device import SgdTritonPlan
 from fastfreeze.optim import SGD, Adam, AdamW, FusedOptimizer
 from fastfreeze.schedule import Cosine, FreezeOut
-from tests import triton_matrix
+from tests.kernels import triton_matrix
 from tests.kernels.adam_plans import named as named_moments
 
 C_TYPES = {

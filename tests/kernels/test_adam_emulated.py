@@ -1,6 +1,6 @@
 """The CUDA kernels of Adam, emulated under the sanitizers: memory, undefined behaviour, races.
 
-What they compute is checked by test_device_adam.py, through the same emulation without sanitizers.
+What they compute is checked by test_adam_device.py, through the same emulation without sanitizers.
 None of it is a GPU run.
 """
 

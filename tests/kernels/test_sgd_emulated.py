@@ -1,7 +1,7 @@
 """The CUDA kernels of SGD, emulated under the sanitizers: memory, undefined behaviour, races.
 
 What they compute is checked here for each length of runs, and by test_sgd.py, test_optim.py and
-test_device_sgd.py, through the same emulation without sanitizers. None of it is a GPU run.
+test_sgd_device.py, through the same emulation without sanitizers. None of it is a GPU run.
 """
 
 from __future__ import annotations

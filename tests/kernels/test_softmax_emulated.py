@@ -1,4 +1,4 @@
-"""The CUDA softmax kernels, compiled for the CPU (tests/emulation), against fp64: not a GPU run."""
+"""The CUDA softmax kernels, compiled for the CPU (emulation/), against fp64: not a GPU run."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from fastfreeze.kernels.plans import PlanSpec
 from fastfreeze.kernels.sgd_device import SgdTritonPlan
 from fastfreeze.kernels.sgd_plans import SGD_HYPERS
 from fastfreeze.schedule import Cosine
-from tests import compiled
+from tests.kernels import compiled
 from tests.kernels.adam_plans import spec_of
 
 PTX_ACCESS = re.compile(r"\b((?:ld|st)\.(?:global|local)[\w.:]*)")

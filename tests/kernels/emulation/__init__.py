@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parent.parent / "csrc"
+SOURCES = HERE.parents[2] / "csrc"
 SANITIZERS = (None, "address", "thread")
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 _FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
