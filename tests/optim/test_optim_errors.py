@@ -1,4 +1,4 @@
-"""What fastfreeze.SGD refuses: each error says what was expected, and nothing has changed."""
+"""What optimizers refuse: each error says what was expected, and nothing has changed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.optim import SGD
+from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning
+from fastfreeze.kernels import library
+from fastfreeze.optim import SGD, AdamW
 from fastfreeze.schedule import Constant, Cosine, FreezeOut
-from tests.covering import covering
-from tests.optim.test_optim import layer_groups, net, same_bits, train, weights
+from tests.optim.helpers import (
+    assert_equal_training,
+    layer_groups,
+    net,
+    same_bits,
+    train,
+    weights,
+)
 
 FREEZING = FreezeOut(20, t_0=0.5)
 
@@ -53,38 +60,63 @@ def assert_unchanged(model, optimizer, before):
 # Arguments.
 
 
-@pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay"])
-@pytest.mark.parametrize("value", ["a", "0.5", None, [0.1], 1j], ids=repr)
-def test_arguments_must_be_numbers(name, value):
-    with pytest.raises(TypeError, match=rf"^{name} must be a number, got "):
-        SGD(net().parameters(), **{name: value})
+NUMBERS = ["lr", "momentum", "dampening", "weight_decay"]
+ARGUMENTS = {
+    "lr -1": (SGD, {"lr": -1.0}, ValueError, "lr must be >= 0, got -1.0"),
+    "lr nan": (SGD, {"lr": math.nan}, ValueError, "lr must be >= 0, got nan"),
+    "momentum -0.1": (SGD, {"momentum": -0.1}, ValueError, "momentum must be >= 0, got -0.1"),
+    "decay -1": (SGD, {"weight_decay": -1}, ValueError, "weight_decay must be >= 0, got -1"),
+    "nesterov": (SGD, {"nesterov": True}, ValueError, "nesterov=True needs momentum > 0"),
+    "differentiable": (SGD, {"differentiable": True}, ValueError, "differentiable=True is not"),
+    "for AdamW": (AdamW, {"differentiable": True}, ValueError, "use torch.optim.AdamW for it"),
+    "flags": (SGD, {"foreach": True, "fused": True}, RuntimeError, "cannot both be True"),
+    "backend": (SGD, {"backend": "gpu"}, ValueError, "backend must be one of"),
+    "schedule": (SGD, {"schedule": 3}, TypeError, "schedule must be a fastfreeze Schedule, got 3"),
+    "total": (SGD, {"schedule": Cosine(5), "total_steps": 6}, ValueError, "be the schedule's 5"),
+    "no layers": (SGD, {"schedule": FreezeOut(5)}, ValueError, "group 0 has no 'layer_index'"),
+    "eta_min": (SGD, {"schedule": Cosine(5, eta_min=0.5)}, ValueError, "eta_min must not exceed"),
+    "momentum's dtype": (SGD, {"momentum_dtype": torch.half}, ValueError, "momentum_dtype must be"),
+    "one beta": (AdamW, {"betas": 0.9}, TypeError, "betas must be a pair of numbers, got 0.9"),
+    "beta 1": (AdamW, {"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be .* < 1, got 1"),
+    "beta str": (AdamW, {"betas": ("a", 0.9)}, TypeError, r"betas\[0\] must be a number, got 'a'"),
+    "eps": (AdamW, {"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
+    "state's dtype": (AdamW, {"state_dtype": torch.half}, ValueError, "state_dtype must be None"),
+}
 
 
-@pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay"])
-def test_tensor_arguments_have_one_element(name):
+@pytest.mark.parametrize(("make", "kwargs", "error", "message"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_arguments(make, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        make(net().parameters(), **kwargs)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_arguments_must_be_numbers(name):
+    for value in ("a", "0.5", None, [0.1], 1j):
+        with pytest.raises(TypeError, match=rf"^{name} must be a number, got "):
+            SGD(net().parameters(), **{name: value})
     with pytest.raises(ValueError, match=rf"Tensor {name} must have one element, got shape \(2,\)"):
         SGD(net().parameters(), **{name: torch.ones(2)})
+    for lr in ("a", None):
+        with pytest.raises(TypeError, match=r"lr of parameter group 0 must be a number, got"):
+            SGD([{"params": net().parameters(), "lr": lr}], schedule=Cosine(5))
 
 
-@pytest.mark.parametrize("lr", ["a", None], ids=repr)
-def test_a_groups_rate_must_be_a_number_for_a_schedule(lr):
-    with pytest.raises(TypeError, match=r"lr of parameter group 0 must be a number, got"):
-        SGD([{"params": net().parameters(), "lr": lr}], schedule=Cosine(5))
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_that_torch_takes(name):
+    for value in (1, 0.5, np.float32(0.5), np.int64(1), torch.tensor(0.5)):
+        ours, theirs = net(), net()
+        kwargs = {"lr": 0.1, "momentum": 0.9, name: value}
+        train(ours, SGD(ours.parameters(), **kwargs), 2)
+        train(theirs, torch.optim.SGD(theirs.parameters(), foreach=False, **kwargs), 2)
+        assert_equal_training(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [1, 0.5, np.float32(0.5), np.int64(1), torch.tensor(0.5)],
-    ids=lambda v: type(v).__name__,
-)
-@pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay"])
-def test_every_number_that_torch_takes(name, value):
-    ours, theirs = net(), net()
-    kwargs = {"lr": 0.1, "momentum": 0.9, name: value}
-    train(ours, SGD(ours.parameters(), **kwargs), 2)
-    train(theirs, torch.optim.SGD(theirs.parameters(), foreach=False, **kwargs), 2)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+def test_an_unavailable_backend_raises_at_once(monkeypatch):
+    states = {**library.backends(), "cpu": library.Availability(False, "not built")}
+    monkeypatch.setattr(library, "_BACKENDS", states)
+    with pytest.raises(BackendUnavailableError, match="cannot run here"):
+        SGD(net().parameters(), backend="cpu")
 
 
 # The step counter.
@@ -101,10 +133,9 @@ STEPS = {
     "negative": (-1, ValueError),
     "behind the end": (21, ValueError),
 }
-every_bad_step = pytest.mark.parametrize(("step", "error"), STEPS.values(), ids=STEPS)
 
 
-@every_bad_step
+@pytest.mark.parametrize(("step", "error"), STEPS.values(), ids=STEPS)
 def test_current_step_takes_integers_of_the_schedule(step, error):
     model, optimizer = trained()
     before = seen(model, optimizer)
@@ -114,22 +145,14 @@ def test_current_step_takes_integers_of_the_schedule(step, error):
     train(model, optimizer, 1, start=4)
 
 
-@pytest.mark.parametrize(("step", "error"), [(-1, ValueError), (1.0, TypeError)], ids=repr)
-def test_current_step_without_a_schedule(step, error):
+def test_current_step_is_an_int_and_without_a_schedule_any():
     optimizer = SGD(net().parameters())
-    with pytest.raises(error, match=r"^current_step must be .*>= 0, got "):
+    for step, error in ((-1, ValueError), (1.0, TypeError)):
+        with pytest.raises(error, match=r"^current_step must be .*>= 0, got "):
+            optimizer.current_step = step
+    for step in (3, np.int64(3), np.array(3), torch.tensor(3), 10**6):
         optimizer.current_step = step
-    optimizer.current_step = 10**6
-    assert optimizer.current_step == 10**6
-
-
-@pytest.mark.parametrize(
-    "step", [3, np.int64(3), np.array(3), torch.tensor(3)], ids=lambda v: type(v).__name__
-)
-def test_current_step_is_an_int(step):
-    _, optimizer = trained()
-    optimizer.current_step = step
-    assert (optimizer.current_step, type(optimizer.current_step)) == (3, int)
+        assert (optimizer.current_step, type(optimizer.current_step)) == (step, int)
 
 
 def test_current_step_stays_if_the_groups_do_not_fit():
@@ -139,6 +162,23 @@ def test_current_step_stays_if_the_groups_do_not_fit():
     with pytest.raises(ValueError, match=r"group 1: initial_lr must be finite and >= 0, got -1\.0"):
         optimizer.current_step = 9
     assert_unchanged(model, optimizer, before)
+
+
+@pytest.mark.parametrize(
+    ("steps", "change", "message"),
+    [
+        (1, {"lr": 0.5}, r"lr of parameter group 0 must be .* got 0\.5"),
+        (20, {}, "after the schedule's total_steps=20"),
+    ],
+    ids=["a changed rate", "past the end"],
+)
+def test_steps_off_the_schedule(steps, change, message):
+    model, optimizer = trained(Cosine(20), steps)
+    optimizer.param_groups[0].update(change)
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        train(model, optimizer, 1)
+    assert same_bits(weights(model), before)
 
 
 # Checkpoints.
@@ -201,39 +241,32 @@ STATES = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), STATES.values(), ids=STATES)
-@pytest.mark.parametrize("momentum_dtype", [None, torch.float32], ids=["own", "fp32"])
-def test_a_bad_state_is_refused_and_changes_nothing(change, error, message, momentum_dtype):
+def test_a_bad_state_is_refused_and_changes_nothing(change, error, message):
     _, saved = trained(steps=15)  # with frozen layers
     assert saved.frozen_layers
     state = copy.deepcopy(saved.state_dict())
     for buffer in range(6):  # frozen layers have none
         state["state"].setdefault(buffer, {})
     change(state)
-    model, optimizer = trained(momentum_dtype=momentum_dtype)
+    model, optimizer = trained(momentum_dtype=torch.float32)
     before = seen(model, optimizer)
     with pytest.raises(error, match=message):
         optimizer.load_state_dict(state)
     assert_unchanged(model, optimizer, before)
-    expected, straight = trained(momentum_dtype=momentum_dtype)
+    expected, straight = trained(momentum_dtype=torch.float32)
     train(expected, straight, 4, start=4)
     train(model, optimizer, 4, start=4)
     assert same_bits(weights(model), weights(expected))
 
 
-@pytest.mark.parametrize("state", [None, 3, [("state", {})], "state"], ids=repr)
-def test_what_is_no_state(state):
-    model, optimizer = trained()
-    before = seen(model, optimizer)
-    with pytest.raises(TypeError, match=r"state_dict must be a dict, as .* gives it, got"):
-        optimizer.load_state_dict(state)
-    assert_unchanged(model, optimizer, before)
-
-
-def test_without_a_schedule_a_step_is_checked_too():
+def test_what_is_no_state_and_a_step_without_a_schedule():
     model, optimizer = trained(schedule=None)
+    before = seen(model, optimizer)
+    for state in (None, 3, [("state", {})], "state"):
+        with pytest.raises(TypeError, match=r"state_dict must be a dict, as .* gives it, got"):
+            optimizer.load_state_dict(state)
     state = copy.deepcopy(optimizer.state_dict())
     with_all_steps(-5)(state)
-    before = seen(model, optimizer)
     with pytest.raises(ValueError, match=r"step of parameter group 0 must be >= 0, got -5"):
         optimizer.load_state_dict(state)
     assert_unchanged(model, optimizer, before)
@@ -267,8 +300,7 @@ def test_momentum_may_be_none():
         state["state"] = {i: {"momentum_buffer": None} for i in range(6)}
         optimizer.load_state_dict(state)
         train(model, optimizer, 3)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert_equal_training(ours, theirs)
 
 
 def test_what_a_hook_makes_of_a_state_is_checked():
@@ -342,17 +374,18 @@ TRIES = {
 }
 
 
-@covering(case=BY_HAND, attempt=TRIES, schedule={"cosine": Cosine(20), "freezing": FREEZING})
-def test_groups_edited_by_hand_are_refused(case, attempt, schedule):
-    edit, count = case
-    model, optimizer = trained(schedule=schedule)
-    edit(optimizer)
-    before = seen(model, optimizer)
-    message = rf"must be the 3 groups .*, got {count}: add groups with add_param_group, .* new opt"
-    for _ in range(2):
-        with pytest.raises(ValueError, match=message):
-            attempt(optimizer)
-    assert_unchanged(model, optimizer, before)
+@pytest.mark.parametrize("attempt", TRIES.values(), ids=TRIES)
+@pytest.mark.parametrize("schedule", [Cosine(20), FREEZING], ids=["cosine", "freezing"])
+def test_groups_edited_by_hand_are_refused(attempt, schedule):
+    for edit, count in BY_HAND.values():
+        model, optimizer = trained(schedule=schedule)
+        edit(optimizer)
+        before = seen(model, optimizer)
+        message = rf"must be the 3 groups .*, got {count}: add groups with add_param_group, .* new"
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                attempt(optimizer)
+        assert_unchanged(model, optimizer, before)
 
 
 def test_without_a_schedule_groups_may_be_edited():
@@ -376,30 +409,24 @@ INITIAL_RATES = {
 
 
 @pytest.mark.parametrize(("value", "error", "message"), INITIAL_RATES.values(), ids=INITIAL_RATES)
-@pytest.mark.parametrize("steps", [0, 3])
-def test_a_bad_initial_rate_is_refused_at_the_next_step(value, error, message, steps):
-    model, optimizer = trained(Cosine(20, eta_min=1e-3), steps=steps)
-    optimizer.param_groups[1]["initial_lr"] = value
-    before = seen(model, optimizer)
+def test_a_bad_initial_rate_is_refused_at_the_next_step(value, error, message):
     closures = []
-    for _ in range(2):
-        with pytest.raises(error, match=message):
-            optimizer.step(lambda: closures.append(1))
-    assert not closures
-    assert_unchanged(model, optimizer, before)
-    optimizer.param_groups[1]["initial_lr"] = 0.2
-    train(model, optimizer, 2, start=steps)
-    expected = Cosine(20, eta_min=1e-3).lr(steps + 2, 0.2)
-    assert optimizer.param_groups[1]["lr"] == pytest.approx(expected)
-
-
-def test_a_deleted_initial_rate_is_refused():
-    model, optimizer = trained()
+    for steps in (0, 3):
+        model, optimizer = trained(Cosine(20, eta_min=1e-3), steps=steps)
+        optimizer.param_groups[1]["initial_lr"] = value
+        before = seen(model, optimizer)
+        for _ in range(2):
+            with pytest.raises(error, match=message):
+                optimizer.step(lambda: closures.append(1))
+        assert not closures
+        assert_unchanged(model, optimizer, before)
+        optimizer.param_groups[1]["initial_lr"] = 0.2
+        train(model, optimizer, 2, start=steps)
+        expected = Cosine(20, eta_min=1e-3).lr(steps + 2, 0.2)
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(expected)
     del optimizer.param_groups[2]["initial_lr"]
-    before = seen(model, optimizer)
     with pytest.raises(TypeError, match="initial_lr of parameter group 2 must be a number"):
         optimizer.step()
-    assert_unchanged(model, optimizer, before)
 
 
 def test_a_tensor_rate_that_changes_in_place_is_checked():
@@ -413,16 +440,13 @@ def test_a_tensor_rate_that_changes_in_place_is_checked():
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
-)
-def test_copies_check_initial_rates(copied):
+def test_copies_check_initial_rates():
     _, optimizer = trained(Cosine(20))
-    other = copied(optimizer)
-    other.step()
-    other.param_groups[1]["initial_lr"] = math.nan
-    with pytest.raises(ValueError, match="group 1: initial_lr must be finite"):
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         other.step()
+        other.param_groups[1]["initial_lr"] = math.nan
+        with pytest.raises(ValueError, match="group 1: initial_lr must be finite"):
+            other.step()
 
 
 def test_checking_costs_nothing_while_rates_stay(monkeypatch):
@@ -434,21 +458,14 @@ def test_checking_costs_nothing_while_rates_stay(monkeypatch):
 
 
 LAYERS = {
-    "str": (
-        {"layer_index": "a"},
-        TypeError,
-        "layer_index of .* group 3 must be an int >= 0, .*'a'",
-    ),
+    "str": ({"layer_index": "a"}, TypeError, "layer_index of .* 3 must be an int >= 0, .*'a'"),
     "None": ({"layer_index": None}, TypeError, "layer_index of parameter group 3 .* got None"),
+    "none": ({}, ValueError, "no 'layer_index'"),
     "bool": ({"layer_index": True}, TypeError, "layer_index of parameter group 3 .* got True"),
     "negative": ({"layer_index": -1}, ValueError, "layer_index of .* group 3 must be >= 0, got -1"),
     "too large": ({"layer_index": 3, "num_layers": 3}, ValueError, r"group 3 .* 0\.\.2, .* got 3"),
     "num_layers": ({"layer_index": 0, "num_layers": "a"}, TypeError, "num_layers of .* 3 .* 'a'"),
-    "rate": (
-        {"layer_index": 0, "lr": "a"},
-        TypeError,
-        "lr of .* group 3 must be a number, got 'a'",
-    ),
+    "rate": ({"layer_index": 0, "lr": "a"}, TypeError, "lr of .* 3 must be a number, got 'a'"),
 }
 
 
