@@ -36,11 +36,11 @@ SELECTIONS = {
     "tests-cuda": Selection(
         "cuda-cuda or (gpu and not triton-cuda) or cuda_graph",
         {
-            "kernels/test_sgd_device.py": 1,
-            "kernels/test_adam_device.py": 1,
-            "kernels/test_statistics.py": 2,
-            "kernels/test_softmax.py": 2,
+            "kernels/test_softmax.py": 3,
             "kernels/test_sgd.py": 2,
+            "kernels/test_adam.py": 2,
+            "kernels/test_steps_device.py": 1,
+            "kernels/test_softmax_arguments.py": 1,
             "optim/test_optim.py": 1,
             "optim/test_optim_edits.py": 1,
             "ensemble/test_ways.py": 1,
@@ -55,14 +55,14 @@ SELECTIONS = {
         },
     ),
     "tests-triton": Selection(
-        "triton-cuda or (test_softmax_triton and not groups)",
+        "triton-cuda and not groups",
         {
-            "kernels/test_softmax_triton.py": 4,
-            "kernels/test_statistics.py": 3,
-            "kernels/test_softmax.py": 2,
+            "kernels/test_softmax.py": 6,
+            "kernels/test_softmax_triton.py": 2,
             "kernels/test_sgd.py": 2,
-            "kernels/test_sgd_device.py": 1,
-            "kernels/test_adam_device.py": 1,
+            "kernels/test_adam.py": 2,
+            "kernels/test_steps_device.py": 1,
+            "kernels/test_softmax_arguments.py": 1,
             "optim/test_optim.py": 1,
             "optim/test_optim_edits.py": 1,
         },
@@ -71,7 +71,7 @@ SELECTIONS = {
 # Stand-ins, so that the machinery runs.
 DRY_SELECTIONS = {
     "tests-cuda": Selection(
-        "cpu-cpu", {"kernels/test_sgd.py": 2, "kernels/test_statistics.py": 1}, share=12
+        "cpu-cpu", {"kernels/test_sgd.py": 2, "kernels/test_softmax_arguments.py": 1}, share=12
     ),
     "tests-triton": Selection("cpu-cpu", {"optim/test_optim.py": 1}, share=12),
 }

@@ -183,24 +183,6 @@ def test_each_check_can_fail(bad_kernels):
     assert {n for n, k in bad_kernels.items() if k.wide_stores()} == {"spilled", "good"}
 
 
-@pytest.mark.parametrize(
-    ("arch", "registers", "shared", "threads", "share"),
-    [
-        (90, 32, 0, 256, 1.0),
-        (90, 96, 0, 128, 20 / 64),  # 21 warps of registers, of which each scheduler has five
-        (90, 255, 0, 128, 8 / 64),
-        (90, 16, 0, 32, 32 / 64),  # as many blocks as there may be
-        (90, 16, 113 * 1024, 64, 4 / 64),
-        (75, 64, 0, 256, 1.0),
-        (75, 32, 32 * 1024, 32, 2 / 32),
-        (86, 40, 0, 1024, 32 / 48),
-        (120, 128, 0, 512, 16 / 48),
-    ],
-)
-def test_occupancy_of_known_cases(arch, registers, shared, threads, share):
-    assert MULTIPROCESSORS[arch].occupancy(registers, shared, threads) == share
-
-
 TRITON_QUICK = "sm_90"
 TRITON_TARGETS = [*(f"sm_{a}" for a in ARCHITECTURES), "gfx942"]
 every_target = pytest.mark.parametrize(

@@ -26,9 +26,10 @@ from tests.optim.helpers import (
 FREEZING = FreezeOut(20, t_0=0.5)
 
 
-def trained(schedule=FREEZING, steps=4, **kwargs):
+def trained(schedule=FREEZING, steps=4, of=SGD, **kwargs):
     model = net()
-    optimizer = SGD(layer_groups(model), lr=0.1, momentum=0.9, schedule=schedule, **kwargs)
+    kwargs |= {"momentum": 0.9} if of is SGD else {}
+    optimizer = of(layer_groups(model), lr=0.1, schedule=schedule, **kwargs)
     train(model, optimizer, steps)
     return model, optimizer
 
@@ -38,9 +39,9 @@ def seen(model, optimizer):
     return {
         "weights": [w.tolist() for w in weights(model)],
         "grads": [(p.requires_grad, id(p.grad)) for p in model.parameters()],
-        "momentum": {
-            id(p): (id(s["momentum_buffer"]), s["momentum_buffer"].tolist())
-            for p, s in optimizer.state.items()
+        "state": {
+            id(p): {name: (id(t), t.tolist()) for name, t in state.items()}
+            for p, state in optimizer.state.items()
         },
         "groups": [
             {**group, "id": id(group), "params": list(map(id, group["params"]))}
@@ -119,30 +120,140 @@ def test_an_unavailable_backend_raises_at_once(monkeypatch):
         SGD(net().parameters(), backend="cpu")
 
 
-# The step counter.
-
-STEPS = {
-    "float": (2.5, TypeError),
-    "whole float": (3.0, TypeError),
-    "bool": (True, TypeError),
-    "str": ("a", TypeError),
-    "None": (None, TypeError),
-    "float tensor": (torch.tensor(2.5), TypeError),
-    "bool tensor": (torch.tensor(True), TypeError),
-    "two elements": (torch.tensor([1, 2]), TypeError),
-    "negative": (-1, ValueError),
-    "behind the end": (21, ValueError),
-}
+# What leaves all as it was.
 
 
-@pytest.mark.parametrize(("step", "error"), STEPS.values(), ids=STEPS)
-def test_current_step_takes_integers_of_the_schedule(step, error):
-    model, optimizer = trained()
+def at(step):
+    return lambda optimizer: setattr(optimizer, "current_step", step)
+
+
+def adds(**group):
+    extra = {"params": [torch.nn.Parameter(torch.ones(2))], **group}
+    return lambda optimizer: optimizer.add_param_group(extra)
+
+
+def group(state, **values):
+    state["param_groups"][1].update(values)
+
+
+def all_steps(state, step):
+    for saved in state["param_groups"]:
+        saved["step"] = step
+
+
+def momentum(state, buffer):
+    state["state"][2]["momentum_buffer"] = buffer
+
+
+def load(change, *args, **kwargs):
+    """A state with frozen layers, changed."""
+
+    def act(optimizer):
+        state = copy.deepcopy(trained(steps=15, of=type(optimizer))[1].state_dict())
+        for buffer in range(6):  # frozen layers have none
+            state["state"].setdefault(buffer, {})
+        change(state, *args, **kwargs)
+        optimizer.load_state_dict(state)
+
+    return act
+
+
+OF_STEP = r"^current_step must be .*in 0\.\.20, got "
+REFUSED = {
+    "current_step 2.5": (at(2.5), TypeError, OF_STEP),
+    "current_step 3.0": (at(3.0), TypeError, OF_STEP),
+    "current_step bool": (at(True), TypeError, OF_STEP),
+    "current_step str": (at("a"), TypeError, OF_STEP),
+    "current_step None": (at(None), TypeError, OF_STEP),
+    "current_step float tensor": (at(torch.tensor(2.5)), TypeError, OF_STEP),
+    "current_step bool tensor": (at(torch.tensor(True)), TypeError, OF_STEP),
+    "current_step of two elements": (at(torch.tensor([1, 2])), TypeError, OF_STEP),
+    "current_step -1": (at(-1), ValueError, OF_STEP),
+    "current_step behind the end": (at(21), ValueError, OF_STEP),
+    "initial_lr nan": (load(group, initial_lr=math.nan), ValueError, "group 1: initial_lr .* nan"),
+    "initial_lr -1": (load(group, initial_lr=-1.0), ValueError, "group 1: initial_lr .* -1.0"),
+    "initial_lr str": (load(group, initial_lr="x"), TypeError, "initial_lr of .* 1 must be a num"),
+    "layer_index str": (load(group, layer_index="x"), TypeError, "layer_index of .* 1 .* 'x'"),
+    "layer_index -1": (load(group, layer_index=-1), ValueError, "layer_index of .* 1 .*>= 0.* -1"),
+    "layer_index 3 of 3": (load(group, layer_index=3), ValueError, r"layer_index of .* in 0\.\.2"),
+    "num_layers 0": (load(group, num_layers=0), ValueError, "num_layers of .* 1 .*>= 1, got 0"),
+    "num_layers float": (load(group, num_layers=3.0), TypeError, "num_layers of .* 1 .* an int"),
+    "step -5": (load(all_steps, -5), ValueError, r"step of .* 0 must be in 0\.\.20, got -5"),
+    "step 1000": (load(all_steps, 1000), ValueError, r"step of .* 0 must be in 0\.\.20, got 1000"),
+    "step str": (load(all_steps, "x"), TypeError, "step of .* 0 must be an integer .* 'x'"),
+    "step 20.0": (load(all_steps, 20.0), TypeError, r"step of .* 0 must be an integer .* 20\.0"),
+    "one step of another": (load(group, step=-1), ValueError, "step of parameter group 1 .* -1"),
+    "momentum float": (load(momentum, 3.0), ValueError, "momentum_buffer of .* 1 must be a ten"),
+    "momentum list": (load(momentum, [1.0]), ValueError, r"momentum_buffer .* None, got \[1\.0\]"),
+    "momentum str": (load(momentum, "abc"), ValueError, "momentum_buffer .* None, got 'abc'"),
+    "momentum shape": (load(momentum, torch.ones(2)), ValueError, "have its parameter's shape"),
+    "state 3.0": (load(lambda s: s["state"].update({2: 3.0})), ValueError, "state in group 1"),
+    "fewer groups": (load(lambda s: s["param_groups"].pop()), ValueError, "2, expected .* 3"),
+    "fewer parameters": (
+        load(lambda s: s["param_groups"][1]["params"].pop()), ValueError, "1 doesn't match .* 2"
+    ),
+    "no groups": (load(lambda s: s.pop("param_groups")), ValueError, "a list 'param_groups'"),
+    "no state": (load(lambda s: s.pop("state")), ValueError, "must have a dict 'state'"),
+    "a group is None": (
+        load(lambda s: s["param_groups"].__setitem__(1, None)), ValueError, "group 1 must be a dict"
+    ),
+    "another schedule": (
+        load(lambda s: s.update(schedule={"name": "Cosine"})), ValueError, "saved under schedule"
+    ),
+    "group's layer_index str": (adds(layer_index="a"), TypeError, "layer_index of .* 3 .* 'a'"),
+    "group's layer_index None": (adds(layer_index=None), TypeError, "layer_index .* 3 .* got None"),
+    "group's no layer_index": (adds(), ValueError, "no 'layer_index'"),
+    "group's layer_index bool": (adds(layer_index=True), TypeError, "layer_index .* 3 .* got True"),
+    "group's layer_index -1": (adds(layer_index=-1), ValueError, "layer_index of .* 3 .* got -1"),
+    "group's layer_index 3 of 3": (
+        adds(layer_index=3, num_layers=3), ValueError, r"group 3 .* 0\.\.2, .* got 3"
+    ),
+    "group's num_layers": (
+        adds(layer_index=0, num_layers="a"), TypeError, "num_layers of .* 3 .* 'a'"
+    ),
+    "group's lr": (adds(layer_index=0, lr="a"), TypeError, "lr of .* 3 must be a number, got 'a'"),
+}  # fmt: skip
+
+
+def of_sgd(state):
+    state |= trained(steps=15)[1].state_dict()
+
+
+def kept(state, without=None, **values):
+    state["state"][4].update(values)
+    state["state"][4].pop(without, None)
+
+
+HALF = r"must have exp_avg and exp_avg_sq, got none for \['exp_avg_sq'\]"
+REFUSED_BY_ADAM = {
+    "SGD's": (load(of_sgd), ValueError, "state_dict must be AdamW's: parameter group 0 has no"),
+    "no count": (load(kept, "step"), TypeError, "step of parameter 4"),
+    "count -1": (load(kept, step=-1), ValueError, "step of parameter 4 must be >= 0, got -1"),
+    "count str": (load(kept, step="3"), TypeError, "step of parameter 4 must be a number, got '3'"),
+    "two counts": (load(kept, step=torch.ones(2)), ValueError, "step of .* 4 must have one el"),
+    "half of the moments": (load(kept, "exp_avg_sq"), ValueError, HALF),
+    "another shape": (
+        load(kept, exp_avg=torch.ones(3)), ValueError, r"a exp_avg .* shape \(5, 33\), got \(3,\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("of", "act", "error", "message"),
+    [(SGD, *row) for row in REFUSED.values()] + [(AdamW, *row) for row in REFUSED_BY_ADAM.values()],
+    ids=[*REFUSED, *(f"Adam, {name}" for name in REFUSED_BY_ADAM)],
+)
+def test_what_is_refused_changes_nothing(of, act, error, message):
+    wide = {"momentum_dtype": torch.float32} if of is SGD else {}
+    model, optimizer = trained(of=of, **wide)
     before = seen(model, optimizer)
-    with pytest.raises(error, match=r"^current_step must be .*in 0\.\.20, got "):
-        optimizer.current_step = step
+    with pytest.raises(error, match=message):
+        act(optimizer)
     assert_unchanged(model, optimizer, before)
-    train(model, optimizer, 1, start=4)
+    expected, straight = trained(of=of, **wide)
+    train(expected, straight, 16, start=4)
+    train(model, optimizer, 16, start=4)
+    assert same_bits(weights(model), weights(expected))
 
 
 def test_current_step_is_an_int_and_without_a_schedule_any():
@@ -184,81 +295,6 @@ def test_steps_off_the_schedule(steps, change, message):
 # Checkpoints.
 
 
-def with_group(**values):
-    def change(state):
-        state["param_groups"][1].update(values)
-
-    return change
-
-
-def with_all_steps(step):
-    def change(state):
-        for group in state["param_groups"]:
-            group["step"] = step
-
-    return change
-
-
-def with_momentum(buffer):
-    def change(state):
-        state["state"][2]["momentum_buffer"] = buffer
-
-    return change
-
-
-STATES = {
-    "initial_lr nan": (with_group(initial_lr=math.nan), ValueError, "group 1: initial_lr .* nan"),
-    "initial_lr -1": (with_group(initial_lr=-1.0), ValueError, "group 1: initial_lr .* -1.0"),
-    "initial_lr str": (with_group(initial_lr="x"), TypeError, "initial_lr of .* 1 must be a num"),
-    "layer_index str": (with_group(layer_index="x"), TypeError, "layer_index of .* group 1 .* 'x'"),
-    "layer_index -1": (with_group(layer_index=-1), ValueError, "layer_index of .* 1 .*>= 0.* -1"),
-    "layer_index 3 of 3": (with_group(layer_index=3), ValueError, r"layer_index of .* in 0\.\.2"),
-    "num_layers 0": (with_group(num_layers=0), ValueError, "num_layers of .* 1 .*>= 1, got 0"),
-    "num_layers float": (with_group(num_layers=3.0), TypeError, "num_layers of .* 1 .* an int"),
-    "step -5": (with_all_steps(-5), ValueError, r"step of .* group 0 must be in 0\.\.20, got -5"),
-    "step 1000": (with_all_steps(1000), ValueError, r"step of .* 0 must be in 0\.\.20, got 1000"),
-    "step str": (with_all_steps("x"), TypeError, "step of .* group 0 must be an integer .* 'x'"),
-    "step 20.0": (with_all_steps(20.0), TypeError, r"step of .* 0 must be an integer .* 20\.0"),
-    "one step of another": (with_group(step=-1), ValueError, "step of parameter group 1 .* -1"),
-    "momentum float": (with_momentum(3.0), ValueError, "momentum_buffer of .* 1 must be a tensor"),
-    "momentum list": (with_momentum([1.0]), ValueError, r"momentum_buffer .* None, got \[1\.0\]"),
-    "momentum str": (with_momentum("abc"), ValueError, "momentum_buffer of .* or None, got 'abc'"),
-    "momentum shape": (with_momentum(torch.ones(2)), ValueError, "must have its parameter's shape"),
-    "no parameter state": (lambda s: s["state"].update({2: 3.0}), ValueError, "state in group 1"),
-    "fewer groups": (lambda s: s["param_groups"].pop(), ValueError, "2, expected .* 3"),
-    "fewer parameters": (
-        lambda s: s["param_groups"][1]["params"].pop(), ValueError, "1 doesn't match .* expected 2"
-    ),
-    "no groups": (lambda s: s.pop("param_groups"), ValueError, "a list 'param_groups'"),
-    "no state": (lambda s: s.pop("state"), ValueError, "must have a dict 'state'"),
-    "a group is None": (
-        lambda s: s["param_groups"].__setitem__(1, None), ValueError, "group 1 must be a dict"
-    ),
-    "another schedule": (
-        lambda s: s.update(schedule={"name": "Cosine"}), ValueError, "was saved under schedule"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "error", "message"), STATES.values(), ids=STATES)
-def test_a_bad_state_is_refused_and_changes_nothing(change, error, message):
-    _, saved = trained(steps=15)  # with frozen layers
-    assert saved.frozen_layers
-    state = copy.deepcopy(saved.state_dict())
-    for buffer in range(6):  # frozen layers have none
-        state["state"].setdefault(buffer, {})
-    change(state)
-    model, optimizer = trained(momentum_dtype=torch.float32)
-    before = seen(model, optimizer)
-    with pytest.raises(error, match=message):
-        optimizer.load_state_dict(state)
-    assert_unchanged(model, optimizer, before)
-    expected, straight = trained(momentum_dtype=torch.float32)
-    train(expected, straight, 4, start=4)
-    train(model, optimizer, 4, start=4)
-    assert same_bits(weights(model), weights(expected))
-
-
 def test_what_is_no_state_and_a_step_without_a_schedule():
     model, optimizer = trained(schedule=None)
     before = seen(model, optimizer)
@@ -266,7 +302,7 @@ def test_what_is_no_state_and_a_step_without_a_schedule():
         with pytest.raises(TypeError, match=r"state_dict must be a dict, as .* gives it, got"):
             optimizer.load_state_dict(state)
     state = copy.deepcopy(optimizer.state_dict())
-    with_all_steps(-5)(state)
+    all_steps(state, -5)
     with pytest.raises(ValueError, match=r"step of parameter group 0 must be >= 0, got -5"):
         optimizer.load_state_dict(state)
     assert_unchanged(model, optimizer, before)
@@ -310,7 +346,7 @@ def test_what_a_hook_makes_of_a_state_is_checked():
 
     def spoil(_, state_dict):
         changed = copy.deepcopy(state_dict)
-        with_group(initial_lr=-1.0)(changed)
+        group(changed, initial_lr=-1.0)
         return changed
 
     hook = optimizer.register_load_state_dict_pre_hook(spoil)
@@ -455,28 +491,6 @@ def test_checking_costs_nothing_while_rates_stay(monkeypatch):
         "fastfreeze.optim.fused.check_group_rate", lambda *_: pytest.fail("checked")
     )
     train(model, optimizer, 5, start=4)
-
-
-LAYERS = {
-    "str": ({"layer_index": "a"}, TypeError, "layer_index of .* 3 must be an int >= 0, .*'a'"),
-    "None": ({"layer_index": None}, TypeError, "layer_index of parameter group 3 .* got None"),
-    "none": ({}, ValueError, "no 'layer_index'"),
-    "bool": ({"layer_index": True}, TypeError, "layer_index of parameter group 3 .* got True"),
-    "negative": ({"layer_index": -1}, ValueError, "layer_index of .* group 3 must be >= 0, got -1"),
-    "too large": ({"layer_index": 3, "num_layers": 3}, ValueError, r"group 3 .* 0\.\.2, .* got 3"),
-    "num_layers": ({"layer_index": 0, "num_layers": "a"}, TypeError, "num_layers of .* 3 .* 'a'"),
-    "rate": ({"layer_index": 0, "lr": "a"}, TypeError, "lr of .* 3 must be a number, got 'a'"),
-}
-
-
-@pytest.mark.parametrize(("group", "error", "message"), LAYERS.values(), ids=LAYERS)
-def test_a_group_of_no_layer_is_not_added(group, error, message):
-    model, optimizer = trained()
-    before = seen(model, optimizer)
-    with pytest.raises(error, match=message):
-        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], **group})
-    assert_unchanged(model, optimizer, before)
-    train(model, optimizer, 16, start=4)
 
 
 def test_a_schedule_may_begin_with_rates_of_zero():

@@ -8,12 +8,6 @@ constexpr int kThreads = 64;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <bool kBroken>
-__global__ void reads_past_the_end(float* out, const float* x, int n) {
-  const int i = static_cast<int>(threadIdx.x);
-  if (i < n) out[i] = x[i] + x[kBroken ? i + 1 : i];
-}
-
-template <bool kBroken>
 __global__ void writes_past_the_end(float* out, const float* x, int n) {
   const int i = static_cast<int>(threadIdx.x);
   out[i] = 2 * x[i];
@@ -27,15 +21,6 @@ __global__ void misses_a_barrier(float* out, const float* x, int) {
   tile[i] = x[i];
   if (!kBroken) __syncthreads();
   out[i] = tile[kThreads - 1 - i];
-}
-
-template <bool kBroken>
-__global__ void misses_a_barrier_between_vectors(float* out, const float* x, int n) {
-  __shared__ float4 tile[kThreads / 4];
-  const int i = static_cast<int>(threadIdx.x), count = n / 4;
-  if (i < count) tile[i] = reinterpret_cast<const float4*>(x)[i];
-  if (!kBroken) __syncthreads();
-  if (i < count) reinterpret_cast<float4*>(out)[i] = tile[count - 1 - i];
 }
 
 // The barrier between a read and the next write of the same place.
@@ -73,15 +58,6 @@ __global__ void takes_another_barrier(float* out, const float* x, int) {
   out[i] = x[i];
 }
 
-template <bool kBroken>
-__global__ void misses_a_warp_barrier(float* out, const float* x, int) {
-  __shared__ float tile[kThreads];
-  const int i = static_cast<int>(threadIdx.x);
-  tile[i] = x[i];
-  if (!kBroken) __syncwarp();
-  out[i] = tile[i ^ 1];
-}
-
 // A shuffle exchanges registers; it does not order memory.
 template <bool kBroken>
 __global__ void trusts_a_shuffle(float* out, const float* x, int) {
@@ -117,16 +93,8 @@ template <bool kBroken>
 __global__ void loads_misaligned(float* out, const float* x, int n) {
   const int i = 4 * static_cast<int>(threadIdx.x);
   if (i + 4 >= n) return;
-  const float4 v = *reinterpret_cast<const float4*>(x + i + (kBroken ? 1 : 0));
-  *reinterpret_cast<float4*>(out + i) = v;
-}
-
-template <bool kBroken>
-__global__ void stores_misaligned(float* out, const float* x, int n) {
-  const int i = 4 * static_cast<int>(threadIdx.x);
-  if (i + 4 >= n) return;
-  const float4 v = *reinterpret_cast<const float4*>(x + i);
-  *reinterpret_cast<float4*>(out + i + (kBroken ? 2 : 0)) = v;
+  const uint4 v = *reinterpret_cast<const uint4*>(x + i + (kBroken ? 1 : 0));
+  *reinterpret_cast<uint4*>(out + i) = v;
 }
 
 template <bool kBroken>
@@ -137,18 +105,6 @@ __global__ void overflows_shared(float* out, const float* x, int n) {
   *place = x[i];
   __syncthreads();
   out[i] = tile[i];
-}
-
-template <bool kBroken>
-__global__ void overflows_a_local(float* out, const float* x, int n) {
-  float local[8] = {};
-  const int i = static_cast<int>(threadIdx.x);
-  float* place = local + (kBroken ? n / 8 : i % 8);
-  asm volatile("" : "+r"(place));  // not for the compiler to see through
-  __syncthreads();
-  *place = x[i];
-  __syncthreads();
-  out[i] = local[i % 8];
 }
 
 template <bool kBroken>
@@ -173,52 +129,35 @@ __global__ void blocks_count_themselves(float* out, unsigned* finished, float*, 
   if (kBroken) {
     *finished += 1;
   } else {
-    atomicAdd(finished, 1u);
+    cuda::atomic_ref<unsigned, cuda::thread_scope_device>(*finished).fetch_add(
+        1, cuda::memory_order_relaxed);
   }
 }
 
-// The block that finishes last reads what the others wrote.
-template <bool kRelease, bool kAtomic, bool kAcquire>
-__global__ void last_block_sums(float* out, unsigned* finished, float* parts, const float* x) {
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    parts[blockIdx.x] = x[blockIdx.x];
-    if (kRelease) __threadfence();
-    if (kAtomic) {
-      last = atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;
-    } else {
-      last = (*finished)++ == gridDim.x - 1;
-    }
-    if (kAcquire) __threadfence();
-  }
-  __syncthreads();
-  if (!last || threadIdx.x != 1) return;
-  float sum = 0;
-  for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
-  *out = sum;
-}
-
-// The write that comes between the fence and the atomic is not fenced.
-template <bool kBroken>
-__global__ void fences_too_early(float* out, unsigned* finished, float* parts, const float* x) {
-  if (threadIdx.x != 0) return;
-  if (!kBroken) parts[blockIdx.x] = x[blockIdx.x];
-  __threadfence();
-  if (kBroken) parts[blockIdx.x] = x[blockIdx.x];
-  if (atomicInc(finished, gridDim.x - 1) != gridDim.x - 1) return;
-  __threadfence();
-  float sum = 0;
-  for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
-  *out = sum;
-}
-
-// The same with an atomic that is ordered itself, in both directions or in one.
-template <cuda::memory_order kOrder>
+// The block that arrives last reads what the others wrote, if the atomic releases what comes before
+// it, and it or a fence acquires what others have released.
+template <cuda::memory_order kOrder, bool kFence>
 __global__ void last_block_adds(float* out, unsigned* finished, float* parts, const float* x) {
   if (threadIdx.x != 0) return;
   parts[blockIdx.x] = x[blockIdx.x];
   cuda::atomic_ref<unsigned, cuda::thread_scope_device> counter(*finished);
   if (counter.fetch_add(1, kOrder) != gridDim.x - 1) return;
+  if (kFence) cuda::atomic_thread_fence(cuda::memory_order_acquire, cuda::thread_scope_device);
+  float sum = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
+  *out = sum;
+  counter.exchange(0, cuda::memory_order_relaxed);
+}
+
+// A write that comes between the release and the atomic is not released.
+template <bool kBroken>
+__global__ void releases_too_early(float* out, unsigned* finished, float* parts, const float* x) {
+  if (threadIdx.x != 0) return;
+  if (!kBroken) parts[blockIdx.x] = x[blockIdx.x];
+  cuda::atomic_thread_fence(cuda::memory_order_release, cuda::thread_scope_device);
+  if (kBroken) parts[blockIdx.x] = x[blockIdx.x];
+  cuda::atomic_ref<unsigned, cuda::thread_scope_device> counter(*finished);
+  if (counter.fetch_add(1, cuda::memory_order_acquire) != gridDim.x - 1) return;
   float sum = 0;
   for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
   *out = sum;
@@ -248,43 +187,31 @@ void launch_grid(const emulation::Arguments& args, GridKernel right, GridKernel 
 #define SEEDED(name) \
   EMULATED(name) { launch(args, name<false>, name<true>); }
 
-SEEDED(reads_past_the_end)
 SEEDED(writes_past_the_end)
 SEEDED(misses_a_barrier)
-SEEDED(misses_a_barrier_between_vectors)
 SEEDED(misses_the_second_barrier)
 SEEDED(leaves_before_a_barrier)
 SEEDED(takes_another_barrier)
-SEEDED(misses_a_warp_barrier)
 SEEDED(trusts_a_shuffle)
 SEEDED(shuffles_with_the_gone)
 SEEDED(shuffles_outside_the_mask)
 SEEDED(is_not_in_its_mask)
 SEEDED(loads_misaligned)
-SEEDED(stores_misaligned)
 SEEDED(overflows_shared)
-SEEDED(overflows_a_local)
 SEEDED(reads_unwritten_shared)
 SEEDED(overflows_an_int)
 
 EMULATED(blocks_count_themselves) {
   launch_grid(args, blocks_count_themselves<false>, blocks_count_themselves<true>);
 }
-EMULATED(misses_a_fence) {
-  launch_grid(args, last_block_sums<true, true, true>, last_block_sums<false, true, true>);
-}
-EMULATED(misses_an_atomic) {
-  launch_grid(args, last_block_sums<true, true, true>, last_block_sums<true, false, true>);
-}
-EMULATED(misses_the_fence_after) {
-  launch_grid(args, last_block_sums<true, true, true>, last_block_sums<true, true, false>);
-}
 EMULATED(releases_alone) {
-  launch_grid(args, last_block_adds<cuda::memory_order_acq_rel>,
-              last_block_adds<cuda::memory_order_release>);
+  launch_grid(args, last_block_adds<cuda::memory_order_release, true>,
+              last_block_adds<cuda::memory_order_release, false>);
 }
 EMULATED(acquires_alone) {
-  launch_grid(args, last_block_adds<cuda::memory_order_acq_rel>,
-              last_block_adds<cuda::memory_order_acquire>);
+  launch_grid(args, last_block_adds<cuda::memory_order_acq_rel, false>,
+              last_block_adds<cuda::memory_order_acquire, false>);
 }
-EMULATED(fences_too_early) { launch_grid(args, fences_too_early<false>, fences_too_early<true>); }
+EMULATED(releases_too_early) {
+  launch_grid(args, releases_too_early<false>, releases_too_early<true>);
+}
