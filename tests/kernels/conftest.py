@@ -15,6 +15,7 @@ from tests.conftest import (
     kernels,
     resolved,
 )
+from tests.covering import covering
 
 # As kernels(), the CPU's for each instruction set, and CUDA's emulated where there is no GPU.
 STEPPERS = [p for p in kernels() if p.values[0] != ("cpu", "cpu")] + ([] if HAS_GPU else [EMULATED])
@@ -22,6 +23,17 @@ STEPPERS += [
     pytest.param((p.id, "cpu"), marks=[*kernel("cpu", "cpu").marks, *p.marks], id=f"cpu-{p.id}")
     for p in ISAS
 ]
+
+
+def rows_apart(name, values, **tables):
+    """Rows of covering, in which with a GPU each of the values has all pairs of the tables."""
+    each = [[value] for value in values] if HAS_GPU else [values]
+    return [row for some in each for row in covering(name, **{name: some}, **tables).args[1]]
+
+
+def by_steppers(steppers=STEPPERS, **tables):
+    rows = rows_apart("stepper", steppers, **tables)
+    return pytest.mark.parametrize(("stepper", *tables), rows, indirect=["stepper"])
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from fastfreeze.kernels import reference
 from fastfreeze.kernels.softmax import EnsembleStatistics
 from tests.conftest import HAS_GPU, ISAS, LEVELS, kernel, needs_cpu_kernels
-from tests.covering import covering
+from tests.kernels.conftest import rows_apart
 from tests.kernels.emulation.softmax import emulated_softmax
 
 NAN, INF = math.nan, math.inf
@@ -110,8 +110,7 @@ WAYS = [way("reference", by_reference, DEVICE), *KERNELS]
 
 def by_ways(ways, parts, **tables):
     """A test's rows over ways and tables; parts: in their place for PARTS, long to interpret."""
-    rows = covering("way", way=ways, **tables).args[1]
-    rows += covering("way", way=PARTS, **{**tables, **parts}).args[1]
+    rows = rows_apart("way", ways, **tables) + rows_apart("way", PARTS, **{**tables, **parts})
     return pytest.mark.parametrize(("way", *tables), rows, indirect=["way"])
 
 

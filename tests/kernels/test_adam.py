@@ -20,7 +20,7 @@ from fastfreeze.schedule import Segment
 from tests.conftest import needs_cpu_kernels, resolved, sgd_kernels
 from tests.covering import covering
 from tests.kernels.adam_plans import MOMENTS, named, spec_of
-from tests.kernels.conftest import STEPPERS
+from tests.kernels.conftest import STEPPERS, by_steppers
 from tests.kernels.guard import SIDES, by_threads, guarded
 
 LR = 0.05
@@ -129,9 +129,7 @@ def assert_plan_near(plan, steps, truth, amsgrad):
             assert_near(plan.moments[name][i], state[name], dtype)
 
 
-@covering(
-    "stepper",
-    stepper=STEPPERS,
+@by_steppers(
     dtype=KERNEL_DTYPES,
     case=CASES,
     wide={"": None, "wide": torch.float32},
@@ -340,9 +338,8 @@ def test_special_values_spread_as_in_torch(backend, device, dtype):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
-@covering(
-    "stepper",
-    stepper=[p for p in STEPPERS if p.values[0][0] != "reference" and p.values[0][1] != "cuda"],
+@by_steppers(
+    [p for p in STEPPERS if p.values[0][0] != "reference" and p.values[0][1] != "cuda"],
     dtype=KERNEL_DTYPES,
     size=[1, 33, 2048, 2051],
     side=SIDES,

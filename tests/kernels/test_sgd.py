@@ -16,7 +16,7 @@ from fastfreeze.kernels.reference import sgd_reference
 from fastfreeze.kernels.sgd import sgd
 from tests.conftest import needs_cpu_kernels, needs_gpu, resolved, sgd_kernels
 from tests.covering import covering
-from tests.kernels.conftest import STEPPERS
+from tests.kernels.conftest import STEPPERS, by_steppers
 from tests.kernels.guard import SIDES, by_threads, guarded
 
 HYPERS = {
@@ -63,7 +63,7 @@ def assert_near(ours, truth, dtype):
         assert a.numel() == 0 or error.max() <= TOLERANCE[dtype], f"tensor {i}"
 
 
-@covering("stepper", stepper=STEPPERS, dtype=KERNEL_DTYPES, hyper=HYPERS)
+@by_steppers(dtype=KERNEL_DTYPES, hyper=HYPERS)
 def test_against_the_reference_in_fp64(stepper, dtype, hyper):
     params, steps = make(SIZES, dtype, stepper[1])
     ours = run(sgd, params, steps, backend=stepper[0], **hyper)
@@ -114,9 +114,7 @@ def layouts(base):
     }
 
 
-@covering(
-    "stepper",
-    stepper=STEPPERS,
+@by_steppers(
     dtype=KERNEL_DTYPES,
     param_layout=["contiguous", "channels_last", "transposed", "sliced", "unaligned"],
     grad_layout=["contiguous", "channels_last", "sliced", "unaligned"],
@@ -161,9 +159,8 @@ def test_writes_nothing_outside_its_tensors_on_a_gpu(stepper):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
-@covering(
-    "stepper",
-    stepper=[p for p in STEPPERS if p.values[0][0] != "reference" and p.values[0][1] != "cuda"],
+@by_steppers(
+    [p for p in STEPPERS if p.values[0][0] != "reference" and p.values[0][1] != "cuda"],
     dtype=KERNEL_DTYPES,
     size=[1, 33, 513, 2048, 2051, 8193],
     side=SIDES,
