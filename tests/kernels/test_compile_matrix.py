@@ -94,14 +94,10 @@ every_architecture = pytest.mark.parametrize("arch", [slow_but(QUICK, a) for a i
 
 @needs_cuobjdump
 @every_architecture
-def test_cuda_kernels_stay_in_registers(arch):
-    assert not [name for name, k in built_for(arch).items() if k.uses_local_memory()]
-
-
-@needs_cuobjdump
-@every_architecture
-def test_cuda_kernels_know_global_memory(arch):
-    assert not [name for name, k in built_for(arch).items() if k.has_generic_accesses()]
+def test_cuda_kernels_stay_in_registers_and_know_global_memory(arch):
+    kernels = built_for(arch)
+    assert not [name for name, k in kernels.items() if k.uses_local_memory()]
+    assert not [name for name, k in kernels.items() if k.has_generic_accesses()]
 
 
 @needs_cuobjdump
