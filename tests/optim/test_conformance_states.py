@@ -24,6 +24,7 @@ from tests.optim.conformance import (
     set_gradients,
     tensors_of,
 )
+from tests.optim.helpers import train
 
 
 def saved_and_loaded(state):
@@ -154,16 +155,10 @@ def test_the_flags_in_a_checkpoint_mean_nothing(pair, saved):
 
 @every_pair
 def test_torch_goes_on_from_a_state_with_frozen_layers(pair):
-    def steps(model, optimizer, count):
-        for _ in range(count):
-            optimizer.zero_grad()
-            model(torch.ones(3, 6)).square().sum().backward()
-            optimizer.step()
-
     model, schedule = linears(6, 6, 6, 6, 6), fastfreeze.FreezeOut(20, t_0=0.5)
     plan = fastfreeze.split(model, torch.ones(3, 6), schedule=schedule, lr=0.01)
     optimizer = pair.ours(plan.param_groups(), **{**pair.keeping, "lr": 0.01}, schedule=schedule)
-    steps(model, optimizer, 8)
+    train(model, optimizer, 8)
     assert optimizer.frozen_layers
     found = []
     for make in (pair.ours, pair.theirs):
@@ -173,7 +168,7 @@ def test_torch_goes_on_from_a_state_with_frozen_layers(pair):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the loaded state was saved under schedule")
             successor.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        steps(other, successor, 3)
+        train(other, successor, 3)
         for i in optimizer.frozen_layers:
             assert torch.equal(other[i].weight, model[i].weight)
         found.append(successor)

@@ -16,8 +16,7 @@ from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles, Frozen, GradualUnfreezing
 from tests.nets import linears
-
-X = torch.randn(4, 6)
+from tests.optim.helpers import train
 
 
 def net():
@@ -26,13 +25,6 @@ def net():
 
 def planned(model, schedule, lr=0.1, **kwargs):
     return fastfreeze.split(model, layers=["0", "1", "2", "3"], schedule=schedule, lr=lr, **kwargs)
-
-
-def train(model, optimizer, steps):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(X).square().mean().backward()
-        optimizer.step()
 
 
 def told(act):
@@ -241,7 +233,7 @@ def test_gradients_in_turn_are_no_failure():
     def every_other_step():
         for step in range(50):
             optimizer.zero_grad()
-            model(X).square().mean().backward()
+            model(torch.ones(4, 6)).square().mean().backward()
             if step % 10:
                 model[2].zero_grad()
             optimizer.step()
