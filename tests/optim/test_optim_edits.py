@@ -172,11 +172,11 @@ EDITS = {
     "backend_and_device",
     backend_and_device=BACKENDS,
     edit=EDITS,
-    momentum={"momentum": 0.9, "plain": 0.0},
-    unseen={"": False, "unseen": True},
+    how={"momentum": (0.9, False), "plain": (0.0, False), "unseen": (0.9, True)},
 )
-def test_an_edit_counts_from_the_next_step_on(backend, edit, momentum, unseen):
-    """Also that of a parameter without a gradient in the step before."""
+def test_an_edit_counts_from_the_next_step_on(backend, edit, how):
+    """Also, unseen, that of a parameter without a gradient in the step before."""
+    momentum, unseen = how
     ours, theirs = pair_of(backend, momentum)
     kept = []
     for t in (ours, theirs):
