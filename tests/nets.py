@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -123,6 +125,11 @@ class Skipping(nn.Module):
 
     def forward(self, x):
         return self.head(self.b(self.a(x @ self.head.weight)))
+
+
+def linears(*widths):
+    """Linear layers between these widths, a layer each."""
+    return nn.Sequential(*(nn.Linear(n, m) for n, m in pairwise(widths)))
 
 
 def small_model():

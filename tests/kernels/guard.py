@@ -1,16 +1,14 @@
-"""Tensors beside unreadable memory: a stray access ends the process."""
+"""Tensors beside unreadable memory, where a stray access ends the process; numbers of threads."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 
-import pytest
 import torch
 
 PROT_NONE = 0
 SIDES = ["before", "after"]
-every_side = pytest.mark.parametrize("side", SIDES)
 
 
 def guarded(tensor, side="after"):
@@ -26,3 +24,15 @@ def guarded(tensor, side="after"):
     offset = page if side == "before" else page + room - size
     flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
     return flat.view(tensor.shape).copy_(tensor)
+
+
+def by_threads(function, counts=(1, 2, 3)):
+    """What a function returns with each number of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    return results

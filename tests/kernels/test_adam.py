@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastfreeze.kernels.adam import ADAM_HYPERS, AdamCpuPlan, AdamReferencePlan
+from fastfreeze.kernels.adam import ADAM_HYPERS, PLANS
 from fastfreeze.kernels.placements import Given
 from fastfreeze.kernels.plans import KERNEL_DTYPES, dtype_of_state
 from fastfreeze.kernels.reference import adam_reference
 from fastfreeze.schedule import Segment, SegmentTable
-from tests.conftest import ISAS, needs_cpu_kernels
+from tests.conftest import needs_cpu_kernels, resolved, sgd_kernels
 from tests.covering import covering
 from tests.kernels.adam_plans import MOMENTS, named, spec_of
-from tests.kernels.guard import SIDES, guarded
+from tests.kernels.conftest import STEPPERS, by_steppers
+from tests.kernels.guard import SIDES, by_threads, guarded
 
 LR = 0.05
 CASES = {
@@ -35,18 +36,13 @@ CASES = {
 SIZES = [1, 7, 33, 511, 513, 2049, 8193, 20001]
 # Relative to values of order one, after four steps: rounding once per step.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-PLANS = {"cpu": AdamCpuPlan, "reference": AdamReferencePlan}
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 
-BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels, id="cpu"), "reference"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
+@pytest.fixture(params=sgd_kernels())
+def backend_and_device(request):
+    return resolved(request)
 
 
 def hyper_rows(*cases):
@@ -63,20 +59,21 @@ def plan_of(backend, params, *, steps=None, **options):
     return PLANS[backend](spec)
 
 
-def take_step(plan, grads, hypers, step=0, grad_scale=None):
+def take_step(plan, grads, hypers, step=0, grad_scale=None, found_inf=None):
     given = Given(grads)
     aligned = plan.align(given.of(plan.params), given.of(grads), given)
-    lrs = plan.step(aligned, hypers, step, grad_scale, None)
-    return aligned, lrs
+    if grad_scale is not None and plan.on_device:
+        grad_scale = torch.full((), grad_scale, device=plan.params[0].device)
+    return plan.step(aligned, hypers, step, grad_scale, found_inf)
 
 
-def make(sizes, dtype, count=4):
+def make(sizes, dtype, device="cpu", count=4):
     """Parameters and gradients; of some a first gradient comes late, of some one is missing."""
 
     def gradient(n):
-        return ((torch.rand(n) + 0.5) * torch.randn(n).sign()).to(dtype)
+        return ((torch.rand(n) + 0.5) * torch.randn(n).sign()).to(device, dtype)
 
-    params = [torch.rand(n).add(0.5).to(dtype) for n in sizes]
+    params = [torch.rand(n).add(0.5).to(device, dtype) for n in sizes]
     steps = [[gradient(n) for n in sizes] for _ in range(count)]
     for s, grads in enumerate(steps):
         for i in range(len(sizes)):
@@ -85,108 +82,117 @@ def make(sizes, dtype, count=4):
     return params, steps
 
 
-def torchs(params, case):
-    """torch's for-loop over float64 copies."""
-    named = dict(zip(ADAM_HYPERS, hyper_rows(case)[0].tolist(), strict=True))
-    copies = [torch.nn.Parameter(p.double().clone()) for p in params]
-    return (torch.optim.AdamW if named["decoupled"] else torch.optim.Adam)(
-        copies,
-        lr=LR,
-        betas=(named["beta1"], named["beta2"]),
-        eps=named["eps"],
-        weight_decay=named["weight_decay"],
-        amsgrad=bool(named["amsgrad"]),
-        maximize=bool(named["maximize"]),
-        foreach=False,
-    )
+def torchs(params, *cases):
+    """torch's for-loop over float64 copies, each a group with the values of its case."""
+    groups = []
+    for p, case in zip(params, cases or [{}], strict=False):
+        values = dict(zip(ADAM_HYPERS, hyper_rows(case)[0].tolist(), strict=True))
+        groups.append(
+            {
+                "params": [torch.nn.Parameter(p.cpu().double().clone())],
+                "lr": values["lr"],
+                "betas": (values["beta1"], values["beta2"]),
+                **{name: values[name] for name in ("eps", "weight_decay")},
+                **{name: bool(values[name]) for name in ("amsgrad", "maximize")},
+                "decoupled_weight_decay": bool(values["decoupled"]),
+            }
+        )
+    return torch.optim.Adam(groups, foreach=False)
+
+
+def params_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def torch_step(optimizer, grads, grad_scale=1.0):
-    for p, g in zip(optimizer.param_groups[0]["params"], grads, strict=True):
-        p.grad = None if g is None else g.double() / grad_scale
+    for p, g in zip(params_of(optimizer), grads, strict=True):
+        p.grad = None if g is None else g.cpu().double() / grad_scale
     optimizer.step()
 
 
 def assert_near(ours, truth, dtype):
-    error = (ours.double() - truth.detach()).abs() / truth.detach().abs().clamp(min=1)
+    truth = truth.detach()
+    error = (ours.cpu().double() - truth).abs() / truth.abs().clamp(min=1)
     assert not error.isnan().any()
     assert error.max() <= TOLERANCE[dtype]
 
 
-def assert_near_torch(backend, dtype, case, state_dtype=None):
-    params, gradients = make(SIZES, dtype)
-    scale = case.get("grad_scale")
-    truth = torchs(params, case)
-    steps = torch.zeros(len(params))
-    plan = plan_of(backend, params, amsgrad="amsgrad" in case, state_dtype=state_dtype, steps=steps)
-    hypers = hyper_rows(case)
-    for step, grads in enumerate(gradients):
-        torch_step(truth, grads, scale or 1.0)
-        take_step(plan, grads, hypers, step, scale)
-    for i, expected in enumerate(truth.param_groups[0]["params"]):
-        assert_near(params[i], expected, dtype)
+def assert_plan_near(plan, steps, truth, amsgrad):
+    for i, expected in enumerate(params_of(truth)):
+        dtype = plan.params[i].dtype
+        assert_near(plan.params[i], expected, dtype)
         state = truth.state[expected]
         assert steps[i] == state["step"]
-        for name in MOMENTS[: 3 if "amsgrad" in case else 2]:
-            kept = plan.moments[name][i]
-            assert kept.dtype == dtype_of_state(params[i], state_dtype)
-            assert_near(kept, state[name], dtype)
+        for name in MOMENTS[: 3 if amsgrad else 2]:
+            assert_near(plan.moments[name][i], state[name], dtype)
+
+
+@by_steppers(
+    dtype=KERNEL_DTYPES,
+    case=CASES,
+    wide={"": None, "wide": torch.float32},
+    offset={"": 0, "unaligned": 1},
+)
+def test_plans_against_torchs_for_loop_in_fp64(stepper, dtype, case, wide, offset):
+    backend, device = stepper
+    params, gradients = make([n + offset for n in SIZES], dtype, device)
+    params = [p[offset:] for p in params]
+    gradients = [[None if g is None else g[offset:] for g in grads] for grads in gradients]
+    scale, amsgrad = case.get("grad_scale"), "amsgrad" in case
+    truth = torchs(params, *([case] * len(params)))
+    steps = torch.zeros(len(params), device=device)
+    plan = plan_of(backend, params, amsgrad=amsgrad, state_dtype=wide, steps=steps)
+    for step, grads in enumerate(gradients):
+        torch_step(truth, grads, scale or 1.0)
+        take_step(plan, grads, hyper_rows(case), step, scale)
+        for g, p in zip(grads, params_of(truth), strict=True):
+            if g is not None:
+                assert_near(g, p.grad, dtype)  # left unscaled
+    assert_plan_near(plan, steps, truth, amsgrad)
+    for name in MOMENTS[: 3 if amsgrad else 2]:
+        for p, kept in zip(params, plan.moments[name], strict=True):
+            assert kept.dtype == dtype_of_state(p, wide)
     assert plan.unstarted() == set()
 
 
-@covering("backend", backend=BACKENDS, dtype=KERNEL_DTYPES, case=CASES)
-def test_plans_against_torchs_for_loop_in_fp64(backend, dtype, case):
-    assert_near_torch(backend, dtype, case)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["adamw", "amsgrad", "scaled"])
-def test_wide_moments_of_16_bit_parameters(backend, dtype, name):
-    assert_near_torch(backend, dtype, CASES[name], torch.float32)
-
-
-@covering("isa", isa=ISAS, dtype=KERNEL_DTYPES, case=CASES)
-def test_every_instruction_set_against_torchs_for_loop_in_fp64(isa, dtype, case):
-    assert_near_torch("cpu", dtype, case)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
-@every_case
-def test_the_reference_is_torchs_for_loop_bit_for_bit(dtype, case):
-    case = {k: v for k, v in case.items() if k != "grad_scale"}
-    params = [torch.randn(37, dtype=dtype) for _ in range(2)]
-    truth = torchs([p.real for p in params], case)
-    truth.param_groups[0]["params"] = theirs = [torch.nn.Parameter(p.clone()) for p in params]
-    named = dict(zip(ADAM_HYPERS, hyper_rows(case)[0].tolist(), strict=True))
-    del named["initial_lr"]
-    flags = {name: bool(named.pop(name)) for name in ("decoupled", "maximize", "amsgrad")}
-    moments = [[None] * 2 for _ in MOMENTS]
-    counts = torch.zeros(2)
-    for _ in range(3):
-        grads = [torch.randn_like(p) for p in params]
-        adam_reference(params, grads, *moments, counts.unbind(), **named, **flags)
-        for p, g in zip(theirs, grads, strict=True):
-            p.grad = g.clone()
-        truth.step()
-    near = {"rtol": 1e-5, "atol": 1e-6} if dtype.is_complex else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(params, [p.detach() for p in theirs], **near)
-    squares = [truth.state[p]["exp_avg_sq"] for p in theirs]
-    torch.testing.assert_close(moments[1], squares, **near)
+def test_the_reference_is_torchs_for_loop_bit_for_bit(dtype):
+    for case in CASES.values():
+        params = [torch.randn(37, dtype=dtype) for _ in range(2)]
+        truth = torchs([p.real for p in params], case, case)
+        theirs = [torch.nn.Parameter(p.clone()) for p in params]
+        for group, p in zip(truth.param_groups, theirs, strict=True):
+            group["params"] = [p]
+        values = dict(zip(ADAM_HYPERS, hyper_rows(case)[0].tolist(), strict=True))
+        del values["initial_lr"]
+        flags = {name: bool(values.pop(name)) for name in ("decoupled", "maximize", "amsgrad")}
+        moments = [[None] * 2 for _ in MOMENTS]
+        counts = torch.zeros(2)
+        for _ in range(3):
+            grads = [torch.randn_like(p) for p in params]
+            adam_reference(params, grads, *moments, counts.unbind(), **values, **flags)
+            for p, g in zip(theirs, grads, strict=True):
+                p.grad = g.clone()
+            truth.step()
+        near = {"rtol": 1e-5, "atol": 1e-6} if dtype.is_complex else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(params, [p.detach() for p in theirs], **near)
+        squares = [truth.state[p]["exp_avg_sq"] for p in theirs]
+        torch.testing.assert_close(moments[1], squares, **near)
 
 
 @covering(
-    "backend",
-    backend=BACKENDS,
+    "backend_and_device",
+    backend_and_device=sgd_kernels(),
     dtype=KERNEL_DTYPES,
     grad_layout=["channels_last", "contiguous", "sliced"],
 )
-def test_every_layout_gives_the_same_result(backend, dtype, grad_layout):
-    values = torch.rand(3, 4, 5, 6).to(dtype)
+def test_every_layout_gives_the_same_result(backend, device, dtype, grad_layout):
+    values = torch.rand(3, 4, 5, 6).to(device, dtype)
     param = values.to(memory_format=torch.channels_last)
     ours, theirs = plan_of(backend, [param]), plan_of(backend, [values.clone()])
     hypers = hyper_rows({"weight_decay": 0.1})
     for _ in range(2):
-        grad = torch.randn(3, 4, 5, 6).to(dtype)
+        grad = torch.randn(3, 4, 5, 6).to(device, dtype)
         laid_out = {
             "channels_last": grad.to(memory_format=torch.channels_last),
             "contiguous": grad.clone(),
@@ -200,54 +206,78 @@ def test_every_layout_gives_the_same_result(backend, dtype, grad_layout):
 
 
 @needs_cpu_kernels
-@every_dtype
-def test_threads_give_the_same_bits(dtype):
-    params, gradients = make([100_000, 3, 70_000], dtype)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
+def test_threads_give_the_same_bits():
+    def stepped(params, gradients):
         plan = plan_of("cpu", [p.clone() for p in params], amsgrad=True)
         for grads in gradients:
             take_step(plan, grads, hyper_rows({"amsgrad": True}))
-        results.append(plan.params + plan.moments["max_exp_avg_sq"])
-    torch.set_num_threads(before)
-    assert all(map(torch.equal, *results))
+        return plan.params + plan.moments["max_exp_avg_sq"]
+
+    for dtype in KERNEL_DTYPES:
+        data = make([100_000, 3, 70_000], dtype)
+        one, three = by_threads(lambda d=data: stepped(*d), (1, 3))
+        assert all(map(torch.equal, one, three))
 
 
-@every_dtype
-def test_grad_scale_leaves_the_unscaled_gradient(backend, dtype):
-    param, grad = torch.ones(600).to(dtype), torch.full((600,), 8.0).to(dtype)
-    plan = plan_of(backend, [param])
-    aligned, _ = take_step(plan, [grad], hyper_rows({}), grad_scale=4.0)
-    assert (grad == 2).all()
-    assert aligned[0] is grad
-    [mean] = plan.moments["exp_avg"]
-    assert torch.allclose(mean.double(), torch.tensor(0.2).double(), rtol=0.01)
+def test_groups_in_one_launch_whose_parameters_count_for_themselves(backend, device):
+    """Each group with values of its own, one with amsgrad; counts also from what a user writes."""
+    cases = [
+        {"weight_decay": 0.1},
+        {"lr": 0.02, "beta1": 0.5, "beta2": 0.6, "amsgrad": True, "decoupled": False},
+        {"lr": 0.03, "eps": 0.1, "maximize": True, "beta1": 0.0, "beta2": 0.99999},
+    ]
+    groups = [0, 1, 2, 1]
+    params, _ = make([33, 2048, 2049, 1], torch.float32, device)
+    steps = torch.zeros(4, device=device)
+    spec = spec_of(params, steps=steps, amsgrad=True, groups=groups, segments=[()] * 3)
+    largest = spec.moments["max_exp_avg_sq"]
+    largest[0] = largest[2] = None
+    if backend == "reference":
+        spec.moments = {name: [None] * 4 for name in MOMENTS}
+    plan = PLANS[backend](spec)
+    truth = torchs(params, *(cases[g] for g in groups))
+    for step in range(5):
+        grads = make([p.numel() for p in params], torch.float32, device, 1)[1][0]
+        grads[1] = None if step == 1 else torch.rand_like(params[1]) + 0.5
+        if step == 3:
+            steps[1] = 40
+            truth.state[params_of(truth)[1]]["step"].fill_(40)
+        if step == 4:
+            steps[2] = truth.state[params_of(truth)[2]]["step"][...] = 100_000
+        torch_step(truth, grads)
+        lrs = take_step(plan, grads, hyper_rows(*cases), step)
+        assert lrs == pytest.approx([LR, 0.02, 0.03])
+    for ours, theirs in zip(params, params_of(truth), strict=True):
+        assert_near(ours, theirs, torch.float32)
+    assert steps.tolist() == [truth.state[p]["step"] for p in params_of(truth)]
 
 
-def test_an_edited_count_is_honoured(backend):
-    steps = torch.zeros(2)
-    params = [torch.zeros(3), torch.zeros(3)]
+def test_more_tensors_than_a_launch_has_arguments_or_looks_at_together(backend, device):
+    sizes = [1 + i % 7 for i in range(max(128, getattr(PLANS[backend], "table_from", 0)) + 1)]
+    params = [torch.rand(n, device=device) for n in sizes]
+    grads = [torch.rand_like(p) + 0.5 for p in params]
+    truth, steps = torchs(params, *([{}] * len(params))), torch.zeros(len(params), device=device)
     plan = plan_of(backend, params, steps=steps)
-    hypers = hyper_rows({})
-    for _ in range(2):
-        take_step(plan, [torch.ones(3), torch.ones(3)], hypers)
-    steps[1] = 6
-    params[1].zero_()
-    take_step(plan, [None, torch.ones(3)], hypers)
-    m, v, k = 1 - 0.9**3, 1 - 0.99**3, 7
-    expected = -LR / (1 - 0.9**k) * m / (math.sqrt(v / (1 - 0.99**k)) + 1e-8)
-    torch.testing.assert_close(params[1], torch.full((3,), expected))
-    assert steps.tolist() == [2, 7]
+    torch_step(truth, grads)
+    take_step(plan, grads, hyper_rows({}))
+    assert_plan_near(plan, steps, truth, amsgrad=False)
 
 
-@pytest.mark.parametrize("kind", ["started", "unstarted"])
-def test_unstarted_parameters_are_told(backend, kind):
-    plan = plan_of(backend, [torch.ones(2), torch.ones(2)])
+def test_unstarted_parameters_are_told(backend, device):
+    params = [torch.ones(2, device=device), torch.ones(2049, device=device)]
+    plan = plan_of(backend, params)
+    grads = [torch.ones_like(p) for p in params]
     assert plan.unstarted() == {0, 1}
-    take_step(plan, [torch.ones(2), None if kind == "unstarted" else torch.ones(2)], hyper_rows({}))
-    assert plan.unstarted() == ({1} if kind == "unstarted" else set())
+    if plan.on_device:
+        take_step(plan, grads, hyper_rows({}), found_inf=torch.ones((), device=device))
+        assert plan.unstarted() == {0, 1}
+        assert not any(t.any() for t in (*plan.moments["exp_avg"], *plan.moments["exp_avg_sq"]))
+    step, before = int(plan.on_device), [p._version for p in params]
+    take_step(plan, [None, grads[1]], hyper_rows({}), step)
+    assert plan.unstarted() == {0}
+    assert [p._version > b for p, b in zip(params, before, strict=True)] == [False, True]
+    take_step(plan, grads, hyper_rows({}), step + 1)
+    assert plan.unstarted() == set()
 
 
 def test_the_reference_takes_given_moments_at_step_0():
@@ -263,71 +293,65 @@ SEGMENTS = [
 ]
 
 
-def test_a_schedule_sets_rates_and_freezes(backend):
-    params = [torch.ones(40), torch.ones(50), torch.ones(60)]
-    steps, groups = torch.zeros(3), [0, 1, 1]
+def test_a_schedule_sets_rates_and_freezes(backend, device):
+    params = [torch.ones(n, device=device) for n in (40, 50, 60)]
+    steps, groups = torch.zeros(3, device=device), [0, 1, 1]
     plan = plan_of(
         backend, params, steps=steps, groups=groups, segments=SEGMENTS, eta_min=1e-3, warmup_steps=3
     )
     cases = [{"weight_decay": 0.1, "initial_lr": 0.2}, {"beta1": 0.5, "initial_lr": 0.1}]
     hypers = hyper_rows(*cases)
     rates = SegmentTable(SEGMENTS, 1e-3, 3)
-    truths = [torchs(params[:1], cases[0]), torchs(params[1:], cases[1])]
+    truth = torchs(params, *(cases[g] for g in groups))
     for step in range(5):
         grads = [torch.randn_like(p) for p in params]
-        for truth, own, lr in zip(
-            truths, (grads[:1], grads[1:]), rates.lrs(step, hypers[:, -1]), strict=True
-        ):
-            truth.param_groups[0]["lr"] = lr
-            torch_step(truth, own if lr else [None])
-        _, lrs = take_step(plan, grads, hypers, step)
-        np.testing.assert_allclose(lrs, rates.lrs(step + 1, hypers[:, -1]), rtol=1e-15)
-    expected = [p for truth in truths for p in truth.param_groups[0]["params"]]
-    for ours, theirs in zip(params, expected, strict=True):
+        lrs = rates.lrs(step, hypers[:, -1])
+        for group, g in zip(truth.param_groups, groups, strict=True):
+            group["lr"] = lrs[g]
+        torch_step(truth, [own if lrs[g] else None for own, g in zip(grads, groups, strict=True)])
+        found = take_step(plan, grads, hypers, step)
+        np.testing.assert_allclose(found, rates.lrs(step + 1, hypers[:, -1]), rtol=1e-15)
+    for ours, theirs in zip(params, params_of(truth), strict=True):
         assert_near(ours, theirs, torch.float32)
-    assert steps.tolist() == [3, 5, 5]
+    assert steps.tolist() == [0 if plan.on_device else 3, 5, 5]  # there a thaw starts anew
 
 
-@every_dtype
-def test_special_values_spread_as_in_torch(backend, dtype):
+@covering("backend_and_device", backend_and_device=sgd_kernels(), dtype=KERNEL_DTYPES)
+def test_special_values_spread_as_in_torch(backend, device, dtype):
     special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e4, -1e4, 1e-4] * 9)
     for case in (CASES["amsgrad"], CASES["adam"], CASES["no_betas"]):
-        param, grad = special.to(dtype), special.flip(0).roll(1).to(dtype)
+        param, grad = special.to(device, dtype), special.flip(0).roll(1).to(device, dtype)
         truth = torchs([param], case)
         plan = plan_of(backend, [param], amsgrad="amsgrad" in case, state_dtype=torch.float32)
-        for _ in range(2):
+        for step in range(2):
             torch_step(truth, [grad])
-            take_step(plan, [grad.clone()], hyper_rows(case))
-        expected = truth.param_groups[0]["params"][0].detach()
+            take_step(plan, [grad.clone()], hyper_rows(case), step)
+        expected, found = params_of(truth)[0].detach(), param.cpu()
         nan = expected.isnan()
-        assert torch.equal(param.isnan(), nan)
-        torch.testing.assert_close(param[~nan], expected[~nan].to(dtype))
+        assert torch.equal(found.isnan(), nan)
+        torch.testing.assert_close(found[~nan], expected[~nan].to(dtype))
         if "amsgrad" in case:
             largest = next(iter(truth.state.values()))["max_exp_avg_sq"]
-            assert torch.equal(plan.moments["max_exp_avg_sq"][0].isnan(), largest.isnan())
+            assert torch.equal(plan.moments["max_exp_avg_sq"][0].cpu().isnan(), largest.isnan())
 
 
-@needs_cpu_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
-@covering(dtype=KERNEL_DTYPES, size=[1, 33, 2051], side=SIDES)
-def test_nothing_beside_the_tensors_is_read_or_written(dtype, size, side):
+@by_steppers(
+    [p for p in STEPPERS if p.values[0][0] != "reference" and p.values[0][1] != "cuda"],
+    dtype=KERNEL_DTYPES,
+    size=[1, 33, 2048, 2051],
+    side=SIDES,
+)
+def test_nothing_beside_the_tensors_is_read_or_written(stepper, dtype, size, side):
     """A stray access ends the process."""
     param, grad, *moments = (guarded(torch.rand(size).to(dtype), side) for _ in range(5))
     steps = torch.ones(1)
-    plan = AdamCpuPlan(
-        replace(spec_of([param], steps=steps), moments=named(*([m] for m in moments)))
-    )
-    for count in (1.0, 0.0):
+    spec = replace(spec_of([param], steps=steps), moments=named(*([m] for m in moments)))
+    plan = PLANS[stepper[0]](spec)
+    for step, count in enumerate((1.0, 0.0)):
         steps.fill_(count)
-        take_step(plan, [grad], hyper_rows({"amsgrad": True}), grad_scale=2.0)
+        take_step(plan, [grad], hyper_rows({"amsgrad": True}), step, grad_scale=2.0)
     assert not param.isnan().any()
-
-
-def test_bumps_the_version_of_what_it_updates(backend):
-    params = [torch.ones(3), torch.ones(3)]
-    plan = plan_of(backend, params)
-    take_step(plan, [torch.ones(3), None], hyper_rows({}))
-    assert [p._version > 0 for p in params] == [True, False]
 
 
 @needs_cpu_kernels
@@ -356,13 +380,13 @@ def test_the_kernel_refuses_what_does_not_fit(case, message):
     assert all((p == 1).all() for p in params)
 
 
-def test_a_sparse_gradient_is_refused(backend):
-    plan = plan_of(backend, [torch.ones(2)])
-    with pytest.raises(ValueError, match="gradient"):
-        take_step(plan, [torch.ones(2).to_sparse()], hyper_rows({}))
-
-
 @needs_cpu_kernels
 def test_an_unknown_plan_is_refused():
     with pytest.raises(RuntimeError, match="no Adam plan has the handle 123456789"):
         torch.ops.fastfreeze.adam_step(123456789, 0, 0, 0, 1.0, False, 0)
+
+
+def test_a_sparse_gradient_is_refused(backend, device):
+    plan = plan_of(backend, [torch.ones(2, device=device)])
+    with pytest.raises(ValueError, match="gradient"):
+        take_step(plan, [torch.ones(2, device=device).to_sparse()], hyper_rows({}))

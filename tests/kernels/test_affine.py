@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastfreeze.kernels.affine import affine_relu_cat
-from tests.conftest import every_device, needs_cpu_kernels
-from tests.kernels.guard import every_side, guarded
+from tests.conftest import ISAS, every_device, needs_cpu_kernels
+from tests.covering import covering
+from tests.kernels.guard import SIDES, by_threads, guarded
 
 NAN = float("nan")
 FORMATS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -25,7 +26,6 @@ TOLERANCE = {
 
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 every_format = pytest.mark.parametrize("kind", FORMATS.values(), ids=FORMATS)
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def make(shape, dtype, kind=torch.contiguous_format, batch=3):
@@ -51,10 +51,7 @@ def assert_near(y, parts, scale, shift, relu=True):
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=atol)
 
 
-@needs_cpu_kernels
-@every_dtype
-@every_format
-@every_shape
+@covering("isa", isa=ISAS, shape=SHAPES, kind=FORMATS, dtype=list(TOLERANCE))
 def test_kernel_against_fp64(isa, shape, kind, dtype):
     parts = make(shape, dtype, kind)
     scale, shift = affine_of(parts)
@@ -123,10 +120,7 @@ def test_parts_of_different_formats_give_contiguous_planes():
     assert_near(y, parts, scale, shift)
 
 
-@needs_cpu_kernels
-@every_side
-@every_format
-@every_dtype
+@covering("isa", isa=ISAS, dtype=list(TOLERANCE), kind=FORMATS, side=SIDES)
 def test_reads_nothing_beside_its_arguments(isa, dtype, kind, side):
     for shape in [((5, 12), 3, 3), ((33,), 1, 1), ((1, 2), 31, 1)]:
         parts = []
@@ -140,9 +134,8 @@ def test_reads_nothing_beside_its_arguments(isa, dtype, kind, side):
         assert_near(affine_relu_cat(parts, scale, shift), parts, scale, shift)
 
 
-@every_format
-@every_dtype
-def test_nan_stays(kind, dtype):
+@covering(dtype=list(TOLERANCE), kind=FORMATS)
+def test_nan_stays(dtype, kind):
     (x,) = make(((19,), 6, 5), dtype, kind)
     x[1, 17, 5, 4] = NAN
     scale, shift = affine_of([x])
@@ -157,15 +150,8 @@ def test_nan_stays(kind, dtype):
 def test_same_bits_for_every_number_of_threads(kind):
     parts = make(((12, 40), 31, 33), torch.float32, kind, batch=5)
     scale, shift = affine_of(parts)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(affine_relu_cat(parts, scale, shift))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    results = by_threads(lambda: affine_relu_cat(parts, scale, shift))
+    assert all(torch.equal(results[0], other) for other in results)
 
 
 def test_gradients_flow_where_they_are_wanted():

@@ -94,14 +94,10 @@ every_architecture = pytest.mark.parametrize("arch", [slow_but(QUICK, a) for a i
 
 @needs_cuobjdump
 @every_architecture
-def test_cuda_kernels_stay_in_registers(arch):
-    assert not [name for name, k in built_for(arch).items() if k.uses_local_memory()]
-
-
-@needs_cuobjdump
-@every_architecture
-def test_cuda_kernels_know_global_memory(arch):
-    assert not [name for name, k in built_for(arch).items() if k.has_generic_accesses()]
+def test_cuda_kernels_stay_in_registers_and_know_global_memory(arch):
+    kernels = built_for(arch)
+    assert not [name for name, k in kernels.items() if k.uses_local_memory()]
+    assert not [name for name, k in kernels.items() if k.has_generic_accesses()]
 
 
 @needs_cuobjdump
@@ -181,24 +177,6 @@ def test_each_check_can_fail(bad_kernels):
     assert {n for n, k in bad_kernels.items() if k.has_generic_accesses()} == {"generic"}
     assert {n for n, k in bad_kernels.items() if k.wide_loads()} == {"spilled", "good"}
     assert {n for n, k in bad_kernels.items() if k.wide_stores()} == {"spilled", "good"}
-
-
-@pytest.mark.parametrize(
-    ("arch", "registers", "shared", "threads", "share"),
-    [
-        (90, 32, 0, 256, 1.0),
-        (90, 96, 0, 128, 20 / 64),  # 21 warps of registers, of which each scheduler has five
-        (90, 255, 0, 128, 8 / 64),
-        (90, 16, 0, 32, 32 / 64),  # as many blocks as there may be
-        (90, 16, 113 * 1024, 64, 4 / 64),
-        (75, 64, 0, 256, 1.0),
-        (75, 32, 32 * 1024, 32, 2 / 32),
-        (86, 40, 0, 1024, 32 / 48),
-        (120, 128, 0, 512, 16 / 48),
-    ],
-)
-def test_occupancy_of_known_cases(arch, registers, shared, threads, share):
-    assert MULTIPROCESSORS[arch].occupancy(registers, shared, threads) == share
 
 
 TRITON_QUICK = "sm_90"

@@ -46,7 +46,6 @@ def test_require_names_the_alternatives(monkeypatch):
 
 
 def test_a_library_that_is_missing_or_broken_has_a_reason(tmp_path, monkeypatch):
-    (tmp_path / "ops").mkdir()
     (tmp_path / "libbroken.so").write_bytes(b"not a library")
     monkeypatch.setattr(library, "__file__", str(tmp_path / "kernels/library.py"))
     assert "was not built" in library._load("absent").reason

@@ -38,19 +38,19 @@ def test_a_stretch_reaches_from_the_first_element_to_the_last():
     assert stretch_of(FLAT.view(10, 10).t()[2:4]) == (begin + 8, begin + 4 * 94)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_gaps_agree_with_every_pair(seed):
-    generator = torch.Generator().manual_seed(seed)
+def test_gaps_agree_with_every_pair():
+    generator = torch.Generator().manual_seed(0)
 
     def cuts(count):
         begins = torch.randint(0, 90, (count,), generator=generator).tolist()
         sizes = torch.randint(0, 8, (count,), generator=generator).tolist()
         return [FLAT[b : b + n] for b, n in zip(begins, sizes, strict=True)]
 
-    written = cuts(3)
     params = [torch.empty(n) for n in (0, 1, 4)]
-    gaps, look = Gaps(written), Look(params, written)
-    for _ in range(30):
+    for at in range(600):
+        if at % 30 == 0:
+            written = cuts(3)
+            gaps, look = Gaps(written), Look(params, written)
         begins = torch.randint(0, 90, (3,), generator=generator).tolist()
         grads = [FLAT[b : b + p.numel()] for b, p in zip(begins, params, strict=True)]
         apart = all(not sharing([[w], [g]]) for w in written for g in grads)

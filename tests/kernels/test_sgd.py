@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from fastfreeze.errors import BackendUnavailableError
 from fastfreeze.kernels import library
 from fastfreeze.kernels.plans import KERNEL_DTYPES
 from fastfreeze.kernels.reference import sgd_reference
-from tests.conftest import ISAS, needs_cpu_kernels, resolved, sgd_kernels
-from tests.covering import covering
-from tests.kernels.guard import SIDES, guarded
+from tests.conftest import needs_cpu_kernels, needs_gpu, resolved, sgd_kernels
+from tests.kernels.conftest import STEPPERS, by_steppers
+from tests.kernels.guard import SIDES, by_threads, guarded
 from tests.kernels.sgd_steps import sgd
 
 HYPERS = {
@@ -28,9 +29,6 @@ HYPERS = {
 SIZES = [0, 1, 7, 31, 32, 33, 511, 512, 513, 2047, 2048, 2049, 4097, 8192, 8193, 70001]
 # Relative to values of order one, after three steps: rounding once per step.
 TOLERANCE = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-every_hyper = pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
-every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 
 @pytest.fixture(params=sgd_kernels())
@@ -64,43 +62,24 @@ def assert_near(ours, truth, dtype):
         assert a.numel() == 0 or error.max() <= TOLERANCE[dtype], f"tensor {i}"
 
 
-def assert_near_the_truth(backend, params, steps, dtype, hyper):
-    ours = run(sgd, params, steps, backend=backend, **hyper)
-    truth = run(
-        sgd_reference,
-        [p.double() for p in params],
-        [[g.double() for g in s] for s in steps],
-        **hyper,
-    )
+@by_steppers(dtype=KERNEL_DTYPES, hyper=HYPERS)
+def test_against_the_reference_in_fp64(stepper, dtype, hyper):
+    params, steps = make(SIZES, dtype, stepper[1])
+    ours = run(sgd, params, steps, backend=stepper[0], **hyper)
+    wide = [p.double() for p in params], [[g.double() for g in s] for s in steps]
+    truth = run(sgd_reference, *wide, **hyper)
     assert_near(ours[0], truth[0], dtype)
     assert_near(ours[1], truth[1], dtype)
-    wide = "momentum_dtype" in hyper and dtype in (torch.float16, torch.bfloat16)
     if "momentum" in hyper:
-        assert {b.dtype for b in ours[1]} == {torch.float32 if wide else dtype}
-
-
-@covering(
-    "backend_and_device",
-    backend_and_device=sgd_kernels(),
-    dtype=KERNEL_DTYPES,
-    hyper=HYPERS,
-)
-def test_backends_against_the_reference_in_fp64(backend, device, dtype, hyper):
-    params, steps = make(SIZES, dtype, device)
-    assert_near_the_truth(backend, params, steps, dtype, hyper)
-
-
-@covering("isa", isa=ISAS, dtype=KERNEL_DTYPES, hyper=HYPERS)
-def test_every_instruction_set_against_the_reference_in_fp64(isa, dtype, hyper):
-    params, steps = make(SIZES, dtype)
-    assert_near_the_truth("cpu", params, steps, dtype, hyper)
+        widened = "momentum_dtype" in hyper and dtype in (torch.float16, torch.bfloat16)
+        assert {b.dtype for b in ours[1]} == {torch.float32 if widened else dtype}
 
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@every_hyper
-def test_within_an_ulp_of_torchs_for_loop(dtype, hyper):
-    hyper = {k: v for k, v in hyper.items() if k not in ("grad_scale", "momentum_dtype")}
+@pytest.mark.parametrize("name", ["plain", "momentum", "nesterov", "dampened"])
+def test_within_an_ulp_of_torchs_for_loop(dtype, name):
+    hyper = HYPERS[name]
     params, steps = make(SIZES, dtype)
     theirs = [torch.nn.Parameter(p.clone()) for p in params]
     optimizer = torch.optim.SGD(theirs, lr=0.1, foreach=False, **hyper)
@@ -134,14 +113,13 @@ def layouts(base):
     }
 
 
-@covering(
-    "backend_and_device",
-    backend_and_device=sgd_kernels(),
+@by_steppers(
     dtype=KERNEL_DTYPES,
     param_layout=["contiguous", "channels_last", "transposed", "sliced", "unaligned"],
     grad_layout=["contiguous", "channels_last", "sliced", "unaligned"],
 )
-def test_every_layout_gives_the_same_result(backend, device, dtype, param_layout, grad_layout):
+def test_every_layout_gives_the_same_result(stepper, dtype, param_layout, grad_layout):
+    backend, device = stepper
     if param_layout == "sliced":  # gaps: the reference's alone
         backend = None
     base = torch.randn(6, 8, 6, 6).to(device, dtype)
@@ -159,56 +137,40 @@ def test_every_layout_gives_the_same_result(backend, device, dtype, param_layout
     torch.testing.assert_close(mixed_buffers[0], buffers[0], rtol=tolerance, atol=tolerance)
 
 
-def assert_writes_nothing_outside(backend, device, dtype, size):
-    guard = 64
-    memory = torch.full((4, size + 2 * guard), math.nan, dtype=dtype, device=device)
-    inside = memory[:, guard : guard + size]
-    inside.copy_(torch.randn(4, size))
-    others = torch.randn(2, size).to(device, dtype)
-    sgd(
-        [inside[0], others[0]], [inside[1], others[1]], [inside[2], None],
-        lr=0.1, momentum=0.9, grad_scale=2.0, backend=backend,
-    )  # fmt: skip
-    assert not inside.isnan().any()
-    assert memory[:, :guard].isnan().all()
-    assert memory[:, guard + size :].isnan().all()
-
-
-GUARDED_SIZES = [1, 31, 33, 513, 2048, 8193]
-
-
-@covering(
-    "backend_and_device",
-    backend_and_device=sgd_kernels(),
-    dtype=KERNEL_DTYPES,
-    size=GUARDED_SIZES,
+@needs_gpu
+@pytest.mark.parametrize(
+    "stepper", [p for p in STEPPERS if p.values[0][1] == "cuda"] or STEPPERS[:1], indirect=True
 )
-def test_writes_nothing_outside_its_tensors(backend, device, dtype, size):
-    assert_writes_nothing_outside(backend, device, dtype, size)
+def test_writes_nothing_outside_its_tensors_on_a_gpu(stepper):
+    guard = 64
+    for dtype, size in product(KERNEL_DTYPES, (1, 31, 33, 513, 2048, 8193)):
+        memory = torch.full((4, size + 2 * guard), math.nan, dtype=dtype, device=stepper[1])
+        inside = memory[:, guard : guard + size]
+        inside.copy_(torch.randn(4, size))
+        others = torch.randn(2, size).to(stepper[1], dtype)
+        sgd(
+            [inside[0], others[0]], [inside[1], others[1]], [inside[2], None],
+            lr=0.1, momentum=0.9, grad_scale=2.0, backend=stepper[0],
+        )  # fmt: skip
+        assert not inside.isnan().any()
+        assert memory[:, :guard].isnan().all()
+        assert memory[:, guard + size :].isnan().all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
-@covering(
-    "backend_and_device",
-    backend_and_device=[
-        kernel
-        for kernel in sgd_kernels()
-        if kernel.values[0][0] != "reference" and kernel.values[0][1] != "cuda"
-    ],
+@by_steppers(
+    [p for p in STEPPERS if p.values[0][0] != "reference" and p.values[0][1] != "cuda"],
     dtype=KERNEL_DTYPES,
-    size=[1, 33, 2048, 2051],
+    size=[1, 33, 513, 2048, 2051, 8193],
     side=SIDES,
 )
-def test_nothing_beside_the_tensors_is_read_or_written(backend, dtype, size, side):
+def test_nothing_beside_the_tensors_is_read_or_written(stepper, dtype, size, side):
     """A stray access ends the process."""
     param, grad, buffer = (guarded(torch.rand(size).to(dtype), side) for _ in range(3))
-    sgd([param], [grad], [buffer], lr=0.1, momentum=0.9, grad_scale=2.0, backend=backend)
+    hyper = {"lr": 0.1, "momentum": 0.9, "grad_scale": 2.0, "backend": stepper[0]}
+    sgd([param], [grad], [buffer], **hyper)
+    sgd([param], [grad], [None], **hyper)
     assert not param.isnan().any()
-
-
-@covering("isa", isa=ISAS, dtype=KERNEL_DTYPES, size=GUARDED_SIZES)
-def test_no_instruction_set_writes_outside_its_tensors(isa, dtype, size):
-    assert_writes_nothing_outside("cpu", "cpu", dtype, size)
 
 
 def test_special_values_spread_as_in_torch(backend, device):
@@ -222,43 +184,25 @@ def test_special_values_spread_as_in_torch(backend, device):
 
 
 @needs_cpu_kernels
-@every_dtype
-def test_threads_give_the_same_bits(dtype):
-    params, steps = make([200_000, 3, 70_000], dtype)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(run(sgd, params, steps, momentum=0.9, backend="cpu")[0])
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+def test_threads_give_the_same_bits():
+    for dtype in KERNEL_DTYPES:
+        data = make([200_000, 3, 70_000], dtype)
+        one, two = by_threads(lambda d=data: run(sgd, *d, momentum=0.9, backend="cpu")[0], (1, 2))
+        assert all(map(torch.equal, one, two))
 
 
-def test_a_missing_gradient_leaves_its_parameter(backend, device):
-    params = [torch.ones(5, device=device), torch.ones(5, device=device)]
-    buffers = [None, None]
-    sgd(
-        params, [torch.ones(5, device=device), None], buffers, lr=0.5, momentum=0.9, backend=backend
-    )
-    assert params[0].tolist() == [0.5] * 5
-    assert params[1].tolist() == [1.0] * 5
-    assert buffers[1] is None
-
-
-def test_grad_scale_leaves_the_unscaled_gradient(backend, device):
-    grad = torch.full((3,), 8.0, device=device)
-    param = torch.zeros(3, device=device)
-    sgd([param], [grad], [None], lr=1.0, grad_scale=4.0, backend=backend)
-    assert grad.tolist() == [2.0] * 3
-    assert param.tolist() == [-2.0] * 3
-
-
-def test_grad_scale_reaches_a_gradient_of_other_strides(backend, device):
-    param = torch.zeros(2, 3, 4, 4, device=device).to(memory_format=torch.channels_last)
-    grad = torch.full((2, 3, 4, 4), 8.0, device=device)
-    sgd([param], [grad], [None], lr=1.0, grad_scale=4.0, backend=backend)
-    assert (grad == 2).all()
-    assert (param == -2).all()
+def test_gradients_that_are_missing_and_of_a_scaled_loss(backend, device):
+    """The latter are left unscaled, also those of other strides than their parameters."""
+    images = torch.zeros(2, 3, 4, 4, device=device).to(memory_format=torch.channels_last)
+    params = [torch.ones(5, device=device), torch.zeros(3, device=device), images]
+    grads = [None, *(torch.full(p.shape, 8.0, device=device) for p in params[1:])]
+    buffers = [None] * 3
+    sgd(params, grads, buffers, lr=1.0, momentum=0.9, grad_scale=4.0, backend=backend)
+    assert params[0].tolist() == [1.0] * 5
+    assert buffers[0] is None
+    for p, g in zip(params[1:], grads[1:], strict=True):
+        assert (g == 2).all()
+        assert (p == -2).all()
 
 
 def test_bumps_the_version_counter(backend, device):

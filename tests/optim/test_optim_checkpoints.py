@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.optim import SGD
+from fastfreeze.optim import SGD, AdamW
 from fastfreeze.schedule import Cosine, FreezeOut
 from tests.conftest import needs_cpu_kernels
-from tests.optim.test_optim import layer_groups, net, same_bits, train, weights
+from tests.optim.helpers import layer_groups, net, same_bits, train, weights
 
 
 def with_layers(model, schedule):
@@ -74,14 +74,10 @@ def test_torchs_distributed_checkpoints_load(flat):
         assert torch.equal(theirs.state[p]["momentum_buffer"], ours.state[q]["momentum_buffer"])
 
 
-@pytest.mark.parametrize(
-    "make",
-    [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam],
-    ids=lambda make: make.__name__,
-)
-def test_another_optimizers_state_is_refused(make):
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "NAdam"])
+def test_another_optimizers_state_is_refused(name):
     model = net()
-    theirs = make(model.parameters(), lr=0.25, weight_decay=0.3)
+    theirs = getattr(torch.optim, name)(model.parameters(), lr=0.25, weight_decay=0.3)
     train(model, theirs, 2)
     ours = SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model, ours, 1)
@@ -91,17 +87,38 @@ def test_another_optimizers_state_is_refused(make):
     assert str(ours.state_dict()) == before
 
 
-def test_a_schedules_state_needs_a_schedule():
+def test_states_of_other_schedules():
     model = net()
     scheduled = with_layers(model, Cosine(10))
     train(model, scheduled, 10)
-    plain = SGD(layer_groups(model), lr=0.5)
-    state = scheduled.state_dict()
+    plain, state = SGD(layer_groups(model), lr=0.5), scheduled.state_dict()
+    other = with_layers(model, Cosine(20))
+    with pytest.raises(ValueError, match="the state was saved under schedule"):
+        other.load_state_dict(state)
+    assert other.current_step == 0
     with pytest.warns(FastfreezeWarning, match=r"schedule .* and this optimizer has none"):
         plain.load_state_dict(state)
     assert plain.param_groups[0]["lr"] == scheduled.param_groups[0]["lr"]  # as torch's has it
     del state["schedule"]
     plain.load_state_dict(state)
+    other.load_state_dict(state)
+    assert other.current_step == 10
+
+
+def test_a_torch_checkpoint_has_no_step_and_perhaps_no_layers():
+    model = net()
+    layerless = [{"params": m.parameters()} for m in model]
+    for groups in (layer_groups(model), layerless):
+        rival = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        train(model, rival, 5)
+        optimizer = with_layers(model, FreezeOut(20, t_0=0.5))
+        with pytest.warns(FastfreezeWarning, match="no step counter"):
+            optimizer.load_state_dict(rival.state_dict())
+        assert [g["layer_index"] for g in optimizer.param_groups] == [0, 1, 2]
+        optimizer.current_step = 5
+        assert optimizer.frozen_layers == (0,)
+        train(model, optimizer, 15, start=5)
+        model.requires_grad_(True)
 
 
 DTYPES = {
@@ -129,6 +146,32 @@ def test_momentum_keeps_its_dtype_when_the_model_changes_its_own(dtypes):
         assert own.dtype == other.dtype
         eps = torch.finfo(dtypes[0]).eps
         torch.testing.assert_close(own, other, rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float64, torch.bfloat16),
+        (torch.bfloat16, torch.float64),
+    ],
+    ids=str,
+)
+def test_adams_moments_keep_theirs(dtypes):
+    """In torch's for-loop that is an error, with half of the step done."""
+    model, truth = net().to(dtypes[0]), net().double()
+    for each, own in ((model, dtypes), (truth, (torch.float64,) * 2)):
+        optimizer = AdamW(each.parameters(), lr=0.01)
+        for step, dtype in enumerate(own):
+            each.to(dtype)
+            for p in each.parameters():
+                p.grad = torch.full_like(p, 0.5 + step)
+            optimizer.step()
+        assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {own[0]}
+    for p, q in zip(model.parameters(), truth.parameters(), strict=True):
+        assert p.dtype == dtypes[1]
+        torch.testing.assert_close(p.double(), q, rtol=0.02, atol=0.01)
 
 
 @needs_cpu_kernels

@@ -35,17 +35,6 @@
 #define __shared__ static thread_local  // the scheduler finds them, and fills them with NaN
 #endif
 
-using std::isnan;
-
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(16) double2 {
-  double x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -62,12 +51,6 @@ T shuffle(unsigned mask, T value, unsigned source, Site site) {
   bits = meet(Wait::shuffle, mask, bits, source, site);
   std::memcpy(&value, &bits, sizeof value);
   return value;
-}
-
-// The first lane of the group of `width` that this lane is in.
-inline unsigned group(int width, Site site) {
-  if (width < 1 || width > 32 || (width & (width - 1)) != 0) fail("invalid width", site);
-  return lane() & ~static_cast<unsigned>(width - 1);
 }
 
 // Between two synchronisation points nothing else runs: to be atomic it need only look it.
@@ -104,50 +87,14 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATION_SITE) {
 }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMULATION_SITE) {
-  const unsigned first = emulation::group(width, {file, line});
-  const unsigned offset = static_cast<unsigned>(source) & static_cast<unsigned>(width - 1);
-  return emulation::shuffle(mask, value, first + offset, {file, line});
+T __shfl_sync(unsigned mask, T value, int source, EMULATION_SITE) {
+  return emulation::shuffle(mask, value, static_cast<unsigned>(source) % 32, {file, line});
 }
 
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32, EMULATION_SITE) {
-  const unsigned first = emulation::group(width, {file, line});
+T __shfl_xor_sync(unsigned mask, T value, int distance, EMULATION_SITE) {
   const unsigned source = emulation::lane() ^ static_cast<unsigned>(distance);
-  const bool reaches = source < first + static_cast<unsigned>(width);
-  return emulation::shuffle(mask, value, reaches ? source : emulation::lane(), {file, line});
-}
-
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, EMULATION_SITE) {
-  const unsigned end = emulation::group(width, {file, line}) + static_cast<unsigned>(width);
-  const unsigned here = emulation::lane();
-  const bool reaches = distance < end - here;
-  return emulation::shuffle(mask, value, reaches ? here + distance : here, {file, line});
-}
-
-inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_SITE) {
-  const uint64_t vote = predicate != 0;
-  return static_cast<unsigned>(
-      emulation::meet(emulation::Wait::ballot, mask, vote, emulation::lane(), {file, line}));
-}
-
-inline void __threadfence(EMULATION_SITE) {
-  emulation::release_fence({file, line});
-  emulation::acquire_fence();
-}
-
-inline int atomicAdd(int* address, int value, EMULATION_SITE) {
-  return emulation::update_atomic(address, {file, line}, [&](int old) { return old + value; });
-}
-
-inline unsigned atomicAdd(unsigned* address, unsigned value, EMULATION_SITE) {
-  return emulation::update_atomic(address, {file, line}, [&](unsigned old) { return old + value; });
-}
-
-inline unsigned atomicInc(unsigned* address, unsigned limit, EMULATION_SITE) {
-  return emulation::update_atomic(address, {file, line},
-                                  [&](unsigned old) { return old >= limit ? 0 : old + 1; });
+  return emulation::shuffle(mask, value, source, {file, line});
 }
 
 namespace cuda {

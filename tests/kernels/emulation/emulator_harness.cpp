@@ -7,13 +7,12 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Rows of `out`: xor, absolute, down, each of x by `amount` within groups of `width` lanes.
+// Rows of `out`: xor and absolute, each of x by `amount`.
 template <typename T>
-__global__ void shuffles(T* out, const T* x, int amount, int width) {
-  const unsigned i = threadIdx.x, n = blockDim.x;
-  out[i] = __shfl_xor_sync(kAllLanes, x[i], amount, width);
-  out[n + i] = __shfl_sync(kAllLanes, x[i], amount, width);
-  out[2 * n + i] = __shfl_down_sync(kAllLanes, x[i], amount, width);
+__global__ void shuffles(T* out, const T* x, int amount) {
+  const unsigned i = threadIdx.x;
+  out[i] = __shfl_xor_sync(kAllLanes, x[i], amount);
+  out[blockDim.x + i] = __shfl_sync(kAllLanes, x[i], amount);
 }
 
 // Each half of a warp by itself, in as many rounds as its lowest lane says.
@@ -21,19 +20,8 @@ __global__ void half_warps(int* out, const int* rounds) {
   const int i = static_cast<int>(threadIdx.x);
   const unsigned mask = i % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
   int sum = 0;
-  for (int r = 0; r < rounds[i / 16]; ++r) sum += __shfl_xor_sync(mask, i, 1 << r % 4, 16);
+  for (int r = 0; r < rounds[i / 16]; ++r) sum += __shfl_xor_sync(mask, i, 1 << r % 4);
   out[i] = sum;
-}
-
-__global__ void ballots(unsigned* out, const int* x) {
-  out[threadIdx.x] = __ballot_sync(kAllLanes, x[threadIdx.x]);
-}
-
-__global__ void atomics(int* sum, unsigned* count, unsigned* old) {
-  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
-  atomicAdd(sum, static_cast<int>(i));
-  atomicAdd(count, 2u);
-  old[i] = atomicInc(count + 1, 9);
 }
 
 __global__ void indices(int64_t* out) {
@@ -41,9 +29,12 @@ __global__ void indices(int64_t* out) {
   out[block * blockDim.x + threadIdx.x] = blockIdx.x + 100 * blockIdx.y + 10000 * threadIdx.x;
 }
 
-// The order in which threads come to the atomic: any, by the seed.
+// The order in which threads come to the atomic: any, by the seed. The last one sets it to 7.
 __global__ void order(unsigned* counter, unsigned* place) {
-  place[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(counter, 1u);
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  cuda::atomic_ref<unsigned, cuda::thread_scope_device> all(*counter);
+  place[i] = all.fetch_add(1, cuda::memory_order_relaxed);
+  if (place[i] == gridDim.x * blockDim.x - 1) all.exchange(7, cuda::memory_order_relaxed);
 }
 
 __global__ void widen(float* from_half, float* from_bfloat16, const uint16_t* bits, int64_t n) {
@@ -74,7 +65,7 @@ EMULATED(shuffle) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     emulation::emulate(1, 1, 64, args.seed, shuffles<T>, args.buffer<T>(0), args.buffer<const T>(1),
-                       args.integer(1), args.integer(2));
+                       args.integer(1));
   };
   switch (args.integer(0)) {
     case 0:
@@ -92,14 +83,10 @@ EMULATED(half_warp) {
   emulation::emulate(1, 1, 64, args.seed, half_warps, args.buffer<int>(0), args.buffer<int>(1));
 }
 
-EMULATED(ballot) {
-  emulation::emulate(1, 1, args.count<int>(1), args.seed, ballots, args.buffer<unsigned>(0),
-                     args.buffer<int>(1));
-}
-
-EMULATED(atomic) {
-  emulation::emulate(3, 1, 40, args.seed, atomics, args.buffer<int>(0), args.buffer<unsigned>(1),
-                     args.buffer<unsigned>(2));
+// Of 40 threads, whose second warp has lanes that the mask names and the block does not have.
+EMULATED(half_block) {
+  const auto kernel = +[](int* out) { out[threadIdx.x] = __shfl_sync(kAllLanes, 1, 0); };
+  emulation::emulate(1, 1, args.count<int>(0), args.seed, kernel, args.buffer<int>(0));
 }
 
 EMULATED(index) { emulation::emulate(3, 2, 5, args.seed, indices, args.buffer<int64_t>(0)); }

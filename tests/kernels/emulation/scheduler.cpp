@@ -148,8 +148,6 @@ const char* name_of(Wait wait) {
       return "__syncwarp";
     case Wait::shuffle:
       return "a shuffle";
-    case Wait::ballot:
-      return "__ballot_sync";
     default:
       return "";
   }
@@ -236,16 +234,12 @@ bool complete(const Machine& m, const Fiber& self) {
 
 void exchange(Machine& m, const Fiber& self) {
   Fiber* lanes = &m.fibers[self.thread / kWarp * kWarp];
-  uint64_t bits = 0;
-  for (unsigned i = 0; i < kWarp; ++i) {
-    if ((self.mask >> i & 1) != 0 && lanes[i].value != 0) bits |= uint64_t{1} << i;
-  }
   for (unsigned i = 0; i < kWarp; ++i) {
     if ((self.mask >> i & 1) == 0) continue;
     if ((self.mask >> lanes[i].source & 1) == 0) {
       fail("a lane reads one outside the mask", self.site);
     }
-    lanes[i].result = self.wait == Wait::ballot ? bits : lanes[lanes[i].source].value;
+    lanes[i].result = lanes[lanes[i].source].value;
   }
 }
 

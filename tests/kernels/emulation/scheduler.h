@@ -13,7 +13,7 @@ struct Site {
   int line;
 };
 
-enum class Wait { none, syncthreads, syncwarp, shuffle, ballot, exited };
+enum class Wait { none, syncthreads, syncwarp, shuffle, exited };
 
 struct Launch {
   int64_t grid_x, grid_y, block_x;
@@ -28,8 +28,7 @@ void run(const Launch& launch);
 // The rest is for a running thread to call.
 void barrier(Site site);
 
-// All lanes of `mask` meet. Returns the value of lane `source`; of a ballot, a bit for each lane
-// whose value is not 0.
+// All lanes of `mask` meet. Returns the value of lane `source`.
 uint64_t meet(Wait operation, unsigned mask, uint64_t value, unsigned source, Site site);
 
 // To be called before an atomic operation at `address`: it shows what its thread had done before

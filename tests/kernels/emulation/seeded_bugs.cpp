@@ -31,11 +31,11 @@ __global__ void misses_a_barrier(float* out, const float* x, int) {
 
 template <bool kBroken>
 __global__ void misses_a_barrier_between_vectors(float* out, const float* x, int n) {
-  __shared__ float4 tile[kThreads / 4];
+  __shared__ uint4 tile[kThreads / 4];
   const int i = static_cast<int>(threadIdx.x), count = n / 4;
-  if (i < count) tile[i] = reinterpret_cast<const float4*>(x)[i];
+  if (i < count) tile[i] = reinterpret_cast<const uint4*>(x)[i];
   if (!kBroken) __syncthreads();
-  if (i < count) reinterpret_cast<float4*>(out)[i] = tile[count - 1 - i];
+  if (i < count) reinterpret_cast<uint4*>(out)[i] = tile[count - 1 - i];
 }
 
 // The barrier between a read and the next write of the same place.
@@ -117,16 +117,16 @@ template <bool kBroken>
 __global__ void loads_misaligned(float* out, const float* x, int n) {
   const int i = 4 * static_cast<int>(threadIdx.x);
   if (i + 4 >= n) return;
-  const float4 v = *reinterpret_cast<const float4*>(x + i + (kBroken ? 1 : 0));
-  *reinterpret_cast<float4*>(out + i) = v;
+  const uint4 v = *reinterpret_cast<const uint4*>(x + i + (kBroken ? 1 : 0));
+  *reinterpret_cast<uint4*>(out + i) = v;
 }
 
 template <bool kBroken>
 __global__ void stores_misaligned(float* out, const float* x, int n) {
   const int i = 4 * static_cast<int>(threadIdx.x);
   if (i + 4 >= n) return;
-  const float4 v = *reinterpret_cast<const float4*>(x + i);
-  *reinterpret_cast<float4*>(out + i + (kBroken ? 2 : 0)) = v;
+  const uint4 v = *reinterpret_cast<const uint4*>(x + i);
+  *reinterpret_cast<uint4*>(out + i + (kBroken ? 2 : 0)) = v;
 }
 
 template <bool kBroken>
@@ -173,52 +173,35 @@ __global__ void blocks_count_themselves(float* out, unsigned* finished, float*, 
   if (kBroken) {
     *finished += 1;
   } else {
-    atomicAdd(finished, 1u);
+    cuda::atomic_ref<unsigned, cuda::thread_scope_device>(*finished).fetch_add(
+        1, cuda::memory_order_relaxed);
   }
 }
 
-// The block that finishes last reads what the others wrote.
-template <bool kRelease, bool kAtomic, bool kAcquire>
-__global__ void last_block_sums(float* out, unsigned* finished, float* parts, const float* x) {
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    parts[blockIdx.x] = x[blockIdx.x];
-    if (kRelease) __threadfence();
-    if (kAtomic) {
-      last = atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;
-    } else {
-      last = (*finished)++ == gridDim.x - 1;
-    }
-    if (kAcquire) __threadfence();
-  }
-  __syncthreads();
-  if (!last || threadIdx.x != 1) return;
-  float sum = 0;
-  for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
-  *out = sum;
-}
-
-// The write that comes between the fence and the atomic is not fenced.
-template <bool kBroken>
-__global__ void fences_too_early(float* out, unsigned* finished, float* parts, const float* x) {
-  if (threadIdx.x != 0) return;
-  if (!kBroken) parts[blockIdx.x] = x[blockIdx.x];
-  __threadfence();
-  if (kBroken) parts[blockIdx.x] = x[blockIdx.x];
-  if (atomicInc(finished, gridDim.x - 1) != gridDim.x - 1) return;
-  __threadfence();
-  float sum = 0;
-  for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
-  *out = sum;
-}
-
-// The same with an atomic that is ordered itself, in both directions or in one.
-template <cuda::memory_order kOrder>
+// The block that arrives last reads what the others wrote, if the atomic releases what comes before
+// it, and it or a fence acquires what others have released.
+template <cuda::memory_order kOrder, bool kFence>
 __global__ void last_block_adds(float* out, unsigned* finished, float* parts, const float* x) {
   if (threadIdx.x != 0) return;
   parts[blockIdx.x] = x[blockIdx.x];
   cuda::atomic_ref<unsigned, cuda::thread_scope_device> counter(*finished);
   if (counter.fetch_add(1, kOrder) != gridDim.x - 1) return;
+  if (kFence) cuda::atomic_thread_fence(cuda::memory_order_acquire, cuda::thread_scope_device);
+  float sum = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
+  *out = sum;
+  counter.exchange(0, cuda::memory_order_relaxed);
+}
+
+// A write that comes between the release and the atomic is not released.
+template <bool kBroken>
+__global__ void releases_too_early(float* out, unsigned* finished, float* parts, const float* x) {
+  if (threadIdx.x != 0) return;
+  if (!kBroken) parts[blockIdx.x] = x[blockIdx.x];
+  cuda::atomic_thread_fence(cuda::memory_order_release, cuda::thread_scope_device);
+  if (kBroken) parts[blockIdx.x] = x[blockIdx.x];
+  cuda::atomic_ref<unsigned, cuda::thread_scope_device> counter(*finished);
+  if (counter.fetch_add(1, cuda::memory_order_acquire) != gridDim.x - 1) return;
   float sum = 0;
   for (unsigned i = 0; i < gridDim.x; ++i) sum += parts[i];
   *out = sum;
@@ -270,21 +253,14 @@ SEEDED(overflows_an_int)
 EMULATED(blocks_count_themselves) {
   launch_grid(args, blocks_count_themselves<false>, blocks_count_themselves<true>);
 }
-EMULATED(misses_a_fence) {
-  launch_grid(args, last_block_sums<true, true, true>, last_block_sums<false, true, true>);
-}
-EMULATED(misses_an_atomic) {
-  launch_grid(args, last_block_sums<true, true, true>, last_block_sums<true, false, true>);
-}
-EMULATED(misses_the_fence_after) {
-  launch_grid(args, last_block_sums<true, true, true>, last_block_sums<true, true, false>);
-}
 EMULATED(releases_alone) {
-  launch_grid(args, last_block_adds<cuda::memory_order_acq_rel>,
-              last_block_adds<cuda::memory_order_release>);
+  launch_grid(args, last_block_adds<cuda::memory_order_release, true>,
+              last_block_adds<cuda::memory_order_release, false>);
 }
 EMULATED(acquires_alone) {
-  launch_grid(args, last_block_adds<cuda::memory_order_acq_rel>,
-              last_block_adds<cuda::memory_order_acquire>);
+  launch_grid(args, last_block_adds<cuda::memory_order_acq_rel, false>,
+              last_block_adds<cuda::memory_order_acquire, false>);
 }
-EMULATED(fences_too_early) { launch_grid(args, fences_too_early<false>, fences_too_early<true>); }
+EMULATED(releases_too_early) {
+  launch_grid(args, releases_too_early<false>, releases_too_early<true>);
+}

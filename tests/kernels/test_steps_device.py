@@ -1,11 +1,11 @@
-"""What SGD's device backends do alone: captured steps, overflows seen by the device alone.
+"""What the device backends' steps do alone: captured ones, overflows seen by the device alone.
 
 Without a GPU a captured step's launches are recorded, and a replay launches them again.
 """
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from torch import nn
 
 from fastfreeze.kernels import sgd as sgd_ops
 from fastfreeze.kernels.plans import PlanSpec
-from fastfreeze.optim import SGD
+from fastfreeze.optim import SGD, AdamW, FusedOptimizer
 from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles, SnapshotCycles
-from tests.conftest import HAS_GPU, device_kernels, resolved
+from tests.conftest import HAS_GPU, device_kernels, needs_gpu, resolved
+from tests.covering import covering
 
 TOTAL = 20
 
@@ -37,10 +38,10 @@ def layers(params):
     ]
 
 
-def set_grads(params, step):
+def set_grads(params, step, scale=1.0):
     for i, p in enumerate(params):
         generator = torch.Generator().manual_seed(1000 * step + i)
-        grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+        grad = torch.randn(p.shape, generator=generator).mul(scale).to(p.device, p.dtype)
         p.grad = grad if p.grad is None else p.grad.copy_(grad)
 
 
@@ -52,7 +53,7 @@ class RecordedGraph:
 
     def capture(self, optimizer):
         with self.monkeypatch.context() as patch:
-            patch.setattr(SGD, "_is_capturing", lambda _: True)
+            patch.setattr(FusedOptimizer, "_is_capturing", lambda _: True)
             for part in optimizer._runtime.parts:
                 plan = part.plan
                 patch.setattr(
@@ -91,58 +92,50 @@ SCHEDULES = {
     "thaw": FreezeOutCycles(TOTAL, num_cycles=2, t_0=0.7, composition="thaw"),
     "warm": FreezeOut(TOTAL, t_0=0.7, warmup_steps=7, layer_decay=0.5),
 }
-HYPERS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 1e-2}
+sgd = partial(SGD, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=1e-2)
+CLASSES = {"SGD": sgd, "AdamW": partial(AdamW, lr=0.01, amsgrad=True)}
 
 
-def make(params, schedule, backend):
-    return SGD(layers(params), schedule=schedule, backend=backend, **HYPERS)
+def make(params, schedule, backend, of=sgd):
+    return of(layers(params), schedule=schedule, backend=backend)
 
 
-def assert_same_state(a, b):
-    assert a.keys() == b.keys()
-    for i in a:
-        assert torch.equal(a[i]["momentum_buffer"], b[i]["momentum_buffer"])
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_replays_follow_the_schedule(backend, device, graph, schedule):
-    eager, replayed = parameters(device), parameters(device)
-    straight, optimizer = make(eager, schedule, backend), make(replayed, schedule, backend)
+@covering(
+    "backend_and_device",
+    backend_and_device=device_kernels(),
+    schedule=SCHEDULES,
+    of=CLASSES,
+    overflows={"no scaler": None, "never": (), "at first": (0, 1), "later": (4,)},
+    until={"": TOTAL, "then eager": 10},
+)
+def test_replays_follow_the_schedule(backend, device, graph, schedule, of, overflows, until):
+    """And overflows: also at a state's first step, in a graph or before: the next one is first."""
+    params = {name: parameters(device) for name in ("reference", backend)}
+    optimizers = {name: make(params[name], schedule, name, of) for name in params}
     for step in range(TOTAL):
-        set_grads(eager, step)  # frozen ones too: they are not touched
-        straight.step()
-        set_grads(replayed, step)
-        if step == 1:
-            graph.capture(optimizer)
-            assert optimizer.current_step == 1  # recorded, not taken
-        if step == 0:
-            optimizer.step()
-        else:
-            graph.replay()
-        for a, b in zip(eager, replayed, strict=True):
-            assert torch.equal(a, b), step
-    assert optimizer.current_step == TOTAL
-    assert optimizer.frozen_layers == straight.frozen_layers
-    lrs = [group["lr"] for group in straight.param_groups]
-    assert [group["lr"] for group in optimizer.param_groups] == lrs
-    assert_same_state(optimizer.state_dict()["state"], straight.state_dict()["state"])
-
-
-def test_eager_steps_go_on_after_replays(backend, device, graph):
-    schedule = SCHEDULES["freezeout"]
-    eager, mixed = parameters(device), parameters(device)
-    straight, optimizer = make(eager, schedule, backend), make(mixed, schedule, backend)
-    for step in range(TOTAL):
-        for params, stepped in ((eager, straight), (mixed, optimizer)):
-            set_grads(params, step)
-            if stepped is optimizer and step == 1:
+        for name, optimizer in optimizers.items():
+            set_grads(params[name], step, 1.0 if overflows is None else 4.0)  # of frozen ones too
+            if overflows is not None and step == 0:
+                optimizer.found_inf = torch.zeros((), device=device)
+                optimizer.grad_scale = torch.full((), 4.0, device=device)
+            if overflows is not None:
+                optimizer.found_inf.fill_(float(step in overflows))
+            if name == backend and step == 1:
                 graph.capture(optimizer)
-            if stepped is optimizer and 1 <= step < 10:
+                assert optimizer.current_step == 1  # recorded, not taken
+            if name == backend and 1 <= step < until:
                 graph.replay()
             else:
-                stepped.step()
-    assert all(torch.equal(a, b) for a, b in zip(eager, mixed, strict=True))
-    assert optimizer.current_step == TOTAL
+                optimizer.step()
+        near = {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(params[backend], params["reference"], **near)
+    ours, reference = optimizers[backend], optimizers["reference"]
+    assert ours.current_step == TOTAL
+    assert ours.frozen_layers == reference.frozen_layers
+    lrs = [group["lr"] for group in reference.param_groups]
+    assert [group["lr"] for group in ours.param_groups] == pytest.approx(lrs, rel=1e-14, abs=1e-15)
+    state, expected = (optimizer.state_dict()["state"] for optimizer in (ours, reference))
+    torch.testing.assert_close(state, expected, check_device=False, **near)
 
 
 def test_a_layer_that_thaws_behind_a_graphs_back_is_an_error(backend, device, graph):
@@ -192,54 +185,26 @@ def test_a_graph_looks_who_has_started_where_that_may_change(
     assert unstarted == [set()]
 
 
-@pytest.mark.parametrize("change", ["hyperparameter", "gradient", "storage", "no step"])
-def test_what_needs_a_step_before_a_capture(backend, device, graph, monkeypatch, change):
-    params = parameters(device)
-    optimizer = SGD(params, lr=0.1, momentum=0.9, backend=backend)
-    set_grads(params, 0)
-    params[0].grad = None
-    if change != "no step":
-        optimizer.step()
-    if change == "gradient":
+def test_what_needs_a_step_before_a_capture(backend, device, graph, monkeypatch):
+    for change in ("hyperparameter", "gradient", "storage", "no step"):
+        params = parameters(device)
+        optimizer = SGD(params, lr=0.1, momentum=0.9, backend=backend)
         set_grads(params, 0)
-    elif change == "hyperparameter":
-        optimizer.param_groups[0]["weight_decay"] = 0.1
-    elif change == "storage":
-        params[1].data = params[1].data.clone()
-    before = [p.detach().clone() for p in params]
-    monkeypatch.setattr(SGD, "_is_capturing", lambda _: True)
-    with pytest.raises(RuntimeError, match="take a step before capturing one"):
-        optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
-
-
-@pytest.mark.parametrize("overflows", [(0,), (0, 1), (3,), ()], ids=str)
-@pytest.mark.parametrize("dampening", [0.0, 0.3])
-def test_an_overflow_is_seen_by_the_device(backend, device, graph, overflows, dampening):
-    """Also at a buffer's first step, and in a graph: the next one is then the first."""
-    ours, theirs = parameters(device), parameters(device)
-    hyper = {"lr": 0.1, "momentum": 0.9, "dampening": dampening}
-    o = SGD(ours, backend=backend, **hyper)
-    t = torch.optim.SGD(theirs, foreach=False, **hyper)
-    o.found_inf = torch.zeros((), device=device)
-    o.grad_scale = torch.full((), 4.0, device=device)
-    for step in range(6):
-        set_grads(ours, step)
-        set_grads(theirs, step)
-        for p in ours:
-            p.grad.mul_(4)
-        o.found_inf.fill_(float(step in overflows))
-        if step == 2:
-            graph.capture(o)
-        if step >= 2:
-            graph.replay()
-        else:
-            o.step()
-        if step not in overflows:
-            t.step()
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    assert o.current_step == 6
+        params[0].grad = None
+        if change != "no step":
+            optimizer.step()
+        if change == "gradient":
+            set_grads(params, 0)
+        elif change == "hyperparameter":
+            optimizer.param_groups[0]["weight_decay"] = 0.1
+        elif change == "storage":
+            params[1].data = params[1].data.clone()
+        before = [p.detach().clone() for p in params]
+        with monkeypatch.context() as patch:
+            patch.setattr(SGD, "_is_capturing", lambda _: True)
+            with pytest.raises(RuntimeError, match="take a step before capturing one"):
+                optimizer.step()
+        assert all(map(torch.equal, before, params)), change
 
 
 def test_a_buffer_without_a_first_step_is_not_saved(backend, device):
@@ -253,23 +218,6 @@ def test_a_buffer_without_a_first_step_is_not_saved(backend, device):
     optimizer.found_inf.zero_()
     optimizer.step()
     assert len(optimizer.state_dict()["state"]) == len(params)
-
-
-def test_more_tensors_than_a_launch_has_arguments(backend, device):
-    torch.manual_seed(0)
-    ours = [nn.Parameter(torch.randn(1 + i % 7, device=device)) for i in range(481)]
-    theirs = copy.deepcopy(ours)
-    o = SGD(ours, lr=0.1, momentum=0.9, backend=backend)
-    t = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
-    for step in range(2):
-        for params in (ours, theirs):
-            for p in params:
-                p.grad = None  # new addresses
-            set_grads(params, step)
-        o.step()
-        t.step()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def plan_of(backend, sizes, device="cpu"):
@@ -312,41 +260,22 @@ def test_tables_are_kept_for_each_stream_that_steps(backend, device, monkeypatch
     assert kept == [side, side]
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-@pytest.mark.parametrize("schedule", ["cosine", "freezeout"])
-def test_a_step_does_not_wait_for_the_device(backend, device, schedule):
-    """Nor do the first one and a freeze, which make tables."""
+@needs_gpu
+@pytest.mark.parametrize("of", CLASSES.values(), ids=CLASSES)
+def test_a_step_is_one_launch_and_does_not_wait_for_the_device(backend, device, of):
+    """Nor do the first one and a freeze, which make tables, nor overflows."""
     params = parameters(device)
-    optimizer = make(params, SCHEDULES[schedule], backend)
-    for step in range(TOTAL):
+    optimizer = make(params, SCHEDULES["freezeout"], backend, of)
+    zero, one = (torch.full((), x, device=device) for x in (0.0, 1.0))
+    for step in range(TOTAL - 1):
         set_grads(params, step)
+        if step == 2:
+            optimizer.found_inf, optimizer.grad_scale = zero, one
         torch.cuda.set_sync_debug_mode("error")
         try:
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-def test_an_overflow_is_not_waited_for(backend, device):
-    params = parameters(device)
-    optimizer = make(params, Cosine(TOTAL), backend)
-    optimizer.found_inf = torch.zeros((), device=device)
-    optimizer.grad_scale = torch.ones((), device=device)
-    set_grads(params, 0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-def test_a_step_is_one_launch(backend, device):
-    params = parameters(device)
-    optimizer = make(params, Cosine(TOTAL), backend)
-    set_grads(params, 0)
-    optimizer.step()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         optimizer.step()
