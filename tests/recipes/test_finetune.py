@@ -1,7 +1,8 @@
 """``fastfreeze finetune``: weights from a file, four recipes, the best epoch, a killed run."""
 
 import json
-import time
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fastfreeze.recipes.networks import build_network
 from fastfreeze.recipes.rundir import RunDir
 from fastfreeze.recipes.training import predict
 from tests.commands import assert_same_lines, invoke, why, work_in, write_pictures
-from tests.killed import killed, untimed
+from tests.killed import untimed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = pytest.mark.train
@@ -35,6 +36,25 @@ def make(outputs=2):
 """
 
 
+# In a process of its own: torch computes no gradients in the fork of one that has compiled.
+STOPS_IN_THE_SECOND_EPOCH = """
+import time
+from fastfreeze.cli import main
+from fastfreeze.recipes.rundir import RunDir
+
+log = RunDir.log
+
+def stopped(self, line):
+    log(self, line)
+    if line.get("epoch") == 2:
+        print("there", flush=True)
+        time.sleep(60)
+
+RunDir.log = stopped
+main()
+"""
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A directory with a module, images, and weights for seven classes in both formats."""
@@ -48,11 +68,15 @@ def own(tmp_path, monkeypatch):
     return weights
 
 
-def tuned(*more, run="run", weights="weights.pth"):
+def arguments(*more, run="run", weights="weights.pth"):
     fixed = "--image-size 8 --model tune_own:make --batch-size 8 --threads 1 --data-dir images"
     short = f"--epochs 3 --validation 0.2 --weights {weights} --run-dir {run} --json"
     recipe = [] if any("recipe" in option for option in more) else ["--until=1"]
-    return invoke("finetune", *fixed.split(), *short.split(), *recipe, *more)
+    return ["finetune", *fixed.split(), *short.split(), *recipe, *more]
+
+
+def tuned(*more, **where):
+    return invoke(*arguments(*more, **where))
 
 
 def results_of(result):
@@ -132,19 +156,10 @@ def test_a_killed_run_ends_as_one_that_was_not(own, name):
     options, *_ = RECIPES[name]
     assert tuned(*options, "--quiet", run="whole").exit_code == 0
 
-    def until_the_second_epoch(ready):
-        log = RunDir.log
-
-        def blocked(self, line):
-            log(self, line)
-            if line.get("epoch") == 2:
-                ready()
-                time.sleep(60)
-
-        RunDir.log = blocked
-        tuned(*options, "--quiet")
-
-    killed(until_the_second_epoch)
+    command = [sys.executable, "-c", STOPS_IN_THE_SECOND_EPOCH, *arguments(*options, "--quiet")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"there\n"
+        process.kill()
     resumed = invoke("finetune", "--resume", "run", "--quiet")
     assert resumed.exit_code == 0, resumed.output
     found, expected = RunDir.open(Path("run")), RunDir.open(Path("whole"))
