@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastfreeze
+from tests.nets import tiny_bert
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 pytestmark = [
@@ -54,14 +55,6 @@ def test_lightning(run, capsys):
 def test_the_trainer(run):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    config = transformers.BertConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=8,
-        num_labels=3,
-    )
     input_ids = torch.randint(20, (8, 5))
     attention_mask = torch.ones_like(input_ids)
     dataset = [
@@ -70,7 +63,7 @@ def test_the_trainer(run):
     ]
     names = run(
         "Hugging Face Trainer",
-        model=transformers.BertForSequenceClassification(config),
+        model=tiny_bert(num_labels=3),
         arguments=transformers.TrainingArguments(
             "run", num_train_epochs=6, report_to=[], use_cpu=True, disable_tqdm=True
         ),
