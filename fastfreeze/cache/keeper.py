@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastfreeze.cache.calls import (
     Call,
@@ -225,10 +225,9 @@ class Keeper:
             arguments = spec_text, tuple(s for s in signature if isinstance(s, str))
             if not self._known.may_learn(given, what, arguments):
                 return NotImplemented
-            outcome, result = self._learn(given, function, module, leaves, spec)
+            outcome, values, nesting = self._learn(given, function, module, leaves, spec)
             if outcome is None:
-                return result
-            values = tree_leaves(result)
+                return tree_unflatten(values, nesting)
         nodes: list[Any] = [
             self._node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
         ]
@@ -274,8 +273,9 @@ class Keeper:
 
     def _learn(
         self, given: Any, function: Any, module: Any, leaves: Sequence[Any], spec: Any
-    ) -> tuple[Outcome | None, Any]:
-        """Make a call that is new: its outcome, None if it is not to be put off; and what it gives.
+    ) -> tuple[Outcome | None, list[Any], Any]:
+        """Make a call that is new: its outcome, None if it is not to be put off; and what it gives,
+        with how that is nested.
 
         It is made once more if in the first time the module has set itself up, or folded
         convolutions were compared.
@@ -301,10 +301,10 @@ class Keeper:
             self._known.outcomes[given] = None
             for leaf in leaves:
                 settle(leaf)  # has been read
-            return None, result
+            return None, values, nesting
         metas = tuple([numbers.get(id(v), meta_of(v)) for v in values])
         self._known.outcomes[given] = outcome = Outcome(metas, nesting)
-        return outcome, result
+        return outcome, values, nesting
 
     def _made(self, function: Any, args: Any, kwargs: Any, asks: _Asks, is_module: bool) -> Any:
         """What a call gives, with nothing in it put off."""
