@@ -61,9 +61,9 @@ class Question:
         title: for the page.
         budgets: rising epochs of each task.
         methods: by name.
-        run: a run's record, given the folder of the data and whether to count MACs: "seconds",
-            "macs", "error" and "nll" of the test set, "validation_error" and "validation_nll", and
-            what else there is to tell. It runs in a process of its own.
+        run: a run's record, given the folder of the data and whether to count MACs and to judge:
+            "seconds"; and then "macs", "error" and "nll" of the test set, "validation_error" and
+            "validation_nll", and what else there is to tell. It runs in a process of its own.
         fetch: brings the data into a folder, once.
         columns: further ones of the table: their titles, and what of a record they show.
     """
