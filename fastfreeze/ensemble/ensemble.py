@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map_only
 from fastfreeze.checks import check_int
 from fastfreeze.ensemble._checks import check_no_arrays, logits_of, warn_of_probabilities
 from fastfreeze.ensemble.graphs.trace import Call, NoGraphError
-from fastfreeze.ensemble.members import new_member, share, unshare
+from fastfreeze.ensemble.members import CannotCopyError, new_member, share, unshare
+from fastfreeze.ensemble.merge import MergedModule
 from fastfreeze.ensemble.run import MAX_KEPT, Prepared, one_by_one, prepare
 from fastfreeze.kernels.softmax import EnsembleAverage, ensemble_softmax
 from fastfreeze.kernels.softmax_arguments import check_logits
@@ -34,11 +35,11 @@ class SnapshotEnsemble(nn.Module):
     The members are copies of the model, always in eval mode, and without gradients of their own;
     ``to``, ``state_dict`` and so on work as for any module. Members that hold the same bits hold
     them once: layers frozen before the first snapshot, or between two, take memory and time once.
-    What they compute from the same values runs once too (:attr:`plan` tells how much); a write to
-    a member's tensors is noticed at the next call, except through ``.data``. The first call of a
-    kind (these arguments, this image size and layout; one row, or any number of them) traces the
-    model, and runs members to compare, which is for one thread alone: make it before several
-    threads call at once. If the first outputs ever are probabilities, it warns.
+    What they compute from the same values runs once too; a write to a member's tensors is noticed
+    at the next call, except through ``.data``. The first call of a kind (these arguments, this
+    image size and layout; one row, or any number of them) traces the model, and runs members to
+    compare, which is for one thread alone: make it before several threads call at once. If the
+    first outputs ever are probabilities, it warns.
 
     Args:
         model: a model of the snapshots' architecture, of whatever weights, which is copied and not
@@ -53,7 +54,9 @@ class SnapshotEnsemble(nn.Module):
             equal up to rounding. False: the bits of the members called one by one.
 
     Attributes:
+        members: the copies.
         fold, how: as above; may be set.
+        how_it_ran: the latest call, in words: what ran once for all, and what did not and why.
 
     Raises:
         TypeError: one of ``snapshots`` is not a state dict; ``model`` cannot be copied, or is not
@@ -86,7 +89,7 @@ class SnapshotEnsemble(nn.Module):
         self.fold, self.how, self.dim = fold, how, dim
         self._looked = False
         self._prepared: dict[tuple[Any, ...], Prepared] = {}  # by kind of call
-        self._text = f"{len(self.members)} members, not called yet"
+        self.how_it_ran = f"{len(self.members)} members, not called yet"
 
     @classmethod
     def from_store(
@@ -119,11 +122,6 @@ class SnapshotEnsemble(nn.Module):
             chosen = tuple(chosen[position] for position in positions)
         states = (store.load(snapshot) for snapshot in chosen)
         return cls(model, states, dim=dim, fold=fold, how=how)
-
-    @property
-    def plan(self) -> str:
-        """How the latest call ran, in words; what ran once for all, and what did not and why."""
-        return self._text
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """The mean of the members' probabilities.
@@ -192,7 +190,12 @@ class SnapshotEnsemble(nn.Module):
         """
         check_no_arrays("inputs", [*inputs, *keywords.values()])
         prepared, _ = self._prepare(inputs, keywords)
-        module = prepared.module(self)
+        if prepared.graph is None:
+            raise ValueError(f"the ensemble cannot be one graph: {prepared.text}")
+        try:
+            module = MergedModule(prepared.graph, self.members, self.dim)
+        except CannotCopyError as error:
+            raise ValueError(f"the ensemble cannot be one graph: {error}") from error
         with preserved(self.members), torch.no_grad():  # which looks at the outputs
             self._run(lambda _: None, *tree_map_only(Tensor, torch.clone, (inputs, keywords)))
         return module
@@ -212,9 +215,14 @@ class SnapshotEnsemble(nn.Module):
         if compiling and self.how == "shared":
             raise ValueError("how='shared' cannot run: compile what as_module gives instead")
         if compiling or self.how == "loop":
-            self._text = f"{len(self.members)} members, one by one, as asked for"
-        elif self._run_shared(take, inputs, keywords):
-            return
+            self.how_it_ran = f"{len(self.members)} members, one by one, as asked for"
+        else:
+            prepared, tensors = self._prepare(inputs, keywords)
+            if program := prepared.choose(tensors):
+                program(self, lambda output: take(self._logits(output)), *tensors)
+                return
+            if self.how is not None:
+                raise ValueError(f"how='shared' cannot run: {prepared.text}")
         *others, last = self.members
         for member in others:  # each on inputs that no other member has written to
             args, kwargs = tree_map_only(Tensor, torch.clone, (inputs, keywords))
@@ -230,17 +238,6 @@ class SnapshotEnsemble(nn.Module):
             warn_of_probabilities(logits, self.dim)
         return logits
 
-    def _run_shared(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-        """Run the members as one graph; False if there is none, and none was asked for."""
-        prepared, tensors = self._prepare(inputs, keywords)
-        program = prepared.choose(tensors)
-        if program is None:
-            if self.how is not None:
-                raise ValueError(f"how='shared' cannot run: {prepared.text}")
-            return False
-        program(self, lambda output: take(self._logits(output)), *tensors)
-        return True
-
     def _prepare(
         self, inputs: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[Prepared, list[Tensor]]:
@@ -248,8 +245,8 @@ class SnapshotEnsemble(nn.Module):
         try:
             call = Call.of(self.members[0], inputs, keywords)
         except NoGraphError as error:
-            self._text = one_by_one(self.members, error)
-            return Prepared(self._text), []
+            self.how_it_ran = one_by_one(self.members, error)
+            return Prepared(self.how_it_ran), []
         kind = (*call.kind, self.fold)
         found = self._prepared.get(kind)
         if found is None or not found.fits(self.members):
@@ -257,7 +254,7 @@ class SnapshotEnsemble(nn.Module):
             others = [item for item in self._prepared.items() if item[0] != kind]
             # Replaced, not changed: other threads may be looking.
             self._prepared = dict([*others, (kind, found)][-MAX_KEPT:])
-        self._text = found.text
+        self.how_it_ran = found.text
         return found, call.tensors
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ import io
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import BuiltinFunctionType, CellType, FunctionType
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_leaves
 
-from fastfreeze.ensemble.graphs.trace import Attributes
+from fastfreeze.ensemble.graphs.trace import Attributes, NoGraphError
 from fastfreeze.trimming.bits import bits, same_bits
 from fastfreeze.trimming.state import tensors_in
 
@@ -133,16 +133,6 @@ def _states(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
         return None
 
 
-def hooked(modules: Iterable[nn.Module]) -> str:
-    """The type of the first module with hooks, which a graph would not call; else empty."""
-    if _has_any_global_hook():
-        return "every module"
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return type(m).__name__
-    return ""
-
-
 def owners_of(members: Sequence[nn.Module]) -> Owners:
     """Which members hold the same bits in the same layout, parameters and buffers alike."""
     held = [dict(_tensors(member)) for member in members]
@@ -164,15 +154,25 @@ def hold_the_same(a: Tensor, b: Tensor) -> bool:
     return told and a.stride() == b.stride() and same_bits(a, b)
 
 
-def difference(members: Sequence[nn.Module]) -> str:
-    """In what members differ besides parameters and buffers, in words; empty if in nothing."""
-    first = _described(members[0])
-    for m, member in enumerate(members[1:], 1):
-        found = _described(member)
+def check_alike(members: nn.ModuleList) -> None:
+    """Raise a NoGraphError, which says why, where one graph cannot stand for all members."""
+    modules, held = list(members.modules()), [*members.parameters(), *members.buffers()]
+    if any(m.training for member in members for m in member.modules()):
+        raise NoGraphError("a member is in training mode")
+    if _has_any_global_hook():
+        raise NoGraphError("every module has hooks")
+    for m in modules:  # a graph would not call them
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            raise NoGraphError(f"{type(m).__name__} has hooks")
+    if any(t.is_meta for t in held):
+        raise NoGraphError("on the meta device nothing can be compared")
+    if any(t.is_inference() for t in held):
+        raise NoGraphError("its tensors were made in inference mode, where writes go unnoticed")
+    first, *others = map(_described, members)
+    for m, found in enumerate(others, 1):
         for name in [*first, *found]:
             if first.get(name) != found.get(name):
-                return f"member {m} differs from the first in {name}"
-    return ""
+                raise NoGraphError(f"member {m} differs from the first in {name}")
 
 
 def _described(member: nn.Module) -> dict[str, Any]:

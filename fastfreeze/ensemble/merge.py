@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from fastfreeze.ensemble._checks import logits_of
 from fastfreeze.ensemble.graphs.flow import Flow, copied
 from fastfreeze.ensemble.members import Owners, copy_of
-from fastfreeze.kernels.reference import softmax_add_reference
+from fastfreeze.kernels.reference import ensemble_softmax_reference
 from fastfreeze.kernels.softmax_arguments import classes_back, classes_last
 
 # For each member, the member whose node runs in the place of its own.
@@ -53,18 +53,32 @@ def merge(flow: Flow, owners: Owners, count: int) -> Merged:
     return Merged(_merged_graph(flow.graph, leaders, count), count * len(computing), own)
 
 
-def merged_module(merged: Merged, ensemble: nn.Module) -> nn.Module:
-    """A module of plain torch operations that returns the mean of the members' probabilities.
+class MergedModule(nn.Module):
+    """The mean of the members' probabilities by plain torch operations, from tensors of its own.
 
-    It holds copies of the tensors of ``ensemble``, each once.
+    Args:
+        graph: of the members.
+        members: whose tensors are copied, each once.
+        dim: of the classes.
 
     Raises:
         CannotCopyError: a member's module has no copy.
     """
-    root = nn.Module()
-    root.members = cast(nn.ModuleList, ensemble.members)
-    root.mean = _Mean(cast(int | None, ensemble.dim))
-    return copy_of(fx.GraphModule(root, _with_mean(merged.graph)).eval())
+
+    def __init__(self, graph: fx.Graph, members: nn.ModuleList, dim: int | None) -> None:
+        super().__init__()
+        root = nn.Module()
+        root.members = members
+        self.graph = copy_of(fx.GraphModule(root, graph))
+        self.dim = dim
+        self.eval()
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """The mean for a call's tensors."""
+        outputs: list[Any] = []
+        self.graph(outputs.append, *tensors)
+        logits = [classes_last(logits_of(output), self.dim) for output in outputs]
+        return classes_back(ensemble_softmax_reference(logits, None, 1.0, log=False), self.dim)
 
 
 def _leaders(flow: Flow, owners: Owners, count: int) -> Leaders:
@@ -97,12 +111,10 @@ def _shared(graph: fx.Graph, owners: Owners, count: int, own: set[fx.Node]) -> L
 
 def _owners_of(node: fx.Node, owners: Owners) -> list[tuple[int, ...]]:
     """Of the tensors that a node reads from the model itself."""
-    target = str(node.target)
-    if node.op == "get_attr":
-        return [owners[target]] if target in owners else []
-    if node.op != "call_module":
+    if node.op not in ("get_attr", "call_module"):
         return []
-    return [row for name, row in owners.items() if name.startswith(f"{target}.")]
+    target = str(node.target)
+    return [row for name, row in owners.items() if f"{name}.".startswith(f"{target}.")]
 
 
 def _conflicts(flow: Flow, leaders: Leaders) -> set[fx.Node]:
@@ -146,32 +158,3 @@ def _merged_graph(graph: fx.Graph, leaders: Leaders, count: int) -> fx.Graph:
 
 def _taken(take: Callable[[Any], None], result: Any) -> None:
     take(result)
-
-
-class _Mean(nn.Module):
-    """The mean of the probabilities in members' outputs; fx does not look into it."""
-
-    def __init__(self, dim: int | None) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, *outputs: Any) -> Tensor:
-        logits = [logits_of(output) for output in outputs]
-        total: Tensor | None = None
-        for z in logits:
-            total = softmax_add_reference(total, classes_last(z, self.dim), 1.0, 1.0)
-        assert total is not None
-        return classes_back((total / len(logits)).to(logits[0].dtype), self.dim)
-
-
-def _with_mean(merged: fx.Graph) -> fx.Graph:
-    """The graph with the mean of the members' probabilities for its value."""
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    take, *others, _ = merged.nodes
-    taken = [node for node in others if take in node.all_input_nodes]
-    for node in others:
-        if node not in taken:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    outputs = map_arg(tuple(node.args[1] for node in taken), copies.__getitem__)
-    graph.output(graph.call_module("mean", outputs))
-    return graph

@@ -95,7 +95,7 @@ def test_what_is_shared_runs_once(case, fold, size):
     with Convolutions() as ran, torch.no_grad():
         ensemble(x)
     assert ran.count == expected
-    assert f"folded{': that was not wanted' if not fold else ''}" in ensemble.plan
+    assert f"folded{': that was not wanted' if not fold else ''}" in ensemble.how_it_ran
 
 
 def test_unfolded_has_the_bits_of_the_loop():
@@ -174,7 +174,7 @@ def test_never_stale():
         for fold in (True, False):
             ensemble.fold = fold
             assert_right(ensemble, x)
-            assert ensemble.plan.endswith("run, folded") == (fold and "one graph" in ensemble.plan)
+            assert ensemble.how_it_ran.endswith("run, folded") == (fold and "one graph" in ensemble.how_it_ran)
         seen.append(ensemble(x))
     for before, after in itertools.pairwise(seen):
         assert not torch.equal(before, after)
@@ -236,7 +236,7 @@ def test_made_and_called_in_any_mode(mode):
         assert torch.equal(found, expected)
         assert not found.requires_grad
         assert found.is_inference() == (mode is torch.inference_mode)
-        assert "one graph" in ensemble.plan
+        assert "one graph" in ensemble.how_it_ran
     assert torch.equal(ensemble(x), expected)
 
 
@@ -304,7 +304,7 @@ def noisy_module():
 def test_a_shared_value_that_one_member_writes_to(make):
     ensemble = SnapshotEnsemble(make(), chain(make, ("a", "c"), 3))
     assert_right(ensemble, torch.randn(4, 3))
-    assert "one graph" in ensemble.plan
+    assert "one graph" in ensemble.how_it_ran
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_what_cannot_be_one_graph_runs_as_a_loop(make, reason):
         expected = torch.stack([m(x.clone()).softmax(-1) for m in truth.members]).mean(0)
         torch.testing.assert_close(ensemble(x), expected)
         assert torch.equal(x, after)
-        assert re.search(reason, ensemble.plan), ensemble.plan
+        assert re.search(reason, ensemble.how_it_ran), ensemble.how_it_ran
 
 
 @pytest.mark.parametrize("make", [noisy, noisy_module])
@@ -391,8 +391,8 @@ def check_torchvision(name):
         states.append(state)
     ensemble = SnapshotEnsemble(model, states)
     assert_right(ensemble, x, atol=1e-5)  # weights that were never trained make large logits
-    assert "one graph" in ensemble.plan
-    shared, whole = map(int, re.findall(r"(\d+) of (\d+) nodes", ensemble.plan)[0])
+    assert "one graph" in ensemble.how_it_ran
+    shared, whole = map(int, re.findall(r"(\d+) of (\d+) nodes", ensemble.how_it_ran)[0])
     assert shared < whole
 
 
@@ -478,7 +478,7 @@ def test_members_that_are_changed(change, first_called):
     CHANGES[change](ensemble.members)
     assert_right(ensemble, x)
     if change.startswith("unlike"):
-        assert "one by one: member 1 differs from the first in" in ensemble.plan
+        assert "one by one: member 1 differs from the first in" in ensemble.how_it_ran
     ensemble.members = nn.ModuleList(list(ensemble.members)[::-1][:2])
     assert_right(ensemble, x)
 
@@ -494,7 +494,7 @@ def test_members_that_differ_in_other_state():
     ]:
         change(*ensemble.members)
         assert_right(ensemble, x)
-        assert plan in ensemble.plan
+        assert plan in ensemble.how_it_ran
 
 
 class Listing(nn.Module):
@@ -561,7 +561,7 @@ def test_modules_that_hold_tensors_in_their_own_way(body):
 
     ensemble, x = SnapshotEnsemble(make, chain(make, ("inner",), 3)), torch.randn(3, 5, 4)
     assert_right(ensemble, x)
-    ran, whole = map(int, re.search(r"as one graph, (\d+) of (\d+) nodes", ensemble.plan).groups())
+    ran, whole = map(int, re.search(r"as one graph, (\d+) of (\d+) nodes", ensemble.how_it_ran).groups())
     assert ran == whole // 3 + 2  # the head's own
     in_common = {id(p) for m in ensemble.members for p in m.inner.parameters()}
     again = body is Listing  # what is read elsewhere too is each member's own

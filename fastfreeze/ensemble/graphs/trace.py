@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from functools import partialmethod
 from itertools import islice
 from typing import Any
 
@@ -35,25 +36,25 @@ _CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), Enum),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
-IN_PLACE = (
-    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__"),
-    *("__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
-    "__setitem__",
-)
+
+
+_PLACE = object()  # stands in the place of a tensor in the arguments of a call
 
 
 class NoGraphError(Exception):
-    """The members cannot be had as one graph; the message says why."""
+    """There is no graph, or no folded one; the message says why."""
 
 
-class _Place:
-    """What stands in the place of a tensor in the arguments of a call."""
-
-    def __repr__(self) -> str:
-        return "tensor"
-
-
-_PLACE = _Place()
+@contextmanager
+def refused() -> Iterator[None]:
+    """Whatever the model raises, as a NoGraphError: the model itself will tell."""
+    try:
+        yield
+    except NoGraphError:
+        raise
+    except Exception as error:  # of whatever kind
+        reason = str(error).strip().split("\n")[0]
+        raise NoGraphError(f"{type(error).__name__}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,8 @@ def trace(model: nn.Module, call: Call) -> fx.Graph:
     attributes, (*draws, _) = Attributes(model.modules()), generator_states()
     with preserved(model), torch.enable_grad(), _custom_functions_refused():
         tracer = _Tracer(model, call.arguments)
-        try:
-            with _Factories(tracer):
-                graph = tracer.trace(model)
-        except NoGraphError:
-            raise
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise NoGraphError(f"{type(error).__name__}: {reason}") from error
+        with refused(), _Factories(tracer):
+            graph = tracer.trace(model)
         if attributes.changed():
             raise NoGraphError("forward changes attributes of the model")
         if list(generator_states()[:2]) != draws:
@@ -169,15 +164,16 @@ class _Attribute(_Value, Attribute):
     """An attribute of a recorded value."""
 
 
-def _record_in_place(name: str) -> None:
-    def method(self: _Value, *args: Any) -> Any:
-        return self.tracer.create_proxy("call_method", name, (self, *args), {})
-
-    setattr(_Value, name, method)
+def _recorded(value: _Value, name: str, *args: Any) -> Any:
+    return value.tracer.create_proxy("call_method", name, (value, *args), {})
 
 
-for _name in IN_PLACE:
-    _record_in_place(_name)
+for _name in (
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__"),
+    *("__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+    "__setitem__",
+):
+    setattr(_Value, _name, partialmethod(_recorded, _name))
 
 
 class _Tracer(fx.Tracer):
