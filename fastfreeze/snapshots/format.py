@@ -126,14 +126,13 @@ def parse_manifest(data: bytes) -> Manifest:
     """
     content = json.loads(data, object_pairs_hook=_without_repeats)
     _check_type("it", content, dict)
-    if content.get("format_version") != _FORMAT_VERSION:
-        raise ValueError(
-            f"format_version must be {_FORMAT_VERSION}, got {_short(content.get('format_version'))}"
-        )
-    _check_fields("", content, _FIELDS)
+    version = content.get("format_version")
+    _check("format_version", f"be {_FORMAT_VERSION}", version == _FORMAT_VERSION, version)
+    _check_fields(
+        "", content, format_version=int, tensors=list, hashes=list, snapshots=list, checksum=str
+    )
     checksum = content.pop("checksum")
-    if checksum != _sha256(content):
-        raise ValueError(f"checksum must be {_sha256(content)}, got {_short(checksum)}: altered")
+    _check("checksum", "be that of the rest", checksum == _sha256(content), checksum)
     signature = _parsed_signature(content["tensors"])
     hashes = content["hashes"]
     for i, found in enumerate(hashes):  # which are names of files
@@ -148,29 +147,11 @@ def parse_manifest(data: bytes) -> Manifest:
     return Manifest(signature, entries)
 
 
-_FIELDS = {
-    "format_version": int,
-    "tensors": list,
-    "hashes": list,
-    "snapshots": list,
-    "checksum": str,
-}
-_TENSOR = {"name": str, "shape": list, "dtype": str}
-_SNAPSHOT = {
-    "step": int,
-    "cycle": int,
-    "metrics": dict,
-    "time": str,
-    "sha256": str,
-    "tensors": list,
-}
-
-
 def _parsed_signature(content: list[Any]) -> Signature:
     signature: Signature = {}
     for i, tensor in enumerate(content):
         where = f"tensors[{i}]"
-        _check_fields(where, tensor, _TENSOR)
+        _check_fields(where, tensor, name=str, shape=list, dtype=str)
         name, shape, dtype = tensor["name"], tensor["shape"], tensor["dtype"]
         _check(f"{where}.name", "differ from the others", name not in signature, name)
         found: Any = getattr(torch, dtype, None)
@@ -184,7 +165,9 @@ def _parsed_signature(content: list[Any]) -> Signature:
 
 
 def _parsed_entry(where: str, content: Any, signature: Signature, hashes: Sequence[str]) -> Entry:
-    _check_fields(where, content, _SNAPSHOT)
+    _check_fields(
+        where, content, step=int, cycle=int, metrics=dict, time=str, sha256=str, tensors=list
+    )
     for name in ("step", "cycle"):
         _check(f"{where}.{name}", "be >= 0", content[name] >= 0, content[name])
     for name, value in content["metrics"].items():
@@ -209,7 +192,7 @@ def _check_type(where: str, value: object, kind: type) -> None:
     _check(where, f"be of type {kind.__name__}", type(value) is kind, value)
 
 
-def _check_fields(where: str, value: Any, fields: Mapping[str, type]) -> None:
+def _check_fields(where: str, value: Any, **fields: type) -> None:
     _check_type(where, value, dict)
     same = value.keys() == fields.keys()
     _check(where or "it", f"have the fields {', '.join(fields)}", same, list(value))

@@ -141,9 +141,11 @@ class SnapshotStore(Snapshots):
         self.flush()
         self._begin(signature, step)
         if wait:
-            copies = ((name, copy_of(t, _CPU)) for name, t in state.items())
-            return self._write(copies, signature, facts)
-        self._background.submit(partial(self._write_later, *_copied(state), signature, facts))
+            return self._write(((n, copy_of(t, _CPU)) for n, t in state.items()), signature, facts)
+        copies = [(name, copy_of(t, _CPU, wait=False)) for name, t in state.items()]
+        devices = {t.device for t in state.values() if t.is_cuda}
+        ready = [torch.cuda.current_stream(device).record_event() for device in devices]
+        self._background.submit(partial(self._write, copies, signature, facts, ready))
         return None
 
     def flush(self) -> None:
@@ -185,8 +187,7 @@ class SnapshotStore(Snapshots):
 
     def _begin(self, signature: Signature, step: int) -> None:
         """See that a save is possible; tell once of snapshots that this run has not made."""
-        with self._writing() as manifest:
-            self._check_model(signature, manifest)
+        with self._writing(signature) as manifest:
             steps = [] if self._has_begun else [e.snapshot.step for e in manifest.entries]
             self._has_begun = True
         if later := [str(other) for other in steps if other > step]:
@@ -196,11 +197,6 @@ class SnapshotStore(Snapshots):
                 " another directory, or remove them by store.remove, or all, before the training,"
                 " by store.prune(keep=[])"
             )
-
-    def _check_model(self, signature: Signature, manifest: Manifest) -> None:
-        if manifest.entries:
-            label = f"the model to be saved in {self}"
-            check_signature(label, signature, manifest.signature)
 
     def _load(self, manifest: Manifest, snapshot: Snapshot) -> dict[str, Tensor]:
         entries: dict[Hashable, Entry] = {self._key(e.snapshot): e for e in manifest.entries}
@@ -214,20 +210,9 @@ class SnapshotStore(Snapshots):
                 state[name] = found[h] = read_tensor(self.directory, h, name, spec)
         return state
 
-    def _write_later(
-        self,
-        copies: Mapping[str, Tensor],
-        ready: Sequence[torch.cuda.Event],
-        signature: Signature,
-        facts: Snapshot,
-    ) -> None:
-        for event in ready:
-            event.synchronize()
-        self._write(copies.items(), signature, facts)
-
     @contextmanager
-    def _writing(self) -> Iterator[Manifest]:
-        """What is there, which nobody else changes meanwhile."""
+    def _writing(self, signature: Signature | None = None) -> Iterator[Manifest]:
+        """What is there, which nobody else changes meanwhile; of this signature, if it is given."""
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = lock_file(self.directory / _LOCK)
@@ -245,19 +230,29 @@ class SnapshotStore(Snapshots):
         with self._lock.mutex:
             self._lock.owner = me
             try:
-                yield self._read()
+                manifest = self._read()
+                if signature is not None and manifest.entries:
+                    label = f"the model to be saved in {self}"
+                    check_signature(label, signature, manifest.signature)
+                yield manifest
             finally:
                 self._lock.owner = None
 
     def _write(
-        self, tensors: Iterable[tuple[str, Tensor]], signature: Signature, facts: Snapshot
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        signature: Signature,
+        facts: Snapshot,
+        ready: Iterable[torch.cuda.Event] = (),
     ) -> Snapshot:
         """Save tensors that nobody else writes to; of those that are stored, none is held on to.
 
-        Those that are stored are read, too: a damaged one is written anew.
+        Those that are stored are read, too: a damaged one is written anew. The tensors are there
+        once all is ``ready``.
         """
-        with self._writing() as manifest:
-            self._check_model(signature, manifest)
+        for event in ready:
+            event.synchronize()
+        with self._writing(signature) as manifest:
             if manifest.entries:
                 signature = manifest.signature
             hashes: dict[str, str] = {}
@@ -312,20 +307,17 @@ class SnapshotStore(Snapshots):
     def _read(self) -> Manifest:
         path = self.directory / _MANIFEST
         try:
-            try:
-                data = read_file(path)
-            except FileNotFoundError:
-                if not tensor_files(self.directory):
-                    return Manifest({})
-                data = read_file(path)  # a first save may have begun meanwhile
+            return parse_manifest(read_file(path))
+        except FileNotFoundError:
+            if not tensor_files(self.directory):
+                return Manifest({})
+            if path.exists():  # a first save has begun meanwhile
+                return self._read()
+            raise SnapshotError(f"{path} is missing, though there are snapshots") from None
         except NotADirectoryError as error:
             raise SnapshotError(f"{self.directory} must be a directory: {error}") from error
-        except FileNotFoundError:
-            raise SnapshotError(f"{path} is missing, though there are snapshots") from None
         except OSError as error:
             raise SnapshotError(f"{path} cannot be read: {error}") from error
-        try:
-            return parse_manifest(data)
         except (ValueError, RecursionError) as error:
             raise SnapshotError(f"{path} is not a manifest of snapshots: {error}") from error
 
@@ -335,15 +327,3 @@ def _size(path: Path) -> int:
         return path.lstat().st_size
     except FileNotFoundError:  # removed meanwhile
         return 0
-
-
-def _copied(
-    state: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], list[torch.cuda.Event]]:
-    """Copies on the CPU, and what to wait for before they are read."""
-    copies = {
-        name: copy_of(t, _CPU, pin_memory=t.is_cuda, wait=not t.is_cuda)
-        for name, t in state.items()
-    }
-    devices = {t.device for t in state.values() if t.is_cuda}
-    return copies, [torch.cuda.current_stream(device).record_event() for device in devices]

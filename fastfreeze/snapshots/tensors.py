@@ -116,12 +116,11 @@ def content_hash(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def copy_of(
-    tensor: Tensor, device: torch.device, *, pin_memory: bool = False, wait: bool = True
-) -> Tensor:
-    """A contiguous copy; with ``wait=False`` it is made in the order of the current stream."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=pin_memory)
-    return copy.copy_(tensor.detach(), non_blocking=not wait)
+def copy_of(tensor: Tensor, device: torch.device, *, wait: bool = True) -> Tensor:
+    """A contiguous copy; with ``wait=False`` one of a CUDA tensor is made in its stream's order."""
+    later = tensor.is_cuda and not wait
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=later)
+    return copy.copy_(tensor.detach(), non_blocking=later)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

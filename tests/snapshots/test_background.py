@@ -116,7 +116,7 @@ def test_a_save_that_does_not_wait_raises_for_the_one_before(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("fastfreeze.files.os.fsync", full_disk)
         store.save(small_model(), step=40, cycle=4, wait=False)
-        store._background._calls[0].join()
+        store._background._calls[0][0].join()
         with pytest.raises(OSError, match="No space left"):
             store.save(small_model(), step=50, cycle=5, wait=False)
     store.save(small_model(), step=40, cycle=4, wait=False)
@@ -212,10 +212,8 @@ def test_a_store_that_is_let_go_of_tells_what_went_wrong(tmp_path, monkeypatch, 
     monkeypatch.setattr("fastfreeze.files.os.fsync", full_disk)
     store = SnapshotStore(tmp_path)
     store.save(small_model(), step=1, cycle=0, wait=False)
-    (call,) = store._background._calls
     held_back.set()
-    call.join(20)
-    del call
+    store._background._calls[0][0].join(20)
     holder = [store]
     del store
     with pytest.warns(FastfreezeWarning, match=r"a snapshot was not saved, .*No space left"):
@@ -232,7 +230,7 @@ full = None
 
 def slow(fd):
     time.sleep(0.1)
-    if threading.current_thread() in full._background._calls:
+    if threading.current_thread() in [thread for thread, _ in full._background._calls]:
         raise OSError(28, "No space left")
     fsync(fd)
 
