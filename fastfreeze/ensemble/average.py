@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from fastfreeze.ensemble._checks import call_and_labels
 from fastfreeze.layers.execution import preserved
 from fastfreeze.snapshots.base import check_state
-from fastfreeze.snapshots.format import Signature, check_signature, signature_of
+from fastfreeze.snapshots.format import Signature, signature_of
 from fastfreeze.trimming.bits import same_bits
 
 
@@ -56,7 +56,7 @@ def average_weights(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]
     averages: dict[str, _Average] = {}
     signature: Signature | None = None
     for i, state in enumerate(states):
-        signature = _checked_signature(f"states[{i}]", state, signature)
+        signature = check_state(f"states[{i}]", state, signature)
         averages = averages or {name: _Average(t) for name, t in state.items()}
         for name, average in averages.items():
             average.add(state[name])
@@ -98,16 +98,6 @@ def _wide(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return torch.view_as_real(tensor.to(torch.complex128).resolve_conj())
     return tensor.double()
-
-
-def _checked_signature(label: str, state: Any, expected: Signature | None) -> Signature:
-    """That of the first state dict, which the others must have."""
-    check_state(label, state)
-    found = signature_of(state)
-    if expected is None:
-        return found
-    check_signature(label, found, expected)
-    return expected
 
 
 @torch.no_grad()
@@ -177,7 +167,12 @@ def reestimate_norms(
                 norm.momentum = 1.0
                 norm.reset_running_stats()  # NaN would stay, whatever the momentum
                 norm.register_forward_hook(add)
-            _run(model, batches)
+            i = None
+            for i, batch in enumerate(batches):
+                (inputs, keywords), _ = call_and_labels(f"batches[{i}]", batch)
+                model(*inputs, **keywords)
+            if i is None:
+                raise ValueError("batches must give at least one batch, got none")
         finally:
             for module, mode in modes:  # a trimmed model's is that of the model in it
                 module.training = mode
@@ -204,7 +199,7 @@ def _norms_to_reestimate(model: nn.Module, snapshot: Mapping[str, Tensor] | None
             raise ValueError(f"{name!r} is a lazy norm: the model must run once before")
     if snapshot is None:
         return norms
-    _checked_signature("snapshot", snapshot, signature_of(model.state_dict()))
+    check_state("snapshot", snapshot, signature_of(model.state_dict()))
 
     def was_frozen(norm: nn.Module, name: str) -> bool:
         names = (f"{name}.{own}".lstrip(".") for own in ("running_mean", "running_var"))
@@ -212,13 +207,3 @@ def _norms_to_reestimate(model: nn.Module, snapshot: Mapping[str, Tensor] | None
         return all(same_bits(held, snapshot[n].to(held.device)) for held, n in pairs)
 
     return {norm: name for norm, name in norms.items() if not was_frozen(norm, name)}
-
-
-def _run(model: nn.Module, batches: Iterable[Any]) -> None:
-    count = 0
-    for batch in batches:
-        (inputs, keywords), _ = call_and_labels(f"batches[{count}]", batch)
-        model(*inputs, **keywords)
-        count += 1
-    if count == 0:
-        raise ValueError("batches must give at least one batch, got none")

@@ -156,14 +156,15 @@ def hold_the_same(a: Tensor, b: Tensor) -> bool:
 
 def check_alike(members: nn.ModuleList) -> None:
     """Raise a NoGraphError, which says why, where one graph cannot stand for all members."""
-    modules, held = list(members.modules()), [*members.parameters(), *members.buffers()]
+    held = [*members.parameters(), *members.buffers()]
     if any(m.training for member in members for m in member.modules()):
         raise NoGraphError("a member is in training mode")
     if _has_any_global_hook():
         raise NoGraphError("every module has hooks")
-    for m in modules:  # a graph would not call them
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            raise NoGraphError(f"{type(m).__name__} has hooks")
+    for module in members.modules():  # a graph would not call them
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if any(getattr(module, kind) for kind in kinds):
+            raise NoGraphError(f"{type(module).__name__} has hooks")
     if any(t.is_meta for t in held):
         raise NoGraphError("on the meta device nothing can be compared")
     if any(t.is_inference() for t in held):

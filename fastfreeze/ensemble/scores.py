@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
@@ -183,11 +183,7 @@ def _scored(members: list[Tensor], labels: Tensor) -> Tensor:
     NLL, Brier score, entropy, the highest probability, its class, and 1 where that is not the
     label.
     """
-    each: list[Tensor] = []
-    for m, member in enumerate(members):
-        p, y = checked_predictions(member, labels, f"members[{m}]")
-        check_like_first(f"members[{m}]", member, members[0])
-        each.append(p)
+    each, y = checked_members(members, labels)
     every, kinds = [*each, torch.stack(each).mean(0)], [*members, members[0]]
     rows = [_row_scores(p, y, k.dtype) for p, k in zip(every, kinds, strict=True)]
     return torch.stack(rows).cpu()
@@ -211,20 +207,35 @@ def _mean_scores(rows: Tensor, num_bins: int) -> PredictionScores:
     return PredictionScores(error=error, nll=nll, brier=brier, ece=ece, entropy=entropy)
 
 
-def check_like_first(name: str, member: Tensor, first: Tensor) -> None:
-    """Raise a ValueError unless a member's shape and device are those of the first."""
-    if member.shape != first.shape or member.device != first.device:
-        raise ValueError(
-            f"{name} must be like the first member, {list(first.shape)} on {first.device}, "
-            f"got {list(member.shape)} on {member.device}"
-        )
+def checked_members(
+    members: Tensor | Sequence[Tensor], labels: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Without gradients: the members' probabilities in float64, the labels as int64."""
+    each: list[Tensor] = []
+    for m, member in enumerate(members):
+        p, y = checked_predictions(member, labels, f"members[{m}]")
+        first = members[0]
+        if member.shape != first.shape or member.device != first.device:
+            raise ValueError(
+                f"members[{m}] must be like the first member, {list(first.shape)} on "
+                f"{first.device}, got {list(member.shape)} on {member.device}"
+            )
+        each.append(p)
+    if not each:
+        raise ValueError("members must hold at least one member, got none")
+    return each, y
 
 
 def checked_predictions(
     probabilities: Tensor, labels: Tensor, name: str = "probabilities"
 ) -> tuple[Tensor, Tensor]:
-    """Both, without gradients: the probabilities in float64, the labels as int64."""
-    p = checked_probabilities(name, probabilities)
+    """Without gradients: the probabilities in float64, the labels as int64."""
+    check_matrix(name, probabilities)
+    p = probabilities.detach().double()
+    tolerance = 1e-3 if torch.finfo(probabilities.dtype).bits >= 32 else 2e-2
+    lowest, total = p.amin(-1), p.sum(-1)
+    check_rows(name, lowest, lowest >= 0, "be >= 0")
+    check_rows(name, total, (total - 1).abs() <= tolerance, f"sum to 1 (+-{tolerance})")
     return p, checked_labels(labels, probabilities)
 
 
@@ -245,17 +256,6 @@ def checked_labels(labels: Tensor, matrix: Tensor) -> Tensor:
     y, classes = cast(Tensor, integer_labels(labels, matrix)), matrix.shape[1]
     check_rows("labels", y, (y >= 0) & (y < classes), f"be in 0..{classes - 1}")
     return y
-
-
-def checked_probabilities(name: str, probabilities: Tensor) -> Tensor:
-    """They themselves, in float64 and without gradients."""
-    check_matrix(name, probabilities)
-    p = probabilities.detach().double()
-    tolerance = 1e-3 if torch.finfo(probabilities.dtype).bits >= 32 else 2e-2
-    lowest, total = p.amin(-1), p.sum(-1)
-    check_rows(name, lowest, lowest >= 0, "be >= 0")
-    check_rows(name, total, (total - 1).abs() <= tolerance, f"sum to 1 (+-{tolerance})")
-    return p
 
 
 def check_rows(name: str, found: Tensor, good: Tensor, expected: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble.scores import check_like_first, checked_predictions
+from fastfreeze.ensemble.scores import checked_members
 from fastfreeze.kernels.reference import nll_reference
 
 
@@ -72,14 +72,8 @@ def _of_labels(members: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     """The members' probabilities of the labels: [M, B] in float64."""
     if isinstance(members, Tensor) and members.dim() != 3:
         raise ValueError(f"members must have shape [M, B, C], got {tuple(members.shape)}")
-    found = []
-    for m, member in enumerate(members):
-        p, y = checked_predictions(member, labels, f"members[{m}]")
-        check_like_first(f"members[{m}]", member, members[0])
-        found.append(p.gather(-1, y[:, None])[:, 0])
-    if not found:
-        raise ValueError("members must hold at least one member, got none")
-    return torch.stack(found)
+    found, y = checked_members(members, labels)
+    return torch.stack([p.gather(-1, y[:, None])[:, 0] for p in found])
 
 
 def _nll(total: Tensor, count: int, dtype: torch.dtype) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastfreeze.checks import check_int
 from fastfreeze.errors import SnapshotError
 from fastfreeze.files import write_atomic
-from fastfreeze.snapshots.format import Snapshot, check_signature, signature_of
+from fastfreeze.snapshots.format import Signature, Snapshot, check_signature, signature_of
 from fastfreeze.snapshots.tensors import can_be_stored, dtype_name
 
 _Found = TypeVar("_Found")
@@ -148,7 +148,8 @@ def checked_to_save(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor
     return dict(state)
 
 
-def check_state(label: str, state: Any) -> None:
+def check_state(label: str, state: Any, expected: Signature | None = None) -> Signature:
+    """The signature of a state dict; raises unless it is one, and of the expected signature."""
     if not isinstance(state, Mapping):
         raise TypeError(f"{label} must be a state dict, got {type(state).__name__}")
     for name, value in state.items():
@@ -156,11 +157,15 @@ def check_state(label: str, state: Any) -> None:
             raise TypeError(f"{label} must have strings for names, got {name!r}")
         if not isinstance(value, Tensor):
             raise TypeError(f"{label}[{name!r}] must be a tensor, got {type(value).__name__}")
+    found = signature_of(state)
+    if expected is not None:
+        check_signature(label, found, expected)
+    return found
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
-    check_state(label, state)
-    check_signature(label, signature_of(state), signature_of(model.state_dict()))
+    """Copy a state dict into a model, which is left as it was if it has other tensors."""
+    check_state(label, state, signature_of(model.state_dict()))
     model.load_state_dict(state)
 
 
