@@ -16,7 +16,7 @@ from fastfreeze.checks import check_int
 from fastfreeze.ensemble._checks import check_no_arrays, logits_of, warn_of_probabilities
 from fastfreeze.ensemble.graphs.trace import Call, NoGraphError
 from fastfreeze.ensemble.members import CannotCopyError, new_member, share, unshare
-from fastfreeze.ensemble.merge import MergedModule
+from fastfreeze.ensemble.merge import merged_module
 from fastfreeze.ensemble.run import MAX_KEPT, Prepared, one_by_one, prepare
 from fastfreeze.kernels.softmax import EnsembleAverage, ensemble_softmax
 from fastfreeze.kernels.softmax_arguments import check_logits
@@ -193,7 +193,7 @@ class SnapshotEnsemble(nn.Module):
         if prepared.graph is None:
             raise ValueError(f"the ensemble cannot be one graph: {prepared.text}")
         try:
-            module = MergedModule(prepared.graph, self.members, self.dim)
+            module = merged_module(prepared.graph, self.members, self.dim)
         except CannotCopyError as error:
             raise ValueError(f"the ensemble cannot be one graph: {error}") from error
         with preserved(self.members), torch.no_grad():  # which looks at the outputs

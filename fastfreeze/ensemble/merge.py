@@ -53,30 +53,35 @@ def merge(flow: Flow, owners: Owners, count: int) -> Merged:
     return Merged(_merged_graph(flow.graph, leaders, count), count * len(computing), own)
 
 
-class MergedModule(nn.Module):
-    """The mean of the members' probabilities by plain torch operations, from tensors of its own.
+def merged_module(graph: fx.Graph, members: nn.ModuleList, dim: int | None) -> nn.Module:
+    """A module of plain torch operations that returns the mean of the members' probabilities.
 
-    Args:
-        graph: of the members.
-        members: whose tensors are copied, each once.
-        dim: of the classes.
+    It holds copies of the members' tensors, each once.
 
     Raises:
         CannotCopyError: a member's module has no copy.
     """
+    root = nn.Module()
+    root.members, root.mean = members, _Mean(dim)
+    with_mean, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    take, *others, _ = graph.nodes
+    taken = [node for node in others if take in node.all_input_nodes]
+    for node in others:
+        if node not in taken:
+            copies[node] = with_mean.node_copy(node, copies.__getitem__)
+    outputs = map_arg(tuple(node.args[1] for node in taken), copies.__getitem__)
+    with_mean.output(with_mean.call_module("mean", outputs))
+    return copy_of(fx.GraphModule(root, with_mean).eval())
 
-    def __init__(self, graph: fx.Graph, members: nn.ModuleList, dim: int | None) -> None:
+
+class _Mean(nn.Module):
+    """The mean of the probabilities in members' outputs; fx does not look into it."""
+
+    def __init__(self, dim: int | None) -> None:
         super().__init__()
-        root = nn.Module()
-        root.members = members
-        self.graph = copy_of(fx.GraphModule(root, graph))
         self.dim = dim
-        self.eval()
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """The mean for a call's tensors."""
-        outputs: list[Any] = []
-        self.graph(outputs.append, *tensors)
+    def forward(self, *outputs: Any) -> Tensor:
         logits = [classes_last(logits_of(output), self.dim) for output in outputs]
         return classes_back(ensemble_softmax_reference(logits, None, 1.0, log=False), self.dim)
 

@@ -135,9 +135,9 @@ class _Folder:
     def _convolution(self, m: nn.Conv2d, source: fx.Node) -> _Fused:
         how: Any = (m.stride, m.padding, m.dilation, m.groups)
         x, convolving = self._values[source], Convolving(m.weight, m.bias, *how)
-        if isinstance(x, _Fused) and x.is_affine and x.relu and len(x.parts) == 1:
-            if len(source.users) == 1 and may_take_winograd(convolving):
-                return _Fused(x.parts, x.operation(), convolving)
+        alone = len(source.users) == 1 and may_take_winograd(convolving)
+        if alone and isinstance(x, _Fused) and x.is_affine and x.relu and len(x.parts) == 1:
+            return _Fused(x.parts, x.operation(), convolving)
         return _Fused((self._now(source),), None, convolving)
 
     def _norm(self, m: nn.BatchNorm2d, source: fx.Node) -> _Fused:
