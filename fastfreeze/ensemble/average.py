@@ -26,10 +26,9 @@ from fastfreeze.trimming.bits import same_bits
 def average_weights(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The average of snapshots of one model (Izmailov et al., UAI 2018).
 
-    One pass, which keeps no state dict: each tensor is summed in float64 from where it begins to
-    differ, and rounded once. Tensors that hold the same bits in all snapshots, as those of frozen
-    layers, come out with these bits. Of integers and booleans, such as a norm's
-    ``num_batches_tracked``, the last snapshot's are taken.
+    It reads each state dict once and keeps none: it sums tensors in float64 and rounds once. A
+    tensor with the same bits in all snapshots, as in frozen layers, keeps these bits. Integers and
+    booleans, such as a norm's ``num_batches_tracked``, are the last snapshot's.
 
     The statistics of norms are averaged too, but are not those of the averaged weights: see
     :func:`reestimate_norms`.
@@ -45,7 +44,7 @@ def average_weights(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]
     Raises:
         TypeError: one of ``states`` is not a state dict.
         ValueError: there is no state dict.
-        SnapshotError: a state dict of another architecture than the first.
+        SnapshotError: a state dict is of another architecture than the first.
 
     Example:
         >>> states = [store.load(snapshot) for snapshot in store.last(3)]
@@ -66,10 +65,10 @@ def average_weights(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]
 
 
 class _Average:
-    """The mean of tensors that come one at a time, of the first one's shape and dtype."""
+    """The mean of tensors of one shape and dtype that come one at a time."""
 
     def __init__(self, first: Tensor) -> None:
-        self._first = first.detach().clone()  # the latest, if of integers
+        self._first = first.detach().clone()  # of integers the latest
         self._sum: Tensor | None = None  # None while all hold the same bits
         self._count = 0
 
@@ -94,7 +93,7 @@ class _Average:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float64; of complex numbers, pairs of them."""
+    """A tensor in float64; a complex one as pairs of real numbers."""
     if tensor.is_complex():
         return torch.view_as_real(tensor.to(torch.complex128).resolve_conj())
     return tensor.double()
@@ -107,37 +106,33 @@ def reestimate_norms(
     """Give the norms of a model the running statistics that its weights make (Izmailov et al.).
 
     Averaged weights need that: the snapshots' statistics are of other activations. As
-    ``torch.optim.swa_utils.update_bn`` it takes the plain mean of the batches' statistics, each
-    batch with equal weight, but
+    ``torch.optim.swa_utils.update_bn`` it takes the plain mean of the batches' statistics, but
 
     - in float64, and for instance norms with ``track_running_stats`` too;
-    - with all other modules in eval mode: without dropout, as the model will be used. Dropout
-      before a norm would raise the variance that it sees (Li et al., CVPR 2019);
+    - with all other modules in eval mode, as the model will be used. Dropout before a norm would
+      raise the variance that the norm sees (Li et al., CVPR 2019);
     - norms that no batch reaches keep their statistics;
     - with ``snapshot``, norms that were frozen in all snapshots keep theirs bit for bit, and run in
       eval mode. ``requires_grad`` does not count: at the end of a FreezeOut run most layers are
       frozen, and yet their weights differ between snapshots.
 
-    Nothing else of the model changes, and nothing at all if an error is raised, also by the model
-    or by ``batches``.
+    Nothing else of the model changes, and nothing at all if the model or ``batches`` raises.
 
     Args:
-        model: holds the average; not what :func:`fastfreeze.trim` makes of it. What is compiled in
-            it runs uncompiled.
+        model: holds the average. What is compiled in it runs uncompiled.
         batches: tensors, tuples or lists of which the first item is the model's input, or dicts,
-            as a ``DataLoader`` gives, on the model's device. A tuple or list of inputs is passed as
-            several arguments, a dict by name, without its "labels". Take training data, in batches
-            as large as in training.
-        snapshot: state dict of one of the averaged snapshots. A norm whose statistics are the same
-            bits there and in the model was frozen in all of them. None: no norm was.
+            on the model's device. A tuple or list of inputs is passed as several arguments, a dict
+            by name, without its "labels". Take training data, in batches as large as in training.
+        snapshot: the state dict of one of the averaged snapshots. A norm whose statistics have the
+            same bits there and in the model was frozen in all of them. None: no norm was.
 
     Returns:
         Names of the norms that have new statistics, in the order of ``model.named_modules()``.
-        Without a norm to re-estimate no batch is read.
+        Without such norms no batch is read.
 
     Raises:
-        TypeError, ValueError: a norm is lazy and has not run yet, or the model itself sets it to
-            eval mode, as a trimmed model does with frozen ones; or there is no batch.
+        TypeError, ValueError: there is no batch, or a batch is not such; a norm is lazy and has not
+            run yet, or the model itself sets it to eval mode.
         SnapshotError: ``snapshot`` is of another architecture.
     """
     norms = _norms_to_reestimate(model, snapshot)
@@ -147,7 +142,7 @@ def reestimate_norms(
     calls: Counter[Any] = Counter()
 
     def add(norm: Any, *_: Any) -> None:
-        """Each call leaves its own statistics in the norm."""
+        """Add the statistics that this call has left in the norm."""
         if not norm.training:
             raise ValueError(
                 f"model must not call {norms[norm]!r} in eval mode: "
@@ -188,7 +183,7 @@ def _statistics(norm: Any) -> list[Tensor]:
 
 
 def _norms_to_reestimate(model: nn.Module, snapshot: Mapping[str, Tensor] | None) -> dict[Any, str]:
-    """The norms, and their names."""
+    """The norms that are not frozen, with their names."""
     norms: dict[Any, str] = {
         module: name
         for name, module in model.named_modules()

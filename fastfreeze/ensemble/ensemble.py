@@ -32,38 +32,39 @@ _Take = Callable[[Any], None]
 class SnapshotEnsemble(nn.Module):
     """Averages the probabilities of snapshots of one model.
 
-    The members are copies of the model, always in eval mode, and without gradients of their own;
-    ``to``, ``state_dict`` and so on work as for any module. Members that hold the same bits hold
-    them once: layers frozen before the first snapshot, or between two, take memory and time once.
-    What they compute from the same values runs once too; a write to a member's tensors is noticed
-    at the next call, except through ``.data``. The first call of a kind (these arguments, this
-    image size and layout; one row, or any number of them) traces the model, and runs members to
-    compare, which is for one thread alone: make it before several threads call at once. If the
-    first outputs ever are probabilities, it warns.
+    The members are copies of the model, always in eval mode and without gradients of their own;
+    ``to``, ``state_dict`` and so on work as for any module. Members whose tensors have the same
+    bits hold them once, and what they compute from the same values runs once. A write to a member's
+    tensors is noticed at the next call, except through ``.data``. The first call of a kind (these
+    arguments, this image size and layout; one row, or any number of them) traces the model and runs
+    members to compare: make it before several threads call at once.
 
     Args:
         model: a model of the snapshots' architecture, of whatever weights, which is copied and not
-            changed; or a function that makes a new one at each call, such as its class: for models
-            that cannot be copied, since they hold a lock or a file, or functions that use them.
+            changed. Or a function that makes a new one at each call, such as its class: for models
+            that cannot be copied, since they hold a lock, a file, or functions that use them.
         snapshots: state dicts.
         dim: the dimension of the classes in the model's output, 1 for [B, C, H, W]. None: the last,
             of outputs of up to three dimensions; of more it has to be given.
         how: "shared": as one graph, in which what members have in common runs once; "loop": one
-            after the other, each by itself. None: the graph where there is one, else the loop.
+            member after the other. None: the graph where there is one, else the loop.
         fold: fold norms into convolutions, and so on, as :func:`fastfreeze.trim` does: faster, and
             equal up to rounding. False: the bits of the members called one by one.
 
     Attributes:
         members: the copies.
         fold, how: as above; may be set.
-        how_it_ran: the latest call, in words: what ran once for all, and what did not and why.
+        how_it_ran: how the latest call ran, in words: how much ran once, and why what did not.
 
     Raises:
-        TypeError: one of ``snapshots`` is not a state dict; ``model`` cannot be copied, or is not
-            what it is to be.
-        ValueError: no snapshot; ``how`` is none of these; ``model`` gives tensors that it gave
-            before.
-        SnapshotError: a snapshot of another architecture.
+        TypeError: one of ``snapshots`` is not a state dict; ``model`` cannot be copied, or is
+            neither a module nor a function that makes one.
+        ValueError: there is no snapshot; ``how`` is none of these; ``model`` gives tensors that it
+            gave before.
+        SnapshotError: a snapshot is of another architecture.
+
+    Warns:
+        FastfreezeWarning: the first outputs ever are probabilities, not logits.
     """
 
     def __init__(
@@ -126,12 +127,12 @@ class SnapshotEnsemble(nn.Module):
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """The mean of the members' probabilities.
 
-        Members run one after the other, from where they differ, and only a sum is kept, unless
-        gradients are to flow to the inputs.
+        Where members differ they run one after the other. Only a sum of their probabilities is
+        kept, unless gradients are to flow.
 
         Args:
-            inputs, keywords: the model's; it must return logits [..., C], or an object or a dict in
-                which they are ``logits``.
+            inputs, keywords: the model's. It must return logits [..., C], or an object or a dict
+                that holds ``logits``.
 
         Returns:
             Probabilities [..., C], of the logits' shape and dtype.
@@ -172,17 +173,16 @@ class SnapshotEnsemble(nn.Module):
     def as_module(self, *inputs: Any, **keywords: Any) -> nn.Module:
         """The ensemble as it is now, as one graph of plain torch operations.
 
-        For ``torch.compile``, ``torch.export``, ONNX, ``torch.cuda.make_graphed_callables`` and
-        serving: these cannot see which members are equal, and would run all of each. What the
-        members share runs once in it too.
+        For ``torch.compile``, ``torch.export``, ONNX and ``torch.cuda.make_graphed_callables``,
+        which do not see which members are equal, and would run all of each.
 
         Args:
-            inputs, keywords: an example of what it will be called with; tensors stand for any of
-                their kind, of other batch sizes too.
+            inputs, keywords: an example of a call; its tensors stand for any of their kind, of
+                other batch sizes too.
 
         Returns:
             A module that takes the example's tensors, in order, and returns what the ensemble
-            would, without looking for NaN. It holds copies of the ensemble's tensors.
+            would. It holds copies of the ensemble's tensors.
 
         Raises:
             ValueError: the members cannot be had as one graph; the message says why.

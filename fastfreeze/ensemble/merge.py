@@ -1,8 +1,8 @@
 """Members' graphs made into one, in which what members have in common runs once.
 
-A node of one member stands for the same node of another if both call equal weights on values for
-which the same holds: members that share a prefix bit for bit form a trie, which branches where
-their weights begin to differ.
+A node runs once for two members if it reads equal weights of both, and values that are computed
+once for both. Members that share a prefix bit for bit form a trie, which branches where their
+weights begin to differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastfreeze.ensemble.members import Owners, copy_of
 from fastfreeze.kernels.reference import ensemble_softmax_reference
 from fastfreeze.kernels.softmax_arguments import classes_back, classes_last
 
-# For each member, the member whose node runs in the place of its own.
+# By node, for each member: the member whose node runs in the place of its own.
 Leaders = dict[fx.Node, tuple[int, ...]]
 
 
@@ -31,8 +31,8 @@ class Merged:
     Attributes:
         graph: its first placeholder is a function that takes each member's output in turn, the
             others are the tensors of a call. Targets are names below ``members``.
-        num_nodes: nodes that compute, of all members.
-        num_own: how many of them are left in the graph.
+        num_nodes: how many nodes of all members compute.
+        num_own: how many of these are in the graph.
     """
 
     graph: fx.Graph
@@ -41,7 +41,7 @@ class Merged:
 
 
 def merge(flow: Flow, owners: Owners, count: int) -> Merged:
-    """The graphs of ``count`` members, which differ in their tensors alone, as one.
+    """One graph for ``count`` members, which differ in their tensors alone.
 
     Args:
         flow: of the first member, in eval mode.
@@ -87,10 +87,10 @@ class _Mean(nn.Module):
 
 
 def _leaders(flow: Flow, owners: Owners, count: int) -> Leaders:
-    """Which member's node runs in the place of which others'.
+    """The leaders of each node.
 
-    No member may find a value changed by a write of another's. Where one would, the node that made
-    the value runs for each member, and so does what follows from it.
+    Where a member would find a value changed by a write of another member, the node that made the
+    value runs for each member, and so do the nodes that read it.
     """
     own = set(flow.random)  # members draw numbers of their own
     while True:
@@ -115,7 +115,7 @@ def _shared(graph: fx.Graph, owners: Owners, count: int, own: set[fx.Node]) -> L
 
 
 def _owners_of(node: fx.Node, owners: Owners) -> list[tuple[int, ...]]:
-    """Of the tensors that a node reads from the model itself."""
+    """The owners of the tensors that a node reads from the model itself."""
     if node.op not in ("get_attr", "call_module"):
         return []
     target = str(node.target)
@@ -123,10 +123,10 @@ def _owners_of(node: fx.Node, owners: Owners) -> list[tuple[int, ...]]:
 
 
 def _conflicts(flow: Flow, leaders: Leaders) -> set[fx.Node]:
-    """The nodes that made values which a member could find changed by a write of another's.
+    """The nodes whose values a member could find changed by a write of another member.
 
-    What members have in common may be written to by what they have in common too, and be read by
-    each on its own after the last write.
+    A value that members have in common may be written to by a node that they have in common, and
+    read by a member's own node after the last write.
     """
     nodes = list(flow.graph.nodes)
     makers = {s: node for node in reversed(nodes) for s in flow.storages[node]}

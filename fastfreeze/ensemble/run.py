@@ -33,9 +33,9 @@ class Prepared:
         text: what runs, and why nothing better does.
         state: of the members that it was made for.
         graph: of the members. None: they run one by one.
-        program: the graph as a function, which takes the ensemble, then a function that is given
-            each member's output in turn, then the call's tensors.
-        folded: the same, folded; None where that cannot be.
+        program: the graph as a function of the ensemble, a function that takes each member's
+            output in turn, and the call's tensors.
+        folded: the program folded. None: it cannot be.
     """
 
     text: str
@@ -60,7 +60,7 @@ class Prepared:
 
 
 def prepare(ensemble: nn.Module, members: nn.ModuleList, call: Call, may_fold: bool) -> Prepared:
-    """What runs for calls of the kind of one; members run for it."""
+    """What runs for calls of this kind; to find it the members run."""
     try:
         merged = _merged(members, call)
     except NoGraphError as error:
@@ -77,7 +77,7 @@ def prepare(ensemble: nn.Module, members: nn.ModuleList, call: Call, may_fold: b
 
 
 def one_by_one(members: nn.ModuleList, reason: object) -> str:
-    """What is said where there is no graph."""
+    """How the members run where there is no graph, in words."""
     return f"{len(members)} members, one by one: {reason}"
 
 
@@ -90,7 +90,7 @@ def _merged(members: nn.ModuleList, call: Call) -> Merged:
 
 
 def _folded(graph: fx.Graph, ensemble: nn.Module, tensors: Sequence[Tensor]) -> Program:
-    """The graph folded, found to give for these tensors what it gives as it is."""
+    """The folded graph, which gives for these tensors what the graph itself gives."""
     expected: list[Any] = []
     found: list[Any] = []
     program = fold(Flow(graph, ensemble, expected.append, *tensors))

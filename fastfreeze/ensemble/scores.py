@@ -1,4 +1,4 @@
-"""How good predicted probabilities are, and how much members differ: of rows, and in one pass."""
+"""How good predicted probabilities are, and how much members differ."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ class PredictionScores:
         nll: negative natural logarithm of the label's probability. A probability below the smallest
             normal number of its dtype counts as that number, so that a row costs at most 87.3 in
             float32 and bfloat16, 9.7 in float16, 708.4 in float64.
-        brier: squared distance to the one-hot label, in 0..2. The sum runs over all classes, as in
-            Brier (Monthly Weather Review, 1950); for two classes that is twice what is often given
-            for the probability of one of them.
+        brier: squared distance to the one-hot label, in 0..2: the sum over all classes (Brier,
+            Monthly Weather Review, 1950). For two classes others often give half of it.
         ece: expected calibration error (Guo et al., ICML 2017, eq. 3), in 0..1. Rows are sorted
             into equal bins (i / num_bins, (i + 1) / num_bins] by their highest probability; it is
             the mean over rows of \\|accuracy - mean confidence\\| of the row's bin.
@@ -81,8 +80,8 @@ class EnsembleEvaluation:
     Attributes:
         members: the scores of each member.
         ensemble: those of the mean of their probabilities.
-        mutual_information: mean over rows, in nats: what of the ensemble's entropy is disagreement
-            of the members, the rest being the mean of their own entropies. Never negative.
+        mutual_information: mean over rows, in nats: the ensemble's entropy less the mean of its
+            members' entropies, which comes from their disagreement. Never negative.
         disagreement: for each member and each other, the share of rows, in 0..1, on which their
             most probable classes differ.
         num_rows: how many rows there were.
@@ -119,17 +118,15 @@ def evaluate(
 ) -> EnsembleEvaluation:
     """Score each member of an ensemble, and the mean of their probabilities, on labelled data.
 
-    One pass over the data and one call per batch. Between batches it keeps six numbers of each row
-    and member. All is computed in float64. The members' mean is taken with equal weights; its NLL
-    has the floor of the members' dtype, as theirs.
+    It calls the ensemble once for each batch, and keeps six numbers of each row and member. It
+    computes in float64; the mean's NLL has the floor of the members' dtype.
 
     Args:
         ensemble: anything whose ``member_probabilities(*inputs)`` gives the probabilities [B, C] of
-            each member in turn, as :func:`prediction_scores` takes them: always the same
-            members.
+            the same members in turn, as :func:`prediction_scores` takes them.
         batches: pairs (inputs, labels), or dicts of which one item is "labels", on the ensemble's
-            device, such as a ``DataLoader`` gives; labels are integers [B] in 0..C-1. A tuple or
-            list of inputs is passed as several arguments, a dict by name.
+            device; labels are integers [B] in 0..C-1. A tuple or list of inputs is passed as
+            several arguments, a dict by name.
         num_bins: of the calibration error, >= 1.
 
     Raises:
@@ -178,10 +175,9 @@ def _described(batch: Any) -> str:
 
 
 def _scored(members: list[Tensor], labels: Tensor) -> Tensor:
-    """What is kept of a batch: [M + 1, 6, B] on the CPU, of each member and of their mean.
+    """A batch's NLL, Brier score, entropy, highest probability, its class, and whether it is wrong.
 
-    NLL, Brier score, entropy, the highest probability, its class, and 1 where that is not the
-    label.
+    They are [M + 1, 6, B] on the CPU, of each member and of the members' mean.
     """
     each, y = checked_members(members, labels)
     every, kinds = [*each, torch.stack(each).mean(0)], [*members, members[0]]
@@ -252,7 +248,7 @@ def check_matrix(name: str, matrix: Tensor) -> None:
 
 
 def checked_labels(labels: Tensor, matrix: Tensor) -> Tensor:
-    """The labels of the rows of a matrix [B, C] as int64, looked at on a GPU too."""
+    """The labels of a matrix [B, C] as int64; their values are checked on a GPU too."""
     y, classes = cast(Tensor, integer_labels(labels, matrix)), matrix.shape[1]
     check_rows("labels", y, (y >= 0) & (y < classes), f"be in 0..{classes - 1}")
     return y

@@ -1,4 +1,4 @@
-"""Which members an ensemble does best with, by their predictions on held-out data."""
+"""Which members make the best ensemble, by their predictions on held-out data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def select_members(members: Tensor | Sequence[Tensor], labels: Tensor) -> tuple[
     """Greedy forward selection of an ensemble's members (Caruana et al., ICML 2004).
 
     It starts from the member with the lowest NLL, and adds the one that lowers the NLL of the mean
-    of probabilities the most, until none does. Of equal ones the first is taken. The first k that
-    it gives are the selection of at most k.
+    of probabilities the most, until none does. Of equal ones it takes the first. The first k are
+    the selection of at most k.
 
-    The NLL of the result is too good, as it was chosen by it: measure it on other data.
+    The result was chosen by its NLL on these data: measure it on others.
 
     Args:
         members: probabilities of M >= 1 members on data that they were not trained on, as one

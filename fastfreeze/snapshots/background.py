@@ -1,4 +1,4 @@
-"""Saves that a thread of its own makes, one after the other."""
+"""Saves that run in a thread, one after the other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ _Errors = list[BaseException]  # that a call has raised
 
 
 class Background:
-    """One call at a time in a thread, which an exiting interpreter waits for.
-
-    A child process that is forked has no thread to wait for.
-    """
+    """Runs one call at a time in a thread. An exiting interpreter waits for it, a fork does not."""
 
     def __init__(self) -> None:
         # More than one where several threads begin some.

@@ -1,4 +1,4 @@
-"""What a store of snapshots holds, as data and as JSON."""
+"""The manifest of a store of snapshots, as data and as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +44,7 @@ class Snapshot:
     sha256: str | None = None
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A snapshot, and the hashes of its tensors in the order of the signature."""
 
     snapshot: Snapshot
@@ -54,12 +53,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a store holds.
-
-    Attributes:
-        signature: of the model.
-        entries: snapshots, by step.
-    """
+    """The signature of a store's model, and its snapshots by step."""
 
     signature: Signature
     entries: tuple[Entry, ...] = ()
@@ -118,11 +112,10 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """What :func:`manifest_bytes` wrote.
+    """The manifest that :func:`manifest_bytes` has written.
 
     Raises:
-        ValueError: it is something else; the message names the field.
-        RecursionError: it is something else.
+        ValueError, RecursionError: ``data`` is something else; the message names the field.
     """
     content = json.loads(data, object_pairs_hook=_without_repeats)
     _check_type("it", content, dict)

@@ -47,27 +47,27 @@ _CPU = torch.device("cpu")
 class SnapshotStore(Snapshots):
     """Snapshots of one model in a directory: safetensors files, and a JSON manifest.
 
-    Iterating yields each :class:`Snapshot`, by step. Each tensor has a file, which has the hash of
-    its content for a name: however many snapshots hold the same bits under whatever name, they are
-    stored once. Tensors are written in full before the manifest names them, and each file is
-    replaced in one instant: whenever a run is killed, what was saved before is still there. Reading
-    checks the hash of each tensor, and unpickles nothing.
+    Iterating yields each :class:`Snapshot`, by step. Each tensor has a file that is named by the
+    hash of its content, so that snapshots hold the same bits once. Tensors are written in full
+    before the manifest names them, and each file is replaced in one instant: whenever a run is
+    killed, what was saved before is still there. Reading checks the hash of each tensor, and
+    unpickles nothing.
 
     One process at a time may write, with any number of threads and stores of the directory; others
     are refused. Its turn ends when it ends, or when none of its stores that have written is left.
-    Any number may read. Files that are symbolic links are not read, and never written through.
+    Any number may read. Symbolic links are neither read nor written through.
 
     Snapshots that an earlier run has left in the directory stay in the store, and come into its
     ensembles, until a save of the same step replaces them. A new run takes a directory of its own,
     or first empties the old one by ``store.prune(keep=[])``.
 
     Args:
-        directory: made on the first save if it is not there.
+        directory: is made on the first save if it is not there.
 
     Raises:
         TypeError: ``directory`` is no path.
-        SnapshotError: the manifest is there, but damaged, no plain file, or of another version; or
-            the directory is a file.
+        SnapshotError: the directory is a file; or the manifest is damaged, no plain file, or of
+            another version.
 
     Example:
         >>> store = SnapshotStore("run/snapshots")
@@ -160,8 +160,7 @@ class SnapshotStore(Snapshots):
         """The state dict of a snapshot, on the CPU, its entries in the first snapshot's order.
 
         Raises:
-            SnapshotError: the snapshot is not in the store, or a file is missing or not as it was
-                saved.
+            SnapshotError: the snapshot is not in the store, or a file of it is missing or damaged.
         """
         self.flush()
         while True:
@@ -178,15 +177,15 @@ class SnapshotStore(Snapshots):
         self.flush()
         return sum(map(_size, [*tensor_files(self.directory), self.directory / _MANIFEST]))
 
-    def _snapshots(self) -> tuple[Snapshot, ...]:
+    def _held(self) -> Sequence[Entry]:
         self.flush()
-        return tuple(e.snapshot for e in self._read().entries)
+        return self._read().entries
 
     def _key(self, snapshot: Snapshot) -> Hashable:
         return snapshot.step, snapshot.sha256
 
     def _begin(self, signature: Signature, step: int) -> None:
-        """See that a save is possible; tell once of snapshots that this run has not made."""
+        """See that a save is possible; warn once of later steps, which this run has not made."""
         with self._writing(signature) as manifest:
             steps = [] if self._has_begun else [e.snapshot.step for e in manifest.entries]
             self._has_begun = True
@@ -199,8 +198,7 @@ class SnapshotStore(Snapshots):
             )
 
     def _load(self, manifest: Manifest, snapshot: Snapshot) -> dict[str, Tensor]:
-        entries: dict[Hashable, Entry] = {self._key(e.snapshot): e for e in manifest.entries}
-        hashes = self._own(entries, snapshot).hashes
+        hashes = self._find(manifest.entries, snapshot)
         state: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
         for (name, spec), h in zip(manifest.signature.items(), hashes, strict=True):
@@ -212,7 +210,7 @@ class SnapshotStore(Snapshots):
 
     @contextmanager
     def _writing(self, signature: Signature | None = None) -> Iterator[Manifest]:
-        """What is there, which nobody else changes meanwhile; of this signature, if it is given."""
+        """The manifest, which nobody else changes meanwhile; of this signature, if it is given."""
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = lock_file(self.directory / _LOCK)
@@ -245,10 +243,9 @@ class SnapshotStore(Snapshots):
         facts: Snapshot,
         ready: Iterable[torch.cuda.Event] = (),
     ) -> Snapshot:
-        """Save tensors that nobody else writes to; of those that are stored, none is held on to.
+        """Save tensors that nobody else writes to, once all of ``ready`` has happened.
 
-        Those that are stored are read, too: a damaged one is written anew. The tensors are there
-        once all is ``ready``.
+        Of those that are stored it holds on to none, but reads them: it writes damaged ones anew.
         """
         for event in ready:
             event.synchronize()
@@ -277,19 +274,18 @@ class SnapshotStore(Snapshots):
             self._commit(Manifest(signature, entries))
             return entry.snapshot
 
-    def _discard(self, gone: Sequence[Snapshot]) -> None:
+    def _discard(self, gone: set[Hashable]) -> None:
         with self._writing() as manifest:
-            keys = {self._key(s) for s in gone}
-            entries = tuple(e for e in manifest.entries if self._key(e.snapshot) not in keys)
+            entries = tuple(e for e in manifest.entries if self._key(e.snapshot) not in gone)
             self._commit(replace(manifest, entries=entries))
 
     def _commit(self, manifest: Manifest) -> None:
-        """Replace the manifest, and remove the tensors that it does not name."""
+        """Replace the manifest, then remove the tensors that the new one does not name."""
         write_atomic(self.directory / _MANIFEST, manifest_bytes(manifest))
         self._remove_leftovers(manifest)
 
     def _remove_leftovers(self, manifest: Manifest) -> None:
-        """Remove what no longer is, or never became, a part of the store."""
+        """Remove tensors that the manifest does not name, and files half written."""
         keep = {tensor_path(self.directory, h) for h in manifest.hashes}
         for path in tensor_files(self.directory):
             if path not in keep:
@@ -297,7 +293,7 @@ class SnapshotStore(Snapshots):
         remove_temporaries(self.directory)
 
     def _stamp(self) -> tuple[int, int] | None:
-        """What changes when the manifest is replaced; None if it is not there."""
+        """Numbers that change when the manifest is replaced; None if there is none."""
         try:
             found = (self.directory / _MANIFEST).lstat()
         except OSError:

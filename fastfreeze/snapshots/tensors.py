@@ -1,4 +1,4 @@
-"""Tensors by what they hold: hashes of their content, and a file for each hash."""
+"""Hashes of what tensors hold, and a file for each hash."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tensor_path(directory: Path, digest: str) -> Path:
 
 
 def tensor_files(directory: Path) -> list[Path]:
-    """All files that are called as those of tensors are."""
+    """All files whose name is one that a tensor's file may have."""
     if not directory.is_dir():
         return []
     found = [path for path in directory.iterdir() if _FILE.fullmatch(path.name)]
@@ -45,7 +45,7 @@ def tensor_files(directory: Path) -> list[Path]:
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write CPU tensors, by hash, into files of their own."""
+    """Write each of some CPU tensors into the file of its hash."""
     left = iter(list(tensors.items()))
     errors: list[BaseException] = []
 
@@ -69,7 +69,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def is_intact(directory: Path, digest: str, name: str, spec: Spec) -> bool:
-    """Whether a tensor is there as it was written; see :func:`read_tensor`."""
+    """Whether :func:`read_tensor` finds a tensor as it was written."""
     try:
         read_tensor(directory, digest, name, spec)
     except SnapshotError:
@@ -78,16 +78,10 @@ def is_intact(directory: Path, digest: str, name: str, spec: Spec) -> bool:
 
 
 def read_tensor(directory: Path, digest: str, name: str, spec: Spec) -> Tensor:
-    """A tensor.
+    """The tensor of a hash, which errors call ``name``.
 
     Its file is read, not mapped into memory: one that is cut short meanwhile would kill the
     process.
-
-    Args:
-        directory: of the files.
-        digest: its hash.
-        name: what errors call it.
-        spec: its shape and its dtype's name.
 
     Raises:
         SnapshotError: it is not there as it was written.

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import hashlib
 import itertools
 import json
-import operator
 import os
 import random
 import shutil
@@ -190,32 +187,16 @@ def test_whatever_happens_to_the_files_no_wrong_weights_are_loaded(template, dam
                 assert_same_state(store.load(snapshot), saved[snapshot.step])
 
 
-def places_in(value, path=()):
-    """Where each number, text and None is, and each list and object."""
-    if path:
-        yield path
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places_in(value[key], (*path, key))
-
-
-def test_every_edit_of_the_manifest_is_refused(tmp_path, template):
-    shutil.copytree(template[0], tmp_path, dirs_exist_ok=True)
-    good = manifest_of(tmp_path)
-    for path in places_in(good):
-        for removes in (False, True):
-            content = copy.deepcopy(good)
-            holder = functools.reduce(operator.getitem, path[:-1], content)
-            if removes:
-                del holder[path[-1]]
-            else:
-                old = holder[path[-1]]
-                holder[path[-1]] = old + 1 if isinstance(old, int | float) else "other"
-            (tmp_path / "manifest.json").write_text(json.dumps(content))
-            with pytest.raises(SnapshotError, match=r"manifest\.json is not a manifest of"):
-                SnapshotStore(tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps(good, indent=2))
-    assert_holds(SnapshotStore(tmp_path), template[1])
+def test_every_edit_of_the_manifest_is_refused(tmp_path):
+    _, saved = filled_store(tmp_path, 1)
+    path = tmp_path / "manifest.json"
+    good = path.read_bytes()
+    for at in range(len(good)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 7]) + good[at + 1 :])
+        with pytest.raises(SnapshotError, match=r"manifest\.json is not a manifest of"):
+            SnapshotStore(tmp_path)
+    path.write_text(json.dumps(json.loads(good), indent=2))
+    assert_holds(SnapshotStore(tmp_path), saved)
 
 
 def forged(content):

@@ -1,4 +1,4 @@
-"""A graph as a function, and what a run of it shows: who gives whose memory, and writes to it."""
+"""A graph as a function, and what a run of it shows: which memory nodes give and write to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastfreeze.ensemble.graphs.trace import NoGraphError, generator_states, ref
 from fastfreeze.layers.execution import preserved
 from fastfreeze.trimming.state import tensors_in
 
-# Whether these give memory of what they are given depends on its strides and its batch size.
+# Whether these give memory that they were given depends on its strides and the batch size.
 _MAY_SHARE = ("contiguous", "reshape", "reshape_as", "flatten", "ravel", "unflatten", "to")
 
 Storages = frozenset[StorageWeakRef]
@@ -36,14 +36,14 @@ def copied(graph: fx.Graph, node: fx.Node, now: Callable[[fx.Node], fx.Node]) ->
 
 
 class Flow(fx.Interpreter):
-    """What a run of a graph shows. The run leaves the model as it was.
+    """A graph, and what a run of it shows; the run leaves the model as it was.
 
     Attributes:
-        graph, module: what it is of.
-        forms: shape and dtype of nodes whose value is a tensor.
+        graph: of the operations of ``module``.
+        forms: the shape and dtype of each node whose value is a tensor.
         storages: of the tensors in each node's value.
-        writes: which storages a node has written to.
-        random: nodes that have drawn random numbers.
+        writes: the storages that each node has written to.
+        random: the nodes that have drawn random numbers.
 
     Raises:
         NoGraphError: the graph cannot run, or writes to its inputs or to tensors of the model.

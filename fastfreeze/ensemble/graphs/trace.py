@@ -1,10 +1,9 @@
 """A model as a graph of its operations, traced once for each kind of call.
 
-``torch.fx`` records a model's forward without running it and, by default, loses some of what it
-cannot see. Here in-place operators and freshly made tensors become nodes, modules without child
-modules are not looked into, and a forward with an effect that a graph cannot repeat (a change of
-grad mode or autocast, a custom autograd function, Python's randomness, an assigned attribute) is
-refused.
+``torch.fx`` records a model's forward without running it, and by default loses some of what it
+cannot see. Here in-place operators and newly made tensors become nodes, and modules without child
+modules are nodes too. A forward is refused if a graph cannot repeat what it does: change the grad
+mode or autocast, apply a custom autograd function, draw from Python's random, assign an attribute.
 """
 
 from __future__ import annotations
@@ -62,13 +61,11 @@ class Call:
     """A call of a model.
 
     Attributes:
-        arguments: positional and keyword arguments, the tensors left out.
-        tensors: these, in order.
-        kind: all about the call but the batch size and the tensors' values: arguments; of each
-            tensor whether its batch is empty or of one row, and its other sizes, strides, dtype and
-            device, on which it may depend what lies in whose memory; device and dtype of the
-            model's first parameter, which forwards read, and what autocast does, which a block in a
-            forward may change to what it was when traced.
+        arguments: positional and keyword arguments without the tensors.
+        tensors: the tensors among them, in order.
+        kind: what a graph depends on: the arguments; of each tensor whether it has no row, one or
+            more, its other sizes, strides, dtype and device; the device and dtype of the model's
+            first parameter, which forwards read; and what autocast does.
     """
 
     arguments: Any
@@ -103,7 +100,7 @@ class Call:
 class Attributes:
     """The attributes of modules at a moment, hooks and submodules among them.
 
-    A write into an attribute's value is noticed if the value is a list, dict or set.
+    It notices a write into an attribute's value if that is a list, dict or set.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -120,7 +117,7 @@ class Attributes:
 
 
 def generator_states() -> tuple[Any, bytes, list[bytes]]:
-    """Of Python's random, numpy.random, and torch's generators."""
+    """The states of Python's random, numpy.random, and torch's generators."""
     states = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
@@ -129,9 +126,7 @@ def generator_states() -> tuple[Any, bytes, list[bytes]]:
 
 
 def trace(model: nn.Module, call: Call) -> fx.Graph:
-    """The graph of ``model`` as called, with a placeholder for each tensor of the call.
-
-    Other targets are names in the model.
+    """The graph of a model's call: placeholders for the call's tensors, other targets by name.
 
     Raises:
         NoGraphError: a graph cannot repeat what the model does.
@@ -149,7 +144,7 @@ def trace(model: nn.Module, call: Call) -> fx.Graph:
 
 
 class _Value(Proxy):
-    """A proxy that records writes; fx's own turns ``x += y`` into ``x = x + y``."""
+    """A proxy that records writes, while fx's own turns ``x += y`` into ``x = x + y``."""
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
@@ -177,7 +172,7 @@ for _name in (
 
 
 class _Tracer(fx.Tracer):
-    """fx's tracer, less its silent losses."""
+    """fx's tracer without its silent losses."""
 
     def __init__(self, model: nn.Module, arguments: Any) -> None:
         super().__init__()
@@ -247,7 +242,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Factories(TorchFunctionMode):
-    """Records what makes tensors out of no recorded value, which fx would keep as constants."""
+    """Records functions that make a tensor of no recorded value: fx would keep it as a constant."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
@@ -271,7 +266,7 @@ class _Factories(TorchFunctionMode):
 
 
 def _ambient_state() -> tuple[Any, ...]:
-    """What a ``with`` block in a forward may change and a graph does not see."""
+    """What a ``with`` block in a forward may change, unseen by a graph."""
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     return (*modes, *_autocast_state())
 
@@ -286,7 +281,7 @@ def _autocast_state() -> tuple[Any, ...]:
 
 @contextmanager
 def _custom_functions_refused() -> Iterator[None]:
-    """fx would trace through a custom function's forward and drop its backward."""
+    """Refuse custom autograd functions: fx would record their forward and drop their backward."""
     original = vars(torch.autograd.Function)["apply"]
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
