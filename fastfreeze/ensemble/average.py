@@ -6,7 +6,6 @@ al., UAI 2018).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -70,7 +69,7 @@ class _Average:
     def __init__(self, first: Tensor) -> None:
         self._first = first.detach().clone()  # of integers the latest
         self._sum: Tensor | None = None  # None while all hold the same bits
-        self._count = 0
+        self.count = 0
 
     def add(self, tensor: Tensor) -> None:
         tensor = tensor.detach().to(self._first.device)
@@ -79,14 +78,14 @@ class _Average:
         elif self._sum is not None:
             self._sum += _wide(tensor)
         elif not same_bits(self._first, tensor):
-            self._sum = _wide(self._first) * self._count + _wide(tensor)
+            self._sum = _wide(self._first) * self.count + _wide(tensor)
             self._first = self._first.new_empty(0)  # its dtype and device are all that is needed
-        self._count += 1
+        self.count += 1
 
     def result(self) -> Tensor:
         if self._sum is None:
             return self._first
-        mean = self._sum / self._count
+        mean = self._sum / self.count
         if self._first.is_complex():
             mean = torch.view_as_complex(mean)
         return mean.to(self._first.dtype)
@@ -138,8 +137,7 @@ def reestimate_norms(
     norms = _norms_to_reestimate(model, snapshot)
     if not norms:
         return ()
-    totals = {m: [torch.zeros_like(b, dtype=torch.float64) for b in _statistics(m)] for m in norms}
-    calls: Counter[Any] = Counter()
+    averages: dict[Any, list[_Average]] = {}
 
     def add(norm: Any, *_: Any) -> None:
         """Add the statistics that this call has left in the norm."""
@@ -148,9 +146,10 @@ def reestimate_norms(
                 f"model must not call {norms[norm]!r} in eval mode: "
                 "statistics of batches are wanted"
             )
-        calls[norm] += 1
-        for total, held in zip(totals[norm], _statistics(norm), strict=True):
-            total.add_(held)
+        found = _statistics(norm)
+        own = averages.setdefault(norm, [_Average(statistic) for statistic in found])
+        for average, statistic in zip(own, found, strict=True):
+            average.add(statistic)
 
     modes = [(module, module.training) for module in model.modules()]
     # Uncompiled, else it would be compiled anew for the hooks.
@@ -171,15 +170,18 @@ def reestimate_norms(
         finally:
             for module, mode in modes:  # a trimmed model's is that of the model in it
                 module.training = mode
-    for norm, count in calls.items():
-        for held, total in zip(_statistics(norm), totals[norm], strict=True):
-            held.copy_(total / count)
-        norm.num_batches_tracked.fill_(count)
-    return tuple(name for norm, name in norms.items() if norm in calls)
+    for norm, own in averages.items():
+        for held, average in zip(_statistics(norm), own, strict=True):
+            held.copy_(average.result())
+        norm.num_batches_tracked.fill_(own[0].count)
+    return tuple(name for norm, name in norms.items() if norm in averages)
+
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 def _statistics(norm: Any) -> list[Tensor]:
-    return [norm.running_mean, norm.running_var]
+    return [getattr(norm, name) for name in _STATISTICS]
 
 
 def _norms_to_reestimate(model: nn.Module, snapshot: Mapping[str, Tensor] | None) -> dict[Any, str]:
@@ -196,9 +198,9 @@ def _norms_to_reestimate(model: nn.Module, snapshot: Mapping[str, Tensor] | None
         return norms
     check_state("snapshot", snapshot, signature_of(model.state_dict()))
 
-    def was_frozen(norm: nn.Module, name: str) -> bool:
-        names = (f"{name}.{own}".lstrip(".") for own in ("running_mean", "running_var"))
-        pairs = zip(_statistics(norm), names, strict=True)
-        return all(same_bits(held, snapshot[n].to(held.device)) for held, n in pairs)
-
-    return {norm: name for norm, name in norms.items() if not was_frozen(norm, name)}
+    frozen = []
+    for norm, name in norms.items():
+        before = [snapshot[f"{name}.{own}".lstrip(".")] for own in _STATISTICS]
+        pairs = zip(_statistics(norm), before, strict=True)
+        frozen += [norm] if all(same_bits(a, b.to(a.device)) for a, b in pairs) else []
+    return {norm: name for norm, name in norms.items() if norm not in frozen}
