@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from fastfreeze.errors import SnapshotError
-from fastfreeze.snapshots.tensors import HASH, Spec, dtype_name
+from fastfreeze.snapshots.tensors import HASH, Spec, described, dtype_name, spec_of
 from fastfreeze.text import some
 
 _FORMAT_VERSION = 3
-_MAX_TEXT = 200  # of a value in an error message
 _MAX_BYTES = 2**63 - 1  # of a tensor
 
 # Name of each tensor, in the state dict's order: its shape and its dtype's name.
@@ -65,7 +64,7 @@ class Manifest:
 
 
 def signature_of(state: Mapping[str, Tensor]) -> Signature:
-    return {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in state.items()}
+    return {name: spec_of(t) for name, t in state.items()}
 
 
 def state_hash(signature: Signature, hashes: Sequence[str]) -> str:
@@ -78,7 +77,7 @@ def check_signature(label: str, found: Signature, expected: Signature) -> None:
     missing = [repr(name) for name in expected if name not in found]
     unexpected = [repr(name) for name in found if name not in expected]
     unlike = [
-        f"{name!r}: {_described(found[name])}, expected {_described(expected[name])}"
+        f"{name!r}: {described(found[name])}, expected {described(expected[name])}"
         for name in expected
         if name in found and found[name] != expected[name]
     ]
@@ -86,10 +85,6 @@ def check_signature(label: str, found: Signature, expected: Signature) -> None:
     differences = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
     if differences:
         raise SnapshotError(f"{label} is of another model: " + "; ".join(differences))
-
-
-def _described(spec: Spec) -> str:
-    return f"{spec[1]} {list(spec[0])}"
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -176,7 +171,7 @@ def _parsed_entry(where: str, content: Any, signature: Signature, hashes: Sequen
 
 def _check(where: str, what: str, holds: object, *found: object) -> None:
     if not holds:
-        got = "".join(f", got {_short(value)}" for value in found)
+        got = "".join(f", got {reprlib.repr(value):.200}" for value in found)
         raise ValueError(f"{where} must {what}{got}")
 
 
@@ -197,12 +192,6 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     _check("an object", "name each field once", len(content) == len(pairs), [k for k, _ in pairs])
     return content
-
-
-def _short(value: object) -> str:
-    """A value that may be of any length."""
-    text = reprlib.repr(value)
-    return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "..."
 
 
 def _sha256(value: Any) -> str:

@@ -26,9 +26,17 @@ _WRITERS = 8  # at once: most of a small file's time is waiting for the disk
 Spec = tuple[tuple[int, ...], str]  # a tensor's shape and its dtype's name
 
 
-def num_bytes(spec: Spec) -> int:
-    """Size of a tensor."""
-    return torch.Size(spec[0]).numel() * int(getattr(torch, spec[1]).itemsize)
+def spec_of(tensor: Tensor) -> Spec:
+    return tuple(tensor.shape), dtype_name(tensor.dtype)
+
+
+def described(spec: Spec) -> str:
+    """A spec in words, which are also a part of what is hashed."""
+    return f"{spec[1]} {list(spec[0])}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def tensor_path(directory: Path, digest: str) -> Path:
@@ -89,11 +97,11 @@ def read_tensor(directory: Path, digest: str, name: str, spec: Spec) -> Tensor:
     path = tensor_path(directory, digest)
     try:
         with torch.device("cpu"), open_file(path) as file:
-            size = min(os.fstat(file.fileno()).st_size, num_bytes(spec) + _MAX_HEADER_BYTES)
+            most = torch.Size(spec[0]).numel() * getattr(torch, spec[1]).itemsize
+            size = min(os.fstat(file.fileno()).st_size, most + _MAX_HEADER_BYTES)
             (tensor,) = safetensors.torch.load(file.read(size)).values()
-        if (tuple(tensor.shape), dtype_name(tensor.dtype)) != spec:
-            found = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
-            raise ValueError(f"it holds a {found}, not a {spec[1]} {list(spec[0])}")
+        if spec_of(tensor) != spec:
+            raise ValueError(f"it holds a {described(spec_of(tensor))}, not a {described(spec)}")
         if content_hash(tensor) != digest:
             raise ValueError("the tensor's sha256 is another")
     except OSError as error:
@@ -105,7 +113,7 @@ def read_tensor(directory: Path, digest: str, name: str, spec: Spec) -> Tensor:
 
 def content_hash(tensor: Tensor) -> str:
     """sha256 of a CPU tensor's dtype, shape and bytes, in hexadecimal digits."""
-    digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+    digest = hashlib.sha256(f"{described(spec_of(tensor))}\n".encode())
     digest.update(bits(tensor).numpy().data)
     return digest.hexdigest()
 
@@ -115,10 +123,6 @@ def copy_of(tensor: Tensor, device: torch.device, *, wait: bool = True) -> Tenso
     later = tensor.is_cuda and not wait
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=later)
     return copy.copy_(tensor.detach(), non_blocking=later)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @cache

@@ -272,11 +272,9 @@ def _ambient_state() -> tuple[Any, ...]:
 
 
 def _autocast_state() -> tuple[Any, ...]:
-    devices = ("cpu", torch.accelerator.current_accelerator(check_available=True))
-    return tuple(
-        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
-        for d in (d.type if isinstance(d, torch.device) else d for d in devices if d)
-    )
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    return tuple((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
 
 
 @contextmanager
