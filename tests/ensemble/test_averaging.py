@@ -142,12 +142,8 @@ def test_states_may_come_one_at_a_time_out_of_one_memory_tied_and_strided():
 
 
 STATE = {"a": torch.ones(2), "b": torch.ones(3)}
-UNLIKE = r"unlike: 'a': float32 \[4\], expected float32 \[2\]"
 REFUSED = [
     ([STATE, {"a": STATE["a"]}], SnapshotError, r"states\[1\] is of another model: missing: 'b'"),
-    ([STATE, {**STATE, "c": torch.ones(1)}], SnapshotError, "unexpected: 'c'"),
-    ([STATE, {**STATE, "a": torch.ones(4)}], SnapshotError, UNLIKE),
-    ([STATE, {**STATE, "a": torch.ones(2).half()}], SnapshotError, "unlike: 'a': float16"),
     ([], ValueError, "states must hold at least one state dict, got none"),
     ([torch.ones(1)], TypeError, r"states\[0\] must be a state dict, got Tensor"),
     ([STATE, {**STATE, "b": 1.0}], TypeError, r"\['b'\] must be a tensor, got float"),
