@@ -8,7 +8,6 @@ weights begin to differ.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -24,33 +23,23 @@ from fastfreeze.kernels.softmax_arguments import classes_back, classes_last
 Leaders = dict[fx.Node, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Merged:
-    """The members as one graph.
-
-    Attributes:
-        graph: its first placeholder is a function that takes each member's output in turn, the
-            others are the tensors of a call. Targets are names below ``members``.
-        num_nodes: how many nodes of all members compute.
-        num_own: how many of these are in the graph.
-    """
-
-    graph: fx.Graph
-    num_nodes: int
-    num_own: int
-
-
-def merge(flow: Flow, owners: Owners, count: int) -> Merged:
+def merge(flow: Flow, owners: Owners, count: int) -> tuple[fx.Graph, str]:
     """One graph for ``count`` members, which differ in their tensors alone.
 
     Args:
         flow: of the first member, in eval mode.
         owners: of the members.
+
+    Returns:
+        The graph: its first placeholder is a function that takes each member's output in turn, the
+        others are the tensors of a call; targets are names below ``members``. And how many of the
+        members' nodes run in it, in words.
     """
     leaders = _leaders(flow, owners, count)
-    computing = [node for node in flow.graph.nodes if flow.computes(node)]
+    computing = [n for n in flow.graph.nodes if n.op.startswith("call_") and flow.storages[n]]
     own = sum(len(set(leaders[node])) for node in computing)
-    return Merged(_merged_graph(flow.graph, leaders, count), count * len(computing), own)
+    graph = _merged_graph(flow.graph, leaders, count)
+    return graph, f"{own} of {count * len(computing)} nodes run"
 
 
 def merged_module(graph: fx.Graph, members: nn.ModuleList, dim: int | None) -> nn.Module:

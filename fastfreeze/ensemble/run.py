@@ -14,7 +14,7 @@ from fastfreeze.ensemble.graphs.flow import Flow, Program, written
 from fastfreeze.ensemble.graphs.fold import fold
 from fastfreeze.ensemble.graphs.trace import Call, NoGraphError, refused, trace
 from fastfreeze.ensemble.members import MembersState, check_alike, share
-from fastfreeze.ensemble.merge import Merged, merge
+from fastfreeze.ensemble.merge import merge
 from fastfreeze.layers.execution import preserved
 from fastfreeze.trimming.compare import excess
 from fastfreeze.trimming.state import requires_grad
@@ -62,31 +62,26 @@ class Prepared:
 def prepare(ensemble: nn.Module, members: nn.ModuleList, call: Call, may_fold: bool) -> Prepared:
     """What runs for calls of this kind; to find it the members run."""
     try:
-        merged = _merged(members, call)
+        check_alike(members)
+        with _ONE_AT_A_TIME:
+            owners = share(list(members))
+            flow = Flow(trace(members[0], call), members[0], *call.tensors)
+            graph, what_runs = merge(flow, owners, len(members))
     except NoGraphError as error:
         return Prepared(one_by_one(members, error), MembersState(members))
     folded, how = None, "not folded: that was not wanted"
     if may_fold:
         try:
-            folded, how = _folded(merged.graph, ensemble, call.tensors), "folded"
+            folded, how = _folded(graph, ensemble, call.tensors), "folded"
         except NoGraphError as error:
             how = f"not folded: {error}"
-    text = f"{merged.num_own} of {merged.num_nodes} nodes run, {how}"
-    text = f"{len(members)} members as one graph, {text}"
-    return Prepared(text, MembersState(members), merged.graph, written(merged.graph), folded)
+    text = f"{len(members)} members as one graph, {what_runs}, {how}"
+    return Prepared(text, MembersState(members), graph, written(graph), folded)
 
 
 def one_by_one(members: nn.ModuleList, reason: object) -> str:
     """How the members run where there is no graph, in words."""
     return f"{len(members)} members, one by one: {reason}"
-
-
-def _merged(members: nn.ModuleList, call: Call) -> Merged:
-    check_alike(members)
-    with _ONE_AT_A_TIME:
-        owners = share(list(members))
-        flow = Flow(trace(members[0], call), members[0], *call.tensors)
-        return merge(flow, owners, len(members))
 
 
 def _folded(graph: fx.Graph, ensemble: nn.Module, tensors: Sequence[Tensor]) -> Program:

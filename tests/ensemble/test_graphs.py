@@ -81,37 +81,35 @@ WRITING = [
 ]
 
 
-@pytest.mark.parametrize(("make", "shared", "text"), WRITING)
-def test_what_writes_or_branches(make, shared, text):
-    states = chain(make, shared, 3)
-    ensemble, truth = SnapshotEnsemble(make(), states), SnapshotEnsemble(make(), states)
-    for _ in range(3):
-        x = torch.randn(4, 3)
-        after = x + 1 if make is writes_to_input else x.clone()
-        expected = torch.stack([m(x.clone()).softmax(-1) for m in truth.members]).mean(0)
-        torch.testing.assert_close(ensemble(x), expected)
-        assert torch.equal(x, after)
-        assert text in ensemble.how_it_ran
+def test_what_writes_or_branches():
+    for make, shared, text in WRITING:
+        states = chain(make, shared, 3)
+        ensemble, truth = SnapshotEnsemble(make(), states), SnapshotEnsemble(make(), states)
+        for _ in range(3):
+            x = torch.randn(4, 3)
+            after = x + 1 if make is writes_to_input else x.clone()
+            expected = torch.stack([m(x.clone()).softmax(-1) for m in truth.members]).mean(0)
+            torch.testing.assert_close(ensemble(x), expected)
+            assert torch.equal(x, after)
+            assert text in ensemble.how_it_ran
 
 
-NOISE = {
-    "a function": lambda x: F.dropout(x, 0.5),
-    "a module": Does(lambda m, x: x + torch.rand_like(x)),
-}
+NOISE = [lambda x: F.dropout(x, 0.5), Does(lambda m, x: x + torch.rand_like(x))]
 
 
-@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
-def test_members_draw_numbers_of_their_own(noise):
-    def make():
-        parts = {"a": nn.Linear(3, 64), "noise": noise, "b": nn.Linear(64, 2)}
-        return Does(lambda m, x: m.b(m.noise(m.a(x))), **parts)
+def noisy(noise):
+    parts = {"a": nn.Linear(3, 64), "noise": noise, "b": nn.Linear(64, 2)}
+    return Does(lambda m, x: m.b(m.noise(m.a(x))), **parts)
 
-    ensemble = SnapshotEnsemble(make(), chain(make, ("",), 2))
-    x = torch.randn(4, 3)
-    for fold in (True, False):
-        ensemble.fold = fold
-        a, b = ensemble.member_probabilities(x)
-        assert not torch.equal(a, b)
+
+def test_members_draw_numbers_of_their_own():
+    for noise in NOISE:
+        state, x = noisy(noise).state_dict(), torch.randn(4, 3)
+        ensemble = SnapshotEnsemble(noisy(noise), [state, state])
+        for fold in (True, False):
+            ensemble.fold = fold
+            a, b = ensemble.member_probabilities(x)
+            assert not torch.equal(a, b)
 
 
 class Listing(nn.Module):

@@ -81,10 +81,6 @@ class Flow(fx.Interpreter):
         self.storages[n] = _storages([value, given] if may_share else value)
         return value
 
-    def computes(self, node: fx.Node) -> bool:
-        """Whether a node makes tensors, not only sizes and the like."""
-        return node.op.startswith("call_") and bool(self.storages[node])
-
 
 def _versions(tensors: list[Tensor]) -> list[int]:
     return [t._version for t in tensors]
