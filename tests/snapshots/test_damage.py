@@ -212,7 +212,8 @@ def edited(entry=None, tensor=None, **top):
     def edit(content):
         content.update(top)
         for key, change in (("snapshots", entry), ("tensors", tensor)):
-            content[key][:1] = [{**content[key][0], **change}] if change else content[key][:1]
+            if change:
+                content[key][0].update(change)
         return content
 
     return edit
