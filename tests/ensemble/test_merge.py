@@ -264,6 +264,7 @@ def check_network(model, x):
     assert_right(ensemble, x, atol=1e-5)  # weights that were never trained make large logits
     ran, whole = map(int, re.findall(r"one graph, (\d+) of (\d+) nodes", ensemble.how_it_ran)[0])
     assert ran < whole
+    assert ensemble.how_it_ran.endswith("run, folded")
 
 
 def test_the_papers_networks():
