@@ -149,7 +149,7 @@ class SnapshotEnsemble(nn.Module):
         exporting = torch.compiler.is_exporting()
 
         def take(z: Tensor) -> None:
-            if exporting or logits or z.requires_grad:
+            if exporting or z.requires_grad:
                 logits.append(z)
             else:
                 average.update(z)
@@ -158,7 +158,7 @@ class SnapshotEnsemble(nn.Module):
         if not logits:
             return average.mean()
         mean = ensemble_softmax(logits, dim=self.dim)
-        if average.count:  # members before the first that needs gradients
+        if average.count:  # members that need no gradients
             share = len(logits) / (len(logits) + average.count)
             mean = share * mean + (1 - share) * average.mean()
         return mean
