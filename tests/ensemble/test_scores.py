@@ -98,12 +98,12 @@ def test_the_nll_of_an_impossible_label_is_finite(dtype, most):
     assert found.ensemble.nll == found.members[0].nll == pytest.approx(most, abs=0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_probabilities_of_any_precision_are_accepted(dtype):
+def test_probabilities_of_any_precision_are_accepted():
     probabilities, labels = torch.randn(20, 1000).softmax(-1), torch.randint(1000, (20,))
-    found = dataclasses.asdict(prediction_scores(probabilities.to(dtype), labels))
     expected = dataclasses.asdict(prediction_scores(probabilities, labels))
-    assert found == pytest.approx(expected, abs=0.06)
+    for dtype in (torch.float16, torch.bfloat16):
+        found = dataclasses.asdict(prediction_scores(probabilities.to(dtype), labels))
+        assert found == pytest.approx(expected, abs=0.06)
 
 
 def test_an_evaluation_by_hand():
