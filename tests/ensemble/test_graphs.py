@@ -119,6 +119,21 @@ def test_what_writes_or_branches():
             assert text in ensemble.how_it_ran
 
 
+def concatenates(m, x):
+    y = m.c(torch.cat([m.a(x), F.relu(m.b(x))], 1))
+    return m.head(y.view(y.shape[0], -1))
+
+
+def test_concatenations_and_views_are_folded():
+    def make():
+        convolutions = {n: nn.Conv2d(3, 4, 1) for n in "ab"}
+        return Does(concatenates, **convolutions, c=nn.Conv2d(8, 6, 1), head=nn.Linear(96, 3))
+
+    ensemble = SnapshotEnsemble(make(), chain(make, ("a",), 3))
+    assert_right(ensemble, torch.randn(3, 3, 4, 4))
+    assert ensemble.how_it_ran.endswith("run, folded")
+
+
 NOISE = [lambda x: F.dropout(x, 0.5), Does(lambda m, x: x + torch.rand_like(x))]
 
 
