@@ -83,6 +83,20 @@ def test_a_second_copy_is_made_only_when_the_first_is_written(tmp_path, held_bac
     assert_holds(store, saved)
 
 
+def test_a_save_in_the_middle_of_a_save_is_refused(tmp_path, monkeypatch):
+    """As a signal's handler may begin one, which would wait for itself."""
+    store, model = SnapshotStore(tmp_path), small_model()
+
+    def interrupted(tensor):
+        with pytest.raises(SnapshotError, match="is being written to by this very thread"):
+            store.save(model, step=2, cycle=0)
+        return content_hash(tensor)
+
+    monkeypatch.setattr(store_module, "content_hash", interrupted)
+    store.save(model, step=1, cycle=0)
+    assert steps(store) == [1]
+
+
 NEXT_CALLS = {
     "flush": lambda store, snapshot: store.flush(),
     "save": lambda store, snapshot: store.save(small_model(), step=50, cycle=5),

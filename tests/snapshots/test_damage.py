@@ -335,16 +335,22 @@ def test_a_lost_manifest_is_not_an_empty_store(tmp_path):
     assert files_in(tmp_path) == before
 
 
+def disk_full_after(count, fsync=os.fsync):
+    calls = itertools.count()
+    return lambda fd: full_disk(fd) if next(calls) >= count else fsync(fd)
+
+
 def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     store, saved = filled_store(tmp_path)
     before = files_in(tmp_path)
     (new,) = states(1)
-    monkeypatch.setattr("fastfreeze.files.os.fsync", full_disk)
-    for act in (
-        lambda: store.save(saved[0], step=20, cycle=1),
-        lambda: store.save(new, step=20, cycle=1),
-        lambda: store.prune(keep=store.last(1)),
+    for act, count in (
+        (lambda: store.save(saved[0], step=20, cycle=1), 0),
+        (lambda: store.save(new, step=20, cycle=1), 0),
+        (lambda: store.save(new, step=20, cycle=1), 6),  # some of the tensors are there
+        (lambda: store.prune(keep=store.last(1)), 0),
     ):
+        monkeypatch.setattr("fastfreeze.files.os.fsync", disk_full_after(count))
         with pytest.raises(OSError, match="No space left"):
             act()
         assert files_in(tmp_path) == before
