@@ -193,14 +193,15 @@ def test_a_snapshot_that_is_removed_while_it_is_read_is_gone(tmp_path, monkeypat
     assert_same_state(reader.load(first), chain[0])
 
 
-def test_a_store_that_is_let_go_of_saves_first(tmp_path):
+def test_a_store_that_is_let_go_of_saves_first(tmp_path, held_back):
     store = SnapshotStore(tmp_path)
     store.save(small_model(), step=1, cycle=0, wait=False)
+    thread = store._background._calls[0][0]
     del store
     gc.collect()
-    deadline = time.monotonic() + 20
-    while len(SnapshotStore(tmp_path)) == 0:
-        assert time.monotonic() < deadline
+    held_back.set()
+    thread.join(20)
+    assert steps(SnapshotStore(tmp_path)) == [1]
 
 
 def test_a_store_that_is_let_go_of_tells_what_went_wrong(tmp_path, monkeypatch, held_back):
