@@ -117,6 +117,9 @@ PLACE = {"dtype": "F32", "shape": [6, 4]}
 FORGED = {
     "a list": headed([]),
     "nothing": lambda data: safetensors.torch.save({}),
+    "one more": lambda data: safetensors.torch.save(
+        {**safetensors.torch.load(data), "z": torch.ones(1)}
+    ),
     "beyond the end": headed({"tensor": {**PLACE, "data_offsets": [10**6, 10**6 + 96]}}),
     "two in one place": headed({n: {**PLACE, "data_offsets": [0, 96]} for n in "ab"}),
     "the longest": lambda data: b"\xff" * 8 + data[8:],
