@@ -60,7 +60,7 @@ def export(store: fastfreeze.SnapshotStore, last: int, path: Path) -> None:
     example, sizes = torch.rand(2, 1, 28, 28), ({0: torch.export.Dim("batch", min=1, max=1024)},)
     module = ensemble.as_module(example)
     torch.export.save(torch.export.export(module, (example,), dynamic_shapes=sizes), path)
-    print(f"{path}: {ensemble.plan}")
+    print(f"{path}: {ensemble.how_it_ran}")
 
 
 class Handler(BaseHTTPRequestHandler):

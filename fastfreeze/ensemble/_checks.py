@@ -1,4 +1,4 @@
-"""Arguments, batches and outputs of models, as the ensemble's modules take them."""
+"""Checks of batches, and of models' inputs and outputs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by na
 def call_and_labels(label: str, batch: Any) -> tuple[Call, Any]:
     """How a model is called on a batch, and the batch's labels; None if it has none.
 
-    Of a dict "labels" are the labels, the rest is passed by name; of a tuple or list the first is
-    the input and the second the labels. An input that is itself a dict is passed by name, a tuple
-    or list as several arguments.
+    The labels are "labels" of a dict, and the second of a tuple or list of two; the rest, or the
+    first, is the input. An input that is a dict is passed by name, a tuple or list as several
+    arguments.
     """
     labels = None
     if isinstance(batch, Mapping):
@@ -49,7 +49,7 @@ def check_no_arrays(label: str, values: Iterable[Any]) -> None:
 
 
 def logits_of(output: Any) -> Any:
-    """The logits in what a model returned: itself, or what is named so in it."""
+    """The logits in a model's output: a tensor itself, or what an object or dict calls so."""
     if isinstance(output, Tensor):
         return output
     is_dict = isinstance(output, Mapping)
@@ -63,7 +63,7 @@ def logits_of(output: Any) -> Any:
 
 
 def warn_of_probabilities(logits: Tensor, dim: int | None) -> None:
-    """Warn if all rows are what a softmax gives. Zeros and ones alone are of another origin."""
+    """Warn if all rows may come from a softmax, which gives more than zeros and ones."""
     values = logits.detach().to(sum_dtype(logits.dtype))
     tolerance = max(1e-4, torch.finfo(logits.dtype).eps)
     sums_to_1 = (values.sum(-1 if dim is None else dim) - 1).abs() <= tolerance

@@ -6,7 +6,6 @@ al., UAI 2018).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from fastfreeze.ensemble._checks import call_and_labels
 from fastfreeze.layers.execution import preserved
 from fastfreeze.snapshots.base import check_state
-from fastfreeze.snapshots.format import Signature, check_signature, signature_of
+from fastfreeze.snapshots.format import Signature, signature_of
 from fastfreeze.trimming.bits import same_bits
 
 
@@ -26,10 +25,9 @@ from fastfreeze.trimming.bits import same_bits
 def average_weights(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The average of snapshots of one model (Izmailov et al., UAI 2018).
 
-    One pass, which keeps no state dict: each tensor is summed in float64 from where it begins to
-    differ, and rounded once. Tensors that hold the same bits in all snapshots, as those of frozen
-    layers, come out with these bits. Of integers and booleans, such as a norm's
-    ``num_batches_tracked``, the last snapshot's are taken.
+    It reads each state dict once and keeps none: it sums tensors in float64 and rounds once. A
+    tensor with the same bits in all snapshots, as in frozen layers, keeps these bits. Integers and
+    booleans, such as a norm's ``num_batches_tracked``, are the last snapshot's.
 
     The statistics of norms are averaged too, but are not those of the averaged weights: see
     :func:`reestimate_norms`.
@@ -45,7 +43,7 @@ def average_weights(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]
     Raises:
         TypeError: one of ``states`` is not a state dict.
         ValueError: there is no state dict.
-        SnapshotError: a state dict of another architecture than the first.
+        SnapshotError: a state dict is of another architecture than the first.
 
     Example:
         >>> states = [store.load(snapshot) for snapshot in store.last(3)]
@@ -56,7 +54,7 @@ def average_weights(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]
     averages: dict[str, _Average] = {}
     signature: Signature | None = None
     for i, state in enumerate(states):
-        signature = _checked_signature(f"states[{i}]", state, signature)
+        signature = check_state(f"states[{i}]", state, signature)
         averages = averages or {name: _Average(t) for name, t in state.items()}
         for name, average in averages.items():
             average.add(state[name])
@@ -66,12 +64,12 @@ def average_weights(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]
 
 
 class _Average:
-    """The mean of tensors that come one at a time, of the first one's shape and dtype."""
+    """The mean of tensors of one shape and dtype that come one at a time."""
 
     def __init__(self, first: Tensor) -> None:
-        self._first = first.detach().clone()  # the latest, if of integers
+        self._first = first.detach().clone()  # of integers the latest
         self._sum: Tensor | None = None  # None while all hold the same bits
-        self._count = 0
+        self.count = 0
 
     def add(self, tensor: Tensor) -> None:
         tensor = tensor.detach().to(self._first.device)
@@ -80,34 +78,24 @@ class _Average:
         elif self._sum is not None:
             self._sum += _wide(tensor)
         elif not same_bits(self._first, tensor):
-            self._sum = _wide(self._first) * self._count + _wide(tensor)
+            self._sum = _wide(self._first) * self.count + _wide(tensor)
             self._first = self._first.new_empty(0)  # its dtype and device are all that is needed
-        self._count += 1
+        self.count += 1
 
     def result(self) -> Tensor:
         if self._sum is None:
             return self._first
-        mean = self._sum / self._count
+        mean = self._sum / self.count
         if self._first.is_complex():
             mean = torch.view_as_complex(mean)
         return mean.to(self._first.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float64; of complex numbers, pairs of them."""
+    """A tensor in float64; a complex one as pairs of real numbers."""
     if tensor.is_complex():
         return torch.view_as_real(tensor.to(torch.complex128).resolve_conj())
     return tensor.double()
-
-
-def _checked_signature(label: str, state: Any, expected: Signature | None) -> Signature:
-    """That of the first state dict, which the others must have."""
-    check_state(label, state)
-    found = signature_of(state)
-    if expected is None:
-        return found
-    check_signature(label, found, expected)
-    return expected
 
 
 @torch.no_grad()
@@ -117,55 +105,51 @@ def reestimate_norms(
     """Give the norms of a model the running statistics that its weights make (Izmailov et al.).
 
     Averaged weights need that: the snapshots' statistics are of other activations. As
-    ``torch.optim.swa_utils.update_bn`` it takes the plain mean of the batches' statistics, each
-    batch with equal weight, but
+    ``torch.optim.swa_utils.update_bn`` it takes the plain mean of the batches' statistics, but
 
     - in float64, and for instance norms with ``track_running_stats`` too;
-    - with all other modules in eval mode: without dropout, as the model will be used. Dropout
-      before a norm would raise the variance that it sees (Li et al., CVPR 2019);
+    - with all other modules in eval mode, as the model will be used. Dropout before a norm would
+      raise the variance that the norm sees (Li et al., CVPR 2019);
     - norms that no batch reaches keep their statistics;
     - with ``snapshot``, norms that were frozen in all snapshots keep theirs bit for bit, and run in
       eval mode. ``requires_grad`` does not count: at the end of a FreezeOut run most layers are
       frozen, and yet their weights differ between snapshots.
 
-    Nothing else of the model changes, and nothing at all if an error is raised, also by the model
-    or by ``batches``.
+    Nothing else of the model changes, and nothing at all if the model or ``batches`` raises.
 
     Args:
-        model: holds the average; not what :func:`fastfreeze.trim` makes of it. What is compiled in
-            it runs uncompiled.
+        model: holds the average. What is compiled in it runs uncompiled.
         batches: tensors, tuples or lists of which the first item is the model's input, or dicts,
-            as a ``DataLoader`` gives, on the model's device. A tuple or list of inputs is passed as
-            several arguments, a dict by name, without its "labels". Take training data, in batches
-            as large as in training.
-        snapshot: state dict of one of the averaged snapshots. A norm whose statistics are the same
-            bits there and in the model was frozen in all of them. None: no norm was.
+            on the model's device. A tuple or list of inputs is passed as several arguments, a dict
+            by name, without its "labels". Take training data, in batches as large as in training.
+        snapshot: the state dict of one of the averaged snapshots. A norm whose statistics have the
+            same bits there and in the model was frozen in all of them. None: no norm was.
 
     Returns:
         Names of the norms that have new statistics, in the order of ``model.named_modules()``.
-        Without a norm to re-estimate no batch is read.
+        Without such norms no batch is read.
 
     Raises:
-        TypeError, ValueError: a norm is lazy and has not run yet, or the model itself sets it to
-            eval mode, as a trimmed model does with frozen ones; or there is no batch.
+        TypeError, ValueError: there is no batch, or a batch is not such; a norm is lazy and has not
+            run yet, or the model itself sets it to eval mode.
         SnapshotError: ``snapshot`` is of another architecture.
     """
     norms = _norms_to_reestimate(model, snapshot)
     if not norms:
         return ()
-    totals = {m: [torch.zeros_like(b, dtype=torch.float64) for b in _statistics(m)] for m in norms}
-    calls: Counter[Any] = Counter()
+    averages: dict[Any, list[_Average]] = {}
 
     def add(norm: Any, *_: Any) -> None:
-        """Each call leaves its own statistics in the norm."""
+        """Add the statistics that this call has left in the norm."""
         if not norm.training:
             raise ValueError(
                 f"model must not call {norms[norm]!r} in eval mode: "
                 "statistics of batches are wanted"
             )
-        calls[norm] += 1
-        for total, held in zip(totals[norm], _statistics(norm), strict=True):
-            total.add_(held)
+        found = _statistics(norm)
+        own = averages.setdefault(norm, [_Average(statistic) for statistic in found])
+        for average, statistic in zip(own, found, strict=True):
+            average.add(statistic)
 
     modes = [(module, module.training) for module in model.modules()]
     # Uncompiled, else it would be compiled anew for the hooks.
@@ -177,23 +161,31 @@ def reestimate_norms(
                 norm.momentum = 1.0
                 norm.reset_running_stats()  # NaN would stay, whatever the momentum
                 norm.register_forward_hook(add)
-            _run(model, batches)
+            i = None
+            for i, batch in enumerate(batches):
+                (inputs, keywords), _ = call_and_labels(f"batches[{i}]", batch)
+                model(*inputs, **keywords)
+            if i is None:
+                raise ValueError("batches must give at least one batch, got none")
         finally:
             for module, mode in modes:  # a trimmed model's is that of the model in it
                 module.training = mode
-    for norm, count in calls.items():
-        for held, total in zip(_statistics(norm), totals[norm], strict=True):
-            held.copy_(total / count)
-        norm.num_batches_tracked.fill_(count)
-    return tuple(name for norm, name in norms.items() if norm in calls)
+    for norm, own in averages.items():
+        for held, average in zip(_statistics(norm), own, strict=True):
+            held.copy_(average.result())
+        norm.num_batches_tracked.fill_(own[0].count)
+    return tuple(name for norm, name in norms.items() if norm in averages)
+
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 def _statistics(norm: Any) -> list[Tensor]:
-    return [norm.running_mean, norm.running_var]
+    return [getattr(norm, name) for name in _STATISTICS]
 
 
 def _norms_to_reestimate(model: nn.Module, snapshot: Mapping[str, Tensor] | None) -> dict[Any, str]:
-    """The norms, and their names."""
+    """The norms that are not frozen, with their names."""
     norms: dict[Any, str] = {
         module: name
         for name, module in model.named_modules()
@@ -204,21 +196,11 @@ def _norms_to_reestimate(model: nn.Module, snapshot: Mapping[str, Tensor] | None
             raise ValueError(f"{name!r} is a lazy norm: the model must run once before")
     if snapshot is None:
         return norms
-    _checked_signature("snapshot", snapshot, signature_of(model.state_dict()))
+    check_state("snapshot", snapshot, signature_of(model.state_dict()))
 
-    def was_frozen(norm: nn.Module, name: str) -> bool:
-        names = (f"{name}.{own}".lstrip(".") for own in ("running_mean", "running_var"))
-        pairs = zip(_statistics(norm), names, strict=True)
-        return all(same_bits(held, snapshot[n].to(held.device)) for held, n in pairs)
-
-    return {norm: name for norm, name in norms.items() if not was_frozen(norm, name)}
-
-
-def _run(model: nn.Module, batches: Iterable[Any]) -> None:
-    count = 0
-    for batch in batches:
-        (inputs, keywords), _ = call_and_labels(f"batches[{count}]", batch)
-        model(*inputs, **keywords)
-        count += 1
-    if count == 0:
-        raise ValueError("batches must give at least one batch, got none")
+    frozen = []
+    for norm, name in norms.items():
+        before = [snapshot[f"{name}.{own}".lstrip(".")] for own in _STATISTICS]
+        pairs = zip(_statistics(norm), before, strict=True)
+        frozen += [norm] if all(same_bits(a, b.to(a.device)) for a, b in pairs) else []
+    return {norm: name for norm, name in norms.items() if norm not in frozen}

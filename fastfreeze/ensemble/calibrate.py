@@ -1,4 +1,4 @@
-"""Probabilities made as sure as they are right, by one number: the temperature.
+"""The temperature: one number that makes probabilities as sure as they are right.
 
 Source of the method: On Calibration of Modern Neural Networks (Guo et al., ICML 2017).
 """
@@ -37,9 +37,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: [B], integers in 0..C-1, of classes that are not masked.
 
     Returns:
-        T in 0.01..100. The lower bound if the NLL still falls there, as where every label has the
-        highest logit of its row; the upper one if the NLL falls all the way up, as where the logits
-        mislead. 1.0 if T changes nothing, as where each row's logits are all equal.
+        T in 0.01..100: the lower bound if the NLL still falls there, as where every label has the
+        highest logit of its row; the upper one if it falls all the way up, as where the logits
+        mislead; 1.0 if T changes nothing, as where each row's logits are all equal.
 
     Raises:
         TypeError, ValueError: ``logits`` or ``labels`` are not such; the message names the row.
@@ -55,10 +55,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def _lowest_nll(z: Tensor, of_label: Tensor) -> float:
-    """The temperature of rows of which the highest logit is 0: Newton's method within a bracket.
+    """The temperature of rows whose highest logit is 0, by Newton's method in b = 1 / T.
 
-    In b = 1 / T. Where Newton's step leaves the bracket, or the slope does not halve, the bracket
-    is cut at its geometric mean instead.
+    Where Newton's step leaves the bracket of b, or the slope does not halve, the bracket is cut at
+    its geometric mean instead.
     """
     z = z.clamp(min=_NO_WEIGHT)
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
@@ -100,9 +100,9 @@ def _derivatives(z: Tensor, of_label: Tensor, b: float) -> tuple[float, float]:
 class TemperatureScaling(nn.Module):
     """Gives probabilities a temperature: softmax(log(p) / T), fitted on held-out data.
 
-    For an ensemble, pool first and calibrate then: fit it to the mean of the members'
-    probabilities. The mean of members that are calibrated one by one is underconfident (Rahaman &
-    Thiery, NeurIPS 2021). The most probable class stays the same.
+    Of an ensemble, fit it to the mean of the members' probabilities: the mean of members that are
+    calibrated one by one is underconfident (Rahaman & Thiery, NeurIPS 2021). The most probable
+    class stays the same.
 
     Attributes:
         temperature: float32 scalar, a buffer; 1 until :meth:`fit`.

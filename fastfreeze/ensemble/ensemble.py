@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map_only
 from fastfreeze.checks import check_int
 from fastfreeze.ensemble._checks import check_no_arrays, logits_of, warn_of_probabilities
 from fastfreeze.ensemble.graphs.trace import Call, NoGraphError
-from fastfreeze.ensemble.members import new_member, share, unshare
+from fastfreeze.ensemble.members import CannotCopyError, new_member, share, unshare
+from fastfreeze.ensemble.merge import merged_module
 from fastfreeze.ensemble.run import MAX_KEPT, Prepared, one_by_one, prepare
 from fastfreeze.kernels.softmax import EnsembleAverage, ensemble_softmax
 from fastfreeze.kernels.softmax_arguments import check_logits
@@ -31,36 +32,39 @@ _Take = Callable[[Any], None]
 class SnapshotEnsemble(nn.Module):
     """Averages the probabilities of snapshots of one model.
 
-    The members are copies of the model, always in eval mode, and without gradients of their own;
-    ``to``, ``state_dict`` and so on work as for any module. Members that hold the same bits hold
-    them once: layers frozen before the first snapshot, or between two, take memory and time once.
-    What they compute from the same values runs once too (:attr:`plan` tells how much); a write to
-    a member's tensors is noticed at the next call, except through ``.data``. The first call of a
-    kind (these arguments, this image size and layout; one row, or any number of them) traces the
-    model, and runs members to compare, which is for one thread alone: make it before several
-    threads call at once. If the first outputs ever are probabilities, it warns.
+    The members are copies of the model, always in eval mode and without gradients of their own;
+    ``to``, ``state_dict`` and so on work as for any module. Members whose tensors have the same
+    bits hold them once, and what they compute from the same values runs once. A write to a member's
+    tensors is noticed at the next call, except through ``.data``. The first call of a kind (these
+    arguments, this image size and layout; one row, or any number of them) traces the model and runs
+    members to compare: make it before several threads call at once.
 
     Args:
         model: a model of the snapshots' architecture, of whatever weights, which is copied and not
-            changed; or a function that makes a new one at each call, such as its class: for models
-            that cannot be copied, since they hold a lock or a file, or functions that use them.
+            changed. Or a function that makes a new one at each call, such as its class: for models
+            that cannot be copied, since they hold a lock, a file, or functions that use them.
         snapshots: state dicts.
         dim: the dimension of the classes in the model's output, 1 for [B, C, H, W]. None: the last,
             of outputs of up to three dimensions; of more it has to be given.
         how: "shared": as one graph, in which what members have in common runs once; "loop": one
-            after the other, each by itself. None: the graph where there is one, else the loop.
+            member after the other. None: the graph where there is one, else the loop.
         fold: fold norms into convolutions, and so on, as :func:`fastfreeze.trim` does: faster, and
             equal up to rounding. False: the bits of the members called one by one.
 
     Attributes:
+        members: the copies.
         fold, how: as above; may be set.
+        how_it_ran: how the latest call ran, in words: how much ran once, and why what did not.
 
     Raises:
-        TypeError: one of ``snapshots`` is not a state dict; ``model`` cannot be copied, or is not
-            what it is to be.
-        ValueError: no snapshot; ``how`` is none of these; ``model`` gives tensors that it gave
-            before.
-        SnapshotError: a snapshot of another architecture.
+        TypeError: one of ``snapshots`` is not a state dict; ``model`` cannot be copied, or is
+            neither a module nor a function that makes one.
+        ValueError: there is no snapshot; ``how`` is none of these; ``model`` gives tensors that it
+            gave before.
+        SnapshotError: a snapshot is of another architecture.
+
+    Warns:
+        FastfreezeWarning: the first outputs ever are probabilities, not logits.
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class SnapshotEnsemble(nn.Module):
         self.fold, self.how, self.dim = fold, how, dim
         self._looked = False
         self._prepared: dict[tuple[Any, ...], Prepared] = {}  # by kind of call
-        self._text = f"{len(self.members)} members, not called yet"
+        self.how_it_ran = f"{len(self.members)} members, not called yet"
 
     @classmethod
     def from_store(
@@ -120,20 +124,15 @@ class SnapshotEnsemble(nn.Module):
         states = (store.load(snapshot) for snapshot in chosen)
         return cls(model, states, dim=dim, fold=fold, how=how)
 
-    @property
-    def plan(self) -> str:
-        """How the latest call ran, in words; what ran once for all, and what did not and why."""
-        return self._text
-
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """The mean of the members' probabilities.
 
-        Members run one after the other, from where they differ, and only a sum is kept, unless
-        gradients are to flow to the inputs.
+        Where members differ they run one after the other. Only a sum of their probabilities is
+        kept, unless gradients are to flow.
 
         Args:
-            inputs, keywords: the model's; it must return logits [..., C], or an object or a dict in
-                which they are ``logits``.
+            inputs, keywords: the model's. It must return logits [..., C], or an object or a dict
+                that holds ``logits``.
 
         Returns:
             Probabilities [..., C], of the logits' shape and dtype.
@@ -150,7 +149,7 @@ class SnapshotEnsemble(nn.Module):
         exporting = torch.compiler.is_exporting()
 
         def take(z: Tensor) -> None:
-            if exporting or logits or z.requires_grad:
+            if exporting or z.requires_grad:
                 logits.append(z)
             else:
                 average.update(z)
@@ -159,7 +158,7 @@ class SnapshotEnsemble(nn.Module):
         if not logits:
             return average.mean()
         mean = ensemble_softmax(logits, dim=self.dim)
-        if average.count:  # members before the first that needs gradients
+        if average.count:  # members that need no gradients
             share = len(logits) / (len(logits) + average.count)
             mean = share * mean + (1 - share) * average.mean()
         return mean
@@ -174,17 +173,16 @@ class SnapshotEnsemble(nn.Module):
     def as_module(self, *inputs: Any, **keywords: Any) -> nn.Module:
         """The ensemble as it is now, as one graph of plain torch operations.
 
-        For ``torch.compile``, ``torch.export``, ONNX, ``torch.cuda.make_graphed_callables`` and
-        serving: these cannot see which members are equal, and would run all of each. What the
-        members share runs once in it too.
+        For ``torch.compile``, ``torch.export``, ONNX and ``torch.cuda.make_graphed_callables``,
+        which do not see which members are equal, and would run all of each.
 
         Args:
-            inputs, keywords: an example of what it will be called with; tensors stand for any of
-                their kind, of other batch sizes too.
+            inputs, keywords: an example of a call; its tensors stand for any of their kind, of
+                other batch sizes too.
 
         Returns:
             A module that takes the example's tensors, in order, and returns what the ensemble
-            would, without looking for NaN. It holds copies of the ensemble's tensors.
+            would. It holds copies of the ensemble's tensors.
 
         Raises:
             ValueError: the members cannot be had as one graph; the message says why.
@@ -192,7 +190,12 @@ class SnapshotEnsemble(nn.Module):
         """
         check_no_arrays("inputs", [*inputs, *keywords.values()])
         prepared, _ = self._prepare(inputs, keywords)
-        module = prepared.module(self)
+        if prepared.graph is None:
+            raise ValueError(f"the ensemble cannot be one graph: {prepared.text}")
+        try:
+            module = merged_module(prepared.graph, self.members, self.dim)
+        except CannotCopyError as error:
+            raise ValueError(f"the ensemble cannot be one graph: {error}") from error
         with preserved(self.members), torch.no_grad():  # which looks at the outputs
             self._run(lambda _: None, *tree_map_only(Tensor, torch.clone, (inputs, keywords)))
         return module
@@ -212,9 +215,14 @@ class SnapshotEnsemble(nn.Module):
         if compiling and self.how == "shared":
             raise ValueError("how='shared' cannot run: compile what as_module gives instead")
         if compiling or self.how == "loop":
-            self._text = f"{len(self.members)} members, one by one, as asked for"
-        elif self._run_shared(take, inputs, keywords):
-            return
+            self.how_it_ran = f"{len(self.members)} members, one by one, as asked for"
+        else:
+            prepared, tensors = self._prepare(inputs, keywords)
+            if program := prepared.choose(tensors):
+                program(self, lambda output: take(self._logits(output)), *tensors)
+                return
+            if self.how is not None:
+                raise ValueError(f"how='shared' cannot run: {prepared.text}")
         *others, last = self.members
         for member in others:  # each on inputs that no other member has written to
             args, kwargs = tree_map_only(Tensor, torch.clone, (inputs, keywords))
@@ -230,17 +238,6 @@ class SnapshotEnsemble(nn.Module):
             warn_of_probabilities(logits, self.dim)
         return logits
 
-    def _run_shared(self, take: _Take, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-        """Run the members as one graph; False if there is none, and none was asked for."""
-        prepared, tensors = self._prepare(inputs, keywords)
-        program = prepared.choose(tensors)
-        if program is None:
-            if self.how is not None:
-                raise ValueError(f"how='shared' cannot run: {prepared.text}")
-            return False
-        program(self, lambda output: take(self._logits(output)), *tensors)
-        return True
-
     def _prepare(
         self, inputs: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[Prepared, list[Tensor]]:
@@ -248,8 +245,8 @@ class SnapshotEnsemble(nn.Module):
         try:
             call = Call.of(self.members[0], inputs, keywords)
         except NoGraphError as error:
-            self._text = one_by_one(self.members, error)
-            return Prepared(self._text), []
+            self.how_it_ran = one_by_one(self.members, error)
+            return Prepared(self.how_it_ran), []
         kind = (*call.kind, self.fold)
         found = self._prepared.get(kind)
         if found is None or not found.fits(self.members):
@@ -257,7 +254,7 @@ class SnapshotEnsemble(nn.Module):
             others = [item for item in self._prepared.items() if item[0] != kind]
             # Replaced, not changed: other threads may be looking.
             self._prepared = dict([*others, (kind, found)][-MAX_KEPT:])
-        self._text = found.text
+        self.how_it_ran = found.text
         return found, call.tensors
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""How members are made, and what they hold: in common, unlike each other, and since when."""
+"""Members: how they are made, which tensors they have in common, and whether they have changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import BuiltinFunctionType, CellType, FunctionType
 from typing import Any
@@ -18,11 +18,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_leaves
 
-from fastfreeze.ensemble.graphs.trace import Attributes
+from fastfreeze.ensemble.graphs.trace import Attributes, NoGraphError
 from fastfreeze.trimming.bits import bits, same_bits
 from fastfreeze.trimming.state import tensors_in
 
-# For each tensor of the model, by name: the first member that holds the same bits, for each member.
+# By a tensor's name, for each member: the first member that holds the same bits.
 Owners = dict[str, tuple[int, ...]]
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
@@ -34,10 +34,10 @@ class CannotCopyError(Exception):
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy. Of results that autograd tracks, which old weight norms keep, it has the values.
+    """A deep copy; of results that autograd tracks, as old weight norms keep them, the values.
 
     Raises:
-        CannotCopyError: an attribute has no copy, or one that uses modules of the original.
+        CannotCopyError: an attribute cannot be copied, or its copy uses modules of the original.
     """
     held = chain.from_iterable(tensors_in(vars(m)) for m in module.modules())
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in held if not t.is_leaf}
@@ -46,23 +46,18 @@ def copy_of(module: nn.Module) -> nn.Module:
     except Exception as error:  # of whatever kind
         reason = str(error).split("\n")[0]
         raise CannotCopyError(f"{type(error).__name__}: {reason}") from error
-    if name := _uses(copied, set(map(id, module.modules()))):
-        raise CannotCopyError(f"the function in {name} would use the original's modules")
+    originals = set(map(id, module.modules()))
+    for prefix, owner in copied.named_modules():
+        for name, value in vars(owner).items():
+            around = [v for function in tree_leaves(value) for v in _closure(function)]
+            if any(id(getattr(v, "__self__", v)) in originals for v in around):
+                where = f"{prefix}.{name}".lstrip(".")
+                raise CannotCopyError(f"the function in {where} would use the original's modules")
     return copied
 
 
-def _uses(module: nn.Module, others: set[int]) -> str:
-    """The name of an attribute with a function whose closure holds one of these modules."""
-    for prefix, owner in module.named_modules():
-        for name, value in vars(owner).items():
-            for function in tree_leaves(value):
-                if any(id(getattr(v, "__self__", v)) in others for v in _closure(function)):
-                    return f"{prefix}.{name}".lstrip(".")
-    return ""
-
-
 def _closure(function: Any) -> list[Any]:
-    """What a function written in Python takes from around it, and so do the functions in that."""
+    """The values in the closure of a Python function, and in those of the functions among them."""
     found: list[Any] = []
     functions = [function]
     for each in functions:  # which grows
@@ -76,11 +71,11 @@ def _closure(function: Any) -> list[Any]:
 def new_member(
     model: nn.Module | Callable[[], nn.Module], before: Sequence[nn.Module]
 ) -> nn.Module:
-    """A module to be a member, whose tensors no member ``before`` has.
+    """A module that has no tensor in common with the members ``before``.
 
     Raises:
-        TypeError: ``model`` is no module nor makes one, or has no copy.
-        ValueError: it makes a module of tensors that it gave before.
+        TypeError: ``model`` is neither a module nor makes one, or it cannot be copied.
+        ValueError: it makes a module of tensors that an earlier member has.
     """
     if isinstance(model, nn.Module):
         try:
@@ -102,9 +97,9 @@ def new_member(
 
 
 class MembersState:
-    """What members held at a moment, hooks among it.
+    """What members, and the hooks on them, were at a moment.
 
-    Tensors and their memory are kept: no others can get their ids and addresses.
+    It keeps their tensors and memory, so that no others get their ids and addresses.
 
     Attributes:
         parameters: of all members.
@@ -119,32 +114,22 @@ class MembersState:
         self._states = _states(self._tensors)
 
     def lasts(self, members: nn.ModuleList) -> bool:
-        """Whether these are the members, and all is as it was; False if that cannot be told."""
+        """Whether these are the members, and unchanged; False where that cannot be told."""
         same = members is self._members and self._states is not None
         same = same and not (_has_any_global_hook() or self._attributes.changed())
         return same and _states(self._tensors) == self._states
 
 
 def _states(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
-    """What changes when a tensor is written to or given other memory; None if that is unknown."""
+    """Numbers that change when a tensor is written to or gets other memory; None if unknown."""
     try:
         return [(t.data_ptr(), t._version) for t in tensors]
     except RuntimeError:  # of torch.func's transforms, of inference mode, or fake
         return None
 
 
-def hooked(modules: Iterable[nn.Module]) -> str:
-    """The type of the first module with hooks, which a graph would not call; else empty."""
-    if _has_any_global_hook():
-        return "every module"
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return type(m).__name__
-    return ""
-
-
 def owners_of(members: Sequence[nn.Module]) -> Owners:
-    """Which members hold the same bits in the same layout, parameters and buffers alike."""
+    """The owners of parameters and buffers: the first members with the same bits and layout."""
     held = [dict(_tensors(member)) for member in members]
     owners = {}
     for name in held[0]:
@@ -164,21 +149,32 @@ def hold_the_same(a: Tensor, b: Tensor) -> bool:
     return told and a.stride() == b.stride() and same_bits(a, b)
 
 
-def difference(members: Sequence[nn.Module]) -> str:
-    """In what members differ besides parameters and buffers, in words; empty if in nothing."""
-    first = _described(members[0])
-    for m, member in enumerate(members[1:], 1):
-        found = _described(member)
+def check_alike(members: nn.ModuleList) -> None:
+    """Raise a NoGraphError that says why one graph cannot stand for all members."""
+    held = [*members.parameters(), *members.buffers()]
+    if any(m.training for member in members for m in member.modules()):
+        raise NoGraphError("a member is in training mode")
+    if _has_any_global_hook():
+        raise NoGraphError("every module has hooks")
+    for module in members.modules():  # a graph would not call them
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if any(getattr(module, kind) for kind in kinds):
+            raise NoGraphError(f"{type(module).__name__} has hooks")
+    if any(t.is_meta for t in held):
+        raise NoGraphError("on the meta device nothing can be compared")
+    if any(t.is_inference() for t in held):
+        raise NoGraphError("its tensors were made in inference mode, where writes go unnoticed")
+    first, *others = map(_described, members)
+    for m, found in enumerate(others, 1):
         for name in [*first, *found]:
             if first.get(name) != found.get(name):
-                return f"member {m} differs from the first in {name}"
-    return ""
+                raise NoGraphError(f"member {m} differs from the first in {name}")
 
 
 def _described(member: nn.Module) -> dict[str, Any]:
-    """What modules are, and their attributes, in a form that is equal for equal ones, by name.
+    """The classes and attributes of modules by name, in a form that is equal for equal ones.
 
-    Of parameters and buffers it has the names alone, wherever an attribute holds them.
+    A parameter or buffer stands there by its name, wherever an attribute holds it.
     """
     modules = list(member.named_modules(remove_duplicate=False))
     names = {id(held): name for name, held in (*modules, *_tensors(member))}
@@ -193,7 +189,7 @@ def _described(member: nn.Module) -> dict[str, Any]:
 
 
 def _bytes_of(value: Any, names: Mapping[int, str]) -> Any:
-    """The same for equal values; what has no bytes is equal to itself alone."""
+    """A value's pickle, the same for equal values; the id of one that has none."""
     file = io.BytesIO()
     try:
         _Pickler(file, names).dump(value)
@@ -203,7 +199,7 @@ def _bytes_of(value: Any, names: Mapping[int, str]) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles what attributes hold; what has a name in the member, or is code, by that."""
+    """Pickles what attributes hold: what has a name in the member by that name, code by its id."""
 
     def __init__(self, file: io.BytesIO, names: Mapping[int, str]) -> None:
         super().__init__(file)
@@ -226,14 +222,14 @@ class _Pickler(pickle.Pickler):
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Those that not every module has."""
+    """The attributes that not every module has."""
     return {name: v for name, v in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
 def share(members: Sequence[nn.Module]) -> Owners:
-    """Let members hold one parameter in common where they hold the same bits; their owners.
+    """Let members whose parameters have the same bits hold one of them in common; all owners.
 
-    Parameters that other attributes hold as well stay each member's own.
+    A parameter that other attributes hold as well stays each member's own.
     """
     owners = owners_of(members)
     fixed = {
@@ -260,7 +256,7 @@ def _put(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
 
 
 def unshare(members: Sequence[nn.Module]) -> None:
-    """Give each member parameters of its own; those tied within a member stay tied."""
+    """Give each member parameters of its own; parameters tied within a member stay tied."""
     seen: set[int] = set()
     for member in members:
         copies: dict[int, nn.Parameter] = {}
@@ -274,6 +270,6 @@ def unshare(members: Sequence[nn.Module]) -> None:
 
 
 def _tensors(member: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """By every name, tied ones too; buffers that no state dict holds included."""
+    """Parameters and buffers by each of their names, also buffers that no state dict holds."""
     yield from member.named_parameters(remove_duplicate=False)
     yield from member.named_buffers(remove_duplicate=False)

@@ -1,15 +1,14 @@
 """Members' graphs made into one, in which what members have in common runs once.
 
-A node of one member stands for the same node of another if both call equal weights on values for
-which the same holds: members that share a prefix bit for bit form a trie, which branches where
-their weights begin to differ.
+A node runs once for two members if it reads equal weights of both, and values that are computed
+once for both. Members that share a prefix bit for bit form a trie, which branches where their
+weights begin to differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
@@ -17,61 +16,70 @@ from torch.fx.node import map_arg
 from fastfreeze.ensemble._checks import logits_of
 from fastfreeze.ensemble.graphs.flow import Flow, copied
 from fastfreeze.ensemble.members import Owners, copy_of
-from fastfreeze.kernels.reference import softmax_add_reference
+from fastfreeze.kernels.reference import ensemble_softmax_reference
 from fastfreeze.kernels.softmax_arguments import classes_back, classes_last
 
-# For each member, the member whose node runs in the place of its own.
+# By node, for each member: the member whose node runs in the place of its own.
 Leaders = dict[fx.Node, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Merged:
-    """The members as one graph.
-
-    Attributes:
-        graph: its first placeholder is a function that takes each member's output in turn, the
-            others are the tensors of a call. Targets are names below ``members``.
-        num_nodes: nodes that compute, of all members.
-        num_own: how many of them are left in the graph.
-    """
-
-    graph: fx.Graph
-    num_nodes: int
-    num_own: int
-
-
-def merge(flow: Flow, owners: Owners, count: int) -> Merged:
-    """The graphs of ``count`` members, which differ in their tensors alone, as one.
+def merge(flow: Flow, owners: Owners, count: int) -> tuple[fx.Graph, str]:
+    """One graph for ``count`` members, which differ in their tensors alone.
 
     Args:
         flow: of the first member, in eval mode.
         owners: of the members.
+
+    Returns:
+        The graph: its first placeholder is a function that takes each member's output in turn, the
+        others are the tensors of a call; targets are names below ``members``. And how many of the
+        members' nodes run in it, in words.
     """
     leaders = _leaders(flow, owners, count)
-    computing = [node for node in flow.graph.nodes if flow.computes(node)]
+    computing = [n for n in flow.graph.nodes if n.op.startswith("call_") and flow.storages[n]]
     own = sum(len(set(leaders[node])) for node in computing)
-    return Merged(_merged_graph(flow.graph, leaders, count), count * len(computing), own)
+    graph = _merged_graph(flow.graph, leaders, count)
+    return graph, f"{own} of {count * len(computing)} nodes run"
 
 
-def merged_module(merged: Merged, ensemble: nn.Module) -> nn.Module:
+def merged_module(graph: fx.Graph, members: nn.ModuleList, dim: int | None) -> nn.Module:
     """A module of plain torch operations that returns the mean of the members' probabilities.
 
-    It holds copies of the tensors of ``ensemble``, each once.
+    It holds copies of the members' tensors, each once.
 
     Raises:
         CannotCopyError: a member's module has no copy.
     """
     root = nn.Module()
-    root.members = cast(nn.ModuleList, ensemble.members)
-    root.mean = _Mean(cast(int | None, ensemble.dim))
-    return copy_of(fx.GraphModule(root, _with_mean(merged.graph)).eval())
+    root.members, root.mean = members, _Mean(dim)
+    with_mean, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    take, *others, _ = graph.nodes
+    taken = [node for node in others if take in node.all_input_nodes]
+    for node in others:
+        if node not in taken:
+            copies[node] = with_mean.node_copy(node, copies.__getitem__)
+    outputs = map_arg(tuple(node.args[1] for node in taken), copies.__getitem__)
+    with_mean.output(with_mean.call_module("mean", outputs))
+    return copy_of(fx.GraphModule(root, with_mean).eval())
+
+
+class _Mean(nn.Module):
+    """The mean of the probabilities in members' outputs; fx does not look into it."""
+
+    def __init__(self, dim: int | None) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, *outputs: Any) -> Tensor:
+        logits = [classes_last(logits_of(output), self.dim) for output in outputs]
+        return classes_back(ensemble_softmax_reference(logits, None, 1.0, log=False), self.dim)
 
 
 def _leaders(flow: Flow, owners: Owners, count: int) -> Leaders:
-    """Which member's node runs in the place of which others'.
+    """The leaders of each node.
 
-    No member may find a value changed by a write of another's. Where one would, the node that made
-    the value runs for each member, and so does what follows from it.
+    Where a member would find a value changed by a write of another member, the node that made the
+    value runs for each member, and so do the nodes that read it.
     """
     own = set(flow.random)  # members draw numbers of their own
     while True:
@@ -96,20 +104,18 @@ def _shared(graph: fx.Graph, owners: Owners, count: int, own: set[fx.Node]) -> L
 
 
 def _owners_of(node: fx.Node, owners: Owners) -> list[tuple[int, ...]]:
-    """Of the tensors that a node reads from the model itself."""
-    target = str(node.target)
-    if node.op == "get_attr":
-        return [owners[target]] if target in owners else []
-    if node.op != "call_module":
+    """The owners of the tensors that a node reads from the model itself."""
+    if node.op not in ("get_attr", "call_module"):
         return []
-    return [row for name, row in owners.items() if name.startswith(f"{target}.")]
+    target = str(node.target)
+    return [row for name, row in owners.items() if f"{name}.".startswith(f"{target}.")]
 
 
 def _conflicts(flow: Flow, leaders: Leaders) -> set[fx.Node]:
-    """The nodes that made values which a member could find changed by a write of another's.
+    """The nodes whose values a member could find changed by a write of another member.
 
-    What members have in common may be written to by what they have in common too, and be read by
-    each on its own after the last write.
+    A value that members have in common may be written to by a node that they have in common, and
+    read by a member's own node after the last write.
     """
     nodes = list(flow.graph.nodes)
     makers = {s: node for node in reversed(nodes) for s in flow.storages[node]}
@@ -146,32 +152,3 @@ def _merged_graph(graph: fx.Graph, leaders: Leaders, count: int) -> fx.Graph:
 
 def _taken(take: Callable[[Any], None], result: Any) -> None:
     take(result)
-
-
-class _Mean(nn.Module):
-    """The mean of the probabilities in members' outputs; fx does not look into it."""
-
-    def __init__(self, dim: int | None) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, *outputs: Any) -> Tensor:
-        logits = [logits_of(output) for output in outputs]
-        total: Tensor | None = None
-        for z in logits:
-            total = softmax_add_reference(total, classes_last(z, self.dim), 1.0, 1.0)
-        assert total is not None
-        return classes_back((total / len(logits)).to(logits[0].dtype), self.dim)
-
-
-def _with_mean(merged: fx.Graph) -> fx.Graph:
-    """The graph with the mean of the members' probabilities for its value."""
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    take, *others, _ = merged.nodes
-    taken = [node for node in others if take in node.all_input_nodes]
-    for node in others:
-        if node not in taken:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    outputs = map_arg(tuple(node.args[1] for node in taken), copies.__getitem__)
-    graph.output(graph.call_module("mean", outputs))
-    return graph

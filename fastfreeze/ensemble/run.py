@@ -8,19 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastfreeze.ensemble.graphs.flow import Flow, Program, written
-from fastfreeze.ensemble.graphs.fold import CannotFoldError, fold
-from fastfreeze.ensemble.graphs.trace import Call, NoGraphError, trace
-from fastfreeze.ensemble.members import (
-    CannotCopyError,
-    MembersState,
-    difference,
-    hooked,
-    share,
-)
-from fastfreeze.ensemble.merge import Merged, merge, merged_module
+from fastfreeze.ensemble.graphs.fold import fold
+from fastfreeze.ensemble.graphs.trace import Call, NoGraphError, refused, trace
+from fastfreeze.ensemble.members import MembersState, check_alike, share
+from fastfreeze.ensemble.merge import merge
 from fastfreeze.layers.execution import preserved
 from fastfreeze.trimming.compare import excess
 from fastfreeze.trimming.state import requires_grad
@@ -37,14 +31,16 @@ class Prepared:
 
     Attributes:
         text: what runs, and why nothing better does.
-        program: takes the ensemble, then a function that is given each member's output in turn,
-            then the call's tensors. None: the members run one by one.
-        folded: the same, folded; None where that cannot be.
+        state: of the members that it was made for.
+        graph: of the members. None: they run one by one.
+        program: the graph as a function of the ensemble, a function that takes each member's
+            output in turn, and the call's tensors.
+        folded: the program folded. None: it cannot be.
     """
 
     text: str
     state: MembersState | None = None
-    merged: Merged | None = None
+    graph: fx.Graph | None = None
     program: Program | None = None
     folded: Program | None = None
 
@@ -62,71 +58,40 @@ class Prepared:
             return self.program
         return self.folded
 
-    def module(self, ensemble: nn.Module) -> nn.Module:
-        """The graph and the average as a module of its own.
-
-        Raises:
-            ValueError: there is no graph, or a part of it has no copy.
-        """
-        if self.merged is None:
-            raise ValueError(f"the ensemble cannot be one graph: {self.text}")
-        try:
-            return merged_module(self.merged, ensemble)
-        except CannotCopyError as error:
-            raise ValueError(f"the ensemble cannot be one graph: {error}") from error
-
 
 def prepare(ensemble: nn.Module, members: nn.ModuleList, call: Call, may_fold: bool) -> Prepared:
-    """What runs for calls of the kind of one; members run for it."""
+    """What runs for calls of this kind; to find it the members run."""
     try:
-        merged = _merged(members, call)
+        check_alike(members)
+        with _ONE_AT_A_TIME:
+            owners = share(list(members))
+            flow = Flow(trace(members[0], call), members[0], *call.tensors)
+            graph, what_runs = merge(flow, owners, len(members))
     except NoGraphError as error:
         return Prepared(one_by_one(members, error), MembersState(members))
     folded, how = None, "not folded: that was not wanted"
     if may_fold:
         try:
-            folded, how = _folded(merged.graph, ensemble, call.tensors), "folded"
-        except (CannotFoldError, NoGraphError) as error:
+            folded, how = _folded(graph, ensemble, call.tensors), "folded"
+        except NoGraphError as error:
             how = f"not folded: {error}"
-    text = f"{merged.num_own} of {merged.num_nodes} nodes run, {how}"
-    text = f"{len(members)} members as one graph, {text}"
-    return Prepared(text, MembersState(members), merged, written(merged.graph), folded)
+    text = f"{len(members)} members as one graph, {what_runs}, {how}"
+    return Prepared(text, MembersState(members), graph, written(graph), folded)
 
 
 def one_by_one(members: nn.ModuleList, reason: object) -> str:
-    """What is said where there is no graph."""
+    """How the members run where there is no graph, in words."""
     return f"{len(members)} members, one by one: {reason}"
 
 
-def _merged(members: nn.ModuleList, call: Call) -> Merged:
-    held = [*members.parameters(), *members.buffers()]
-    if any(m.training for member in members for m in member.modules()):
-        raise NoGraphError("a member is in training mode")
-    if what := hooked(members.modules()):
-        raise NoGraphError(f"{what} has hooks")
-    if any(t.is_meta for t in held):
-        raise NoGraphError("on the meta device nothing can be compared")
-    if any(t.is_inference() for t in held):
-        raise NoGraphError("its tensors were made in inference mode, where writes go unnoticed")
-    if what := difference(list(members)):
-        raise NoGraphError(what)
-    with _ONE_AT_A_TIME:
-        owners = share(list(members))
-        flow = Flow(trace(members[0], call), members[0], *call.tensors)
-        return merge(flow, owners, len(members))
-
-
-def _folded(graph: Any, ensemble: nn.Module, tensors: Sequence[Tensor]) -> Program:
-    """The graph folded, found to give for these tensors what it gives as it is."""
+def _folded(graph: fx.Graph, ensemble: nn.Module, tensors: Sequence[Tensor]) -> Program:
+    """The folded graph, which gives for these tensors what the graph itself gives."""
     expected: list[Any] = []
     found: list[Any] = []
     program = fold(Flow(graph, ensemble, expected.append, *tensors))
-    with preserved(ensemble), torch.no_grad():
-        try:
-            program(ensemble, found.append, *(t.clone() for t in tensors))
-        except Exception as error:  # of whatever kind: it runs as it is
-            raise CannotFoldError(f"{type(error).__name__}: {error}") from error
+    with preserved(ensemble), torch.no_grad(), refused():
+        program(ensemble, found.append, *(t.clone() for t in tensors))
     times = excess(found, expected)
     if not times <= 1:
-        raise CannotFoldError(f"folding changes values by {times:.1e} times what rounding may")
+        raise NoGraphError(f"folding changes values by {times:.1e} times what rounding may")
     return program

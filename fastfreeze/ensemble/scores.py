@@ -1,8 +1,8 @@
-"""How good predicted probabilities are, and how much members differ: of rows, and in one pass."""
+"""How good predicted probabilities are, and how much members differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
@@ -31,9 +31,8 @@ class PredictionScores:
         nll: negative natural logarithm of the label's probability. A probability below the smallest
             normal number of its dtype counts as that number, so that a row costs at most 87.3 in
             float32 and bfloat16, 9.7 in float16, 708.4 in float64.
-        brier: squared distance to the one-hot label, in 0..2. The sum runs over all classes, as in
-            Brier (Monthly Weather Review, 1950); for two classes that is twice what is often given
-            for the probability of one of them.
+        brier: squared distance to the one-hot label, in 0..2: the sum over all classes (Brier,
+            Monthly Weather Review, 1950). For two classes others often give half of it.
         ece: expected calibration error (Guo et al., ICML 2017, eq. 3), in 0..1. Rows are sorted
             into equal bins (i / num_bins, (i + 1) / num_bins] by their highest probability; it is
             the mean over rows of \\|accuracy - mean confidence\\| of the row's bin.
@@ -81,8 +80,8 @@ class EnsembleEvaluation:
     Attributes:
         members: the scores of each member.
         ensemble: those of the mean of their probabilities.
-        mutual_information: mean over rows, in nats: what of the ensemble's entropy is disagreement
-            of the members, the rest being the mean of their own entropies. Never negative.
+        mutual_information: mean over rows, in nats: the ensemble's entropy less the mean of its
+            members' entropies, which comes from their disagreement. Never negative.
         disagreement: for each member and each other, the share of rows, in 0..1, on which their
             most probable classes differ.
         num_rows: how many rows there were.
@@ -119,17 +118,15 @@ def evaluate(
 ) -> EnsembleEvaluation:
     """Score each member of an ensemble, and the mean of their probabilities, on labelled data.
 
-    One pass over the data and one call per batch. Between batches it keeps six numbers of each row
-    and member. All is computed in float64. The members' mean is taken with equal weights; its NLL
-    has the floor of the members' dtype, as theirs.
+    It calls the ensemble once for each batch, and keeps six numbers of each row and member. It
+    computes in float64; the mean's NLL has the floor of the members' dtype.
 
     Args:
         ensemble: anything whose ``member_probabilities(*inputs)`` gives the probabilities [B, C] of
-            each member in turn, as :func:`prediction_scores` takes them: always the same
-            members.
+            the same members in turn, as :func:`prediction_scores` takes them.
         batches: pairs (inputs, labels), or dicts of which one item is "labels", on the ensemble's
-            device, such as a ``DataLoader`` gives; labels are integers [B] in 0..C-1. A tuple or
-            list of inputs is passed as several arguments, a dict by name.
+            device; labels are integers [B] in 0..C-1. A tuple or list of inputs is passed as
+            several arguments, a dict by name.
         num_bins: of the calibration error, >= 1.
 
     Raises:
@@ -178,16 +175,11 @@ def _described(batch: Any) -> str:
 
 
 def _scored(members: list[Tensor], labels: Tensor) -> Tensor:
-    """What is kept of a batch: [M + 1, 6, B] on the CPU, of each member and of their mean.
+    """A batch's NLL, Brier score, entropy, highest probability, its class, and whether it is wrong.
 
-    NLL, Brier score, entropy, the highest probability, its class, and 1 where that is not the
-    label.
+    They are [M + 1, 6, B] on the CPU, of each member and of the members' mean.
     """
-    each: list[Tensor] = []
-    for m, member in enumerate(members):
-        p, y = checked_predictions(member, labels, f"members[{m}]")
-        check_like_first(f"members[{m}]", member, members[0])
-        each.append(p)
+    each, y = checked_members(members, labels)
     every, kinds = [*each, torch.stack(each).mean(0)], [*members, members[0]]
     rows = [_row_scores(p, y, k.dtype) for p, k in zip(every, kinds, strict=True)]
     return torch.stack(rows).cpu()
@@ -211,20 +203,35 @@ def _mean_scores(rows: Tensor, num_bins: int) -> PredictionScores:
     return PredictionScores(error=error, nll=nll, brier=brier, ece=ece, entropy=entropy)
 
 
-def check_like_first(name: str, member: Tensor, first: Tensor) -> None:
-    """Raise a ValueError unless a member's shape and device are those of the first."""
-    if member.shape != first.shape or member.device != first.device:
-        raise ValueError(
-            f"{name} must be like the first member, {list(first.shape)} on {first.device}, "
-            f"got {list(member.shape)} on {member.device}"
-        )
+def checked_members(
+    members: Tensor | Sequence[Tensor], labels: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Without gradients: the members' probabilities in float64, the labels as int64."""
+    each: list[Tensor] = []
+    for m, member in enumerate(members):
+        p, y = checked_predictions(member, labels, f"members[{m}]")
+        first = members[0]
+        if member.shape != first.shape or member.device != first.device:
+            raise ValueError(
+                f"members[{m}] must be like the first member, {list(first.shape)} on "
+                f"{first.device}, got {list(member.shape)} on {member.device}"
+            )
+        each.append(p)
+    if not each:
+        raise ValueError("members must hold at least one member, got none")
+    return each, y
 
 
 def checked_predictions(
     probabilities: Tensor, labels: Tensor, name: str = "probabilities"
 ) -> tuple[Tensor, Tensor]:
-    """Both, without gradients: the probabilities in float64, the labels as int64."""
-    p = checked_probabilities(name, probabilities)
+    """Without gradients: the probabilities in float64, the labels as int64."""
+    check_matrix(name, probabilities)
+    p = probabilities.detach().double()
+    tolerance = 1e-3 if torch.finfo(probabilities.dtype).bits >= 32 else 2e-2
+    lowest, total = p.amin(-1), p.sum(-1)
+    check_rows(name, lowest, lowest >= 0, "be >= 0")
+    check_rows(name, total, (total - 1).abs() <= tolerance, f"sum to 1 (+-{tolerance})")
     return p, checked_labels(labels, probabilities)
 
 
@@ -241,21 +248,10 @@ def check_matrix(name: str, matrix: Tensor) -> None:
 
 
 def checked_labels(labels: Tensor, matrix: Tensor) -> Tensor:
-    """The labels of the rows of a matrix [B, C] as int64, looked at on a GPU too."""
+    """The labels of a matrix [B, C] as int64; their values are checked on a GPU too."""
     y, classes = cast(Tensor, integer_labels(labels, matrix)), matrix.shape[1]
     check_rows("labels", y, (y >= 0) & (y < classes), f"be in 0..{classes - 1}")
     return y
-
-
-def checked_probabilities(name: str, probabilities: Tensor) -> Tensor:
-    """They themselves, in float64 and without gradients."""
-    check_matrix(name, probabilities)
-    p = probabilities.detach().double()
-    tolerance = 1e-3 if torch.finfo(probabilities.dtype).bits >= 32 else 2e-2
-    lowest, total = p.amin(-1), p.sum(-1)
-    check_rows(name, lowest, lowest >= 0, "be >= 0")
-    check_rows(name, total, (total - 1).abs() <= tolerance, f"sum to 1 (+-{tolerance})")
-    return p
 
 
 def check_rows(name: str, found: Tensor, good: Tensor, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Which members an ensemble does best with, by their predictions on held-out data."""
+"""Which members make the best ensemble, by their predictions on held-out data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfreeze.ensemble.scores import check_like_first, checked_predictions
+from fastfreeze.ensemble.scores import checked_members
 from fastfreeze.kernels.reference import nll_reference
 
 
@@ -16,10 +16,10 @@ def select_members(members: Tensor | Sequence[Tensor], labels: Tensor) -> tuple[
     """Greedy forward selection of an ensemble's members (Caruana et al., ICML 2004).
 
     It starts from the member with the lowest NLL, and adds the one that lowers the NLL of the mean
-    of probabilities the most, until none does. Of equal ones the first is taken. The first k that
-    it gives are the selection of at most k.
+    of probabilities the most, until none does. Of equal ones it takes the first. The first k are
+    the selection of at most k.
 
-    The NLL of the result is too good, as it was chosen by it: measure it on other data.
+    The result was chosen by its NLL on these data: measure it on others.
 
     Args:
         members: probabilities of M >= 1 members on data that they were not trained on, as one
@@ -72,14 +72,8 @@ def _of_labels(members: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     """The members' probabilities of the labels: [M, B] in float64."""
     if isinstance(members, Tensor) and members.dim() != 3:
         raise ValueError(f"members must have shape [M, B, C], got {tuple(members.shape)}")
-    found = []
-    for m, member in enumerate(members):
-        p, y = checked_predictions(member, labels, f"members[{m}]")
-        check_like_first(f"members[{m}]", member, members[0])
-        found.append(p.gather(-1, y[:, None])[:, 0])
-    if not found:
-        raise ValueError("members must hold at least one member, got none")
-    return torch.stack(found)
+    found, y = checked_members(members, labels)
+    return torch.stack([p.gather(-1, y[:, None])[:, 0] for p in found])
 
 
 def _nll(total: Tensor, count: int, dtype: torch.dtype) -> float:

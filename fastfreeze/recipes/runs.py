@@ -324,7 +324,7 @@ class Run:
         """Write what each member is worth on the test images; the ensemble's scores."""
         ensemble = SnapshotEnsemble.from_store(self.setup.model, store)
         evaluation = evaluate(ensemble, self.tested.test_batches(EVALUATION_BATCH, self.device))
-        self._write("ensemble", f"{evaluation}\n\n{ensemble.plan}\n")
+        self._write("ensemble", f"{evaluation}\n\n{ensemble.how_it_ran}\n")
         return evaluation.ensemble
 
 

@@ -1,4 +1,4 @@
-"""Saves that a thread of its own makes, one after the other."""
+"""Saves that run in a thread, one after the other."""
 
 from __future__ import annotations
 
@@ -9,56 +9,48 @@ from threading import Thread
 
 from fastfreeze.errors import warn
 
+_Errors = list[BaseException]  # that a call has raised
+
 
 class Background:
-    """One call at a time in a thread, which an exiting interpreter waits for.
-
-    A child process that is forked has no thread to wait for.
-    """
+    """Runs one call at a time in a thread. An exiting interpreter waits for it, a fork does not."""
 
     def __init__(self) -> None:
-        self._calls: list[_Call] = []  # more than one where several threads begin some
+        # More than one where several threads begin some.
+        self._calls: list[tuple[Thread, _Errors]] = []
         # By then all have ended: a call holds on to its store, and threads end before exit.
         weakref.finalize(self, _warn_of_errors, self._calls)
 
     def submit(self, call: Callable[[], object]) -> None:
         """Have ``call`` made; those before it have ended."""
-        begun = _Call(call)
-        begun.start()
-        self._calls.append(begun)
+        errors: _Errors = []
+        thread = Thread(target=_make, args=(call, errors), name="fastfreeze-snapshot")
+        thread.start()
+        self._calls.append((thread, errors))
 
     def flush(self) -> None:
         """Wait for all calls so far; raise what the earliest raised that was not raised yet."""
-        for call in tuple(self._calls):
-            call.join()
+        for begun in tuple(self._calls):
+            thread, errors = begun
+            thread.join()
             try:
-                self._calls.remove(call)
+                self._calls.remove(begun)
             except ValueError:  # another thread has asked, too
                 continue
-            if call.error is not None:
-                raise call.error
+            if errors:
+                raise errors[0]
 
 
-class _Call(Thread):
-    """A call, and what it has raised."""
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        super().__init__(name="fastfreeze-snapshot")
-        self._call: Callable[[], object] | None = call
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        assert self._call is not None
-        try:
-            self._call()
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the store, and weights
-            self.error = error
-        finally:
-            self._call = None
+def _make(call: Callable[[], object], errors: _Errors) -> None:
+    try:
+        call()
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the store, and weights
+        errors.append(error)
+    finally:
+        del call  # so does it, in this frame
 
 
-def _warn_of_errors(calls: list[_Call]) -> None:
-    for call in calls:
-        if call.error is not None:
-            warn(f"a snapshot was not saved, and nobody asked: {call.error!r}")
+def _warn_of_errors(calls: list[tuple[Thread, _Errors]]) -> None:
+    for error in [error for _, errors in calls for error in errors]:
+        warn(f"a snapshot was not saved, and nobody asked: {error!r}")

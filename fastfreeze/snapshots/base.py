@@ -1,4 +1,4 @@
-"""What snapshots on disk and in memory have in common."""
+"""What both places for snapshots do: the disk and the memory."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from fastfreeze.checks import check_int
 from fastfreeze.errors import SnapshotError
 from fastfreeze.files import write_atomic
-from fastfreeze.snapshots.format import Snapshot, check_signature, signature_of
+from fastfreeze.snapshots.format import Signature, Snapshot, check_signature, signature_of
 from fastfreeze.snapshots.tensors import can_be_stored, dtype_name
 
-_Found = TypeVar("_Found")
+_Contents = TypeVar("_Contents")
 
 
 class Snapshots(ABC):
-    """What snapshots on disk and in memory have in common. Iterating yields them, by step."""
+    """Snapshots of one model, on disk or in memory. Iterating yields them, by step."""
 
     def __iter__(self) -> Iterator[Snapshot]:
-        return iter(self._snapshots())
+        return iter([snapshot for snapshot, _ in self._held()])
 
     def __len__(self) -> int:
-        return len(self._snapshots())
+        return len(self._held())
 
     def last(self, m: int) -> tuple[Snapshot, ...]:
         """The ``m`` snapshots of the highest steps, by step.
@@ -37,7 +37,7 @@ class Snapshots(ABC):
         Raises:
             ValueError: there are fewer, or ``m`` is below 1.
         """
-        return last_of("m", m, self._snapshots())
+        return last_of("m", m, tuple(self))
 
     @abstractmethod
     def load(self, snapshot: Snapshot) -> dict[str, Tensor]:
@@ -69,7 +69,8 @@ class Snapshots(ABC):
         Raises:
             SnapshotError: it is not there.
         """
-        self._discard([self._own(self._by_key(), snapshot)])
+        self._find(self._held(), snapshot)
+        self._discard({self._key(snapshot)})
 
     def prune(self, keep: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
         """Remove all snapshots but some, and give back what they take up.
@@ -83,36 +84,35 @@ class Snapshots(ABC):
         Raises:
             SnapshotError: one of ``keep`` is not there.
         """
-        found = self._by_key()
-        kept = [self._own(found, s) for s in keep]
-        gone = tuple(s for s in found.values() if s not in kept)
+        there, kept = self._held(), list(keep)
+        for snapshot in kept:
+            self._find(there, snapshot)
+        keys = set(map(self._key, kept))
+        gone = tuple(s for s, _ in there if self._key(s) not in keys)
         if gone:
-            self._discard(gone)
+            self._discard(set(map(self._key, gone)))
         return gone
 
-    def _own(self, found: Mapping[Hashable, _Found], snapshot: Snapshot) -> _Found:
-        """What was found for a snapshot."""
+    def _find(self, held: Iterable[tuple[Snapshot, _Contents]], snapshot: Snapshot) -> _Contents:
+        """What is held of a snapshot."""
         if not isinstance(snapshot, Snapshot):
             raise TypeError(f"snapshot must be a Snapshot, got {snapshot!r}")
-        key = self._key(snapshot)
-        if key not in found:
-            raise SnapshotError(f"{snapshot!r} is not in {self}")
-        return found[key]
-
-    def _by_key(self) -> dict[Hashable, Snapshot]:
-        return {self._key(s): s for s in self._snapshots()}
+        for own, contents in held:
+            if self._key(own) == self._key(snapshot):
+                return contents
+        raise SnapshotError(f"{snapshot!r} is not in {self}")
 
     @abstractmethod
-    def _snapshots(self) -> tuple[Snapshot, ...]:
-        """All, by step."""
+    def _held(self) -> Sequence[tuple[Snapshot, Any]]:
+        """All snapshots by step, and what is held of each."""
 
     @abstractmethod
     def _key(self, snapshot: Snapshot) -> Hashable:
-        """What tells a snapshot from others that are, or were, in its place."""
+        """A value that no other snapshot has which is, or was, in this one's place."""
 
     @abstractmethod
-    def _discard(self, gone: Sequence[Snapshot]) -> None:
-        """Remove these, some of which may be gone already."""
+    def _discard(self, gone: set[Hashable]) -> None:
+        """Remove the snapshots of these keys; some may be gone already."""
 
 
 def facts_of(step: int, cycle: int, metrics: Mapping[str, float] | None) -> Snapshot:
@@ -148,7 +148,8 @@ def checked_to_save(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor
     return dict(state)
 
 
-def check_state(label: str, state: Any) -> None:
+def check_state(label: str, state: Any, expected: Signature | None = None) -> Signature:
+    """The signature of a state dict; raises unless it is one, and of the expected signature."""
     if not isinstance(state, Mapping):
         raise TypeError(f"{label} must be a state dict, got {type(state).__name__}")
     for name, value in state.items():
@@ -156,11 +157,15 @@ def check_state(label: str, state: Any) -> None:
             raise TypeError(f"{label} must have strings for names, got {name!r}")
         if not isinstance(value, Tensor):
             raise TypeError(f"{label}[{name!r}] must be a tensor, got {type(value).__name__}")
+    found = signature_of(state)
+    if expected is not None:
+        check_signature(label, found, expected)
+    return found
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
-    check_state(label, state)
-    check_signature(label, signature_of(state), signature_of(model.state_dict()))
+    """Copy a state dict into a model, which is left as it was if it has other tensors."""
+    check_state(label, state, signature_of(model.state_dict()))
     model.load_state_dict(state)
 
 

@@ -1,4 +1,4 @@
-"""What a store of snapshots holds, as data and as JSON."""
+"""The manifest of a store of snapshots, as data and as JSON."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastfreeze.errors import SnapshotError
-from fastfreeze.snapshots.tensors import HASH, Spec, dtype_name
+from fastfreeze.snapshots.tensors import HASH, Spec, described, dtype_name, spec_of
 from fastfreeze.text import some
 
 _FORMAT_VERSION = 3
-_MAX_TEXT = 200  # of a value in an error message
 _MAX_BYTES = 2**63 - 1  # of a tensor
 
 # Name of each tensor, in the state dict's order: its shape and its dtype's name.
@@ -44,8 +43,7 @@ class Snapshot:
     sha256: str | None = None
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A snapshot, and the hashes of its tensors in the order of the signature."""
 
     snapshot: Snapshot
@@ -54,12 +52,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a store holds.
-
-    Attributes:
-        signature: of the model.
-        entries: snapshots, by step.
-    """
+    """The signature of a store's model, and its snapshots by step."""
 
     signature: Signature
     entries: tuple[Entry, ...] = ()
@@ -71,7 +64,7 @@ class Manifest:
 
 
 def signature_of(state: Mapping[str, Tensor]) -> Signature:
-    return {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in state.items()}
+    return {name: spec_of(t) for name, t in state.items()}
 
 
 def state_hash(signature: Signature, hashes: Sequence[str]) -> str:
@@ -84,7 +77,7 @@ def check_signature(label: str, found: Signature, expected: Signature) -> None:
     missing = [repr(name) for name in expected if name not in found]
     unexpected = [repr(name) for name in found if name not in expected]
     unlike = [
-        f"{name!r}: {_described(found[name])}, expected {_described(expected[name])}"
+        f"{name!r}: {described(found[name])}, expected {described(expected[name])}"
         for name in expected
         if name in found and found[name] != expected[name]
     ]
@@ -92,10 +85,6 @@ def check_signature(label: str, found: Signature, expected: Signature) -> None:
     differences = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
     if differences:
         raise SnapshotError(f"{label} is of another model: " + "; ".join(differences))
-
-
-def _described(spec: Spec) -> str:
-    return f"{spec[1]} {list(spec[0])}"
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -118,22 +107,20 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """What :func:`manifest_bytes` wrote.
+    """The manifest that :func:`manifest_bytes` has written.
 
     Raises:
-        ValueError: it is something else; the message names the field.
-        RecursionError: it is something else.
+        ValueError, RecursionError: ``data`` is something else; the message names the field.
     """
     content = json.loads(data, object_pairs_hook=_without_repeats)
     _check_type("it", content, dict)
-    if content.get("format_version") != _FORMAT_VERSION:
-        raise ValueError(
-            f"format_version must be {_FORMAT_VERSION}, got {_short(content.get('format_version'))}"
-        )
-    _check_fields("", content, _FIELDS)
+    version = content.get("format_version")
+    _check("format_version", f"be {_FORMAT_VERSION}", version == _FORMAT_VERSION, version)
+    _check_fields(
+        "", content, format_version=int, tensors=list, hashes=list, snapshots=list, checksum=str
+    )
     checksum = content.pop("checksum")
-    if checksum != _sha256(content):
-        raise ValueError(f"checksum must be {_sha256(content)}, got {_short(checksum)}: altered")
+    _check("checksum", "be that of the rest", checksum == _sha256(content), checksum)
     signature = _parsed_signature(content["tensors"])
     hashes = content["hashes"]
     for i, found in enumerate(hashes):  # which are names of files
@@ -148,29 +135,11 @@ def parse_manifest(data: bytes) -> Manifest:
     return Manifest(signature, entries)
 
 
-_FIELDS = {
-    "format_version": int,
-    "tensors": list,
-    "hashes": list,
-    "snapshots": list,
-    "checksum": str,
-}
-_TENSOR = {"name": str, "shape": list, "dtype": str}
-_SNAPSHOT = {
-    "step": int,
-    "cycle": int,
-    "metrics": dict,
-    "time": str,
-    "sha256": str,
-    "tensors": list,
-}
-
-
 def _parsed_signature(content: list[Any]) -> Signature:
     signature: Signature = {}
     for i, tensor in enumerate(content):
         where = f"tensors[{i}]"
-        _check_fields(where, tensor, _TENSOR)
+        _check_fields(where, tensor, name=str, shape=list, dtype=str)
         name, shape, dtype = tensor["name"], tensor["shape"], tensor["dtype"]
         _check(f"{where}.name", "differ from the others", name not in signature, name)
         found: Any = getattr(torch, dtype, None)
@@ -184,7 +153,9 @@ def _parsed_signature(content: list[Any]) -> Signature:
 
 
 def _parsed_entry(where: str, content: Any, signature: Signature, hashes: Sequence[str]) -> Entry:
-    _check_fields(where, content, _SNAPSHOT)
+    _check_fields(
+        where, content, step=int, cycle=int, metrics=dict, time=str, sha256=str, tensors=list
+    )
     for name in ("step", "cycle"):
         _check(f"{where}.{name}", "be >= 0", content[name] >= 0, content[name])
     for name, value in content["metrics"].items():
@@ -200,7 +171,7 @@ def _parsed_entry(where: str, content: Any, signature: Signature, hashes: Sequen
 
 def _check(where: str, what: str, holds: object, *found: object) -> None:
     if not holds:
-        got = "".join(f", got {_short(value)}" for value in found)
+        got = "".join(f", got {reprlib.repr(value):.200}" for value in found)
         raise ValueError(f"{where} must {what}{got}")
 
 
@@ -209,7 +180,7 @@ def _check_type(where: str, value: object, kind: type) -> None:
     _check(where, f"be of type {kind.__name__}", type(value) is kind, value)
 
 
-def _check_fields(where: str, value: Any, fields: Mapping[str, type]) -> None:
+def _check_fields(where: str, value: Any, **fields: type) -> None:
     _check_type(where, value, dict)
     same = value.keys() == fields.keys()
     _check(where or "it", f"have the fields {', '.join(fields)}", same, list(value))
@@ -221,12 +192,6 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     _check("an object", "name each field once", len(content) == len(pairs), [k for k, _ in pairs])
     return content
-
-
-def _short(value: object) -> str:
-    """A value that may be of any length."""
-    text = reprlib.repr(value)
-    return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "..."
 
 
 def _sha256(value: Any) -> str:

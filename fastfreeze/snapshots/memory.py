@@ -69,8 +69,7 @@ class MemorySnapshots(Snapshots):
         Raises:
             SnapshotError: the snapshot is not there.
         """
-        states: dict[Hashable, dict[str, Tensor]] = {self._key(s): t for s, t in self._states}
-        return {name: t.clone() for name, t in self._own(states, snapshot).items()}
+        return {name: t.clone() for name, t in self._find(self._states, snapshot).items()}
 
     def _kept(self, tensor: Tensor, before: Tensor | None) -> Tensor:
         """``before`` if it holds the same, else a copy."""
@@ -80,13 +79,12 @@ class MemorySnapshots(Snapshots):
             return before
         return copy_of(tensor, device) if here is tensor else here
 
-    def _snapshots(self) -> tuple[Snapshot, ...]:
-        return tuple(snapshot for snapshot, _ in self._states)
+    def _held(self) -> Sequence[tuple[Snapshot, dict[str, Tensor]]]:
+        return self._states
 
     def _key(self, snapshot: Snapshot) -> Hashable:
         return id(snapshot)
 
-    def _discard(self, gone: Sequence[Snapshot]) -> None:
-        keys = {self._key(s) for s in gone}
+    def _discard(self, gone: set[Hashable]) -> None:
         with self._lock:
-            self._states = [pair for pair in self._states if self._key(pair[0]) not in keys]
+            self._states = [pair for pair in self._states if self._key(pair[0]) not in gone]

@@ -47,27 +47,27 @@ _CPU = torch.device("cpu")
 class SnapshotStore(Snapshots):
     """Snapshots of one model in a directory: safetensors files, and a JSON manifest.
 
-    Iterating yields each :class:`Snapshot`, by step. Each tensor has a file, which has the hash of
-    its content for a name: however many snapshots hold the same bits under whatever name, they are
-    stored once. Tensors are written in full before the manifest names them, and each file is
-    replaced in one instant: whenever a run is killed, what was saved before is still there. Reading
-    checks the hash of each tensor, and unpickles nothing.
+    Iterating yields each :class:`Snapshot`, by step. Each tensor has a file that is named by the
+    hash of its content, so that snapshots hold the same bits once. Tensors are written in full
+    before the manifest names them, and each file is replaced in one instant: whenever a run is
+    killed, what was saved before is still there. Reading checks the hash of each tensor, and
+    unpickles nothing.
 
     One process at a time may write, with any number of threads and stores of the directory; others
     are refused. Its turn ends when it ends, or when none of its stores that have written is left.
-    Any number may read. Files that are symbolic links are not read, and never written through.
+    Any number may read. Symbolic links are neither read nor written through.
 
     Snapshots that an earlier run has left in the directory stay in the store, and come into its
     ensembles, until a save of the same step replaces them. A new run takes a directory of its own,
     or first empties the old one by ``store.prune(keep=[])``.
 
     Args:
-        directory: made on the first save if it is not there.
+        directory: is made on the first save if it is not there.
 
     Raises:
         TypeError: ``directory`` is no path.
-        SnapshotError: the manifest is there, but damaged, no plain file, or of another version; or
-            the directory is a file.
+        SnapshotError: the directory is a file; or the manifest is damaged, no plain file, or of
+            another version.
 
     Example:
         >>> store = SnapshotStore("run/snapshots")
@@ -141,9 +141,11 @@ class SnapshotStore(Snapshots):
         self.flush()
         self._begin(signature, step)
         if wait:
-            copies = ((name, copy_of(t, _CPU)) for name, t in state.items())
-            return self._write(copies, signature, facts)
-        self._background.submit(partial(self._write_later, *_copied(state), signature, facts))
+            return self._write(((n, copy_of(t, _CPU)) for n, t in state.items()), signature, facts)
+        copies = [(name, copy_of(t, _CPU, wait=False)) for name, t in state.items()]
+        devices = {t.device for t in state.values() if t.is_cuda}
+        ready = [torch.cuda.current_stream(device).record_event() for device in devices]
+        self._background.submit(partial(self._write, copies, signature, facts, ready))
         return None
 
     def flush(self) -> None:
@@ -158,8 +160,7 @@ class SnapshotStore(Snapshots):
         """The state dict of a snapshot, on the CPU, its entries in the first snapshot's order.
 
         Raises:
-            SnapshotError: the snapshot is not in the store, or a file is missing or not as it was
-                saved.
+            SnapshotError: the snapshot is not in the store, or a file of it is missing or damaged.
         """
         self.flush()
         while True:
@@ -176,17 +177,16 @@ class SnapshotStore(Snapshots):
         self.flush()
         return sum(map(_size, [*tensor_files(self.directory), self.directory / _MANIFEST]))
 
-    def _snapshots(self) -> tuple[Snapshot, ...]:
+    def _held(self) -> Sequence[Entry]:
         self.flush()
-        return tuple(e.snapshot for e in self._read().entries)
+        return self._read().entries
 
     def _key(self, snapshot: Snapshot) -> Hashable:
         return snapshot.step, snapshot.sha256
 
     def _begin(self, signature: Signature, step: int) -> None:
-        """See that a save is possible; tell once of snapshots that this run has not made."""
-        with self._writing() as manifest:
-            self._check_model(signature, manifest)
+        """See that a save is possible; warn once of later steps, which this run has not made."""
+        with self._writing(signature) as manifest:
             steps = [] if self._has_begun else [e.snapshot.step for e in manifest.entries]
             self._has_begun = True
         if later := [str(other) for other in steps if other > step]:
@@ -197,14 +197,8 @@ class SnapshotStore(Snapshots):
                 " by store.prune(keep=[])"
             )
 
-    def _check_model(self, signature: Signature, manifest: Manifest) -> None:
-        if manifest.entries:
-            label = f"the model to be saved in {self}"
-            check_signature(label, signature, manifest.signature)
-
     def _load(self, manifest: Manifest, snapshot: Snapshot) -> dict[str, Tensor]:
-        entries: dict[Hashable, Entry] = {self._key(e.snapshot): e for e in manifest.entries}
-        hashes = self._own(entries, snapshot).hashes
+        hashes = self._find(manifest.entries, snapshot)
         state: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
         for (name, spec), h in zip(manifest.signature.items(), hashes, strict=True):
@@ -214,20 +208,9 @@ class SnapshotStore(Snapshots):
                 state[name] = found[h] = read_tensor(self.directory, h, name, spec)
         return state
 
-    def _write_later(
-        self,
-        copies: Mapping[str, Tensor],
-        ready: Sequence[torch.cuda.Event],
-        signature: Signature,
-        facts: Snapshot,
-    ) -> None:
-        for event in ready:
-            event.synchronize()
-        self._write(copies.items(), signature, facts)
-
     @contextmanager
-    def _writing(self) -> Iterator[Manifest]:
-        """What is there, which nobody else changes meanwhile."""
+    def _writing(self, signature: Signature | None = None) -> Iterator[Manifest]:
+        """The manifest, which nobody else changes meanwhile; of this signature, if it is given."""
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = lock_file(self.directory / _LOCK)
@@ -245,19 +228,28 @@ class SnapshotStore(Snapshots):
         with self._lock.mutex:
             self._lock.owner = me
             try:
-                yield self._read()
+                manifest = self._read()
+                if signature is not None and manifest.entries:
+                    label = f"the model to be saved in {self}"
+                    check_signature(label, signature, manifest.signature)
+                yield manifest
             finally:
                 self._lock.owner = None
 
     def _write(
-        self, tensors: Iterable[tuple[str, Tensor]], signature: Signature, facts: Snapshot
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        signature: Signature,
+        facts: Snapshot,
+        ready: Iterable[torch.cuda.Event] = (),
     ) -> Snapshot:
-        """Save tensors that nobody else writes to; of those that are stored, none is held on to.
+        """Save tensors that nobody else writes to, once all of ``ready`` has happened.
 
-        Those that are stored are read, too: a damaged one is written anew.
+        Of those that are stored it holds on to none, but reads them: it writes damaged ones anew.
         """
-        with self._writing() as manifest:
-            self._check_model(signature, manifest)
+        for event in ready:
+            event.synchronize()
+        with self._writing(signature) as manifest:
             if manifest.entries:
                 signature = manifest.signature
             hashes: dict[str, str] = {}
@@ -282,19 +274,18 @@ class SnapshotStore(Snapshots):
             self._commit(Manifest(signature, entries))
             return entry.snapshot
 
-    def _discard(self, gone: Sequence[Snapshot]) -> None:
+    def _discard(self, gone: set[Hashable]) -> None:
         with self._writing() as manifest:
-            keys = {self._key(s) for s in gone}
-            entries = tuple(e for e in manifest.entries if self._key(e.snapshot) not in keys)
+            entries = tuple(e for e in manifest.entries if self._key(e.snapshot) not in gone)
             self._commit(replace(manifest, entries=entries))
 
     def _commit(self, manifest: Manifest) -> None:
-        """Replace the manifest, and remove the tensors that it does not name."""
+        """Replace the manifest, then remove the tensors that the new one does not name."""
         write_atomic(self.directory / _MANIFEST, manifest_bytes(manifest))
         self._remove_leftovers(manifest)
 
     def _remove_leftovers(self, manifest: Manifest) -> None:
-        """Remove what no longer is, or never became, a part of the store."""
+        """Remove tensors that the manifest does not name, and files half written."""
         keep = {tensor_path(self.directory, h) for h in manifest.hashes}
         for path in tensor_files(self.directory):
             if path not in keep:
@@ -302,7 +293,7 @@ class SnapshotStore(Snapshots):
         remove_temporaries(self.directory)
 
     def _stamp(self) -> tuple[int, int] | None:
-        """What changes when the manifest is replaced; None if it is not there."""
+        """Numbers that change when the manifest is replaced; None if there is none."""
         try:
             found = (self.directory / _MANIFEST).lstat()
         except OSError:
@@ -312,20 +303,17 @@ class SnapshotStore(Snapshots):
     def _read(self) -> Manifest:
         path = self.directory / _MANIFEST
         try:
-            try:
-                data = read_file(path)
-            except FileNotFoundError:
-                if not tensor_files(self.directory):
-                    return Manifest({})
-                data = read_file(path)  # a first save may have begun meanwhile
+            return parse_manifest(read_file(path))
+        except FileNotFoundError:
+            if not tensor_files(self.directory):
+                return Manifest({})
+            if path.exists():  # a first save has begun meanwhile
+                return self._read()
+            raise SnapshotError(f"{path} is missing, though there are snapshots") from None
         except NotADirectoryError as error:
             raise SnapshotError(f"{self.directory} must be a directory: {error}") from error
-        except FileNotFoundError:
-            raise SnapshotError(f"{path} is missing, though there are snapshots") from None
         except OSError as error:
             raise SnapshotError(f"{path} cannot be read: {error}") from error
-        try:
-            return parse_manifest(data)
         except (ValueError, RecursionError) as error:
             raise SnapshotError(f"{path} is not a manifest of snapshots: {error}") from error
 
@@ -335,15 +323,3 @@ def _size(path: Path) -> int:
         return path.lstat().st_size
     except FileNotFoundError:  # removed meanwhile
         return 0
-
-
-def _copied(
-    state: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], list[torch.cuda.Event]]:
-    """Copies on the CPU, and what to wait for before they are read."""
-    copies = {
-        name: copy_of(t, _CPU, pin_memory=t.is_cuda, wait=not t.is_cuda)
-        for name, t in state.items()
-    }
-    devices = {t.device for t in state.values() if t.is_cuda}
-    return copies, [torch.cuda.current_stream(device).record_event() for device in devices]

@@ -1,4 +1,4 @@
-"""Tensors by what they hold: hashes of their content, and a file for each hash."""
+"""Hashes of what tensors hold, and a file for each hash."""
 
 from __future__ import annotations
 
@@ -26,9 +26,17 @@ _WRITERS = 8  # at once: most of a small file's time is waiting for the disk
 Spec = tuple[tuple[int, ...], str]  # a tensor's shape and its dtype's name
 
 
-def num_bytes(spec: Spec) -> int:
-    """Size of a tensor."""
-    return torch.Size(spec[0]).numel() * int(getattr(torch, spec[1]).itemsize)
+def spec_of(tensor: Tensor) -> Spec:
+    return tuple(tensor.shape), dtype_name(tensor.dtype)
+
+
+def described(spec: Spec) -> str:
+    """A spec in words, which are also a part of what is hashed."""
+    return f"{spec[1]} {list(spec[0])}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def tensor_path(directory: Path, digest: str) -> Path:
@@ -37,7 +45,7 @@ def tensor_path(directory: Path, digest: str) -> Path:
 
 
 def tensor_files(directory: Path) -> list[Path]:
-    """All files that are called as those of tensors are."""
+    """All files whose name is one that a tensor's file may have."""
     if not directory.is_dir():
         return []
     found = [path for path in directory.iterdir() if _FILE.fullmatch(path.name)]
@@ -45,7 +53,7 @@ def tensor_files(directory: Path) -> list[Path]:
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write CPU tensors, by hash, into files of their own."""
+    """Write each of some CPU tensors into the file of its hash."""
     left = iter(list(tensors.items()))
     errors: list[BaseException] = []
 
@@ -69,7 +77,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def is_intact(directory: Path, digest: str, name: str, spec: Spec) -> bool:
-    """Whether a tensor is there as it was written; see :func:`read_tensor`."""
+    """Whether :func:`read_tensor` finds a tensor as it was written."""
     try:
         read_tensor(directory, digest, name, spec)
     except SnapshotError:
@@ -78,16 +86,10 @@ def is_intact(directory: Path, digest: str, name: str, spec: Spec) -> bool:
 
 
 def read_tensor(directory: Path, digest: str, name: str, spec: Spec) -> Tensor:
-    """A tensor.
+    """The tensor of a hash, which errors call ``name``.
 
     Its file is read, not mapped into memory: one that is cut short meanwhile would kill the
     process.
-
-    Args:
-        directory: of the files.
-        digest: its hash.
-        name: what errors call it.
-        spec: its shape and its dtype's name.
 
     Raises:
         SnapshotError: it is not there as it was written.
@@ -95,11 +97,11 @@ def read_tensor(directory: Path, digest: str, name: str, spec: Spec) -> Tensor:
     path = tensor_path(directory, digest)
     try:
         with torch.device("cpu"), open_file(path) as file:
-            size = min(os.fstat(file.fileno()).st_size, num_bytes(spec) + _MAX_HEADER_BYTES)
+            most = torch.Size(spec[0]).numel() * getattr(torch, spec[1]).itemsize
+            size = min(os.fstat(file.fileno()).st_size, most + _MAX_HEADER_BYTES)
             (tensor,) = safetensors.torch.load(file.read(size)).values()
-        if (tuple(tensor.shape), dtype_name(tensor.dtype)) != spec:
-            found = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
-            raise ValueError(f"it holds a {found}, not a {spec[1]} {list(spec[0])}")
+        if spec_of(tensor) != spec:
+            raise ValueError(f"it holds a {described(spec_of(tensor))}, not a {described(spec)}")
         if content_hash(tensor) != digest:
             raise ValueError("the tensor's sha256 is another")
     except OSError as error:
@@ -111,21 +113,16 @@ def read_tensor(directory: Path, digest: str, name: str, spec: Spec) -> Tensor:
 
 def content_hash(tensor: Tensor) -> str:
     """sha256 of a CPU tensor's dtype, shape and bytes, in hexadecimal digits."""
-    digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+    digest = hashlib.sha256(f"{described(spec_of(tensor))}\n".encode())
     digest.update(bits(tensor).numpy().data)
     return digest.hexdigest()
 
 
-def copy_of(
-    tensor: Tensor, device: torch.device, *, pin_memory: bool = False, wait: bool = True
-) -> Tensor:
-    """A contiguous copy; with ``wait=False`` it is made in the order of the current stream."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=pin_memory)
-    return copy.copy_(tensor.detach(), non_blocking=not wait)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def copy_of(tensor: Tensor, device: torch.device, *, wait: bool = True) -> Tensor:
+    """A contiguous copy; with ``wait=False`` one of a CUDA tensor is made in its stream's order."""
+    later = tensor.is_cuda and not wait
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=later)
+    return copy.copy_(tensor.detach(), non_blocking=later)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -54,9 +55,8 @@ def trained(seed):
 
 
 def all_same(a, b):
-    """Of two state dicts, or lists."""
-    pairs = zip(*(x.values() if isinstance(x, dict) else x for x in (a, b)), strict=True)
-    return all(same(*pair) for pair in pairs)
+    """Of two state dicts."""
+    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
 
 
 def images(count, seed=9, size=8):
@@ -79,299 +79,266 @@ class Evals(nn.Sequential):
         return super().forward(x)
 
 
-class TestAverageWeights:
-    @covering(
-        dtype=[*FLOATS, *COMPLEX],
-        shape=[(), (0,), (1,), (31,), (4, 33), (3, 2, 3, 3)],
-        M=[1, 2, 5],
-    )
-    def test_it_is_the_average_in_double_precision(self, dtype, shape, M):
-        tensors = [torch.randn(shape, dtype=dtype) * 3 for _ in range(M)]
+@covering(dtype=[*FLOATS, *COMPLEX], shape=[(3, 2, 3, 3), (), (0,), (1,), (31,), (4, 33)])
+def test_it_is_the_average_in_double_precision(dtype, shape):
+    for count, alike in itertools.product((1, 2, 5), range(4)):  # so many first ones
+        tensors = [torch.randn(shape, dtype=dtype) * 3 for _ in range(count)]
+        tensors[:alike] = tensors[:1] * min(alike, count)
         found = average_weights([{"w": t} for t in tensors])["w"]
         assert found.dtype == dtype
-        exact = dtype not in (torch.float64, torch.complex128)
-        tolerance = 0 if exact else 4 * torch.finfo(dtype).eps
+        tolerance = 4 * torch.finfo(dtype).eps if found.element_size() >= 8 else 0
         expected = plain_average(tensors)
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
-    def test_by_hand(self):
-        states = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, -2.0])}]
-        assert average_weights(states)["w"].tolist() == [2.0, 0.0]
-        # Each is half a unit of float16 short of the next number, and overflows it in sum.
-        small = [{"w": torch.full((3,), v).half()} for v in (60000.0, 60032.0, 60064.0)]
-        assert average_weights(small)["w"].tolist() == [60032.0] * 3
-        ones = {"a": torch.ones(1), "b": torch.zeros(1)}
-        found = average_weights([ones, {"b": torch.ones(1), "a": torch.ones(1)}])
-        assert list(found) == ["a", "b"]  # the first one's order
-        assert found["b"].item() == 0.5
-        found["b"] += 7
-        assert ones["b"].item() == 0
-        for first in range(1, 5):  # they differ from any snapshot on
-            tensors = [torch.ones(3)] * first + [torch.randn(3) for _ in range(5 - first)]
-            found = average_weights({"w": t} for t in tensors)["w"]
-            torch.testing.assert_close(found, plain_average(tensors), rtol=0, atol=0)
 
-    @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX], ids=str)
-    def test_equal_ones_keep_their_bits(self, dtype):
-        same_in_all = torch.randn(1000, dtype=dtype)
-        same_in_all[:4] = torch.tensor([torch.nan, torch.inf, -0.0, torch.finfo(dtype).max])
-        states = [{"frozen": same_in_all.clone(), "w": torch.randn(3)} for _ in range(7)]
-        assert same(average_weights(states)["frozen"], same_in_all)
+def test_by_hand():
+    # Each is half a unit of float16 short of the next number, and overflows it in sum.
+    small = [{"w": torch.full((3,), v).half()} for v in (60000.0, 60032.0, 60064.0)]
+    assert average_weights(small)["w"].tolist() == [60032.0] * 3
+    first = {"a": torch.ones(1), "b": torch.zeros(1)}
+    found = average_weights([first, {"b": torch.ones(1), "a": torch.ones(1)}])
+    assert list(found) == ["a", "b"]  # the first one's order
+    assert found["b"].item() == 0.5
+    found["b"] += 7
+    assert first["b"].item() == 0
 
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool], ids=str)
-    def test_integers_are_the_last_ones(self, dtype):
-        states = [{"n": torch.tensor([m, 0, 1]).to(dtype)} for m in (5, 9, 7)]
-        assert same(average_weights(states)["n"], states[-1]["n"])
 
-    def test_states_come_one_at_a_time_and_may_be_of_one_memory(self):
-        """As model.state_dict() does, while training goes on."""
-        model = nn.Linear(3, 2)
-        kept = []
+@pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX], ids=str)
+def test_equal_ones_keep_their_bits(dtype):
+    same_in_all = torch.randn(1000, dtype=dtype)
+    same_in_all[:4] = torch.tensor([torch.nan, torch.inf, -0.0, torch.finfo(dtype).max])
+    states = [{"frozen": same_in_all.clone(), "w": torch.randn(3)} for _ in range(7)]
+    assert same(average_weights(states)["frozen"], same_in_all)
 
-        def states():
-            for _ in range(4):
-                nn.init.normal_(model.weight)
-                kept.append(copy.deepcopy(model.state_dict()))
-                yield model.state_dict()
 
-        found = average_weights(states())
-        assert same(found["weight"], plain_average([s["weight"] for s in kept]))
-        assert same(found["bias"], model.bias.detach())
-        assert found["bias"].data_ptr() != model.bias.data_ptr()
-        assert not any(t.requires_grad for t in found.values())
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool], ids=str)
+def test_integers_are_the_last_ones(dtype):
+    states = [{"n": torch.tensor([m, 0, 1]).to(dtype)} for m in (5, 9, 7)]
+    assert same(average_weights(states)["n"], states[-1]["n"])
 
-    def test_tied_tensors_and_odd_strides(self):
-        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-        model[1].weight = model[0].weight
-        states = []
-        for _ in range(3):
+
+def test_states_may_come_one_at_a_time_out_of_one_memory_tied_and_strided():
+    """As model.state_dict() does, while training goes on."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    kept = []
+
+    def states():
+        for _ in range(4):
             nn.init.normal_(model[0].weight)
-            states.append(copy.deepcopy(model.state_dict()))
-        found = average_weights(states)
-        assert same(found["0.weight"], found["1.weight"])
-        model.load_state_dict(found)
-        assert model[0].weight is model[1].weight
-        turned = average_weights([{"w": s["0.weight"].t()} for s in states])["w"]
-        assert torch.equal(turned, found["0.weight"].t())
+            kept.append(copy.deepcopy(model.state_dict()))
+            yield {**model.state_dict(), "turned": model[0].weight.t()}
 
-    def test_other_architectures(self):
-        state = {"a": torch.ones(2), "b": torch.ones(3)}
-        for other, message in [
-            ({"a": torch.ones(2)}, r"states\[1\] is of another model: missing: 'b'"),
-            ({**state, "c": torch.ones(1)}, "unexpected: 'c'"),
-            ({**state, "a": torch.ones(4)}, r"unlike: 'a': float32 \[4\], expected float32 \[2\]"),
-            ({**state, "a": torch.ones(2).half()}, "unlike: 'a': float16"),
-        ]:
-            with pytest.raises(SnapshotError, match=message):
-                average_weights([state, other])
-
-    def test_no_state_dicts(self):
-        for states, error, message in (
-            ([], ValueError, "states must hold at least one state dict, got none"),
-            ([torch.ones(1)], TypeError, r"states\[0\] must be a state dict, got Tensor"),
-            (
-                [{"w": torch.ones(1)}, {"w": 1.0}],
-                TypeError,
-                r"\['w'\] must be a tensor, got float",
-            ),
-        ):
-            with pytest.raises(error, match=message):
-                average_weights(states)
+    found = average_weights(states())
+    assert same(found["0.weight"], plain_average([s["0.weight"] for s in kept]))
+    assert same(found["0.bias"], model[0].bias)
+    assert found["0.bias"].data_ptr() != model[0].bias.data_ptr()
+    assert not any(t.requires_grad for t in found.values())
+    assert torch.equal(found.pop("turned"), found["0.weight"].t())
+    assert same(found["0.weight"], found["1.weight"])
+    model.load_state_dict(found)
+    assert model[0].weight is model[1].weight
 
 
-class TestReestimateNorms:
-    def test_as_update_bn_without_dropout(self):
-        model, expected, batches = trained(0), trained(0), images(5)
-        expected[3] = nn.Identity()
-        update_bn(batches, expected)
-        assert reestimate_norms(model, batches) == ("1", "5", "8")
-        for i in (1, 5, 8):
-            for a, b in zip(statistics(model[i]), statistics(expected[i]), strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-            assert model[i].num_batches_tracked.item() == 5
+STATE = {"a": torch.ones(2), "b": torch.ones(3)}
+REFUSED = [
+    ([STATE, {"a": STATE["a"]}], SnapshotError, r"states\[1\] is of another model: missing: 'b'"),
+    ([], ValueError, "states must hold at least one state dict, got none"),
+    ([torch.ones(1)], TypeError, r"states\[0\] must be a state dict, got Tensor"),
+    ([STATE, {**STATE, "b": 1.0}], TypeError, r"\['b'\] must be a tensor, got float"),
+]
 
-    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-    @pytest.mark.parametrize("count", [1, 31, 300])
-    def test_the_mean_of_the_batches(self, dtype, count):
-        """Of a batch: its mean, and its variance with n - 1 in the denominator."""
-        norm = nn.BatchNorm1d(3, dtype=dtype)
-        norm.running_mean.fill_(torch.nan)
-        norm.running_var.fill_(torch.inf)
-        batches = [(torch.randn(5 + i, 3) * (1 + i % 7) + i % 5).to(dtype) for i in range(count)]
-        assert reestimate_norms(norm, batches) == ("",)
-        each = np.stack([[b.double().mean(0), b.double().var(0)] for b in batches])
-        mean, variance = torch.from_numpy(each.mean(0))
-        tolerance = 2 * torch.finfo(dtype).eps
-        for found, expected in ((norm.running_mean, mean), (norm.running_var, variance)):
-            torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
-    def test_instance_norms(self):
-        norm = nn.InstanceNorm1d(3, track_running_stats=True)
-        batches = [torch.randn(4, 3, 11) * 2 + i for i in range(3)]
-        assert reestimate_norms(norm, batches) == ("",)
-        each = torch.cat(batches).double()  # of each instance; all batches are of one size
-        expected = each.mean((0, 2)), each.var(2).mean(0)
-        for found, value in zip((norm.running_mean, norm.running_var), expected, strict=True):
-            torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
+def test_refused_states():
+    for states, error, match in REFUSED:
+        with pytest.raises(error, match=match):
+            average_weights(states)
 
-    def test_a_norm_that_runs_twice(self):
-        norm = nn.BatchNorm1d(3)
-        model = nn.Sequential(norm, nn.Linear(3, 3), norm)
+
+def test_as_update_bn_without_dropout():
+    plain, pairs = trained(0), [torch.randn(6, 4, 2, 2) + 2 for _ in range(5)]
+    twice = nn.Sequential(plain[1], nn.Conv2d(4, 4, 1), plain[1])  # a norm runs two times
+    for model, names, batches in [(plain, ("1", "5", "8"), images(5)), (twice, ("0",), pairs)]:
         expected = copy.deepcopy(model)
-        batches = [torch.randn(6, 3) + 2 for _ in range(3)]
+        for module in expected.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         update_bn(batches, expected)
-        assert reestimate_norms(model, batches) == ("0",)
-        torch.testing.assert_close(norm.running_mean, expected[0].running_mean)
-        torch.testing.assert_close(norm.running_var, expected[0].running_var)
-        assert norm.num_batches_tracked.item() == 6
+        assert reestimate_norms(model, batches) == names
+        for name in names:
+            found, norm = (statistics(m.get_submodule(name)) for m in (model, expected))
+            torch.testing.assert_close(found, norm, rtol=1e-5, atol=1e-6)
 
-    def test_a_norm_that_no_batch_reaches_keeps_its_statistics(self):
-        norms = {"used": nn.BatchNorm1d(3), "spare": nn.BatchNorm1d(3)}
-        model = Does(lambda m, x: m.used(x), **norms)
-        nn.init.normal_(model.spare.running_mean)
-        model.spare.num_batches_tracked += 4
-        before = statistics(model.spare)
-        assert reestimate_norms(model, [torch.randn(4, 3)]) == ("used",)
-        assert all_same(statistics(model.spare), before)
 
-    def test_what_was_frozen_keeps_its_bits_and_runs_in_eval_mode(self):
-        model = trained(0)
-        states = []
-        for _ in range(3):  # the first two modules, and the norm in them, are frozen
-            for batch in images(2):
-                model[2:](nn.Sequential(*model[:2]).eval()(batch))
-            model.train()
-            states.append(copy.deepcopy(model.state_dict()))
-            nn.init.normal_(model[4].weight)
-        model.load_state_dict(average_weights(states))
-        model.requires_grad_(False)  # as at the end of a FreezeOut run
-        before, expected = statistics(model[1]), copy.deepcopy(model)
-        batches = images(4)
-        assert reestimate_norms(model, batches, snapshot=states[0]) == ("5", "8")
-        assert all(map(same, statistics(model[1]), before))
-        with torch.no_grad():
-            reached = [expected[:5].eval()(b) for b in batches]
-        mean = torch.stack([x.mean((0, 2, 3)) for x in reached]).mean(0)
-        torch.testing.assert_close(model[5].running_mean, mean, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("count", [1, 31, 100])
+def test_the_mean_of_the_batches(dtype, count):
+    """Of a batch: its mean, and its variance with n - 1 in the denominator."""
+    norm = nn.BatchNorm1d(3, dtype=dtype)
+    norm.running_mean.fill_(torch.nan)
+    norm.running_var.fill_(torch.inf)
+    batches = [(torch.randn(5 + i, 3) * (1 + i % 7) + i % 5).to(dtype) for i in range(count)]
+    assert reestimate_norms(norm, batches) == ("",)
+    each = np.stack([[b.double().mean(0), b.double().var(0)] for b in batches])
+    tolerance = 2 * torch.finfo(dtype).eps
+    for found, expected in zip(statistics(norm)[:2], each.mean(0), strict=True):
+        torch.testing.assert_close(found.double().numpy(), expected, rtol=tolerance, atol=tolerance)
 
-    def test_a_snapshot_of_another_model(self):
+
+def test_instance_norms():
+    norm = nn.InstanceNorm1d(3, track_running_stats=True)
+    batches = [torch.randn(4, 3, 11) * 2 + i for i in range(3)]
+    assert reestimate_norms(norm, batches) == ("",)
+    each = torch.cat(batches).double()  # of each instance; all batches are of one size
+    for found, value in zip(
+        statistics(norm)[:2], (each.mean((0, 2)), each.var(2).mean(0)), strict=True
+    ):
+        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_that_no_batch_reaches_keeps_its_statistics():
+    model = Does(lambda m, x: m.used(x), used=nn.BatchNorm1d(3), spare=nn.BatchNorm1d(3))
+    nn.init.normal_(model.spare.running_mean)
+    model.spare.num_batches_tracked += 4
+    before = copy.deepcopy(model.spare.state_dict())
+    assert reestimate_norms(model, [torch.randn(4, 3)]) == ("used",)
+    assert all_same(model.spare.state_dict(), before)
+
+
+def test_what_was_frozen_keeps_its_bits_and_runs_in_eval_mode():
+    model = trained(0)
+    states = []
+    for _ in range(3):  # the first two modules, and the norm in them, are frozen
+        for batch in images(2):
+            model[2:](nn.Sequential(*model[:2]).eval()(batch))
+        model.train()
+        states.append(copy.deepcopy(model.state_dict()))
+        nn.init.normal_(model[4].weight)
+    model.load_state_dict(average_weights(states))
+    model.requires_grad_(False)  # as at the end of a FreezeOut run
+    expected, batches = copy.deepcopy(model), images(4)
+    assert reestimate_norms(model, batches, snapshot=states[0]) == ("5", "8")
+    assert all_same(model[1].state_dict(), expected[1].state_dict())
+    with torch.no_grad():
+        reached = [expected[:5].eval()(b) for b in batches]
+    mean = torch.stack([x.mean((0, 2, 3)) for x in reached]).mean(0)
+    torch.testing.assert_close(model[5].running_mean, mean, rtol=1e-5, atol=1e-5)
+    frozen = model.state_dict()
+    assert reestimate_norms(model, iter(lambda: 1 / 0, None), snapshot=frozen) == ()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_momenta_and_the_rest_are_restored(training):
+    model = trained(0).train(training)
+    model[3].train(not training)
+    model[5].momentum = None
+    modes = [m.training for m in model.modules()]
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    reestimate_norms(model, images(2))
+    assert [m.training for m in model.modules()] == modes
+    assert [model[i].momentum for i in (1, 5, 8)] == [0.1, None, 0.1]
+    assert all_same(dict(model.named_parameters()), weights)
+    assert not any(m._forward_hooks for m in model.modules())
+    assert torch.is_grad_enabled()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def batches_that_fail(model, where, error):
+    def fail(*_):
+        raise error("no more")
+
+    yield from images(2)
+    if where == "model":
+        model[6].register_forward_hook(fail)
+        yield images(1)[0]
+    fail()
+
+
+FAILURES = [  # batches, or where something fails, a snapshot, and what is raised
+    *(
+        (where, None, error, "no more")
+        for where in ("batches", "model")
+        for error in (RuntimeError, KeyboardInterrupt)
+    ),
+    ([], None, ValueError, "batches must give at least one batch, got none"),
+    ([*images(1), ()], None, ValueError, r"batches\[1\] must hold the model's input, got \(\)"),
+    ([np.ones(3)], None, TypeError, r"batches\[0\] must hold tensors, got .*from_nu"),
+    (images(1), {"w": torch.ones(1)}, SnapshotError, "snapshot is of another model"),
+    (images(1), 3, TypeError, "snapshot must be a state dict, got int"),
+]
+
+
+def test_what_raises_leaves_all_as_it_was():
+    for given, snapshot, error, match in FAILURES:
         model = trained(0)
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(SnapshotError, match="snapshot is of another model"):
-            reestimate_norms(model, images(1), snapshot=nn.Linear(2, 2).state_dict())
-        with pytest.raises(TypeError, match="snapshot must be a state dict, got int"):
-            reestimate_norms(model, images(1), snapshot=3)
-        assert all_same(model.state_dict(), before)
-        assert reestimate_norms(model, iter(lambda: 1 / 0, None), snapshot=before) == ()
-
-    @pytest.mark.parametrize("training", [True, False])
-    def test_modes_momenta_and_the_rest_are_restored(self, training):
-        model = trained(0).train(training)
-        model[3].train(not training)
-        model[5].momentum = None
-        modes = [m.training for m in model.modules()]
-        weights = {name: p.clone() for name, p in model.named_parameters()}
-        reestimate_norms(model, images(2))
-        assert [m.training for m in model.modules()] == modes
-        assert [model[i].momentum for i in (1, 5, 8)] == [0.1, None, 0.1]
-        assert all(same(p, weights[name]) for name, p in model.named_parameters())
-        assert not any(m._forward_hooks for m in model.modules())
-        assert torch.is_grad_enabled()
-        assert all(p.grad is None for p in model.parameters())
-
-    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-    @pytest.mark.parametrize("where", ["batches", "model"])
-    def test_what_raises_leaves_all_as_it_was(self, error, where):
-        model = trained(0)
-        before = copy.deepcopy(model.state_dict())
-
-        def fail(*_):
-            raise error("no more")
-
-        def batches():
-            yield from images(2)
-            if where == "model":
-                model[6].register_forward_hook(fail)
-                yield images(1)[0]
-            fail()
-
-        with pytest.raises(error, match="no more"):
-            reestimate_norms(model, batches())
+        failing = isinstance(given, str)
+        batches = batches_that_fail(model, given, error) if failing else given
+        with pytest.raises(error, match=match):
+            reestimate_norms(model, batches, snapshot=snapshot)
         assert all_same(model.state_dict(), before)
         assert all(m.training for m in model.modules())
         assert [model[i].momentum for i in (1, 5, 8)] == [0.1, 0.3, 0.1]
         assert not any(model[i]._forward_hooks for i in (1, 5, 8))
 
-    def test_bad_batches(self):
-        model = trained(0)
-        before = copy.deepcopy(model.state_dict())
-        for batches, error, message in (
-            ([], ValueError, "batches must give at least one batch, got none"),
-            ([*images(1), ()], ValueError, r"batches\[1\] must hold the model's input, got \(\)"),
-            ([*images(1), np.ones(3)], TypeError, r"batches\[1\] must hold tensors, got .*from_nu"),
-        ):
-            with pytest.raises(error, match=message):
-                reestimate_norms(model, batches)
-        assert all_same(model.state_dict(), before)
 
-    def test_lazy_norms_are_refused(self):
-        model = nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d())
-        with pytest.raises(ValueError, match="'1' is a lazy norm: the model must run once before"):
-            reestimate_norms(model, [torch.randn(4, 3)])
-        assert model.training
-        model(torch.randn(4, 3))
-        assert reestimate_norms(model, [torch.randn(4, 3)]) == ("1",)
+def test_norms_that_are_lazy_or_in_eval_mode_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match="'1' is a lazy norm: the model must run once before"):
+        reestimate_norms(model, [torch.randn(4, 3)])
+    assert model.training
+    model(torch.randn(4, 3))
+    assert reestimate_norms(model, [torch.randn(4, 3)]) == ("1",)
+    model = Evals(*trained(0))  # with statistics that are not there yet
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"must not call '\S*1' in eval mode"):
+        reestimate_norms(model, images(3))
+    assert all_same(model.state_dict(), before)
 
-    def test_kinds_of_batches(self):
-        model, x, y = TwoInputs(3), torch.randn(4, 3), torch.randn(4, 3) + 5
-        labels = torch.arange(4)
-        for batch, expected in [
-            (x, x),
-            ((x,), x),
-            ([x, labels], x),
-            ((x, labels, labels), x),
-            (((x, y), labels), x + y),
-            ([[x, y], labels], x + y),
-            ({"a": x, "b": y, "labels": labels}, x + y),
-            (({"a": x}, labels), x),
-        ]:
-            reestimate_norms(model, [batch])
-            torch.testing.assert_close(model.running_mean, expected.mean(0))
 
-    def test_a_trimmed_model(self):
-        """It is in eval mode meanwhile, in which the model itself runs."""
-        model, expected, batches = trained(0), trained(0), images(3)
-        model[:3].requires_grad_(False)
-        trimmed = fastfreeze.trim(model)
-        trimmed(batches[0])
-        reestimate_norms(trimmed, batches)
-        reestimate_norms(expected, batches)
-        assert torch.equal(model[1].running_var, expected[1].running_var)
-        assert trimmed.training
-        assert model.training
+def test_kinds_of_batches():
+    model, x, y = TwoInputs(3), torch.randn(4, 3), torch.randn(4, 3) + 5
+    labels = torch.arange(4)
+    for batch, expected in [
+        (x, x),
+        ((x,), x),
+        ([x, labels], x),
+        ((x, labels, labels), x),
+        (((x, y), labels), x + y),
+        ([[x, y], labels], x + y),
+        ({"a": x, "b": y, "labels": labels}, x + y),
+        (({"a": x}, labels), x),
+    ]:
+        reestimate_norms(model, [batch])
+        torch.testing.assert_close(model.running_mean, expected.mean(0))
 
-    def test_a_model_that_calls_norms_in_eval_mode(self):
-        """With statistics that are not there yet."""
-        model, batches = Evals(*trained(0)), images(3)
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=r"must not call '\S*1' in eval mode"):
-            reestimate_norms(model, batches)
-        assert all_same(model.state_dict(), before)
 
-    def test_a_compiled_model(self):
-        model, expected, batches = trained(0), trained(0), images(3)
-        compilations = []
+def test_a_trimmed_model():
+    """It is in eval mode meanwhile, in which the model itself runs."""
+    model, expected, batches = trained(0), trained(0), images(3)
+    model[:3].requires_grad_(False)
+    trimmed = fastfreeze.trim(model)
+    trimmed(batches[0])
+    reestimate_norms(trimmed, batches)
+    reestimate_norms(expected, batches)
+    assert torch.equal(model[1].running_var, expected[1].running_var)
+    assert trimmed.training
+    assert model.training
 
-        def backend(graph, _):
-            compilations.append(graph)
-            return graph.forward
 
-        compiled = torch.compile(model, backend=backend)
-        compiled(batches[0])
-        model.load_state_dict(expected.state_dict())
-        for _ in range(2):
-            assert len(reestimate_norms(compiled, batches)) == 3
-        assert len(compilations) == 1
-        reestimate_norms(expected, batches)
-        for i in (1, 5, 8):
-            assert all(map(same, statistics(model[i]), statistics(expected[i])))
+def test_a_compiled_model():
+    model, expected, batches = trained(0), trained(0), images(3)
+    compilations = []
+
+    def backend(graph, _):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(batches[0])
+    model.load_state_dict(expected.state_dict())
+    for _ in range(2):
+        assert len(reestimate_norms(compiled, batches)) == 3
+    assert len(compilations) == 1
+    reestimate_norms(expected, batches)
+    assert all_same(model.state_dict(), expected.state_dict())

@@ -17,21 +17,16 @@ from fastfreeze.ensemble import SnapshotEnsemble, select_members
 from fastfreeze.ensemble._checks import logits_of
 from fastfreeze.errors import FastfreezeWarning, SnapshotError
 from fastfreeze.snapshots import MemorySnapshots, SnapshotStore
+from tests.ensemble.members import assert_mean
 from tests.nets import Does, small_model
 from tests.snapshots.stores import assert_same_state, states
-
-
-def mean_of(models, x):
-    with torch.no_grad():
-        return sum(m.eval()(x).double().softmax(-1) for m in models) / len(models)
 
 
 def models_and_ensemble(count=3):
     models = [small_model() for _ in range(count)]
     for model in models:  # statistics of its own for each
         model.train()(torch.randn(20, 4) + 1)
-    snapshots = [copy.deepcopy(m.state_dict()) for m in models]
-    return models, SnapshotEnsemble(small_model(), snapshots)
+    return models, SnapshotEnsemble(small_model(), [copy.deepcopy(m.state_dict()) for m in models])
 
 
 def stored(models, store=None):
@@ -41,39 +36,24 @@ def stored(models, store=None):
     return store
 
 
-def test_the_ensemble_averages_probabilities():
+def assert_close(found, models, x):
+    in_eval = [model.eval() for model in models]
+    assert_mean(found, in_eval, x)
+
+
+def test_the_ensemble_averages_probabilities_in_eval_mode():
     models, ensemble = models_and_ensemble()
+    before = copy.deepcopy(ensemble.state_dict())
     x = torch.randn(5, 4)
     for training in (True, False):
         ensemble.train(training)
-        mean = ensemble(x)
-        assert mean.dtype == torch.float32
-        torch.testing.assert_close(mean.double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
-    each = list(ensemble.member_probabilities(x))
-    assert len(each) == 3
-    for found, model in zip(each, models, strict=True):
-        torch.testing.assert_close(found.double(), mean_of([model], x), rtol=1e-5, atol=1e-7)
-
-
-def test_norms_and_dropout_stay_in_eval_mode():
-    _, ensemble = models_and_ensemble()
-    before = copy.deepcopy(ensemble.state_dict())
-    ensemble.train()
-    assert ensemble.training
-    assert not any(m.training for m in ensemble.members.modules())
-    x = torch.randn(5, 4)
-    assert torch.equal(ensemble(x), ensemble(x))
+        assert ensemble.training == training
+        assert not any(m.training for m in ensemble.members.modules())
+        assert ensemble(x).dtype == torch.float32
+        assert_close(ensemble(x), models, x)
+    for found, model in zip(ensemble.member_probabilities(x), models, strict=True):
+        assert_close(found, [model], x)
     assert_same_state(ensemble.state_dict(), before)
-
-
-@pytest.mark.parametrize("last", [1, 2, 3])
-def test_the_last_members(tmp_path, last):
-    models, _ = models_and_ensemble()
-    x = torch.randn(5, 4)
-    expected = mean_of(models[-last:], x)
-    for store in (SnapshotStore(tmp_path), MemorySnapshots()):
-        ensemble = SnapshotEnsemble.from_store(small_model(), stored(models, store), last)
-        torch.testing.assert_close(ensemble(x).double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_gradients_reach_the_inputs_but_no_weight():
@@ -86,15 +66,13 @@ def test_gradients_reach_the_inputs_but_no_weight():
 
 
 def test_moves_and_saves_like_any_module():
-    _, ensemble = models_and_ensemble()
+    (_, ensemble), (_, other) = models_and_ensemble(), models_and_ensemble()
     x = torch.randn(5, 4)
-    expected = ensemble(x)
-    _, other = models_and_ensemble()
-    assert not torch.equal(other(x), expected)
+    assert not torch.equal(other(x), ensemble(x))
     other.load_state_dict(ensemble.state_dict())
-    assert torch.equal(other(x), expected)
-    assert copy.deepcopy(ensemble).to(torch.float64)(x.double()).dtype == torch.float64
-    assert copy.deepcopy(ensemble).to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(other(x), ensemble(x))
+    for dtype in (torch.float64, torch.bfloat16):
+        assert copy.deepcopy(ensemble).to(dtype)(x.to(dtype)).dtype == dtype
     assert ensemble.to("meta")(x.to("meta")).shape == (5, 3)
 
 
@@ -146,11 +124,11 @@ HARD_TO_COPY = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_models_that_ran_in_training(make):
     models, x = [make() for _ in range(3)], torch.randn(5, 4)
-    store, expected = stored(models), mean_of(models, x)
+    store = stored(models)
     for model in (models[0], make):
         ensemble = SnapshotEnsemble.from_store(model, store)
         for _ in range(2):
-            torch.testing.assert_close(ensemble(x).double(), expected, rtol=1e-5, atol=1e-7)
+            assert_close(ensemble(x), models, x)
 
 
 def locked():
@@ -190,26 +168,26 @@ def test_refused_models(make, error, match):
 def test_members_made_by_a_function(make):
     models, x = [make() for _ in range(3)], torch.randn(5, 4)
     ensemble = SnapshotEnsemble(make, [m.state_dict() for m in models])
-    torch.testing.assert_close(ensemble(x).double(), mean_of(models, x), rtol=1e-5, atol=1e-7)
+    assert_close(ensemble(x), models, x)
     if make is locked:
         torch.testing.assert_close(ensemble.as_module(x)(x), ensemble(x))
 
 
-@pytest.mark.parametrize("last", [None, 3])
-def test_members_by_their_positions(last):
+@pytest.mark.parametrize("last", [None, 1, 3])
+def test_members_of_a_store(tmp_path, last):
     models, _ = models_and_ensemble(4)
-    store, x = stored(models), torch.randn(5, 4)
-    labels, there = torch.randint(3, (5,)), models[-(last or 4) :]
-    every = SnapshotEnsemble.from_store(small_model(), store, last)
+    x, labels, there = torch.randn(5, 4), torch.randint(3, (5,)), models[-(last or 4) :]
+    for store in (SnapshotStore(tmp_path), MemorySnapshots()):
+        every = SnapshotEnsemble.from_store(small_model(), stored(models, store), last)
+        assert_close(every(x), there, x)
     found = select_members(list(every.member_probabilities(x)), labels)
-    for members in (found, (1, 0, 1)):
+    for members in (found, (len(there) - 1, 0, 0)):
         ensemble = SnapshotEnsemble.from_store(small_model(), store, last, members=members)
-        expected = mean_of([there[m] for m in members], x)
-        torch.testing.assert_close(ensemble(x).double(), expected, rtol=1e-5, atol=1e-7)
+        assert_close(ensemble(x), [there[m] for m in members], x)
     for members, error, match in [
-        ([0, 4], ValueError, r"members\[1\] must be in 0\.\.[23], got 4"),
-        ([-1], ValueError, r"members\[0\] must be in 0\.\.[23], got -1"),
-        ([0.5], TypeError, r"members\[0\] must be an int in 0\.\.[23], got 0.5"),
+        ([0, 4], ValueError, r"members\[1\] must be in 0\.\.[023], got 4"),
+        ([-1], ValueError, r"members\[0\] must be in 0\.\.[023], got -1"),
+        ([0.5], TypeError, r"members\[0\] must be an int in 0\.\.[023], got 0.5"),
         ([], ValueError, "must hold at least one state dict"),
     ]:
         with pytest.raises(error, match=match):
@@ -302,27 +280,25 @@ def of_none(last):
     return SnapshotEnsemble.from_store(small_model(), MemorySnapshots(), last=last)
 
 
-ALONE = nn.Linear(2, 2).state_dict()
+def alone():
+    return SnapshotEnsemble(nn.Linear(2, 2), nn.Linear(2, 2).state_dict())
+
+
+def on_an_array():
+    return ensemble_of(torch.clone)(np.ones((2, 4)))
+
+
+NO_ARRAYS = "inputs must hold tensors, got a NumPy array, of which torch.from_numpy makes"
+MISSING = r"snapshots\[1\] is of another model: missing: 'linear.weight', 'linear.bias'"
+NO_LOGITS = "logits must be a tensor: the model must return one, .* got tuple"
 REFUSED_ENSEMBLES = {
-    "an array": (
-        *(lambda: ensemble_of(torch.clone)(np.ones((2, 4))), TypeError),
-        "inputs must hold tensors, got a NumPy array, of which torch.from_numpy makes",
-    ),
+    "an array": (on_an_array, TypeError, NO_ARRAYS),
     "none": (pair, ValueError, "at least one state dict"),
     "last": (lambda: of_none(2), ValueError, "last must be at most 0, the .*, got 2"),
     "last 0": (lambda: of_none(0), ValueError, "last must be >= 1"),
-    "a state dict alone": (
-        *(lambda: SnapshotEnsemble(nn.Linear(2, 2), ALONE), TypeError),
-        r"snapshots\[0\] must be a state dict, got str",
-    ),
-    "a second of another model": (
-        *(lambda: pair(None, {}), SnapshotError),
-        r"snapshots\[1\] is of another model: missing: 'linear.weight', 'linear.bias'",
-    ),
-    "not logits": (
-        *(lambda: pair(None)(torch.ones(1, 2)), TypeError),
-        "logits must be a tensor: the model must return one, .* got tuple",
-    ),
+    "a state dict alone": (alone, TypeError, r"snapshots\[0\] must be a state dict, got str"),
+    "a second of another model": (lambda: pair(None, {}), SnapshotError, MISSING),
+    "not logits": (lambda: pair(None)(torch.ones(1, 2)), TypeError, NO_LOGITS),
 }
 
 

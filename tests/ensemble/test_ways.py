@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from fastfreeze.ensemble import SnapshotEnsemble
 from tests.conftest import needs_gpu
-from tests.ensemble.test_merge import assert_right, chain
+from tests.ensemble.members import assert_right, chain
 from tests.nets import Branching, Does, Many, Residual
+from tests.snapshots.stores import assert_same_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WAYS = (None, "loop", "shared")
+every_way = pytest.mark.parametrize("how", [None, "loop", "shared"])
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("batch", [1, 3, 33])
-def test_every_way_gives_the_same(how, batch):
+@every_way
+def test_every_way_gives_the_same(how):
     ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem", "blocks.0"), 3), how=how)
-    x = torch.randn(batch, 3, 6, 6)
-    assert_right(ensemble, x)
-    with torch.no_grad():
-        for p in ensemble.members[1].head.parameters():
-            p.add_(torch.randn_like(p))
-    assert_right(ensemble, x)
-    ensemble.load_state_dict(SnapshotEnsemble(Residual(), chain(Residual, (), 3)).state_dict())
-    assert_right(ensemble, x)
+    for batch in (1, 3, 33):
+        assert_right(ensemble, torch.randn(batch, 3, 6, 6))
 
 
-@pytest.mark.parametrize("how", WAYS)
+@every_way
+def test_loading_gives_each_member_its_own_again(how):
+    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("",), 3), how=how)
+    x = torch.randn(2, 3, 6, 6)
+    ensemble(x)
+    states = chain(Residual, ("blocks.2",), 3)
+    other = SnapshotEnsemble(copy.deepcopy(ensemble.members[0]), states)
+    holder = nn.ModuleDict({"ensemble": ensemble})
+    holder.load_state_dict({f"ensemble.{k}": v for k, v in other.state_dict().items()})
+    for member, state in zip(ensemble.members, states, strict=True):
+        assert_same_state(member.state_dict(), state)
+    torch.testing.assert_close(ensemble(x), other(x))
+
+
+@every_way
 def test_keywords_and_gradients(how):
     ensemble = SnapshotEnsemble(Many(), chain(Many, ("a",), 3), how=how).double()
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
@@ -41,21 +51,33 @@ def test_keywords_and_gradients(how):
     torch.testing.assert_close(torch.autograd.grad(found[:, 1].sum(), x)[0], expected)
 
 
+@every_way
+def test_tied_weights(how):
+    def make():
+        model = Does(lambda m, x: m.out(m.words(x)), words=nn.Embedding(7, 5))
+        model.out = nn.Linear(5, 7, bias=False)
+        model.out.weight = model.words.weight
+        return model
+
+    ensemble = SnapshotEnsemble(make(), [make().state_dict() for _ in range(3)], how=how)
+    assert ensemble.members[0].out.weight is ensemble.members[0].words.weight
+    assert_right(ensemble, torch.randint(7, (4, 2)))
+
+
 def test_an_explicit_way_never_falls_back():
     ensemble, x = SnapshotEnsemble(Branching(), chain(Branching, (), 2)), torch.randn(4, 3)
     assert_right(ensemble, x)
     ensemble.how = "shared"
     with pytest.raises(ValueError, match=r"'shared' cannot run: 2 members, one by one: .*flow"):
         ensemble(x)
+    with pytest.raises(ValueError, match=r"the ensemble cannot be one graph: .*control flow"):
+        ensemble.as_module(x)
     ensemble.how = "loop"
     assert_right(ensemble, x)
-
-
-def test_the_shared_graph_is_not_compiled_by_way_of_the_ensemble():
-    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem",), 2), how="shared")
+    ensemble.how = "shared"
     compiled = torch.compile(ensemble, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="how='shared' cannot run: compile what as_module gives"):
-        compiled(torch.randn(2, 3, 6, 6))
+        compiled(x)
 
 
 def test_a_bad_way():
@@ -85,16 +107,3 @@ def test_a_cuda_graph_by_torch(autocast):
             truth = torch.stack([m(x).softmax(-1) for m in ensemble.members]).mean(0)
             found = graphed(x)
             torch.testing.assert_close(found, truth.to(found.dtype))
-
-
-@pytest.mark.parametrize("how", WAYS)
-def test_tied_weights(how):
-    def make():
-        model = Does(lambda m, x: m.out(m.words(x)), words=nn.Embedding(7, 5))
-        model.out = nn.Linear(5, 7, bias=False)
-        model.out.weight = model.words.weight
-        return model
-
-    ensemble = SnapshotEnsemble(make(), [make().state_dict() for _ in range(3)], how=how)
-    assert ensemble.members[0].out.weight is ensemble.members[0].words.weight
-    assert_right(ensemble, torch.randint(7, (4, 2)))

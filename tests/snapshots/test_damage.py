@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import shutil
@@ -16,6 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,27 +51,16 @@ def with_one(directory):
 
 def test_a_damaged_snapshot_is_never_loaded(tmp_path):
     store, expected, snapshot, path = with_one(tmp_path)
-    good = path.read_bytes()
-    loaded = store.load(snapshot)
+    good, loaded = path.read_bytes(), store.load(snapshot)
     header = 8 + int.from_bytes(good[:8], "little")
     refused = rf"{path.name} is truncated or altered, at '"
-    for at in range(0, len(good), 3):
-        damaged = bytearray(good)
-        damaged[at] ^= 1 << at % 8
+    flipped = [
+        good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :] for at in range(len(good))
+    ]
+    for damaged in (*flipped[header::3], *(good[:n] for n in (0, 7, len(good) // 2, -1))):
         path.write_bytes(damaged)
-        with (
-            contextlib.suppress(SnapshotError)
-            if at < header
-            else pytest.raises(SnapshotError, match=refused)
-        ):
-            assert_same_state(store.load(snapshot), expected)
-    for size in (0, 7, len(good) // 2, len(good) - 1):
-        path.write_bytes(good[:size])
         with pytest.raises(SnapshotError, match=refused):
             store.load(snapshot)
-    path.unlink()
-    with pytest.raises(SnapshotError, match=rf"{path.name} cannot be read, it holds '0.weight'"):
-        store.load(snapshot)
     path.write_bytes(good)
     assert_same_state(store.load(snapshot), expected)
     os.truncate(path, 0)
@@ -87,10 +75,14 @@ def rot(path):
     path.write_bytes(data[:begin] + bytes(b ^ 1 for b in data[begin:]))
 
 
+def link_out(path):
+    path.symlink_to(path.parent.parent / "outside")
+
+
 def move_out(path):
     """As an archive might bring it: a link out of the store."""
     path.rename(path.parent.parent / "outside")
-    path.symlink_to(path.parent.parent / "outside")
+    link_out(path)
 
 
 LOSSES = {"gone": Path.unlink, "cut": lambda p: os.truncate(p, 99), "rotten": rot, "link": move_out}
@@ -115,29 +107,21 @@ def test_a_lost_tensor_is_written_again(tmp_path, damage):
     assert bytes_in(directory) == distinct_bytes(chain[2])
 
 
-def of_header(change):
-    """The file's data with another header."""
-
-    def forge(data):
-        begin = 8 + int.from_bytes(data[:8], "little")
-        header = json.dumps(change(json.loads(data[8:begin]))).encode()
-        return len(header).to_bytes(8, "little") + header + data[begin:]
-
-    return forge
+def headed(header):
+    """With another header in front of the data."""
+    text = json.dumps(header).encode()
+    return lambda data: len(text).to_bytes(8, "little") + text + data[-96:]
 
 
-def offsets(*found):
-    """Have each tensor there."""
-    return of_header(lambda h: {name: {**e, "data_offsets": list(found)} for name, e in h.items()})
-
-
+PLACE = {"dtype": "F32", "shape": [6, 4]}
 FORGED = {
-    "a list": of_header(lambda header: [header]),
-    "nothing": of_header(lambda header: {}),
-    "beyond the end": offsets(10**6, 10**6 + 24),
-    "all in one place": offsets(0, 24),
-    "deep": of_header(lambda header: json.loads("[" * 500 + "]" * 500)),
-    "no length": lambda data: bytes(8) + data[8:],
+    "a list": headed([]),
+    "nothing": lambda data: safetensors.torch.save({}),
+    "one more": lambda data: safetensors.torch.save(
+        {**safetensors.torch.load(data), "z": torch.ones(1)}
+    ),
+    "beyond the end": headed({"tensor": {**PLACE, "data_offsets": [10**6, 10**6 + 96]}}),
+    "two in one place": headed({n: {**PLACE, "data_offsets": [0, 96]} for n in "ab"}),
     "the longest": lambda data: b"\xff" * 8 + data[8:],
 }
 
@@ -194,54 +178,28 @@ DAMAGE = st.one_of(
 @given(damages=st.lists(DAMAGE, min_size=1, max_size=3))
 def test_whatever_happens_to_the_files_no_wrong_weights_are_loaded(template, damages):
     directory, saved = template
-    with tempfile.TemporaryDirectory() as copied:
+    with tempfile.TemporaryDirectory() as copied, contextlib.suppress(SnapshotError):
         shutil.copytree(directory, copied, dirs_exist_ok=True)
         for damage, which, *arguments in damages:
             files = sorted(Path(copied).iterdir())
             if files:
                 damage(files, which % len(files), *arguments)
-        check_never_wrong(Path(copied), saved)
-
-
-def check_never_wrong(directory, saved):
-    """Every snapshot is what was saved, or refused."""
-    with contextlib.suppress(SnapshotError):
-        store = SnapshotStore(directory)
+        store = SnapshotStore(copied)
         for snapshot in store:
             with contextlib.suppress(SnapshotError):
                 assert_same_state(store.load(snapshot), saved[snapshot.step])
 
 
-def places_in(value, path=()):
-    """Where each number, text and None is, and each list and object."""
-    if path:
-        yield path
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places_in(value[key], (*path, key))
-
-
-def test_every_edit_of_the_manifest_is_refused(tmp_path, template):
-    shutil.copytree(template[0], tmp_path, dirs_exist_ok=True)
-    good = manifest_of(tmp_path)
-    places = list(places_in(good))
-    assert len(places) > 80
-    for path in places:
-        for removes in (False, True):
-            content = copy.deepcopy(good)
-            holder = content
-            for key in path[:-1]:
-                holder = holder[key]
-            if removes:
-                del holder[path[-1]]
-            else:
-                old = holder[path[-1]]
-                holder[path[-1]] = old + 1 if isinstance(old, int | float) else "other"
-            (tmp_path / "manifest.json").write_text(json.dumps(content))
-            with pytest.raises(SnapshotError, match=r"manifest\.json is not a manifest of"):
-                SnapshotStore(tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps(good, indent=2))
-    assert_holds(SnapshotStore(tmp_path), template[1])
+def test_every_edit_of_the_manifest_is_refused(tmp_path):
+    _, saved = filled_store(tmp_path, 1)
+    path = tmp_path / "manifest.json"
+    good = path.read_bytes()
+    for at in range(0, len(good), 5):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 7]) + good[at + 1 :])
+        with pytest.raises(SnapshotError, match=r"manifest\.json is not a manifest of"):
+            SnapshotStore(tmp_path)
+    path.write_text(json.dumps(json.loads(good), indent=2))
+    assert_holds(SnapshotStore(tmp_path), saved)
 
 
 def forged(content):
@@ -274,15 +232,12 @@ def twice(content):
     return {**content, "snapshots": [*content["snapshots"], dict(content["snapshots"][0])]}
 
 
-OLD = r"format_version must be 3, got "
 FIRST, TENSOR = r"snapshots\[0\]", r"tensors\[0\]"
 BAD_MANIFESTS = {  # what is forged in, and the field that is named
     "a list": (lambda content: [content], r"it must be of type dict, got \[{"),
-    "the version before": (edited(format_version=2), OLD + "2"),
+    "the version before": (edited(format_version=2), r"format_version must be 3, got 2"),
     "a version like ours": (edited(format_version=3.0), "format_version must be of type int"),
-    "no version": (lambda c: {k: v for k, v in c.items() if k != "format_version"}, OLD + "None"),
     "another field": (edited(more=1), "it must have the fields format_version, tensors"),
-    "no tensors": (edited(tensors=[]), FIRST + ".sha256 must be that of"),
     "a tensor as list": (edited(tensors=[[]]), TENSOR + r" must be of type dict, got \[\]"),
     "a dtype of another kind": (edited(tensor={"dtype": "nn"}), TENSOR + ".dtype must be the"),
     "another word for it": (edited(tensor={"dtype": "float"}), TENSOR + ".dtype must be the"),
@@ -290,23 +245,17 @@ BAD_MANIFESTS = {  # what is forged in, and the field that is named
     "a huge empty shape": (edited(tensor={"shape": [0, 2**64]}), TENSOR + ".shape must be sizes"),
     "a negative size": (edited(tensor={"shape": [-6, -4]}), TENSOR + ".shape must be sizes"),
     "a size as bool": (edited(tensor={"shape": [True, 24]}), TENSOR + ".shape must be sizes"),
-    "a name as number": (edited(tensor={"name": 1}), TENSOR + ".name must be of type str"),
     "twice the same name": (edited(tensor={"name": "0.bias"}), "differ from the others, got '0.b"),
     "escaping path": (edited(hashes=["../../etc/passwd"]), r"hashes\[0\] must be 64 hexadecimal"),
     "a longer hash": (edited(hashes=["0" * 65]), r"hashes\[0\] must be 64 hex"),
     "hash as number": (edited(hashes=[5]), r"hashes\[0\] must be 64 hexadecimal digits, got 5"),
-    "hashes as text": (edited(hashes="0" * 64), "hashes must be of type list"),
-    "no hashes": (edited(hashes=[]), FIRST + ".tensors must be positions among 0 hashes"),
     "two tensors for each other": (swapped, FIRST + ".sha256 must be that of"),
     "a tensor too few": (edited({"tensors": [0]}), FIRST + ".sha256 must be that of"),
     "a tensor beyond": (edited({"tensors": [10**6]}), FIRST + ".tensors must be positions"),
     "a tensor from the end": (edited({"tensors": [-1]}), FIRST + ".tensors must be posit"),
     "negative step": (edited({"step": -1}), FIRST + ".step must be >= 0, got -1"),
-    "step not a number": (edited({"step": math.nan}), FIRST + ".step must be of type int"),
     "cycle as bool": (edited({"cycle": True}), FIRST + ".cycle must be of type int"),
-    "metric as text": (edited({"metrics": {"a": "1"}}), r"\.metrics\['a'\] must be of type float"),
     "a huge metric": (edited({"metrics": {"a": 10**400}}), r"\['a'\] must be of type float"),
-    "unknown entry": (edited({"pickle": "x"}), FIRST + " must have the fields step, cycle"),
     "twice the same step": (twice, "snapshots must have steps that rise"),
 }
 
@@ -330,10 +279,6 @@ def test_a_manifest_that_is_not_json_is_refused(tmp_path, data):
     (tmp_path / "manifest.json").write_bytes(data)
     with pytest.raises(SnapshotError, match=r"manifest\.json is not a manifest of snapshots"):
         SnapshotStore(tmp_path)
-
-
-def link_out(path):
-    path.symlink_to(path.parent.parent / "outside")
 
 
 @pytest.mark.parametrize(
@@ -367,9 +312,10 @@ def test_a_signature_that_is_not_the_tensors_is_refused(tmp_path):
 
 def test_leftovers_are_ignored_and_removed_on_the_next_save(tmp_path):
     store, saved = filled_store(tmp_path, 1)
-    names = (f"tensor-{'{0}' * 64}.safetensors", f".fastfreeze-{'{0}' * 16}.tmp")
-    leftovers = [tmp_path / name.format(0) for name in names]
-    directories = [tmp_path / name.format(1) for name in names]
+    leftovers, directories = (
+        [tmp_path / f"tensor-{d * 64}.safetensors", tmp_path / f".fastfreeze-{d * 16}.tmp"]
+        for d in "01"
+    )
     foreign = [tmp_path / "model.safetensors", tmp_path / "notes.tmp"]
     for path in directories:
         path.mkdir()
@@ -382,30 +328,32 @@ def test_leftovers_are_ignored_and_removed_on_the_next_save(tmp_path):
     assert len(store) == 2
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_lost_manifest_is_not_an_empty_store(tmp_path, count):
-    store, saved = filled_store(tmp_path, count)
+def test_a_lost_manifest_is_not_an_empty_store(tmp_path):
+    store, saved = filled_store(tmp_path, 1)
     (tmp_path / "manifest.json").unlink()
     before = files_in(tmp_path)
-    for act in (
-        lambda: SnapshotStore(tmp_path),
-        lambda: store.save(saved[0], step=99, cycle=9),
-    ):
+    for act in (lambda: SnapshotStore(tmp_path), lambda: store.save(saved[0], step=9, cycle=9)):
         with pytest.raises(SnapshotError, match=r"manifest\.json is missing, though there are sn"):
             act()
     assert files_in(tmp_path) == before
+
+
+def disk_full_after(count, fsync=os.fsync):
+    calls = itertools.count()
+    return lambda fd: full_disk(fd) if next(calls) >= count else fsync(fd)
 
 
 def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     store, saved = filled_store(tmp_path)
     before = files_in(tmp_path)
     (new,) = states(1)
-    monkeypatch.setattr("fastfreeze.files.os.fsync", full_disk)
-    for act in (
-        lambda: store.save(saved[0], step=20, cycle=1),
-        lambda: store.save(new, step=20, cycle=1),
-        lambda: store.prune(keep=store.last(1)),
+    for act, count in (
+        (lambda: store.save(saved[0], step=20, cycle=1), 0),
+        (lambda: store.save(new, step=20, cycle=1), 0),
+        (lambda: store.save(new, step=20, cycle=1), 6),  # some of the tensors are there
+        (lambda: store.prune(keep=store.last(1)), 0),
     ):
+        monkeypatch.setattr("fastfreeze.files.os.fsync", disk_full_after(count))
         with pytest.raises(OSError, match="No space left"):
             act()
         assert files_in(tmp_path) == before

@@ -1,229 +1,213 @@
 """A graph of members in eval mode with its norms folded away, in the convolutions' best layout.
 
 A norm is a scale and a shift per channel. Behind a convolution that nothing else reads they move
-into its weight and bias; elsewhere they are applied in one pass with the ReLU that follows,
-straight from the parts of a ``cat`` in front. Sums of a convolution and a shortcut, and the ReLU
-behind, are made by the convolution itself. Whether and how a node is folded depends on the graph
-and on an image's shape alone, never on the batch or a measurement.
+into its weight and bias; elsewhere one pass applies them, with the ReLU behind, straight to the
+parts of a ``cat`` in front. A convolution also adds a shortcut to its result, and applies the ReLU
+behind. How a node is folded depends on the graph and on an image's shape, never on the batch or a
+measurement.
 
-Folded weights are copies.
+``trimming.fold`` finds the same in the calls of a running model, at tens of microseconds for each:
+too many for small batches of several members. Both compute with ``trimming.folds``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fastfreeze.ensemble.graphs.flow import Flow, Program, copied, written
+from fastfreeze.ensemble.graphs.trace import NoGraphError
 from fastfreeze.trimming.folds import Convolving, Norm
 from fastfreeze.trimming.operations import Affine, may_take_winograd
 
-# What these give, or if they work, depends on how their input lies in memory.
+# What these give, and whether they work, depends on how their input lies in memory.
 _MIND_LAYOUT = (
     *("view", "view_as", "as_strided", "as_strided_", "as_strided_scatter"),
     *("stride", "is_contiguous", "storage_offset", "data_ptr"),
 )
 
 
-class CannotFoldError(Exception):
-    """Nothing can be folded; the message says why."""
-
-
 @torch.no_grad()
 def fold(flow: Flow) -> Program:
-    """A graph without a value, folded.
+    """A folded graph as a function; the graph has no value.
 
     Raises:
-        CannotFoldError: there is no convolution, a node draws random numbers, or something writes
-            in place to what others read.
+        NoGraphError: there is no convolution, a node draws random numbers, or something writes in
+            place to what others read.
     """
-    return _Folder(flow).program()
+    return written(_Folder(flow).graph)
 
 
 @dataclass(frozen=True)
-class _Cat:
-    """A value to be computed: ``parts`` side by side along the channels."""
+class _Fused:
+    """A value that one function will compute.
+
+    It does these things, as far as they are there, in this order: it puts the parts side by side
+    along the channels, applies ``affine`` with a ReLU, a convolution and a norm, adds the residual,
+    and applies a ReLU.
+    """
 
     parts: tuple[fx.Node, ...]
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """A value to be computed: a norm, then perhaps ReLU."""
-
-    x: fx.Node | _Cat
-    norm: Norm
-    relu: bool = False
-
-    def operation(self) -> Affine:
-        return Affine(*self.norm.affine(), self.norm.mean.dtype)
-
-
-@dataclass
-class _Convolution:
-    """A value to be computed: a convolution, perhaps a norm, ``residual`` and ReLU behind it.
-
-    ``affine`` is applied to ``x`` first, with a ReLU.
-    """
-
-    convolving: Convolving
-    x: fx.Node
-    affine: _Affine | None
+    affine: Affine | None = None
+    convolving: Convolving | None = None
     norm: Norm | None = None
     residual: fx.Node | None = None
     relu: bool = False
 
+    @property
+    def is_cat(self) -> bool:
+        return self.convolving is None and self.norm is None
 
-_Value = fx.Node | _Cat | _Affine | _Convolution
+    @property
+    def is_affine(self) -> bool:
+        return self.convolving is None and self.norm is not None
+
+    def operation(self) -> Affine:
+        """The function of a value that is affine, without the ReLU."""
+        assert self.norm is not None
+        return Affine(*self.norm.affine(), self.norm.mean.dtype)
+
+    def function(self) -> Callable[..., Tensor]:
+        """Takes the parts, then the residual."""
+        relu, affine = self.relu, self.operation() if self.is_affine else self.affine
+        convolution = self.convolving and self.convolving.folded(self.norm)
+
+        def fused(*given: Tensor) -> Tensor:
+            if convolution:
+                x, *residual = given
+                return convolution(x, residual[0] if residual else None, relu, affine)
+            return affine(given, relu) if affine else torch.cat(given, 1)
+
+        return fused
 
 
 class _Folder:
-    """Copies nodes in order; what one reader alone reads waits for what that makes of it."""
+    """Copies nodes in order; a value with one reader waits for what that reader does to it.
+
+    Attributes:
+        graph: the folded graph.
+    """
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
         if flow.random:
-            raise CannotFoldError("the model draws random numbers")
-        if not any(self._calls_module(node, nn.Conv2d) for node in flow.graph.nodes):
-            raise CannotFoldError("there is no convolution")
-        self._graph = fx.Graph()
-        self._values: dict[fx.Node, _Value] = {}
+            raise NoGraphError("the model draws random numbers")
+        if not any(isinstance(self._layer(node), nn.Conv2d) for node in flow.graph.nodes):
+            raise NoGraphError("there is no convolution")
+        self.graph = fx.Graph()
+        self._values: dict[fx.Node, fx.Node | _Fused] = {}
+        for node in flow.graph.nodes:
+            if not self._writes_to_its_own(node):
+                raise NoGraphError(f"{node.name} writes in place to what others may read")
+            now = self._contiguous if _name(node) in _MIND_LAYOUT else self._now
+            fused = self._fused(node) if self._is_batch_of_images(node) else None
+            self._values[node] = fused or copied(self.graph, node, now)
 
-    def program(self) -> Program:
-        for node in self._flow.graph.nodes:
-            self._values[node] = self._value(node)
-        return written(self._graph)
-
-    def _value(self, node: fx.Node) -> _Value:
-        first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if not self._writes_to_its_own(node):
-            raise CannotFoldError(f"{node.name} writes in place to what others may read")
-        value = self._image(node, first) if self._is_batch_of_images(node) else None
-        if value is not None:
-            return value
-        if _name(node) in _MIND_LAYOUT:  # and was written for this one
-            return copied(self._graph, node, self._contiguous)
-        return copied(self._graph, node, self._now)
-
-    def _image(self, node: fx.Node, first: fx.Node | None) -> _Value | None:
-        """The value of a node that gives images, if it is of a kind that can be folded."""
-        name = _name(node)
-        if first is None:
-            return self._cat(node) if name in ("cat", "concat") else None
-        if self._calls_module(node, nn.Conv2d):
-            return self._convolution(cast(nn.Conv2d, self._flow.module(node)), first)
-        if self._calls_module(node, nn.BatchNorm2d):
-            return self._norm(cast(nn.BatchNorm2d, self._flow.module(node)), first)
-        if self._calls_module(node, nn.ReLU) or name in ("relu", "relu_"):
+    def _fused(self, node: fx.Node) -> fx.Node | _Fused | None:
+        """The value of a node that gives images; None if the node cannot be folded."""
+        name, layer = _name(node), self._layer(node)
+        first = node.args[0] if node.args else None
+        if name in ("cat", "concat"):
+            return self._cat(*node.args, *node.kwargs.values())
+        if not isinstance(first, fx.Node):
+            return None
+        if isinstance(layer, nn.Conv2d):
+            return self._convolution(layer, first)
+        if isinstance(layer, nn.BatchNorm2d):
+            return self._norm(layer, first)
+        if isinstance(layer, nn.ReLU) or name in ("relu", "relu_"):
             return self._relu(first)
         return self._sum(node) if name in ("add", "__iadd__") and not node.kwargs else None
 
-    def _cat(self, node: fx.Node) -> _Value:
-        tensors, *dims = (*node.args, *node.kwargs.values())
-        if dims not in ([1], [-3]) or not isinstance(tensors, (tuple, list)):
-            return copied(self._graph, node, self._now)
+    def _cat(self, tensors: Any, dim: Any = 0, *others: Any) -> _Fused | None:
+        if dim not in (1, -3) or others or not isinstance(tensors, (tuple, list)):
+            return None
         parts: list[fx.Node] = []
-        for source in cast(Sequence[fx.Node], tensors):
+        for source in tensors:
             x = self._values[source]
-            parts += x.parts if isinstance(x, _Cat) else [self._now(source)]
-        return _Cat(tuple(parts))
+            parts += x.parts if isinstance(x, _Fused) and x.is_cat else [self._now(source)]
+        return _Fused(tuple(parts))
 
-    def _convolution(self, m: nn.Conv2d, source: fx.Node) -> _Convolution:
+    def _convolution(self, m: nn.Conv2d, source: fx.Node) -> _Fused:
         how: Any = (m.stride, m.padding, m.dilation, m.groups)
         x, convolving = self._values[source], Convolving(m.weight, m.bias, *how)
-        if (
-            isinstance(x, _Affine)
-            and x.relu
-            and isinstance(x.x, fx.Node)
-            and may_take_winograd(convolving)
-            and self._read_once(source)
-        ):
-            return _Convolution(convolving, x.x, x)
-        return _Convolution(convolving, self._now(source), None)
+        alone = len(source.users) == 1 and may_take_winograd(convolving)
+        if alone and isinstance(x, _Fused) and x.is_affine and x.relu and len(x.parts) == 1:
+            return _Fused(x.parts, x.operation(), convolving)
+        return _Fused((self._now(source),), None, convolving)
 
-    def _norm(self, module: nn.BatchNorm2d, source: fx.Node) -> _Value:
-        mean, var = module.running_mean, module.running_var
-        assert mean is not None
-        assert var is not None
-        norm, x = Norm(mean, var, module.weight, module.bias, module.eps), self._values[source]
-        if isinstance(x, _Convolution) and x.norm is None and self._waits(source):
-            x.norm = norm
-            return x
-        return _Affine(x if isinstance(x, _Cat) else self._now(source), norm)
+    def _norm(self, m: nn.BatchNorm2d, source: fx.Node) -> _Fused:
+        assert m.running_mean is not None
+        assert m.running_var is not None
+        norm = Norm(m.running_mean, m.running_var, m.weight, m.bias, m.eps)
+        x = self._open(source)
+        if x is not None and x.norm is None:
+            return replace(x, norm=norm)
+        value = self._values[source]
+        if isinstance(value, _Fused) and value.is_cat:
+            return replace(value, norm=norm)
+        return _Fused((self._now(source),), norm=norm)
 
-    def _relu(self, source: fx.Node) -> _Value:
+    def _relu(self, source: fx.Node) -> fx.Node | _Fused:
         x = self._values[source]
-        if isinstance(x, _Affine):
+        if isinstance(x, _Fused) and (x.is_affine or (x.convolving and len(source.users) == 1)):
             return replace(x, relu=True)
-        if isinstance(x, _Convolution) and self._read_once(source):
-            x.relu = True
-            return x
-        return self._graph.call_function(torch.relu, (self._now(source),))
+        return self.graph.call_function(torch.relu, (self._now(source),))
 
-    def _sum(self, node: fx.Node) -> _Value:
+    def _sum(self, node: fx.Node) -> _Fused | None:
         a, b = node.args if len(node.all_input_nodes) == 2 else (None, None)
         for source, other in ((b, a), (a, b)):
-            if isinstance(source, fx.Node) and isinstance(other, fx.Node) and self._waits(source):
-                x = self._values[source]
-                assert isinstance(x, _Convolution)
-                if self._flow.forms.get(source) == self._flow.forms.get(other):
-                    x.residual = self._now(other)
-                    return x
-        return copied(self._graph, node, self._now)
+            if not (isinstance(source, fx.Node) and isinstance(other, fx.Node)):
+                continue
+            x = self._open(source)
+            if x is not None and self._flow.forms.get(source) == self._flow.forms.get(other):
+                return replace(x, residual=self._now(other))
+        return None
+
+    def _open(self, node: fx.Node) -> _Fused | None:
+        """The convolution that gives a node's value, if it can still take a norm or a sum."""
+        x = self._values[node]
+        if not isinstance(x, _Fused) or x.convolving is None or len(node.users) > 1:
+            return None
+        return None if x.residual is not None or x.relu else x
 
     def _now(self, node: fx.Node) -> fx.Node:
-        """The copy of a node whose value is needed."""
+        """The copy of a node, computed now if its value has waited."""
         x = self._values[node]
-        if isinstance(x, _Cat):
-            x = self._graph.call_function(torch.cat, (x.parts, 1))
-        elif isinstance(x, _Affine):
-            parts = x.x.parts if isinstance(x.x, _Cat) else (x.x,)
-            x = self._graph.call_function(_norm_relu(x), parts)
-        elif isinstance(x, _Convolution):
-            given = (x.x,) if x.residual is None else (x.x, x.residual)
-            x = self._graph.call_function(_folded_convolution(x), given)
-        self._values[node] = x
+        if isinstance(x, _Fused):
+            given = x.parts if x.residual is None else (*x.parts, x.residual)
+            x = self._values[node] = self.graph.call_function(x.function(), given)
         return x
 
     def _contiguous(self, node: fx.Node) -> fx.Node:
+        """The same in the layout for which the graph was written."""
         copy = self._now(node)
         is_tensor = node in self._flow.forms
-        return self._graph.call_method("contiguous", (copy,)) if is_tensor else copy
-
-    def _waits(self, node: fx.Node) -> bool:
-        """Whether more can be added to the convolution that gives a node's value."""
-        x = self._values[node]
-        open_ended = isinstance(x, _Convolution) and x.residual is None and not x.relu
-        return open_ended and self._read_once(node)
-
-    def _read_once(self, node: fx.Node) -> bool:
-        return len(node.users) == 1
+        return self.graph.call_method("contiguous", (copy,)) if is_tensor else copy
 
     def _writes_to_its_own(self, node: fx.Node) -> bool:
-        """Whether what a node writes to has had no other reader, under whatever name."""
+        """Whether no other node has read the memory that a node writes to, under whatever name."""
         written = self._flow.writes[node]
         before = takewhile(lambda other: other is not node, self._flow.graph.nodes)
         return not written or all(
-            other.op.startswith("call_") and self._read_once(other)
+            other.op.startswith("call_") and len(other.users) == 1
             for other in before
             if self._flow.storages[other] & written
         )
 
-    def _calls_module(self, node: fx.Node, kind: type[nn.Module]) -> bool:
-        """Whether a node calls a module of exactly this kind, as its class defines it."""
-        if node.op != "call_module":
-            return False
-        module = self._flow.module(node)
-        if type(module) is not kind or "forward" in vars(module):
-            return False
-        if isinstance(module, nn.BatchNorm2d):
-            return module.running_mean is not None
-        return not isinstance(module, nn.Conv2d) or module.padding_mode == "zeros"
+    def _layer(self, node: fx.Node) -> nn.Module | None:
+        """The convolution, norm or ReLU that a node calls, if it computes as its class does."""
+        m = self._flow.fetch_attr(str(node.target)) if node.op == "call_module" else None
+        if m is None or "forward" in vars(m):
+            return None
+        plain = type(m) is nn.ReLU
+        plain = plain or (type(m) is nn.Conv2d and m.padding_mode == "zeros")
+        return m if plain or (type(m) is nn.BatchNorm2d and m.running_mean is not None) else None
 
     def _is_batch_of_images(self, node: fx.Node) -> bool:
         shape, dtype = self._flow.forms.get(node, ((), torch.bool))
@@ -233,24 +217,3 @@ class _Folder:
 def _name(node: fx.Node) -> str:
     """Of the function or method that a node calls."""
     return "" if node.op == "call_module" else getattr(node.target, "__name__", str(node.target))
-
-
-def _norm_relu(x: _Affine) -> Callable[..., Tensor]:
-    """A norm in one pass over what it reads, with the ReLU behind it."""
-    affine, relu = x.operation(), x.relu
-
-    def norm_relu(*parts: Tensor) -> Tensor:
-        return affine(parts, relu)
-
-    return norm_relu
-
-
-def _folded_convolution(x: _Convolution) -> Callable[..., Tensor]:
-    """A convolution with what is folded into it."""
-    convolution, relu = x.convolving.folded(x.norm), x.relu
-    affine = x.affine.operation() if x.affine else None
-
-    def folded_convolution(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return convolution(x, residual, relu, affine)
-
-    return folded_convolution

@@ -1,10 +1,9 @@
 """A model as a graph of its operations, traced once for each kind of call.
 
-``torch.fx`` records a model's forward without running it and, by default, loses some of what it
-cannot see. Here in-place operators and freshly made tensors become nodes, modules without child
-modules are not looked into, and a forward with an effect that a graph cannot repeat (a change of
-grad mode or autocast, a custom autograd function, Python's randomness, an assigned attribute) is
-refused.
+``torch.fx`` records a model's forward without running it, and by default loses some of what it
+cannot see. Here in-place operators and newly made tensors become nodes, and modules without child
+modules are nodes too. A forward is refused if a graph cannot repeat what it does: change the grad
+mode or autocast, apply a custom autograd function, draw from Python's random, assign an attribute.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from functools import partialmethod
 from itertools import islice
 from typing import Any
 
@@ -35,25 +35,25 @@ _CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), Enum),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
-IN_PLACE = (
-    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__"),
-    *("__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
-    "__setitem__",
-)
+
+
+_PLACE = object()  # stands in the place of a tensor in the arguments of a call
 
 
 class NoGraphError(Exception):
-    """The members cannot be had as one graph; the message says why."""
+    """There is no graph, or no folded one; the message says why."""
 
 
-class _Place:
-    """What stands in the place of a tensor in the arguments of a call."""
-
-    def __repr__(self) -> str:
-        return "tensor"
-
-
-_PLACE = _Place()
+@contextmanager
+def refused() -> Iterator[None]:
+    """Whatever the model raises, as a NoGraphError: the model itself will tell."""
+    try:
+        yield
+    except NoGraphError:
+        raise
+    except Exception as error:  # of whatever kind
+        reason = str(error).strip().split("\n")[0]
+        raise NoGraphError(f"{type(error).__name__}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,11 @@ class Call:
     """A call of a model.
 
     Attributes:
-        arguments: positional and keyword arguments, the tensors left out.
-        tensors: these, in order.
-        kind: all about the call but the batch size and the tensors' values: arguments; of each
-            tensor whether its batch is empty or of one row, and its other sizes, strides, dtype and
-            device, on which it may depend what lies in whose memory; device and dtype of the
-            model's first parameter, which forwards read, and what autocast does, which a block in a
-            forward may change to what it was when traced.
+        arguments: positional and keyword arguments without the tensors.
+        tensors: the tensors among them, in order.
+        kind: what a graph depends on: the arguments; of each tensor whether it has no row, one or
+            more, its other sizes, strides, dtype and device; the device and dtype of the model's
+            first parameter, which forwards read; and what autocast does.
     """
 
     arguments: Any
@@ -102,7 +100,7 @@ class Call:
 class Attributes:
     """The attributes of modules at a moment, hooks and submodules among them.
 
-    A write into an attribute's value is noticed if the value is a list, dict or set.
+    It notices a write into an attribute's value if that is a list, dict or set.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -119,7 +117,7 @@ class Attributes:
 
 
 def generator_states() -> tuple[Any, bytes, list[bytes]]:
-    """Of Python's random, numpy.random, and torch's generators."""
+    """The states of Python's random, numpy.random, and torch's generators."""
     states = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
@@ -128,9 +126,7 @@ def generator_states() -> tuple[Any, bytes, list[bytes]]:
 
 
 def trace(model: nn.Module, call: Call) -> fx.Graph:
-    """The graph of ``model`` as called, with a placeholder for each tensor of the call.
-
-    Other targets are names in the model.
+    """The graph of a model's call: placeholders for the call's tensors, other targets by name.
 
     Raises:
         NoGraphError: a graph cannot repeat what the model does.
@@ -138,14 +134,8 @@ def trace(model: nn.Module, call: Call) -> fx.Graph:
     attributes, (*draws, _) = Attributes(model.modules()), generator_states()
     with preserved(model), torch.enable_grad(), _custom_functions_refused():
         tracer = _Tracer(model, call.arguments)
-        try:
-            with _Factories(tracer):
-                graph = tracer.trace(model)
-        except NoGraphError:
-            raise
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise NoGraphError(f"{type(error).__name__}: {reason}") from error
+        with refused(), _Factories(tracer):
+            graph = tracer.trace(model)
         if attributes.changed():
             raise NoGraphError("forward changes attributes of the model")
         if list(generator_states()[:2]) != draws:
@@ -154,7 +144,7 @@ def trace(model: nn.Module, call: Call) -> fx.Graph:
 
 
 class _Value(Proxy):
-    """A proxy that records writes; fx's own turns ``x += y`` into ``x = x + y``."""
+    """A proxy that records writes, while fx's own turns ``x += y`` into ``x = x + y``."""
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
@@ -169,19 +159,20 @@ class _Attribute(_Value, Attribute):
     """An attribute of a recorded value."""
 
 
-def _record_in_place(name: str) -> None:
-    def method(self: _Value, *args: Any) -> Any:
-        return self.tracer.create_proxy("call_method", name, (self, *args), {})
-
-    setattr(_Value, name, method)
+def _recorded(value: _Value, name: str, *args: Any) -> Any:
+    return value.tracer.create_proxy("call_method", name, (value, *args), {})
 
 
-for _name in IN_PLACE:
-    _record_in_place(_name)
+for _name in (
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__"),
+    *("__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+    "__setitem__",
+):
+    setattr(_Value, _name, partialmethod(_recorded, _name))
 
 
 class _Tracer(fx.Tracer):
-    """fx's tracer, less its silent losses."""
+    """fx's tracer without its silent losses."""
 
     def __init__(self, model: nn.Module, arguments: Any) -> None:
         super().__init__()
@@ -251,7 +242,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Factories(TorchFunctionMode):
-    """Records what makes tensors out of no recorded value, which fx would keep as constants."""
+    """Records functions that make a tensor of no recorded value: fx would keep it as a constant."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
@@ -275,22 +266,20 @@ class _Factories(TorchFunctionMode):
 
 
 def _ambient_state() -> tuple[Any, ...]:
-    """What a ``with`` block in a forward may change and a graph does not see."""
+    """What a ``with`` block in a forward may change, unseen by a graph."""
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     return (*modes, *_autocast_state())
 
 
 def _autocast_state() -> tuple[Any, ...]:
-    devices = ("cpu", torch.accelerator.current_accelerator(check_available=True))
-    return tuple(
-        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
-        for d in (d.type if isinstance(d, torch.device) else d for d in devices if d)
-    )
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    return tuple((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
 
 
 @contextmanager
 def _custom_functions_refused() -> Iterator[None]:
-    """fx would trace through a custom function's forward and drop its backward."""
+    """Refuse custom autograd functions: fx would record their forward and drop their backward."""
     original = vars(torch.autograd.Function)["apply"]
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
