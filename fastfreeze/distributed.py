@@ -39,8 +39,8 @@ class DataParallel(nn.Module):
       optimizer's step and their ``requires_grad`` flags, in one small message between CPUs. If they
       differ, that is raised in every process, and none waits for another. A forward that one
       process alone makes, to evaluate, is to be the model's own.
-    * Buffers are those of the first process, as with ``DistributedDataParallel``. Those of a trimmed
-      model's frozen modules, which do not change, are sent once more when they freeze, then not.
+    * Buffers are those of the first process, as with ``DistributedDataParallel``. Those of frozen
+      modules of a trimmed model, which do not change, are sent once more at the freeze, then not.
     * Names are ``DistributedDataParallel``'s (``module.`` before each): state dicts interchange.
       ``module.state_dict()`` has them without it, as a run in one process.
     * Accumulate gradients as ever, within :meth:`no_sync`. All processes must take as many steps:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
-from torch import nn
 from torch.optim import Optimizer
 
 from fastfreeze.clock import Clock
 from fastfreeze.layers.execution import Event, gradient_bits
 from fastfreeze.layers.split import LayerPlan
 
-Part = tuple[str, int]
-REST: Part = ("rest", 0)
+Part = tuple[str, int]  # forward and backward of a layer, "update" and "rest" of layer 0
+Marks = list[tuple[Part, Any]]  # what has ended, and a reading of the clock
+_REST: Part = ("rest", 0)
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,9 @@ class LayerCosts:
         return self.step(frozen, alive) - gone
 
 
-@dataclass(frozen=True)
-class _Stretch:
-    """Operations of one layer that read the same parameters.
-
-    Attributes:
-        upstream, own: bits of the trainable parameters on which they depend, and which they read.
-        forward, backward: their FLOPs.
-    """
+class _Stretch(NamedTuple):
+    """Operations of one layer: bits of the trainable parameters on which they depend, and of those
+    that they read themselves; FLOPs of forward and backward."""
 
     layer: int
     upstream: int
@@ -117,35 +114,17 @@ class LayerFlops:
                 own = 0
 
 
-class StepProfile:
-    """The time of one training step, by parts: forward and backward of each layer, update, rest."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._marks: list[tuple[Part, Any]] = [(REST, clock.now())]
-
-    def end(self, part: Part) -> None:
-        """What has run since the last call belongs to ``part``."""
-        self._marks.append((part, self._clock.now()))
-
-    def seconds(self) -> dict[Part, float]:
-        total: dict[Part, float] = {}
-        for (_, start), (part, end) in zip(self._marks, self._marks[1:], strict=False):
-            total[part] = total.get(part, 0.0) + self._clock.seconds(start, end)
-        return total
-
-
 @contextmanager
-def profiled(plan: LayerPlan, optimizer: Optimizer, clock: Clock) -> Iterator[StepProfile]:
+def profiled(plan: LayerPlan, optimizer: Optimizer, clock: Clock) -> Iterator[Marks]:
     """Hooks around one training step of the plan's model; they are removed on leaving.
 
-    A layer's forward ends as each of its modules returns, its backward as each gradient of its
-    parameters is there.
+    Each mark says what ends with it: a layer's forward as each of its modules returns, its backward
+    as each gradient of its parameters is there, the update, and the rest.
     """
-    profile = StepProfile(clock)
+    marks: Marks = [(_REST, clock.now())]
 
     def ends(kind: str, index: int = 0) -> Callable[..., None]:
-        return lambda *_: profile.end((kind, index))
+        return lambda *_: marks.append(((kind, index), clock.now()))
 
     hooks = [
         plan.model.register_forward_pre_hook(ends("rest")),
@@ -153,26 +132,23 @@ def profiled(plan: LayerPlan, optimizer: Optimizer, clock: Clock) -> Iterator[St
         optimizer.register_step_post_hook(ends("update")),
     ]
     for layer in plan.layers:
-        modules = _modules(plan, layer.modules)
-        hooks += [m.register_forward_hook(ends("forward", layer.index)) for m in modules]
-        hooks += [
-            p.register_post_accumulate_grad_hook(ends("backward", layer.index))
-            for p in layer.trainable
-        ]
+        inside = [m for name in layer.modules for m in plan.model.get_submodule(name).modules()]
+        ends_forward, ends_backward = ends("forward", layer.index), ends("backward", layer.index)
+        hooks += [m.register_forward_hook(ends_forward) for m in dict.fromkeys(inside)]
+        hooks += [p.register_post_accumulate_grad_hook(ends_backward) for p in layer.trainable]
     with ExitStack() as stack:
         for hook in hooks:
             stack.callback(hook.remove)
-        yield profile
-        profile.end(REST)
+        yield marks
+        marks.append((_REST, clock.now()))
 
 
-def measured_costs(plan: LayerPlan, profiles: Sequence[StepProfile]) -> LayerCosts:
+def measured_costs(plan: LayerPlan, profiles: Sequence[Marks], clock: Clock) -> LayerCosts:
     """Seconds of each part, medians over the profiles; the update's by numbers of elements."""
-
-    seconds = [profile.seconds() for profile in profiles]
+    totals = [_seconds(marks, clock) for marks in profiles]
 
     def median(kind: str, index: int = 0) -> float:
-        return statistics.median(times.get((kind, index), 0.0) for times in seconds)
+        return statistics.median(seconds[kind, index] for seconds in totals)
 
     sizes = [sum(p.numel() for p in layer.trainable) for layer in plan.layers]
     update = median("update") / max(sum(sizes), 1)
@@ -184,7 +160,9 @@ def measured_costs(plan: LayerPlan, profiles: Sequence[StepProfile]) -> LayerCos
     )
 
 
-def _modules(plan: LayerPlan, names: Sequence[str]) -> list[nn.Module]:
-    """The modules of these names, and those inside."""
-    found = [m for name in names for m in plan.model.get_submodule(name).modules()]
-    return list(dict.fromkeys(found))
+def _seconds(marks: Marks, clock: Clock) -> defaultdict[Part, float]:
+    """Of each part, what has passed up to its marks since the marks before."""
+    seconds: defaultdict[Part, float] = defaultdict(float)
+    for (_, start), (part, end) in pairwise(marks):
+        seconds[part] += clock.seconds(start, end)
+    return seconds

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from fastfreeze.clock import Clock
 from fastfreeze.errors import warn
 from fastfreeze.layers.blockers import BackwardBlocker, blockers_below, checked_model
-from fastfreeze.layers.costs import LayerFlops, StepProfile, measured_costs, profiled
+from fastfreeze.layers.costs import LayerFlops, Marks, measured_costs, profiled
 from fastfreeze.layers.execution import run_events
 from fastfreeze.layers.split import Layer, LayerPlan
 from fastfreeze.optim import FusedOptimizer
@@ -122,7 +122,7 @@ class FreezeReport:
         self._optimizer, self._plan, self._example = optimizer, plan, example_inputs
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)
-        self._profiles: list[StepProfile] = []
+        self._profiles: list[Marks] = []
         self._fixed = [layer.index for layer in plan.layers if not layer.trainable]
         self._first = optimizer.current_step if isinstance(optimizer, FusedOptimizer) else 0
         self._num_steps = self._first
@@ -157,12 +157,11 @@ class FreezeReport:
         """The events so far, in order."""
         costs = self._flops.costs()
         if self._profiles:
-            costs = measured_costs(self._plan, self._profiles)
+            costs = measured_costs(self._plan, self._profiles, self._clock)
         alive = [self._flops.alive(stage.frozen) for stage in self._stages]
-        steps = [costs.step(s.frozen, a) for s, a in zip(self._stages, alive, strict=True)]
-        limits = [
-            costs.step_without_prefix(s.frozen, a) for s, a in zip(self._stages, alive, strict=True)
-        ]
+        pairs = list(zip(self._stages, alive, strict=True))
+        steps = [costs.step(stage.frozen, left) for stage, left in pairs]
+        limits = [costs.step_without_prefix(stage.frozen, left) for stage, left in pairs]
         times = [self._seconds(stage) for stage in self._stages]
         return tuple(
             FreezeRow(
