@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastfreeze.errors import warn
-from fastfreeze.layers.followed import FollowedGroups
 from fastfreeze.layers.frozen import note_driven, note_frozen
 from fastfreeze.layers.groups import (
+    FollowedGroups,
     Group,
     as_step,
     check_scheduled_groups,

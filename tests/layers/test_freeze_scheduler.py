@@ -508,7 +508,7 @@ BAD_STATES = [
     (lambda _: OF_ANOTHER, TypeError, "one of a"),
     (changed(schedule=Cosine(TOTAL).config()), ValueError, "must be of schedule"),
     (changed(last_epoch=TOTAL + 1), ValueError, r"must be in 0\.\.12, got 13"),
-    (changed(last_epoch="3"), TypeError, "must be an integer"),
+    (changed(last_epoch="3"), TypeError, "must be an int "),
     (changed(base_lrs=[0.1]), ValueError, "must be 4 rates"),
     (changed(base_lrs=[0.1, 0.1, 0.1, "x"]), TypeError, "must be a number"),
 ]
