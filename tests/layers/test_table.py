@@ -11,7 +11,7 @@ from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.layers.split import format_table, split
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles, Frozen, GradualUnfreezing
-from tests.layers.test_split import Attention, X, mlp
+from tests.layers.test_split import X, attention, mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,7 +95,7 @@ def test_a_share_of_the_compute_is_frozen_at_most():
 
 
 def test_table_leaves_out_what_it_does_not_know():
-    plan = split(Attention(), torch.ones(2, 5, 3))
+    plan = split(attention(), torch.ones(2, 5, 3))
     assert "freezes" not in str(plan)
     assert "saving" not in str(plan)
     assert "embed, token, position" in str(plan)
