@@ -294,9 +294,11 @@ SMALL = {
     "norms only": (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), X, ["0"]),
     "no norms": (lambda: nn.Sequential(Block(3), Block(3)), X, ["0", "1"]),
     "auxiliary": (auxiliary, X, ["stem", "auxiliary", "head"]),
+    "branching": (Branching, X, ["a", "b"]),
     "graph module": (lambda: fx.symbolic_trace(stack()), X, ["stem", *BODY, "head"]),
 }
-UNTRACEABLE = {"lstm", "data parallel", "encoder", "recurrent", "norm of two dimensions"}
+UNTRACEABLE = {"branching", "lstm", "data parallel", "encoder", "recurrent"}
+UNTRACEABLE |= {"norm of two dimensions"}
 
 
 @pytest.mark.parametrize("case", SMALL)
