@@ -92,5 +92,4 @@ def note_driven(optimizer: Optimizer) -> None:
 
 
 def is_driven(optimizer: Optimizer) -> bool:
-    """Whether one does."""
     return hasattr(optimizer, _DRIVEN)

@@ -165,9 +165,8 @@ def tell_of_plan(groups: Sequence[Group], schedule: Schedule | None) -> None:
     And if the schedule starts layers at many times the rate asked for. It raises as
     :func:`check_scheduled_groups` does.
     """
-    message = None if schedule is None else _scaled_rates_message(groups, schedule)
-    if message:
-        warn(message)
+    if schedule is not None:
+        _tell_of_scaled_rates(groups, schedule)
     plan = planned(p for group in groups for p in group["params"])
     if plan is None or not all("layer_index" in group for group in groups):  # not its groups
         return
@@ -182,46 +181,44 @@ def tell_of_plan(groups: Sequence[Group], schedule: Schedule | None) -> None:
             f"split() was given schedule {config}, and this optimizer follows "
             f"{schedule.config()}: the plan tells of another run. Pass both the same schedule"
         )
-    rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
-    if (
-        lr is not None
-        and len(rates) == 1
-        and not math.isclose(lr, rate := rates.pop(), rel_tol=1e-6)
-    ):
+    rates = {_initial_lr_of(group) for group in groups}
+    if lr is not None and len(rates) == 1 and not math.isclose(lr, *rates, rel_tol=1e-6):
         warn(
-            f"split() was given lr={float(lr)}, and this optimizer starts from lr={rate}, which is "
-            "what counts: the plan's table shows rates that no layer has. Pass both the same lr"
+            f"split() was given lr={float(lr)}, and this optimizer starts from lr={rates.pop()}, "
+            "which is what counts: the plan's table shows rates that no layer has. Pass both the "
+            "same lr"
         )
 
 
-def _scaled_rates_message(groups: Sequence[Group], schedule: Schedule) -> str | None:
+def _initial_lr_of(group: Group) -> float:
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _tell_of_scaled_rates(groups: Sequence[Group], schedule: Schedule) -> None:
     rows = check_scheduled_groups(schedule, groups)
     scales = [max((s.scale for s in row if not s.frozen), default=0.0) for row in rows]
     most = max(scales, default=0.0)
-    if most <= _MANY_TIMES:
-        return None
-    chosen = [g for g, scale in enumerate(scales) if scale > _MANY_TIMES]
-    group = groups[scales.index(most)]
-    lr = float(group.get("initial_lr", group["lr"]))
-    return (
-        f"{layers_in_words(groups, chosen)} start at up to {most:.3g} times the learning rate "
-        f"asked for, {most * lr:.3g} instead of {lr:.3g}: scale_lr=True gives layers that freeze "
-        "early as much as the others. If training diverges, or starts from pretrained weights, "
-        "pass scale_lr=False, or a larger t_0"
-    )
+    if most > _MANY_TIMES:
+        chosen = [g for g, scale in enumerate(scales) if scale > _MANY_TIMES]
+        lr = _initial_lr_of(groups[scales.index(most)])
+        warn(
+            f"{layers_in_words(groups, chosen)} start at up to {most:.3g} times the learning rate "
+            f"asked for, {most * lr:.3g} instead of {lr:.3g}: scale_lr=True gives layers that "
+            "freeze early as much as the others. If training diverges, or starts from pretrained "
+            "weights, pass scale_lr=False, or a larger t_0"
+        )
 
 
-def earlier_run_message(groups: Sequence[Group], frozen_now: Iterable[int]) -> str | None:
-    """Which layers should train and are as an earlier run's schedule has frozen them, if any."""
+def tell_of_earlier_run(groups: Sequence[Group], frozen_now: Iterable[int]) -> None:
+    """Warn of layers that should train and are as an earlier run's schedule has frozen them."""
     trains = {g: groups[g]["params"] for g in set(range(len(groups))) - set(frozen_now)}
     frozen = set(map(id, frozen_by_schedule(p for params in trains.values() for p in params)))
     fixed = {g for g, params in trains.items() if not frozen.isdisjoint(map(id, params))}
-    if not fixed:
-        return None
-    return (
-        f"{layers_in_words(groups, fixed)} do not train: the schedule of an earlier run has "
-        "frozen parameters of theirs. Call model.requires_grad_(True) before a new run"
-    )
+    if fixed:
+        warn(
+            f"{layers_in_words(groups, fixed)} do not train: the schedule of an earlier run has "
+            "frozen parameters of theirs. Call model.requires_grad_(True) before a new run"
+        )
 
 
 def layers_in_words(groups: Sequence[Group], chosen: Iterable[int]) -> str:

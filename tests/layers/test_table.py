@@ -41,13 +41,8 @@ def test_table_tells_what_an_earlier_training_has_left_frozen():
         with told if again else contextlib.nullcontext():
             plan = split(model, torch.ones(4, 3), schedule=schedule, lr=0.1)
         assert ("fixed: 0..1, as requires_grad was False" in str(plan)) == again
-        optimizer = SGD(plan.param_groups(), lr=0.1, schedule=schedule)
-        for _ in range(4):
-            optimizer.zero_grad()
-            model(torch.ones(4, 3)).sum().backward()
-            optimizer.step()
-    model.requires_grad_(True)
-    plan = split(model, torch.ones(4, 3), schedule=schedule, lr=0.1)
+        SGD(plan.param_groups(), lr=0.1, schedule=schedule).current_step = 3
+    plan = split(model.requires_grad_(True), torch.ones(4, 3), schedule=schedule, lr=0.1)
     assert len(plan.param_groups()) == 3
     assert "fixed" not in str(plan)
 
