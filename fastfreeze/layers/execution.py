@@ -208,10 +208,10 @@ def _moves(func: Any) -> bool:
     return bool(getattr(func, "is_view", False)) or getattr(func, "overloadpacket", None) in _MOVES
 
 
-def arguments(name: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with, of the argument ``name`` that says so."""
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with, by position and by name."""
     if any(isinstance(leaf, np.ndarray) for leaf in tree_leaves(inputs)):
-        raise TypeError(f"{name} must hold tensors, got a NumPy array: use torch.from_numpy")
+        raise TypeError("example_inputs must hold tensors, got a NumPy array: use torch.from_numpy")
     if isinstance(inputs, torch.Tensor):
         return (inputs,), {}
     if isinstance(inputs, tuple):
@@ -219,14 +219,14 @@ def arguments(name: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     raise TypeError(
-        f"{name} must be a tensor, a tuple of positional arguments or a dict of keyword "
+        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
         f"arguments, got {type(inputs).__name__}"
     )
 
 
 def run_events(model: nn.Module, example_inputs: Any, training: bool = True) -> list[Event]:
     """The events of a run on the inputs."""
-    args, keywords = arguments("example_inputs", example_inputs)
+    args, keywords = _arguments(example_inputs)
     with ExitStack() as stack:
         stack.enter_context(_left_as_found(model, training))
         stack.enter_context(torch.no_grad())

@@ -665,7 +665,7 @@ BAD_LAYERS = [
     ("stem", TypeError, "non-empty list"),
     ([3], TypeError, "expected a name, a pattern or a list of these, got 3"),
     ([[]], TypeError, "expected a name, a pattern"),
-    ([[3]], TypeError, "expected a name or a pattern, got 3"),
+    ([[3]], TypeError, r"a list of these, got \[3\]"),
     (["stam"], ValueError, "'stam' matches no module or parameter; try stem"),
     ([re.compile("x+")], ValueError, "try stem, body, body.0 and "),
     ([re.compile("bod")], ValueError, "'bod' matches no module or parameter; try body"),

@@ -96,7 +96,7 @@ def by_hand(schedule, t, i, N):
     kind=st.sampled_from(["cycles", "freezeout", "sticky", "last_k", "thaw"]),
     k=st.integers(1, 9),
 )
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_rates_equal_the_papers_closed_forms(T, M, layers, kind, k, **arguments):
     cycles = {"num_cycles": M}
     if M > T or math.ceil(T / math.ceil(T / M)) != M:
