@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import nn
@@ -17,10 +17,9 @@ from torch.optim import Optimizer
 from fastfreeze.clock import Clock
 from fastfreeze.errors import warn
 from fastfreeze.layers.blockers import BackwardBlocker, blockers_below, checked_model
-from fastfreeze.layers.costs import LayerFlops, Marks, measured_costs, profiled
+from fastfreeze.layers.costs import LayerCosts, LayerFlops, Marks, measured_costs, profiled
 from fastfreeze.layers.execution import run_events
 from fastfreeze.layers.split import Layer, LayerPlan
-from fastfreeze.optim import FusedOptimizer
 from fastfreeze.text import format_table, ranges, some
 
 _PROFILED_STEPS = 5
@@ -97,9 +96,8 @@ class FreezeReport:
 
     Args:
         network: what is trained: a model, trimmed or not, but not a compiled one.
-        optimizer: its optimizer. One of fastfreeze says what is frozen; with any other, a layer is
-            frozen if most of its elements do not require grad.
-        plan: the model's layers.
+        optimizer: its optimizer.
+        plan: the model's layers. One is frozen if most of its elements do not require grad.
         example_inputs: a tensor, a tuple of the model's positional arguments or a dict of keyword
             arguments. The model runs on them once, and again at an event with blockers, with
             gradients off.
@@ -123,8 +121,7 @@ class FreezeReport:
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)
         self._profiles: list[Marks] = []
-        self._fixed = [layer.index for layer in plan.layers if not layer.trainable]
-        self._first = optimizer.current_step if isinstance(optimizer, FusedOptimizer) else 0
+        self._first: int = getattr(optimizer, "current_step", 0)
         self._num_steps = self._first
         self._stages = [_Stage(self._first, self._frozen_layers())]
 
@@ -158,25 +155,27 @@ class FreezeReport:
         costs = self._flops.costs()
         if self._profiles:
             costs = measured_costs(self._plan, self._profiles, self._clock)
-        alive = [self._flops.alive(stage.frozen) for stage in self._stages]
-        pairs = list(zip(self._stages, alive, strict=True))
-        steps = [costs.step(stage.frozen, left) for stage, left in pairs]
-        limits = [costs.step_without_prefix(stage.frozen, left) for stage, left in pairs]
-        times = [self._seconds(stage) for stage in self._stages]
-        return tuple(
-            FreezeRow(
-                step=stage.step,
-                frozen=stage.frozen,
-                thawed=tuple(sorted({*self._stages[i - 1].frozen} - {*stage.frozen})),
-                predicted=steps[i] / steps[i - 1],
-                limit=limits[i] / limits[i - 1],
-                before=times[i - 1],
-                after=times[i],
-                blockers=stage.blockers,
+        rows = []
+        for before, after in pairwise(self._stages):
+            cost, last_cost = (self._cost(costs, stage) for stage in (after, before))
+            row = FreezeRow(
+                step=after.step,
+                frozen=after.frozen,
+                thawed=tuple(sorted({*before.frozen} - {*after.frozen})),
+                predicted=cost[0] / last_cost[0],
+                limit=cost[1] / last_cost[1],
+                before=self._seconds(before),
+                after=self._seconds(after),
+                blockers=after.blockers,
             )
-            for i, stage in enumerate(self._stages)
-            if i
-        )
+            rows.append(row)
+        return tuple(rows)
+
+    def _cost(self, costs: LayerCosts, stage: _Stage) -> tuple[float, float]:
+        """Of a step, with all forwards and without those of the frozen prefix."""
+        alive = self._flops.alive(stage.frozen)
+        whole = costs.step(stage.frozen, alive)
+        return whole, whole - costs.forward_without_backward(alive)
 
     @property
     def summary(self) -> str:
@@ -211,8 +210,6 @@ class FreezeReport:
         return all(p.requires_grad for p in self._plan.model.parameters())
 
     def _frozen_layers(self) -> tuple[int, ...]:
-        if isinstance(self._optimizer, FusedOptimizer):
-            return tuple(sorted({*self._fixed, *self._optimizer.frozen_layers}))
         return tuple(layer.index for layer in self._plan.layers if _mostly_frozen(layer))
 
     def _blockers(self, frozen: tuple[int, ...]) -> tuple[BackwardBlocker, ...]:

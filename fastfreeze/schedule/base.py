@@ -147,13 +147,6 @@ class Schedule(ABC):
             if before.frozen and not after.frozen and after.start < self.total_steps
         )
 
-    def frozen_share(self, layer_index: int = 0, num_layers: int = 1) -> float:
-        """Share of the run's steps, in 0..1, at which the layer is frozen."""
-        segments = self.segments(layer_index, num_layers)
-        ends = [s.start for s in segments[1:]] + [self.total_steps]
-        frozen = sum(end - s.start for s, end in zip(segments, ends, strict=True) if s.frozen)
-        return frozen / self.total_steps
-
     def frozen_layers(self, num_layers: int) -> tuple[tuple[int, frozenset[int]], ...]:
         """What is frozen when: pairs of a first step and the indices of all layers frozen then.
 

@@ -135,7 +135,6 @@ def test_what_a_schedule_tells_agrees(schedule):
             lrs = schedule.lr(steps, 0.1, i, layers)
             assert (lrs.ravel() > 0).tolist() == (~frozen).tolist()
             assert lrs[2].tolist() == [schedule.lr(int(t), 0.1, i, layers) for t in steps[2]]
-            assert frozen.mean() == pytest.approx(schedule.frozen_share(i, layers))
             changes = np.diff(frozen.astype(int), prepend=0)
             assert tuple(np.flatnonzero(changes == 1)) == schedule.freeze_steps(i, layers)
             assert tuple(np.flatnonzero(changes == -1)) == schedule.thaw_steps(i, layers)
@@ -175,7 +174,6 @@ def test_unfreezing_is_a_cosine_from_each_layers_start(T, every, layers, decay):
 def test_frozen_is_a_prefix_and_a_cosine():
     schedule = Frozen(100, until=2, layer_decay=0.5)
     assert schedule.frozen_layers(5) == ((0, frozenset({0, 1})),)
-    assert [schedule.frozen_share(i, 5) for i in range(5)] == [1, 1, 0, 0, 0]
     assert schedule.lr(50, 0.4, 2, 5) == pytest.approx(Cosine(100).lr(50, 0.1))
 
 
