@@ -1,8 +1,4 @@
-"""What keeps the backward of a frozen prefix alive: one trained parameter is enough.
-
-The measure is FLOPs, from one run of the model on example inputs: those of matrix products and
-convolutions, once for each operand that needs a gradient.
-"""
+"""What keeps the backward of a frozen prefix alive: one trained parameter is enough."""
 
 from __future__ import annotations
 
@@ -26,10 +22,10 @@ class BackwardBlocker:
 
     Attributes:
         parameter: its qualified name.
-        share: of the backward of the frozen prefix, in 0..1, what runs because of it. The prefix's
-            backward is two gradients for each matrix product or convolution; of a frozen one runs
-            that of its input, a half. Shares overlap: each of two blockers keeps alive what lies
-            between both and the prefix's end.
+        share: how much of the backward of the frozen prefix runs because of it, in 0..1, by FLOPs.
+            The whole backward is two gradients for each matrix product or convolution; of a frozen
+            one, that of its input may run, a half. Shares overlap: each of two blockers keeps alive
+            what lies between both and the prefix's end.
     """
 
     parameter: str
@@ -84,12 +80,10 @@ def checked_model(network: nn.Module, plan: LayerPlan | None) -> nn.Module:
 def blockers_below(
     model: nn.Module, events: Sequence[Event], prefix: Collection[str]
 ) -> list[BackwardBlocker]:
-    """The trained parameters on which operations with those of ``prefix`` depend.
+    """The trained parameters on which operations depend that belong to those named in ``prefix``.
 
-    Args:
-        model: the model, with the flags that it had in the run of ``events``.
-        events: of a run. An operation belongs to the parameter that was read last.
-        prefix: names of the parameters that are meant to be frozen.
+    An operation belongs to the parameter that was read last. The model has the flags that it had in
+    the run of ``events``.
     """
     bits = gradient_bits(model)
     whole, upstream = 0, 0

@@ -41,9 +41,10 @@ class LayerCosts:
         update = sum(u for i, u in enumerate(self.update) if i not in frozen)
         return self.rest + sum(self.forward) + backward + update
 
-    def forward_without_backward(self, alive: Sequence[float]) -> float:
-        """Cost of the forwards of the layers that have no backward left."""
-        return sum(f for f, share in zip(self.forward, alive, strict=True) if share == 0)
+    def step_without_prefix(self, frozen: Collection[int], alive: Sequence[float]) -> float:
+        """The same without the forwards of the layers that have no backward left."""
+        gone = sum(f for f, share in zip(self.forward, alive, strict=True) if share == 0)
+        return self.step(frozen, alive) - gone
 
 
 class _Stretch(NamedTuple):

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _ATEN = torch.ops.aten
-# Besides views: what only moves a parameter's values is no use of it, and what reads the result is.
+# What moves values, as views do, is no use of a parameter. What reads the result is.
 _MOVES = {_ATEN.cat, _ATEN.clone, _ATEN.repeat, _ATEN.stack, _ATEN._to_copy}
 _MOVE_NAMES = {
     *("cat", "clone", "contiguous", "detach", "expand", "expand_as", "flatten", "getitem"),
@@ -111,7 +111,7 @@ class _Uses:
 
 
 class _Nowhere:
-    """For a FLOP counter, in the place of hooks on all modules, which fail on some inputs."""
+    """Takes the place of a FLOP counter's hooks on all modules, which fail on some inputs."""
 
     parents = ("Global",)
 
@@ -179,7 +179,7 @@ class _Recorder(TorchDispatchMode):
             self._parameters[name].data.copy_(value)
 
     def _keep(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before an operation: what the parameters hold that it writes to."""
+        """Keep what parameters hold, before an operation writes to them."""
         schema = getattr(func, "_schema", None)
         if schema is None or not schema.is_mutable:
             return
@@ -199,7 +199,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _owner(value: Any) -> Any:
-    """The tensor that a view is of: what is written to the one is read in the other."""
+    """The tensor whose memory a view shares; a value that is no view itself."""
     base = getattr(value, "_base", None)
     return value if base is None else base
 
@@ -257,12 +257,7 @@ def run_events(model: nn.Module, example_inputs: Any, training: bool = True) -> 
 
 
 class Undo:
-    """What it takes to call a model again: random number generators, and some tensors.
-
-    Args:
-        tensors: which.
-        gpus: whose generators.
-    """
+    """Brings random number generators, those of ``gpus`` too, and tensors back to this moment."""
 
     def __init__(self, tensors: Iterable[torch.Tensor], gpus: Iterable[int]) -> None:
         self._restorers: list[Callable[[], object]] = [
@@ -274,7 +269,6 @@ class Undo:
         ]
 
     def restore(self) -> None:
-        """Have all as it was."""
         for restore in self._restorers:
             restore()
 
@@ -291,7 +285,7 @@ def _write_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Undo, on leaving, what runs of the model do to it and to random number generators.
 
-    Of the model that is its attributes, with what is in containers and generators among them, its
+    The model gets back its attributes, the contents of containers and generators among them, its
     buffers and its training flags.
     """
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -313,7 +307,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
-    """A mode without its traces: afterwards modules, buffers and generators are as before.
+    """A mode for one run, which leaves no trace.
 
     Only modules with submodules are in training mode: they decide what runs, while a norm in
     training mode would refuse a batch of one.
@@ -329,10 +323,7 @@ def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _restorer(value: Any) -> Callable[[], object] | None:
-    """What gives a module's attribute its present contents again; None where none is known.
-
-    Hooks, parameters and submodules are in such attributes, too.
-    """
+    """What gives an attribute its present contents again; None if it is of no known kind."""
     if isinstance(value, torch.Generator | np.random.RandomState):
         return partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):

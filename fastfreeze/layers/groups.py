@@ -16,8 +16,7 @@ from fastfreeze.schedule import Schedule, Segment, SegmentTable, check_initial_l
 from fastfreeze.text import ranges
 
 Group = Mapping[str, Any]
-# FreezeOut's scaling at its authors' settings stays below: 2 at t_0=0.8, 8 at 0.5, both cubic. A
-# rate that is right for a network seldom is at ten times itself.
+# At its authors' settings FreezeOut scales by less: by 2 at t_0=0.8, by 8 at 0.5, both cubic.
 _MANY_TIMES = 10
 
 
@@ -85,12 +84,12 @@ def _layer_of(g: int, group: Group, most: int) -> tuple[int, int]:
 
 
 class FollowedGroups:
-    """What a schedule says of an optimizer's groups at each step, and who is frozen by it now.
+    """What a schedule says of an optimizer's groups at each step, and what it has frozen.
 
     Attributes:
         segments: of each group, by start.
         frozen: by group, the parameters that freezing has switched off until now.
-        changes: the steps at which a group freezes or thaws, or may do so.
+        changes: the steps at which a group may freeze or thaw.
 
     Raises:
         TypeError, ValueError: groups that cannot follow the schedule.
@@ -160,9 +159,9 @@ class FollowedGroups:
 
 
 def tell_of_plan(groups: Sequence[Group], schedule: Schedule | None) -> None:
-    """Warn if the groups come from a plan that was made for another schedule or learning rate.
+    """Warn if a plan gave the groups that was made for another schedule or learning rate.
 
-    And if the schedule starts layers at many times the rate asked for. It raises as
+    It warns, too, if layers start at many times the rate asked for, and raises as
     :func:`check_scheduled_groups` does.
     """
     if schedule is not None:
@@ -210,7 +209,7 @@ def _tell_of_scaled_rates(groups: Sequence[Group], schedule: Schedule) -> None:
 
 
 def tell_of_earlier_run(groups: Sequence[Group], frozen_now: Iterable[int]) -> None:
-    """Warn of layers that should train and are as an earlier run's schedule has frozen them."""
+    """Warn of layers that should train, but that the schedule of an earlier run has frozen."""
     trains = {g: groups[g]["params"] for g in set(range(len(groups))) - set(frozen_now)}
     frozen = set(map(id, frozen_by_schedule(p for params in trains.values() for p in params)))
     fixed = {g for g, params in trains.items() if not frozen.isdisjoint(map(id, params))}

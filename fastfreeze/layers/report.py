@@ -171,11 +171,10 @@ class FreezeReport:
             rows.append(row)
         return tuple(rows)
 
-    def _cost(self, costs: LayerCosts, stage: _Stage) -> tuple[float, float]:
-        """Of a step, with all forwards and without those of the frozen prefix."""
+    def _cost(self, costs: LayerCosts, stage: _Stage) -> tuple[float, ...]:
+        """Of a step with all forwards, and of one without those of the frozen prefix."""
         alive = self._flops.alive(stage.frozen)
-        whole = costs.step(stage.frozen, alive)
-        return whole, whole - costs.forward_without_backward(alive)
+        return tuple(f(stage.frozen, alive) for f in (costs.step, costs.step_without_prefix))
 
     @property
     def summary(self) -> str:

@@ -59,7 +59,7 @@ def test_costs():
     costs = LayerCosts(forward=(1, 2, 4), backward=(10, 20, 40), update=(100, 200, 400), rest=1000)
     assert costs.step([], [1, 1, 1]) == 1777
     assert costs.step([0, 1], [0, 0.5, 1]) == 1000 + 7 + 10 + 40 + 400
-    assert costs.forward_without_backward([0, 0.5, 1]) == 1
+    assert costs.step_without_prefix([0, 1], [0, 0.5, 1]) == 1000 + 6 + 10 + 40 + 400
 
 
 class Spends(torch.autograd.Function):
