@@ -324,7 +324,9 @@ def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
 
 def _restorer(value: Any) -> Callable[[], object] | None:
     """What gives an attribute its present contents again; None if it is of no known kind."""
-    if isinstance(value, torch.Generator | np.random.RandomState):
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.RandomState):
         return partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):
         return partial(value.setstate, value.getstate())

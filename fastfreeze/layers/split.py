@@ -230,26 +230,24 @@ class LayerPlan:
         return some([*names, *(name for name, p in layer.parameters if id(p) not in covered)])
 
     def _scheduled_columns(self, schedule: Schedule) -> dict[str, list[str]]:
-        """When layers freeze and thaw, and the rates from which they anneal, each once."""
-        freezes, thaws, rates = [], [], []
-        for layer in self.layers:
-            place = layer.index, len(self.layers)
-            scales = [s.scale for s in schedule.segments(*place) if not s.frozen]
-            found = (
-                [str(step) for step in schedule.freeze_steps(*place)],
-                [str(step) for step in schedule.thaw_steps(*place)],
-                list(dict.fromkeys(f"{(self.lr or 0) * scale:.4g}" for scale in scales)),
-            )
-            if not layer.trainable:
-                found = (["0 (fixed)"], [], [])
-            for column, texts in zip((freezes, thaws, rates), found, strict=True):
-                column.append(some(texts) or "-")
+        rows = [self._scheduled_row(schedule, layer) for layer in self.layers]
+        freezes, thaws, rates = (list(column) for column in zip(*rows, strict=True))
         columns = {"freezes at step": freezes}
         if set(thaws) != {"-"}:
             columns["thaws at step"] = thaws
         if self.lr is not None:
             columns["initial lr"] = rates
         return columns
+
+    def _scheduled_row(self, schedule: Schedule, layer: Layer) -> list[str]:
+        """When a layer freezes and thaws, and the rates from which it anneals, each once."""
+        if not layer.trainable:
+            return ["0 (fixed)", "-", "-"]
+        place = layer.index, len(self.layers)
+        steps = schedule.freeze_steps(*place), schedule.thaw_steps(*place)
+        scales = [s.scale for s in schedule.segments(*place) if not s.frozen]
+        rates = list(dict.fromkeys(f"{(self.lr or 0) * scale:.4g}" for scale in scales))
+        return [some(texts) or "-" for texts in (*(list(map(str, s)) for s in steps), rates)]
 
 
 def split(
