@@ -108,9 +108,9 @@ class DataParallel(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within it, gradients are added up in each process and not reduced.
+        """Within it, each process adds its gradients up, and none are reduced.
 
-        The first backward of a forward behind it reduces the sums. The forward counts: it belongs
+        The backward of the next forward outside of it reduces the sums: put each forward, too,
         inside.
         """
         before = self.require_backward_grad_sync

@@ -196,10 +196,10 @@ class FreezeScheduler(LRScheduler):
         self._listen()
 
     def _listen(self) -> None:
-        """Count the optimizer's steps, which keeps no scheduler alive for it.
+        """Count the optimizer's steps by hooks, which do not keep this scheduler alive.
 
-        Where a subclass's ``step`` calls its parent's, torch may call the hooks of both: of ends
-        that follow each other, the first one counts.
+        If a subclass's ``step`` calls its parent's, torch may call the hooks of both: of two ends
+        in a row the first one counts.
         """
         mine, begun = weakref.ref(self), False
 

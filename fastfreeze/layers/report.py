@@ -23,7 +23,7 @@ from fastfreeze.layers.split import Layer, LayerPlan
 from fastfreeze.text import format_table, ranges, some
 
 _PROFILED_STEPS = 5
-_FIRST_STEPS = 2  # of the run, where all warms up, and after an event, where the cut moves
+_FIRST_STEPS = 2  # in which a run warms up, and the cut moves after an event: they do not count
 _KEPT_STEPS = 100
 _NOTE = """\
 step time after an event, relative to before it. predicted, from {source}:
@@ -42,9 +42,8 @@ class FreezeRow:
         predicted: time of a step after the event, relative to one before it, if the backward and
             the update of what is frozen are gone and its forward runs as before. Above 1 at a thaw.
         limit: the same if its forward is gone too.
-        before: seconds of a step before the event: the median of the latest 100 since the event
-            before it, without the first two, which also move the cut. None while there are no
-            others.
+        before: median seconds of the latest 100 steps between this event and the one before it.
+            The first two, which move the cut, do not count. None if there are no others.
         after: the same after the event.
         blockers: what keeps the backward of frozen layers alive.
     """

@@ -3,8 +3,8 @@
 :func:`split` cuts a model into layers, layer 0 nearest the input, and returns a :class:`LayerPlan`:
 parameter groups for an optimizer, and a table of what freezes when and how much compute that saves.
 
-A trace lists the modules and parameters that ran, in order. Every parameter then gets a home, the
-index of its layer, by the rule in :func:`split` or as the user says. The rest follows from the two.
+A trace lists the modules and parameters that ran, in order. Each parameter gets a home, the index of
+its layer, from the rule in :func:`split` or from the user.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Layer:
             this layer: its backward runs until they are frozen too.
         forward_flops: FLOPs of the forward for the example input, None without one. What
             ``torch.utils.flop_counter`` has no formula for counts as 0.
-        backward_flops: FLOPs of the backward while nothing is frozen by a schedule: for each
-            matrix product or convolution the forward's, once per operand that needs a gradient;
-            what a flash attention computes again is not in it.
+        backward_flops: FLOPs of the backward before a schedule freezes anything: of each matrix
+            product or convolution the forward's, once for each operand that needs a gradient. What
+            a flash attention computes a second time does not count.
     """
 
     index: int
@@ -390,7 +390,7 @@ def _in_eval_order(events: list[Event], in_eval: list[Event]) -> list[Event]:
 def _fixed_messages(
     model: nn.Module, names: list[str], homes: dict[str, int], schedule: Schedule | None
 ) -> list[str]:
-    """What to say to somebody who may not know that layers are fixed."""
+    """Warnings for a user who may not know that layers are fixed."""
     parameters = dict(model.named_parameters())
     trained = {homes[name] for name, p in parameters.items() if p.requires_grad}
     fixed = [i for i in range(len(names)) if i not in trained]
@@ -462,7 +462,7 @@ def _describe(
 
 
 def _read_in_several_modules(model: nn.Module, events: Sequence[Event]) -> int:
-    """Bits of the parameters that are."""
+    """Bits of the parameters that several modules read."""
     readers: dict[str, set[str]] = {}
     for event in events:
         if event.parameter is not None:

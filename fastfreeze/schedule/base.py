@@ -62,7 +62,7 @@ class Schedule(ABC):
         """Those of layer ``i`` of 0..``head``, without the layers' decay."""
 
     def for_layers(self, names: Sequence[str], costs: Sequence[float] | None) -> Schedule:
-        """The schedule with what only a plan can tell put in: itself, if that is nothing.
+        """The schedule with what only a plan can tell filled in; itself if nothing is missing.
 
         Args:
             names: of the layers, by index.
