@@ -3,8 +3,8 @@
 :func:`split` cuts a model into layers, layer 0 nearest the input, and returns a :class:`LayerPlan`:
 parameter groups for an optimizer, and a table of what freezes when and how much compute that saves.
 
-A trace lists the modules and parameters that ran, in order. Each parameter gets a home, the index of
-its layer, from the rule in :func:`split` or from the user.
+A trace lists the modules and parameters that ran, in order. The rule in :func:`split`, or the user,
+gives each parameter a home: the index of its layer.
 """
 
 from __future__ import annotations
