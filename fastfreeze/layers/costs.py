@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from torch import nn
 from torch.optim import Optimizer
 
 from fastfreeze.clock import Clock
-from fastfreeze.layers.execution import Event, gradient_bits
+from fastfreeze.layers.execution import Event, gradient_bits, parameter_bits
 from fastfreeze.layers.split import LayerPlan
 
 Part = tuple[str, int]  # forward and backward of a layer, "update" and "rest" of layer 0
@@ -47,71 +48,77 @@ class LayerCosts:
         return self.step(frozen, alive) - gone
 
 
-class _Stretch(NamedTuple):
-    """Operations of one layer: bits of the trainable parameters on which they depend, and of those
-    that they read themselves; FLOPs of forward and backward."""
+class Stretch(NamedTuple):
+    """Operations that belong to one parameter, the one that was read last.
 
-    layer: int
+    Attributes:
+        upstream, own: bits of the parameters on which they depend, and which they read.
+        forward, backward: their FLOPs.
+    """
+
+    parameter: str | None
     upstream: int
     own: int
     forward: int
     backward: int
 
-
-class LayerFlops:
-    """FLOPs of a plan's layers, from the events of a run with everything trainable.
-
-    An operation belongs to the layer whose parameter was read last.
-    """
-
-    def __init__(self, plan: LayerPlan, events: Sequence[Event]) -> None:
-        self._bits = gradient_bits(plan.model)
-        self._layers = plan.layers
-        self._stretches = list(self._read(events))
-
-    def costs(self) -> LayerCosts:
-        """The costs in FLOPs, which know of forward and backward alone."""
-        forward, backward = ([0.0] * len(self._layers) for _ in range(2))
-        for s in self._stretches:
-            forward[s.layer] += s.forward
-            backward[s.layer] += s.backward
-        return LayerCosts(tuple(forward), tuple(backward), (0.0,) * len(forward), 0.0)
-
-    def alive(self, frozen: Collection[int]) -> list[float]:
-        """The share of each layer's backward, in 0..1, that is left with the layers ``frozen``.
+    def left(self, trained: int) -> int:
+        """FLOPs of the backward if the parameters of these bits train.
 
         Of a product, the gradient of a frozen parameter is gone, and so is that of an input that
         depends on nothing else that trains.
         """
-        trained = sum(
-            self._bits[name]
-            for layer in self._layers
-            if layer.index not in frozen
-            for name, _ in layer.parameters
-        )
+        upstream = self.upstream & trained
+        if not upstream:
+            return 0
+        both = upstream & ~self.own and (upstream & self.own or not self.own)
+        return self.backward if both else min(self.forward, self.backward)
+
+
+def stretches(model: nn.Module, events: Sequence[Event]) -> Iterator[Stretch]:
+    """The stretches of a run."""
+    bits = parameter_bits(model)
+    parameter, own = None, 0
+    for event in events:
+        if event.parameter is None:
+            own = 0
+        else:
+            parameter, own = event.parameter, own | bits[event.parameter]
+        forward, backward = event.forward_flops, event.backward_flops
+        yield Stretch(parameter, event.upstream, own, forward, backward)
+        if forward:  # else the next parameter is read by the same product: a weight, its bias
+            own = 0
+
+
+class LayerFlops:
+    """FLOPs of a plan's layers, from the events of a run with everything trainable."""
+
+    def __init__(self, plan: LayerPlan, events: Sequence[Event]) -> None:
+        self.stretches = list(stretches(plan.model, events))
+        self._bits, self._layers = gradient_bits(plan.model), plan.layers
+        self._homes = {name: layer.index for layer in plan.layers for name, _ in layer.parameters}
+
+    def costs(self) -> LayerCosts:
+        """The costs in FLOPs, which know of forward and backward alone."""
+        forward, backward = ([0.0] * len(self._layers) for _ in range(2))
+        for s in self.stretches:
+            forward[self._home(s)] += s.forward
+            backward[self._home(s)] += s.backward
+        return LayerCosts(tuple(forward), tuple(backward), (0.0,) * len(forward), 0.0)
+
+    def alive(self, frozen: Collection[int]) -> list[float]:
+        """The share of each layer's backward, in 0..1, that is left with the layers ``frozen``."""
+        trained = sum(bit for name, bit in self._bits.items() if self._homes[name] not in frozen)
         whole, left, any_left = ([0.0] * len(self._layers) for _ in range(3))
-        for s in self._stretches:
-            upstream = s.upstream & trained
-            whole[s.layer] += s.backward
-            if upstream:
-                any_left[s.layer] = 1.0
-                both = upstream & ~s.own and (upstream & s.own or not s.own)
-                left[s.layer] += s.backward if both else min(s.forward, s.backward)
+        for s in self.stretches:
+            layer = self._home(s)
+            whole[layer] += s.backward
+            left[layer] += s.left(trained)
+            any_left[layer] = 1.0 if s.upstream & trained else any_left[layer]
         return [x / w if w else a for x, w, a in zip(left, whole, any_left, strict=True)]
 
-    def _read(self, events: Sequence[Event]) -> Iterator[_Stretch]:
-        homes = {name: layer.index for layer in self._layers for name, _ in layer.parameters}
-        layer = own = 0
-        for event in events:
-            if event.parameter is None:
-                own = 0
-            else:
-                own |= self._bits[event.parameter]
-                layer = homes[event.parameter]
-            forward, backward = event.forward_flops, event.backward_flops
-            yield _Stretch(layer, event.upstream, own, forward, backward)
-            if forward:  # else the next parameter is read by the same product: a weight, its bias
-                own = 0
+    def _home(self, stretch: Stretch) -> int:
+        return 0 if stretch.parameter is None else self._homes[stretch.parameter]
 
 
 @contextmanager

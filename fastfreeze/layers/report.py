@@ -98,8 +98,7 @@ class FreezeReport:
         optimizer: its optimizer.
         plan: the model's layers. One is frozen if most of its elements do not require grad.
         example_inputs: a tensor, a tuple of the model's positional arguments or a dict of keyword
-            arguments. The model runs on them once, and again at an event with blockers, with
-            gradients off.
+            arguments. The model runs on them once, with gradients off.
 
     Raises:
         ValueError: ``plan`` is of another model, or that does not run on ``example_inputs``.
@@ -116,7 +115,7 @@ class FreezeReport:
         if not isinstance(plan, LayerPlan):
             raise TypeError(f"plan must be a LayerPlan, got {type(plan).__name__}")
         model = checked_model(network, plan)
-        self._optimizer, self._plan, self._example = optimizer, plan, example_inputs
+        self._optimizer, self._plan = optimizer, plan
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)
         self._profiles: list[Marks] = []
@@ -216,8 +215,7 @@ class FreezeReport:
         parameters = dict(p for layer in layers for p in layer.parameters)
         if not held and not any(p.requires_grad for p in parameters.values()):
             return ()
-        model = self._plan.model
-        found = tuple(blockers_below(model, run_events(model, self._example), parameters))
+        found = tuple(blockers_below(self._plan.model, self._flops.stretches, parameters))
         if found:
             text = some([str(blocker) for blocker in found])
             warn(f"step {self._num_steps}: {text}")
