@@ -206,7 +206,7 @@ def test_weights_are_not_sent_again_at_a_freeze(ranks, seed):
 
 
 def norms_in_each_step(seed):
-    """Of each step: every layer's statistics, and whether they were written to."""
+    """Of each step: whether layers' statistics were written to, they, and how many are sent."""
     model = conv_net(seed)
     optimizer = made(model, freezing())
     network = DataParallel(fastfreeze.trim(model), optimizer)
@@ -222,7 +222,7 @@ def norms_in_each_step(seed):
             m._version != version or not m.equal(mean)
             for m, (version, mean) in zip(means, before, strict=True)
         ]
-        found.append((written, [m.clone() for m in means]))
+        found.append((written, [m.clone() for m in means], len(network._ddp.modules_buffers)))
     return found, network.module.prefix
 
 
@@ -236,10 +236,11 @@ def conv_net(seed):
 def test_statistics_of_frozen_norms_are_sent_once(ranks, seed):
     (first, prefix), (second, _) = ranks.run(norms_in_each_step, seed)
     for step, layer in [(2, 0), (4, 1), (6, 2)]:  # a step behind the first one without it
-        for written, means in (*first[step:], *second[step:]):
+        for written, means, _ in (*first[step:], *second[step:]):
             assert not written[layer]
             assert written[-1]
             torch.testing.assert_close(means[layer], first[-1][1][layer], rtol=0, atol=0)
+    assert [sent for *_, sent in first] == [12, 9, 9, 6, 6, 3, 3, 3]
     assert "as they are" not in prefix  # it is folded once, not at each step
 
 
