@@ -51,8 +51,6 @@ def write_atomic(path: Path, content: bytes) -> None:
                 temporary.unlink()
             raise
     except OSError as error:
-        if error.errno is None:
-            raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # the file that was named
     directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
     try:

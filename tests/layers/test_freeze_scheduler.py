@@ -31,8 +31,27 @@ def of(make, **options):
     return lambda groups: make(groups, **options)
 
 
-OPTIMIZERS = {  # the first one has state from the beginning, and cannot do without
-    "Adagrad": of(torch.optim.Adagrad, lr=0.05, initial_accumulator_value=0.3),
+class EarlyState(torch.optim.Optimizer):
+    """Has state from the beginning and cannot do without, as some of torch's Adagrads."""
+
+    def __init__(self, params, lr=0.1, start=2.0):
+        super().__init__(params, {"lr": lr, "start": start})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["sum"] = torch.full_like(p, start)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    total = self.state[p]["sum"].add_(p.grad.square())
+                    p.addcdiv_(p.grad, total.sqrt(), value=-group["lr"])
+
+
+OPTIMIZERS = {
+    "EarlyState": of(EarlyState, start=3.0),
+    "Adagrad": of(torch.optim.Adagrad, lr=0.05),
     "AdamW": of(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
     "Adam amsgrad": of(torch.optim.Adam, lr=0.02, amsgrad=True),
     "AdamW fused": of(torch.optim.AdamW, lr=0.02, fused=True),
