@@ -104,8 +104,7 @@ class _Uses:
 
     def give(self, value: Any, upstream: int, held: list[str]) -> None:
         """A value is the result of an operation."""
-        owner = _owner(value)
-        self.upstream[owner] = self.upstream.get(owner, 0) | upstream
+        self.upstream[_owner(value)] = upstream
         if held:
             self.held[value] = held
 

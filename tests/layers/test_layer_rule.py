@@ -64,6 +64,11 @@ def read_early(read):
     return forward
 
 
+def read_again(m, x):
+    w = m.w.clone()
+    return m.b(m.a(x) @ w) + w
+
+
 def in_autocast(m, x):
     return m.b(torch.autocast("cpu", torch.bfloat16)(torch.mm)(m.a(x), m.w).float())
 
@@ -75,6 +80,8 @@ USES = {
     "reentrant checkpoint": lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=True) @ m.w),
     "vmap": lambda m, x: m.b(torch.vmap(lambda row: m.w @ row)(m.a(x))),
     "autocast": in_autocast,
+    "cat with values": lambda m, x: m.b(torch.cat([m.a(x), m.w])),
+    "again, behind b": read_again,
     "given to a module": lambda m, x: m.b(nn.Identity()(m.w) @ m.a(x).T).T,
 }
 

@@ -34,6 +34,7 @@ SCHEDULES = {
     "cycles": SnapshotCycles(90, num_cycles=4),
     "freezeout": FreezeOut(90, t_0=0.5),
     "sticky": Cycles(),
+    "sticky to the end": FreezeOutCycles(90, num_cycles=3, t_0=1.0),
     "last_k": Cycles(composition="last_k", k=2),
     "thaw": Cycles(composition="thaw", scale_lr=False),
     "staged": FreezeOut(90, t_0=0.5, stages=9),
