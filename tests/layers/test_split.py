@@ -160,6 +160,12 @@ def convolutions():
     return Does(forward, **parts, head=nn.Linear(6, 2))
 
 
+def added_product():
+    """One operation of three matrices, two of which are multiplied."""
+    parts = {"a": nn.Linear(3, 4), "c": ones(4, 2), "w": ones(4, 2)}
+    return Does(lambda m, x: torch.addmm(m.c, m.a(x), m.w), **parts)
+
+
 def auxiliary():
     """A classifier that runs in training only, with dropout by flag."""
 
@@ -441,6 +447,7 @@ def counted(model, x):
         (mlp, (4, 3), ()),
         (mlp, (4, 3), ("0", "3", "4")),
         (functional, (4, 3), ()),
+        (added_product, (4, 3), ()),
         (siamese, (4, 3), ("a",)),
         (attention, (2, 5, 3), ()),
         (convolutions, (2, 3, 6, 6), ("stem",)),

@@ -21,6 +21,7 @@ from fastfreeze.schedule import (
     FreezeOutCycles,
     Frozen,
     GradualUnfreezing,
+    SegmentTable,
     SnapshotCycles,
     StepDecay,
     from_config,
@@ -291,6 +292,11 @@ TYPES = [
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_table_follows_the_initial_rates():
+    table = SegmentTable([Cosine(10).segments()])
+    assert [table.lrs(0, np.array([lr])) for lr in (1.0, 2.0)] == [[1.0], [2.0]]
 
 
 def test_numpys_numbers_are_numbers():
