@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from fastfreeze.errors import FastfreezeWarning
-from fastfreeze.layers.split import format_table, split
+from fastfreeze.layers.split import split
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles, Frozen, GradualUnfreezing
+from fastfreeze.text import format_table, ranges
 from tests.layers.test_split import X, attention, mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,5 +114,6 @@ def test_format_table():
         "name   n\n--------\na     10\nbc     -"
     )
     assert format_table(["name", "n"], []) == "name  n\n-------"
+    assert ranges([0, 1, 3, 5, 6]) == "0..1, 3, 5..6"
     with pytest.raises(ValueError, match="zip"):
         format_table(["name", "n"], [["a"]])
