@@ -10,7 +10,7 @@ import torch
 
 
 def cpu_seconds() -> float:
-    """Of this process, over all threads, and of the children that have ended."""
+    """CPU seconds of this process, of all its threads, and of its children that have ended."""
     return sum(os.times()[:4])
 
 

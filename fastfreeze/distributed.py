@@ -7,7 +7,7 @@ processes drift apart. :class:`DataParallel` makes it anew when other parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from operator import attrgetter
@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.optim import FusedOptimizer
 from fastfreeze.text import some
+from fastfreeze.trimming.trimmed import TrimmedModel
 
 _LEAVE_HOOKS = ("mixed_precision", "delay_all_reduce_named_params", "param_to_hook_all_reduce")
 _requires_grad = attrgetter("requires_grad")
@@ -34,12 +35,12 @@ class DataParallel(nn.Module):
     forward makes it anew over those that train: frozen ones are in no bucket, and nothing is sent
     for them; ``find_unused_parameters`` is not needed. The weights are not sent again for that.
 
-    * At each forward that is followed by a reduction, and with buffers at the first one of a step,
-      the processes compare the optimizer's step and their ``requires_grad`` flags, in one small
-      message between CPUs. If they differ, that is raised in every process, and none waits for
-      another. A forward that one process alone makes, to evaluate, is to be the model's own.
-    * Buffers are those of the first process, as with ``DistributedDataParallel``, but only those
-      of modules that train or have written to them are sent: not the statistics of frozen norms.
+    * Before a forward whose gradients are reduced or that sends buffers, the processes compare the
+      optimizer's step and their ``requires_grad`` flags, in one small message between CPUs. If they
+      differ, that is raised in every process, and none waits for another. A forward that one
+      process alone makes, to evaluate, is to be the model's own.
+    * Buffers are those of the first process, as with ``DistributedDataParallel``. Those of frozen
+      modules of a trimmed model, which do not change, are sent once more at the freeze, then not.
     * Names are ``DistributedDataParallel``'s (``module.`` before each): state dicts interchange.
       ``module.state_dict()`` has them without it, as a run in one process.
     * Accumulate gradients as ever, within :meth:`no_sync`. All processes must take as many steps:
@@ -85,17 +86,12 @@ class DataParallel(nn.Module):
         self.require_backward_grad_sync = True
         self._optimizer = optimizer
         self._group = _cpu_group(ddp_keywords)
-        self._parameters_of_module = list(module.parameters())
+        self._all_parameters = list(module.parameters())
         self._comm_hooks: list[tuple[Any, Callable[..., Any]]] = []
-        self._first_in_step = True
         _compare(self._description(), self._group)
         init_sync = ddp_keywords.pop("init_sync", True)
         self._ddp_keywords = ddp_keywords
-        ddp = self._make(init_sync)
-        self._buffers_of_module = _WrittenBuffers(
-            module, set(ddp.parameters_to_ignore) if ddp.broadcast_buffers else None
-        )
-        self._hold(ddp)
+        self._make(init_sync)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``module``'s output; gradients are reduced in the backward.
@@ -104,18 +100,17 @@ class DataParallel(nn.Module):
             RuntimeError: processes differ in the step or in what is frozen.
         """
         reduces = torch.is_grad_enabled() and self.require_backward_grad_sync
-        if reduces or (self._first_in_step and self._buffers_of_module):
+        if reduces or self._ddp.will_sync_module_buffers():
             self._follow()
-        self._first_in_step = reduces
         ddp = self._ddp
         ddp.require_backward_grad_sync = self.require_backward_grad_sync
         return ddp(*args, **kwargs)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within it, gradients are added up in each process and not reduced.
+        """Within it, each process adds its gradients up, and none are reduced.
 
-        The first backward of a forward behind it reduces the sums. The forward counts: it belongs
+        The backward of the next forward outside of it reduces the sums: put each forward, too,
         inside.
         """
         before = self.require_backward_grad_sync
@@ -139,35 +134,30 @@ class DataParallel(nn.Module):
         ddp: DistributedDataParallel = vars(self)["_held"]
         return ddp
 
-    def _hold(self, ddp: DistributedDataParallel) -> None:
-        ddp.broadcast_buffers = False  # this class sends them, if need be
+    def _make(self, init_sync: bool) -> None:
+        ddp = DistributedDataParallel(self.module, init_sync=init_sync, **self._ddp_keywords)
+        if isinstance(self.module, TrimmedModel):  # else they may write in training mode
+            ddp.parameters_to_ignore.update(_frozen_buffers(self.module))
+            ddp._assign_modules_buffers()
+        for state, hook in self._comm_hooks:
+            ddp.register_comm_hook(state, hook)
         vars(self)["_held"] = ddp  # a registered child would give each parameter a second name
         self._flags = self._current_flags()
 
-    def _make(self, init_sync: bool) -> DistributedDataParallel:
-        return DistributedDataParallel(self.module, init_sync=init_sync, **self._ddp_keywords)
-
     def _current_flags(self) -> bytes:
-        return bytes(map(_requires_grad, self._parameters_of_module))
+        return bytes(map(_requires_grad, self._all_parameters))
 
     def _follow(self) -> None:
-        """Make sure that all processes are at one point, send buffers, and follow the flags."""
+        """Make sure that all processes are at one point, and follow the flags."""
         flags = self._current_flags()
         own = self._optimizer.current_step.to_bytes(8, "little") + flags
-        written = self._buffers_of_module.written()
-        rows = _gather(own + written, self._group)
-        if any(row[: len(own)] != own for row in rows):
+        if any(row != own for row in _gather(own, self._group)):
             _compare(self._description(), self._group)
-        anywhere = [any(column) for column in zip(*(row[len(own) :] for row in rows), strict=True)]
-        self._buffers_of_module.send(anywhere, self._ddp.process_group)
         if flags != self._flags and any(flags):
-            self._make_anew()
-
-    def _make_anew(self) -> None:
-        del vars(self)["_held"]  # with its buckets, and its hooks on the parameters
-        self._hold(self._make(init_sync=False))
-        for state, hook in self._comm_hooks:
-            self._ddp.register_comm_hook(state, hook)
+            if self._ddp.broadcast_buffers and self._ddp.modules_buffers:
+                self._ddp._sync_buffers()  # for the last time those of what has frozen
+            del vars(self)["_held"]  # with its buckets, and its hooks on the parameters
+            self._make(init_sync=False)
 
     def _description(self) -> list[str]:
         """What must be the same in all processes, in words."""
@@ -186,61 +176,14 @@ class DataParallel(nn.Module):
         return lines
 
 
-class _WrittenBuffers:
-    """A model's buffers, and which modules have written to theirs since they were last sent.
-
-    Batch norm's kernels write to its statistics without PyTorch's counting it. A module's buffers
-    are therefore taken together, with its counter of batches, and as written to while it trains.
-
-    Args:
-        ignored: names of those that stay each process's own; None: all of them.
-    """
-
-    def __init__(self, module: nn.Module, ignored: set[str] | None) -> None:
-        held = {
-            m: [n for n in m._buffers if f"{p}.{n}".lstrip(".") not in (ignored or ())]
-            for p, m in module.named_modules()
-        }
-        self._places = [] if ignored is None else [(m, names) for m, names in held.items() if names]
-        self._sent = self._now()
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def _now(self) -> list[list[tuple[Tensor, int]]]:
-        """Each module's buffers with their version counters; a buffer may be replaced, too."""
-        found = [[m._buffers.get(name) for name in names] for m, names in self._places]
-        return [[(b, b._version) for b in buffers if b is not None] for buffers in found]
-
-    def written(self) -> bytes:
-        """One byte for each module with buffers: 1 if they are to be sent."""
-        trains = [
-            any(p.requires_grad for p in m.parameters(recurse=False)) for m, _ in self._places
-        ]
-        pairs = zip(self._now(), self._sent, trains, strict=True)
-        return bytes(trains or not _same(now, sent) for now, sent, trains in pairs)
-
-    def send(self, wanted: Sequence[bool], group: dist.ProcessGroup) -> None:
-        """Give the buffers of the modules that are ``wanted`` the first process's values."""
-        chosen = [b for bs, want in zip(self._now(), wanted, strict=True) if want for b, _ in bs]
-        _broadcast(chosen, group)
-        self._sent = self._now()
-
-
-def _same(a: list[tuple[Tensor, int]], b: list[tuple[Tensor, int]]) -> bool:
-    return len(a) == len(b) and all(x is y and m == n for (x, m), (y, n) in zip(a, b, strict=True))
-
-
-@torch.no_grad()
-def _broadcast(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Give tensors the values of the group's first process, in one message for each dtype."""
-    for dtype in dict.fromkeys(t.dtype for t in tensors):
-        same = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.reshape(-1) for t in same])
-        dist.broadcast(flat, group=group, group_src=0)
-        if dist.get_rank(group) != 0:
-            for t, values in zip(same, flat.split([t.numel() for t in same]), strict=True):
-                t.copy_(values.view(t.shape))
+def _frozen_buffers(module: nn.Module) -> set[str]:
+    """Names of the buffers in modules of which no parameter trains."""
+    found: set[str] = set()
+    for prefix, part in module.named_modules():
+        flags = list(map(_requires_grad, part.parameters()))
+        if flags and not any(flags):
+            found.update(name for name, _ in part.named_buffers(prefix))
+    return found
 
 
 def _cpu_group(ddp_keywords: dict[str, Any]) -> dist.ProcessGroup:

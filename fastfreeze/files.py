@@ -1,7 +1,7 @@
 """Files that are written whole, lines that are added to one, and locks.
 
-None of these follows a symbolic link that lies in the place of a file: a directory that comes out
-of an archive, or that others write to, would lead out of itself.
+No function here follows a symbolic link in a file's place: in a directory that comes out of an
+archive, or that others write to, it may lead anywhere.
 """
 
 from __future__ import annotations
@@ -51,8 +51,6 @@ def write_atomic(path: Path, content: bytes) -> None:
                 temporary.unlink()
             raise
     except OSError as error:
-        if error.errno is None:
-            raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # the file that was named
     directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -107,10 +105,7 @@ def read_file(path: Path) -> bytes:
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Remove what killed processes have left of files that they were writing.
-
-    For the one that alone writes to the directory.
-    """
+    """Remove what killed processes have left of files; only for who alone writes to a directory."""
     for path in directory.iterdir():
         if _TEMPORARY.fullmatch(path.name) and not stat.S_ISDIR(path.lstat().st_mode):
             path.unlink()

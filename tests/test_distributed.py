@@ -42,6 +42,7 @@ HYPERS = {
     "AdamW": {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True},
 }
 every_optimizer = pytest.mark.parametrize("name", HYPERS)
+RESULT = {"rtol": 1e-9, "atol": 1e-11}
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +71,16 @@ def freezing():
     return FreezeOutCycles(STEPS, num_cycles=2, t_0=0.5, composition="thaw")
 
 
+def plan_of(model):
+    return fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
+
+
 def made(model, schedule, name="SGD"):
-    plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
-    make = getattr(fastfreeze, name)
-    return make(plan.param_groups(), schedule=schedule, **HYPERS[name])
+    """What freezes: an optimizer, or the scheduler of torch's."""
+    groups = plan_of(model).param_groups()
+    if name == "scheduler":
+        return fastfreeze.FreezeScheduler(torch.optim.AdamW(groups, lr=0.01), schedule)
+    return getattr(fastfreeze, name)(groups, schedule=schedule, **HYPERS[name])
 
 
 def batch_of(seed, step, count=1, part=0):
@@ -87,15 +94,18 @@ def batch_of(seed, step, count=1, part=0):
 def train(network, optimizer, steps, seed, *, parts=1):
     """Steps on this process's share of each batch, which comes in ``parts`` that are added up."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    is_scheduler = isinstance(optimizer, fastfreeze.FreezeScheduler)
+    stepping = [optimizer.optimizer, optimizer] if is_scheduler else [optimizer]
     for step in steps:
-        optimizer.zero_grad()
+        stepping[0].zero_grad()
         for part in range(parts):
             last = part == parts - 1
             with nullcontext() if last or world == 1 else network.no_sync():
                 images, labels = batch_of(seed, step, world * parts, rank * parts + part)
                 loss = (network(images) - labels).square().mean() / parts
                 loss.backward()
-        optimizer.step()
+        for one in stepping:
+            one.step()
 
 
 def weights(model):
@@ -109,9 +119,9 @@ def in_one_process(seed, name="SGD"):
     return weights(model)
 
 
-def trained_in_parallel(seed, parts, trimmed, keywords):
+def trained_in_parallel(seed, parts, trimmed, keywords, name):
     model = net(seed if dist.get_rank() == 0 else seed + 1)  # rank 0's weights are everybody's
-    optimizer = made(model, freezing())
+    optimizer = made(model, freezing(), name)
     network = DataParallel(fastfreeze.trim(model) if trimmed else model, optimizer, **keywords)
     frozen = []
     for step in range(STEPS):
@@ -121,49 +131,23 @@ def trained_in_parallel(seed, parts, trimmed, keywords):
 
 
 TRAININGS = {
-    "untrimmed": (1, False, {}),
-    "accumulated under no_sync": (2, True, {}),
-    "views of buckets, accumulated": (3, True, {"gradient_as_bucket_view": True}),
-    "a bucket for each gradient": (1, True, {"bucket_cap_mb": 1e-6}),
-    "a static graph": (1, True, {"static_graph": True}),
+    "untrimmed": (1, False, {}, "SGD"),
+    "accumulated under no_sync": (2, True, {}, "SGD"),
+    "views of buckets, accumulated": (3, True, {"gradient_as_bucket_view": True}, "SGD"),
+    "a bucket for each gradient": (1, True, {"bucket_cap_mb": 1e-6}, "SGD"),
+    "a static graph": (1, True, {"static_graph": True}, "SGD"),
+    "another optimizer": (1, True, {}, "scheduler"),
 }
 
 
-@pytest.mark.parametrize(("parts", "trimmed", "keywords"), TRAININGS.values(), ids=TRAININGS)
-def test_processes_train_as_one_does(ranks, seed, parts, trimmed, keywords):
-    results = ranks.run(trained_in_parallel, seed, parts, trimmed, keywords)
-    expected = in_one_process(seed)
+@pytest.mark.parametrize("training", TRAININGS.values(), ids=TRAININGS)
+def test_processes_train_as_one_does(ranks, seed, training):
+    results = ranks.run(trained_in_parallel, seed, *training)
+    expected = in_one_process(seed, training[-1])
     for found, frozen in results:
-        assert frozen[0] == (0,)
-        assert frozen[6] == (0, 1, 2)
-        assert frozen[7] == ()
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        assert (frozen[0], frozen[6], frozen[7]) == ((0,), (0, 1, 2), ())
+        torch.testing.assert_close(found, expected, **RESULT)
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
-
-
-def trained_with_a_scheduler(seed):
-    model = net(seed)
-    plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
-    optimizer = torch.optim.AdamW(plan.param_groups(), lr=0.01)
-    scheduler = fastfreeze.FreezeScheduler(optimizer, freezing())
-    network = fastfreeze.trim(model)
-    if dist.is_initialized():
-        network = DataParallel(network, scheduler)
-    frozen = []
-    for step in range(STEPS):
-        train(network, optimizer, [step], seed)
-        scheduler.step()
-        frozen.append(scheduler.frozen_layers)
-    return weights(model), frozen
-
-
-def test_another_optimizer_freezes_in_all_processes(ranks, seed):
-    expected, frozen = trained_with_a_scheduler(seed)
-    assert frozen[6] == (0, 1, 2)
-    assert frozen[7] == ()
-    for found, their_frozen in ranks.run(trained_with_a_scheduler, seed):
-        assert their_frozen == frozen
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 class SentBytes:
@@ -182,6 +166,7 @@ class SentBytes:
 
 
 def bytes_in_each_step(seed, keywords):
+    """Of each step: what was reduced, and what trained."""
     model = net(seed)
     optimizer = made(model, freezing())
     network = DataParallel(fastfreeze.trim(model), optimizer, **keywords)
@@ -189,7 +174,7 @@ def bytes_in_each_step(seed, keywords):
     network.register_comm_hook(None, sent.hook)
     found = []
     for step in range(STEPS):
-        trains = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        trains = [sum(p.nbytes for p in x.parameters() if p.requires_grad) for x in model]
         train(network, optimizer, [step], seed)
         found.append((sent.taken(), trains))
     return found
@@ -198,13 +183,9 @@ def bytes_in_each_step(seed, keywords):
 @pytest.mark.parametrize("cap", [25, 1e-6], ids=["one bucket", "many buckets"])
 def test_frozen_layers_send_nothing(ranks, seed, cap):
     for found in ranks.run(bytes_in_each_step, seed, {"bucket_cap_mb": cap}):
-        sent, trains = zip(*found, strict=True)
-        assert sent == trains
-        layers = [sum(p.nbytes for p in layer.parameters()) for layer in net(seed)]
-        everything = sum(layers)
-        assert sent[0] == sent[8] == everything
-        assert sent[1] == sent[9] == everything - layers[0]
-        assert sent[5] == layers[-1]
+        assert all(sent == sum(trains) for sent, trains in found)
+        frozen = [trains.count(0) for _, trains in found]
+        assert frozen[:9] == [0, 1, 1, 2, 2, 3, 3, 3, 0]
 
 
 def weights_that_rank_1_changed_before_a_freeze(seed):
@@ -225,7 +206,7 @@ def test_weights_are_not_sent_again_at_a_freeze(ranks, seed):
 
 
 def norms_in_each_step(seed):
-    """Of each step: every layer's statistics, and whether they were written to."""
+    """Of each step: whether layers' statistics were written to, they, and how many are sent."""
     model = conv_net(seed)
     optimizer = made(model, freezing())
     network = DataParallel(fastfreeze.trim(model), optimizer)
@@ -241,7 +222,7 @@ def norms_in_each_step(seed):
             m._version != version or not m.equal(mean)
             for m, (version, mean) in zip(means, before, strict=True)
         ]
-        found.append((written, [m.clone() for m in means]))
+        found.append((written, [m.clone() for m in means], len(network._ddp.modules_buffers)))
     return found, network.module.prefix
 
 
@@ -255,10 +236,11 @@ def conv_net(seed):
 def test_statistics_of_frozen_norms_are_sent_once(ranks, seed):
     (first, prefix), (second, _) = ranks.run(norms_in_each_step, seed)
     for step, layer in [(2, 0), (4, 1), (6, 2)]:  # a step behind the first one without it
-        for written, means in (*first[step:], *second[step:]):
+        for written, means, _ in (*first[step:], *second[step:]):
             assert not written[layer]
             assert written[-1]
             torch.testing.assert_close(means[layer], first[-1][1][layer], rtol=0, atol=0)
+    assert [sent for *_, sent in first] == [12, 9, 9, 6, 6, 3, 3, 3]
     assert "as they are" not in prefix  # it is folded once, not at each step
 
 
@@ -376,7 +358,7 @@ def test_two_processes_checkpoint_is_resumed_by_one_and_by_three(ranks, seed, st
     arguments = seed, state, optimizer_state, rest
     # The last one goes on with the very tensors of the state.
     for found in (*ranks.run(resumed, *arguments, world=3), resumed(*arguments)):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found, expected, **RESULT)
 
 
 def names_of_states():
@@ -427,11 +409,12 @@ def test_without_a_process_group_that_is_said():
 def sharded(seed, name="SGD", **extra):
     """A model sharded layer by layer, as FSDP2 does it, and its optimizer."""
     model = net(seed)
-    plan = fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
+    plan = plan_of(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for part in (*model, model):
+        fully_shard(part, mesh=mesh)
+    with pytest.raises(ValueError, match="split before sharding"):
+        plan_of(model)
     make = getattr(fastfreeze, name)
     return model, make(plan.param_groups(), schedule=freezing(), **HYPERS[name], **extra)
 
@@ -460,25 +443,10 @@ def trained_in_shards(seed, backend, trimmed, name):
 def test_sharded_layers_freeze_and_train_as_in_one_process(ranks, seed, backend, trimmed, name):
     expected = in_one_process(seed, name)
     for found, gradients in ranks.run(trained_in_shards, seed, backend, trimmed, name):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found, expected, **RESULT)
         assert gradients[0] == [False, True, True, True]  # layer 0 has just been frozen
         assert gradients[5] == [False, False, False, True]
         assert gradients[8] == [False, True, True, True]
-
-
-def split_when_sharded(seed):
-    model, _ = sharded(seed)
-    try:
-        fastfreeze.split(model, layers=[str(i) for i in range(len(model))])
-    except ValueError as error:
-        return str(error)
-    return "split"
-
-
-def test_a_sharded_model_is_not_split(ranks, seed):
-    for text in ranks.run(split_when_sharded, seed):
-        assert "sharded parameters" in text
-        assert "split before sharding" in text
 
 
 def shards_saved_after(seed, stop, name):
@@ -490,15 +458,15 @@ def shards_saved_after(seed, stop, name):
     return whole(model), get_optimizer_state_dict(model, optimizer, options=options)
 
 
-def shards_resumed(seed, state, optimizer_state, steps, name):
-    if dist.is_initialized():
-        model, optimizer = sharded(seed + 1, name)
-    else:
-        model = net(seed + 1)
-        optimizer = made(model, freezing(), name)
+def shards_resumed(seed, state, optimizer_state, steps, name, whole_state=True):
+    model, optimizer = sharded(seed + 1, name) if dist.is_initialized() else (net(seed + 1), None)
+    optimizer = optimizer or made(model, freezing(), name)
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(model, state, options=options)
-    set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
+    if whole_state:
+        set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
+    else:
+        optimizer.load_state_dict(optimizer_state)
     train(model, optimizer, steps, seed)
     return whole(model)
 
@@ -510,15 +478,7 @@ def test_a_consolidated_state_is_resumed_by_one_and_by_three(ranks, seed, stop, 
     expected, rest = in_one_process(seed, name), range(stop, STEPS)
     arguments = seed, state, optimizer_state, rest, name
     for found in (*ranks.run(shards_resumed, *arguments, world=3), shards_resumed(*arguments)):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-
-
-def shards_resumed_from_one_process(seed, state, optimizer_state, steps, name):
-    model, optimizer = sharded(seed + 1, name)
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
-    optimizer.load_state_dict(optimizer_state)
-    train(model, optimizer, steps, seed)
-    return whole(model)
+        torch.testing.assert_close(found, expected, **RESULT)
 
 
 @every_optimizer
@@ -526,9 +486,9 @@ def test_shards_resume_what_one_process_has_saved(ranks, seed, name):
     model = net(seed)
     optimizer = made(model, freezing(), name)
     train(model, optimizer, range(2), seed)
-    arguments = seed, weights(model), optimizer.state_dict(), range(2, STEPS), name
-    for found in ranks.run(shards_resumed_from_one_process, *arguments):
-        torch.testing.assert_close(found, in_one_process(seed, name), rtol=1e-9, atol=1e-11)
+    arguments = seed, weights(model), optimizer.state_dict(), range(2, STEPS), name, False
+    for found in ranks.run(shards_resumed, *arguments):
+        torch.testing.assert_close(found, in_one_process(seed, name), **RESULT)
 
 
 DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"

@@ -1,19 +1,16 @@
-"""What keeps the backward of a frozen prefix alive: one trained parameter is enough.
-
-The measure is FLOPs, from one run of the model on example inputs: those of matrix products and
-convolutions, once for each operand that needs a gradient.
-"""
+"""What keeps the backward of a frozen prefix alive: one trained parameter is enough."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from fastfreeze.layers.execution import Event, gradient_bits, parameter_names, run_events
+from fastfreeze.layers.costs import Stretch, stretches
+from fastfreeze.layers.execution import gradient_bits, run_events
 from fastfreeze.layers.split import LayerPlan
 from fastfreeze.trimming.trimmed import TrimmedModel
 
@@ -26,10 +23,10 @@ class BackwardBlocker:
 
     Attributes:
         parameter: its qualified name.
-        share: of the backward of the frozen prefix, in 0..1, what runs because of it. The prefix's
-            backward is two gradients for each matrix product or convolution; of a frozen one runs
-            that of its input, a half. Shares overlap: each of two blockers keeps alive what lies
-            between both and the prefix's end.
+        share: how much of the backward of the frozen prefix runs because of it, in 0..1, by FLOPs.
+            The whole backward is two gradients for each matrix product or convolution; of a frozen
+            one, that of its input may run, a half. Shares overlap: each of two blockers keeps alive
+            what lies between both and the prefix's end.
     """
 
     parameter: str
@@ -70,7 +67,7 @@ def backward_blockers(
     else:
         groups = [layer.parameters for layer in plan.layers]
     prefix = itertools.chain(*groups[: _best_end(groups)])
-    return blockers_below(model, events, {name for name, _ in prefix})
+    return blockers_below(model, stretches(model, events), {name for name, _ in prefix})
 
 
 def checked_model(network: nn.Module, plan: LayerPlan | None) -> nn.Module:
@@ -82,32 +79,19 @@ def checked_model(network: nn.Module, plan: LayerPlan | None) -> nn.Module:
 
 
 def blockers_below(
-    model: nn.Module, events: Sequence[Event], prefix: Collection[str]
+    model: nn.Module, run: Iterable[Stretch], prefix: Collection[str]
 ) -> list[BackwardBlocker]:
-    """The trained parameters on which operations with those of ``prefix`` depend.
-
-    Args:
-        model: the model, with the flags that it had in the run of ``events``.
-        events: of a run. An operation belongs to the parameter that was read last.
-        prefix: names of the parameters that are meant to be frozen.
-    """
+    """The parameters that train, and on which operations depend that belong to the ``prefix``."""
     bits = gradient_bits(model)
-    whole, upstream = 0, 0
-    alive = dict.fromkeys(bits, 0)
-    inside = False
-    for event in events:
-        inside = event.parameter in prefix if event.parameter is not None else inside
-        if not inside:
-            continue
-        whole += 2 * event.forward_flops
-        upstream |= event.upstream
-        for name, bit in bits.items():
-            alive[name] += event.backward_flops if event.upstream & bit else 0
-    found = [
-        BackwardBlocker(name, alive[name] / max(whole, 1))
-        for name in parameter_names(model).values()
-        if upstream & bits[name]
-    ]
+    trained = sum(bits.values())
+    inside = [stretch for stretch in run if stretch.parameter in prefix]
+    whole = 2 * sum(stretch.forward for stretch in inside)
+    found = []
+    for name, bit in bits.items():
+        below = [stretch for stretch in inside if stretch.upstream & bit]
+        if below:
+            alive = sum(stretch.left(trained) for stretch in below)
+            found.append(BackwardBlocker(name, alive / max(whole, 1)))
     return sorted(found, key=lambda blocker: -blocker.share)
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 
 from fastfreeze.clock import Clock
-from fastfreeze.layers.execution import Event, gradient_bits
+from fastfreeze.layers.execution import Event, gradient_bits, parameter_bits
 from fastfreeze.layers.split import LayerPlan
 
-Part = tuple[str, int]
-REST: Part = ("rest", 0)
+Part = tuple[str, int]  # forward and backward of a layer, "update" and "rest" of layer 0
+Marks = list[tuple[Part, Any]]  # what has ended, and a reading of the clock
+_REST: Part = ("rest", 0)
 
 
 @dataclass(frozen=True)
@@ -45,107 +48,90 @@ class LayerCosts:
         return self.step(frozen, alive) - gone
 
 
-@dataclass(frozen=True)
-class _Stretch:
-    """Operations of one layer that read the same parameters.
+class Stretch(NamedTuple):
+    """Operations that belong to one parameter, the one that was read last.
 
     Attributes:
-        upstream, own: bits of the trainable parameters on which they depend, and which they read.
+        upstream, own: bits of the parameters on which they depend, and which they read.
         forward, backward: their FLOPs.
     """
 
-    layer: int
+    parameter: str | None
     upstream: int
     own: int
     forward: int
     backward: int
 
-
-class LayerFlops:
-    """FLOPs of a plan's layers, from the events of a run with everything trainable.
-
-    An operation belongs to the layer whose parameter was read last.
-    """
-
-    def __init__(self, plan: LayerPlan, events: Sequence[Event]) -> None:
-        self._bits = gradient_bits(plan.model)
-        self._layers = plan.layers
-        self._stretches = list(self._read(events))
-
-    def costs(self) -> LayerCosts:
-        """The costs in FLOPs, which know of forward and backward alone."""
-        forward, backward = ([0.0] * len(self._layers) for _ in range(2))
-        for s in self._stretches:
-            forward[s.layer] += s.forward
-            backward[s.layer] += s.backward
-        return LayerCosts(tuple(forward), tuple(backward), (0.0,) * len(forward), 0.0)
-
-    def alive(self, frozen: Collection[int]) -> list[float]:
-        """The share of each layer's backward, in 0..1, that is left with the layers ``frozen``.
+    def left(self, trained: int) -> int:
+        """FLOPs of the backward if the parameters of these bits train.
 
         Of a product, the gradient of a frozen parameter is gone, and so is that of an input that
         depends on nothing else that trains.
         """
-        trained = sum(
-            self._bits[name]
-            for layer in self._layers
-            if layer.index not in frozen
-            for name, _ in layer.parameters
-        )
+        upstream = self.upstream & trained
+        if not upstream:
+            return 0
+        both = upstream & ~self.own and (upstream & self.own or not self.own)
+        return self.backward if both else min(self.forward, self.backward)
+
+
+def stretches(model: nn.Module, events: Sequence[Event]) -> Iterator[Stretch]:
+    """The stretches of a run."""
+    bits = parameter_bits(model)
+    parameter, own = None, 0
+    for event in events:
+        if event.parameter is None:
+            own = 0
+        else:
+            parameter, own = event.parameter, own | bits[event.parameter]
+        forward, backward = event.forward_flops, event.backward_flops
+        yield Stretch(parameter, event.upstream, own, forward, backward)
+        if forward:  # else the next parameter is read by the same product: a weight, its bias
+            own = 0
+
+
+class LayerFlops:
+    """FLOPs of a plan's layers, from the events of a run with everything trainable."""
+
+    def __init__(self, plan: LayerPlan, events: Sequence[Event]) -> None:
+        self.stretches = list(stretches(plan.model, events))
+        self._bits, self._layers = gradient_bits(plan.model), plan.layers
+        self._homes = {name: layer.index for layer in plan.layers for name, _ in layer.parameters}
+
+    def costs(self) -> LayerCosts:
+        """The costs in FLOPs, which know of forward and backward alone."""
+        forward, backward = ([0.0] * len(self._layers) for _ in range(2))
+        for s in self.stretches:
+            forward[self._home(s)] += s.forward
+            backward[self._home(s)] += s.backward
+        return LayerCosts(tuple(forward), tuple(backward), (0.0,) * len(forward), 0.0)
+
+    def alive(self, frozen: Collection[int]) -> list[float]:
+        """The share of each layer's backward, in 0..1, that is left with the layers ``frozen``."""
+        trained = sum(bit for name, bit in self._bits.items() if self._homes[name] not in frozen)
         whole, left, any_left = ([0.0] * len(self._layers) for _ in range(3))
-        for s in self._stretches:
-            upstream = s.upstream & trained
-            whole[s.layer] += s.backward
-            if upstream:
-                any_left[s.layer] = 1.0
-                both = upstream & ~s.own and (upstream & s.own or not s.own)
-                left[s.layer] += s.backward if both else min(s.forward, s.backward)
+        for s in self.stretches:
+            layer = self._home(s)
+            whole[layer] += s.backward
+            left[layer] += s.left(trained)
+            any_left[layer] = 1.0 if s.upstream & trained else any_left[layer]
         return [x / w if w else a for x, w, a in zip(left, whole, any_left, strict=True)]
 
-    def _read(self, events: Sequence[Event]) -> Iterator[_Stretch]:
-        homes = {name: layer.index for layer in self._layers for name, _ in layer.parameters}
-        layer = own = 0
-        for event in events:
-            if event.parameter is None:
-                own = 0
-            else:
-                own |= self._bits[event.parameter]
-                layer = homes[event.parameter]
-            forward, backward = event.forward_flops, event.backward_flops
-            yield _Stretch(layer, event.upstream, own, forward, backward)
-            if forward:  # else the next parameter is read by the same product: a weight, its bias
-                own = 0
-
-
-class StepProfile:
-    """The time of one training step, by parts: forward and backward of each layer, update, rest."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._marks: list[tuple[Part, Any]] = [(REST, clock.now())]
-
-    def end(self, part: Part) -> None:
-        """What has run since the last call belongs to ``part``."""
-        self._marks.append((part, self._clock.now()))
-
-    def seconds(self) -> dict[Part, float]:
-        total: dict[Part, float] = {}
-        for (_, start), (part, end) in zip(self._marks, self._marks[1:], strict=False):
-            total[part] = total.get(part, 0.0) + self._clock.seconds(start, end)
-        return total
+    def _home(self, stretch: Stretch) -> int:
+        return 0 if stretch.parameter is None else self._homes[stretch.parameter]
 
 
 @contextmanager
-def profiled(plan: LayerPlan, optimizer: Optimizer, clock: Clock) -> Iterator[StepProfile]:
+def profiled(plan: LayerPlan, optimizer: Optimizer, clock: Clock) -> Iterator[Marks]:
     """Hooks around one training step of the plan's model; they are removed on leaving.
 
-    A layer's forward ends as each of its modules returns, its backward as each gradient of its
-    parameters is there.
+    Each mark says what ends with it: a layer's forward as each of its modules returns, its backward
+    as each gradient of its parameters is there, the update, and the rest.
     """
-    profile = StepProfile(clock)
+    marks: Marks = [(_REST, clock.now())]
 
     def ends(kind: str, index: int = 0) -> Callable[..., None]:
-        return lambda *_: profile.end((kind, index))
+        return lambda *_: marks.append(((kind, index), clock.now()))
 
     hooks = [
         plan.model.register_forward_pre_hook(ends("rest")),
@@ -153,26 +139,23 @@ def profiled(plan: LayerPlan, optimizer: Optimizer, clock: Clock) -> Iterator[St
         optimizer.register_step_post_hook(ends("update")),
     ]
     for layer in plan.layers:
-        modules = _modules(plan, layer.modules)
-        hooks += [m.register_forward_hook(ends("forward", layer.index)) for m in modules]
-        hooks += [
-            p.register_post_accumulate_grad_hook(ends("backward", layer.index))
-            for p in layer.trainable
-        ]
+        inside = [m for name in layer.modules for m in plan.model.get_submodule(name).modules()]
+        ends_forward, ends_backward = ends("forward", layer.index), ends("backward", layer.index)
+        hooks += [m.register_forward_hook(ends_forward) for m in dict.fromkeys(inside)]
+        hooks += [p.register_post_accumulate_grad_hook(ends_backward) for p in layer.trainable]
     with ExitStack() as stack:
         for hook in hooks:
             stack.callback(hook.remove)
-        yield profile
-        profile.end(REST)
+        yield marks
+        marks.append((_REST, clock.now()))
 
 
-def measured_costs(plan: LayerPlan, profiles: Sequence[StepProfile]) -> LayerCosts:
+def measured_costs(plan: LayerPlan, profiles: Sequence[Marks], clock: Clock) -> LayerCosts:
     """Seconds of each part, medians over the profiles; the update's by numbers of elements."""
-
-    seconds = [profile.seconds() for profile in profiles]
+    totals = [_seconds(marks, clock) for marks in profiles]
 
     def median(kind: str, index: int = 0) -> float:
-        return statistics.median(times.get((kind, index), 0.0) for times in seconds)
+        return statistics.median(seconds[kind, index] for seconds in totals)
 
     sizes = [sum(p.numel() for p in layer.trainable) for layer in plan.layers]
     update = median("update") / max(sum(sizes), 1)
@@ -184,7 +167,9 @@ def measured_costs(plan: LayerPlan, profiles: Sequence[StepProfile]) -> LayerCos
     )
 
 
-def _modules(plan: LayerPlan, names: Sequence[str]) -> list[nn.Module]:
-    """The modules of these names, and those inside."""
-    found = [m for name in names for m in plan.model.get_submodule(name).modules()]
-    return list(dict.fromkeys(found))
+def _seconds(marks: Marks, clock: Clock) -> defaultdict[Part, float]:
+    """Of each part, what has passed up to its marks since the marks before."""
+    seconds: defaultdict[Part, float] = defaultdict(float)
+    for (_, start), (part, end) in pairwise(marks):
+        seconds[part] += clock.seconds(start, end)
+    return seconds

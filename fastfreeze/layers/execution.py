@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import or_
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _ATEN = torch.ops.aten
-# Besides views: what only moves a parameter's values is no use of it, and what reads the result is.
+# What moves values, as views do, is no use of a parameter. What reads the result is.
 _MOVES = {_ATEN.cat, _ATEN.clone, _ATEN.repeat, _ATEN.stack, _ATEN._to_copy}
 _MOVE_NAMES = {
     *("cat", "clone", "contiguous", "detach", "expand", "expand_as", "flatten", "getitem"),
@@ -69,8 +69,48 @@ def gradient_bits(model: nn.Module) -> dict[str, int]:
     return {n: bits[n] if p.requires_grad else 0 for n, p in model.named_parameters()}
 
 
+class _Uses:
+    """Makes the events of one execution, and follows its values: tensors, or nodes of a graph."""
+
+    def __init__(self, model: nn.Module, values: Callable[[], MutableMapping[Any, Any]]) -> None:
+        self.events = [Event("")]
+        self.upstream = values()  # bits of the parameters on which a value depends
+        self.held = values()  # names of the parameters of which a value is a copy or a view
+        self._bits = parameter_bits(model)
+
+    def begin(self, value: Any, name: str) -> None:
+        """A value is the parameter of this name."""
+        self.upstream[value], self.held[value] = self._bits[name], [name]
+
+    def operation(
+        self, module: str, inputs: Sequence[Any], moves: bool, own: Sequence[str] = ()
+    ) -> tuple[int, list[str]]:
+        """Record what an operation in ``module`` reads: ``inputs``, and ``own`` parameters besides.
+
+        Returns the bits of what its results depend on, and the parameters that they hold.
+        """
+        held = [value for value in inputs if value in self.held]
+        names = dict.fromkeys([*(name for value in held for name in self.held[value]), *own])
+        self.events += [Event(module, name) for name in names]
+        bits = [*(self.upstream.get(_owner(v), 0) for v in inputs), *(self._bits[n] for n in own)]
+        upstream = reduce(or_, bits, 0)
+        self.events[-1].upstream |= upstream
+        if moves and len(held) == len(inputs):
+            return upstream, list(names)
+        for value in held:
+            if not isinstance(value, nn.Parameter):  # the first use gives the place
+                self.held.pop(value, None)
+        return upstream, []
+
+    def give(self, value: Any, upstream: int, held: list[str]) -> None:
+        """A value is the result of an operation."""
+        self.upstream[_owner(value)] = upstream
+        if held:
+            self.held[value] = held
+
+
 class _Nowhere:
-    """For a FLOP counter, in the place of hooks on all modules, which fail on some inputs."""
+    """Takes the place of a FLOP counter's hooks on all modules, which fail on some inputs."""
 
     parents = ("Global",)
 
@@ -80,43 +120,38 @@ class _Nowhere:
 
 
 class _Recorder(TorchDispatchMode):
-    """Records the events of one run, and follows which parameters each tensor depends on."""
+    """Records the events of one run, with the FLOPs that a counter finds."""
 
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.events = [Event("")]
+        self.uses = _Uses(model, WeakTensorKeyDictionary)
         self._counter = counter
         self._running = [""]
-        self._names = parameter_names(model)
         self._trainable = sum(gradient_bits(model).values())
-        self._upstream = WeakTensorKeyDictionary()
-        self._moved = WeakTensorKeyDictionary()  # results of moves, to the parameters in them
-        self._model = model
+        self._parameters = dict(model.named_parameters())
         self._written: dict[str, torch.Tensor] = {}  # what parameters held before
-        bits = parameter_bits(model)
-        for name, parameter in model.named_parameters():
-            self._upstream[parameter] = bits[name]
+        for name, parameter in self._parameters.items():
+            self.uses.begin(parameter, name)
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Within the context, the model's modules tell when they start and return."""
 
+        def started(name: str, *_: Any) -> None:
+            self._running.append(name)
+            self.uses.events.append(Event(name))
+
         def returned(*_: Any) -> None:
             self._running.pop()
-            self.events.append(Event(self._running[-1]))
+            self.uses.events.append(Event(self._running[-1]))
 
         with ExitStack() as hooks:
             for name, module in model.named_modules():
-
-                def started(*_: Any, name: str = name) -> None:
-                    self._running.append(name)
-                    self.events.append(Event(name))
-
-                before = module.register_forward_pre_hook(started)
-                hooks.callback(before.remove)
+                before = module.register_forward_pre_hook(partial(started, name))
                 after = module.register_forward_hook(returned, always_call=True)
+                hooks.callback(before.remove)
                 hooks.callback(after.remove)
             yield
 
@@ -125,33 +160,25 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         tensors = _tensors((args, kwargs))
         self._keep(func, args, kwargs or {})
-        moved = self._read(func, tensors)
-        upstream = matrices = 0
-        for tensor in tensors:
-            bits = self._upstream.get(_owner(tensor), 0)
-            upstream |= bits
-            matrices += bits & self._trainable != 0 and tensor.ndim >= 2
+        upstream, held = self.uses.operation(self._running[-1], tensors, _moves(func))
+        known = (self.uses.upstream.get(_owner(t), 0) for t in tensors if t.ndim >= 2)
+        matrices = sum(bits & self._trainable != 0 for bits in known)
         before = self._counter.get_total_flops()
         out = func(*args, **(kwargs or {}))
         flops = self._counter.get_total_flops() - before
-        event = self.events[-1]
-        event.upstream |= upstream
-        event.forward_flops += flops
-        event.backward_flops += flops * min(matrices, 2)
+        self.uses.events[-1].forward_flops += flops
+        self.uses.events[-1].backward_flops += flops * min(matrices, 2)
         for result in _tensors(out):
-            owner = _owner(result)
-            self._upstream[owner] = self._upstream.get(owner, 0) | upstream
-            if moved:
-                self._moved[result] = moved
+            self.uses.give(result, upstream, held)
         return out
 
     def restore(self) -> None:
         """Undo what was written to parameters."""
         for name, value in self._written.items():
-            self._model.get_parameter(name).data.copy_(value)
+            self._parameters[name].data.copy_(value)
 
     def _keep(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before an operation: what the parameters hold that it writes to."""
+        """Keep what parameters hold, before an operation writes to them."""
         schema = getattr(func, "_schema", None)
         if schema is None or not schema.is_mutable:
             return
@@ -160,43 +187,30 @@ class _Recorder(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             for tensor in _tensors(value):
-                owner = self._names.get(id(_owner(tensor)))
-                for name in self._moved.get(tensor, ()) if owner is None else (owner,):
+                held = self.uses.held.get(tensor) or self.uses.held.get(_owner(tensor), [])
+                for name in held:
                     if name not in self._written:
-                        self._written[name] = self._model.get_parameter(name).detach().clone()
-
-    def _read(self, func: Any, tensors: list[torch.Tensor]) -> list[str]:
-        """Record what an operation reads; the parameters that it moves and does no more."""
-        carried = [tensor for tensor in tensors if tensor in self._moved]
-        names = [name for tensor in carried for name in self._moved[tensor]]
-        own = [self._names[id(tensor)] for tensor in tensors if id(tensor) in self._names]
-        moves = len(carried) + len(own) == len(tensors) and _moves(func)
-        for name in dict.fromkeys(own if moves else names + own):
-            self.events.append(Event(self._running[-1], name))
-        if moves:
-            return names + own
-        for tensor in carried:  # the first use gives the place
-            self._moved.pop(tensor, None)
-        return []
+                        self._written[name] = self._parameters[name].detach().clone()
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
-def _owner(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that a view is of: what is written to the one is read in the other."""
-    return tensor if tensor._base is None else tensor._base
+def _owner(value: Any) -> Any:
+    """The tensor whose memory a view shares; a value that is no view itself."""
+    base = getattr(value, "_base", None)
+    return value if base is None else base
 
 
 def _moves(func: Any) -> bool:
     return bool(getattr(func, "is_view", False)) or getattr(func, "overloadpacket", None) in _MOVES
 
 
-def arguments(name: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with, of the argument ``name`` that says so."""
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with, by position and by name."""
     if any(isinstance(leaf, np.ndarray) for leaf in tree_leaves(inputs)):
-        raise TypeError(f"{name} must hold tensors, got a NumPy array: use torch.from_numpy")
+        raise TypeError("example_inputs must hold tensors, got a NumPy array: use torch.from_numpy")
     if isinstance(inputs, torch.Tensor):
         return (inputs,), {}
     if isinstance(inputs, tuple):
@@ -204,14 +218,14 @@ def arguments(name: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     raise TypeError(
-        f"{name} must be a tensor, a tuple of positional arguments or a dict of keyword "
+        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
         f"arguments, got {type(inputs).__name__}"
     )
 
 
 def run_events(model: nn.Module, example_inputs: Any, training: bool = True) -> list[Event]:
     """The events of a run on the inputs."""
-    args, keywords = arguments("example_inputs", example_inputs)
+    args, keywords = _arguments(example_inputs)
     with ExitStack() as stack:
         stack.enter_context(_left_as_found(model, training))
         stack.enter_context(torch.no_grad())
@@ -238,77 +252,61 @@ def run_events(model: nn.Module, example_inputs: Any, training: bool = True) -> 
                 f"model does not run on example_inputs in {'training' if training else 'eval'} "
                 f"mode (single modules in eval mode): {type(error).__name__}: {error}"
             ) from error
-    return recorder.events
+    return recorder.uses.events
 
 
 class Undo:
-    """What it takes to call a model again: random number generators, and some tensors.
-
-    Args:
-        tensors: which.
-        gpus: whose generators.
-    """
+    """Brings random number generators, those of ``gpus`` too, and tensors back to this moment."""
 
     def __init__(self, tensors: Iterable[torch.Tensor], gpus: Iterable[int]) -> None:
-        self._tensors = [(t, t.detach().clone()) for t in tensors]
-        self.python, self.numpy = random.getstate(), np.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._gpus = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
-
-    def restore(self) -> None:
-        """Have all as it was."""
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self._torch)
-        for gpu, state in self._gpus.items():
-            torch.cuda.set_rng_state(state, gpu)
-        with torch.no_grad():
-            for tensor, values in self._tensors:
-                if not _is_equal(tensor, values):  # a write would invalidate saved tensors
-                    tensor.copy_(values)
-
-
-class Snapshot(Undo):
-    """A model's attributes, buffers and training flags as well.
-
-    Attributes that are containers or generators are restored, too.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.owners = [(type(m).__name__, vars(m), dict(vars(m))) for m in model.modules()]
-        held = [(f"{o}.{n}", v) for o, _, seen in self.owners for n, v in seen.items()]
-        self.containers = [
-            (name, value, copy.copy(value))
-            for name, value in held
-            if type(value) in (list, dict, OrderedDict)  # hooks are in the last
+        self._restorers: list[Callable[[], object]] = [
+            partial(random.setstate, random.getstate()),
+            partial(np.random.set_state, np.random.get_state()),
+            partial(torch.set_rng_state, torch.get_rng_state()),
+            *(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(i), i) for i in gpus),
+            *(partial(_write_back, tensor, tensor.detach().clone()) for tensor in tensors),
         ]
-        self._restorers = [restore for _, value in held if (restore := restorer(value))]
-        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        super().__init__(model.buffers(), gpus)
 
     def restore(self) -> None:
-        for _, own, seen in self.owners:
-            own.clear()
-            own.update(seen)
         for restore in self._restorers:
             restore()
-        super().restore()
+
+
+@torch.no_grad()
+def _write_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    with suppress(RuntimeError):  # not all tensors can be compared
+        if torch.equal(tensor, values):  # a write would invalidate saved tensors
+            return
+    tensor.copy_(values)
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[Snapshot]:
-    """Undo, on leaving, what runs of the model do to it and to random number generators."""
-    snapshot = Snapshot(model)
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Undo, on leaving, what runs of the model do to it and to random number generators.
+
+    The model gets back its attributes, the contents of containers and generators among them, its
+    buffers and its training flags.
+    """
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    undo = Undo(model.buffers(), gpus)
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    held = [value for _, seen in attributes for value in seen.values()]
+    restorers = [restore for value in held if (restore := _restorer(value))]
     try:
-        yield snapshot
+        yield
     finally:
-        snapshot.restore()
+        for own, seen in attributes:
+            own.clear()
+            own.update(seen)
+        for restore in restorers:
+            restore()
+        undo.restore()
         torch.clear_autocast_cache()  # casts made under no_grad have no gradient
 
 
 @contextmanager
 def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
-    """A mode without its traces: afterwards modules, buffers and generators are as before.
+    """A mode for one run, which leaves no trace.
 
     Only modules with submodules are in training mode: they decide what runs, while a norm in
     training mode would refuse a batch of one.
@@ -323,24 +321,14 @@ def _left_as_found(model: nn.Module, training: bool) -> Iterator[None]:
         yield
 
 
-def _is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    try:
-        return torch.equal(a, b)
-    except RuntimeError:  # not for such tensors
-        return False
-
-
-def restorer(value: Any) -> Callable[[], object] | None:
-    """What gives a module's attribute its present contents again; None where that is known of none.
-
-    Hooks, parameters and submodules are in such attributes, too.
-    """
+def _restorer(value: Any) -> Callable[[], object] | None:
+    """What gives an attribute its present contents again; None if it is of no known kind."""
     if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.RandomState):
         return partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):
         return partial(value.setstate, value.getstate())
-    if isinstance(value, np.random.RandomState):
-        return partial(value.set_state, value.get_state())
     if isinstance(value, np.random.Generator):
         return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if isinstance(value, list | deque | dict | set):
@@ -363,35 +351,26 @@ def graph_events(model: nn.Module, training: bool = True) -> list[Event]:
             f"the order of the model's layers needs example_inputs: torch.fx cannot trace "
             f"{type(model).__name__} ({type(error).__name__}: {error})"
         ) from error
-    names, bits = parameter_names(model), parameter_bits(model)
-    events = [Event("")]
-    upstream: dict[fx.Node, int] = {}
+    names, owned = parameter_names(model), dict(model.named_parameters(remove_duplicate=False))
+    uses = _Uses(model, dict)
     written = 0
-    owned = dict(model.named_parameters(remove_duplicate=False))
-    attributes: dict[fx.Node, list[str]] = {}
-    moved: dict[fx.Node, list[str]] = {}
     for node in graph.nodes:
-        target, module, inputs = str(node.target), _module_of(node), node.all_input_nodes
-        read = [name for n in inputs for name in moved.get(n) or attributes.get(n, [])]
+        target, module, own = str(node.target), _module_of(node), []
         if node.op == "get_attr" and target in owned:
-            attributes[node] = [names[id(owned[target])]]
-        elif node.op == "call_module":
+            uses.begin(node, names[id(owned[target])])
+            continue
+        if node.op == "call_module":
             module = target
-            events.append(Event(module))
-            read += [names[id(p)] for p in model.get_submodule(target).parameters()]
-        elif _moves_node(node) and all(n in moved or n in attributes for n in inputs):
-            moved[node] = read
-        if node not in moved:  # the first use gives the place
-            moved |= {n: [] for n in inputs if n in moved}
-        upstream[node] = reduce(or_, (upstream[n] for n in inputs), written)
-        upstream[node] |= reduce(or_, (bits[name] for name in read), 0)
+            own = [names[id(p)] for p in model.get_submodule(target).parameters()]
+        if node.op == "call_module" or module != uses.events[-1].module:  # it was returned to
+            uses.events.append(Event(module))
+        inputs = node.all_input_nodes
+        upstream, held = uses.operation(module, inputs, _moves_node(node), own)
+        uses.give(node, upstream | written, held)
+        uses.events[-1].upstream |= written
         if node.op in ("call_function", "call_method") and not node.users:
-            written = upstream[node]  # in place, and any later node may read it
-        if module != events[-1].module:  # it was returned to
-            events.append(Event(module))
-        events += [Event(module, name) for name in dict.fromkeys(read)]
-        events[-1].upstream |= upstream[node]
-    return events
+            written |= upstream  # in place, and any later node may read it
+    return uses.events
 
 
 def _moves_node(node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,14 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastfreeze.errors import warn
-from fastfreeze.layers.followed import FollowedGroups
 from fastfreeze.layers.frozen import note_driven, note_frozen
 from fastfreeze.layers.groups import (
+    FollowedGroups,
     Group,
     as_step,
     check_scheduled_groups,
-    earlier_run_message,
     layers_of,
+    tell_of_earlier_run,
     tell_of_plan,
 )
 from fastfreeze.schedule import Schedule
@@ -129,8 +130,9 @@ class FreezeScheduler(LRScheduler):
             self._tell_of_another()
         self._step_count += 1
         self._go_to(taken)
-        if not begins:
-            self._tell_of_earlier_run()
+        if not begins and not self._has_begun:  # a checkpoint may have been loaded until now
+            self._has_begun = True
+            tell_of_earlier_run(self.optimizer.param_groups, self._layers.frozen)
 
     def _update_lr(self, epoch: int | None = None) -> None:
         """What ``SequentialLR`` calls when this scheduler's turn comes."""
@@ -194,10 +196,10 @@ class FreezeScheduler(LRScheduler):
         self._listen()
 
     def _listen(self) -> None:
-        """Count the optimizer's steps, which keeps no scheduler alive for it.
+        """Count the optimizer's steps by hooks, which do not keep this scheduler alive.
 
-        Where a subclass's ``step`` calls its parent's, torch may call the hooks of both: of ends
-        that follow each other, the first one counts.
+        If a subclass's ``step`` calls its parent's, torch may call the hooks of both: of two ends
+        in a row the first one counts.
         """
         mine, begun = weakref.ref(self), False
 
@@ -229,11 +231,8 @@ class FreezeScheduler(LRScheduler):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        new_state = self._new_state if self._makes_state_early else None
+        new_state = partial(_new_state, self.optimizer) if self._makes_state_early else None
         self._layers.go_to(step, self.optimizer.param_groups, self.optimizer.state, new_state)
-
-    def _new_state(self, group: Group, param: Tensor) -> dict[str, Any]:
-        return _state_before_steps(self.optimizer, group, param)
 
     def _indices(self, g: int) -> list[int]:
         """Which of a frozen group's parameters freezing has switched off."""
@@ -244,27 +243,17 @@ class FreezeScheduler(LRScheduler):
     def _check_group_count(self) -> None:
         self._layers.check_count(self.optimizer.param_groups, "make a new scheduler for others")
 
-    def _tell_of_earlier_run(self) -> None:
-        """Warn, once training has begun, of layers that do not train for no reason of today."""
-        if self._has_begun:  # a checkpoint may have been loaded until then
-            return
-        self._has_begun = True
-        message = earlier_run_message(self.optimizer.param_groups, self._layers.frozen)
-        if message:
-            warn(message)
-
     def _tell_of_another(self) -> None:
         """Warn, once, if the rates are not those that were set last."""
-        for g, (group, lr) in enumerate(
-            zip(self.optimizer.param_groups, self._last_lr, strict=True)
-        ):
-            if self._told or isinstance(group["lr"], Tensor) or group["lr"] == lr:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for g, (lr, own) in enumerate(zip(rates, self._last_lr, strict=True)):
+            if self._told or isinstance(lr, Tensor) or lr == own:
                 continue
             self._told = True
             warn(
-                f"lr of parameter group {g} is {group['lr']!r}, and was set to {lr!r}: another "
-                "scheduler or a loaded state changes it. FreezeScheduler sets the schedule's rate "
-                "again; to change one, change the schedule or the initial rate"
+                f"lr of parameter group {g} is {lr!r}, and was set to {own!r}: another scheduler "
+                "or a loaded state changes it. FreezeScheduler sets the schedule's rate again; to "
+                "change one, change the schedule or the initial rate"
             )
 
 
@@ -274,12 +263,12 @@ def _makes_state_early(optimizer: Optimizer) -> bool:
         return False
     group = optimizer.param_groups[0]
     try:
-        return any(_state_before_steps(optimizer, group, p) for p in group["params"][:1])
+        return any(_new_state(optimizer, group, p) for p in group["params"][:1])
     except Exception:  # its class takes other arguments than its groups hold: it is none of torch's
         return False
 
 
-def _state_before_steps(optimizer: Optimizer, group: Group, param: Tensor) -> dict[str, Any]:
+def _new_state(optimizer: Optimizer, group: Group, param: Tensor) -> dict[str, Any]:
     """What a new optimizer of this class keeps of a parameter of the group."""
     names = inspect.signature(type(optimizer)).parameters.keys() & group.keys() - {"params"}
     new = type(optimizer)([param], **{name: group[name] for name in names})

@@ -1,7 +1,7 @@
-"""What parameters went through, so that the next run on them can tell: a freeze, a plan.
+"""Notes on parameters for the next run: a schedule froze them, a plan gave groups of them.
 
-The notes are attributes of the parameters, of plain data: a weak reference would keep
-``torch.utils.swap_tensors`` from them. A deep copy and a state dict are without.
+Notes are attributes of plain data: a weak reference would forbid ``torch.utils.swap_tensors``. Deep
+copies and state dicts do not have them.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ Plan = tuple[dict[str, Any] | None, float | None]
 
 
 def note_frozen(parameters: Iterable[Tensor]) -> None:
-    """A schedule has frozen them."""
     for parameter in parameters:
         setattr(parameter, _FROZEN, True)
 
 
 def note_thawed(parameters: Iterable[Tensor]) -> None:
-    """They train again; those that were not frozen by a schedule are no error."""
+    """They train again. It is no error if no schedule has frozen some of them."""
     for parameter in parameters:
         parameter.__dict__.pop(_FROZEN, None)
 
 
 def frozen_by_schedule(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Those that a schedule has frozen, unless the user has thawed some of them since.
+    """Those that a schedule has frozen.
 
-    What is frozen then is so on purpose.
+    If the user has thawed some of them since, the others are frozen on purpose, and none counts.
     """
     marked = [p for p in parameters if hasattr(p, _FROZEN)]
     if any(p.requires_grad for p in marked):
@@ -46,7 +45,7 @@ def frozen_by_schedule(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def note_plan(parameters: Iterable[Tensor], schedule: Schedule | None, lr: float | None) -> None:
-    """Groups of them were made from a plan with this schedule and learning rate."""
+    """A plan with this schedule and learning rate gave groups of them."""
     plan: Plan = (None if schedule is None else schedule.config(), lr)
     for parameter in parameters:
         setattr(parameter, _PLAN, plan)
@@ -58,7 +57,7 @@ _LOOKS: list[Any] = []  # the hook for the next optimizer that steps on a plan's
 
 
 def _look_who_freezes(optimizer: Optimizer, *_: Any) -> None:
-    """Warn, once for a plan, if an optimizer steps on its groups and nobody freezes them."""
+    """Warn, once, if an optimizer steps on a plan's groups and nobody freezes them."""
     groups = optimizer.param_groups
     if not all("layer_index" in group for group in groups):
         return
@@ -78,9 +77,9 @@ def _look_who_freezes(optimizer: Optimizer, *_: Any) -> None:
 
 
 def planned(parameters: Iterable[Tensor]) -> Plan | None:
-    """The schedule's configuration and the rate of the latest plan that gave groups of these.
+    """The schedule's configuration and the rate of the plan that gave groups of these last.
 
-    None where there was no plan, or where plans differ, as of two models in one optimizer.
+    None without a plan, or if plans differ, as those of two models in one optimizer do.
     """
     plans = [getattr(p, _PLAN) for p in parameters if hasattr(p, _PLAN)]
     return plans[0] if plans and all(plan == plans[0] for plan in plans) else None
@@ -92,5 +91,4 @@ def note_driven(optimizer: Optimizer) -> None:
 
 
 def is_driven(optimizer: Optimizer) -> bool:
-    """Whether one does."""
     return hasattr(optimizer, _DRIVEN)

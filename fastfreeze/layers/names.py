@@ -21,49 +21,54 @@ def layers_by_name(model: nn.Module, layers: Sequence[LayerItem], traced: bool) 
     """Layers as the user lists them."""
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
         raise TypeError(f"layers must be a non-empty list of names or patterns, got {layers!r}")
+    items = [_patterns(item) for item in layers]
+    names = parameter_names(model)
     taken: dict[str, int] = {}  # under each name of a shared parameter
-    for i, item in enumerate(layers):
-        for name in _matched_parameters(model, item):
+    homes = dict.fromkeys(names.values(), -1)
+    split_up = set()
+    for i, patterns in enumerate(items):
+        for name in _matched_parameters(model, patterns):
             if taken.setdefault(name, i) != i:
                 raise ValueError(
                     f"layers: parameter {name!r} matches two items, "
-                    f"{layers[taken[name]]!r} and {item!r}"
+                    f"{layers[taken[name]]!r} and {layers[i]!r}"
                 )
-    names = parameter_names(model)
-    homes = dict.fromkeys(names.values(), -1)
-    split_up = set()
-    for name, i in taken.items():
-        canonical = names[id(model.get_parameter(name))]
-        if homes[canonical] not in (-1, i):
-            split_up.add(canonical)
-        homes[canonical] = max(homes[canonical], i)
+            own = names[id(model.get_parameter(name))]
+            if homes[own] not in (-1, i):
+                split_up.add(own)
+            homes[own] = i
     missed = [name for name, i in homes.items() if i == -1]
     trained = [name for name in missed if model.get_parameter(name).requires_grad]
     if trained:
         raise ValueError(f"layers: no item matches the trainable parameters {some(trained)}")
     homes |= dict.fromkeys(missed, len(layers) - 1)
     messages = [f"shared parameters go to the last of their layers: {some(sorted(split_up))}"]
-    labels = [_label(item) for item in layers]
+    labels = [_text(patterns[0]) for patterns in items]
     return labels, homes, messages if split_up and not traced else []
 
 
-def _matched_parameters(model: nn.Module, item: LayerItem) -> list[str]:
-    """Names of the parameters that an item of ``layers=`` stands for, in the model's order."""
+def _patterns(item: LayerItem) -> Sequence[LayerPattern]:
     patterns = [item] if isinstance(item, str | re.Pattern) else item
-    if not isinstance(patterns, list | tuple) or not patterns:
+    is_list = isinstance(patterns, list | tuple) and bool(patterns)
+    if not is_list or not all(isinstance(pattern, str | re.Pattern) for pattern in patterns):
         raise TypeError(f"layers: expected a name, a pattern or a list of these, got {item!r}")
+    return patterns
+
+
+def _matched_parameters(model: nn.Module, patterns: Sequence[LayerPattern]) -> list[str]:
+    """Names of the parameters that patterns stand for, in the model's order."""
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     matched = set()
     for pattern in patterns:
+        text = _text(pattern)
         names = _matching_names(pattern, [*modules, *parameters])
         if not names:
-            text = _label(pattern)
             known = difflib.get_close_matches(text, modules + parameters) or modules[1:]
             raise ValueError(f"layers: {text!r} matches no module or parameter; try {some(known)}")
         inside = {p for p in parameters if p in names or not names.isdisjoint(ancestors(p))}
         if not inside:
-            raise ValueError(f"layers: {_label(pattern)!r} matches modules without parameters only")
+            raise ValueError(f"layers: {text!r} matches modules without parameters only")
         matched |= inside
     return [p for p in parameters if p in matched]
 
@@ -72,20 +77,15 @@ def _matching_names(pattern: LayerPattern, names: list[str]) -> set[str]:
     if isinstance(pattern, str) and pattern in names:
         return {pattern}
     try:
-        compiled = re.compile(pattern)
+        return set(filter(re.compile(pattern).fullmatch, names))
     except re.error as error:
         raise ValueError(
             f"layers: {pattern!r} is no name and no regular expression: {error}"
         ) from None
-    except TypeError:
-        raise TypeError(f"layers: expected a name or a pattern, got {pattern!r}") from None
-    return {name for name in names if compiled.fullmatch(name)}
 
 
-def _label(item: LayerItem) -> str:
-    """What a layer is called that the user listed: the first pattern of its item."""
-    first = item if isinstance(item, str | re.Pattern) else item[0]
-    return first if isinstance(first, str) else first.pattern
+def _text(pattern: LayerPattern) -> str:
+    return pattern if isinstance(pattern, str) else pattern.pattern
 
 
 def ancestors(name: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import nn
@@ -17,14 +17,13 @@ from torch.optim import Optimizer
 from fastfreeze.clock import Clock
 from fastfreeze.errors import warn
 from fastfreeze.layers.blockers import BackwardBlocker, blockers_below, checked_model
-from fastfreeze.layers.costs import LayerFlops, StepProfile, measured_costs, profiled
+from fastfreeze.layers.costs import LayerCosts, LayerFlops, Marks, measured_costs, profiled
 from fastfreeze.layers.execution import run_events
 from fastfreeze.layers.split import Layer, LayerPlan
-from fastfreeze.optim import FusedOptimizer
 from fastfreeze.text import format_table, ranges, some
 
 _PROFILED_STEPS = 5
-_FIRST_STEPS = 2  # of the run, where all warms up, and after an event, where the cut moves
+_FIRST_STEPS = 2  # in which a run warms up, and the cut moves after an event: they do not count
 _KEPT_STEPS = 100
 _NOTE = """\
 step time after an event, relative to before it. predicted, from {source}:
@@ -43,9 +42,8 @@ class FreezeRow:
         predicted: time of a step after the event, relative to one before it, if the backward and
             the update of what is frozen are gone and its forward runs as before. Above 1 at a thaw.
         limit: the same if its forward is gone too.
-        before: seconds of a step before the event: the median of the latest 100 since the event
-            before it, without the first two, which also move the cut. None while there are no
-            others.
+        before: median seconds of the latest 100 steps between this event and the one before it.
+            The first two, which move the cut, do not count. None if there are no others.
         after: the same after the event.
         blockers: what keeps the backward of frozen layers alive.
     """
@@ -97,12 +95,10 @@ class FreezeReport:
 
     Args:
         network: what is trained: a model, trimmed or not, but not a compiled one.
-        optimizer: its optimizer. One of fastfreeze says what is frozen; with any other, a layer is
-            frozen if most of its elements do not require grad.
-        plan: the model's layers.
+        optimizer: its optimizer.
+        plan: the model's layers. One is frozen if most of its elements do not require grad.
         example_inputs: a tensor, a tuple of the model's positional arguments or a dict of keyword
-            arguments. The model runs on them once, and again at an event with blockers, with
-            gradients off.
+            arguments. The model runs on them once, with gradients off.
 
     Raises:
         ValueError: ``plan`` is of another model, or that does not run on ``example_inputs``.
@@ -119,12 +115,11 @@ class FreezeReport:
         if not isinstance(plan, LayerPlan):
             raise TypeError(f"plan must be a LayerPlan, got {type(plan).__name__}")
         model = checked_model(network, plan)
-        self._optimizer, self._plan, self._example = optimizer, plan, example_inputs
+        self._optimizer, self._plan = optimizer, plan
         self._flops = LayerFlops(plan, run_events(model, example_inputs))
         self._clock = Clock(next(model.parameters()).device)
-        self._profiles: list[StepProfile] = []
-        self._fixed = [layer.index for layer in plan.layers if not layer.trainable]
-        self._first = optimizer.current_step if isinstance(optimizer, FusedOptimizer) else 0
+        self._profiles: list[Marks] = []
+        self._first: int = getattr(optimizer, "current_step", 0)
         self._num_steps = self._first
         self._stages = [_Stage(self._first, self._frozen_layers())]
 
@@ -157,27 +152,27 @@ class FreezeReport:
         """The events so far, in order."""
         costs = self._flops.costs()
         if self._profiles:
-            costs = measured_costs(self._plan, self._profiles)
-        alive = [self._flops.alive(stage.frozen) for stage in self._stages]
-        steps = [costs.step(s.frozen, a) for s, a in zip(self._stages, alive, strict=True)]
-        limits = [
-            costs.step_without_prefix(s.frozen, a) for s, a in zip(self._stages, alive, strict=True)
-        ]
-        times = [self._seconds(stage) for stage in self._stages]
-        return tuple(
-            FreezeRow(
-                step=stage.step,
-                frozen=stage.frozen,
-                thawed=tuple(sorted({*self._stages[i - 1].frozen} - {*stage.frozen})),
-                predicted=steps[i] / steps[i - 1],
-                limit=limits[i] / limits[i - 1],
-                before=times[i - 1],
-                after=times[i],
-                blockers=stage.blockers,
+            costs = measured_costs(self._plan, self._profiles, self._clock)
+        rows = []
+        for before, after in pairwise(self._stages):
+            cost, last_cost = (self._cost(costs, stage) for stage in (after, before))
+            row = FreezeRow(
+                step=after.step,
+                frozen=after.frozen,
+                thawed=tuple(sorted({*before.frozen} - {*after.frozen})),
+                predicted=cost[0] / last_cost[0],
+                limit=cost[1] / last_cost[1],
+                before=self._seconds(before),
+                after=self._seconds(after),
+                blockers=after.blockers,
             )
-            for i, stage in enumerate(self._stages)
-            if i
-        )
+            rows.append(row)
+        return tuple(rows)
+
+    def _cost(self, costs: LayerCosts, stage: _Stage) -> tuple[float, ...]:
+        """Of a step with all forwards, and of one without those of the frozen prefix."""
+        alive = self._flops.alive(stage.frozen)
+        return tuple(f(stage.frozen, alive) for f in (costs.step, costs.step_without_prefix))
 
     @property
     def summary(self) -> str:
@@ -212,8 +207,6 @@ class FreezeReport:
         return all(p.requires_grad for p in self._plan.model.parameters())
 
     def _frozen_layers(self) -> tuple[int, ...]:
-        if isinstance(self._optimizer, FusedOptimizer):
-            return tuple(sorted({*self._fixed, *self._optimizer.frozen_layers}))
         return tuple(layer.index for layer in self._plan.layers if _mostly_frozen(layer))
 
     def _blockers(self, frozen: tuple[int, ...]) -> tuple[BackwardBlocker, ...]:
@@ -222,8 +215,7 @@ class FreezeReport:
         parameters = dict(p for layer in layers for p in layer.parameters)
         if not held and not any(p.requires_grad for p in parameters.values()):
             return ()
-        model = self._plan.model
-        found = tuple(blockers_below(model, run_events(model, self._example), parameters))
+        found = tuple(blockers_below(self._plan.model, self._flops.stretches, parameters))
         if found:
             text = some([str(blocker) for blocker in found])
             warn(f"step {self._num_steps}: {text}")

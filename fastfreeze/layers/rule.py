@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 from types import CodeType
@@ -18,13 +17,25 @@ from fastfreeze.layers.names import LayerHomes
 from fastfreeze.text import some
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Unit:
-    """A piece of which layers are made: a module, or a parameter that an opened module owns."""
+    """A piece of which layers are made: a module, or a parameter that an opened module owns.
+
+    Attributes:
+        single: not a block: a norm right after it belongs to it.
+        parameters: those that are used last in it.
+        own: bits of those of them that nothing else reads.
+        upstream: bits of the parameters on which its operations depend.
+        last: place of its last event; -1 if it has none.
+    """
 
     name: str
     weights: int
-    single: bool  # not a block: a norm right after it belongs to it
+    single: bool
+    parameters: list[str] = field(default_factory=list)
+    own: int = 0
+    upstream: int = 0
+    last: int = -1
 
 
 def _units(model: nn.Module) -> tuple[dict[str, _Unit], dict[str, _Unit]]:
@@ -124,45 +135,33 @@ def layers_by_rule(
         in_eval: gives those of a run in eval mode, empty where there is none.
     """
     by_module, by_parameter = _units(model)
-    bits = parameter_bits(model)
-    last_unit: dict[str, _Unit] = {}
-    users: dict[str, set[_Unit]] = {}
-    upstream: dict[_Unit, int] = {}
-    sequence: list[_Unit] = []
+    last_unit = dict(by_parameter)
+    users: dict[str, set[_Unit]] = {name: set() for name in by_parameter}
     depends = [event.upstream for event in events]
     for i in reversed(range(len(events) - 1)):
         if events[i].parameter is not None:  # one of several that an operation reads
             depends[i] = depends[i] or depends[i + 1]
-    for event, bits_above in zip(events, depends, strict=True):
+    for i, (event, upstream) in enumerate(zip(events, depends, strict=True)):
         unit = by_module.get(event.module)
         if event.parameter is not None:
             unit = last_unit[event.parameter] = unit or by_parameter[event.parameter]
-            users.setdefault(event.parameter, set()).add(unit)
+            users[event.parameter].add(unit)
         if unit is not None:
-            sequence.append(unit)
-            upstream[unit] = upstream.get(unit, 0) | bits_above
-    position = {unit: i for i, (unit, _) in enumerate(itertools.groupby(sequence))}
-    members: dict[_Unit, list[str]] = {}
-    unused = []
-    for name in parameter_names(model).values():
-        unit = last_unit.get(name, by_parameter[name])
-        if unit in position:
-            members.setdefault(unit, []).append(name)
-        else:
-            unused.append(name)
-    if not members:
+            unit.last, unit.upstream = i, unit.upstream | upstream
+    unused = [name for name, unit in last_unit.items() if unit.last < 0]
+    for name, bit in parameter_bits(model).items():
+        if last_unit[name].last >= 0:
+            last_unit[name].parameters.append(name)
+            last_unit[name].own |= bit if len(users[name]) == 1 else 0
+    units = sorted({unit for unit in last_unit.values() if unit.parameters}, key=lambda u: u.last)
+    if not units:
         raise ValueError(f"{type(model).__name__} runs without any of its parameters")
-    uses = {
-        unit: _Uses(_union(bits[n] for n in names if len(users.get(n, ())) == 1), upstream[unit])
-        for unit, names in members.items()
-    }
-    units = sorted(members, key=position.__getitem__)
-    heads = _heads(units, uses)
+    heads = _heads(units)
     if len(heads) > 1:
         run = {by_module.get(e.module) or by_parameter.get(e.parameter or "") for e in in_eval()}
         heads = [h for h in heads if not run or h in run or h is heads[-1]]
-    groups = _grouped(units, heads, uses)
-    homes = {name: i for i, group in enumerate(groups) for u in group for name in members[u]}
+    groups = _grouped(units, heads)
+    homes = {name: i for i, group in enumerate(groups) for u in group for name in u.parameters}
     homes |= dict.fromkeys(unused, len(groups) - 1)
     leading = [next((unit for unit in group if unit.weights), group[0]) for group in groups]
     names = [unit.name or type(model).__name__ for unit in leading]
@@ -171,56 +170,37 @@ def layers_by_rule(
     return names, homes, [message + some(trained)] if trained else []
 
 
-@dataclass(frozen=True)
-class _Uses:
-    """Bits of parameters.
-
-    Attributes:
-        own: of the unit, that nothing else reads.
-        upstream: on which its operations depend.
-    """
-
-    own: int
-    upstream: int
-
-
 def _union(bits: Iterable[int]) -> int:
     return reduce(or_, bits, 0)
 
 
-def _heads(units: list[_Unit], uses: dict[_Unit, _Uses]) -> list[_Unit]:
+def _heads(units: list[_Unit]) -> list[_Unit]:
     """Units of whose values no other unit with a weight reads any, and the last of all."""
     weighted = [unit for unit in units if unit.weights]
-    return [
-        unit
-        for i, unit in enumerate(weighted)
-        if i == len(weighted) - 1
-        or (
-            uses[unit].own
-            and not any(
-                uses[other].upstream & uses[unit].own for other in weighted if other != unit
-            )
-        )
-    ]
+
+    def is_read(unit: _Unit) -> bool:
+        return any(other.upstream & unit.own for other in weighted if other is not unit)
+
+    return [u for u in weighted if u is weighted[-1] or (u.own and not is_read(u))]
 
 
-def _grouped(units: list[_Unit], heads: list[_Unit], uses: dict[_Unit, _Uses]) -> list[list[_Unit]]:
+def _grouped(units: list[_Unit], heads: list[_Unit]) -> list[list[_Unit]]:
     """Rules 3 and 4: which units make up each layer; the heads and what reads them, the last."""
-    weights = _union(uses[unit].own for unit in units if unit.weights)
-    made_by_heads = _union(uses[unit].own for unit in heads)
+    weights = _union(unit.own for unit in units if unit.weights)
+    made_by_heads = _union(unit.own for unit in heads)
     groups: list[list[_Unit]] = []
     waiting: list[_Unit] = []
     last: list[_Unit] = []
     single: _Unit | None = None
     for unit in units:
-        read = uses[unit].upstream & weights
+        read = unit.upstream & weights
         behind = read & made_by_heads or heads[-1:] == [u for u in last if u.weights][-1:]
         if unit in heads or (behind and not unit.weights):
             last.append(unit)
         elif unit.weights:
             groups.append([*waiting, unit])
             waiting, single = [], unit if unit.single else None
-        elif single and (not read or not uses[single].own or read & uses[single].own):
+        elif single and (not read or not single.own or read & single.own):
             groups[-1].append(unit)
         else:
             waiting.append(unit)

@@ -3,8 +3,8 @@
 :func:`split` cuts a model into layers, layer 0 nearest the input, and returns a :class:`LayerPlan`:
 parameter groups for an optimizer, and a table of what freezes when and how much compute that saves.
 
-A trace lists the modules and parameters that ran, in order. Every parameter then gets a home, the
-index of its layer, by the rule in :func:`split` or as the user says. The rest follows from the two.
+A trace lists the modules and parameters that ran, in order. The rule in :func:`split`, or the user,
+gives each parameter a home: the index of its layer.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Layer:
             this layer: its backward runs until they are frozen too.
         forward_flops: FLOPs of the forward for the example input, None without one. What
             ``torch.utils.flop_counter`` has no formula for counts as 0.
-        backward_flops: FLOPs of the backward while nothing is frozen by a schedule: for each
-            matrix product or convolution the forward's, once per operand that needs a gradient;
-            what a flash attention computes again is not in it.
+        backward_flops: FLOPs of the backward before a schedule freezes anything: of each matrix
+            product or convolution the forward's, once for each operand that needs a gradient. What
+            a flash attention computes a second time does not count.
     """
 
     index: int
@@ -95,9 +95,8 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if self.schedule is None:
             return
-        parts = [(layer.forward_flops, layer.backward_flops) for layer in self.layers]
-        known = not any(flops is None for part in parts for flops in part)
-        costs = [sum(flops or 0 for flops in part) for part in parts] if known else None
+        flops = [(layer.forward_flops, layer.backward_flops) for layer in self.layers]
+        costs = [f + b for f, b in flops if f is not None and b is not None] or None
         schedule = self.schedule.for_layers([layer.name for layer in self.layers], costs)
         schedule.segments(0, len(self.layers))  # raises if these are not as many as it asks for
         object.__setattr__(self, "schedule", schedule)
@@ -128,26 +127,26 @@ class LayerPlan:
         if missing:
             raise ValueError(f"the plan's model must still hold the parameters {some(missing)}")
         note_plan((held[name] for name in names), self.schedule, self.lr)
-        groups = []
+        groups: list[dict[str, Any]] = []
         for layer in self.layers:
             params = [held[name] for name in layer.trainable_names]
-            kinds: list[tuple[list[nn.Parameter], dict[str, Any]]] = [(params, {})]
-            if no_decay:
-                weights = [p for p in params if p.dim() > 1]
-                others = [p for p in params if p.dim() <= 1]
-                kinds = [(weights, {}), (others, {"weight_decay": 0.0})]
             place = {
                 "layer_index": layer.index,
                 "layer_name": layer.name,
                 "num_layers": len(self.layers),
             }
-            groups += [{"params": kind, **place, **options} for kind, options in kinds if kind]
+            decaying = [p for p in params if p.dim() > 1 or not no_decay]
+            others = [p for p in params if p.dim() <= 1 and no_decay]
+            if decaying:
+                groups.append({"params": decaying, **place})
+            if others:
+                groups.append({"params": others, **place, "weight_decay": 0.0})
         return groups
 
     def backward_share(self, layer_index: int) -> float | None:
         """The layer's share of the backward FLOPs, in 0..1; None without an example input."""
-        total, flops = self._backward_flops, self.layers[layer_index].backward_flops
-        return None if total is None or flops is None else flops / max(total, 1)
+        flops = self.layers[layer_index].backward_flops
+        return None if flops is None else flops / max(self._flops()[1], 1)
 
     @property
     def backward_saving(self) -> float | None:
@@ -156,8 +155,7 @@ class LayerPlan:
         A layer's backward is gone at the steps at which it, all layers before it and those in
         ``held_by`` are frozen. None without a schedule, an example input or a counted FLOP.
         """
-        saved, total = self._saved_flops(), self._backward_flops
-        return saved / total if saved is not None and total else None
+        return self._saved_share(of_forward=False)
 
     @property
     def compute_saving(self) -> float | None:
@@ -165,19 +163,16 @@ class LayerPlan:
 
         The forward of frozen layers still runs. None as for :attr:`backward_saving`.
         """
-        saved, backward = self._saved_flops(), self._backward_flops
-        if saved is None or not backward:
-            return None
-        return saved / (backward + sum(layer.forward_flops or 0 for layer in self.layers))
+        return self._saved_share(of_forward=True)
 
-    @property
-    def _backward_flops(self) -> int | None:
-        flops = [layer.backward_flops for layer in self.layers]
-        return None if None in flops else sum(f or 0 for f in flops)
+    def _flops(self) -> tuple[int, int]:
+        """Of all layers, forward and backward; 0 where they are not known."""
+        forward = sum(layer.forward_flops or 0 for layer in self.layers)
+        return forward, sum(layer.backward_flops or 0 for layer in self.layers)
 
-    def _saved_flops(self) -> float | None:
-        """FLOPs that the schedule removes from the run, divided by its number of steps."""
-        if self.schedule is None or self._backward_flops is None:
+    def _saved_share(self, of_forward: bool) -> float | None:
+        forward, backward = self._flops()
+        if self.schedule is None or not backward:
             return None
         stages = self.schedule.frozen_layers(len(self.layers))
         ends = [start for start, _ in stages[1:]] + [self.schedule.total_steps]
@@ -190,29 +185,26 @@ class LayerPlan:
                     break
                 if frozen.issuperset(layer.held_by):
                     saved += (layer.backward_flops or 0) * (end - start)
-        return saved / self.schedule.total_steps
+        whole = backward + forward if of_forward else backward
+        return saved / self.schedule.total_steps / whole
 
     def __repr__(self) -> str:
         return f"<LayerPlan: {type(self.model).__name__} in {len(self.layers)} layers>"
 
     def __str__(self) -> str:
-        sizes = [sum(p.numel() for _, p in layer.parameters) for layer in self.layers]
         columns = {
             "layer": [str(layer.index) for layer in self.layers],
             "name": [layer.name for layer in self.layers],
             "modules": [self._members(layer) for layer in self.layers],
-            "parameters": list(map(human_count, sizes)),
+            "parameters": [
+                human_count(sum(p.numel() for _, p in layer.parameters)) for layer in self.layers
+            ],
         }
-        if self._backward_flops:
+        if self._flops()[1]:
             shares = [self.backward_share(layer.index) or 0.0 for layer in self.layers]
             columns["backward"] = [f"{share:.1%}" for share in shares]
         if self.schedule is not None:
-            columns["freezes at step"] = [self._freeze_text(layer) for layer in self.layers]
-            thaws = [self._thaw_text(layer) for layer in self.layers]
-            if set(thaws) != {"-"}:
-                columns["thaws at step"] = thaws
-        if self.schedule is not None and self.lr is not None:
-            columns["initial lr"] = [self._lr_text(layer) for layer in self.layers]
+            columns |= self._scheduled_columns(self.schedule)
         table = format_table(list(columns), list(zip(*columns.values(), strict=True)))
         notes = []
         fixed = [layer.index for layer in self.layers if not layer.trainable]
@@ -237,27 +229,25 @@ class LayerPlan:
         names = [m or layer.name for m in layer.modules if owners[m]]
         return some([*names, *(name for name, p in layer.parameters if id(p) not in covered)])
 
-    def _freeze_text(self, layer: Layer) -> str:
-        assert self.schedule is not None
-        if not layer.trainable:
-            return "0 (fixed)"
-        steps = self.schedule.freeze_steps(layer.index, len(self.layers))
-        return some([str(step) for step in steps]) or "-"
+    def _scheduled_columns(self, schedule: Schedule) -> dict[str, list[str]]:
+        rows = [self._scheduled_row(schedule, layer) for layer in self.layers]
+        freezes, thaws, rates = (list(column) for column in zip(*rows, strict=True))
+        columns = {"freezes at step": freezes}
+        if set(thaws) != {"-"}:
+            columns["thaws at step"] = thaws
+        if self.lr is not None:
+            columns["initial lr"] = rates
+        return columns
 
-    def _thaw_text(self, layer: Layer) -> str:
-        assert self.schedule is not None
-        steps = self.schedule.thaw_steps(layer.index, len(self.layers)) if layer.trainable else ()
-        return some([str(step) for step in steps]) or "-"
-
-    def _lr_text(self, layer: Layer) -> str:
-        """The learning rates from which the layer anneals, in order, each once."""
-        assert self.schedule is not None
-        assert self.lr is not None
+    def _scheduled_row(self, schedule: Schedule, layer: Layer) -> list[str]:
+        """When a layer freezes and thaws, and the rates from which it anneals, each once."""
         if not layer.trainable:
-            return "-"
-        segments = self.schedule.segments(layer.index, len(self.layers))
-        rates = dict.fromkeys(f"{self.lr * s.scale:.4g}" for s in segments if not s.frozen)
-        return some(list(rates)) or "-"
+            return ["0 (fixed)", "-", "-"]
+        place = layer.index, len(self.layers)
+        steps = schedule.freeze_steps(*place), schedule.thaw_steps(*place)
+        scales = [s.scale for s in schedule.segments(*place) if not s.frozen]
+        rates = list(dict.fromkeys(f"{(self.lr or 0) * scale:.4g}" for scale in scales))
+        return [some(texts) or "-" for texts in (*(list(map(str, s)) for s in steps), rates)]
 
 
 def split(
@@ -400,7 +390,7 @@ def _in_eval_order(events: list[Event], in_eval: list[Event]) -> list[Event]:
 def _fixed_messages(
     model: nn.Module, names: list[str], homes: dict[str, int], schedule: Schedule | None
 ) -> list[str]:
-    """What to say to somebody who may not know that layers are fixed."""
+    """Warnings for a user who may not know that layers are fixed."""
     parameters = dict(model.named_parameters())
     trained = {homes[name] for name, p in parameters.items() if p.requires_grad}
     fixed = [i for i in range(len(names)) if i not in trained]
@@ -472,7 +462,7 @@ def _describe(
 
 
 def _read_in_several_modules(model: nn.Module, events: Sequence[Event]) -> int:
-    """Bits of the parameters that are."""
+    """Bits of the parameters that several modules read."""
     readers: dict[str, set[str]] = {}
     for event in events:
         if event.parameter is not None:

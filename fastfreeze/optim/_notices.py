@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fastfreeze.errors import warn
 from fastfreeze.layers.frozen import is_driven
-from fastfreeze.layers.groups import Group, earlier_run_message, layers_in_words
+from fastfreeze.layers.groups import Group, layers_in_words, tell_of_earlier_run
 
 _requires_grad_of = attrgetter("requires_grad")
 _PATIENCE = 10  # steps without a gradient until a group is named: some train in turns
@@ -48,10 +48,8 @@ class Notices:
         groups, frozen = optimizer.param_groups, self._frozen
         if not self._has_begun:  # a checkpoint may have been loaded until now
             self._has_begun = True
-            # A scheduler tells of earlier runs by itself.
-            message = None if is_driven(optimizer) else earlier_run_message(groups, frozen)
-            if message:
-                warn(message)
+            if not is_driven(optimizer):  # a scheduler tells of earlier runs by itself
+                tell_of_earlier_run(groups, frozen)
         if any(map(_requires_grad_of, self._watched)):
             self._tell_of_thaw(groups, frozen)
         if not self._silent:

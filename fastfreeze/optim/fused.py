@@ -16,8 +16,13 @@ from torch.optim import Optimizer
 
 from fastfreeze.kernels.library import Backend, is_capturing, require
 from fastfreeze.kernels.plans import dtype_of_state
-from fastfreeze.layers.followed import FollowedGroups
-from fastfreeze.layers.groups import as_step, check_group_rate, layers_of, tell_of_plan
+from fastfreeze.layers.groups import (
+    FollowedGroups,
+    as_step,
+    check_group_rate,
+    layers_of,
+    tell_of_plan,
+)
 from fastfreeze.optim._checks import schedule_of
 from fastfreeze.optim._hooks import hooked_if_awaited
 from fastfreeze.optim._loading import Loaded, checked_state, restore, tell_of_loaded

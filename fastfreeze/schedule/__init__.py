@@ -48,17 +48,9 @@ __all__ = [
 ]
 
 _KINDS: dict[str, type[Schedule]] = {
-    kind.__name__: kind
-    for kind in (
-        Constant,
-        Cosine,
-        SnapshotCycles,
-        StepDecay,
-        FreezeOut,
-        FreezeOutCycles,
-        Frozen,
-        GradualUnfreezing,
-    )
+    name: kind
+    for name, kind in globals().items()
+    if isinstance(kind, type) and issubclass(kind, Schedule) and kind is not Schedule
 }
 
 

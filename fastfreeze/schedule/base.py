@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from fastfreeze.checks import check_int
-from fastfreeze.schedule._checks import check_number, check_rate
+from fastfreeze.checks import check_int, check_rate, check_share
 from fastfreeze.schedule.segments import FloatArray, Segment, SegmentTable
 
 
@@ -28,18 +27,22 @@ class Schedule(ABC):
             ``layer_decay ** (N - i)``; in (0, 1]. It keeps a pretrained network's first layers near
             to where they are: the discriminative rates of ULMFiT (Howard & Ruder, ACL 2018), which
             takes 1 / 2.6, and the layer-wise decay of ELECTRA (Clark et al., ICLR 2020).
+        freezes: whether any layer is ever frozen, so that layers must be known.
     """
+
+    freezes: ClassVar[bool] = False
 
     total_steps: int
     warmup_steps: int = field(default=0, kw_only=True)
     layer_decay: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            if isinstance(getattr(self, name), np.generic):  # which JSON does not know
+                object.__setattr__(self, name, getattr(self, name).item())
         check_int("total_steps", self.total_steps, minimum=1)
         check_int("warmup_steps", self.warmup_steps, minimum=0, maximum=self.total_steps)
-        check_number("layer_decay", self.layer_decay, "in (0, 1]")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay!r}")
+        check_share("layer_decay", self.layer_decay)
 
     def segments(self, layer_index: int = 0, num_layers: int = 1) -> tuple[Segment, ...]:
         """The layer's segments, by start; the first starts at step 0.
@@ -59,7 +62,7 @@ class Schedule(ABC):
         """Those of layer ``i`` of 0..``head``, without the layers' decay."""
 
     def for_layers(self, names: Sequence[str], costs: Sequence[float] | None) -> Schedule:
-        """The schedule with what only a plan can tell put in: itself, if that is nothing.
+        """The schedule with what only a plan can tell filled in; itself if nothing is missing.
 
         Args:
             names: of the layers, by index.
@@ -74,11 +77,6 @@ class Schedule(ABC):
     def eta_min(self) -> float:
         """Lower bound of the learning rate of a layer that trains."""
         return 0.0
-
-    @property
-    def freezes(self) -> bool:
-        """Whether any layer is ever frozen, so that layers must be known."""
-        return False
 
     @property
     def needs_layers(self) -> bool:
@@ -148,13 +146,6 @@ class Schedule(ABC):
             for before, after in pairwise(self.segments(layer_index, num_layers))
             if before.frozen and not after.frozen and after.start < self.total_steps
         )
-
-    def frozen_share(self, layer_index: int = 0, num_layers: int = 1) -> float:
-        """Share of the run's steps, in 0..1, at which the layer is frozen."""
-        segments = self.segments(layer_index, num_layers)
-        ends = [s.start for s in segments[1:]] + [self.total_steps]
-        frozen = sum(end - s.start for s, end in zip(segments, ends, strict=True) if s.frozen)
-        return frozen / self.total_steps
 
     def frozen_layers(self, num_layers: int) -> tuple[tuple[int, frozenset[int]], ...]:
         """What is frozen when: pairs of a first step and the indices of all layers frozen then.

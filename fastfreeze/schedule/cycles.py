@@ -50,7 +50,19 @@ class SnapshotCycles(Annealed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_cycles(self.total_steps, self.num_cycles)
+        check_int("num_cycles", self.num_cycles, minimum=1)
+        steps, cycles, length = self.total_steps, self.num_cycles, self.cycle_length
+        if cycles > steps:
+            raise ValueError(
+                f"num_cycles must be at most total_steps={steps}, got num_cycles={cycles}"
+            )
+        possible = -(-steps // length)
+        if possible != cycles:
+            raise ValueError(
+                f"num_cycles={cycles} does not fit total_steps={steps}: cycles of "
+                f"ceil({steps}/{cycles}) = {length} steps give {possible}; "
+                f"use num_cycles={possible}, or more steps"
+            )
 
     @property
     def cycle_length(self) -> int:
@@ -83,19 +95,3 @@ class StepDecay(SnapshotCycles):
     def _segments(self, i: int, head: int) -> tuple[Segment, ...]:
         starts = {0: 1.0, self.milestones[0]: 0.1, self.milestones[1]: 0.01}  # the later one wins
         return tuple(Segment(start, math.inf, scale) for start, scale in starts.items())
-
-
-def _check_cycles(total_steps: int, num_cycles: int) -> None:
-    check_int("num_cycles", num_cycles, minimum=1)
-    if num_cycles > total_steps:
-        raise ValueError(
-            f"num_cycles must be at most total_steps={total_steps}, got num_cycles={num_cycles}"
-        )
-    length = -(-total_steps // num_cycles)
-    possible = -(-total_steps // length)
-    if possible != num_cycles:
-        raise ValueError(
-            f"num_cycles={num_cycles} does not fit total_steps={total_steps}: cycles of "
-            f"ceil({total_steps}/{num_cycles}) = {length} steps give {possible}; "
-            f"use num_cycles={possible}, or more steps"
-        )

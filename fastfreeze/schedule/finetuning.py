@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import ClassVar
 
-import numpy as np
-
-from fastfreeze.checks import check_int
-from fastfreeze.schedule._checks import check_number
+from fastfreeze.checks import check_float, check_int
 from fastfreeze.schedule.base import Schedule
 from fastfreeze.schedule.segments import Segment
 
@@ -33,25 +30,19 @@ class Frozen(Schedule):
     """
 
     until: int | str | float
+    freezes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        until: Any = self.until
-        if isinstance(until, np.number):
-            object.__setattr__(self, "until", until.item())
         if isinstance(self.until, int):
             check_int("until", self.until, minimum=1)
         elif not isinstance(self.until, str):
-            check_number("until", self.until, "in (0, 1), a layer's index or its name")
+            check_float("until", self.until, "in (0, 1), a layer's index or its name")
             if not 0 < self.until < 1:
                 raise ValueError(
                     "until must be a share in (0, 1), a layer's index or its name, got "
                     f"{self.until!r}"
                 )
-
-    @property
-    def freezes(self) -> bool:
-        return True
 
     def for_layers(self, names: Sequence[str], costs: Sequence[float] | None) -> Schedule:
         if isinstance(self.until, int):
@@ -103,14 +94,11 @@ class GradualUnfreezing(Schedule):
     """
 
     unfreeze_every: int
+    freezes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("unfreeze_every", self.unfreeze_every, minimum=1)
-
-    @property
-    def freezes(self) -> bool:
-        return True
 
     def _segments(self, i: int, head: int) -> tuple[Segment, ...]:
         last = head * self.unfreeze_every

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from fastfreeze.checks import check_int
-from fastfreeze.schedule._checks import check_number
+from fastfreeze.checks import check_int, check_share
 from fastfreeze.schedule.base import Schedule
 from fastfreeze.schedule.cycles import SnapshotCycles
 from fastfreeze.schedule.segments import Segment
@@ -19,7 +18,44 @@ _POWERS: dict[str, int] = {"linear": 1, "squared": 2, "cubic": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreezeOut(Schedule):
+class _FreezesOut(Schedule):
+    """What FreezeOut says of layers that anneal from one step on, and freeze."""
+
+    t_0: float = 0.8
+    how_scale: HowScale = "cubic"
+    scale_lr: bool = True
+    stages: int | None = None
+    freezes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("t_0", self.t_0)
+        if self.how_scale not in _POWERS:
+            raise ValueError(f"how_scale must be one of {list(_POWERS)}, got {self.how_scale!r}")
+        if not isinstance(self.scale_lr, bool):  # any text would count as True
+            raise TypeError(f"scale_lr must be a bool, got {self.scale_lr!r}")
+        if self.stages is not None:
+            check_int("stages", self.stages, minimum=1)
+
+    def _frozen_out(
+        self, i: int, num_freezing: int, head: int, start: int, length: int, end: int
+    ) -> tuple[Segment, ...]:
+        """Layer ``i`` of 0..``head``, of which the first ``num_freezing`` freeze.
+
+        It anneals over its share of ``length`` steps from ``start``, and is then frozen if that is
+        before ``end``.
+        """
+        last = _last_of_stage(i, num_freezing, self.stages)
+        ratio = freezeout_ratio(last, head, self.t_0, self.how_scale)
+        anneal = length * ratio
+        # Without the slack, 1000 * 0.8**2 = 640.0000000000001 would train step 640 at 1e-32.
+        frozen_from = start + math.ceil(anneal - 1e-9 * length)
+        segments = (Segment(start, anneal, 1.0 / ratio if self.scale_lr else 1.0),)
+        return segments if frozen_from >= end else (*segments, Segment(frozen_from, 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeOut(_FreezesOut):
     """Layer-wise cosine annealing to zero, then freezing (FreezeOut).
 
     Layer i of 0..N anneals over ``t_i = total_steps * ratio_i`` steps, with
@@ -42,27 +78,12 @@ class FreezeOut(Schedule):
         TypeError, ValueError: an argument of the wrong type, or out of its range.
     """
 
-    t_0: float = 0.8
-    how_scale: HowScale = "cubic"
-    scale_lr: bool = True
-    stages: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_freezeout(self.t_0, self.how_scale, self.scale_lr, self.stages)
-
-    @property
-    def freezes(self) -> bool:
-        return True
-
     def _segments(self, i: int, head: int) -> tuple[Segment, ...]:
-        last = _last_of_stage(i, head, self.stages)
-        ratio = freezeout_ratio(last, head, self.t_0, self.how_scale)
-        return _annealed_then_frozen(0, self.total_steps, self.total_steps, ratio, self.scale_lr)
+        return self._frozen_out(i, head, head, 0, self.total_steps, self.total_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreezeOutCycles(SnapshotCycles):
+class FreezeOutCycles(SnapshotCycles, _FreezesOut):
     """Snapshot cycles with FreezeOut inside them.
 
     Within a cycle that freezes, the layers that still train follow FreezeOut's formulae with the
@@ -89,16 +110,11 @@ class FreezeOutCycles(SnapshotCycles):
         TypeError, ValueError: an argument out of its type or range, or ``k`` missing or misplaced.
     """
 
-    t_0: float = 0.8
-    how_scale: HowScale = "cubic"
-    scale_lr: bool = True
     composition: Composition = "sticky"
     k: int | None = None
-    stages: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_freezeout(self.t_0, self.how_scale, self.scale_lr, self.stages)
         if self.composition not in ("sticky", "last_k", "thaw"):
             raise ValueError(
                 f"composition must be 'sticky', 'last_k' or 'thaw', got {self.composition!r}"
@@ -112,15 +128,6 @@ class FreezeOutCycles(SnapshotCycles):
         elif self.k is not None:
             raise ValueError(f"k is for composition='last_k' alone, got k={self.k!r}")
 
-    @property
-    def freezes(self) -> bool:
-        return True
-
-    def _segments(self, i: int, head: int) -> tuple[Segment, ...]:
-        if self.composition == "sticky":
-            return self._sticky(i, head)
-        return self._thawing(i, head)
-
     def first_active_layer(self, cycle: int, num_layers: int) -> int:
         """Lowest layer that trains when ``cycle`` (from 0, up to ``num_cycles``) starts.
 
@@ -130,37 +137,29 @@ class FreezeOutCycles(SnapshotCycles):
             return 0
         return (num_layers - 1) * (cycle - 1) // (self.num_cycles - 1)
 
-    def _sticky(self, i: int, head: int) -> tuple[Segment, ...]:
-        L = self.cycle_length
-        segments = [Segment(0, L)]
-        for c in range(1, self.num_cycles):
-            first = self.first_active_layer(c, head + 1)
-            end = min((c + 1) * L, self.total_steps)
-            behind = self.first_active_layer(c + 1, head + 1)
+    def _segments(self, i: int, head: int) -> tuple[Segment, ...]:
+        L, sticky = self.cycle_length, self.composition == "sticky"
+        segments: list[Segment] = []
+        for c, end in enumerate(self.cycle_ends):
+            first, behind = self._freezing_in(c, head)
             if i >= behind:
                 segments.append(Segment(c * L, L))
                 continue
-            last = _last_of_stage(i - first, behind - first, self.stages)
-            ratio = freezeout_ratio(last, head - first, self.t_0, self.how_scale)
-            segments += _annealed_then_frozen(c * L, L, end, ratio, self.scale_lr)
-            if not segments[-1].frozen:  # annealed until the restart: stays frozen from there
+            stretch = i - first, behind - first, head - first
+            segments += self._frozen_out(*stretch, c * L, L, end)
+            if sticky and not segments[-1].frozen:  # annealed until the restart
                 segments.append(Segment(end, 0))
-            break
+            if sticky:
+                break
         return tuple(segments)
 
-    def _thawing(self, i: int, head: int) -> tuple[Segment, ...]:
-        L = self.cycle_length
-        freezing = self.k if self.k is not None else self.num_cycles
-        last = _last_of_stage(i, head, self.stages)
-        ratio = freezeout_ratio(last, head, self.t_0, self.how_scale)
-        segments: list[Segment] = []
-        for c in range(self.num_cycles):
-            if c < self.num_cycles - freezing:
-                segments.append(Segment(c * L, L))
-            else:
-                end = min((c + 1) * L, self.total_steps)
-                segments += _annealed_then_frozen(c * L, L, end, ratio, self.scale_lr)
-        return tuple(segments)
+    def _freezing_in(self, cycle: int, head: int) -> tuple[int, int]:
+        """The first of the layers that freeze in a cycle, and the first behind them."""
+        if self.composition == "sticky":
+            first, behind = (self.first_active_layer(c, head + 1) for c in (cycle, cycle + 1))
+            return first, behind
+        freezing = self.num_cycles if self.k is None else self.k
+        return 0, head if cycle >= self.num_cycles - freezing else 0
 
 
 def freezeout_ratio(layer_index: int, head_index: int, t_0: float, how_scale: HowScale) -> float:
@@ -176,32 +175,9 @@ def freezeout_ratio(layer_index: int, head_index: int, t_0: float, how_scale: Ho
     return math.pow(x, _POWERS[how_scale])
 
 
-def _annealed_then_frozen(
-    start: int, length: int, end: int, ratio: float, scale_lr: bool
-) -> tuple[Segment, ...]:
-    """A cosine over ``ratio * length`` steps from ``start``, then frozen if before ``end``."""
-    anneal = length * ratio
-    # Without the slack, 1000 * 0.8**2 = 640.0000000000001 would train step 640 at a rate of 1e-32.
-    frozen_from = start + math.ceil(anneal - 1e-9 * length)
-    segments = (Segment(start, anneal, 1.0 / ratio if scale_lr else 1.0),)
-    return segments if frozen_from >= end else (*segments, Segment(frozen_from, 0))
-
-
 def _last_of_stage(i: int, num_freezing: int, stages: int | None) -> int:
     """The last of the layers that freeze together with ``i``, if ``0..num_freezing-1`` freeze."""
     if stages is None or i >= num_freezing:
         return i
     stage = i * stages // num_freezing
     return -(-(stage + 1) * num_freezing // stages) - 1
-
-
-def _check_freezeout(t_0: float, how_scale: str, scale_lr: bool, stages: int | None) -> None:
-    check_number("t_0", t_0, "in (0, 1]")
-    if not 0 < t_0 <= 1:
-        raise ValueError(f"t_0 must be in (0, 1], got {t_0!r}")
-    if how_scale not in _POWERS:
-        raise ValueError(f"how_scale must be one of {list(_POWERS)}, got {how_scale!r}")
-    if not isinstance(scale_lr, bool):  # any text would count as True
-        raise TypeError(f"scale_lr must be a bool, got {scale_lr!r}")
-    if stages is not None:
-        check_int("stages", stages, minimum=1)

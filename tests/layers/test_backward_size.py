@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torchvision.models import get_model, list_models
 
 from fastfreeze import trim
@@ -38,13 +39,6 @@ def in_execution_order(model, *inputs):
     return list(dict.fromkeys(order))
 
 
-def tensors(value):
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value
-    return [t for item in items if item is not None for t in tensors(item)]
-
-
 def saved_bytes(call):
     """Bytes of storage that the forward keeps for the backward."""
     kept = {}
@@ -63,7 +57,7 @@ def saved_bytes(call):
 def backward_nodes(output):
     """The nodes of a backward graph, each after those that run after it."""
     order, seen = [], set()
-    stack = [(t.grad_fn, False) for t in tensors(output)]
+    stack = [(t.grad_fn, False) for t in tree_leaves(output) if isinstance(t, Tensor)]
     while stack:
         node, is_done = stack.pop()
         if is_done:

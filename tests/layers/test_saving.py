@@ -50,9 +50,7 @@ def test_two_equal_layers_by_hand():
 def test_stages_and_scale_lr_are_the_schedules(plan):
     found = fastfreeze.freezeout_for_saving(plan, 0.2, 1000, stages=2, scale_lr=False)
     assert (found.stages, found.scale_lr) == (2, False)
-    each = fastfreeze.freezeout_for_saving(plan, 0.2, 1000)
-    assert found.t_0 < each.t_0  # in stages layers freeze later
-    assert predicted(plan, "compute", total_steps=1000, t_0=found.t_0, stages=2) >= 0.2
+    assert found.t_0 < fastfreeze.freezeout_for_saving(plan, 0.2, 1000).t_0  # later in stages
 
 
 @pytest.mark.parametrize("of", ["compute", "backward"])
