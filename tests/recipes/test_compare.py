@@ -128,4 +128,4 @@ def test_a_comparison_trains_the_baseline_first_and_each_method_once(data, tmp_p
 def test_nothing_to_compare(data):
     asked = dataclasses.replace(CONFIG, methods=("freezeout",))
     with pytest.raises(ValueError, match="one that is not the baseline, freezeout"):
-        asked.check(data)
+        asked.experiment(data).check()

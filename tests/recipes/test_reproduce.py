@@ -15,7 +15,7 @@ from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import DATA_NAMES, EMBEDDED
 from fastfreeze.recipes.plot import plot_run
 from fastfreeze.recipes.rundir import RunDir
-from fastfreeze.reproduction.budget import scaled
+from fastfreeze.reproduction.reproduce import scaled
 from fastfreeze.reproduction.papers import (
     SNAPSHOT_COLUMNS,
     Row,

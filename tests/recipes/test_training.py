@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from fastfreeze.layers.split import split
 from fastfreeze.recipes import rundir as rundir_module
 from fastfreeze.recipes import runs
-from fastfreeze.recipes import tables as tables_module
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.models import build_model
@@ -257,7 +256,7 @@ def writes(monkeypatch):
 
     monkeypatch.setattr(RunDir, "log", crashing(RunDir.log))
     monkeypatch.setattr(SnapshotStore, "save", crashing(SnapshotStore.save))
-    for module in (rundir_module, tables_module, runs):
+    for module in (rundir_module, runs):
         monkeypatch.setattr(module, "write_atomic", crashing(write_atomic))
     return counted
 
@@ -354,7 +353,7 @@ def test_divergence_is_an_error(tmp_path, data, method):
 )
 def test_values_that_do_not_fit_together(data, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **change).check(data)
+        dataclasses.replace(CONFIG, **change).experiment(data).check()
 
 
 def result_of(method, seed, seconds, error, ensemble_error=None):
@@ -390,7 +389,7 @@ def test_table():
 @pytest.fixture
 def run(tmp_path):
     """A run directory before its first step."""
-    return RunDir.create(tmp_path / "run", {})
+    return RunDir.create(tmp_path / "run", "train", {}, None)
 
 
 LINE = '{"method": "sgd", "seed": 0, "step": 0}'
@@ -424,9 +423,9 @@ def test_run_directories_that_cannot_be_made(run, tmp_path):
     (tmp_path / "notes.txt").touch()
     for path in (tmp_path, run.path):
         with pytest.raises(RecipeError, match="exists: go on with --resume"):
-            RunDir.create(path, {})
+            RunDir.create(path, "train", {}, None)
     with pytest.raises(RecipeError, match="cannot write to --run-dir"):
-        RunDir.create(tmp_path / "notes.txt" / "run", {})
+        RunDir.create(tmp_path / "notes.txt" / "run", "train", {}, None)
 
 
 def test_half_a_metrics_line_ends_the_metrics(run):
