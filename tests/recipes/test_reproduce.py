@@ -15,14 +15,13 @@ from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import DATA_NAMES, EMBEDDED
 from fastfreeze.recipes.plot import plot_run
 from fastfreeze.recipes.rundir import RunDir
-from fastfreeze.reproduction.reproduce import scaled
 from fastfreeze.reproduction.papers import (
     SNAPSHOT_COLUMNS,
     Row,
     freezeout_rows,
     snapshot_rows,
 )
-from fastfreeze.reproduction.reproduce import FreezeOutConfig, SnapshotConfig
+from fastfreeze.reproduction.reproduce import FreezeOutConfig, SnapshotConfig, scaled
 from fastfreeze.schedule import SnapshotCycles, StepDecay, from_config
 from tests.commands import Killed, assert_drawn, ran, tiny_data
 from tests.killed import untimed

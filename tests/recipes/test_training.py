@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import os
 import re
-import signal
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -25,9 +23,10 @@ from fastfreeze.recipes.rundir import RunDir, write_atomic
 from fastfreeze.recipes.tables import results_table
 from fastfreeze.recipes.train import TrainConfig
 from fastfreeze.recipes.training import plain_sgd, predict, set_up, train_epoch
-from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, from_config
+from fastfreeze.schedule import Cosine, FreezeOut, from_config
 from fastfreeze.snapshots import SnapshotStore
 from tests.commands import TINY, Killed, assert_same_lines, ran, tiny_data
+from tests.killed import alive
 
 CPU = torch.device("cpu")
 
@@ -83,15 +82,20 @@ def test_plain_sgd_is_torchs_with_the_cosine(data):
     torch.manual_seed(0)
     model, twin = network(), network()
     twin.load_state_dict(model.state_dict())
-    schedule = Cosine(3)
-    train_epoch(plain_sgd(model, schedule, 0.1), data.train_batches(0, 0, 8, CPU), CPU, int)
+    schedule, expected = Cosine(3), []
+    setup = plain_sgd(model, schedule, 0.1)
+    losses, seconds = train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
     optimizer = torch.optim.SGD(twin.parameters(), **options)
     for step, (images, labels) in enumerate(data.train_batches(0, 0, 8, CPU)):
         optimizer.param_groups[0]["lr"] = schedule.lr(step, 0.1)
         optimizer.zero_grad()
-        F.cross_entropy(twin(images), labels).backward()
+        expected.append(F.cross_entropy(twin(images), labels))
+        expected[-1].backward()
         optimizer.step()
+    assert losses == pytest.approx([loss.item() for loss in expected], rel=1e-4)
+    assert len(seconds) == 3
+    assert min(seconds) > 0
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
 
 
@@ -128,17 +132,6 @@ def test_a_setup_follows_all_of_its_schedule(data, options):
     groups = setup.optimizer.param_groups
     rates = [schedule.lr(3, 0.05, i, len(groups)) for i in range(len(groups))]
     assert [group["lr"] for group in groups] == pytest.approx(rates)
-
-
-def test_losses_and_times_are_those_of_each_step(data):
-    model = network()
-    setup = set_up(model, SnapshotCycles(TOTAL_STEPS, num_cycles=2), 0.05, None)
-    images, labels = next(data.train_batches(0, 0, 8, CPU))
-    expected = F.cross_entropy(model(images), labels).item()
-    losses, seconds = train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
-    assert losses[0] == pytest.approx(expected, rel=1e-5)
-    assert len(losses) == len(seconds) == 3
-    assert min(seconds) > 0
 
 
 def test_methods_learn_and_tell(finished, data):
@@ -294,14 +287,6 @@ def test_snapshots_after_the_checkpoint_are_taken_again(tmp_path, monkeypatch, d
     assert [(s.step, s.sha256) for s in store] == before
 
 
-def test_finished_methods_are_not_run_again(finished, data):
-    said = []
-    before = finished.results()
-    train(finished.path, data, say=said.append)
-    assert said == []
-    assert finished.results() == before
-
-
 def test_without_a_terminal_each_tenth_of_a_training_is_told(tmp_path, data):
     said = []
     train(tmp_path / "run", data, said.append, methods=("sgd",), epochs=12, cycles=1)
@@ -324,17 +309,7 @@ def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
     assert 1000 < result["seconds"] < 1100
 
 
-def test_seeds_differ_and_table_averages(tmp_path, data):
-    run = train(tmp_path / "run", data, methods=("sgd", "snapshot"), epochs=1, seeds=2)
-    order = [(r["method"], r["seed"]) for r in run.results()]
-    assert order == [("sgd", 3), ("snapshot", 3), ("sgd", 4), ("snapshot", 4)]
-    assert run.results()[0]["nll"] != run.results()[2]["nll"]
-    table = (run.path / "table.txt").read_text()
-    assert "±" in table
-    assert "Snapshot" in table
-
-
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", ["sgd", "both"])
 def test_divergence_is_an_error(tmp_path, data, method):
     told = rf"{method}-seed3: .* at step \d+: a learning rate of 1e\+30"
     with pytest.raises(RecipeError, match=told):
@@ -348,7 +323,6 @@ def test_divergence_is_an_error(tmp_path, data, method):
         ({"cycles": 5}, "num_cycles=5 does not fit total_steps=12"),
         ({"cycles": 1}, "composition='sticky' freezes from the second cycle on"),
         ({"composition": "last_k", "last_k": 4}, "k must be in 1..3"),
-        ({"model": "resnet9"}, "depth of resnet"),
     ],
 )
 def test_values_that_do_not_fit_together(data, change, message):
@@ -381,9 +355,8 @@ def test_table():
         "backward removed %": "25.0 ± 0.0",
         "vs SGD": "1.00x",
     }
-    assert table.rows[1][0] == "FreezeOut + Snapshot"
-    assert table.rows[1][2] == "1.00"
-    assert table.rows[1][-1] == "0.50x"
+    second = table.rows[1]
+    assert (second[0], second[2], second[-1]) == ("FreezeOut + Snapshot", "1.00", "0.50x")
 
 
 @pytest.fixture
@@ -393,17 +366,14 @@ def run(tmp_path):
 
 
 LINE = '{"method": "sgd", "seed": 0, "step": 0}'
-NO_LINE = [
-    *("3", '{"method": "sgd"}', "[]", "{", "[" * 100_000),
-    *(LINE.replace("0}", '"0"}'), LINE.replace("sgd", "../sgd"), f"{LINE[:9]}\n{LINE}"),
-]
 DAMAGED = {
-    "results.json": ["{", "{}", "[1]", '[{"method": "sgd", "seed": 0}]'],
-    "metrics.jsonl": [f"{LINE}\n{text}\n" for text in NO_LINE],
+    "results.json": ["{", "[1]", '[{"method": "sgd", "seed": 0}]'],
+    "metrics.jsonl": [
+        f"{LINE}\n{text}\n" for text in ("3", '{"method": "sgd"}', "[" * 10**5, LINE[:9])
+    ],
     "config.json": [
-        *("{", "[]", "{}", '{"arguments": 3}', '{"arguments": {"seed": 0}}', "[" * 10**5),
-        '{"arguments": {"model": "m", "data": "d", "seed": 0}}',
-        '{"command": "train", "arguments": {"model": "m", "data": "d", "seed": 0}, "data_dir": 3}',
+        *("{", "[]", '{"command": "train", "arguments": 3, "data_dir": null}'),
+        '{"command": "train", "arguments": {"seed": 0}, "data_dir": null}',
     ],
 }
 
@@ -417,15 +387,6 @@ def test_damaged_files(run, name, text):
     read = {"results.json": RunDir.results, "metrics.jsonl": RunDir.metrics}
     with pytest.raises(RecipeError, match=where):
         read.get(name, lambda run: RunDir.open(run.path))(run)
-
-
-def test_run_directories_that_cannot_be_made(run, tmp_path):
-    (tmp_path / "notes.txt").touch()
-    for path in (tmp_path, run.path):
-        with pytest.raises(RecipeError, match="exists: go on with --resume"):
-            RunDir.create(path, "train", {}, None)
-    with pytest.raises(RecipeError, match="cannot write to --run-dir"):
-        RunDir.create(tmp_path / "notes.txt" / "run", "train", {}, None)
 
 
 def test_half_a_metrics_line_ends_the_metrics(run):
@@ -447,22 +408,18 @@ def test_links_out_of_a_run_directory_are_not_followed(run, tmp_path, name):
     assert outside.read_text() == "[]"
 
 
-def test_one_process_at_a_time_goes_on_with_a_run(run, tmp_path):
+def test_one_process_at_a_time_goes_on_with_a_run(run):
     left = [run.path / f".fastfreeze-{'0' * 16}.tmp", run.path / "checkpoints" / "x.pt"]
     for path in left:
         path.touch()
-    child = os.fork()
-    if child == 0:
+
+    def holds(ready):
         run.rewind()
-        (tmp_path / "locked").touch()
+        ready()
         time.sleep(60)
-        os._exit(0)
-    while not (tmp_path / "locked").exists():
-        time.sleep(0.01)
-    with pytest.raises(RecipeError, match="run is in use by another process"):
+
+    with alive(holds), pytest.raises(RecipeError, match="run is in use by another process"):
         run.rewind()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
     run.rewind()
     run.rewind()
     assert [path.exists() for path in left] == [False, True]
@@ -476,12 +433,3 @@ def test_rewind_keeps_what_checkpoints_cover(run):
     run.save_checkpoint("sgd-seed0", {"step": 5})
     run.rewind()
     assert run.metrics() == lines[:2]
-
-
-def test_damaged_checkpoint(run):
-    run.save_checkpoint("sgd-seed0", {"step": 5})
-    path = run.path / "checkpoints" / "sgd-seed0.pt"
-    path.write_bytes(path.read_bytes()[:-100])
-    told = r"is no checkpoint of this run .*: remove it to train sgd-seed0 from"
-    with pytest.raises(RecipeError, match=told):
-        run.load_checkpoint("sgd-seed0")
