@@ -118,19 +118,19 @@ class ImageData:
     def train_batches(
         self, seed: int, epoch: int, batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented float32 batches ``[B, C, H, W]`` and labels, in the epoch's own order."""
-        images = _Batches(self.train, self._vary(), (seed, epoch))
-        for pixels, labels in self._read(images, self.train_order(seed, epoch), batch_size):
-            yield self._normalise(pixels.to(device)), labels.to(device)
+        """Varied float32 batches ``[B, C, H, W]`` and labels, in the epoch's own order."""
+        order, key = self.train_order(seed, epoch), (seed, epoch)
+        return self._read(_Batches(self.train, self._vary(), key), order, batch_size, device)
 
     def _vary(self) -> Callable[[Tensor], Tensor] | None:
         """What is done to each training image once it has its size."""
-        v2 = optional_package("torchvision.transforms.v2")
-        parts: list[Any] = [
-            *([v2.RandomCrop(self.train[[0]][0].shape[2:], self.pad)] if self.pad else []),
-            *([v2.RandomHorizontalFlip()] if self.flip else []),
-            *([v2.ColorJitter(0.4, 0.4, 0.4)] if self.colours else []),
-        ]
+        v2, parts = optional_package("torchvision.transforms.v2"), []
+        if self.pad:
+            parts.append(v2.RandomCrop(self.train[[0]][0].shape[2:], self.pad))
+        if self.flip:
+            parts.append(v2.RandomHorizontalFlip())
+        if self.colours:
+            parts.append(v2.ColorJitter(0.4, 0.4, 0.4))
         vary: Callable[[Tensor], Tensor] | None = v2.Compose(parts) if parts else None
         return vary
 
@@ -139,15 +139,14 @@ class ImageData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The test images in order, as float32 batches, and their labels."""
         order = torch.arange(len(self.test.labels))
-        for pixels, labels in self._read(_Batches(self.test), order, batch_size):
-            yield self._normalise(pixels.to(device)), labels.to(device)
+        return self._read(_Batches(self.test), order, batch_size, device)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         mean, std = (x.to(pixels.device).view(-1, 1, 1) for x in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
     def _read(
-        self, images: _Batches, order: Tensor, batch_size: int
+        self, images: _Batches, order: Tensor, batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
         loader: DataLoader[Any] = DataLoader(
             images,
@@ -160,7 +159,8 @@ class ImageData:
         for batch in loader:
             if isinstance(batch, RecipeError):
                 raise batch
-            yield batch
+            pixels, labels = batch
+            yield self._normalise(pixels.to(device)), labels.to(device)
 
 
 @dataclass(frozen=True)

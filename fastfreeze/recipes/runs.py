@@ -113,7 +113,6 @@ class _Totals:
     step: int = 0
     seconds: float = 0.0  # of training
     cpu_seconds: float = 0.0  # meanwhile, of all threads and of loader processes that have ended
-    removed: float = 0.0  # shares of the backward, summed over the steps
 
 
 class Run:
@@ -150,7 +149,7 @@ class Run:
         self._restore()
         if (plan := self.setup.plan) is not None:
             self.setup.report = FreezeReport(model, self.setup.optimizer, plan, example)
-        self._set_frozen(self.setup.frozen_layers)
+        self._frozen = self.setup.frozen_layers
 
     def finish(self, quiet: bool) -> None:
         """Train to the end, evaluate, and write the result down."""
@@ -222,22 +221,17 @@ class Run:
     def _after_step(self) -> None:
         setup, totals = self.setup, self.totals
         totals.step += 1
-        totals.removed += self._removed
         before, frozen = self._frozen, setup.frozen_layers
         if frozen != before:
             if new := set(frozen) - set(before):
                 self._log("freeze", layers=sorted(new))
             if old := set(before) - set(frozen):
                 self._log("thaw", layers=sorted(old))
-            self._set_frozen(frozen)
+            self._frozen = frozen
         if self.store is not None and totals.step in setup.schedule.cycle_ends:
             cycle = setup.schedule.cycle_ends.index(totals.step)
             self.store.save(setup.model, step=totals.step, cycle=cycle)
             self._log("snapshot", cycle=cycle)
-
-    def _set_frozen(self, frozen: tuple[int, ...]) -> None:
-        self._frozen = frozen
-        self._removed = self.setup.backward_removed()
 
     def _log(self, event: str, **values: Any) -> None:
         line = {"event": event, "method": self.method.name, "seed": self.seed}
@@ -299,7 +293,7 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
 
     def _result(self) -> Line:
-        totals, tested = self.totals, self.experiment.data
+        totals, tested, plan = self.totals, self.experiment.data, self.setup.plan
         if self._best is not None:
             self.setup.model.load_state_dict(self._best["weights"])
             self.run_dir.save_best(self.name, self._best["weights"])
@@ -314,7 +308,7 @@ class Run:
             "ece": (ensemble or own).ece,
             "seconds": totals.seconds,
             "cpu_seconds": totals.cpu_seconds,
-            "backward_removed": totals.removed / totals.step,
+            "backward_removed": 0.0 if plan is None else plan.backward_saving or 0.0,
             "validation_error": self._best and self._best["error"],
             "best_epoch": self._best and self._best["epoch"],
         }

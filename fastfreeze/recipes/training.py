@@ -63,12 +63,6 @@ class Setup:
         output: Tensor = self.cache(images, samples=samples)
         return output
 
-    def backward_removed(self) -> float:
-        """Share of the backward FLOPs, in 0..1, that is gone now: schedules freeze a prefix."""
-        if self.plan is None:
-            return 0.0
-        return sum(self.plan.backward_share(layer) or 0.0 for layer in self.frozen_layers)
-
 
 def set_up(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
     """The optimizer that a schedule asks for; where layers freeze, their backward is cut off."""
