@@ -23,7 +23,7 @@ from fastfreeze.recipes.rundir import RunDir, write_atomic
 from fastfreeze.recipes.tables import results_table
 from fastfreeze.recipes.train import TrainConfig
 from fastfreeze.recipes.training import plain_sgd, predict, set_up, train_epoch
-from fastfreeze.schedule import Cosine, FreezeOut, from_config
+from fastfreeze.schedule import Cosine, from_config
 from fastfreeze.snapshots import SnapshotStore
 from tests.commands import TINY, Killed, assert_same_lines, ran, tiny_data
 from tests.killed import alive
@@ -54,10 +54,6 @@ def network():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data):
     return train(tmp_path_factory.mktemp("runs") / "run", data)
-
-
-def result_for(run, method):
-    return next(r for r in run.results() if r["method"] == method)
 
 
 def weights(run, name):
@@ -99,28 +95,6 @@ def test_plain_sgd_is_torchs_with_the_cosine(data):
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
 
 
-def test_frozen_layers_stay_as_they_are(data):
-    model = network()
-    schedule = FreezeOut(TOTAL_STEPS, t_0=0.5)
-    setup = set_up(model, schedule, 0.05, data.example(CPU))
-    seen = []
-
-    def after_step():
-        states = [setup.model.stem.state_dict(), setup.model.head.state_dict()]
-        copies = [{k: v.clone() for k, v in state.items()} for state in states]
-        seen.append((setup.frozen_layers, *copies))
-
-    for epoch in range(4):
-        train_epoch(setup, data.train_batches(0, epoch, 8, CPU), CPU, after_step)
-    for step, (frozen, *_) in enumerate(seen[:-1], 1):
-        assert frozen == tuple(i for i in range(5) if schedule.is_frozen(step, i, 5))
-    stems = [stem for frozen, stem, _ in seen if 0 in frozen]
-    assert 2 < len(stems) < TOTAL_STEPS
-    for stem in stems[1:]:  # weights, and the norm's running statistics
-        torch.testing.assert_close(stem, stems[0], rtol=0, atol=0)
-    assert not torch.equal(seen[-1][2]["layers.2.weight"], seen[-2][2]["layers.2.weight"])
-
-
 FINE = {"warm": {"warmup_steps": 4}, "by layer": {"layer_decay": 0.5}, "floor": {"eta_min": 0.01}}
 
 
@@ -155,17 +129,6 @@ def test_methods_learn_and_tell(finished, data):
     assert firsts == pytest.approx([firsts[0]] * 4, abs=1e-5)  # from the same weights, and images
 
 
-@pytest.mark.parametrize(("method", "trained"), [("sgd", 12), ("freezeout", 2), ("both", 5)])
-def test_norms_freeze_and_the_backward_is_removed_as_planned(finished, data, method, trained):
-    state = weights(finished, f"{method}-seed3")
-    assert state["stem.layers.1.num_batches_tracked"] == trained
-    schedule = CONFIG.schedule(method, TOTAL_STEPS)
-    assert schedule.freeze_steps(0, 5) in ((trained,), ())
-    plan = split(network(), data.example(CPU), schedule=schedule)
-    removed = result_for(finished, method)["backward_removed"]
-    assert removed == pytest.approx(plan.backward_saving)
-
-
 @pytest.mark.parametrize("method", ["snapshot", "both"])
 def test_ensemble_is_of_all_snapshots_and_its_members_are_told(finished, data, method):
     name = f"{method}-seed3"
@@ -178,20 +141,13 @@ def test_ensemble_is_of_all_snapshots_and_its_members_are_told(finished, data, m
         model.load_state_dict(state)
         probabilities.append(predict(model, data, CPU).softmax(1))
     mean = torch.stack(probabilities).mean(0)
-    result = result_for(finished, method)
+    result = next(r for r in finished.results() if r["method"] == method)
     labels = data.test.labels
     assert result["ensemble_error"] == (mean.argmax(1) != labels).double().mean().item()
     assert result["nll"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-4)
-    lines = (finished.path / f"ensemble-{name}.txt").read_text().splitlines()
-    told = (line for line in lines if line.startswith(("member", "ens")))
-    rows = {line.split("  ")[0]: line.split() for line in told}
-    assert list(rows) == [*(f"member {m}" for m in range(len(store))), "ensemble"]
-    assert rows["ensemble"][1] == f"{100 * result['ensemble_error']:.2f}"
-    assert float(rows["ensemble"][2]) == pytest.approx(result["nll"], abs=1e-4)
-    last = float(rows[f"member {len(store) - 1}"][2])
-    assert last == pytest.approx(100 * result["error"], abs=0.01)
-    assert f"{len(labels)} rows" in lines[-3]
-    assert "members as one graph" in lines[-1]
+    *_, rows, _, plan = (finished.path / f"ensemble-{name}.txt").read_text().splitlines()
+    assert f"{len(labels)} rows" in rows
+    assert "members as one graph" in plan
 
 
 def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch):
@@ -207,7 +163,7 @@ def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch)
     assert asked == [(3, 0), (3, 1), (4, 0), (4, 1)]
 
 
-def test_schedules_layers_and_freezes_are_told(finished):
+def test_schedules_layers_and_freezes_are_told(finished, data):
     start, *lines = (line for line in finished.metrics() if line["method"] == "freezeout")
     assert start["event"] == "start"
     assert start["layers"] == ["stem", "blocks.0", "blocks.1", "blocks.2", "head"]
@@ -219,11 +175,14 @@ def test_schedules_layers_and_freezes_are_told(finished):
     for line in (line for line in lines if line["event"] == "epoch"):
         expected = [schedule.lr(line["step"], 0.05, i, 5) for i in range(5)]
         assert line["lr"] == pytest.approx(expected)
-    freezing, sgd = finished.path / "freezing-freezeout-seed3.txt", "freezing-sgd-seed3.txt"
-    told = freezing.read_text().splitlines()[2:6]
+    told = (finished.path / "freezing-freezeout-seed3.txt").read_text().splitlines()[2:6]
     assert [int(line.split()[0]) for line in told] == steps
-    assert (finished.path / "freezing-both-seed3.txt").exists()
-    assert not (finished.path / sgd).exists()
+    assert not (finished.path / "freezing-sgd-seed3.txt").exists()
+    assert weights(finished, "freezeout-seed3")["stem.layers.1.num_batches_tracked"] == steps[0]
+    plan = split(network(), data.example(CPU))
+    removed = sum(plan.backward_share(i) * (1 - step / TOTAL_STEPS) for i, step in enumerate(steps))
+    result = next(r for r in finished.results() if r["method"] == "freezeout")
+    assert result["backward_removed"] == pytest.approx(removed)
 
 
 def test_thawing_layers_are_told(tmp_path, data):
@@ -294,18 +253,12 @@ def test_without_a_terminal_each_tenth_of_a_training_is_told(tmp_path, data):
     assert tenths == [f"sgd-seed3: epoch {n} of 12" for n in (2, 3, 4, 5, 6, 8, 9, 10, 11)]
 
 
-def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
-    saved = RunDir.save_checkpoint
-
-    def save_and_die(self, name, state):
-        saved(self, name, {**state, "seconds": state["seconds"] + 1000})
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "save_checkpoint", save_and_die)
-        with pytest.raises(Killed):
-            train(tmp_path / "run", data, methods=("sgd",))
-    [result] = train(tmp_path / "run", data, methods=("sgd",)).results()
+def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data):
+    run = train(tmp_path / "run", data, methods=("sgd",), epochs=1, cycles=1)
+    state = run.load_checkpoint("sgd-seed3")
+    run.save_checkpoint("sgd-seed3", {**state, "seconds": state["seconds"] + 1000})
+    (run.path / "results.json").unlink()
+    [result] = train(run.path, data, methods=("sgd",), epochs=1, cycles=1).results()
     assert 1000 < result["seconds"] < 1100
 
 
