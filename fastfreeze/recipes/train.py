@@ -1,4 +1,4 @@
-"""``fastfreeze train``: the two papers' methods, both together, and plain SGD beside them."""
+"""``fastfreeze train`` and ``compare``: the papers' methods, both together, and plain SGD."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from fastfreeze.recipes.data import ImageData, load_data
+from fastfreeze.recipes.errors import optional_package
 from fastfreeze.recipes.rundir import Line
 from fastfreeze.recipes.runs import Experiment, RunConfig
-from fastfreeze.recipes.tables import Table, results_table
+from fastfreeze.recipes.tables import CONFIDENCE, Table, compare, comparison_table, results_table
 from fastfreeze.recipes.training import Method
 from fastfreeze.schedule import (
     Composition,
@@ -68,3 +69,24 @@ class TrainConfig(RunConfig):
 
     def outcome(self, results: Sequence[Line], data: ImageData) -> tuple[Table, Line]:
         return results_table(results), {}
+
+
+@dataclass(frozen=True)
+class CompareConfig(TrainConfig):
+    """What a comparison is asked to do: a training of each method, and first of the baseline."""
+
+    baseline: str
+
+    def trained(self) -> Iterable[str]:
+        return dict.fromkeys([self.baseline, *self.methods])
+
+    def experiment(self, data: ImageData) -> Experiment:
+        if set(self.methods) <= {self.baseline}:
+            raise ValueError(f"methods must hold one that is not the baseline, {self.baseline}")
+        optional_package("scipy.stats")  # before the training that it is for
+        return super().experiment(data)
+
+    def outcome(self, results: Sequence[Line], data: ImageData) -> tuple[Table, Line]:
+        compared = compare(results, self.baseline)
+        values = {"baseline": self.baseline, "confidence": CONFIDENCE, "comparison": compared}
+        return comparison_table(compared), values

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastfreeze.recipes.compare import CompareConfig, compare, comparison_table, spread
+from fastfreeze.recipes.tables import compare, comparison_table, spread
+from fastfreeze.recipes.train import CompareConfig
 from tests.commands import TINY, ran, tiny_data
 
 pytest.importorskip("scipy", reason="which compare takes Student's t from")
