@@ -100,9 +100,9 @@ class WithAdamW(Module):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-def adamw(model):
+def adamw(model, **options):
     plan = fastfreeze.split(model, torch.zeros(1, 2, 6, 6))
-    optimizer = torch.optim.AdamW(plan.param_groups(), lr=0.01)
+    optimizer = torch.optim.AdamW(plan.param_groups(), lr=0.01, **options)
     return plan, optimizer, fastfreeze.FreezeScheduler(optimizer, schedule_of(STEPS))
 
 
@@ -287,6 +287,24 @@ def test_each_network_has_its_own_callback(loader, tmp_path):
         assert_same_bits(last, module.get_submodule(name).state_dict())
     frozen = [not any(p.requires_grad for p in block.parameters()) for block in module.model]
     assert frozen == [True, True, True, False]
+
+
+def test_a_step_that_is_skipped_for_an_overflow_takes_no_snapshot():
+    model, store = network(), fastfreeze.MemorySnapshots()
+    _, optimizer, scheduler = adamw(model, fused=True)
+    callback, where = FastfreezeCallback(store=store), nn.ModuleDict({"model": model})
+    known = {"total_steps": None, "saved": model, "plan": None, "example_inputs": None}
+    callback._start(where, [optimizer], [scheduler], **known)
+    for _ in range(STEPS // CYCLES):
+        model(torch.randn(4, 2, 6, 6)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    (snapshot,) = store
+    before = store.load(snapshot)
+    model(torch.randn(4, 2, 6, 6)).sum().backward()  # the norms see another batch
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert_same_bits(store.load(snapshot), before)
 
 
 class WithoutSchedule(Module):

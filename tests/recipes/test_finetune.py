@@ -182,7 +182,7 @@ def test_weights_of_safetensors_and_of_old_files_are_the_same(own):
 
 BAD_WEIGHTS = {
     "lacks": (lambda w: w.pop("1.0.weight"), "(but for its head, 4, which is new): it lacks 1.0.w"),
-    "besides": (lambda w: w.update(fc=torch.ones(1)), "it has besides fc"),
+    "besides": (lambda w: w.update({"4x": torch.ones(1)}), "it has besides 4x"),
     "shape": (lambda w: w.update({"0.1.bias": torch.ones(5)}), "0.1.bias is [5] and must be [4]"),
     "nested": (
         lambda w: w.update(optimizer={"lr": 1}),

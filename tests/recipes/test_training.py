@@ -51,6 +51,13 @@ def network():
     return build_model("resnet8-w4", num_classes=2, in_channels=1)
 
 
+def dropping():
+    """A network that draws random numbers in each step."""
+    model = network()
+    model.head.layers.insert(2, torch.nn.Dropout(0.5))
+    return model
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data):
     return train(tmp_path_factory.mktemp("runs") / "run", data)
@@ -215,7 +222,7 @@ def writes(monkeypatch):
 
 @pytest.mark.parametrize("every", [9, pytest.param(2, marks=pytest.mark.train)])
 def test_resumes_bit_identical_after_a_crash_between_any_writes(tmp_path, data, writes, every):
-    two = {"methods": ("sgd", "both"), "epochs": 2}
+    two = {"methods": ("sgd", "both"), "epochs": 2, "model": f"{__name__}:dropping"}
     expected = train(tmp_path / "whole", data, **two)
     total = writes.done
     assert total > 18
