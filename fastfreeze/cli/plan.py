@@ -82,7 +82,7 @@ def plan(
             raise click.BadParameter(str(error), param_hint="--saving") from error
     layers = replace(layers, schedule=schedule, lr=lr)
     if as_json:
-        click.echo(json.dumps(_as_json(layers, schedule), indent=2))
+        click.echo(json.dumps(_as_json(layers, schedule, lr), indent=2))
     else:
         click.echo(layers)
         if saving is not None:
@@ -112,7 +112,7 @@ def _layers(
     return layers
 
 
-def _as_json(layers: LayerPlan, schedule: FreezeOut) -> dict[str, Any]:
+def _as_json(layers: LayerPlan, schedule: FreezeOut, lr: float) -> dict[str, Any]:
     count = len(layers.layers)
     rows = [
         {
@@ -121,7 +121,7 @@ def _as_json(layers: LayerPlan, schedule: FreezeOut) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in layer.trainable),
             "backward_share": layers.backward_share(i),
             "freezes_at_step": list(schedule.freeze_steps(i, count)),
-            "initial_lr": schedule.lr(0, layers.lr, i, count),
+            "initial_lr": schedule.lr(0, lr, i, count),
         }
         for i, layer in enumerate(layers.layers)
     ]
