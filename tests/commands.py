@@ -15,7 +15,7 @@ from fastfreeze.cli import main
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.images import MemoryImages
 from fastfreeze.recipes.names import METHOD_NAMES
-from fastfreeze.recipes.rundir import RunDir, describe
+from fastfreeze.recipes.rundir import RunDir
 from tests.killed import untimed
 
 # Of a training on images of two classes that takes a moment: the arguments of its config.
@@ -106,12 +106,12 @@ def tiny_data(train, test, num_classes=2):
 
 
 def ran(path, data, config, command="train", say=lambda line: None):
-    """Begins a run, or goes on with it; gives its directory and what came of it."""
+    """Begins a run, or goes on with it; gives its directory, table and values."""
     if (path / "config.json").exists():
         run = RunDir.open(path)
     else:
-        run = RunDir.create(path, describe(command, dataclasses.asdict(config), None))
-    return run, config.run(data, run, say, quiet=True)
+        run = RunDir.create(path, command, dataclasses.asdict(config), None)
+    return run, *config.run(data, run, say, quiet=True)
 
 
 def assert_same_lines(found, expected):

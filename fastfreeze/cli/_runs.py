@@ -18,10 +18,9 @@ from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.names import EMBEDDED
 
 if TYPE_CHECKING:
-    from fastfreeze.recipes.config import RunConfig
     from fastfreeze.recipes.data import ImageData
     from fastfreeze.recipes.rundir import RunDir
-    from fastfreeze.recipes.tables import Outcome
+    from fastfreeze.recipes.runs import RunConfig
 
 
 def run_command(
@@ -29,30 +28,40 @@ def run_command(
 ) -> None:
     """Start a run or go on with one, and print what it has come to.
 
-    Args:
-        ctx: of the command.
-        kind: the dataclass of its configuration, whose fields are the remaining options.
-        options: all of the command's options.
+    ``options`` are all of the command's; the fields of ``kind``, the dataclass of its
+    configuration, are those that a run keeps when it is resumed.
     """
     import torch
 
-    from fastfreeze.recipes.rundir import RunDir, describe
+    from fastfreeze.recipes.rundir import RunDir
 
     names = ("data_dir", "workers", "run_dir", "resume", "quiet", "as_json")
     data_dir, workers, path, run, quiet, as_json = (options.pop(name) for name in names)
     options["threads"] = options["threads"] or torch.get_num_threads()
     if run is not None:
         _check_resumed(ctx, run, options)
-    config, command = kind(**options), ctx.command_path.partition(" ")[2]
+    config = kind(**options)
     data = _load(config, data_dir, workers)
     if run is None:
         path = path or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        run = RunDir.create(path, describe(command, asdict(config), data_dir))
-    outcome = _run(config, data, run, command, quiet)
-    if as_json:
-        click.echo(json.dumps({"run_dir": str(run.path), **outcome.values}, indent=2))
-    else:
-        click.echo(str(outcome.table))
+        run = RunDir.create(path, ctx.command_path.partition(" ")[2], asdict(config), data_dir)
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+
+    how_to_go_on = f"Go on with: fastfreeze {run.command} --resume {shlex.quote(str(run.path))}"
+    say(f"run directory: {run.path}")
+    try:
+        table, values = config.run(data, run, say, quiet)
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted. {how_to_go_on}", err=True)
+        raise click.exceptions.Exit(130) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader of the output has gone
+            raise
+        raise RecipeError(f"{type(error).__name__}: {error}. {how_to_go_on}") from error
+    click.echo(json.dumps({"run_dir": str(run.path), **values}, indent=2) if as_json else table)
 
 
 def _check_resumed(ctx: click.Context, run: RunDir, options: dict[str, Any]) -> None:
@@ -75,32 +84,15 @@ def _check_resumed(ctx: click.Context, run: RunDir, options: dict[str, Any]) -> 
 
 
 def _load(config: RunConfig, data_dir: Path | None, workers: int) -> ImageData:
+    """The data, on which all can be trained."""
     import torch
 
     if config.data == EMBEDDED and data_dir is not None:
         raise click.UsageError(f"--data-dir is not for {EMBEDDED}, which needs no files")
     torch.set_num_threads(config.threads)
-    data = config.load(data_dir, workers)
     try:
-        config.check(data)
+        data = config.load(data_dir, workers)
+        config.experiment(data).check()
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     return data
-
-
-def _run(config: RunConfig, data: ImageData, run: RunDir, command: str, quiet: bool) -> Outcome:
-    def say(line: str) -> None:
-        if not quiet:
-            click.echo(line, err=True)
-
-    how_to_go_on = f"Go on with: fastfreeze {command} --resume {shlex.quote(str(run.path))}"
-    say(f"run directory: {run.path}")
-    try:
-        return config.run(data, run, say, quiet)
-    except KeyboardInterrupt:
-        click.echo(f"Interrupted. {how_to_go_on}", err=True)
-        raise click.exceptions.Exit(130) from None
-    except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader of the output has gone
-            raise
-        raise RecipeError(f"{type(error).__name__}: {error}. {how_to_go_on}") from error

@@ -93,18 +93,11 @@ def finetune(ctx: click.Context, /, **options: Any) -> None:
     ends with the same weights, bit for bit, as if it had not been stopped.
     """
     from fastfreeze.recipes.finetune import FinetuneConfig
-    from fastfreeze.recipes.networks import is_own
 
-    if options["resume"] is None:
-        if options["weights"] is None and not is_own(options["model"]):
+    for option, (flag, recipe) in _OF_ONE_RECIPE.items():
+        if given(ctx, option) and options["recipe"] != recipe:
             raise click.UsageError(
-                f"--weights is missing, the file of {options['model']}'s pretrained weights "
-                "(a network of your own, MODULE:FUNCTION, may bring its own)"
+                f"{flag} is for --recipe {recipe}, and this is --recipe {options['recipe']}"
             )
-        for option, (flag, recipe) in _OF_ONE_RECIPE.items():
-            if given(ctx, option) and options["recipe"] != recipe:
-                raise click.UsageError(
-                    f"{flag} is for --recipe {recipe}, and this is --recipe {options['recipe']}"
-                )
-        options["lr"] = options["lr"] or _RATES[options["optimizer"]]
+    options["lr"] = options["lr"] or _RATES[options["optimizer"]]
     run_command(ctx, FinetuneConfig, options)

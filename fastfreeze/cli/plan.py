@@ -41,17 +41,14 @@ if TYPE_CHECKING:
 def plan(
     ctx: click.Context,
     /,
-    model: str,
     steps: int,
     lr: float,
     t_0: float,
     how_scale: HowScale,
     saving: float | None,
     of: SavingOf,
-    num_classes: int | None,
-    in_channels: int,
-    image_size: int | None,
     as_json: bool,
+    **network: Any,
 ) -> None:
     """Show a network's layers, when FreezeOut freezes them, and what that saves.
 
@@ -76,7 +73,7 @@ def plan(
         raise click.UsageError("--of is for --saving")
     from fastfreeze.layers.saving import freezeout_for_saving
 
-    layers = _layers(model, num_classes, in_channels, image_size)
+    layers = _layers(**network)
     schedule = FreezeOut(steps, t_0=t_0, how_scale=how_scale)
     if saving is not None:
         try:
@@ -86,10 +83,10 @@ def plan(
     layers = replace(layers, schedule=schedule, lr=lr)
     if as_json:
         click.echo(json.dumps(_as_json(layers, schedule, lr), indent=2))
-        return
-    click.echo(str(layers))
-    if saving is not None:
-        click.echo(f"t_0={schedule.t_0} is the largest that saves {saving:.1%} of the {of}")
+    else:
+        click.echo(layers)
+        if saving is not None:
+            click.echo(f"t_0={schedule.t_0} is the largest that saves {saving:.1%} of the {of}")
 
 
 def _layers(
@@ -116,16 +113,17 @@ def _layers(
 
 
 def _as_json(layers: LayerPlan, schedule: FreezeOut, lr: float) -> dict[str, Any]:
+    count = len(layers.layers)
     rows = [
         {
-            "index": layer.index,
+            "index": i,
             "name": layer.name,
             "parameters": sum(p.numel() for p in layer.trainable),
-            "backward_share": layers.backward_share(layer.index),
-            "freezes_at_step": list(schedule.freeze_steps(layer.index, len(layers.layers))),
-            "initial_lr": schedule.lr(0, lr, layer.index, len(layers.layers)),
+            "backward_share": layers.backward_share(i),
+            "freezes_at_step": list(schedule.freeze_steps(i, count)),
+            "initial_lr": schedule.lr(0, lr, i, count),
         }
-        for layer in layers.layers
+        for i, layer in enumerate(layers.layers)
     ]
     return {
         "t_0": schedule.t_0,

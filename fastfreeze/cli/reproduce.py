@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -22,9 +22,6 @@ from fastfreeze.cli._runs import run_command
 from fastfreeze.reproduction.papers import Row, freezeout_rows, snapshot_rows
 from fastfreeze.text import format_table
 
-if TYPE_CHECKING:
-    from fastfreeze.reproduction.reproduce import ReproduceConfig
-
 
 @click.group()
 def reproduce() -> None:
@@ -40,9 +37,10 @@ def reproduce() -> None:
 def _row_options(rows: Sequence[Row]) -> Callable[[Command], Command]:
     models = ", ".join(dict.fromkeys(row.model for row in rows))
     datasets = ", ".join(dict.fromkeys(row.data for row in rows))
+    text = "One of {}; fastfreeze reproduce list shows what goes together."
     return options(
-        click.option("--model", help=f"One of {models}."),
-        click.option("--dataset", "--data", "data", help=f"One of {datasets}."),
+        click.option("--model", required=True, help=text.format(models)),
+        click.option("--dataset", "--data", "data", required=True, help=text.format(datasets)),
         data_dir_option,
         click.option(
             "--scale",
@@ -55,27 +53,15 @@ def _row_options(rows: Sequence[Row]) -> Callable[[Command], Command]:
             type=AT_LEAST_1,
             help="Test on so many, with equal classes. [default: all]",
         ),
+        seed_options(default=1),
+        run_options,
     )
-
-
-def _reproduce(ctx: click.Context, kind: type[ReproduceConfig], o: dict[str, Any]) -> None:
-    if o["resume"] is None:
-        for name, option in (("model", "--model"), ("data", "--dataset")):
-            if o[name] is None:
-                raise click.UsageError(f"{option} is missing: fastfreeze reproduce list shows them")
-        try:
-            kind.find(o["model"], o["data"])
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
-    run_command(ctx, kind, o)
 
 
 @reproduce.command(context_settings={"show_default": True})
 @_row_options(snapshot_rows())
-@seed_options(default=1)
-@run_options
 @click.pass_context
-def snapshot(ctx: click.Context, /, **given: Any) -> None:
+def snapshot(ctx: click.Context, /, **options: Any) -> None:
     """A row of Snapshot Ensembles' table 1, on one data set.
 
     Three trainings: a single model with step decay, which gives NoCycle too, and Snapshot
@@ -89,15 +75,13 @@ def snapshot(ctx: click.Context, /, **given: Any) -> None:
     """
     from fastfreeze.reproduction.reproduce import SnapshotConfig
 
-    _reproduce(ctx, SnapshotConfig, given)
+    run_command(ctx, SnapshotConfig, options)
 
 
 @reproduce.command(context_settings={"show_default": True})
 @_row_options(freezeout_rows())
-@seed_options(default=1)
-@run_options
 @click.pass_context
-def freezeout(ctx: click.Context, /, **given: Any) -> None:
+def freezeout(ctx: click.Context, /, **options: Any) -> None:
     """A network of FreezeOut: without freezing, and with t_0 of 0.8 and 0.5.
 
     \b
@@ -108,7 +92,7 @@ def freezeout(ctx: click.Context, /, **given: Any) -> None:
     """
     from fastfreeze.reproduction.reproduce import FreezeOutConfig
 
-    _reproduce(ctx, FreezeOutConfig, given)
+    run_command(ctx, FreezeOutConfig, options)
 
 
 @reproduce.command("list")

@@ -72,6 +72,6 @@ def compare(ctx: click.Context, /, **options: Any) -> None:
       fastfreeze compare --methods freezeout --t0 0.5 --epochs 30 --json
       fastfreeze compare --resume runs/2026-01-31-120000
     """
-    from fastfreeze.recipes.compare import CompareConfig
+    from fastfreeze.recipes.train import CompareConfig
 
     run_command(ctx, CompareConfig, options)

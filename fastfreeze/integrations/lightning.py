@@ -92,8 +92,7 @@ class FastfreezeCallback(TrainsTrimmed, Callback):  # type: ignore[misc, unused-
             trainer.optimizers,
             [config.scheduler for config in trainer.lr_scheduler_configs],
             total_steps=int(steps) if is_known else None,
-            saves=trainer.is_global_zero,
-            saved=network_of(pl_module, self._network),
+            saved=network_of(pl_module, self._network) if trainer.is_global_zero else None,
             plan=None if self._plan is None else _plan_of(pl_module, self._plan),
             example_inputs=trainer.strategy.batch_to_device(self._example_inputs),
         )

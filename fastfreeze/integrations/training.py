@@ -42,20 +42,13 @@ class TrainsTrimmed:
         schedulers: Iterable[Any],
         *,
         total_steps: int | None,
-        saves: bool,
-        saved: nn.Module,
+        saved: nn.Module | None,
         plan: LayerPlan | None,
         example_inputs: Any,
     ) -> None:
-        """A training begins.
+        """A training of ``owner`` begins; None in ``total_steps``: how long it is, is not known.
 
-        Args:
-            owner: the module that the framework trains.
-            optimizers, schedulers: those of the training.
-            total_steps: how many optimizer steps the framework will take; None: that is not known.
-            saves: whether this process takes snapshots.
-            saved: the module whose weights they are of.
-            plan, example_inputs: for a :class:`~fastfreeze.FreezeReport`.
+        Where ``saved`` is given, this process takes snapshots of it.
 
         Raises:
             ValueError: there is no such network or optimizer, the framework takes more steps than
@@ -76,7 +69,7 @@ class TrainsTrimmed:
         parent, _, self._attribute = self._network.rpartition(".")
         self._parent = owner.get_submodule(parent)
         self._whole, self._trimmed = network, trim(network)
-        self._saved = saved if saves else None
+        self._saved = saved
         self._measured = ExitStack()  # open while an optimizer step is being measured
         self._first_step: int | None = None  # the optimizer's, when that began
         self._seen = self._steps_taken
@@ -126,14 +119,11 @@ class TrainsTrimmed:
         return step
 
     def _save_if_due(self, *_: Any) -> None:
-        step, before = self._steps_taken, self._seen
+        step, before, ends = self._steps_taken, self._seen, self._schedule.cycle_ends
         self._seen = step
-        if self._store is None or self._saved is None or step == before:  # skipped for an overflow
-            return
-        ends = self._schedule.cycle_ends
-        if step in ends:
-            cycle = ends.index(step)
-            self._store.save(self._saved, step=step, cycle=cycle)
+        # A step that was skipped for an overflow ends nothing.
+        if self._saved is not None and self._store is not None and step != before and step in ends:
+            self._store.save(self._saved, step=step, cycle=ends.index(step))
 
 
 def network_of(owner: nn.Module, name: str) -> nn.Module:

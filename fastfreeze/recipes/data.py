@@ -11,9 +11,8 @@ import gzip
 import json
 import shlex
 import signal
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastfreeze.checks import check_int
 from fastfreeze.errors import warn
-from fastfreeze.recipes.errors import RecipeError, optional_package
+from fastfreeze.recipes.errors import RecipeError, optional_package, told
 from fastfreeze.recipes.images import (
     FORMATS,
     FileImages,
@@ -36,7 +35,7 @@ from fastfreeze.recipes.images import (
     class_folders,
     visible,
 )
-from fastfreeze.recipes.names import DATA_NAMES, EMBEDDED
+from fastfreeze.recipes.names import EMBEDDED
 from fastfreeze.text import some
 
 
@@ -69,51 +68,40 @@ class ImageData:
         """Channels of the images."""
         return self.mean.numel()
 
-    def part(self, count: int) -> ImageData:
-        """The same data with ``count`` of the training images, as many of each class as can be.
+    def part(self, train_images: int, test_images: int | None = None) -> ImageData:
+        """The same data with so many training and test images, chosen by :func:`balanced`.
 
-        Which images these are depends on the data alone, and a smaller part is in every larger one.
-        The test images, the normalisation and the number of classes are those of the whole.
-
-        Raises:
-            ValueError: ``count`` is not in 1..number of training images.
+        Raises ValueError unless each number is in 1..those that there are; None is all of them.
         """
-        check_int("count", count, minimum=1, maximum=len(self.train.labels))
-        return replace(self, train=self.train.part(balanced(self.train.labels, count)))
+        train = _part("train_images", self.train, train_images)
+        return replace(self, train=train, test=_part("test_images", self.test, test_images))
 
     def held_out(self, share: float) -> ImageData:
-        """The same data with a share of each class's training images in the test images' place.
+        """The same data with a share, in (0, 1), of each class's training images as test images.
 
         At least one image of a class, and not its last; always the same ones, as tests read them.
 
-        Args:
-            share: in (0, 1).
-
-        Raises:
-            RecipeError: a class has one training image alone.
+        Raises RecipeError if a class has one training image alone.
         """
-        labels, generator = self.train.labels, torch.Generator().manual_seed(0)
+        labels = self.train.labels
         counts = labels.bincount()
         if 1 in counts:
             raise RecipeError(
                 f"the class of the number {counts.tolist().index(1)} has one training image alone: "
                 "a part held out for validation needs a second one"
             )
-        train, held = drawn_by_class(
-            labels, lambda count: min(max(1, round(share * count)), count - 1), generator
-        )
-        test = self._as_tests_read(self.train).part(held)
-        return replace(self, train=self.train.part(train), test=test)
+        train, held = drawn_by_class(labels, lambda n: min(max(1, round(share * n)), n - 1))
+        return replace(self, train=self.train.part(train), test=self._unvaried_train().part(held))
 
     def unvaried(self) -> ImageData:
         """The same data with training images that are the same in each epoch."""
-        train = self._as_tests_read(self.train)
-        return replace(self, train=train, pad=0, flip=False, colours=False)
+        return replace(self, train=self._unvaried_train(), pad=0, flip=False, colours=False)
 
-    def _as_tests_read(self, images: Images) -> Images:
-        if isinstance(images, FileImages) and isinstance(self.test, FileImages):
-            return replace(images, framing=self.test.framing)
-        return images
+    def _unvaried_train(self) -> Images:
+        """The training images, read as those of the tests are."""
+        if isinstance(self.train, FileImages) and isinstance(self.test, FileImages):
+            return replace(self.train, framing=self.test.framing)
+        return self.train
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches in an epoch; the last may be smaller."""
@@ -130,19 +118,19 @@ class ImageData:
     def train_batches(
         self, seed: int, epoch: int, batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented float32 batches ``[B, C, H, W]`` and labels, in the epoch's own order."""
-        images = _Batches(self.train, self._vary(), (seed, epoch))
-        for pixels, labels in self._read(images, self.train_order(seed, epoch), batch_size):
-            yield self._normalise(pixels.to(device)), labels.to(device)
+        """Varied float32 batches ``[B, C, H, W]`` and labels, in the epoch's own order."""
+        order, key = self.train_order(seed, epoch), (seed, epoch)
+        return self._read(_Batches(self.train, self._vary(), key), order, batch_size, device)
 
     def _vary(self) -> Callable[[Tensor], Tensor] | None:
         """What is done to each training image once it has its size."""
-        v2 = optional_package("torchvision.transforms.v2")
-        parts: list[Any] = [
-            *([v2.RandomCrop(self.train[[0]][0].shape[2:], self.pad)] if self.pad else []),
-            *([v2.RandomHorizontalFlip()] if self.flip else []),
-            *([v2.ColorJitter(0.4, 0.4, 0.4)] if self.colours else []),
-        ]
+        v2, parts = optional_package("torchvision.transforms.v2"), []
+        if self.pad:
+            parts.append(v2.RandomCrop(self.train[[0]][0].shape[2:], self.pad))
+        if self.flip:
+            parts.append(v2.RandomHorizontalFlip())
+        if self.colours:
+            parts.append(v2.ColorJitter(0.4, 0.4, 0.4))
         vary: Callable[[Tensor], Tensor] | None = v2.Compose(parts) if parts else None
         return vary
 
@@ -151,28 +139,28 @@ class ImageData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The test images in order, as float32 batches, and their labels."""
         order = torch.arange(len(self.test.labels))
-        for pixels, labels in self._read(_Batches(self.test), order, batch_size):
-            yield self._normalise(pixels.to(device)), labels.to(device)
+        return self._read(_Batches(self.test), order, batch_size, device)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         mean, std = (x.to(pixels.device).view(-1, 1, 1) for x in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
     def _read(
-        self, images: _Batches, order: Tensor, batch_size: int
+        self, images: _Batches, order: Tensor, batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
         loader: DataLoader[Any] = DataLoader(
             images,
             sampler=[indices.tolist() for indices in order.split(batch_size)],
             batch_size=None,  # the sampler's lists are the batches
             num_workers=self.workers,
-            worker_init_fn=_ignore_interrupt if self.workers else None,
+            worker_init_fn=_ignore_interrupt,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
         for batch in loader:
             if isinstance(batch, RecipeError):
                 raise batch
-            yield batch
+            pixels, labels = batch
+            yield self._normalise(pixels.to(device)), labels.to(device)
 
 
 @dataclass(frozen=True)
@@ -234,21 +222,14 @@ def load_data(
       by an eighth of that, and mirroring.
 
     Channels are normalised by the mean and deviation of the training images; of ImageNet's for the
-    last three.
-
-    Args:
-        name: one of :data:`fastfreeze.recipes.names.DATA_NAMES`.
-        data_dir: where the files are; for all but "mnist5k".
-        workers: loader processes, >= 0. They decode the images of the last three.
-        image_size: pixels to which the images of "folder" are scaled.
+    last three, whose files ``workers`` processes (>= 0) decode.
 
     Raises:
-        RecipeError: the files or an optional package are missing; the message says which, and how
-            to get them. Or they are no classes to tell apart.
-        ValueError: no data set has that name.
+        RecipeError: ``data_dir``, its files or an optional package are missing; the message says
+            which, and how to get them. Or they are no classes to tell apart.
 
     Warns:
-        FastfreezeWarning: files of "folder" are left out.
+        FastfreezeWarning: files beside the images of a class are left out.
     """
     readers: dict[str, Callable[[Path], ImageData]] = {
         "fashion-mnist": _fashion_mnist,
@@ -260,8 +241,6 @@ def load_data(
         "imagenet": _imagenet,
         "folder": partial(_folder, image_size),
     }
-    if name not in DATA_NAMES:
-        raise ValueError(f"data must be one of {', '.join(DATA_NAMES)}; got {name!r}")
     if name == EMBEDDED:
         return _mnist5k()
     if data_dir is None:
@@ -269,16 +248,12 @@ def load_data(
     return replace(readers[name](data_dir), workers=workers)
 
 
-def drawn_by_class(
-    labels: Tensor, wanted: Callable[[int], int], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Ascending indices in two parts, in the second random ones of each label.
+def drawn_by_class(labels: Tensor, wanted: Callable[[int], int]) -> tuple[Tensor, Tensor]:
+    """Ascending indices of labels ``[N]`` in two parts: the rest, and what is drawn of each label.
 
-    Args:
-        labels: int64 ``[N]``.
-        wanted: of the number of images with a label, how many are drawn.
-        generator: draws them.
+    ``wanted`` says how many, of the images that there are; always the same ones.
     """
+    generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
@@ -288,15 +263,24 @@ def drawn_by_class(
 
 
 def balanced(labels: Tensor, count: int) -> Tensor:
-    """Ascending indices of ``count`` images, as many of each label as can be, always the same."""
+    """Ascending indices of ``count`` images, as many of each label as can be.
+
+    Always the same ones for the same labels; a smaller count's are among those of a larger one.
+    """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    by_label = shuffled[labels[shuffled].argsort(stable=True)]
-    sizes = labels.bincount()
-    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     rank = torch.empty_like(labels)  # of each image among those of its label
-    rank[by_label] = torch.arange(len(labels)) - starts
-    first = torch.argsort(rank * (labels.max() + 1) + labels)[:count]
-    return first.sort().values
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = torch.arange(len(members))
+    return torch.argsort(rank * (labels.max() + 1) + labels)[:count].sort().values
+
+
+def _part(name: str, images: Images, count: int | None) -> Images:
+    there = len(images.labels)
+    if count is None or count == there:
+        return images
+    check_int(name, count, minimum=1, maximum=there)
+    return images.part(balanced(images.labels, count))
 
 
 def _mnist5k() -> ImageData:
@@ -305,8 +289,7 @@ def _mnist5k() -> ImageData:
         torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28),
         torch.from_numpy(digits.astype(np.int64)),
     )
-    generator = torch.Generator().manual_seed(0)
-    train, test = drawn_by_class(images.labels, lambda _: 100, generator)
+    train, test = drawn_by_class(images.labels, lambda _: 100)
     return _in_memory(images.part(train), images.part(test), pad=2, flip=False)
 
 
@@ -355,50 +338,46 @@ def _svhn(name: str, data_dir: Path) -> ImageData:
     call = f"SVHN({_literal(data_dir)}, split, download=True)"
     how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps(parts)}]")
 
-    def read(part: str, per_class: int = 0) -> MemoryImages:
-        """Without so many images of each class."""
+    def read(part: str) -> MemoryImages:
         with _needed(name, data_dir, f"a whole {part}_32x32.mat", how):
             found = dataset(data_dir, part)
-        images = MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels))
-        if not per_class:
-            return images
-        generator = torch.Generator().manual_seed(0)
-        return images.part(drawn_by_class(images.labels, lambda _: per_class, generator)[0])
+        return MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels))
 
-    train, test = read("train", 400 if extra else 0), read("test")
-    if extra:
-        more = read("extra", 200)
-        train = MemoryImages(
-            torch.cat([train.pixels, more.pixels]), torch.cat([train.labels, more.labels])
-        )
-    return _in_memory(train, test, pad=0, flip=False)
+    def without(part: str, per_class: int) -> MemoryImages:
+        images = read(part)
+        return images.part(drawn_by_class(images.labels, lambda _: per_class)[0])
+
+    if not extra:
+        return _in_memory(read("train"), read("test"), pad=0, flip=False)
+    both = [vars(without("train", 400)), vars(without("extra", 200))]
+    train = MemoryImages(**{key: torch.cat([part[key] for part in both]) for key in both[0]})
+    return _in_memory(train, read("test"), pad=0, flip=False)
 
 
 def _tiny_imagenet(data_dir: Path) -> ImageData:
     unpacked = data_dir / "tiny-imagenet-200"
     root = unpacked if unpacked.is_dir() else data_dir
-    archive = "tiny-imagenet-200.zip"
+    archive, directory = "tiny-imagenet-200.zip", shlex.quote(str(data_dir))
     needed = (
         "tiny-imagenet-200 (train/<wnid>/images/*.JPEG, val/images/*.JPEG and "
         "val/val_annotations.txt)"
     )
-    directory = shlex.quote(str(data_dir))
     how = (
         f"Run: mkdir -p {directory} && cd {directory} && "
         f"curl -LO http://cs231n.stanford.edu/{archive} && python -m zipfile -e {archive} ."
     )
     with _needed("tinyimagenet", data_dir, needed, how):
         train, classes, _ = class_folders(root / "train", centred(64, 64))
-        rows = (root / "val" / "val_annotations.txt").read_text().splitlines()
+        lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+        rows = [[*line.split("\t"), ""][:2] for line in lines]
         files = {p.name: p for p in (root / "val" / "images").iterdir() if visible(p.name)}
-    named = dict(row.split("\t")[:2] for row in rows if "\t" in row)
-    if len(named) < len(rows) or named.keys() != files.keys() or set(named.values()) - set(classes):
-        raise RecipeError(
-            f"--data tinyimagenet: {root}/val/val_annotations.txt must give each file of "
-            "val/images a class of train, in a row of its own"
-        )
-    labels = [classes[wnid] for wnid in named.values()]
-    test = FileImages.at([files[file] for file in named], labels, train.framing)
+        if sorted(name for name, _ in rows) != sorted(files) or {w for _, w in rows} - set(classes):
+            raise OSError(
+                f"{root}/val/val_annotations.txt must give each file of val/images a class of "
+                "train, in a row of its own"
+            )
+    labels = [classes[wnid] for _, wnid in rows]
+    test = FileImages.at([files[name] for name, _ in rows], labels, train.framing)
     return _in_files(train, test, len(classes), pad=8, flip=True, colours=True)
 
 
@@ -409,49 +388,44 @@ def _imagenet(data_dir: Path) -> ImageData:
         "there, from https://image-net.org (which wants an account), to be unpacked. "
         + _by_torchvision("ImageNet", f'[{call} for split in ["train", "val"]]')
     )
-    with _needed("imagenet", data_dir, "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG", how):
-        v2 = optional_package("torchvision.transforms.v2")
-        varied = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
-        train, classes, _ = class_folders(data_dir / "train", varied)
-        test, test_classes, _ = class_folders(data_dir / "val", centred(256, 224))
-    _check_same_classes("imagenet", data_dir, classes, test_classes)
-    return _in_files(train, test, len(classes), pad=0, flip=False, colours=True)
+    needed = "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG"
+    v2 = optional_package("torchvision.transforms.v2")
+    varied = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
+    framings = {"train": varied, "val": centred(256, 224)}
+    parts = _class_folders("imagenet", data_dir, framings, needed, how)
+    return _in_files(*parts, pad=0, flip=False, colours=True)
 
 
 def _folder(size: int, data_dir: Path) -> ImageData:
     needed = "train/<class>/* and test/<class>/*, such as train/cat/1.png"
-    with _needed("folder", data_dir, needed, "Put your images there."):
-        train, classes, left_out = class_folders(data_dir / "train", centred(size, size))
-        test, test_classes, more = class_folders(data_dir / "test", train.framing)
-    _check_same_classes("folder", data_dir, classes, test_classes)
-    left_out += more
-    if left_out:
+    framings = dict.fromkeys(["train", "test"], centred(size, size))
+    parts = _class_folders("folder", data_dir, framings, needed, "Put your images there.")
+    return _in_files(*parts, pad=size // 8, flip=True)
+
+
+def _class_folders(
+    name: str, data_dir: Path, framings: dict[str, Callable[[Any], Any]], needed: str, how: str
+) -> tuple[FileImages, FileImages, int]:
+    """Training images, test images and the number of classes, from two folders of that name."""
+    with _needed(name, data_dir, needed, how):
+        found = [class_folders(data_dir / split, framing) for split, framing in framings.items()]
+    (train, classes, left_out), (test, others, more) = found
+    if classes != others:
+        raise RecipeError(
+            f"--data {name}: training and test images in {data_dir} must be of the same classes, "
+            f"but {some(sorted(classes.keys() ^ others.keys()))} are in one alone"
+        )
+    if left_out := left_out + more:
         warn(
             f"files left out: {len(left_out)}, such as {left_out[0]}; read are those in a class's "
             f"folder with the ending of {', '.join(FORMATS)}"
         )
-    return _in_files(train, test, len(classes), pad=size // 8, flip=True)
+    return train, test, len(classes)
 
 
-def _check_same_classes(
-    name: str, data_dir: Path, train: dict[str, int], test: dict[str, int]
-) -> None:
-    if train != test:
-        raise RecipeError(
-            f"--data {name}: training and test images in {data_dir} must be of the same classes, "
-            f"but {some(sorted(train.keys() ^ test.keys()))} are in one alone"
-        )
-
-
-@contextmanager
-def _needed(name: str, data_dir: Path, what: str, how: str) -> Iterator[None]:
-    """Where files are not found, or damaged, say what must be there, and how to get it."""
-    try:
-        yield
-    except RecipeError:
-        raise
-    except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise RecipeError(f"--data {name}: {data_dir} must hold {what} ({error}). {how}") from error
+def _needed(name: str, data_dir: Path, what: str, how: str) -> AbstractContextManager[None]:
+    """Where files are not found, or damaged, says what must be there, and how to get it."""
+    return told(f"--data {name}: {data_dir} must hold {what}", f". {how}")
 
 
 def _by_torchvision(kind: str, calls: str) -> str:

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 class RecipeError(RuntimeError):
     """A recipe cannot go on for a reason that its user can mend: the message says how."""
+
+
+@contextmanager
+def told(what: str, how: str = "") -> Iterator[None]:
+    """Raise a RecipeError of one line for whatever a user's code or a damaged file raises inside.
+
+    It says ``what`` is wrong, the error's own first sentence, and ``how`` to go on.
+    """
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (Exception, SystemExit) as error:
+        first = f"{type(error).__name__}: {error}".strip().splitlines()[0].partition(". ")[0]
+        raise RecipeError(f"{what}: {first}{how}") from error
 
 
 def optional_package(name: str, how: str = 'pip install "fastfreeze[train]"') -> Any:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from fastfreeze.recipes.config import RunConfig
 from fastfreeze.recipes.data import ImageData, load_data
 from fastfreeze.recipes.networks import is_own, layers_of, outline
 from fastfreeze.recipes.rundir import Line
-from fastfreeze.recipes.runs import Experiment
-from fastfreeze.recipes.tables import Outcome, finetune_table
+from fastfreeze.recipes.runs import Experiment, RunConfig
+from fastfreeze.recipes.tables import Table, finetune_table
 from fastfreeze.recipes.training import Method, fine_tuning
 from fastfreeze.schedule import Cosine, FreezeOut, Frozen, GradualUnfreezing, Schedule
 
@@ -37,6 +36,11 @@ class FinetuneConfig(RunConfig):
     augment: bool
 
     def experiment(self, data: ImageData) -> Experiment:
+        if self.weights is None and not is_own(self.model):
+            raise ValueError(
+                f"--weights is missing, the file of {self.model}'s pretrained weights "
+                "(a network of your own, MODULE:FUNCTION, may bring its own)"
+            )
         keep = self.recipe == "prefix" and not self.augment
         set_up = partial(fine_tuning, optimizer=self.optimizer, cache=keep)
         num_layers = self._num_layers(data) if self.recipe == "gradual" else 0
@@ -44,6 +48,7 @@ class FinetuneConfig(RunConfig):
         return Experiment(
             (Method(self.recipe, self.lr, schedule, set_up),),
             self.model,
+            data,
             self.epochs,
             self.batch_size,
             self.device,
@@ -78,5 +83,5 @@ class FinetuneConfig(RunConfig):
         data = load_data(self.data, data_dir, workers=workers, image_size=self.image_size)
         return data if self.augment else data.unvaried()
 
-    def outcome(self, results: Sequence[Line], data: ImageData) -> Outcome:
-        return Outcome(finetune_table(results), {"results": results})
+    def outcome(self, results: Sequence[Line], data: ImageData) -> tuple[Table, Line]:
+        return finetune_table(results), {}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfreeze.recipes.errors import RecipeError, optional_package
+from fastfreeze.recipes.errors import optional_package, told
 from fastfreeze.text import some
 
 # Pillow's names of the formats that are read: those that hold one picture in pixels.
@@ -38,15 +38,12 @@ class MemoryImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Image files, decoded when they are asked for: uint8 ``[B, 3, H, W]``.
+    """Image files, decoded when they are asked for: uint8 ``[B, 3, H, W]``, labels int64 ``[N]``.
 
-    Attributes:
-        paths: an array of bytes, which loader processes share: they would copy a list of a million
-            strings, one by one, by counting references.
-        labels: int64 ``[N]``.
-        framing: brings an image of Pillow's to size, such as a transform of torchvision.
+    ``framing`` brings an image of Pillow's to size, such as a transform of torchvision.
     """
 
+    # Bytes: of a million strings loader processes would copy each by counting references.
     paths: np.ndarray[Any, np.dtype[np.bytes_]]
     labels: Tensor
     framing: Callable[[Any], Any]
@@ -72,11 +69,7 @@ Images = MemoryImages | FileImages
 
 
 def centred(scaled: int, size: int) -> Any:
-    """Scales the shorter side to ``scaled`` pixels and takes the centre, ``size`` in square.
-
-    Raises:
-        RecipeError: torchvision is not installed.
-    """
+    """Scales the shorter side to ``scaled`` pixels and takes the centre, ``size`` in square."""
     v2 = optional_package("torchvision.transforms.v2")
     return v2.Compose([v2.Resize(scaled), v2.CenterCrop(size)])
 
@@ -86,15 +79,10 @@ def class_folders(
 ) -> tuple[FileImages, dict[str, int], list[str]]:
     """The images below a folder for each class, as torchvision's ``ImageFolder`` finds them.
 
-    Unlike that, it takes every format of :data:`FORMATS`, and leaves out what is hidden.
+    Unlike that, it takes every format of :data:`FORMATS`, and leaves out what is hidden. Gives the
+    images, the classes' numbers by name, and the paths of files that are neither images nor hidden.
 
-    Returns:
-        The images, the numbers of the classes by name, and the paths of files that are neither
-        images nor hidden.
-
-    Raises:
-        OSError: there are no two classes, or one has no images.
-        RecipeError: torchvision or Pillow is not installed.
+    Raises OSError if there are no two classes, or one has no images.
     """
     make_dataset = optional_package("torchvision").datasets.folder.make_dataset
     known = optional_package("PIL.Image").registered_extensions()
@@ -109,11 +97,12 @@ def class_folders(
         )
 
     def is_image(path: str) -> bool:
-        shown = all(map(visible, Path(path).relative_to(root).parts))
-        known = path.lower().endswith(endings)
-        if shown and not known:
-            others.append(path)
-        return shown and known
+        if not all(map(visible, Path(path).relative_to(root).parts)):
+            return False
+        if path.lower().endswith(endings):
+            return True
+        others.append(path)
+        return False
 
     classes = {name: label for label, name in enumerate(names)}
     paths, labels = zip(*make_dataset(str(root), classes, is_valid_file=is_image), strict=True)
@@ -126,23 +115,13 @@ def visible(name: str) -> bool:
 
 
 def _read(path: str) -> Any:
-    """An image file as it is to be seen: upright, 8 bits of red, green and blue, on white.
-
-    The first picture of several is taken. The camera's note of what is up (EXIF) is followed.
-
-    Raises:
-        RecipeError: it cannot be read, or has more than 8 bits a channel.
-    """
+    """An image file, its first picture, as it is to be seen: upright, 8 bits of RGB, on white."""
     pillow, ops = optional_package("PIL.Image"), optional_package("PIL.ImageOps")
-    try:
-        with pillow.open(path, formats=FORMATS) as image:
-            if image.mode.startswith(("F", "I")):  # Pillow would cut its numbers off at 255
-                raise ValueError("it has more than 8 bits a channel: save it with 8")
-            upright = ops.exif_transpose(image)
-            if upright.has_transparency_data:
-                white = pillow.new("RGBA", upright.size, "white")
-                upright = pillow.alpha_composite(white, upright.convert("RGBA"))
-            return upright.convert("RGB")
-    except Exception as error:  # Pillow raises all kinds for a damaged file
-        text = str(error) or type(error).__name__
-        raise RecipeError(f"cannot read the image {path}: {text}") from error
+    with told(f"cannot read the image {path}"), pillow.open(path, formats=FORMATS) as image:
+        if image.mode.startswith(("F", "I")):  # Pillow would cut its numbers off at 255
+            raise ValueError("it has more than 8 bits a channel: save it with 8")
+        upright = ops.exif_transpose(image)
+        if upright.has_transparency_data:
+            white = pillow.new("RGBA", upright.size, "white")
+            upright = pillow.alpha_composite(white, upright.convert("RGBA"))
+        return upright.convert("RGB")

@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfreeze.checks import check_int
 from fastfreeze.recipes.names import MODEL_NAMES
 
 
@@ -45,8 +44,7 @@ def build_model(
             "tiny-resnet20" (a stem of stride 2: a quarter of the work), "wrn16-2", "wrn40-4",
             "densenet40" (growth 12), "densenet-bc-76", "densenet-bc-100-24", "vgg16", "vgg16-fc"
             (the head of FreezeOut's code: three linear layers).
-        num_classes: outputs, >= 1.
-        in_channels: channels of the images, >= 1.
+        num_classes, in_channels: outputs, and channels of the images; >= 1.
         stem_stride: multiplies the stride of the first convolution, >= 1. Snapshot Ensembles
             takes 2 for the 64 pixels of Tiny ImageNet.
 
@@ -54,11 +52,9 @@ def build_model(
         A module from images ``[B, in_channels, H, W]`` to logits ``[B, num_classes]``.
 
     Raises:
-        ValueError: no network has that name, its depth does not exist, or a count is below 1.
+        ValueError: no network has that name, or its depth does not exist.
     """
     sizes = _Sizes(num_classes, in_channels, stem_stride)
-    for key, count in vars(sizes).items():
-        check_int(key, count, minimum=1)
     for pattern, build in _BUILDERS:
         match = re.fullmatch(pattern, name)
         if match:
@@ -172,15 +168,13 @@ def vgg16(sizes: _Sizes, *, fc: bool = False) -> Network:
 def _vgg16_convolutions(in_channels: int, stem_stride: int) -> list[nn.Module]:
     """Thirteen, each with its norm and activation; the fifth pooling is the head's."""
     convolutions: list[nn.Module] = []
-    channels = in_channels
+    channels, stride = in_channels, stem_stride
     for stage, width in enumerate((64, 128, 256, 512, 512)):
         for position in range(2 if stage < 2 else 3):
-            stride = 1 if convolutions else stem_stride
             layers = [_conv(channels, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()]
-            if stage > 0 and position == 0:
-                layers.insert(0, _halved())
-            convolutions.append(_Chain(*layers))
-            channels = width
+            pooled = [_halved()] if stage > 0 and position == 0 else []
+            convolutions.append(_Chain(*pooled, *layers))
+            channels, stride = width, 1
     return convolutions
 
 

@@ -25,8 +25,7 @@ def plot_run(run_dir: RunDir, path: Path) -> None:
     Rows: the learning rate of each layer; the training loss, with snapshots and freezes marked; the
     test error, with that of the ensemble; the time of a step.
 
-    Raises:
-        RecipeError: no method has finished an epoch yet, or matplotlib is not installed.
+    Raises RecipeError if no method has finished an epoch yet, or matplotlib is not installed.
     """
     plt = pyplot()
     arguments, histories = run_dir.arguments, _histories(run_dir)
@@ -39,10 +38,8 @@ def plot_run(run_dir: RunDir, path: Path) -> None:
     usual = 0.0
     for column, (method, lines) in zip(axes.T, histories.items(), strict=True):
         epochs = _events(lines, "epoch")
-        losses, times = (
-            np.concatenate([line[key] for line in epochs])
-            for key in ("step_losses", "step_seconds")
-        )
+        losses = np.concatenate([line["step_losses"] for line in epochs])
+        times = np.concatenate([line["step_seconds"] for line in epochs])
         usual = max(usual, float(np.median(times)))
         column[0].set_title(METHOD_TITLES[method])
         _plot_rates(column[0], lines[0])

@@ -24,6 +24,7 @@ import io
 import json
 import math
 import platform
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from fastfreeze.files import (
     remove_temporaries,
     write_atomic,
 )
-from fastfreeze.recipes.errors import RecipeError
+from fastfreeze.recipes.errors import RecipeError, told
 from fastfreeze.text import some
 
 Line = dict[str, Any]
@@ -48,19 +49,6 @@ Line = dict[str, Any]
 def run_name(method: str, seed: int) -> str:
     """How files of one method's training with one seed are called."""
     return f"{method}-seed{seed}"
-
-
-def describe(command: str, arguments: Line, data_dir: Path | None) -> Line:
-    """What config.json holds."""
-    return {
-        "fastfreeze": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "command": command,
-        "arguments": arguments,
-        "data_dir": None if data_dir is None else str(data_dir),
-    }
 
 
 class RunDir:
@@ -75,14 +63,13 @@ class RunDir:
 
     def __init__(self, path: Path, config: Line) -> None:
         self.path = path
-        self.command: str = config.get("command", "")
-        self.arguments: Line = config.get("arguments", {})
-        data_dir = config.get("data_dir")
-        self.data_dir = None if data_dir is None else Path(data_dir)
+        self.command: str = config["command"]
+        self.arguments: Line = config["arguments"]
+        self.data_dir: str | None = config["data_dir"]
         self._lock: FileLock | None = None  # once it writes
 
     @classmethod
-    def create(cls, path: Path, config: Line) -> RunDir:
+    def create(cls, path: Path, command: str, arguments: Line, data_dir: Path | None) -> RunDir:
         """A new run directory.
 
         Raises:
@@ -92,11 +79,18 @@ class RunDir:
             raise RecipeError(
                 f"{path} exists: go on with --resume {path}, or name another --run-dir"
             )
-        try:
+        config = {
+            "fastfreeze": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "command": command,
+            "arguments": arguments,
+            "data_dir": None if data_dir is None else str(data_dir),
+        }
+        with told(f"cannot write to --run-dir {path}"):
             (path / "checkpoints").mkdir(parents=True)
             write_atomic(path / "config.json", _json_bytes(config))
-        except OSError as error:
-            raise RecipeError(f"cannot write to --run-dir {path}: {error}") from error
         return cls(path, config)
 
     @classmethod
@@ -111,17 +105,9 @@ class RunDir:
             found = sorted(str(inner.parent) for inner in path.glob("*/config.json"))
             runs = f"; {some(found)} may be one" if found else ""
             raise RecipeError(f"{path} is no run directory: it holds no config.json{runs}")
-        config = _read_json(file)
-        fields: dict[str, Any] = {"command": str, "arguments": dict, "data_dir": str | None}
-        if not (
-            isinstance(config, dict)
-            and all(isinstance(config.get(key), kind) for key, kind in fields.items())
-            and {"model", "data", "seed"} <= set(config["arguments"])
-        ):
-            raise RecipeError(
-                f"{path} is no run directory: config.json holds no command, or no arguments with "
-                "model, data, seed"
-            )
+        with told(f"{path} is no run directory: config.json holds no command with arguments"):
+            config = _holding(json.loads(read_file(file)), "command", "arguments", "data_dir")
+            _holding(config["arguments"], "model", "data", "seed")
         return cls(path, config)
 
     def snapshots(self, run: str) -> Path:
@@ -139,17 +125,15 @@ class RunDir:
             RecipeError: a line was never one of ours.
         """
         path = self.path / "metrics.jsonl"
-        try:
-            *texts, last = read_file(path).split(b"\n")
-        except FileNotFoundError:
+        if not path.exists():
             return []
-        except OSError as error:
-            raise RecipeError(f"cannot read {path}: {error}") from error
-        lines = [_parsed_line(text) for text in texts]
-        if None in lines:
-            i = lines.index(None)
-            raise RecipeError(f"{path} is damaged: line {i + 1} is {texts[i][:60]!r}")
-        return [line for line in [*lines, _parsed_line(last)] if line is not None]
+        with told(f"cannot read {path}"):
+            *texts, _ = read_file(path).split(b"\n")
+        lines = []
+        for i, text in enumerate(texts, 1):
+            with told(f"{path} is damaged: line {i} is {text[:60]!r}"):
+                lines.append(_holding(json.loads(text), "method", "seed", "step"))
+        return lines
 
     def rewind(self) -> None:
         """Take the directory over, and drop what was written after the last checkpoints.
@@ -193,23 +177,18 @@ class RunDir:
         Raises:
             RecipeError: the file is damaged.
         """
-        try:
-            with open_file(self._checkpoint(run)) as file:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-            int(state["step"])
-        except FileNotFoundError:
+        path = self._checkpoint(run)
+        if not path.exists():
             return None
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise self.damaged(run, error) from error
-        return dict(state)
+        with self.using_checkpoint(run), open_file(path) as file:
+            state: Line = torch.load(file, map_location="cpu", weights_only=True)
+            int(state["step"])
+        return state
 
-    def damaged(self, run: str, error: Exception) -> RecipeError:
-        """What to raise if the checkpoint of a run is not one of it."""
-        said = " ".join(f"{type(error).__name__}: {error}".split())  # torch's are of many lines
-        return RecipeError(
-            f"{self._checkpoint(run)} is no checkpoint of this run ({said}): remove it to train "
-            f"{run} from its start"
-        )
+    def using_checkpoint(self, run: str) -> AbstractContextManager[None]:
+        """Inside of it, whatever goes wrong is told as the checkpoint's fault."""
+        what = f"{self._checkpoint(run)} is no checkpoint of this run"
+        return told(what, f": remove it to train {run} from its start")
 
     def results(self) -> list[Line]:
         """One entry per finished method and seed.
@@ -220,14 +199,9 @@ class RunDir:
         path = self.path / "results.json"
         if not path.exists():
             return []
-        results = _read_json(path)
-        wanted = {"error", "seconds", "cpu_seconds"}
-        if not (
-            isinstance(results, list)
-            and all(_is_of_a_run(r) and wanted <= r.keys() for r in results)
-        ):
-            raise RecipeError(f"{path} is damaged: it is no list of a run's results")
-        return results
+        with told(f"{path} is damaged: it is no list of a run's results"):
+            wanted = ("method", "seed", "error", "seconds", "cpu_seconds")
+            return [_holding(result, *wanted) for result in json.loads(read_file(path))]
 
     def add_result(self, result: Line) -> None:
         """Add the entry of a method and seed that has finished."""
@@ -237,26 +211,11 @@ class RunDir:
         return self.path / "checkpoints" / f"{run}.pt"
 
 
-def _is_of_a_run(entry: Any) -> bool:
-    """Whether it names a method and a seed, of which files are called."""
-    method, seed = (entry.get(k) if isinstance(entry, dict) else None for k in ("method", "seed"))
-    return isinstance(method, str) and "/" not in method and isinstance(seed, int)
-
-
-def _parsed_line(text: bytes) -> Line | None:
-    """A line of metrics.jsonl; None if it is none."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if _is_of_a_run(line) and isinstance(line.get("step"), int) else None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(read_file(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(f"cannot read {path}: {error}") from error
+def _holding(entry: Any, *keys: str) -> Line:
+    """What a file of ours holds, if that is a dict with these keys; raises another error if not."""
+    if missing := set(keys) - entry.keys():
+        raise ValueError(f"it lacks {some(sorted(missing))}")
+    return dict(entry)
 
 
 def _save(path: Path, state: Line) -> None:

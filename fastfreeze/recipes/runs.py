@@ -1,10 +1,14 @@
-"""What is trained, and one training of it: a method with a seed, resumable at each epoch's end."""
+"""What a command is asked to train, and how it is trained: resumable at each epoch's end."""
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,21 +21,29 @@ from fastfreeze.files import write_atomic
 from fastfreeze.layers.report import FreezeReport
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError, optional_package
-from fastfreeze.recipes.networks import build_network, check_network, is_own, layers_of, outline
+from fastfreeze.recipes.networks import (
+    build_network,
+    check_network,
+    is_own,
+    layers_of,
+    load_weights,
+    outline,
+)
 from fastfreeze.recipes.rundir import Line, RunDir, run_name
+from fastfreeze.recipes.tables import Table
 from fastfreeze.recipes.training import EVALUATION_BATCH, Method, predict, train_epoch
-from fastfreeze.recipes.weights import load_weights
 from fastfreeze.schedule import SnapshotCycles
 from fastfreeze.snapshots import SnapshotStore
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What to train, and for how long.
+    """What to train on what, and for how long.
 
     Attributes:
         methods: in the order in which they run; their names differ.
         model, stem_stride: as in :func:`fastfreeze.recipes.networks.build_network`.
+        data: what is trained, and tested in the end.
         epochs, batch_size: length of each training, and images in a step; >= 1.
         device: "cpu" or "cuda:<n>".
         weights: the file that all but the head's come from; None: they are drawn.
@@ -41,6 +53,7 @@ class Experiment:
 
     methods: tuple[Method, ...]
     model: str
+    data: ImageData
     epochs: int
     batch_size: int
     device: str
@@ -48,35 +61,42 @@ class Experiment:
     weights: str | None = None
     validation: float = 0.0
 
-    def total_steps(self, data: ImageData) -> int:
-        """Optimizer steps in each training."""
-        return self.epochs * data.steps_per_epoch(self.batch_size)
+    @cached_property
+    def read(self) -> ImageData:
+        """What a training reads: the data, or those with the held out images as its tests."""
+        return self.data.held_out(self.validation) if self.validation else self.data
 
-    def build(self, data: ImageData) -> torch.nn.Module:
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in each training."""
+        return self.epochs * self.read.steps_per_epoch(self.batch_size)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the network is built for."""
+        sizes = {"num_classes": self.data.num_classes, "in_channels": self.data.in_channels}
+        return {**sizes, "stem_stride": self.stem_stride}
+
+    def build(self) -> torch.nn.Module:
         """A new network; what no file has the weights of, the global generator draws."""
-        network = build_network(self.model, **self._sizes(data))
+        network = build_network(self.model, **self.sizes)
         if self.weights is not None:
             load_weights(network, self.weights)
         return network
 
-    def parted(self, data: ImageData) -> ImageData:
-        """What a training reads: the data, or those with the held out images as its tests."""
-        return data.held_out(self.validation) if self.validation else data
-
-    def check(self, data: ImageData) -> None:
+    def check(self) -> None:
         """See that all can be trained, before the first step.
 
         Raises:
             ValueError: values that are fine alone do not fit together.
             RecipeError: a network cannot be built, trained on these images, or split.
         """
-        data = self.parted(data)
-        schedules = [method.schedule(self.total_steps(data)) for method in self.methods]
+        schedules = [method.schedule(self.total_steps) for method in self.methods]
         device = torch.device(self.device if is_own(self.model) else "meta")
-        network = outline(self.model, **self._sizes(data)).to(device)
-        images = data.example(device)
-        smallest = len(data.train.labels) % self.batch_size or self.batch_size
-        check_network(self.model, network, images[:smallest], data.num_classes)
+        network = outline(self.model, **self.sizes).to(device)
+        images = self.read.example(device)
+        smallest = len(self.read.train.labels) % self.batch_size or self.batch_size
+        check_network(self.model, network, images[:smallest], self.data.num_classes)
         if any(schedule.needs_layers for schedule in schedules):
             plan, _ = layers_of(self.model, network, images)
             for schedule in schedules:
@@ -84,30 +104,15 @@ class Experiment:
         if self.weights is not None:
             load_weights(network, self.weights)
 
-    def _sizes(self, data: ImageData) -> dict[str, int]:
-        return {
-            "num_classes": data.num_classes,
-            "in_channels": data.in_channels,
-            "stem_stride": self.stem_stride,
-        }
-
 
 @dataclass
 class _Totals:
-    """What a run adds up, over all its parts.
-
-    Attributes:
-        epoch, step: how many are done.
-        seconds: training time.
-        cpu_seconds: CPU time meanwhile, of all threads and of loader processes that have ended.
-        removed: sum over the steps of the share of the backward that was removed.
-    """
+    """What a run adds up, over all its parts."""
 
     epoch: int = 0
     step: int = 0
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    removed: float = 0.0
+    seconds: float = 0.0  # of training
+    cpu_seconds: float = 0.0  # meanwhile, of all threads and of loader processes that have ended
 
 
 class Run:
@@ -122,20 +127,19 @@ class Run:
         method: Method,
         seed: int,
         experiment: Experiment,
-        data: ImageData,
         run_dir: RunDir,
         say: Callable[[str], None],
     ) -> None:
         self.method, self.seed, self.experiment = method, seed, experiment
-        self.data, self.tested = experiment.parted(data), data
+        self.data = experiment.read
         self.error_name = "validation_error" if experiment.validation else "test_error"
         self.run_dir, self.say = run_dir, say
         self.name = run_name(method.name, seed)
         self.device = torch.device(experiment.device)
         torch.manual_seed(seed)
-        model = experiment.build(data).to(self.device)
-        schedule = method.schedule(experiment.total_steps(self.data))
-        example = data.example(self.device)
+        model = experiment.build().to(self.device)
+        schedule = method.schedule(experiment.total_steps)
+        example = self.data.example(self.device)
         self.setup = method.set_up(model, schedule, method.lr, example)
         self.store: SnapshotStore | None = None
         if isinstance(schedule, SnapshotCycles):
@@ -143,10 +147,9 @@ class Run:
         self.totals = _Totals()
         self._best: Line | None = None  # epoch, error and weights
         self._restore()
-        if self.setup.plan is not None:
-            report = FreezeReport(model, self.setup.optimizer, self.setup.plan, example)
-            self.setup.report = report
-        self._set_frozen(self.setup.frozen_layers)
+        if (plan := self.setup.plan) is not None:
+            self.setup.report = FreezeReport(model, self.setup.optimizer, plan, example)
+        self._frozen = self.setup.frozen_layers
 
     def finish(self, quiet: bool) -> None:
         """Train to the end, evaluate, and write the result down."""
@@ -164,19 +167,19 @@ class Run:
                 error, epoch = self._epoch(bar.update), self.totals.epoch
                 is_tenth = 10 * epoch // epochs > 10 * (epoch - 1) // epochs and epoch < epochs
                 if bar.disable and is_tenth:
-                    said = f"{self.error_name.replace('_', ' ')} {100 * error:.2f}%"
-                    self.say(f"{self.name}: epoch {epoch} of {epochs}, {said}")
+                    what = self.error_name.replace("_", " ")
+                    self.say(f"{self.name}: epoch {epoch} of {epochs}, {what} {100 * error:.2f}%")
             result = self._result()
-        cache, report = self.setup.cache, self.setup.report
-        if report is not None and report.rows:
+        said = [f"error {100 * result['error']:.2f}%, {result['seconds']:.1f} s"]
+        if (cache := self.setup.cache) is not None:
+            said.append(_told_of(cache))
+            cache.close()
+        if (report := self.setup.report) is not None and report.rows:
+            said.append(report.summary)
             self._write("freezing", f"{report}\n")
         self.run_dir.add_result(result)
-        self.say(f"{self.name}: error {100 * result['error']:.2f}%, {result['seconds']:.1f} s")
-        if cache is not None:
-            self.say(f"{self.name}: {_told_of(cache)}")
-            cache.close()
-        if report is not None and report.rows:
-            self.say(f"{self.name}: {report.summary}")
+        for line in said:
+            self.say(f"{self.name}: {line}")
 
     def _epoch(self, advance: Callable[[], Any]) -> float:
         """Train for an epoch; the error behind it, of the test or the held out images."""
@@ -218,24 +221,17 @@ class Run:
     def _after_step(self) -> None:
         setup, totals = self.setup, self.totals
         totals.step += 1
-        totals.removed += self._removed
         before, frozen = self._frozen, setup.frozen_layers
         if frozen != before:
-            for event, layers in (
-                ("freeze", set(frozen) - set(before)),
-                ("thaw", set(before) - set(frozen)),
-            ):
-                if layers:
-                    self._log(event, layers=sorted(layers))
-            self._set_frozen(frozen)
+            if new := set(frozen) - set(before):
+                self._log("freeze", layers=sorted(new))
+            if old := set(before) - set(frozen):
+                self._log("thaw", layers=sorted(old))
+            self._frozen = frozen
         if self.store is not None and totals.step in setup.schedule.cycle_ends:
             cycle = setup.schedule.cycle_ends.index(totals.step)
             self.store.save(setup.model, step=totals.step, cycle=cycle)
             self._log("snapshot", cycle=cycle)
-
-    def _set_frozen(self, frozen: tuple[int, ...]) -> None:
-        self._frozen = frozen
-        self._removed = self.setup.backward_removed()
 
     def _log(self, event: str, **values: Any) -> None:
         line = {"event": event, "method": self.method.name, "seed": self.seed}
@@ -279,10 +275,8 @@ class Run:
             schedule = setup.schedule.config()
             self._log("start", schedule=schedule, lr=self.method.lr, layers=layers)
         else:
-            try:
+            with self.run_dir.using_checkpoint(self.name):
                 self._load(state)
-            except Exception as error:  # of the many kinds that odd values provoke
-                raise self.run_dir.damaged(self.name, error) from error
         if self.store is not None and any(s.step > self.totals.step for s in self.store):
             self.store.prune(keep=[s for s in self.store if s.step <= self.totals.step])
 
@@ -299,13 +293,12 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
 
     def _result(self) -> Line:
-        totals, labels = self.totals, self.tested.test.labels
+        totals, tested, plan = self.totals, self.experiment.data, self.setup.plan
         if self._best is not None:
             self.setup.model.load_state_dict(self._best["weights"])
             self.run_dir.save_best(self.name, self._best["weights"])
-        last = self._predict(self.tested)
+        own = prediction_scores(self._predict(tested), tested.test.labels)
         ensemble = None if self.store is None else self._evaluate_members(self.store)
-        own = prediction_scores(last, labels)
         return {
             "method": self.method.name,
             "seed": self.seed,
@@ -315,7 +308,7 @@ class Run:
             "ece": (ensemble or own).ece,
             "seconds": totals.seconds,
             "cpu_seconds": totals.cpu_seconds,
-            "backward_removed": totals.removed / totals.step,
+            "backward_removed": 0.0 if plan is None else plan.backward_saving or 0.0,
             "validation_error": self._best and self._best["error"],
             "best_epoch": self._best and self._best["epoch"],
         }
@@ -323,7 +316,9 @@ class Run:
     def _evaluate_members(self, store: SnapshotStore) -> PredictionScores:
         """Write what each member is worth on the test images; the ensemble's scores."""
         ensemble = SnapshotEnsemble.from_store(self.setup.model, store)
-        evaluation = evaluate(ensemble, self.tested.test_batches(EVALUATION_BATCH, self.device))
+        evaluation = evaluate(
+            ensemble, self.experiment.data.test_batches(EVALUATION_BATCH, self.device)
+        )
         self._write("ensemble", f"{evaluation}\n\n{ensemble.how_it_ran}\n")
         return evaluation.ensemble
 
@@ -334,3 +329,57 @@ def _told_of(cache: FeatureCache) -> str:
         return f"no image came from the feature cache{': ' * bool(cache.reason)}{cache.reason}"
     share = counts.hits / (counts.hits + counts.misses)
     return f"{share:.0%} of the images came from the feature cache, {counts.bytes / 1e6:.0f} MB"
+
+
+@dataclass(frozen=True)
+class RunConfig(ABC):
+    """What a run is asked to do; the fields are the command's options."""
+
+    model: str
+    data: str
+    seed: int
+    seeds: int
+    device: str
+    threads: int
+
+    @abstractmethod
+    def load(self, data_dir: Path | None, workers: int) -> ImageData:
+        """The images, from the files in ``data_dir``, read by so many processes."""
+
+    @abstractmethod
+    def experiment(self, data: ImageData) -> Experiment:
+        """The trainings that this asks for.
+
+        Raises:
+            ValueError: values that are fine alone do not fit together.
+            RecipeError: the network cannot be built or split, or a package is missing.
+        """
+
+    @abstractmethod
+    def outcome(self, results: Sequence[Line], data: ImageData) -> tuple[Table, Line]:
+        """What the trainings have come to: a table for people, values for programs."""
+
+    def run(
+        self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
+    ) -> tuple[Table, Line]:
+        """Train each method with each seed, from where it stopped, and write the table.
+
+        ``say`` takes a line for each training, and for each tenth where no progress bar is shown;
+        ``quiet`` shows none.
+
+        Raises:
+            RecipeError: see :class:`Run`, or another process writes to the directory.
+        """
+        if self.device.startswith("cuda"):
+            torch.cuda.set_device(self.device)
+        experiment = self.experiment(data)
+        run_dir.rewind()
+        finished = {(r["method"], r["seed"]) for r in run_dir.results()}
+        for seed in range(self.seed, self.seed + self.seeds):
+            for method in experiment.methods:
+                if (method.name, seed) not in finished:
+                    gc.collect()  # the network before holds itself in a circle
+                    Run(method, seed, experiment, run_dir, say).finish(quiet)
+        table, values = self.outcome(run_dir.results(), data)
+        write_atomic(run_dir.path / "table.txt", f"{table}\n".encode())
+        return table, {**values, "results": run_dir.results()}

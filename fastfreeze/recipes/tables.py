@@ -1,15 +1,15 @@
-"""What a finished run has shown: a table for people, values for programs."""
+"""Tables of what trainings have come to."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from fastfreeze.files import write_atomic
-from fastfreeze.recipes.rundir import Line, RunDir
+from fastfreeze.recipes.errors import optional_package
+from fastfreeze.recipes.rundir import Line
 from fastfreeze.text import format_table
 
 METHOD_TITLES = {
@@ -26,18 +26,18 @@ METHOD_TITLES = {
     "freezeout-0.8": "FreezeOut, t_0=0.8",
     "freezeout-0.5": "FreezeOut, t_0=0.5",
 }
-_Column = tuple[str, str, float, int]  # title, key in a result, factor, digits
-_ERROR: _Column = ("error %", "error", 100, 2)
-_SHARED: tuple[_Column, ...] = (
+Column = tuple[str, str, float, int]  # title, key in a result, factor, digits
+ERROR: Column = ("error %", "error", 100, 2)
+TIMES: tuple[Column, ...] = (("time s", "seconds", 1, 1), ("CPU s", "cpu_seconds", 1, 1))
+_SHARED: tuple[Column, ...] = (
     ("NLL", "nll", 1, 4),
     ("ECE", "ece", 1, 4),
-    ("time s", "seconds", 1, 1),
-    ("CPU s", "cpu_seconds", 1, 1),
+    *TIMES,
     ("backward removed %", "backward_removed", 100, 1),
 )
-_COLUMNS = (_ERROR, ("ensemble error %", "ensemble_error", 100, 2), *_SHARED)
+_COLUMNS = (ERROR, ("ensemble error %", "ensemble_error", 100, 2), *_SHARED)
 _FINETUNE_COLUMNS = (
-    _ERROR,
+    ERROR,
     ("validation error %", "validation_error", 100, 2),
     ("best epoch", "best_epoch", 1, 0),
     *_SHARED,
@@ -58,72 +58,136 @@ _FINETUNE_ERRORS = (
     "images held out for validation."
 )
 
+CONFIDENCE = 0.95
+_COMPARE_NOTE = (
+    "{n} seeds. difference: to {baseline} with the same seed, that is from the same weights and on "
+    "the same batches.\n"
+    "mean ± standard deviation. 95% interval: of the mean difference or saving, by Student's t "
+    "(degrees of freedom: {freedom}).\n"
+    "error and NLL: of the averaged probabilities of all snapshots where a method takes them, else "
+    "of the last weights.\n"
+    f"time: reading batches, training and saving snapshots. {CPU_NOTE} time saved: 1 - time / the "
+    "baseline's, seed by seed."
+)
+_PAIRED = ("error", "nll")
+# Title, name of the mean, of the difference, and of what has an interval; factor, digits.
+_QUANTITIES = (
+    ("error %", "error", "error_difference", "error_difference", 100, 2),
+    ("NLL", "nll", "nll_difference", "nll_difference", 1, 4),
+    ("time s", "seconds", "", "", 1, 1),
+    ("CPU s", "cpu_seconds", "", "", 1, 1),
+    ("time saved %", "time_saved", "", "time_saved", 100, 1),
+)
+
 
 @dataclass(frozen=True)
 class Table:
-    """A table, and what it means.
+    """Headers and rows of cells, and a note that stands below and says what they mean."""
 
-    Attributes:
-        headers, rows: its cells.
-        note: what stands below it.
-    """
-
-    headers: list[str]
-    rows: list[list[str]]
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
     note: str
 
     def __str__(self) -> str:
         return f"{format_table(self.headers, self.rows)}\n\n{self.note}"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run has come to: a table for people, and the same and more for JSON."""
-
-    table: Table
-    values: Line
-
-    def write(self, run_dir: RunDir) -> None:
-        """Write the table into the run's directory."""
-        write_atomic(run_dir.path / "table.txt", f"{self.table}\n".encode())
+def by_method(results: Sequence[Line]) -> dict[str, list[Line]]:
+    """The results of each method, by seed."""
+    found: dict[str, list[Line]] = {}
+    for result in sorted(results, key=lambda r: r["seed"]):
+        found.setdefault(result["method"], []).append(result)
+    return {method: found[method] for method in dict.fromkeys(r["method"] for r in results)}
 
 
-def cell(values: Sequence[float], digits: int) -> str:
-    """One value, or mean ± standard error of several; "-" for none."""
-    if not values:
-        return "-"
-    mean = f"{np.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}"
+def cells(results: Sequence[Line], columns: Sequence[Column]) -> list[str]:
+    """Of each column one value, or mean ± standard error of several results; "-" for none."""
+    found = []
+    for _, key, factor, digits in columns:
+        values = [factor * result[key] for result in results if result[key] is not None]
+        found.append(f"{np.mean(values):.{digits}f}" if values else "-")
+        if len(values) > 1:
+            found[-1] += f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}"
+    return found
+
+
+def titles(columns: Sequence[Column]) -> list[str]:
+    """The columns' headers."""
+    return [title for title, *_ in columns]
 
 
 def results_table(results: Sequence[Line]) -> Table:
-    """A row per method: one seed's value, or mean ± standard error of several."""
-    plain = _values(results, "sgd", "seconds")
-    table = _table("method", results, _COLUMNS, _ERRORS)
-    for row, method in zip(table.rows, _methods(results), strict=True):
-        seconds = np.mean(_values(results, method, "seconds"))
-        row.append(f"{seconds / np.mean(plain):.2f}x" if plain else "-")
-    return replace(table, headers=[*table.headers, "vs SGD"])
+    """A row per method."""
+    methods, rows = by_method(results), []
+    seconds = {m: np.mean([r["seconds"] for r in own]) for m, own in methods.items()}
+    for method, own in methods.items():
+        ratio = f"{seconds[method] / seconds['sgd']:.2f}x" if "sgd" in methods else "-"
+        rows.append([METHOD_TITLES[method], *cells(own, _COLUMNS), ratio])
+    headers = ["method", *titles(_COLUMNS), "vs SGD"]
+    return Table(headers, rows, _NOTE.format(errors=_ERRORS))
 
 
 def finetune_table(results: Sequence[Line]) -> Table:
     """The same of a fine-tuning."""
-    return _table("recipe", results, _FINETUNE_COLUMNS, _FINETUNE_ERRORS)
+    methods = by_method(results).items()
+    rows = [[METHOD_TITLES[method], *cells(own, _FINETUNE_COLUMNS)] for method, own in methods]
+    headers = ["recipe", *titles(_FINETUNE_COLUMNS)]
+    return Table(headers, rows, _NOTE.format(errors=_FINETUNE_ERRORS))
 
 
-def _table(first: str, results: Sequence[Line], columns: Sequence[_Column], errors: str) -> Table:
-    rows = [[METHOD_TITLES[method]] for method in _methods(results)]
-    for row, method in zip(rows, _methods(results), strict=True):
-        for _, key, factor, digits in columns:
-            row.append(cell([factor * v for v in _values(results, method, key)], digits))
-    return Table([first, *(title for title, *_ in columns)], rows, _NOTE.format(errors=errors))
+def spread(values: Sequence[float]) -> Line:
+    """Of n >= 2 seeds' values: mean, deviation (n - 1), and Student's 95% interval of the mean."""
+    mean, sd, n = float(np.mean(values)), float(np.std(values, ddof=1)), len(values)
+    half = float(optional_package("scipy.stats").t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    half *= sd / math.sqrt(n)
+    return {"values": list(values), "mean": mean, "sd": sd, "low": mean - half, "high": mean + half}
 
 
-def _methods(results: Sequence[Line]) -> list[str]:
-    return list(dict.fromkeys(result["method"] for result in results))
+def compare(results: Sequence[Line], baseline: str) -> list[Line]:
+    """Each method's :func:`spread` of error, NLL and times, and of the differences to the baseline.
+
+    Errors are in 0..1, NLL in nats, of the ensemble where there is one; ``time_saved`` is a share
+    of the baseline's time, in ..1. Differences are None for the baseline, which comes first.
+
+    Args:
+        results: of every method with the same n >= 2 seeds.
+        baseline: the name of one of the methods.
+    """
+    delivered = [
+        r if r["ensemble_error"] is None else {**r, "error": r["ensemble_error"]} for r in results
+    ]
+    methods, compared = by_method(delivered), []
+    for method in dict.fromkeys([baseline, *methods]):
+        own, pairs = methods[method], list(zip(methods[method], methods[baseline], strict=True))
+        values = {key: [a[key] for a in own] for key in ("error", "nll", "seconds", "cpu_seconds")}
+        paired = {f"{key}_difference": [a[key] - b[key] for a, b in pairs] for key in _PAIRED}
+        paired["time_saved"] = [1 - a["seconds"] / b["seconds"] for a, b in pairs]
+        entry: Line = {"method": method, "n": len(own)}
+        entry |= {key: spread(found) for key, found in values.items()}
+        entry |= {k: None if method == baseline else spread(v) for k, v in paired.items()}
+        compared.append(entry)
+    return compared
 
 
-def _values(results: Sequence[Line], method: str, key: str) -> list[float]:
-    return [r[key] for r in results if r["method"] == method and r[key] is not None]
+def comparison_table(compared: Sequence[Line]) -> Table:
+    """Each quantity of each method, as :func:`compare` gives them: the baseline is the first."""
+    rows = []
+    for title, mean, difference, interval, factor, digits in _QUANTITIES:
+        for c in compared:
+            if c[mean] is not None:
+                cells = [
+                    _cell("{mean:{form}} ± {sd:{plain}}", c[mean], factor, digits, sign=""),
+                    _cell("{mean:{form}} ± {sd:{plain}}", c.get(difference), factor, digits),
+                    _cell("{low:{form}} .. {high:{form}}", c.get(interval), factor, digits),
+                ]
+                rows.append([title, METHOD_TITLES[c["method"]], *cells])
+    headers = ["", "method", "mean", "difference", "95% interval"]
+    n, baseline = compared[0]["n"], METHOD_TITLES[compared[0]["method"]]
+    return Table(headers, rows, _COMPARE_NOTE.format(n=n, baseline=baseline, freedom=n - 1))
+
+
+def _cell(text: str, found: Line | None, factor: float, digits: int, sign: str = "+") -> str:
+    if found is None:
+        return "-"
+    scaled = {key: factor * found[key] for key in ("mean", "sd", "low", "high")}
+    return text.format(**scaled, form=f"{sign}.{digits}f", plain=f".{digits}f")

@@ -1,4 +1,4 @@
-"""``fastfreeze train``: the two papers' methods, both together, and plain SGD beside them."""
+"""``fastfreeze train`` and ``compare``: the papers' methods, both together, and plain SGD."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastfreeze.recipes.config import RunConfig
 from fastfreeze.recipes.data import ImageData, load_data
+from fastfreeze.recipes.errors import optional_package
 from fastfreeze.recipes.rundir import Line
-from fastfreeze.recipes.runs import Experiment
-from fastfreeze.recipes.tables import Outcome, results_table
+from fastfreeze.recipes.runs import Experiment, RunConfig
+from fastfreeze.recipes.tables import CONFIDENCE, Table, compare, comparison_table, results_table
 from fastfreeze.recipes.training import Method
 from fastfreeze.schedule import (
     Composition,
@@ -56,15 +56,37 @@ class TrainConfig(RunConfig):
             k=self.last_k if self.composition == "last_k" else None,
         )
 
-    def experiment(self, data: ImageData) -> Experiment:
-        return self._training(self.methods)
+    def trained(self) -> Iterable[str]:
+        """The names of the methods, in the order of their trainings."""
+        return self.methods
 
-    def _training(self, methods: Iterable[str]) -> Experiment:
-        trained = tuple(Method(name, self.lr, partial(self.schedule, name)) for name in methods)
-        return Experiment(trained, self.model, self.epochs, self.batch_size, self.device)
+    def experiment(self, data: ImageData) -> Experiment:
+        methods = tuple(Method(m, self.lr, partial(self.schedule, m)) for m in self.trained())
+        return Experiment(methods, self.model, data, self.epochs, self.batch_size, self.device)
 
     def load(self, data_dir: Path | None, workers: int) -> ImageData:
         return load_data(self.data, data_dir, workers=workers, image_size=self.image_size)
 
-    def outcome(self, results: Sequence[Line], data: ImageData) -> Outcome:
-        return Outcome(results_table(results), {"results": results})
+    def outcome(self, results: Sequence[Line], data: ImageData) -> tuple[Table, Line]:
+        return results_table(results), {}
+
+
+@dataclass(frozen=True)
+class CompareConfig(TrainConfig):
+    """What a comparison is asked to do: a training of each method, and first of the baseline."""
+
+    baseline: str
+
+    def trained(self) -> Iterable[str]:
+        return dict.fromkeys([self.baseline, *self.methods])
+
+    def experiment(self, data: ImageData) -> Experiment:
+        if set(self.methods) <= {self.baseline}:
+            raise ValueError(f"methods must hold one that is not the baseline, {self.baseline}")
+        optional_package("scipy.stats")  # before the training that it is for
+        return super().experiment(data)
+
+    def outcome(self, results: Sequence[Line], data: ImageData) -> tuple[Table, Line]:
+        compared = compare(results, self.baseline)
+        values = {"baseline": self.baseline, "confidence": CONFIDENCE, "comparison": compared}
+        return comparison_table(compared), values

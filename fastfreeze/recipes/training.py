@@ -32,27 +32,16 @@ _HYPERS: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": Tr
 
 @dataclass
 class Setup:
-    """What a method trains with.
+    """What a method trains with."""
 
-    Attributes:
-        model: the network that is evaluated and saved.
-        network: what a training step calls: the model, or its trimmed form.
-        optimizer: steps and, with a schedule of its own, freezes.
-        schedule: the learning rates as a function of the step.
-        scheduler: where the optimizer does not know the schedule.
-        plan: the layers, where some freeze.
-        cache: of what the frozen prefix gives; called in the place of ``network``.
-        report: measures each step; None measures nothing.
-    """
-
-    model: nn.Module
-    network: Callable[[Tensor], Tensor]
-    optimizer: torch.optim.Optimizer
+    model: nn.Module  # is evaluated and saved
+    network: Callable[[Tensor], Tensor]  # what a training step calls: the model, or it trimmed
+    optimizer: torch.optim.Optimizer  # steps and, with a schedule of its own, freezes
     schedule: Schedule
-    scheduler: LRScheduler | None = None
-    plan: LayerPlan | None = None
-    cache: FeatureCache | None = None
-    report: FreezeReport | None = None
+    scheduler: LRScheduler | None = None  # where the optimizer does not know the schedule
+    plan: LayerPlan | None = None  # the layers, where some freeze
+    cache: FeatureCache | None = None  # of the frozen prefix; called in the place of ``network``
+    report: FreezeReport | None = None  # measures each step
 
     @property
     def frozen_layers(self) -> tuple[int, ...]:
@@ -73,12 +62,6 @@ class Setup:
             return self.network(images)
         output: Tensor = self.cache(images, samples=samples)
         return output
-
-    def backward_removed(self) -> float:
-        """Share of the backward FLOPs, in 0..1, that is gone now: schedules freeze a prefix."""
-        if self.plan is None:
-            return 0.0
-        return sum(self.plan.backward_share(layer) or 0.0 for layer in self.frozen_layers)
 
 
 def set_up(model: nn.Module, schedule: Schedule, lr: float, example: Tensor) -> Setup:
@@ -122,19 +105,13 @@ def fine_tuning(
 ) -> Setup:
     """Pretrained layers are frozen as the schedule says; biases and norms do not decay.
 
-    Args:
-        model, schedule, lr, example: as in :func:`set_up`.
-        optimizer: "adamw" or "sgd".
-        cache: whether a :class:`~fastfreeze.FeatureCache` keeps what the frozen prefix gives: for
-            images that are the same in each epoch.
+    ``optimizer`` is "adamw" or "sgd"; ``cache`` is for images that are the same in each epoch, of
+    which a :class:`~fastfreeze.FeatureCache` keeps what the frozen prefix gives.
     """
     plan = split(model, example, schedule=schedule, lr=lr)
     schedule, groups = plan.schedule or schedule, plan.param_groups(no_decay=True)
-    steps: SGD | AdamW
-    if optimizer == "sgd":
-        steps = SGD(groups, lr, **_HYPERS, schedule=schedule)
-    else:
-        steps = AdamW(groups, lr, schedule=schedule)
+    sgd = optimizer == "sgd"
+    steps = (SGD if sgd else AdamW)(groups, lr, schedule=schedule, **(_HYPERS if sgd else {}))
     network = trim(model)
     kept = FeatureCache(network) if cache else None
     return Setup(model, network, steps, schedule, plan=plan, cache=kept)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from fastfreeze.checks import check_int
-from fastfreeze.recipes.config import RunConfig
-from fastfreeze.recipes.data import ImageData, balanced, load_data
+from fastfreeze.recipes.data import ImageData, load_data
 from fastfreeze.recipes.rundir import Line, RunDir
-from fastfreeze.recipes.runs import Experiment
-from fastfreeze.recipes.tables import CPU_NOTE, METHOD_TITLES, Outcome, Table, cell
+from fastfreeze.recipes.runs import Experiment, RunConfig
+from fastfreeze.recipes.tables import (
+    CPU_NOTE,
+    ERROR,
+    METHOD_TITLES,
+    TIMES,
+    Table,
+    by_method,
+    cells,
+    titles,
+)
 from fastfreeze.recipes.training import Method
-from fastfreeze.reproduction.budget import Budget, scaled
 from fastfreeze.reproduction.papers import (
     FREEZEOUT_T_0S,
     INITIAL_LR,
@@ -29,12 +36,72 @@ from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, StepDecay
 
 
 @dataclass(frozen=True)
-class ReproduceConfig(RunConfig):
-    """What a reproduction is asked to do: ``model`` and ``data`` are of one of :meth:`rows`.
+class Budget:
+    """The length of a training, and beside it the paper's.
 
     Attributes:
-        scale: share of the paper's budget, in (0, 1]; see
-            :func:`fastfreeze.reproduction.budget.scaled`.
+        epochs, images: passes over so many training images.
+        tested: test images.
+        paper_epochs, all_images, all_tested: the same of a whole training.
+        paper_data: whether the paper has a number for this data set.
+    """
+
+    epochs: int
+    images: int
+    paper_epochs: int
+    all_images: int
+    tested: int
+    all_tested: int
+    paper_data: bool
+
+    @property
+    def share(self) -> float:
+        """Part of the paper's budget, in 0..1: images seen, over those that it would see."""
+        return self.epochs * self.images / (self.paper_epochs * self.all_images)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether ours may be held against the paper's numbers."""
+        return self.share == 1 and self.tested == self.all_tested and self.paper_data
+
+    def __str__(self) -> str:
+        part = "" if self.share == 1 else f"{100 * self.share:.2g}% of "
+        epochs = "epoch" if self.epochs == 1 else "epochs"
+        words = f"{part}the paper's budget: {self.epochs:,} {epochs} of {self.images:,} images"
+        if self.tested < self.all_tested:
+            words += f"; tested on {self.tested:,} of {self.all_tested:,} images"
+        if not self.paper_data:
+            words += "; the paper has no such data"
+        return words if self.comparable else f"{words}; not comparable"
+
+    def values(self) -> Line:
+        """The same as plain data."""
+        derived = {"share": self.share, "comparable": self.comparable, "words": str(self)}
+        return {**asdict(self), **derived}
+
+
+def scaled(
+    row: Row, scale: float, num_images: int, num_classes: int, tested: int, all_tested: int
+) -> Budget:
+    """The budget of a row times ``scale``, in (0, 1]: fewer epochs, then fewer images in each.
+
+    There are as many epochs in each cycle, at least one, and at least one image of each class. No
+    epoch ends in a batch of one image, which norms cannot train on.
+    """
+    wanted = round(scale * row.epochs, 9)  # else 0.1 * 30 would be more than 3
+    epochs = min(row.epochs, row.cycles * math.ceil(wanted / row.cycles))
+    images = max(num_classes, min(num_images, round(num_images * wanted / epochs)))
+    if images > row.batch_size and images % row.batch_size == 1:
+        images -= 1
+    return Budget(epochs, images, row.epochs, num_images, tested, all_tested, row.in_paper)
+
+
+@dataclass(frozen=True)
+class ReproduceConfig(RunConfig):
+    """What a reproduction is asked to do: ``model`` and ``data`` are of one of :attr:`rows`.
+
+    Attributes:
+        scale: share of the paper's budget, in (0, 1]; see :func:`scaled`.
         test_images: test on so many, as many of each class as can be; None for all.
     """
 
@@ -42,11 +109,7 @@ class ReproduceConfig(RunConfig):
     test_images: int | None
 
     paper: ClassVar[str]
-
-    @staticmethod
-    @abstractmethod
-    def rows() -> Sequence[Row]:
-        """What can be run."""
+    rows: ClassVar[Sequence[Row]]
 
     @abstractmethod
     def methods(self) -> tuple[Method, ...]:
@@ -56,81 +119,61 @@ class ReproduceConfig(RunConfig):
     def table(self, results: Sequence[Line], note: str) -> Table:
         """Ours beside the paper's."""
 
-    @classmethod
-    def find(cls, model: str, data: str) -> Row:
-        """What the paper says of a network on a data set.
+    @property
+    def row(self) -> Row:
+        """What the paper says of the network on the data set.
 
         Raises:
             ValueError: it has no such row; the message lists those that it has.
         """
         known: dict[str, list[str]] = {}
-        for row in cls.rows():
-            if (row.model, row.data) == (model, data):
+        for row in self.rows:
+            if (row.model, row.data) == (self.model, self.data):
                 return row
             known.setdefault(row.model, []).append(row.data)
         listed = "; ".join(f"{model} on {', '.join(sets)}" for model, sets in known.items())
-        raise ValueError(f"{cls.paper} has no row for {model} on {data}; there are: {listed}")
-
-    @property
-    def row(self) -> Row:
-        """What the paper says."""
-        return self.find(self.model, self.data)
+        asked = f"{self.model} on {self.data}"
+        raise ValueError(f"{self.paper} has no row for {asked}; there are: {listed}")
 
     def load(self, data_dir: Path | None, workers: int) -> ImageData:
-        return load_data(self.data, data_dir, workers=workers)
+        return load_data(self.row.data, data_dir, workers=workers)
 
     def budget(self, data: ImageData) -> Budget:
-        """How much of the paper's training is run.
-
-        Raises:
-            ValueError: there are fewer test images than ``test_images``.
-        """
-        all_tested = len(data.test.labels)
-        tested = all_tested if self.test_images is None else self.test_images
-        check_int("test_images", tested, minimum=1, maximum=all_tested)
-        num_images = len(data.train.labels)
+        """How much of the paper's training is run."""
+        num_images, all_tested = len(data.train.labels), len(data.test.labels)
+        tested = self.test_images or all_tested
         return scaled(self.row, self.scale, num_images, data.num_classes, tested, all_tested)
 
     def experiment(self, data: ImageData) -> Experiment:
-        row = self.row
+        row, budget = self.row, self.budget(data)
         return Experiment(
             self.methods(),
             row.network,
-            self.budget(data).epochs,
+            data.part(budget.images, budget.tested),
+            budget.epochs,
             row.batch_size,
             self.device,
             row.stem_stride,
         )
 
-    def part(self, data: ImageData) -> ImageData:
-        budget = self.budget(data)
-        if budget.tested < budget.all_tested:
-            chosen = balanced(data.test.labels, budget.tested)
-            data = replace(data, test=data.test.part(chosen))
-        return data if budget.images == budget.all_images else data.part(budget.images)
-
     def run(
         self, data: ImageData, run_dir: RunDir, say: Callable[[str], None], quiet: bool
-    ) -> Outcome:
+    ) -> tuple[Table, Line]:
         say(str(self.budget(data)))
         return super().run(data, run_dir, say, quiet)
 
-    def outcome(self, results: Sequence[Line], data: ImageData) -> Outcome:
+    def outcome(self, results: Sequence[Line], data: ImageData) -> tuple[Table, Line]:
         budget, row = self.budget(data), self.row
         table = self.table(results, f"{row.title} on {row.data}: {budget}.")
-        values = {"paper": self.paper, "row": asdict(row), "budget": budget.values()}
-        return Outcome(table, {**values, "results": results})
+        return table, {"paper": self.paper, "row": asdict(row), "budget": budget.values()}
 
 
 @dataclass(frozen=True)
 class SnapshotConfig(ReproduceConfig):
     """A row of table 1 of Snapshot Ensembles."""
 
-    paper: ClassVar[str] = "Snapshot Ensembles, table 1"
-
-    @staticmethod
-    def rows() -> Sequence[Row]:
-        return snapshot_rows()
+    paper = "Snapshot Ensembles, table 1"
+    rows = snapshot_rows()
 
     def methods(self) -> tuple[Method, ...]:
         cycles = self.row.cycles
@@ -139,15 +182,20 @@ class SnapshotConfig(ReproduceConfig):
         return single, *(Method(f"snapshot-{lr}", lr, cyclic) for lr in SNAPSHOT_LRS)
 
     def table(self, results: Sequence[Line], note: str) -> Table:
-        rates = {method.name: method.lr for method in self.methods()}
-        rows = []
-        for column, method, key in _SNAPSHOT_COLUMNS:
-            own, paper = _of(results, method), (self.row.errors or {}).get(column)
-            error = cell([100 * result[key] for result in own], 2)
-            said = "-" if paper is None else f"{100 * paper:.2f}"
-            rows.append([_TITLES[column], error, said, f"{rates[method]:g}", *_times(own)])
+        paper, found, rows = self.row.errors or {}, by_method(results), []
+
+        def add(title: str, column: str, method: str, key: str, lr: float) -> None:
+            said = f"{100 * paper[column]:.2f}" if paper else "-"
+            error = cells(found[method], [("", key, 100, 2)])
+            rows.append([title, *error, said, f"{lr:g}", *cells(found[method], TIMES)])
+
+        add("single model", "single", "single", "error", INITIAL_LR)
+        add("NoCycle", "nocycle", "single", "ensemble_error", INITIAL_LR)
+        for lr in SNAPSHOT_LRS:
+            method = f"snapshot-{lr}"
+            add(METHOD_TITLES[method], method, method, "ensemble_error", lr)
         return Table(
-            ["method", "error %", "paper %", "lr", "time s", "CPU s"],
+            ["method", "error %", "paper %", "lr", *titles(TIMES)],
             rows,
             f"{note}\nThe single model and NoCycle are one training: a tenth of the rate after a "
             f"half and three quarters of it.\nNoCycle and Snapshot: the mean probabilities of "
@@ -155,24 +203,12 @@ class SnapshotConfig(ReproduceConfig):
         )
 
 
-# Column of the paper's table, the training that gives it, and where in its result.
-_SNAPSHOT_COLUMNS = (
-    ("single", "single", "error"),
-    ("nocycle", "single", "ensemble_error"),
-    *((f"snapshot-{lr}", f"snapshot-{lr}", "ensemble_error") for lr in SNAPSHOT_LRS),
-)
-_TITLES = {**METHOD_TITLES, "single": "single model", "nocycle": "NoCycle"}
-
-
 @dataclass(frozen=True)
 class FreezeOutConfig(ReproduceConfig):
     """A network of FreezeOut, without freezing and with the authors' schedules."""
 
-    paper: ClassVar[str] = "FreezeOut"
-
-    @staticmethod
-    def rows() -> Sequence[Row]:
-        return freezeout_rows()
+    paper = "FreezeOut"
+    rows = freezeout_rows()
 
     def methods(self) -> tuple[Method, ...]:
         freezing = (
@@ -182,24 +218,19 @@ class FreezeOutConfig(ReproduceConfig):
         return Method("sgd", INITIAL_LR, Cosine), *freezing
 
     def table(self, results: Sequence[Line], note: str) -> Table:
-        plain = _of(results, "sgd")
-        rows = [["plain SGD", _errors(plain), "-", "-", *_times(plain), "-", "-"]]
+        found, row = by_method(results), self.row
+        plain = found["sgd"]
+        rows = [["plain SGD", *cells(plain, [ERROR]), "-", "-", *cells(plain, TIMES), "-", "-"]]
         for t_0 in FREEZEOUT_T_0S:
-            own = _of(results, f"freezeout-{t_0}")
-            pairs = list(zip(own, plain, strict=True))
-            rows.append(
-                [
-                    METHOD_TITLES[f"freezeout-{t_0}"],
-                    _errors(own),
-                    cell([100 * _relative_loss(*pair) for pair in pairs], 1),
-                    _percent(self.row.relative_loss),
-                    *_times(own),
-                    cell([100 * (1 - a["seconds"] / b["seconds"]) for a, b in pairs], 1),
-                    _percent(self.row.time_saved),
-                ]
-            )
-        headers = ["method", "error %", "accuracy lost %", "paper", "time s", "CPU s"]
-        claim = f"\nThe paper: {self.row.claim}." if self.row.claim else ""
+            method = f"freezeout-{t_0}"
+            own = found[method]
+            beside = [_beside(*pair) for pair in zip(own, plain, strict=True)]
+            lost, saved = cells(beside, [("", "lost", 100, 1), ("", "saved", 100, 1)])
+            rows.append([METHOD_TITLES[method], *cells(own, [ERROR]), lost])
+            rows[-1] += [_percent(row.relative_loss), *cells(own, TIMES)]
+            rows[-1] += [saved, _percent(row.time_saved)]
+        headers = ["method", "error %", "accuracy lost %", "paper", *titles(TIMES)]
+        claim = f"\nThe paper: {row.claim}." if row.claim else ""
         return Table(
             [*headers, "time saved %", "paper"],
             rows,
@@ -208,24 +239,12 @@ class FreezeOutConfig(ReproduceConfig):
         )
 
 
-def _of(results: Sequence[Line], method: str) -> list[Line]:
-    """A method's results, by seed."""
-    return [result for result in results if result["method"] == method]
-
-
-def _errors(results: Sequence[Line]) -> str:
-    return cell([100 * result["error"] for result in results], 2)
-
-
-def _times(results: Sequence[Line]) -> list[str]:
-    return [cell([result[key] for result in results], 1) for key in ("seconds", "cpu_seconds")]
-
-
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f}"
 
 
-def _relative_loss(result: Line, plain: Line) -> float:
-    """Accuracy lost, as a share of that without freezing; 0 where there is none to lose."""
+def _beside(own: Line, plain: Line) -> Line:
+    """Time saved, and accuracy lost as a share of that without freezing, 0 where there is none."""
     accuracy = 1 - plain["error"]
-    return (result["error"] - plain["error"]) / accuracy if accuracy > 0 else 0.0
+    lost = (own["error"] - plain["error"]) / accuracy if accuracy > 0 else 0.0
+    return {"lost": lost, "saved": 1 - own["seconds"] / plain["seconds"]}

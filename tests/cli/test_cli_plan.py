@@ -45,30 +45,13 @@ def test_a_plan_without_a_saving():
     assert as_json("resnet20", "--how-scale", "linear")["how_scale"] == "linear"
 
 
-def test_saving_that_cannot_be_reached():
-    result = invoke("resnet20", "--saving", 0.9)
-    assert result.exit_code == 2
-    assert "saving must be at most 0.5" in result.stderr
-    assert "which t_0=0.0001 is predicted to save, got 0.9" in result.stderr
-    assert result.stdout == ""
-
-
 def test_torchvisions_network():
     found = as_json("torchvision:resnet18", "--saving", 0.2)
     assert [layer["name"] for layer in found["layers"]][:2] == ["conv1", "layer1.0"]
     assert sum(layer["parameters"] for layer in found["layers"]) == 11_689_512
-    smaller = as_json("torchvision:resnet18", "--num-classes", 10, "--image-size", 64)
-    assert sum(layer["parameters"] for layer in smaller["layers"]) == 11_689_512 - 990 * 513
-
-
-def test_torchvisions_network_that_needs_values():
-    assert len(as_json("torchvision:regnet_x_400mf")["layers"]) > 10
-
-
-def test_large_images_are_the_default_of_torchvisions_networks():
-    found = as_json("torchvision:resnet50")
-    assert sum(layer["parameters"] for layer in found["layers"]) == 25_557_032
-    assert found == as_json("torchvision:resnet50", "--image-size", 224, "--num-classes", 1000)
+    large = ("--image-size", 224, "--num-classes", 1000)
+    assert found == as_json("torchvision:resnet18", "--saving", 0.2, *large)
+    assert len(as_json("torchvision:regnet_x_400mf")["layers"]) > 10  # which needs values
 
 
 OWN = """
@@ -131,10 +114,8 @@ def test_what_split_warns_of_is_told(own):
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
-        ("plan_missing:make", 1, "cannot import plan_missing: ModuleNotFoundError: No module"),
         ("plan_broken:make", 1, "cannot import plan_broken: ModuleNotFoundError: No module"),
         ("plan_typo:make", 1, "cannot import plan_typo: SyntaxError: "),
-        ("plan_own:absent", 1, "plan_own has no absent"),
         ("plan_own:Nett", 1, "plan_own has no Nett; did you mean Net?"),
         ("plan_own:number", 1, "plan_own:number must be a function, got int"),
         ("plan_own:fails", 1, "plan_own:fails() failed: OSError: no weights"),
@@ -143,20 +124,14 @@ def test_what_split_warns_of_is_told(own):
         ("plan_own:Net", 1, "plan_own:Net cannot be split with images of the shape [2, 3, 32, 32]"),
         ("plan_own:Net --num-classes 3", 2, "--num-classes is not for plan_own:Net"),
         (":make", 2, "must be MODULE:FUNCTION, got :make"),
-        ("plan_own:", 2, "must be MODULE:FUNCTION, got plan_own:"),
         ("torchvision:resnet5", 2, "no classification network 'resnet5'; try resnet50"),
-        ("torchvision:fasterrcnn_resnet50_fpn", 2, "no classification network"),
         ("torchvision:resnet18 --in-channels 1", 2, "takes images of 3 channels, not of 1"),
         ("torchvision:alexnet --image-size 16", 1, "torchvision:alexnet cannot be split"),
         ("alexnet", 2, "model must be one of resnet<6n+2>"),
         ("resnet20 --saving 0.3 --t0 0.5", 2, "--saving and --t0 exclude each other"),
         ("resnet20 --of backward", 2, "--of is for --saving"),
-        ("resnet20 --saving 0", 2, "--saving"),
         ("resnet20 --saving 1", 2, "--saving"),
-        ("resnet20 --saving nan", 2, "--saving"),
-        ("resnet20 --saving 0.3 --of memory", 2, "--of"),
-        ("resnet20 --steps 0", 2, "--steps"),
-        ("", 2, "Missing argument"),
+        ("resnet20 --saving 0.9", 2, "saving must be at most 0.5"),
     ],
 )
 def test_bad_input(own, arguments, exit_code, message):

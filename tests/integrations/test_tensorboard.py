@@ -95,17 +95,9 @@ def test_predicted_and_measured_saving_are_written_for_each_event(logs):
         assert (read(f"step_time/{name}") if known else {}) == pytest.approx(known, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("log", "message"),
-    [
-        (lambda optimizer: log_step("runs", optimizer), "pip install tensorboard.*got str"),
-        (lambda optimizer: log_report(None, None), "pip install tensorboard.*got NoneType"),
-    ],
-    ids=["a directory", "nothing"],
-)
-def test_what_is_no_writer_is_refused(log, message):
-    with pytest.raises(TypeError, match=message):
-        log(training()[1])
+def test_what_is_no_writer_is_refused():
+    with pytest.raises(TypeError, match=r"pip install tensorboard.*got str"):
+        log_step("runs", training()[1])
 
 
 def test_another_optimizer_is_refused(logs):

@@ -22,23 +22,13 @@ def family(name, *, size=64, quick=False, **options):
 FAMILIES = [
     family("test_resnet", quick=True),
     family("test_vit", quick=True, img_size=64),
-    family("test_convnext"),
-    family("test_efficientnet"),
-    family("resnet18", size=32),
     family("vit_tiny_patch16_224", size=32, img_size=32),
-    family("convnext_atto"),
     family("efficientnet_b0"),
-    family("mobilenetv3_small_050"),
     family("densenet121", drop_path_rate=None),
-    family("regnetx_002"),
     family("swin_tiny_patch4_window7_224", img_size=64, window_size=2),
     family("mixer_s32_224", size=224),
-    family("poolformer_s12"),
     family("edgenext_xx_small"),
     family("vgg11", size=32, drop_path_rate=None, mlp_ratio=0.02),
-    family("ghostnet_050", drop_path_rate=None),
-    family("repvgg_a0"),
-    family("mobilevit_xxs"),
     family("xcit_nano_12_p16_224", img_size=64),
 ]
 

@@ -124,9 +124,10 @@ def test_a_recipe_trains_and_its_best_epoch_is_kept(own, name):
     assert weights["4.weight"].shape == (2, 16)
     best = torch.load(f"run/best-{recipe}-seed0.pth")
     torch.testing.assert_close(best, checkpoint["best"]["weights"], rtol=0, atol=0)
-    assert ("of the images came from the feature cache" in result.stderr) == (
-        name == "prefix-adamw"
+    told = (
+        "of the images came from the feature cache" if name == "prefix-adamw" else "feature cache"
     )
+    assert (told in result.stderr) == (name == "prefix-adamw")
     assert Path("run/table.txt").read_text().startswith("recipe ")
     assert invoke("plot", "run").exit_code == 0
 
@@ -182,11 +183,11 @@ def test_weights_of_safetensors_and_of_old_files_are_the_same(own):
 
 BAD_WEIGHTS = {
     "lacks": (lambda w: w.pop("1.0.weight"), "(but for its head, 4, which is new): it lacks 1.0.w"),
-    "besides": (lambda w: w.update(fc=torch.ones(1)), "it has besides fc"),
+    "besides": (lambda w: w.update({"4x": torch.ones(1)}), "it has besides 4x"),
     "shape": (lambda w: w.update({"0.1.bias": torch.ones(5)}), "0.1.bias is [5] and must be [4]"),
     "nested": (
         lambda w: w.update(optimizer={"lr": 1}),
-        "must hold a state dict, a tensor by each name; got dict by 'optimizer'",
+        "must hold a state dict, a tensor by each name: TypeError: got dict by 'optimizer'",
     ),
     "pickled": (
         lambda w: w.update(run=Path("x")),
@@ -212,7 +213,6 @@ def test_weights_that_do_not_fit_are_told_before_the_first_step(own, name):
         ("--until 7", 2, "until must be in 1..2, as the head trains, got 7"),
         ("--until nowhere", 2, "until must be one of the layers"),
         ("--until 1 --recipe gradual", 2, "--until is for --recipe prefix"),
-        ("--until 1 --recipe full", 2, "--until is for --recipe prefix"),
         ("--t0 0.5", 2, "--t0 is for --recipe freezeout, and this is --recipe prefix"),
         ("--model torchvision:resnet18", 1, "it lacks"),
         ("--model timm:resnot18", 2, "timm has no network 'resnot18'; try"),
@@ -235,14 +235,6 @@ def test_weights_are_asked_for(own):
     no_weights = "finetune --image-size 8 --model tune_own:make --data-dir images --epochs 1"
     result = invoke(*no_weights.split(), "--until", "1", "--run-dir", "run", "--quiet")
     assert result.exit_code == 0, result.output  # a network of one's own brings its weights
-
-
-def test_a_network_of_timm(own):
-    timm = pytest.importorskip("timm")
-    torch.save(timm.create_model("test_resnet").state_dict(), "timm.pth")
-    more = ("--model=timm:test_resnet", "--image-size=32", "--epochs=1", "--until=0.5", "--quiet")
-    result = tuned(*more, weights="timm.pth")
-    assert result.exit_code == 0, result.output
 
 
 def test_held_out_images_are_of_each_class_and_not_varied(own):

@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import os
 import re
-import signal
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -17,7 +15,6 @@ import torch.nn.functional as F
 from fastfreeze.layers.split import split
 from fastfreeze.recipes import rundir as rundir_module
 from fastfreeze.recipes import runs
-from fastfreeze.recipes import tables as tables_module
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.models import build_model
@@ -26,9 +23,10 @@ from fastfreeze.recipes.rundir import RunDir, write_atomic
 from fastfreeze.recipes.tables import results_table
 from fastfreeze.recipes.train import TrainConfig
 from fastfreeze.recipes.training import plain_sgd, predict, set_up, train_epoch
-from fastfreeze.schedule import Cosine, FreezeOut, SnapshotCycles, from_config
+from fastfreeze.schedule import Cosine, from_config
 from fastfreeze.snapshots import SnapshotStore
 from tests.commands import TINY, Killed, assert_same_lines, ran, tiny_data
+from tests.killed import alive
 
 CPU = torch.device("cpu")
 
@@ -53,13 +51,16 @@ def network():
     return build_model("resnet8-w4", num_classes=2, in_channels=1)
 
 
+def dropping():
+    """A network that draws random numbers in each step."""
+    model = network()
+    model.head.layers.insert(2, torch.nn.Dropout(0.5))
+    return model
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data):
     return train(tmp_path_factory.mktemp("runs") / "run", data)
-
-
-def result_for(run, method):
-    return next(r for r in run.results() if r["method"] == method)
 
 
 def weights(run, name):
@@ -84,38 +85,21 @@ def test_plain_sgd_is_torchs_with_the_cosine(data):
     torch.manual_seed(0)
     model, twin = network(), network()
     twin.load_state_dict(model.state_dict())
-    schedule = Cosine(3)
-    train_epoch(plain_sgd(model, schedule, 0.1), data.train_batches(0, 0, 8, CPU), CPU, int)
+    schedule, expected = Cosine(3), []
+    setup = plain_sgd(model, schedule, 0.1)
+    losses, seconds = train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
     optimizer = torch.optim.SGD(twin.parameters(), **options)
     for step, (images, labels) in enumerate(data.train_batches(0, 0, 8, CPU)):
         optimizer.param_groups[0]["lr"] = schedule.lr(step, 0.1)
         optimizer.zero_grad()
-        F.cross_entropy(twin(images), labels).backward()
+        expected.append(F.cross_entropy(twin(images), labels))
+        expected[-1].backward()
         optimizer.step()
+    assert losses == pytest.approx([loss.item() for loss in expected], rel=1e-4)
+    assert len(seconds) == 3
+    assert min(seconds) > 0
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
-
-
-def test_frozen_layers_stay_as_they_are(data):
-    model = network()
-    schedule = FreezeOut(TOTAL_STEPS, t_0=0.5)
-    setup = set_up(model, schedule, 0.05, data.example(CPU))
-    seen = []
-
-    def after_step():
-        states = [setup.model.stem.state_dict(), setup.model.head.state_dict()]
-        copies = [{k: v.clone() for k, v in state.items()} for state in states]
-        seen.append((setup.frozen_layers, *copies))
-
-    for epoch in range(4):
-        train_epoch(setup, data.train_batches(0, epoch, 8, CPU), CPU, after_step)
-    for step, (frozen, *_) in enumerate(seen[:-1], 1):
-        assert frozen == tuple(i for i in range(5) if schedule.is_frozen(step, i, 5))
-    stems = [stem for frozen, stem, _ in seen if 0 in frozen]
-    assert 2 < len(stems) < TOTAL_STEPS
-    for stem in stems[1:]:  # weights, and the norm's running statistics
-        torch.testing.assert_close(stem, stems[0], rtol=0, atol=0)
-    assert not torch.equal(seen[-1][2]["layers.2.weight"], seen[-2][2]["layers.2.weight"])
 
 
 FINE = {"warm": {"warmup_steps": 4}, "by layer": {"layer_decay": 0.5}, "floor": {"eta_min": 0.01}}
@@ -129,17 +113,6 @@ def test_a_setup_follows_all_of_its_schedule(data, options):
     groups = setup.optimizer.param_groups
     rates = [schedule.lr(3, 0.05, i, len(groups)) for i in range(len(groups))]
     assert [group["lr"] for group in groups] == pytest.approx(rates)
-
-
-def test_losses_and_times_are_those_of_each_step(data):
-    model = network()
-    setup = set_up(model, SnapshotCycles(TOTAL_STEPS, num_cycles=2), 0.05, None)
-    images, labels = next(data.train_batches(0, 0, 8, CPU))
-    expected = F.cross_entropy(model(images), labels).item()
-    losses, seconds = train_epoch(setup, data.train_batches(0, 0, 8, CPU), CPU, int)
-    assert losses[0] == pytest.approx(expected, rel=1e-5)
-    assert len(losses) == len(seconds) == 3
-    assert min(seconds) > 0
 
 
 def test_methods_learn_and_tell(finished, data):
@@ -163,17 +136,6 @@ def test_methods_learn_and_tell(finished, data):
     assert firsts == pytest.approx([firsts[0]] * 4, abs=1e-5)  # from the same weights, and images
 
 
-@pytest.mark.parametrize(("method", "trained"), [("sgd", 12), ("freezeout", 2), ("both", 5)])
-def test_norms_freeze_and_the_backward_is_removed_as_planned(finished, data, method, trained):
-    state = weights(finished, f"{method}-seed3")
-    assert state["stem.layers.1.num_batches_tracked"] == trained
-    schedule = CONFIG.schedule(method, TOTAL_STEPS)
-    assert schedule.freeze_steps(0, 5) in ((trained,), ())
-    plan = split(network(), data.example(CPU), schedule=schedule)
-    removed = result_for(finished, method)["backward_removed"]
-    assert removed == pytest.approx(plan.backward_saving)
-
-
 @pytest.mark.parametrize("method", ["snapshot", "both"])
 def test_ensemble_is_of_all_snapshots_and_its_members_are_told(finished, data, method):
     name = f"{method}-seed3"
@@ -186,20 +148,13 @@ def test_ensemble_is_of_all_snapshots_and_its_members_are_told(finished, data, m
         model.load_state_dict(state)
         probabilities.append(predict(model, data, CPU).softmax(1))
     mean = torch.stack(probabilities).mean(0)
-    result = result_for(finished, method)
+    result = next(r for r in finished.results() if r["method"] == method)
     labels = data.test.labels
     assert result["ensemble_error"] == (mean.argmax(1) != labels).double().mean().item()
     assert result["nll"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-4)
-    lines = (finished.path / f"ensemble-{name}.txt").read_text().splitlines()
-    told = (line for line in lines if line.startswith(("member", "ens")))
-    rows = {line.split("  ")[0]: line.split() for line in told}
-    assert list(rows) == [*(f"member {m}" for m in range(len(store))), "ensemble"]
-    assert rows["ensemble"][1] == f"{100 * result['ensemble_error']:.2f}"
-    assert float(rows["ensemble"][2]) == pytest.approx(result["nll"], abs=1e-4)
-    last = float(rows[f"member {len(store) - 1}"][2])
-    assert last == pytest.approx(100 * result["error"], abs=0.01)
-    assert f"{len(labels)} rows" in lines[-3]
-    assert "members as one graph" in lines[-1]
+    *_, rows, _, plan = (finished.path / f"ensemble-{name}.txt").read_text().splitlines()
+    assert f"{len(labels)} rows" in rows
+    assert "members as one graph" in plan
 
 
 def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch):
@@ -215,7 +170,7 @@ def test_every_epoch_and_seed_has_images_of_its_own(tmp_path, data, monkeypatch)
     assert asked == [(3, 0), (3, 1), (4, 0), (4, 1)]
 
 
-def test_schedules_layers_and_freezes_are_told(finished):
+def test_schedules_layers_and_freezes_are_told(finished, data):
     start, *lines = (line for line in finished.metrics() if line["method"] == "freezeout")
     assert start["event"] == "start"
     assert start["layers"] == ["stem", "blocks.0", "blocks.1", "blocks.2", "head"]
@@ -227,11 +182,14 @@ def test_schedules_layers_and_freezes_are_told(finished):
     for line in (line for line in lines if line["event"] == "epoch"):
         expected = [schedule.lr(line["step"], 0.05, i, 5) for i in range(5)]
         assert line["lr"] == pytest.approx(expected)
-    freezing, sgd = finished.path / "freezing-freezeout-seed3.txt", "freezing-sgd-seed3.txt"
-    told = freezing.read_text().splitlines()[2:6]
+    told = (finished.path / "freezing-freezeout-seed3.txt").read_text().splitlines()[2:6]
     assert [int(line.split()[0]) for line in told] == steps
-    assert (finished.path / "freezing-both-seed3.txt").exists()
-    assert not (finished.path / sgd).exists()
+    assert not (finished.path / "freezing-sgd-seed3.txt").exists()
+    assert weights(finished, "freezeout-seed3")["stem.layers.1.num_batches_tracked"] == steps[0]
+    plan = split(network(), data.example(CPU))
+    removed = sum(plan.backward_share(i) * (1 - step / TOTAL_STEPS) for i, step in enumerate(steps))
+    result = next(r for r in finished.results() if r["method"] == "freezeout")
+    assert result["backward_removed"] == pytest.approx(removed)
 
 
 def test_thawing_layers_are_told(tmp_path, data):
@@ -257,14 +215,14 @@ def writes(monkeypatch):
 
     monkeypatch.setattr(RunDir, "log", crashing(RunDir.log))
     monkeypatch.setattr(SnapshotStore, "save", crashing(SnapshotStore.save))
-    for module in (rundir_module, tables_module, runs):
+    for module in (rundir_module, runs):
         monkeypatch.setattr(module, "write_atomic", crashing(write_atomic))
     return counted
 
 
 @pytest.mark.parametrize("every", [9, pytest.param(2, marks=pytest.mark.train)])
 def test_resumes_bit_identical_after_a_crash_between_any_writes(tmp_path, data, writes, every):
-    two = {"methods": ("sgd", "both"), "epochs": 2}
+    two = {"methods": ("sgd", "both"), "epochs": 2, "model": f"{__name__}:dropping"}
     expected = train(tmp_path / "whole", data, **two)
     total = writes.done
     assert total > 18
@@ -295,14 +253,6 @@ def test_snapshots_after_the_checkpoint_are_taken_again(tmp_path, monkeypatch, d
     assert [(s.step, s.sha256) for s in store] == before
 
 
-def test_finished_methods_are_not_run_again(finished, data):
-    said = []
-    before = finished.results()
-    train(finished.path, data, say=said.append)
-    assert said == []
-    assert finished.results() == before
-
-
 def test_without_a_terminal_each_tenth_of_a_training_is_told(tmp_path, data):
     said = []
     train(tmp_path / "run", data, said.append, methods=("sgd",), epochs=12, cycles=1)
@@ -310,32 +260,16 @@ def test_without_a_terminal_each_tenth_of_a_training_is_told(tmp_path, data):
     assert tenths == [f"sgd-seed3: epoch {n} of 12" for n in (2, 3, 4, 5, 6, 8, 9, 10, 11)]
 
 
-def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data, monkeypatch):
-    saved = RunDir.save_checkpoint
-
-    def save_and_die(self, name, state):
-        saved(self, name, {**state, "seconds": state["seconds"] + 1000})
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "save_checkpoint", save_and_die)
-        with pytest.raises(Killed):
-            train(tmp_path / "run", data, methods=("sgd",))
-    [result] = train(tmp_path / "run", data, methods=("sgd",)).results()
+def test_resumed_time_is_the_sum_of_the_parts(tmp_path, data):
+    run = train(tmp_path / "run", data, methods=("sgd",), epochs=1, cycles=1)
+    state = run.load_checkpoint("sgd-seed3")
+    run.save_checkpoint("sgd-seed3", {**state, "seconds": state["seconds"] + 1000})
+    (run.path / "results.json").unlink()
+    [result] = train(run.path, data, methods=("sgd",), epochs=1, cycles=1).results()
     assert 1000 < result["seconds"] < 1100
 
 
-def test_seeds_differ_and_table_averages(tmp_path, data):
-    run = train(tmp_path / "run", data, methods=("sgd", "snapshot"), epochs=1, seeds=2)
-    order = [(r["method"], r["seed"]) for r in run.results()]
-    assert order == [("sgd", 3), ("snapshot", 3), ("sgd", 4), ("snapshot", 4)]
-    assert run.results()[0]["nll"] != run.results()[2]["nll"]
-    table = (run.path / "table.txt").read_text()
-    assert "±" in table
-    assert "Snapshot" in table
-
-
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", ["sgd", "both"])
 def test_divergence_is_an_error(tmp_path, data, method):
     told = rf"{method}-seed3: .* at step \d+: a learning rate of 1e\+30"
     with pytest.raises(RecipeError, match=told):
@@ -349,12 +283,11 @@ def test_divergence_is_an_error(tmp_path, data, method):
         ({"cycles": 5}, "num_cycles=5 does not fit total_steps=12"),
         ({"cycles": 1}, "composition='sticky' freezes from the second cycle on"),
         ({"composition": "last_k", "last_k": 4}, "k must be in 1..3"),
-        ({"model": "resnet9"}, "depth of resnet"),
     ],
 )
 def test_values_that_do_not_fit_together(data, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **change).check(data)
+        dataclasses.replace(CONFIG, **change).experiment(data).check()
 
 
 def result_of(method, seed, seconds, error, ensemble_error=None):
@@ -382,29 +315,25 @@ def test_table():
         "backward removed %": "25.0 ± 0.0",
         "vs SGD": "1.00x",
     }
-    assert table.rows[1][0] == "FreezeOut + Snapshot"
-    assert table.rows[1][2] == "1.00"
-    assert table.rows[1][-1] == "0.50x"
+    second = table.rows[1]
+    assert (second[0], second[2], second[-1]) == ("FreezeOut + Snapshot", "1.00", "0.50x")
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run directory before its first step."""
-    return RunDir.create(tmp_path / "run", {})
+    return RunDir.create(tmp_path / "run", "train", {}, None)
 
 
 LINE = '{"method": "sgd", "seed": 0, "step": 0}'
-NO_LINE = [
-    *("3", '{"method": "sgd"}', "[]", "{", "[" * 100_000),
-    *(LINE.replace("0}", '"0"}'), LINE.replace("sgd", "../sgd"), f"{LINE[:9]}\n{LINE}"),
-]
 DAMAGED = {
-    "results.json": ["{", "{}", "[1]", '[{"method": "sgd", "seed": 0}]'],
-    "metrics.jsonl": [f"{LINE}\n{text}\n" for text in NO_LINE],
+    "results.json": ["{", "[1]", '[{"method": "sgd", "seed": 0}]'],
+    "metrics.jsonl": [
+        f"{LINE}\n{text}\n" for text in ("3", '{"method": "sgd"}', "[" * 10**5, LINE[:9])
+    ],
     "config.json": [
-        *("{", "[]", "{}", '{"arguments": 3}', '{"arguments": {"seed": 0}}', "[" * 10**5),
-        '{"arguments": {"model": "m", "data": "d", "seed": 0}}',
-        '{"command": "train", "arguments": {"model": "m", "data": "d", "seed": 0}, "data_dir": 3}',
+        *("{", "[]", '{"command": "train", "arguments": 3, "data_dir": null}'),
+        '{"command": "train", "arguments": {"seed": 0}, "data_dir": null}',
     ],
 }
 
@@ -418,15 +347,6 @@ def test_damaged_files(run, name, text):
     read = {"results.json": RunDir.results, "metrics.jsonl": RunDir.metrics}
     with pytest.raises(RecipeError, match=where):
         read.get(name, lambda run: RunDir.open(run.path))(run)
-
-
-def test_run_directories_that_cannot_be_made(run, tmp_path):
-    (tmp_path / "notes.txt").touch()
-    for path in (tmp_path, run.path):
-        with pytest.raises(RecipeError, match="exists: go on with --resume"):
-            RunDir.create(path, {})
-    with pytest.raises(RecipeError, match="cannot write to --run-dir"):
-        RunDir.create(tmp_path / "notes.txt" / "run", {})
 
 
 def test_half_a_metrics_line_ends_the_metrics(run):
@@ -448,22 +368,18 @@ def test_links_out_of_a_run_directory_are_not_followed(run, tmp_path, name):
     assert outside.read_text() == "[]"
 
 
-def test_one_process_at_a_time_goes_on_with_a_run(run, tmp_path):
+def test_one_process_at_a_time_goes_on_with_a_run(run):
     left = [run.path / f".fastfreeze-{'0' * 16}.tmp", run.path / "checkpoints" / "x.pt"]
     for path in left:
         path.touch()
-    child = os.fork()
-    if child == 0:
+
+    def holds(ready):
         run.rewind()
-        (tmp_path / "locked").touch()
+        ready()
         time.sleep(60)
-        os._exit(0)
-    while not (tmp_path / "locked").exists():
-        time.sleep(0.01)
-    with pytest.raises(RecipeError, match="run is in use by another process"):
+
+    with alive(holds), pytest.raises(RecipeError, match="run is in use by another process"):
         run.rewind()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
     run.rewind()
     run.rewind()
     assert [path.exists() for path in left] == [False, True]
@@ -477,12 +393,3 @@ def test_rewind_keeps_what_checkpoints_cover(run):
     run.save_checkpoint("sgd-seed0", {"step": 5})
     run.rewind()
     assert run.metrics() == lines[:2]
-
-
-def test_damaged_checkpoint(run):
-    run.save_checkpoint("sgd-seed0", {"step": 5})
-    path = run.path / "checkpoints" / "sgd-seed0.pt"
-    path.write_bytes(path.read_bytes()[:-100])
-    told = r"is no checkpoint of this run .*: remove it to train sgd-seed0 from"
-    with pytest.raises(RecipeError, match=told):
-        run.load_checkpoint("sgd-seed0")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 import pytest
-import torch
 from click.testing import CliRunner
 
 from fastfreeze.cli import main
@@ -16,7 +15,7 @@ from fastfreeze.reproduction.papers import FREEZEOUT_T_0S
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 pytestmark = [
     pytest.mark.skipif(not PAGE.exists(), reason="tests run outside the source tree"),
-    pytest.mark.usefixtures("digits_once"),
+    pytest.mark.usefixtures("digits_once", "threads_restored"),
 ]
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<comment>.*) -->\n)?^```console\n\$ (?P<command>.*)\n(?P<output>(?:.*\n)*?)^```",
@@ -26,13 +25,6 @@ _BLOCK = re.compile(
 
 def blocks():
     return [block.groupdict() for block in _BLOCK.finditer(PAGE.read_text())]
-
-
-@pytest.fixture(autouse=True)
-def _threads_restored():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block["command"])
