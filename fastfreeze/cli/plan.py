@@ -85,6 +85,9 @@ def plan(
         click.echo(json.dumps(_as_json(layers, schedule, lr), indent=2))
     else:
         click.echo(layers)
+        if layers.compute_saving:
+            rival = round((1 - layers.compute_saving) * steps)
+            click.echo(f"from scratch, its rival is a run of {rival} steps without freezing")
         if saving is not None:
             click.echo(f"t_0={schedule.t_0} is the largest that saves {saving:.1%} of the {of}")
 

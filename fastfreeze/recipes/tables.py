@@ -116,15 +116,16 @@ def titles(columns: Sequence[Column]) -> list[str]:
     return [title for title, *_ in columns]
 
 
-def results_table(results: Sequence[Line]) -> Table:
-    """A row per method."""
+def results_table(results: Sequence[Line], advice: str = "") -> Table:
+    """A row per method, and what they advise."""
     methods, rows = by_method(results), []
     seconds = {m: np.mean([r["seconds"] for r in own]) for m, own in methods.items()}
     for method, own in methods.items():
         ratio = f"{seconds[method] / seconds['sgd']:.2f}x" if "sgd" in methods else "-"
         rows.append([METHOD_TITLES[method], *cells(own, _COLUMNS), ratio])
     headers = ["method", *titles(_COLUMNS), "vs SGD"]
-    return Table(headers, rows, _NOTE.format(errors=_ERRORS))
+    note = _NOTE.format(errors=_ERRORS)
+    return Table(headers, rows, f"{note}\n\n{advice}" if advice else note)
 
 
 def finetune_table(results: Sequence[Line]) -> Table:

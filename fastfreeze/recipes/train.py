@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fastfreeze.recipes.advice import advice
 from fastfreeze.recipes.data import ImageData, load_data
 from fastfreeze.recipes.errors import optional_package
 from fastfreeze.recipes.rundir import Line
@@ -68,7 +69,8 @@ class TrainConfig(RunConfig):
         return load_data(self.data, data_dir, workers=workers, image_size=self.image_size)
 
     def outcome(self, results: Sequence[Line], data: ImageData) -> tuple[Table, Line]:
-        return results_table(results), {}
+        told = advice(results, self.epochs, len(data.test.labels))
+        return results_table(results, told), {"advice": told}
 
 
 @dataclass(frozen=True)

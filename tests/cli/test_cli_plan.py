@@ -105,6 +105,12 @@ def test_own_network(own, name):
     assert found["compute_saving"] >= 0.1
 
 
+def test_the_plain_run_that_computes_as_much_is_told():
+    found = as_json("resnet20", "--steps", 1000, "--t0", 0.5)
+    steps = round(1000 * (1 - found["compute_saving"]))
+    assert f"a run of {steps} steps without freezing" in invoke("resnet20", "--t0", 0.5).output
+
+
 def test_what_split_warns_of_is_told(own):
     result = invoke("plan_own:Unused", "--in-channels", 1)
     assert result.exit_code == 0

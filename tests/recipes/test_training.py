@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastfreeze.layers.split import split
 from fastfreeze.recipes import rundir as rundir_module
 from fastfreeze.recipes import runs
+from fastfreeze.recipes.advice import advice
 from fastfreeze.recipes.data import ImageData
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.models import build_model
@@ -317,6 +318,40 @@ def test_table():
     }
     second = table.rows[1]
     assert (second[0], second[2], second[-1]) == ("FreezeOut + Snapshot", "1.00", "0.50x")
+
+
+FREEZEOUT = "FreezeOut took 0.60 of plain SGD's time. A plain run that is as short"
+
+
+@pytest.mark.parametrize(
+    ("errors", "seconds", "says"),
+    [
+        pytest.param(
+            [0.02, 0.021], 6, ["take FreezeOut:", f"{FREEZEOUT}", "--epochs 6."], id="as good"
+        ),
+        pytest.param(
+            [0.02, 0.04], 6, ["take plain SGD:", f"{FREEZEOUT}", "--epochs 6."], id="worse"
+        ),
+        pytest.param([0.04, 0.02], 6, ["take FreezeOut:"], id="better"),
+        pytest.param(
+            [0.02, 0.02], 9.9, ["0.99 of plain SGD's time: nothing is gained"], id="too short"
+        ),
+    ],
+)
+def test_what_a_comparison_advises(errors, seconds, says):
+    """Of 1,000 images: the standard error of a difference of 2% and 2% is 0.63 points."""
+    plain, frozen = errors
+    results = [result_of("sgd", 0, 10, plain), result_of("freezeout", 0, seconds, frozen)]
+    told = advice(results, epochs=10, num_tested=1000)
+    assert all(text in told for text in says)
+    assert str(results_table(results, told)).endswith(told)
+
+
+def test_an_ensemble_is_judged_by_its_own_error_and_seeds_by_their_spread():
+    both = [result_of("both", seed, 9, 0.5, 0.02 + 0.001 * seed) for seed in range(2)]
+    plain = [result_of("sgd", seed, 10, 0.03 + 0.001 * seed) for seed in range(2)]
+    assert "take FreezeOut + Snapshot:" in advice([*plain, *both], 10, 100)
+    assert advice(both, 10, 100) == advice(plain, 10, 100) == ""
 
 
 @pytest.fixture
