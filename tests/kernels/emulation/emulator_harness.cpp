@@ -37,27 +37,11 @@ __global__ void order(unsigned* counter, unsigned* place) {
   if (place[i] == gridDim.x * blockDim.x - 1) all.exchange(7, cuda::memory_order_relaxed);
 }
 
-__global__ void widen(float* from_half, float* from_bfloat16, const uint16_t* bits, int64_t n) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= n) return;
-  from_half[i] = __half2float(__half{bits[i]});
-  from_bfloat16[i] = __bfloat162float(__nv_bfloat16{bits[i]});
-}
-
-__global__ void narrow(uint16_t* half, uint16_t* bfloat16, const float* x, int64_t n) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= n) return;
-  half[i] = __float2half_rn(x[i]).bits;
-  bfloat16[i] = __float2bfloat16_rn(x[i]).bits;
-}
-
 // Tables of addresses: out[i] = *table[i], or -1.
 __global__ void follow(int64_t* out, const int64_t* const* table, int stride) {
   const int64_t* place = table[threadIdx.x * static_cast<unsigned>(stride)];
   out[threadIdx.x] = place == nullptr ? -1 : *place;
 }
-
-int64_t blocks_for(int64_t n) { return (n + 127) / 128; }
 
 }  // namespace
 
@@ -89,23 +73,9 @@ EMULATED(half_block) {
   emulation::emulate(1, 1, args.count<int>(0), args.seed, kernel, args.buffer<int>(0));
 }
 
-EMULATED(index) { emulation::emulate(3, 2, 5, args.seed, indices, args.buffer<int64_t>(0)); }
-
 EMULATED(order_of_threads) {
   emulation::emulate(4, 1, 32, args.seed, order, args.buffer<unsigned>(0),
                      args.buffer<unsigned>(1));
-}
-
-EMULATED(widen) {
-  const int64_t n = args.count<uint16_t>(2);
-  emulation::emulate(blocks_for(n), 1, 128, args.seed, widen, args.buffer<float>(0),
-                     args.buffer<float>(1), args.buffer<uint16_t>(2), n);
-}
-
-EMULATED(narrow) {
-  const int64_t n = args.count<float>(2);
-  emulation::emulate(blocks_for(n), 1, 128, args.seed, narrow, args.buffer<uint16_t>(0),
-                     args.buffer<uint16_t>(1), args.buffer<float>(2), n);
 }
 
 EMULATED(follow) {
