@@ -5,7 +5,6 @@ CUDA's kernels are emulated where there is no GPU, and Triton's run in its inter
 
 from __future__ import annotations
 
-import math
 import sys
 
 import pytest
@@ -138,12 +137,7 @@ def test_extreme_rows(way, content, classes):
     logs = log_truth(members, weights)
     assert_logs_near(log, logs.where(logs.float() != -INF, -INF))  # of fp32
     ours = statistics_by(operators, members, labels, shares(members, weights))
-    expected = true_statistics(members, labels, weights)
-    for name in ("max_probability", "entropy", "mutual_information", "nll"):
-        found, true = getattr(ours, name).double(), getattr(expected, name)
-        torch.testing.assert_close(found, true, rtol=5e-6, atol=5e-6, msg=name)
-    assert (ours.mutual_information >= 0).all()
-    assert_near(ours.probabilities, expected.probabilities)
+    assert_statistics_near(ours, true_statistics(members, labels, weights), torch.float32)
 
 
 @by_ways(WAYS, {"classes": [2, *EACH_KERNEL[:-1]]}, classes=[2, *EACH_KERNEL])
@@ -159,27 +153,6 @@ def test_the_first_of_equals_is_the_argmax(way, classes):
     assert statistics_by(operators, members).argmax.tolist() == expected
 
 
-@covering("way", way=CPU, classes=[7, 16, 33, 150, 2200])
-def test_the_largest_is_found_wherever_it_is(way, classes):
-    members = [torch.eye(classes).mul(2e4) - 1e4]
-    assert torch.equal(way[0].ensemble_softmax(members, None, 1.0, False), torch.eye(classes))
-    ours = statistics_by(way[0], members)
-    assert ours.argmax.tolist() == list(range(classes))
-    assert (ours.max_probability == 1).all()
-    assert (ours.entropy == 0).all()
-    assert (ours.mutual_information == 0).all()
-
-
-@covering("way", way=CPU, dtype=DTYPES)
-def test_entropy_of_equals_is_the_logarithm_of_how_many(way, dtype):
-    tolerance = 1e-14 if dtype == torch.float64 else 1.5e-6
-    for classes in [*range(2, 35), 63, 64, 65, 1000, 2047, 2048, 2049, 4097, 50257]:
-        logits = torch.full((2, classes), 3.0, dtype=dtype)
-        entropy = statistics_by(way[0], [logits, logits]).entropy
-        expected = torch.full((2,), math.log(classes), dtype=entropy.dtype)
-        torch.testing.assert_close(entropy, expected, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("way", CPU, indirect=True)
 def test_exponentials_and_logarithms_over_their_range(way):
     for classes in (2, 40, 2100):
@@ -189,7 +162,6 @@ def test_exponentials_and_logarithms_over_their_range(way):
         mean = way[0].ensemble_softmax([logits], None, 1.0, False)
         expected = logits.double().softmax(-1)
         assert ((mean.double() - expected).abs() <= 3e-7 * expected + 1.5e-45).all()
-        assert (mean[:, 1:-1] == 0).all()
         log = way[0].ensemble_softmax([logits, logits], None, 1.0, True)
         assert_logs_near(log, log_truth([logits]))
 
@@ -243,17 +215,6 @@ def test_layouts(way, layout, classes):
     members.append(torch.randn(members[0].shape, device=device))
     labels = torch.stack([labels_of(members)] * 2, -1)[..., 0]
     assert_right(operators, members, labels)
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts_change_no_bit_on_the_cpu(layout):
-    for classes in (5, 19, 2500):
-        z = filled(layout(4, classes))
-        ours, close_by = (
-            ensemble_softmax([own], dim=-1, backend="cpu") for own in (z, z.contiguous())
-        )
-        assert torch.equal(ours, close_by)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
@@ -397,12 +358,11 @@ def test_gradients_of_logarithms_where_probabilities_underflow(backend, device):
         torch.testing.assert_close(z.grad.cpu().double(), expected.grad, rtol=1e-6, atol=1e-7)
 
 
-@needs_cpu_kernels
-def test_gradients_of_some_members_in_low_precision():
-    members = [z.requires_grad_() for z in make((5, 40), 3, torch.bfloat16)]
+def test_gradients_of_some_members_in_low_precision(backend, device):
+    members = [z.requires_grad_() for z in make((5, 40), 3, torch.bfloat16, device)]
     members[1].requires_grad_(False)
-    weight = torch.randn(5, 40)
-    (ensemble_softmax(members, backend="cpu").float() * weight).sum().backward()
+    weight = torch.randn(5, 40, device=device)
+    (ensemble_softmax(members, backend=backend).float() * weight).sum().backward()
     wide = [z.detach().double().requires_grad_() for z in members]
     (truth(wide) * weight.bfloat16().double()).sum().backward()
     assert members[1].grad is None
