@@ -2,42 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 import fastfreeze
 from tests.optim.helpers import assert_equal_training, counts, net, train
-
-CLASSES = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
-every_class = pytest.mark.parametrize("name", CLASSES)
-
-
-def numbers(state):
-    """As torch 1.11 saved it."""
-    for kept in state["state"].values():
-        kept["step"] = int(kept["step"])
-    for group in state["param_groups"]:
-        for key in ("maximize", "foreach", "capturable", "fused", "decoupled_weight_decay"):
-            group.pop(key, None)
-
-
-@every_class
-def test_old_states_of_torch_go_on(name):
-    expected = net()
-    theirs = CLASSES[name](expected.parameters(), lr=0.01, foreach=False)
-    train(expected, theirs, 3)
-    state, model = copy.deepcopy(theirs.state_dict()), copy.deepcopy(expected)
-    numbers(state)
-    optimizer = getattr(fastfreeze, name)(model.parameters())
-    optimizer.load_state_dict(state)
-    assert all(isinstance(kept["step"], torch.Tensor) for kept in optimizer.state.values())
-    train(model, optimizer, 3, start=3)
-    train(expected, theirs, 3, start=3)
-    assert_equal_training(model, expected, rtol=1e-5, atol=1e-6)
-    assert counts(optimizer) == [6] * 6
 
 
 def test_adamw_decays_as_it_does_whatever_it_loads():

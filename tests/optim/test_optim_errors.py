@@ -139,6 +139,10 @@ def load(change, *args, **kwargs):
     return act
 
 
+def of(state, make):
+    state |= trained(steps=15, of=make)[1].state_dict()
+
+
 OF_STEP = r"^current_step must be .*in 0\.\.20, got "
 REFUSED = {
     "current_step 2.5": (at(2.5), TypeError, OF_STEP),
@@ -166,6 +170,7 @@ REFUSED = {
     "a group is None": (
         load(lambda s: s["param_groups"].__setitem__(1, None)), ValueError, "group 1 must be a dict"
     ),
+    "AdamW's": (load(of, AdamW), ValueError, "must be SGD's: parameter group 0 has no"),
     "another schedule": (
         load(lambda s: s.update(schedule={"name": "Cosine"})), ValueError, "saved under schedule"
     ),
@@ -181,10 +186,6 @@ REFUSED = {
 }  # fmt: skip
 
 
-def of_sgd(state):
-    state |= trained(steps=15)[1].state_dict()
-
-
 def kept(state, without=None, **values):
     state["state"][4].update(values)
     state["state"][4].pop(without, None)
@@ -192,7 +193,7 @@ def kept(state, without=None, **values):
 
 HALF = r"must have exp_avg and exp_avg_sq, got none for \['exp_avg_sq'\]"
 REFUSED_BY_ADAM = {
-    "SGD's": (load(of_sgd), ValueError, "state_dict must be AdamW's: parameter group 0 has no"),
+    "SGD's": (load(of, SGD), ValueError, "state_dict must be AdamW's: parameter group 0 has no"),
     "no count": (load(kept, "step"), TypeError, "step of parameter 4"),
     "count -1": (load(kept, step=-1), ValueError, "step of parameter 4 must be >= 0, got -1"),
     "count str": (load(kept, step="3"), TypeError, "step of parameter 4 must be a number, got '3'"),
