@@ -34,13 +34,9 @@ def tensors():
     ]
 
 
-def as_strided(t):
-    return t.as_strided((4, 4), (1, 4))
-
-
 CHANGES = {
     "moved": lambda t: t.clone(),
-    "transposed": as_strided,
+    "transposed": lambda t: t.as_strided((4, 4), (1, 4)),
     "another dtype": lambda t: t.view(torch.int32),
     "reshaped": lambda t: t.view(2, 8),
     "flattened": lambda t: t.view(16),
@@ -109,15 +105,11 @@ UNLIKE = {name: change for name, change in CHANGES.items() if name != "moved"} |
 @pytest.mark.parametrize("change", UNLIKE.values(), ids=UNLIKE)
 def test_no_address_is_found_if_one_is_not_alike(change):
     own, others = tensors(), tensors()
-    assert look_at(own, [change(others[0]), *others[1:]]) is None
+    grads = [change(others[0]), *others[1:]]
+    assert look_at(own, grads) is None
     assert look_at(own, [None, *others[1:]]) is not None
-
-
-@pytest.mark.parametrize("change", [torch._neg_view, lambda t: t.clone()])
-def test_a_parameter_is_looked_at_beside_a_gradient_that_is_not_alike(change):
-    own, others = tensors(), tensors()
-    with pytest.raises(ValueError, match="is not where it was"):
-        look_at(own, [torch._neg_view(others[0]), *others[1:]], [change(own[0]), *own[1:]])
+    with pytest.raises(ValueError, match="is not where it was"):  # a parameter beside it
+        look_at(own, grads, [own[0].clone(), *own[1:]])
 
 
 def test_strides_that_lead_nowhere_do_not_count():
