@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastfreeze.kernels.adam import ADAM_HYPERS
+from fastfreeze.kernels.rules import ADAM
 from fastfreeze.kernels.step_triton import (
     arrive,
     finish_step,
@@ -15,13 +15,13 @@ from fastfreeze.kernels.step_triton import (
     store_run,
 )
 
-_BETA1 = tl.constexpr(ADAM_HYPERS.index("beta1"))
-_BETA2 = tl.constexpr(ADAM_HYPERS.index("beta2"))
-_EPS = tl.constexpr(ADAM_HYPERS.index("eps"))
-_WEIGHT_DECAY = tl.constexpr(ADAM_HYPERS.index("weight_decay"))
-_DECOUPLED = tl.constexpr(ADAM_HYPERS.index("decoupled"))
-_MAXIMIZE = tl.constexpr(ADAM_HYPERS.index("maximize"))
-_HYPERS = tl.constexpr(len(ADAM_HYPERS))
+_BETA1 = tl.constexpr(ADAM.hypers.index("beta1"))
+_BETA2 = tl.constexpr(ADAM.hypers.index("beta2"))
+_EPS = tl.constexpr(ADAM.hypers.index("eps"))
+_WEIGHT_DECAY = tl.constexpr(ADAM.hypers.index("weight_decay"))
+_DECOUPLED = tl.constexpr(ADAM.hypers.index("decoupled"))
+_MAXIMIZE = tl.constexpr(ADAM.hypers.index("maximize"))
+_HYPERS = tl.constexpr(len(ADAM.hypers))
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastfreeze.kernels.sgd import SGD_HYPERS
+from fastfreeze.kernels.rules import SGD
 from fastfreeze.kernels.step_triton import (
     arrive,
     finish_step,
@@ -15,12 +15,12 @@ from fastfreeze.kernels.step_triton import (
     store_run,
 )
 
-_MOMENTUM = tl.constexpr(SGD_HYPERS.index("momentum"))
-_DAMPENING = tl.constexpr(SGD_HYPERS.index("dampening"))
-_WEIGHT_DECAY = tl.constexpr(SGD_HYPERS.index("weight_decay"))
-_NESTEROV = tl.constexpr(SGD_HYPERS.index("nesterov"))
-_MAXIMIZE = tl.constexpr(SGD_HYPERS.index("maximize"))
-_HYPERS = tl.constexpr(len(SGD_HYPERS))
+_MOMENTUM = tl.constexpr(SGD.hypers.index("momentum"))
+_DAMPENING = tl.constexpr(SGD.hypers.index("dampening"))
+_WEIGHT_DECAY = tl.constexpr(SGD.hypers.index("weight_decay"))
+_NESTEROV = tl.constexpr(SGD.hypers.index("nesterov"))
+_MAXIMIZE = tl.constexpr(SGD.hypers.index("maximize"))
+_HYPERS = tl.constexpr(len(SGD.hypers))
 
 
 @triton.jit

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastfreeze.kernels import adam, sgd
+from fastfreeze.kernels import rules
 from fastfreeze.kernels.choice import copy_back
 from fastfreeze.kernels.placements import Given
 from fastfreeze.kernels.plans import PlanSpec, dtype_of_state
+from fastfreeze.kernels.rules import PLANS
 
 LR = 0.05
-HYPERS = {"sgd": sgd.SGD_HYPERS, "adam": adam.ADAM_HYPERS}
-PLANS = {"sgd": sgd.PLANS, "adam": adam.PLANS}
+RULES = {"sgd": rules.SGD, "adam": rules.ADAM}
 MOMENTS = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
 TORCHS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 # Relative to values of order one, after four steps: rounding once per step.
@@ -33,7 +33,7 @@ class Case(NamedTuple):
         base = {"lr": LR, "initial_lr": LR}
         if self.rule == "adam":
             base |= {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decoupled": True}
-        return {**dict.fromkeys(HYPERS[self.rule], 0), **base, **self.hypers}
+        return {**dict.fromkeys(RULES[self.rule].hypers, 0), **base, **self.hypers}
 
     def kept(self):
         """Names of the moments that a parameter has."""
@@ -69,7 +69,7 @@ CASES = {
     "large eps": Case("adam", {"eps": 0.5}),
     "adam, scaled": Case("adam", {"maximize": True}, 8.0),
 }
-RULES = {name: CASES[name] for name in ("nesterov", "amsgrad")}
+EACH_RULE = {name: CASES[name] for name in ("nesterov", "amsgrad")}
 
 
 def spec_of(params, *cases, groups=None, segments=None, first=True, steps=None, moments=None):
@@ -88,14 +88,14 @@ def spec_of(params, *cases, groups=None, segments=None, first=True, steps=None, 
     }
     begin = [first and bool(case.kept()) for case in own]
     segments = [()] * len(cases) if segments is None else segments
-    return PlanSpec(
-        params, {**made, **(moments or {})}, begin, groups, segments, 0.0, 0, cases[0].wide, steps
-    )
+    rule, wide = RULES[cases[0].rule], cases[0].wide
+    moments = {**made, **(moments or {})}
+    return PlanSpec(rule, params, moments, begin, groups, segments, 0.0, 0, wide, steps)
 
 
 def table_of(*cases):
     """A plan's table of hyperparameters."""
-    return np.array([[float(c.values()[name]) for name in HYPERS[c.rule]] for c in cases])
+    return np.array([[float(c.values()[name]) for name in RULES[c.rule].hypers] for c in cases])
 
 
 def take_step(plan, table, grads, step=0, grad_scale=None, found_inf=None):
@@ -120,7 +120,7 @@ class Beside:
         # Adam's kernels take the moments at count 0 as 0, whatever is in their memory.
         options = {"first": rule == "sgd" or backend == "reference", **options}
         spec = spec_of(params, *cases, groups=self.groups, steps=self.steps, **options)
-        self.plan, self.table = PLANS[rule][backend](spec), table_of(*cases)
+        self.plan, self.table = PLANS[backend](spec), table_of(*cases)
         wide = [torch.nn.Parameter(p.cpu().double().clone()) for p in params]
         own = [self.cases[g].group(p) for g, p in zip(self.groups, wide, strict=True)]
         self.truth, self.wide = TORCHS[rule](own, foreach=False), wide

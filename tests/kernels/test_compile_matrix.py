@@ -25,9 +25,7 @@ from tests.kernels.compiled import (
     NO_CUOBJDUMP,
     contents,
     find_cuobjdump,
-    find_nvcc,
     kernels_of,
-    needs_nvcc,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -118,53 +116,6 @@ def test_the_library_runs_on_later_gpus():
     for arch in ARCHITECTURES:
         built_for(arch)
     assert "sm_120.ptx" in contents(LIBRARY)
-
-
-BAD_KERNELS = """
-__global__ void indexed(int* p) {
-  int values[32] = {};
-  for (int i = 0; i < p[99]; ++i) values[p[i] & 31] += i;
-  p[0] = values[p[98] & 31];
-}
-__global__ void __launch_bounds__(1024, 2) spilled(float4* p) {
-  float4 values[24];
-  #pragma unroll
-  for (int i = 0; i < 24; ++i) values[i] = p[i * 1024 + threadIdx.x];
-  __syncthreads();
-  #pragma unroll
-  for (int i = 0; i < 24; ++i) p[threadIdx.x * 24 + 23 - i] = values[i];
-}
-__global__ void generic(float* p) {
-  __shared__ float own;
-  float* either = p[1] > 0 ? &own : p;
-  *either += 1.0f;
-  __syncthreads();
-  p[2] = own;
-}
-__global__ void narrow(float* p) {
-  for (int i = 0; i < 4; ++i) p[4 * threadIdx.x + i] *= 2.0f;
-}
-__global__ void good(float4* p) { p[threadIdx.x].x *= 2.0f; p[threadIdx.x] = p[threadIdx.x + 32]; }
-"""
-
-
-@pytest.fixture(scope="module")
-def bad_kernels(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad")
-    (folder / "bad.cu").write_text(BAD_KERNELS)
-    command = [find_nvcc(), "-cubin", "-arch=sm_90", "bad.cu", "-o", "bad.cubin"]
-    subprocess.run(command, cwd=folder, timeout=120, check=True)
-    kernels = kernels_of(folder / "bad.cubin", 90)
-    return {name.split("(")[0]: kernel for name, kernel in kernels.items()}
-
-
-@needs_nvcc
-@needs_cuobjdump
-def test_each_check_can_fail(bad_kernels):
-    assert {n for n, k in bad_kernels.items() if k.uses_local_memory()} == {"indexed", "spilled"}
-    assert {n for n, k in bad_kernels.items() if k.has_generic_accesses()} == {"generic"}
-    assert {n for n, k in bad_kernels.items() if k.wide_loads()} == {"spilled", "good"}
-    assert {n for n, k in bad_kernels.items() if k.wide_stores()} == {"spilled", "good"}
 
 
 TRITON_QUICK = "sm_90"

@@ -5,17 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.emulation import SANITIZERS, Addresses, EmulationError, Program, build
+from tests.kernels.emulation import SANITIZERS, EmulationError, Program, build
 
 NAN = float("nan")
 THREADS = 64
 every_build = pytest.mark.parametrize("sanitizer", SANITIZERS, ids=["plain", "address", "thread"])
 plain = pytest.mark.parametrize("sanitizer", [None], ids=["plain"])
-
-
-@pytest.fixture
-def emulator(sanitizer) -> Program:
-    return build("emulator_harness.cpp", sanitizer)
 
 
 @pytest.fixture
@@ -146,103 +141,3 @@ def test_grids_without_a_bug_pass(bugs):
 def test_race_between_blocks_is_found(bugs, sanitizer, name):
     with pytest.raises(EmulationError, match=RACE):
         run_grid_bug(bugs, name, broken=True)
-
-
-LANES = torch.arange(THREADS)
-
-
-@plain
-def test_shuffles(emulator):
-    for code, dtype in enumerate([torch.float32, torch.float64, torch.int32, torch.int64]):
-        x = (torch.randn(THREADS) * 1e6).to(dtype)
-        for amount in (0, 1, 3, 8, 16, 31):
-            out = torch.zeros(2, THREADS, dtype=dtype)
-            emulator.run("shuffle", [out, x], [code, amount], seed=amount)
-            assert torch.equal(out, x[torch.stack([LANES ^ amount, LANES // 32 * 32 + amount])])
-
-
-@every_build
-def test_halves_of_a_warp_go_their_own_ways(emulator):
-    rounds = torch.tensor([3, 7, 0, 5], dtype=torch.int32)
-    out = torch.zeros(THREADS, dtype=torch.int32)
-    emulator.run("half_warp", [out, rounds])
-    expected = [sum(i ^ (1 << r % 4) for r in range(rounds[i // 16])) for i in range(THREADS)]
-    assert out.tolist() == expected
-
-
-@every_build
-def test_atomics_come_in_an_order_that_the_seed_decides(emulator):
-    places = []
-    for seed in (0, 0, 1):
-        places.append(torch.full((4, 32), -1, dtype=torch.int32))
-        counter = torch.zeros(1, dtype=torch.int32)
-        emulator.run("order_of_threads", [counter, places[-1]], seed=seed)
-        assert counter.item() == 7
-        assert sorted(places[-1].flatten().tolist()) == list(range(128))
-        assert (places[-1].sort().values.diff() == 1).all()  # one block after the other
-    assert torch.equal(places[0], places[1])
-    assert not torch.equal(places[0], places[2])
-
-
-@plain
-def test_mask_must_lie_in_the_block_and_a_launch_be_possible(emulator):
-    message = r"divergent warp operation in block \(0, 0\) of 40 threads: .*threads 32-39 wait at"
-    with pytest.raises(EmulationError, match=message):
-        emulator.run("half_block", [torch.zeros(40, dtype=torch.int32)])
-    for shape in [(0, 1, 32), (1, 0, 32), (1, 65536, 32), (1, 1, 0), (1, 1, 1025), (-1, 1, 32)]:
-        with pytest.raises(EmulationError, match=r"blocks of .* threads cannot be launched"):
-            emulator.run("launch", [torch.zeros(1, dtype=torch.int64)], shape)
-
-
-# What Python hands over.
-
-
-@every_build
-def test_addresses_in_tables(emulator):
-    values, more = torch.randint(0, 1000, (7,)), torch.randint(0, 1000, (3, 5))
-    places = [values, values[3:], more[2, 4:], values[6:], more]
-    table = torch.tensor([[t.data_ptr(), -5] for t in places] + [[0, 9]])
-    before = table.clone()
-    out = torch.full((6,), 77)
-    emulator.run("follow", [out, Addresses(table, columns=(0,)), values, more], [2])
-    expected = [values[0], values[3], more[2, 4], values[6], more[0, 0], -1]
-    assert out.tolist() == [int(v) for v in expected]
-    assert torch.equal(table, before)
-
-
-@every_build
-def test_alignment_and_size_are_kept(emulator):
-    flat = torch.zeros(64, dtype=torch.int16)
-    buffers = [flat[:0], flat[3:4], flat[8:33:6], flat[40:].view(4, 6)[:, :5], None]
-    out = torch.full((5, 2), -1)
-    emulator.run("describe", [out, *buffers])
-    assert out.tolist() == [[0, 0], [6, 2], [0, 50], [0, 46], [0, 0]]
-
-
-@every_build
-def test_strided_buffer_is_written_back_with_its_gaps(emulator):
-    flat = torch.arange(30, dtype=torch.int16)
-    emulator.run("write_last", [flat[5:22:4]])
-    assert flat.tolist() == [7 if i == 21 else i for i in range(30)]
-
-
-WRONG = {
-    "overlap": (lambda x: [x, x[2:]], [], ValueError, "buffers 0 and 1 overlap"),
-    "stray": (
-        lambda x: [x, Addresses(torch.tensor([x.data_ptr() + 80]))],
-        [1],
-        ValueError,
-        "an address of table 1 lies in none of the buffers",
-    ),
-    "no buffer": (lambda x: [x], [1], EmulationError, "follow: no buffer 1"),
-    "scalar": (lambda x: [x, None], [1.0], EmulationError, "scalar 0 is not an int"),
-}
-
-
-@plain
-@pytest.mark.parametrize(("buffers", "scalars", "error", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_arguments_are_refused(emulator, buffers, scalars, error, message):
-    with pytest.raises(error, match=message):
-        emulator.run("follow", buffers(torch.zeros(10, dtype=torch.int64)), scalars)
-    with pytest.raises(EmulationError, match="nothing: no such function"):
-        emulator.run("nothing", [])

@@ -13,9 +13,8 @@ import torch
 import fastfreeze
 from fastfreeze.errors import BackendUnavailableError
 from fastfreeze.kernels import library
-from fastfreeze.kernels.adam import ADAM_HYPERS
 from fastfreeze.kernels.choice import choose_backends
-from fastfreeze.kernels.sgd import SGD_HYPERS
+from fastfreeze.kernels.rules import ADAM, SGD
 from tests.conftest import needs_cpu_kernels
 
 SOURCES = Path(__file__).parents[2] / "csrc"
@@ -71,7 +70,7 @@ def test_an_instruction_set_the_machine_lacks_is_refused():
 
 @pytest.mark.skipif(not SOURCES.exists(), reason="tests run outside the source tree")
 @pytest.mark.parametrize(
-    ("header", "columns"), [("sgd_math.h", SGD_HYPERS), ("adam_math.h", ADAM_HYPERS)]
+    ("header", "columns"), [("sgd_math.h", SGD.hypers), ("adam_math.h", ADAM.hypers)]
 )
 def test_the_columns_of_hyperparameters_are_those_of_cpp(header, columns):
     (names,) = re.findall(r"enum \{(.*?),\s*kCount\s*\}", (SOURCES / header).read_text(), re.DOTALL)

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from fastfreeze.kernels.plans import KERNEL_DTYPES
+from fastfreeze.kernels.rules import PLANS
 from tests.conftest import needs_cpu_kernels, needs_gpu, resolved, sgd_kernels
 from tests.covering import covering
 from tests.kernels.conftest import STEPPERS, by_steppers
 from tests.kernels.guard import SIDES, by_threads, guarded
 from tests.kernels.steps import (
     CASES,
+    EACH_RULE,
     LR,
     MOMENTS,
-    PLANS,
-    RULES,
     TORCHS,
     Beside,
     Case,
@@ -54,7 +54,7 @@ def test_the_reference_is_torchs_for_loop_bit_for_bit(dtype):
         theirs = [torch.nn.Parameter(p.clone()) for p in params]
         truth = TORCHS[case.rule]([case.group(p) for p in theirs], foreach=False)
         counts = torch.zeros(2) if case.rule == "adam" else None
-        plan = PLANS[case.rule]["reference"](spec_of(params, case, steps=counts))
+        plan = PLANS["reference"](spec_of(params, case, steps=counts))
         for step in range(3):
             grads = [torch.randn_like(p) for p in params]
             for p, g in zip(theirs, grads, strict=True):
@@ -82,7 +82,7 @@ def laid_out(values, layout):
 
 @by_steppers(
     dtype=KERNEL_DTYPES,
-    case=RULES,
+    case=EACH_RULE,
     param_layout=["contiguous", "channels_last", "transposed", "unaligned"],
     grad_layout=["contiguous", "channels_last", "sliced", "unaligned"],
 )
@@ -107,7 +107,7 @@ def test_every_layout_gives_the_same_result(stepper, dtype, case, param_layout, 
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("case", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("case", EACH_RULE.values(), ids=EACH_RULE)
 def test_threads_give_the_same_bits(case):
     def stepped(params, steps):
         beside = Beside("cpu", [p.clone() for p in params], case)
@@ -142,14 +142,14 @@ def test_groups_in_one_launch_whose_parameters_count_for_themselves(backend, dev
     beside.assert_near()
 
 
-@pytest.mark.parametrize("case", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("case", EACH_RULE.values(), ids=EACH_RULE)
 def test_more_tensors_than_a_launch_has_arguments_or_looks_at_together(backend, device, case):
-    most = max(128, getattr(PLANS[case.rule][backend], "table_from", 0))
+    most = max(128, getattr(PLANS[backend], "table_from", 0))
     sizes = [1 + i % 7 for i in range(most + 1)]
     assert_right(backend, case, lambda make: [make(n).to(device) for n in sizes], 1)
 
 
-@pytest.mark.parametrize("case", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("case", EACH_RULE.values(), ids=EACH_RULE)
 def test_unstarted_and_written_parameters_are_told(backend, device, case):
     params = [torch.ones(2, device=device), torch.ones(2049, device=device)]
     beside = Beside(backend, params, case, first=True)
@@ -201,7 +201,7 @@ def test_special_values_spread_as_in_torch(backend, device, dtype, case):
 @by_steppers(
     [p for p in STEPPERS if p.values[0][0] != "reference" and p.values[0][1] != "cuda"],
     dtype=KERNEL_DTYPES,
-    case=RULES,
+    case=EACH_RULE,
     size=[1, 33, 513, 2048, 2051],
     side=SIDES,
 )
@@ -220,7 +220,9 @@ def test_nothing_beside_the_tensors_is_read_or_written(stepper, dtype, case, siz
 
 @needs_gpu
 @covering(
-    "stepper", stepper=[p for p in STEPPERS if p.values[0][1] == "cuda"] or STEPPERS[:1], case=RULES
+    "stepper",
+    stepper=[p for p in STEPPERS if p.values[0][1] == "cuda"] or STEPPERS[:1],
+    case=EACH_RULE,
 )
 def test_writes_nothing_outside_its_tensors_on_a_gpu(stepper, case):
     for dtype in KERNEL_DTYPES:
@@ -255,7 +257,7 @@ def test_the_kernel_refuses_what_does_not_fit(change, message):
     spec.moments |= change.get("moments", {})
     spec.groups, spec.steps = change.get("groups", spec.groups), change.get("steps", spec.steps)
     with pytest.raises(RuntimeError, match=message):
-        take_step(PLANS["adam"]["cpu"](spec), table_of(AMSGRAD), [None, torch.ones(3).half()])
+        take_step(PLANS["cpu"](spec), table_of(AMSGRAD), [None, torch.ones(3).half()])
     assert all((p == 1).all() for p in params)
 
 

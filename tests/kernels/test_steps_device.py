@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastfreeze.kernels import sgd as sgd_ops
 from fastfreeze.optim import SGD, AdamW, FusedOptimizer
 from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles, SnapshotCycles
 from tests.conftest import HAS_GPU, device_kernels, needs_gpu, resolved
 from tests.covering import covering
-from tests.kernels.steps import CASES, spec_of
+from tests.kernels.steps import CASES, Beside
 
 TOTAL = 20
 
@@ -204,41 +203,13 @@ def test_what_needs_a_step_before_a_capture(backend, device, graph, monkeypatch)
         assert all(map(torch.equal, before, params)), change
 
 
-def plan_of(backend, sizes, device="cpu"):
-    params = [torch.rand(n, device=device) for n in sizes]
-    groups = [i % 3 for i in range(len(params))]
-    segments = [Cosine(TOTAL).segments()] * 3
-    spec = spec_of(params, *[CASES["momentum"]] * 3, groups=groups, segments=segments)
-    spec.first = [i % 2 == 0 for i in range(len(params))]
-    return sgd_ops.PLANS[backend](spec)
-
-
-def test_the_tables_come_in_one_copy(backend, device):
-    plan = plan_of(backend, [7, 5000, 1], device)
-    tables = [plan.runs, plan.hypers, plan.segments, plan.segment_begin, plan.tensor_groups]
-    tables += [plan.progress, plan.counters, plan.grad_table]
-    assert len({t.untyped_storage().data_ptr() for t in tables}) == 1
-    assert all(t.data_ptr() % 16 == 0 and t.is_contiguous() for t in tables)
-    assert plan.segments.tolist() == [[0, TOTAL, 1]] * 3
-    assert plan.segment_begin.flatten().tolist() == [0, 1, 2, 3]
-    assert plan.tensor_groups.flatten().tolist() == [0, 1, 2]
-    assert plan.progress.flatten().tolist() == [0, 1, 0]
-    [buffers] = plan.moments.values()
-    assert [b.isnan().any().item() for b in buffers] == [
-        False,
-        True,
-        False,
-    ]  # those of a first step
-    assert plan.runs[:, 1].min() >= min(b.data_ptr() for b in buffers)
-
-
 class Stream:
     """A CUDA stream's part in what the plan asks."""
 
 
 @pytest.mark.skipif(HAS_GPU, reason="a stub of a stream")
 def test_tables_are_kept_for_each_stream_that_steps(backend, device, monkeypatch):
-    plan = plan_of(backend, [7])
+    plan = Beside(backend, [torch.rand(7, device=device)], CASES["momentum"]).plan
     side, kept = Stream(), []
     plan.runs = plan.progress = type("Table", (), {"record_stream": kept.append})
     for stream in (None, side, side, None):

@@ -26,9 +26,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 from fastfreeze.kernels import library, softmax_triton, step_triton
-from fastfreeze.kernels.adam import AdamTritonPlan
+from fastfreeze.kernels.device_plan import TritonLaunch
 from fastfreeze.kernels.placements import Given
-from fastfreeze.kernels.sgd import SgdTritonPlan
 from fastfreeze.optim import SGD, Adam, AdamW, FusedOptimizer
 from fastfreeze.schedule import Cosine, FreezeOut
 from tests.kernels import compiled
@@ -78,7 +77,7 @@ def step(name, dtype, wide=None, scaled=False):
     segments = [Cosine(100).segments()]
     spec = spec_of([torch.zeros(5000, dtype=dtype)], case, segments=segments, steps=counts)
     amp = torch.ones(()) if scaled else None
-    plan = (SgdTritonPlan if case.rule == "sgd" else AdamTritonPlan)(spec)
+    plan = TritonLaunch(spec)
     grads = [torch.ones_like(p) for p in spec.params]
     plan.step(plan.align(spec.params, grads, Given(grads)), table_of(case), 0, amp, amp)
 

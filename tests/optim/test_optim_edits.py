@@ -288,15 +288,6 @@ def for_loop(params, **kwargs):
     return torch.optim.SGD(params, foreach=False, **kwargs)
 
 
-class Doubled(torch.Tensor):
-    """A subclass whose values are not those in its memory."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        args = [2 * a.as_subclass(torch.Tensor) if type(a) is cls else a for a in args]
-        return function(*args, **(kwargs or {}))
-
-
 def single_negated(p, x):
     """What autograd leaves for the imaginary part of a conjugated number."""
     z = torch.complex(torch.ones_like(x), p).conj()
@@ -339,15 +330,6 @@ def test_a_strange_gradient(backend, strange, shape):
             trained(lambda p, **k: SGD(p, backend=backend, **k))
         backend = None
     torch.testing.assert_close(trained(lambda p, **k: SGD(p, backend=backend, **k)), expected)
-
-
-def test_a_gradient_of_a_subclass(backend):
-    p = nn.Parameter(torch.ones(3))
-    optimizer = SGD([p], lr=0.5, backend=backend)
-    for grad in (torch.ones(3), torch.ones(3).as_subclass(Doubled)):
-        p.grad = grad
-        optimizer.step()
-    assert p.tolist() == [1 - 0.5 - 1.0] * 3
 
 
 class Wrapped(torch.Tensor):
