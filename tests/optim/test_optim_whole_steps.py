@@ -32,7 +32,7 @@ def _ctrl_c_interrupts():
 
 
 class Run:
-    """A network in three layers under a schedule that freezes it; its gradients are of its step."""
+    """Three layers under a schedule that freezes them; their gradients are of the step."""
 
     def __init__(self, backend, schedule=None):
         torch.manual_seed(0)
