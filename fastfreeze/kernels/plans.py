@@ -339,11 +339,8 @@ class TensorwisePlan(Plan):
         found_inf: Tensor | None,
     ) -> list[float]:
         scale = None if grad_scale is None else float(grad_scale)
-        frozen = set() if self._rates is None else self._rates.frozen(step)
         each = self._given.spread(grads)
         for g, lr in enumerate(lrs_at(self._rates, hypers, step)):
-            if g in frozen:
-                continue
             members = self._members[g]
             own = [[moments[i] for i in members] for moments in self.moments.values()]
             hyper = dict(zip(self.rule.hypers, hypers[g].tolist(), strict=True))

@@ -11,8 +11,13 @@ import pytest
 import torch
 
 from fastfreeze.kernels.reference import sum_dtype
-from fastfreeze.kernels.softmax import EnsembleAverage, ensemble_softmax, ensemble_statistics
-from tests.conftest import kernels, needs_cpu_kernels, operators
+from fastfreeze.kernels.softmax import (
+    EnsembleAverage,
+    EnsembleStatistics,
+    ensemble_softmax,
+    ensemble_statistics,
+)
+from tests.conftest import HAS_GPU, kernels, needs_cpu_kernels, operators
 from tests.covering import covering
 from tests.kernels.guard import SIDES, by_threads, guarded
 from tests.kernels.softmax_cases import (
@@ -26,6 +31,7 @@ from tests.kernels.softmax_cases import (
     NAN,
     OPTIONS,
     SHAPES,
+    TRITON,
     WAYS,
     assert_adds,
     assert_logs_near,
@@ -43,14 +49,15 @@ from tests.kernels.softmax_cases import (
 )
 
 EVERY_SHAPE = {"x".join(map(str, shape)): shape for shape in SHAPES}
-OF_TRITON = {name: shape for name, shape in EVERY_SHAPE.items() if shape[-1] <= 2048}
+OF_TRITON = {name: shape for name, shape in EVERY_SHAPE.items() if shape[-1] <= 2049}
+OF_TRITON |= {"1x1": (1, 1), "2x80": (2, 80), "17x64": (17, 64), "2x4096": (2, 4096)}
 # One for each kernel: 4 lanes to a row, 8, a warp, a block, a split row, which is not for Triton.
 EACH_KERNEL = [10, 100, 999, 2001, 12289]
 
 
 @by_ways(
     WAYS,
-    {"shape": OF_TRITON, "count": [1, 2, 9, 16]},
+    {"shape": OF_TRITON, "count": [1, 2, 3, 9, 16]},
     shape=EVERY_SHAPE,
     dtype=DTYPES,
     option=OPTIONS,
@@ -236,6 +243,46 @@ def test_nothing_beside_the_tensors_is_read_or_written(way, dtype, classes, side
     sums = [guarded(torch.rand(shape, dtype=wide), side) for shape in [(3, classes), (3,)]]
     out = guarded(torch.rand(3, classes, dtype=wide), side)
     assert_adds(operators, members[0], *sums, out=out)
+
+
+of_triton = pytest.mark.parametrize("way", [TRITON], indirect=True)
+
+
+@of_triton
+@covering(classes=[10, 33], dtype=DTYPES, side=SIDES)
+def test_nothing_beside_tritons_results_is_written(way, classes, dtype, side):
+    """Which the operator makes by itself."""
+    kernels, device = way
+    if device != "cpu":
+        pytest.skip("guards memory of the CPU")
+    members = [guarded(z, side) for z in make((2, classes), 3, dtype)]
+    labels = guarded(labels_of(members), side)
+    sums = sum_dtype(dtype)
+    of_rows = [(2, sums), (2, torch.int64), (2, sums), (2, sums), (2, sums)]
+    mean, *rows = (
+        guarded(torch.full(shape, NAN).to(of), side)
+        for shape, of in [((2, classes), dtype), *(((n,), of) for n, of in of_rows)]
+    )
+    kernels.launch(members, None, 1.0, mean, labels=labels, summary=tuple(rows))
+    ours = EnsembleStatistics(mean, *rows)
+    assert_statistics_near(ours, true_statistics(members, labels), dtype)
+
+
+@of_triton
+def test_tritons_weights_of_fp64_lose_nothing(way):
+    weights = [0.1, 1 / 3, 1.0, 0.0, 1e-9 / 7]
+    parts = way[0]._parts(weights)
+    assert [sum(parts[3 * i : 3 * i + 3]) for i in range(5)] == weights
+    assert torch.tensor(parts).tolist() == list(parts)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="4 GiB of logits")
+@of_triton
+def test_more_than_2_31_elements(way):
+    logits = torch.zeros(2**21 + 1, 1024, dtype=torch.float16, device=way[1])
+    logits[-3:] = torch.randn(3, 1024)
+    mean = way[0].ensemble_softmax([logits], None, 1.0, False)
+    assert_near(mean[-3:], truth([logits[-3:]]))
 
 
 @needs_cpu_kernels
