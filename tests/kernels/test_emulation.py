@@ -49,7 +49,6 @@ ONE_BLOCK = {
         same,
     ),
     "misses_a_warp_barrier": (["thread"], RACE, by_pairs),
-    "trusts_a_shuffle": (["thread"], RACE, by_pairs),
     "shuffles_with_the_gone": (
         SANITIZERS,
         rf"divergent warp operation .*: threads 0-4, .* {SHUFFLE}; threads 5, 37 exited",
@@ -71,7 +70,6 @@ ONE_BLOCK = {
         lambda x: torch.cat([x[:60], torch.full((4,), NAN)]),
     ),
     "overflows_shared": (["address"], r"(?s)global-buffer-overflow.*seeded_bugs.cpp.*tile", same),
-    "overflows_an_int": (["address"], r"seeded_bugs.cpp.*: signed integer overflow", same),
 }
 
 

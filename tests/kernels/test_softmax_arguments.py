@@ -130,8 +130,8 @@ REFUSED = {
     "no number": ({"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
     "zero": ({"temperature": 0}, ValueError, "temperature must be from 1e-30 to 1e30, got 0"),
     "temperature nan": ({"temperature": NAN}, ValueError, "temperature must be from"),
-    "no such dimension": ({"dim": 2}, ValueError, "dim must be a dimension of .* got 2"),
-    "no dimension": ({"dim": "C"}, TypeError, "dim must be an int or None, got 'C'"),
+    "no such dimension": ({"dim": 2}, ValueError, r"dim must be in -2\.\.1, got 2"),
+    "no dimension": ({"dim": "C"}, TypeError, r"dim must be an int in -2\.\.1, got 'C'"),
 }
 
 

@@ -73,17 +73,6 @@ __global__ void misses_a_warp_barrier(float* out, const float* x, int) {
   out[i] = tile[i ^ 1];
 }
 
-// A shuffle exchanges registers; it does not order memory.
-template <bool kBroken>
-__global__ void trusts_a_shuffle(float* out, const float* x, int) {
-  __shared__ float tile[kThreads];
-  const int i = static_cast<int>(threadIdx.x);
-  tile[i] = x[i];
-  const int partner = __shfl_xor_sync(kAllLanes, i, 1);
-  if (!kBroken) __syncwarp();
-  out[i] = tile[partner];
-}
-
 template <bool kBroken>
 __global__ void shuffles_with_the_gone(float* out, const float* x, int) {
   const int i = static_cast<int>(threadIdx.x);
@@ -129,13 +118,6 @@ __global__ void reads_unwritten_shared(float* out, const float* x, int) {
   if (!kBroken || i != 7) tile[i] = x[i];
   __syncthreads();
   out[i] = tile[(i + 1) % kThreads];
-}
-
-template <bool kBroken>
-__global__ void overflows_an_int(float* out, const float* x, int n) {
-  const int i = static_cast<int>(threadIdx.x);
-  const int large = 2147483647 - kThreads + (kBroken ? n : 0);
-  out[i] = large + i > 0 ? x[i] : 0;
 }
 
 template <bool kBroken>
@@ -209,14 +191,12 @@ SEEDED(misses_the_second_barrier)
 SEEDED(leaves_before_a_barrier)
 SEEDED(takes_another_barrier)
 SEEDED(misses_a_warp_barrier)
-SEEDED(trusts_a_shuffle)
 SEEDED(shuffles_with_the_gone)
 SEEDED(shuffles_outside_the_mask)
 SEEDED(is_not_in_its_mask)
 SEEDED(loads_misaligned)
 SEEDED(overflows_shared)
 SEEDED(reads_unwritten_shared)
-SEEDED(overflows_an_int)
 
 EMULATED(blocks_count_themselves) {
   launch_grid(args, blocks_count_themselves<false>, blocks_count_themselves<true>);
