@@ -82,15 +82,19 @@ def test_amsgrad_may_be_switched_on_later():
         assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
 
 
-def test_sparse_gradients_are_refused_as_torch_does():
-    embedding = nn.Embedding(5, 3, sparse=True)
-    optimizer = fastfreeze.AdamW(embedding.parameters())
-    before = embedding.weight.detach().clone()
-    embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_sparse_gradients_are_refused_as_torch_does(backend):
+    """Also where a dense one was taken before."""
+    weight = nn.Parameter(torch.ones(5, 3))
+    optimizer = fastfreeze.AdamW([weight], backend=backend)
+    for steps in range(2):
+        before, weight.grad = weight.detach().clone(), torch.ones(5, 3).to_sparse()
+        with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+            optimizer.step()
+        assert torch.equal(weight, before)
+        assert counts(optimizer) == [steps or None]
+        weight.grad = torch.ones(5, 3)
         optimizer.step()
-    assert torch.equal(embedding.weight, before)
-    assert not optimizer.state
 
 
 EDITS = {
