@@ -6,7 +6,6 @@ step replays a schedule. Gradients' addresses are all that a step brings.
 
 from __future__ import annotations
 
-import importlib
 from abc import abstractmethod
 from array import array
 from collections.abc import Hashable, Sequence
@@ -284,13 +283,12 @@ class CudaLaunch(DevicePlan):
 
 
 class TritonLaunch(DevicePlan):
-    """One launch of the kernel in fastfreeze/kernels/*_triton.py."""
+    """One launch of the kernel in fastfreeze/kernels/step_triton.py."""
 
     def _launch(self, grad_scale: Tensor | None, found_inf: Tensor | None, track: bool) -> None:
         from fastfreeze.kernels import step_triton
 
-        kernels = importlib.import_module(f"fastfreeze.kernels.{self.rule.name}_triton")
-        step_triton.launch(kernels.step_kernel, self, grad_scale, found_inf, track)
+        step_triton.launch(self, grad_scale, found_inf, track)
 
 
 def runs_dtype(num_moments: int) -> np.dtype:
