@@ -17,14 +17,13 @@ import fastfreeze
 from benchmarks.case import OURS, Case
 from benchmarks.optimizer_cases import SGD_VALUES, TOTAL_STEPS
 from benchmarks.shapes import parameter_groups, shapes_of
-from fastfreeze.kernels import sgd
 from fastfreeze.kernels.device_plan import DevicePlan
+from fastfreeze.kernels.rules import PLANS
 
 
 class HostPlan(DevicePlan):
     """A CUDA plan's step up to its launch."""
 
-    rule = sgd.SGD
     table_from = 480
 
     def _launch(self, *_: object) -> None:
@@ -46,7 +45,7 @@ def host_case(model_name: str, num_groups: int) -> Case:
         "torch fused": torch.optim.SGD(groups(), **SGD_VALUES, fused=True),
         "torch foreach": torch.optim.SGD(groups(), **SGD_VALUES, foreach=True),
     }
-    with mock.patch.dict(sgd.PLANS, cpu=HostPlan):
+    with mock.patch.dict(PLANS, cpu=HostPlan):
         for optimizer in optimizers.values():
             optimizer.step()  # plans and momentum are made
     in_groups = f", {num_groups} groups" if num_groups > 1 else ""

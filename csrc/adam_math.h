@@ -10,7 +10,7 @@
 
 namespace fastfreeze {
 
-// Columns of a group's row of hyperparameters: ADAM_HYPERS of fastfreeze/kernels/adam.py.
+// Columns of a group's row of hyperparameters: those of ADAM in fastfreeze/kernels/rules.py.
 struct AdamColumn {
   enum {
     kLr,

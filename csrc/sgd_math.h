@@ -7,7 +7,7 @@
 
 namespace fastfreeze {
 
-// Columns of a group's row of hyperparameters: SGD_HYPERS of fastfreeze/kernels/sgd.py.
+// Columns of a group's row of hyperparameters: the hypers of SGD in fastfreeze/kernels/rules.py.
 struct SgdColumn {
   enum { kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kInitialLr, kCount };
 };

@@ -63,7 +63,7 @@ def pytest_configure(config):
 
 # What plain pytest leaves out, and by which mark: tests with such words in their file or name,
 LONG_NAMES = {
-    **dict.fromkeys(["compile", "test_build.py", "test_export.py", "test_launcher.py"], "compile"),
+    **dict.fromkeys(["compile", "test_build.py", "test_export.py"], "compile"),
     **dict.fromkeys(["dry_run", "toy_run"], "train"),
 }
 # and of the tables in these rooms and files all but a share.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.compiled import find_nvcc, needs_nvcc
+from tests.kernels.compiled import find_nvcc, needs_nvcc, nvcc_marks
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("setuptools")
@@ -182,24 +182,14 @@ def test_a_reproducible_build_names_its_sources_by_what_is_in_them(setup, tmp_pa
             folders.append(folder)
             copy = folder / "csrc/cuda/probe.cu"
             assert copy.read_text() == (tree / "csrc/cuda/probe.cu").read_text()
+            with pytest.raises(setup.BuildError, match=f"{folder} exists: .* remove it"):
+                setup.nvcc_sources(tree).__enter__()
+            assert copy.exists()
         assert not folder.exists()
     assert folders[0] == folders[1] != folders[2]
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
     with setup.nvcc_sources(trees[0]) as folder:
         assert folder == trees[0]
-
-
-def test_a_copy_of_the_sources_that_is_there_is_left_alone(setup, tmp_path, monkeypatch):
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc/probe.cu").write_text(f"// {tmp_path}")
-    with setup.nvcc_sources(tmp_path) as folder:
-        with (
-            pytest.raises(setup.BuildError, match=f"{folder} exists: .* remove it"),
-            setup.nvcc_sources(tmp_path),
-        ):
-            pytest.fail("it was taken")
-        assert (folder / "csrc/probe.cu").exists()
 
 
 @of_cuda
@@ -281,18 +271,23 @@ def test_the_switch_leaves_out(tree):
     assert build(tree, FASTFREEZE_BUILD_CPP="0")[:2] == (0, [])
 
 
-@pytest.mark.parametrize("name", ["FASTFREEZE_BUILD_CPP", "FASTFREEZE_BUILD_CUDA"])
-def test_an_unknown_switch_value_is_refused(tree, name):
-    code, _, output = build(tree, **{name: "maybe"})
-    assert code != 0
-    assert f"{name} must be 0, 1 or auto, got 'maybe'" in output
+ARCH = "TORCH_CUDA_ARCH_LIST: expected such as '9.0' or '9.0+PTX', got 'hopper'"
+REFUSED = {
+    "C++": ({"FASTFREEZE_BUILD_CPP": "maybe"}, "FASTFREEZE_BUILD_CPP must be 0, 1 or auto, got"),
+    "CUDA": ({"FASTFREEZE_BUILD_CUDA": "maybe"}, "_BUILD_CUDA must be 0, 1 or auto, got 'maybe'"),
+    "no nvcc": ({**ONLY_CUDA, "CUDA_HOME": "."}, "no nvcc in CUDA_HOME or on the PATH"),
+    "architecture": pytest.param(
+        {**ONLY_CUDA, "TORCH_CUDA_ARCH_LIST": "hopper"}, ARCH, marks=nvcc_marks()
+    ),
+}
 
 
-def test_cuda_on_demand_needs_nvcc(tree):
+@pytest.mark.parametrize(("environment", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(tree, environment, words):
     only_source(tree, "cuda/probe.cu", PROBE)
-    code, _, output = build(tree, **ONLY_CUDA, CUDA_HOME=str(tree))
+    code, _, output = build(tree, **environment)
     assert code != 0
-    assert "no nvcc in CUDA_HOME or on the PATH" in output
+    assert words in output
 
 
 @of_cuda
@@ -342,11 +337,3 @@ def test_the_source_distribution_holds_every_source(tree):
     assert {Path(name).suffix for name in sources} >= {".cpp", ".h", ".cu", ".cuh"}
     assert sources <= held
     assert {"MANIFEST.in", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
-
-
-@needs_nvcc
-def test_a_bad_architecture_is_refused(tree):
-    only_source(tree, "cuda/probe.cu", PROBE)
-    code, _, output = build(tree, TORCH_CUDA_ARCH_LIST="hopper", **ONLY_CUDA)
-    assert code != 0
-    assert "TORCH_CUDA_ARCH_LIST: expected such as '9.0' or '9.0+PTX', got 'hopper'" in output

@@ -243,15 +243,6 @@ Found look(const Placements& planned, const Placements& buffers, Gaps& gaps,
   return are_clear(gaps, addresses) ? kAsPlanned : kNotClear;
 }
 
-// placements_hold(int handle, Tensor[] tensors, int index) -> bool. index: address of int64
-// [tensors], which of those remembered each is.
-void placements_hold(StableIValue* stack, uint64_t, uint64_t) {
-  const TensorList tensors(stack[1]);
-  const auto known = Handles<Placements>::all().get(to<int64_t>(stack[0]));
-  const auto* index = reinterpret_cast<const int64_t*>(to<int64_t>(stack[2]));
-  stack[0] = from(hold(*known, tensors, index));
-}
-
 // placements_look(int planned, int buffers, int gaps, Tensor[] params, Tensor[] grads, int index,
 // int addresses) -> int, a Found. planned: placements of all parameters; buffers: of momentum
 // buffers, kept; params, grads: of the parameters that index names; addresses: address of int64
@@ -267,21 +258,12 @@ void placements_look(StableIValue* stack, uint64_t, uint64_t) {
       from(static_cast<int64_t>(look(*planned, *buffers, *gaps, params, grads, index, addresses)));
 }
 
-bool placements_kept_hold(int64_t handle) {
-  return kept_hold(*Handles<Placements>::all().get(handle));
-}
-
 void placements_free(int64_t handle) { Handles<Placements>::all().remove(handle); }
 
 // What torch calls instead where a tensor's memory does not hold its values: those of a negated or
 // conjugated view, or of zeros by a flag. Otherwise it would hand over a temporary one.
 int64_t placements_of_no_values(std::vector<Tensor>, bool) {
   STD_TORCH_CHECK(false, "tensors must hold their values in memory");
-}
-
-void hold_no_values(StableIValue* stack, uint64_t, uint64_t) {
-  const TensorList tensors(stack[1]);
-  stack[0] = from(false);
 }
 
 // Whether it is a parameter or a gradient, Python has to find out.
@@ -293,7 +275,6 @@ void look_at_no_values(StableIValue* stack, uint64_t, uint64_t) {
 template <typename Library>
 void implement_for_no_values(Library& m) {
   m.impl("placements", TORCH_BOX(&placements_of_no_values));
-  m.impl("placements_hold", &hold_no_values);
   m.impl("placements_look", &look_at_no_values);
 }
 
@@ -306,9 +287,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastfreeze, ZeroTensor, m) { fastfreeze::implement_for
 
 STABLE_TORCH_LIBRARY_IMPL(fastfreeze, CompositeExplicitAutograd, m) {
   m.impl("placements", TORCH_BOX(&fastfreeze::placements));
-  m.impl("placements_hold", &fastfreeze::placements_hold);
   m.impl("placements_look", &fastfreeze::placements_look);
-  m.impl("placements_kept_hold", TORCH_BOX(&fastfreeze::placements_kept_hold));
   m.impl("placements_free", TORCH_BOX(&fastfreeze::placements_free));
   m.impl("gaps", TORCH_BOX(&fastfreeze::gaps));
   m.impl("gaps_free", TORCH_BOX(&fastfreeze::gaps_free));

@@ -6,8 +6,6 @@ step replays a schedule. Gradients' addresses are all that a step brings.
 
 from __future__ import annotations
 
-import importlib
-import weakref
 from abc import abstractmethod
 from array import array
 from collections.abc import Hashable, Sequence
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastfreeze.kernels.library import is_capturing
+from fastfreeze.kernels.placements import Handle
 from fastfreeze.kernels.plans import (
     SCALAR_TYPES,
     Hypers,
@@ -27,7 +26,6 @@ from fastfreeze.kernels.plans import (
     PointerPlan,
     dtype_of_state,
     lrs_at,
-    operators,
     rates_of,
     segment_table,
 )
@@ -244,7 +242,7 @@ class CudaLaunch(DevicePlan):
 
     def __init__(self, spec: PlanSpec) -> None:
         super().__init__(spec)
-        self._handle = self._make()
+        self._make()
 
     def _run_elements(self, sizes: npt.NDArray[np.int64]) -> int:
         """The fewest with which all warps find room on the device at once, or the most."""
@@ -255,9 +253,10 @@ class CudaLaunch(DevicePlan):
     def _multiprocessors(self) -> int:
         return torch.cuda.get_device_properties(self.device).multi_processor_count
 
-    def _make(self) -> int:
-        make, self._step, free = operators(f"cuda_{self.rule.name}")
-        handle: int = make(
+    def _make(self) -> None:
+        self._step = getattr(torch.ops.fastfreeze, f"cuda_{self.rule.name}_step").default
+        self._plan = Handle(
+            f"cuda_{self.rule.name}_plan",
             self.runs,
             self.hypers,
             self.segments,
@@ -271,12 +270,10 @@ class CudaLaunch(DevicePlan):
             SCALAR_TYPES[self.param_dtype],
             SCALAR_TYPES[self.state_dtype],
         )
-        weakref.finalize(self, free, handle)
-        return handle
 
     def _launch(self, grad_scale: Tensor | None, found_inf: Tensor | None, track: bool) -> None:
         self._step(
-            self._handle,
+            self._plan.number,
             self._addresses.buffer_info()[0],
             self.grad_table.data_ptr() if len(self.params) > self.table_from else 0,
             0 if found_inf is None else found_inf.data_ptr(),
@@ -286,13 +283,12 @@ class CudaLaunch(DevicePlan):
 
 
 class TritonLaunch(DevicePlan):
-    """One launch of the kernel in fastfreeze/kernels/*_triton.py."""
+    """One launch of the kernel in fastfreeze/kernels/step_triton.py."""
 
     def _launch(self, grad_scale: Tensor | None, found_inf: Tensor | None, track: bool) -> None:
         from fastfreeze.kernels import step_triton
 
-        kernels = importlib.import_module(f"fastfreeze.kernels.{self.rule.name}_triton")
-        step_triton.launch(kernels.step_kernel, self, grad_scale, found_inf, track)
+        step_triton.launch(self, grad_scale, found_inf, track)
 
 
 def runs_dtype(num_moments: int) -> np.dtype:

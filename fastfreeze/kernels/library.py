@@ -23,15 +23,12 @@ OLDEST_CAPABILITY = (7, 5)  # of CUDA devices that the kernels are compiled for
 _LIBRARY = torch.library.Library("fastfreeze", "DEF")
 _LIBRARY.define("cpu_isa(int level) -> int")
 _LIBRARY.define("placements(Tensor[] tensors, bool keep) -> int")
-_LIBRARY.define("placements_hold(int handle, Tensor[] tensors, int index) -> bool")
 _LIBRARY.define(
     "placements_look(int planned, int buffers, int gaps, Tensor[] params, Tensor[] grads, "
     "int index, int addresses) -> int"
 )
-# They return no tensor. Autograd, which has nothing to note then, would still go through each.
-for _name in ("placements_hold", "placements_look"):
-    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-_LIBRARY.define("placements_kept_hold(int handle) -> bool")
+# It returns no tensor. Autograd, which has nothing to note then, would still go through each.
+_LIBRARY.impl("placements_look", torch.library.fallthrough_kernel, "Autograd")
 _LIBRARY.define("placements_free(int handle) -> ()")
 _LIBRARY.define("gaps(Tensor written, Tensor sizes) -> int")
 _LIBRARY.define("gaps_free(int handle) -> ()")

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from itertools import compress
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,68 +52,17 @@ class Given:
         return values if self._everyone else [next(each) if has else None for has in self.flags]
 
 
-class Placements:
-    """Addresses, dtypes, shapes and strides of tensors, to compare others with at each step.
+class Handle:
+    """What C++ keeps for as long as this lives, by its number."""
 
-    Args:
-        tensors: strided, of any device.
-    """
-
-    _keep: ClassVar[bool] = False
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._every = array("q", range(len(tensors)))
-        self.handle: int | None = None
-        if has_library():
-            self.handle = torch.ops.fastfreeze.placements.default(tensors, self._keep)
-            weakref.finalize(self, torch.ops.fastfreeze.placements_free.default, self.handle)
-        else:
-            self._places = list(map(place_of, tensors))
-
-    def hold(self, tensors: Sequence[Tensor], index: array[int] | None = None) -> bool:
-        """Whether these are the tensors, or those of them that ``index`` names, unmoved."""
-        index = self._every if index is None else index
-        if len(tensors) != len(index):
-            return False
-        if self.handle is None:
-            return list(map(place_of, tensors)) == [self._places[i] for i in index] and all(
-                map(holds_values, tensors)
-            )
-        unmoved: bool = torch.ops.fastfreeze.placements_hold.default(
-            self.handle, tensors, index.buffer_info()[0]
-        )
-        return unmoved
-
-    def resemble(self, tensors: Sequence[Tensor], index: array[int]) -> bool:
-        """Whether tensors differ from those that ``index`` names in nothing but the address."""
-        return all(
-            holds_values(t) and _facts_of(t) == self._places[i][1:]
-            for i, t in zip(index, tensors, strict=True)
-        )
-
-
-class KeptPlacements(Placements):
-    """The same of tensors that are kept alive, and looked at in C++ alone.
-
-    Not for parameters: while they are kept so, ``torch.utils.swap_tensors`` refuses them.
-    """
-
-    _keep: ClassVar[bool] = True
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        super().__init__(tensors)
-        self._tensors = tensors
-
-    def unmoved(self) -> bool:
-        """Whether they are where they were."""
-        if self.handle is None:
-            return self.hold(self._tensors)
-        unmoved: bool = torch.ops.fastfreeze.placements_kept_hold.default(self.handle)
-        return unmoved
+    def __init__(self, kind: str, *arguments: Any) -> None:
+        make, free = (getattr(torch.ops.fastfreeze, name) for name in (kind, f"{kind}_free"))
+        self.number: int = make.default(*arguments)
+        weakref.finalize(self, free.default, self.number)
 
 
 class Look:
-    """All that has to hold of a plan's tensors before a step, in one call.
+    """All that has to hold of a plan's tensors before a step, in one call of C++ where it is there.
 
     Args:
         params: the plan's, dense.
@@ -121,28 +70,29 @@ class Look:
     """
 
     def __init__(self, params: Sequence[Tensor], written: Sequence[Tensor | None]) -> None:
-        self._planned = Placements(params)
-        self._kept = KeptPlacements([])
+        self._places = list(map(place_of, params))
         self._sizes = [p.numel() * p.element_size() for p in params]
+        # Without the parameters: while they are kept, torch.utils.swap_tensors refuses them.
+        self._planned = Handle("placements", params, False) if has_library() else None
+        self.watch([])
         self.keep_clear(written)
 
     def keep_clear(self, written: Sequence[Tensor | None]) -> None:
         """From now on, this is what the step writes."""
         self._gaps = Gaps(written)
-        self._gaps_handle: int | None = None
-        if has_library():
-            self._gaps_handle = torch.ops.fastfreeze.gaps.default(
-                int64_table(self._gaps.stretches, 2), int64_table(self._sizes, 1)
-            )
-            weakref.finalize(self._gaps, torch.ops.fastfreeze.gaps_free.default, self._gaps_handle)
+        if self._planned is not None:
+            tables = int64_table(self._gaps.stretches, 2), int64_table(self._sizes, 1)
+            self._clear = Handle("gaps", *tables)
 
     def watch(self, state: Sequence[Tensor]) -> None:
         """From now on, these tensors of the state must not move."""
-        self._kept = KeptPlacements(state)
+        self._state, self._state_places = state, list(map(place_of, state))
+        if self._planned is not None:
+            self._kept = Handle("placements", state, True)
 
     def hold(self, params: Sequence[Tensor]) -> bool:
         """Whether the parameters, each of them, are where they were."""
-        return self._planned.hold(params)
+        return _are_at(self._places, params)
 
     def find(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
@@ -157,13 +107,13 @@ class Look:
         Raises:
             ValueError: something has moved, or a gradient lies in what the step writes.
         """
-        if not given.plain or self._planned.handle is None:
+        if not given.plain or self._planned is None:
             return self._find_slowly(params, grads, given)
         addresses = array("q", bytes(8 * len(given.flags)))
         found = torch.ops.fastfreeze.placements_look.default(
-            self._planned.handle,
-            self._kept.handle,
-            self._gaps_handle,
+            self._planned.number,
+            self._kept.number,
+            self._clear.number,
             params,
             grads,
             given.index.buffer_info()[0],
@@ -178,13 +128,19 @@ class Look:
     def _find_slowly(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], given: Given
     ) -> array[int] | None:
-        if not (self._planned.hold(params, given.index) and self._kept.unmoved()):
+        places = given.of(self._places)
+        if not (_are_at(places, params) and _are_at(self._state_places, self._state)):
             raise ValueError(_MOVED_WORDS)
         if not self._gaps.hold(grads):
             raise ValueError(_NOT_CLEAR_WORDS)
-        if self._planned.handle is None and self._planned.resemble(grads, given.index):
+        alike = [place_of(g)[1:] == place[1:] for g, place in zip(grads, places, strict=True)]
+        if all(alike) and all(map(holds_values, grads)):
             return addresses_of(given.spread(grads))
         return None
+
+
+def _are_at(places: Sequence[object], tensors: Sequence[Tensor]) -> bool:
+    return list(map(place_of, tensors)) == places and all(map(holds_values, tensors))
 
 
 # What fastfreeze::placements_look finds.
@@ -202,13 +158,6 @@ def has_library() -> bool:
     return library.backends()["cpu"].available
 
 
-def _facts_of(tensor: Tensor) -> tuple[object, ...]:
-    """All but the address. Strides of contiguous tensors may differ where they lead nowhere."""
-    strided = tensor.layout == torch.strided
-    strides = tensor.stride() if strided and not tensor.is_contiguous() else None
-    return (*kind_of(tensor), tensor.device, strides)
-
-
 def holds_values(tensor: Tensor) -> bool:
     """Whether a kernel finds the tensor's values at its address.
 
@@ -224,9 +173,12 @@ def holds_values(tensor: Tensor) -> bool:
 
 
 def place_of(tensor: Tensor) -> tuple[object, ...]:
-    """What Placements know of one tensor."""
-    address = tensor.data_ptr() if tensor.layout == torch.strided else None
-    return address, *_facts_of(tensor)
+    """What is known of one tensor: its address, then how it is laid out."""
+    strided = tensor.layout == torch.strided
+    address = tensor.data_ptr() if strided else None
+    # Strides of contiguous tensors may differ where they lead nowhere.
+    strides = tensor.stride() if strided and not tensor.is_contiguous() else None
+    return address, *kind_of(tensor), tensor.device, strides
 
 
 def addresses_of(tensors: Sequence[Tensor | None]) -> array[int]:

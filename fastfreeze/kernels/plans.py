@@ -5,14 +5,13 @@ A plan holds what stays the same from step to step. Each backend has one, with t
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from torch import Tensor
 from fastfreeze.kernels.memory import Gaps
 from fastfreeze.kernels.placements import (
     Given,
+    Handle,
     Look,
     addresses_of,
     holds_values,
@@ -38,11 +38,31 @@ Hypers = npt.NDArray[np.float64]
 _shape_of = attrgetter("shape")
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How an optimizer updates a parameter, as far as all its kernels agree.
+
+    Attributes:
+        name: in the names of its operators and of its Triton kernel's file.
+        hypers: columns of a plan's table of hyperparameters, from lr to initial_lr.
+        counts: whether a parameter's steps count, and not its first alone.
+        takes_sparse: whether the reference takes sparse gradients.
+        reference: a step of some parameters, in PyTorch.
+    """
+
+    name: str
+    hypers: tuple[str, ...]
+    counts: bool
+    takes_sparse: bool
+    reference: Callable[..., None]
+
+
 @dataclass
 class PlanSpec:
     """The parameters of one plan, as this process holds them.
 
     Attributes:
+        rule: of their update.
         params: the tensors to update.
         moments: by the state's name for them, what is kept of each parameter; None where it has
             never had a gradient, or where its group keeps none.
@@ -57,6 +77,7 @@ class PlanSpec:
             memory holds.
     """
 
+    rule: Rule
     params: list[Tensor]
     moments: dict[str, list[Tensor | None]]
     first: list[bool]
@@ -68,25 +89,9 @@ class PlanSpec:
     steps: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How an optimizer updates a parameter, as far as all its kernels agree.
-
-    Attributes:
-        name: in the names of its operators and of its Triton kernel's file.
-        hypers: columns of a plan's table of hyperparameters, from lr to initial_lr.
-        counts: whether a parameter's steps count, and not its first alone.
-    """
-
-    name: str
-    hypers: tuple[str, ...]
-    counts: bool
-
-
 class Plan(ABC):
     """Tensors that one backend updates together, step after step."""
 
-    rule: ClassVar[Rule]
     on_device: ClassVar[bool] = False  # grad_scale and found_inf are read there, not by the host
     params: list[Tensor]
     moments: dict[str, list[Tensor | None]]
@@ -158,7 +163,7 @@ class PointerPlan(Plan):
     """What the plans of kernels share: gradients brought to their parameters' layout."""
 
     def __init__(self, spec: PlanSpec) -> None:
-        self.params, self.moments = spec.params, spec.moments
+        self.rule, self.params, self.moments = spec.rule, spec.params, spec.moments
         self._look = Look(spec.params, [*spec.params, *chain(*spec.moments.values())])
         self._empty = [i for i, p in enumerate(spec.params) if p.numel() == 0]
         self._given = Given([])
@@ -231,15 +236,16 @@ class HostPlan(PointerPlan):
         self._progress = spec.steps  # kept alive: the kernel reads and writes there
         if self._progress is None:
             self._progress = torch.from_numpy(1 - np.array(spec.first, np.float32))
-        make, self._kernel_step, free = operators(self.rule.name)
-        self._handle = make(
+        self._kernel_step = getattr(torch.ops.fastfreeze, f"{self.rule.name}_step").default
+        self._kept = Handle(
+            f"{self.rule.name}_plan",
             int64_table(list(tensors), len(moments) + 5),
             self._progress.view(-1, 1),
             *segment_table(spec.segments),
             spec.eta_min,
             spec.warmup_steps,
         )
-        weakref.finalize(self, free, self._handle)
+        self._handle = self._kept.number
         self._lrs = np.empty(len(spec.segments))
         self._lrs_address = self._lrs.ctypes.data
         self._hypers: Hypers | None = None  # whose address is known
@@ -273,15 +279,6 @@ class HostPlan(PointerPlan):
         return self._unstarted
 
 
-def operators(kernel: str) -> tuple[Any, Any, Any]:
-    """What makes a kernel's plan, takes its step and frees it."""
-    make, step, free = (
-        getattr(torch.ops.fastfreeze, f"{kernel}_{name}").default
-        for name in ("plan", "step", "plan_free")
-    )
-    return make, step, free
-
-
 def _present(moments: Sequence[Tensor | None]) -> list[int]:
     """Their addresses, 0 for None alone: the kernel asks who has moments, of no elements too."""
     return [0 if t is None else t.data_ptr() or 1 for t in moments]
@@ -295,7 +292,9 @@ class TensorwisePlan(Plan):
     """Tensor by tensor in PyTorch: every device, dtype and layout."""
 
     def __init__(self, spec: PlanSpec) -> None:
-        self.params, self.state_dtype, self._first = spec.params, spec.state_dtype, spec.first
+        self.rule, self.params, self._first = spec.rule, spec.params, spec.first
+        self._state_dtype = spec.state_dtype
+        self._steps = None if spec.steps is None else spec.steps.unbind()
         self.moments = {
             name: [None if f else m for m, f in zip(moments, spec.first, strict=True)]
             for name, moments in spec.moments.items()
@@ -326,6 +325,8 @@ class TensorwisePlan(Plan):
             raise ValueError("a gradient lies in memory that another plan writes")
         if list(map(_shape_of, grads)) != list(map(_shape_of, params)):
             raise ValueError("a gradient has another shape than its parameter")
+        if not self.rule.takes_sparse and any(grad.layout != torch.strided for grad in grads):
+            raise ValueError(f"{self.rule.name} takes no sparse gradient")
         self._given = given
         return grads
 
@@ -338,17 +339,16 @@ class TensorwisePlan(Plan):
         found_inf: Tensor | None,
     ) -> list[float]:
         scale = None if grad_scale is None else float(grad_scale)
-        frozen = set() if self._rates is None else self._rates.frozen(step)
         each = self._given.spread(grads)
         for g, lr in enumerate(lrs_at(self._rates, hypers, step)):
-            if g in frozen:
-                continue
             members = self._members[g]
             own = [[moments[i] for i in members] for moments in self.moments.values()]
             hyper = dict(zip(self.rule.hypers, hypers[g].tolist(), strict=True))
-            hyper |= {"lr": lr, "grad_scale": scale}
+            hyper |= {"lr": lr, "grad_scale": scale, "state_dtype": self._state_dtype}
             del hyper["initial_lr"]
-            self._update(members, [each[i] for i in members], own, **hyper)
+            params, own_grads = ([of[i] for i in members] for of in (self.params, each))
+            steps = [] if self._steps is None else [[self._steps[i] for i in members]]
+            self.rule.reference(params, own_grads, *own, *steps, **hyper)
             for moments, updated in zip(self.moments.values(), own, strict=True):
                 for i, moment in zip(members, updated, strict=True):
                     moments[i] = moment
@@ -358,16 +358,6 @@ class TensorwisePlan(Plan):
         moments = next(iter(self.moments.values()))
         pairs = zip(self._first, moments, strict=True)
         return {i for i, (first, moment) in enumerate(pairs) if first and moment is None}
-
-    @abstractmethod
-    def _update(
-        self,
-        members: list[int],
-        grads: list[Tensor | None],
-        moments: list[list[Tensor | None]],
-        **hyper: Any,
-    ) -> None:
-        """Update one group's parameters, and replace in ``moments`` those that are None."""
 
 
 def segment_table(segments: Sequence[tuple[Segment, ...]]) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def sgd_reference(
     nesterov: bool = False,
     maximize: bool = False,
     grad_scale: float | None = None,
-    momentum_dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> None:
     """One SGD step in place, operation for operation ``torch.optim.SGD``'s for-loop.
 
@@ -36,14 +36,14 @@ def sgd_reference(
             it, undampened.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
         grad_scale: what the loss was multiplied by; the gradients are divided by it in place.
-        momentum_dtype: buffers are at least of this dtype; None makes them as their gradients.
+        state_dtype: buffers are at least of this dtype; None makes them as their gradients.
     """
     for i, (param, gradient) in enumerate(zip(params, grads, strict=True)):
         if gradient is None:
             continue
         grad = gradient if grad_scale is None else gradient.mul_(1.0 / grad_scale)
-        if momentum_dtype is not None:
-            grad = grad.to(torch.promote_types(grad.dtype, momentum_dtype))
+        if state_dtype is not None:
+            grad = grad.to(torch.promote_types(grad.dtype, state_dtype))
         if maximize:
             grad = -grad
         if weight_decay != 0:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastfreeze.checks import check_int
 from fastfreeze.kernels import library
 from fastfreeze.kernels.library import Backend
 from fastfreeze.kernels.reference import sum_dtype
@@ -76,12 +77,8 @@ def check_classes(label: str, values: Tensor, dim: int | None) -> None:
             f"dim must say where the classes are in more than three dimensions, -1 or, in "
             f"[B, C, H, W], 1: {label} has shape {tuple(values.shape)}"
         )
-    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
-        raise TypeError(f"dim must be an int or None, got {dim!r}")
-    if dim is not None and not -values.dim() <= dim < values.dim():
-        raise ValueError(
-            f"dim must be a dimension of {label}, of shape {tuple(values.shape)}, got {dim}"
-        )
+    if dim is not None:
+        check_int("dim", dim, -values.dim(), values.dim() - 1)
     if values.dim() == 0 or values.shape[-1 if dim is None else dim] < 2:
         raise ValueError(
             f"{label} must have C >= 2 classes, got shape {tuple(values.shape)}: the softmax of "

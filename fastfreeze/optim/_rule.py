@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from fastfreeze.kernels.library import Backend
-from fastfreeze.kernels.plans import Plan
+from fastfreeze.kernels.plans import Rule
 from fastfreeze.layers.groups import Group
 
 
 class UpdateRule(ABC):
-    """One update rule: its hyperparameters, what it keeps of a parameter, and its plans."""
+    """One update rule: its hyperparameters, and what it keeps of a parameter."""
 
     name: ClassVar[str]  # torch's and ours
     required: ClassVar[Sequence[str]]  # keys of groups by which a state is known as this rule's
     keys: ClassVar[Sequence[str]]  # what the update depends on in a group, without lr
-    hypers: ClassVar[Sequence[str]]  # columns of its plans' table of hyperparameters
-    plans: ClassVar[Mapping[Backend, type[Plan]]]
+    kernel: ClassVar[Rule]
     moments: ClassVar[Sequence[str]]  # the state's names of all that may be kept, in plans' order
     together: ClassVar[Sequence[str]] = ()  # moments of which a state has all or none
-    takes_sparse: ClassVar[bool]  # gradients
     counter: ClassVar[str | None] = None  # the state's name for a parameter's own step
 
     @abstractmethod
@@ -29,5 +26,10 @@ class UpdateRule(ABC):
         """Names of the moments that a parameter of this group has."""
 
     @abstractmethod
+    def values(self, group: Group) -> Mapping[str, Any]:
+        """A group's hyperparameters by the columns of the kernel's table; 0 where there is none."""
+
     def row(self, group: Group) -> list[float]:
-        """A group's row of the table, as :attr:`hypers` names its columns."""
+        """A group's row of the table."""
+        values = self.values(group)
+        return [float(values.get(name, 0.0)) for name in self.kernel.hypers]

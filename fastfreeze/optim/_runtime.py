@@ -17,6 +17,7 @@ from fastfreeze.kernels import choice
 from fastfreeze.kernels.library import Backend
 from fastfreeze.kernels.placements import Given, kind_of, place_of
 from fastfreeze.kernels.plans import PlanSpec, dtype_of_state
+from fastfreeze.kernels.rules import PLANS
 from fastfreeze.layers.groups import check_number
 from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
@@ -75,7 +76,7 @@ class Runtime:
         self.rule = task.rule
         self.hypers = self._rows(groups)
         self.left_out = task.left_out
-        self.lr = task.rule.hypers.index("lr")
+        self.lr = task.rule.kernel.hypers.index("lr")
         groups_of = chain.from_iterable([g] * n for g, n in enumerate(self.lengths))
         members = [
             (p, g, place)
@@ -207,7 +208,7 @@ def _parts(task: Task, members: list[tuple[Tensor, int, int]], params: list[Tens
     counts = counts_of(task.rule, [task.state.get(p, {}) for p, _, _ in members])
     if task.rule.counter is not None:
         _refer_started(task, counts, moments, backends)
-    plans = choice.plan_members(task.rule.plans, params, backends, dtypes)
+    plans = choice.plan_members(PLANS, params, backends, dtypes)
     parts = [
         Part(backend, [(*members[i], dtypes[i], counts[i]) for i in index], task)
         for (backend, _), index in plans.items()
@@ -240,7 +241,7 @@ class Part:
         self.waiting: list[int] = []  # who will need state when a gradient first comes
         self.first: list[int] = []  # whose state the next step fills
         self.steps: Tensor | None = None  # each one's own count, of which the state holds views
-        plan_type: Any = task.rule.plans[backend]
+        plan_type: Any = PLANS[backend]
         if task.rule.counter is not None:
             device = self.params[0].device if plan_type.on_device else torch.device("cpu")
             counts = [count for *_, count in members]
@@ -260,6 +261,7 @@ class Part:
         filled_next = set(self.first)
         self.plan: Any = plan_type(
             PlanSpec(
+                rule=task.rule.kernel,
                 params=list(self._local(self.params)),
                 moments=moments,
                 first=[i in filled_next for i in range(len(members))],
@@ -457,7 +459,7 @@ def _held(tensor: Tensor | None) -> Tensor | None:
 
 def _check(task: Task, param: Tensor, group: int) -> None:
     """Raise ValueError unless the gradient and the moments are where their parameter is."""
-    if param.grad is not None and param.grad.is_sparse and not task.rule.takes_sparse:
+    if param.grad is not None and param.grad.is_sparse and not task.rule.kernel.takes_sparse:
         raise RuntimeError(
             "Adam does not support sparse gradients, please consider SparseAdam instead"
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastfreeze.kernels.adam import ADAM_HYPERS, PLANS
+from fastfreeze.kernels import rules
 from fastfreeze.kernels.library import Backend
 from fastfreeze.layers.groups import Group, check_number
 from fastfreeze.optim._checks import check_numbers, check_state_dtype
@@ -23,9 +23,7 @@ class AdamRule(UpdateRule):
     name = "Adam"
     required = ("betas", "eps", "amsgrad")
     keys = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
-    hypers = ADAM_HYPERS
-    plans = PLANS
-    takes_sparse = False
+    kernel = rules.ADAM
     moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     together = ("exp_avg", "exp_avg_sq")
     counter = "step"
@@ -33,9 +31,9 @@ class AdamRule(UpdateRule):
     def kept(self, group: Group) -> Sequence[str]:
         return self.moments[: 3 if group["amsgrad"] else 2]
 
-    def row(self, group: Group) -> list[float]:
+    def values(self, group: Group) -> Mapping[str, Any]:
         beta1, beta2 = group["betas"]
-        named = {
+        return {
             **group,
             "beta1": beta1,
             "beta2": beta2,
@@ -43,7 +41,6 @@ class AdamRule(UpdateRule):
             "maximize": bool(group["maximize"]),  # None is False, as torch takes it
             "amsgrad": bool(group["amsgrad"]),
         }
-        return [float(named.get(name, 0.0)) for name in ADAM_HYPERS]
 
 
 class AdamWRule(AdamRule):

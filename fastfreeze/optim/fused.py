@@ -286,7 +286,7 @@ class FusedOptimizer(Optimizer):
             self._lock = threading.RLock()
             _LOCKED.add(self)
         self._notices = Notices(self._frozen, self._step)
-        self._initial_lrs = [_UNCHECKED] * len(self.param_groups)
+        self._initial_lrs = []
         for group in self.param_groups:
             for name, value in self.defaults.items():  # older versions of torch have fewer
                 group.setdefault(name, value)
@@ -453,7 +453,6 @@ class FusedOptimizer(Optimizer):
         self._followed = FollowedGroups(self._schedule, self.param_groups, self._frozen)
         for group in self.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
-        self._remember_initial_lrs()
         self._settle()
         self._followed.go_to(step, self.param_groups, self.state)
         self._runtime = None
@@ -466,22 +465,14 @@ class FusedOptimizer(Optimizer):
 
     def _check_initial_lrs(self, schedule: Schedule) -> None:
         """Raise unless each group's ``initial_lr``, which the user may change, is a rate."""
-        try:
-            if all(map(is_, map(_initial_lr_of, self.param_groups), self._initial_lrs)):
-                return
-        except KeyError:  # a group has none: named below
-            pass
-        for g, group in enumerate(self.param_groups):
-            check_group_rate(schedule, g, "initial_lr", group.get("initial_lr"))
-        self._remember_initial_lrs()
-
-    def _remember_initial_lrs(self) -> None:
-        """The groups' rates have been checked, and need not be again while they are the same."""
+        rates = [group.get("initial_lr") for group in self.param_groups]
+        if len(rates) == len(self._initial_lrs) and all(map(is_, rates, self._initial_lrs)):
+            return
+        for g, rate in enumerate(rates):
+            check_group_rate(schedule, g, "initial_lr", rate)
         # A tensor can change and be the same object: it is checked at every step.
-        self._initial_lrs = [
-            lr if isinstance(lr, (int, float)) else _UNCHECKED
-            for lr in map(_initial_lr_of, self.param_groups)
-        ]
+        known = [rate if isinstance(rate, (int, float)) else _UNCHECKED for rate in rates]
+        self._initial_lrs = known
 
     def _check_group_count(self) -> None:
         """Raise ValueError if groups were put into ``param_groups`` or taken out by hand."""

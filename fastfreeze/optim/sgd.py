@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastfreeze.kernels import rules
 from fastfreeze.kernels.library import Backend
-from fastfreeze.kernels.sgd import PLANS, SGD_HYPERS
 from fastfreeze.layers.groups import Group, check_number
 from fastfreeze.optim._checks import check_numbers, check_state_dtype
 from fastfreeze.optim._rule import UpdateRule
@@ -23,18 +23,15 @@ class SgdRule(UpdateRule):
     name = "SGD"
     required = ("momentum", "dampening", "nesterov")
     keys = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    hypers = SGD_HYPERS
-    plans = PLANS
-    takes_sparse = True
+    kernel = rules.SGD
     moments = ("momentum_buffer",)
 
     def kept(self, group: Group) -> Sequence[str]:
         return self.moments if group["momentum"] != 0 else ()
 
-    def row(self, group: Group) -> list[float]:
-        flags = {name: bool(group.get(name)) for name in ("nesterov", "maximize")}
-        named = {**group, **flags}  # None is False, as torch takes it
-        return [float(named.get(name, 0.0)) for name in SGD_HYPERS]
+    def values(self, group: Group) -> Mapping[str, Any]:
+        # None is False, as torch takes it.
+        return {**group, **{name: bool(group.get(name)) for name in ("nesterov", "maximize")}}
 
 
 class SGD(FusedOptimizer):

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfreeze.checks import check_int
 from fastfreeze.recipes.names import MODEL_NAMES
 
 
@@ -52,9 +53,11 @@ def build_model(
         A module from images ``[B, in_channels, H, W]`` to logits ``[B, num_classes]``.
 
     Raises:
-        ValueError: no network has that name, or its depth does not exist.
+        ValueError: no network has that name, its depth does not exist, or a count is below 1.
     """
     sizes = _Sizes(num_classes, in_channels, stem_stride)
+    for key, count in vars(sizes).items():
+        check_int(key, count, minimum=1)
     for pattern, build in _BUILDERS:
         match = re.fullmatch(pattern, name)
         if match:

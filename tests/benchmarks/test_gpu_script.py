@@ -166,7 +166,7 @@ def test_a_test_that_kills_its_process_does_not_keep_the_rest_from_running(plan,
 
 def test_files_with_tests_of_a_gpu_are_found():
     files = gpu.files_of_a_gpu()
-    assert {"tests/kernels/test_sgd.py", "tests/optim/test_optim.py"} < {*files}
+    assert {"tests/kernels/test_steps.py", "tests/optim/test_optim.py"} < {*files}
     assert not {"tests/test_docs.py", "tests/cli/test_cli.py"} & {*files}
 
 

@@ -103,10 +103,15 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or _in_package("nvidia", "cu13/bin/nvcc")
 
 
+def nvcc_marks() -> list[pytest.MarkDecorator]:
+    """Skip a test where there is no nvcc; .ci/run takes these once more where there is one."""
+    return [pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC), pytest.mark.nvcc]
+
+
 def needs_nvcc(test: Callable[..., None]) -> Callable[..., None]:
-    """Skips a test where there is no nvcc; .ci/run takes these once more where there is one."""
-    absent = pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
-    return pytest.mark.nvcc(absent(test))
+    for mark in nvcc_marks():
+        test = mark(test)
+    return test
 
 
 def find_cuobjdump() -> str | None:

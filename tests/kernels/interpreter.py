@@ -24,9 +24,9 @@ def _rounded(self, src, dst_type):
 def _fused(self, x, y, z):
     if z.dtype.scalar != tl.float32:
         return _rounded_twice(self, x, y, z)
-    exact = x.data.astype(np.float64) * y.data
-    with np.errstate(over="ignore"):
-        return TensorHandle((exact + z.data).astype(np.float32), tl.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(np.float32), tl.float32)
 
 
 def install():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from types import SimpleNamespace
 
@@ -47,7 +48,7 @@ def registered(prefix):
     return SimpleNamespace(**{n: getattr(torch.ops.fastfreeze, prefix + n) for n in OPERATORS})
 
 
-def by_reference(monkeypatch):
+def by_reference(_):
     def softmax_add(result, entropy, total, logits, weight, temperature):
         if entropy is not None:
             p = torch.softmax(reference.scaled_reference(logits, temperature), dim=-1)
@@ -62,17 +63,15 @@ def by_reference(monkeypatch):
 
 
 def at_level(level):
-    def make(monkeypatch):
+    def make(_):
         torch.ops.fastfreeze.cpu_isa(level)
         return registered("")
 
     return make
 
 
-def by_triton(monkeypatch):
-    from fastfreeze.kernels import softmax_triton
-
-    return softmax_triton
+def by_triton(_):
+    return importlib.import_module("fastfreeze.kernels.softmax_triton")
 
 
 def way(name, make, device, marks=()):
@@ -212,16 +211,15 @@ def assert_right(operators, members, labels=None, weights=None, temperature=1.0)
     assert_adds(operators, members[-1], total, torch.rand_like(total[..., 0]), temperature)
 
 
-def assert_adds(operators, logits, total, entropy, temperature=1.0):
-    """A member of the weight 0.3."""
+def assert_adds(operators, logits, total, entropy, temperature=1.0, out=None):
+    """A member of the weight 0.3, into memory that holds NaN, or ``out``."""
     wide = reference.sum_dtype(logits.dtype)
-    result = torch.full(logits.shape, NAN, dtype=wide, device=logits.device)
-    sums = None if entropy is None else entropy.clone()
-    operators.softmax_add(result, sums, total, logits, 0.3, temperature)
+    result = torch.empty(logits.shape, dtype=wide, device=logits.device) if out is None else out
+    before = 0 if entropy is None else entropy.clone().double()
+    operators.softmax_add(result.fill_(NAN), entropy, total, logits, 0.3, temperature)
     p = truth([logits], None, temperature)
-    before = 0 if total is None else total.double()
-    assert_near(result, before + 0.3 * p)
+    assert_near(result, (0 if total is None else total.double()) + 0.3 * p)
     if entropy is not None:
-        expected = entropy.double() + 0.3 * torch.special.entr(p).sum(-1)
+        expected = before + 0.3 * torch.special.entr(p).sum(-1)
         tolerance = 1e-13 if wide == torch.float64 else 2e-6
-        torch.testing.assert_close(sums.double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(entropy.double(), expected, rtol=tolerance, atol=tolerance)

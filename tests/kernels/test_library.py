@@ -13,8 +13,8 @@ import torch
 import fastfreeze
 from fastfreeze.errors import BackendUnavailableError
 from fastfreeze.kernels import library
-from fastfreeze.kernels.adam import ADAM_HYPERS
-from fastfreeze.kernels.sgd import SGD_HYPERS
+from fastfreeze.kernels.choice import choose_backends
+from fastfreeze.kernels.rules import ADAM, SGD
 from tests.conftest import needs_cpu_kernels
 
 SOURCES = Path(__file__).parents[2] / "csrc"
@@ -27,10 +27,7 @@ def test_every_backend_says_whether_and_why():
     assert all(state.reason for state in states.values())
     for state in states.values():
         assert str(state).startswith("not available: ") != state.available
-
-
-def test_the_answer_is_a_copy():
-    fastfreeze.backends().clear()
+    states.clear()
     assert fastfreeze.backends()
 
 
@@ -73,9 +70,36 @@ def test_an_instruction_set_the_machine_lacks_is_refused():
 
 @pytest.mark.skipif(not SOURCES.exists(), reason="tests run outside the source tree")
 @pytest.mark.parametrize(
-    ("header", "columns"), [("sgd_math.h", SGD_HYPERS), ("adam_math.h", ADAM_HYPERS)]
+    ("header", "columns"), [("sgd_math.h", SGD.hypers), ("adam_math.h", ADAM.hypers)]
 )
 def test_the_columns_of_hyperparameters_are_those_of_cpp(header, columns):
     (names,) = re.findall(r"enum \{(.*?),\s*kCount\s*\}", (SOURCES / header).read_text(), re.DOTALL)
     found = re.findall(r"k(\w+)", names)
     assert [re.sub(r"\B([A-Z])", r"_\1", name).lower() for name in found] == list(columns)
+
+
+ONES = torch.ones(4)
+UNSUITABLE = {
+    "dtype": (ONES.cfloat(), None, [], "its dtype is torch.complex64, expected one of"),
+    "layout": (ONES.to_sparse(), None, [], "its layout is torch.sparse_coo"),
+    "overlap": (ONES[:1].expand(4), None, [], r"its elements overlap or have gaps .* \(0,\)"),
+    "gaps": (ONES[::2], None, [], r"its elements overlap or have gaps \(shape \(2,\)"),
+    "negated": (torch._neg_view(ONES), None, [], "its memory does not hold its values"),
+    "sparse gradient": (ONES, ONES.to_sparse(), [], "its gradient is torch.float32 and torch.spa"),
+    "wide gradient": (ONES, ONES.double(), [], "its gradient is torch.float64"),
+    "wide state": (ONES, None, [ONES.double()], "its state is torch.float64 and torch.strided"),
+    "shared": (ONES, ONES, [], "it, its gradient or its state shares memory with another"),
+}
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(("param", "grad", "state", "why"), UNSUITABLE.values(), ids=UNSUITABLE)
+def test_what_no_kernel_takes_goes_to_the_reference_unless_one_is_asked_for(
+    param, grad, state, why
+):
+    other = torch.ones(3)
+    given = [[other, param], [None, grad], [(), state]]
+    assert choose_backends(*given, None) == ["cpu", "reference"]
+    assert choose_backends(*given, "reference") == ["reference"] * 2
+    with pytest.raises(ValueError, match=f"backend='cpu' cannot take parameter 1: {why}"):
+        choose_backends(*given, "cpu")

@@ -14,11 +14,9 @@ from tests.kernels.emulation.softmax import emulated_softmax
 from tests.kernels.softmax_cases import (
     DTYPES,
     NAN,
-    assert_logs_near,
     assert_near,
     assert_right,
     assert_statistics_near,
-    log_truth,
     make,
     statistics_by,
     true_statistics,
@@ -85,13 +83,13 @@ def test_rows_between_vectors(plain, classes, dtype, offsets):
     assert_statistics_near(statistics_by(plain, members), true_statistics(logits), dtype)
     out, around = placed(torch.full((rows, classes), NAN, dtype=dtype), of_out)
     plain.launch(0, members, None, 1.0, out=out)
-    assert around.isnan().sum() == around.numel() - rows * classes
     assert_near(out, truth(logits))
-    result, around = placed(torch.full((rows, classes), NAN), of_out % 4)
+    result, also_around = placed(torch.full((rows, classes), NAN), of_out % 4)
     total, _ = placed(torch.rand(rows, classes), of_total % 4)
     plain.softmax_add(result, None, total, members[0], 1.0, 1.0)
-    assert around.isnan().sum() == around.numel() - rows * classes
     assert_near(result, total.double() + truth(logits[:1]))
+    for flat in (around, also_around):
+        assert flat.isnan().sum() == flat.numel() - rows * classes
 
 
 SANITIZED = [(10, torch.float16), (99, torch.float32), (512, torch.bfloat16), (1000, torch.float32)]
@@ -102,18 +100,9 @@ SANITIZED += [(12304, torch.bfloat16), (12289, torch.float32)]
 @pytest.mark.slow
 @covering(
     size={f"{classes}-{dtype}": (classes, dtype) for classes, dtype in SANITIZED},
-    mode=["sum", "log", "statistics"],
     sanitizer=SANITIZERS[1:],
 )
-def test_touches_and_orders(sanitizer, mode, size):
+def test_touches_and_orders(sanitizer, size):
     classes, dtype = size
     operators = emulated_softmax(sanitizer=sanitizer, blocks=3)
-    members = make((5 if classes < 2000 else 2, classes), 2, dtype)
-    if mode == "statistics":
-        labels = torch.randint(classes, (len(members[0]),))
-        found = statistics_by(operators, members, labels)
-        assert_statistics_near(found, true_statistics(members, labels), dtype)
-    else:
-        found = operators.ensemble_softmax(members, None, 1.0, mode == "log")
-        near, expected = (assert_logs_near, log_truth) if mode == "log" else (assert_near, truth)
-        near(found, expected(members))
+    assert_right(operators, make((5 if classes < 2000 else 2, classes), 2, dtype))

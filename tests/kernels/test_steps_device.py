@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastfreeze.kernels import sgd as sgd_ops
-from fastfreeze.kernels.plans import PlanSpec
 from fastfreeze.optim import SGD, AdamW, FusedOptimizer
 from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles, SnapshotCycles
 from tests.conftest import HAS_GPU, device_kernels, needs_gpu, resolved
 from tests.covering import covering
+from tests.kernels.steps import CASES, Beside
 
 TOTAL = 20
 
@@ -30,12 +29,6 @@ def parameters(device, dtype=torch.float32):
     torch.manual_seed(0)
     sizes = [(33,), (5, 7), (2049,), (1,), (31,), (8,)]
     return [nn.Parameter(torch.randn(s).to(device, dtype)) for s in sizes]
-
-
-def layers(params):
-    return [
-        {"params": params[2 * i : 2 * i + 2], "layer_index": i, "num_layers": 3} for i in range(3)
-    ]
 
 
 def set_grads(params, step, scale=1.0):
@@ -97,7 +90,10 @@ CLASSES = {"SGD": sgd, "AdamW": partial(AdamW, lr=0.01, amsgrad=True)}
 
 
 def make(params, schedule, backend, of=sgd):
-    return of(layers(params), schedule=schedule, backend=backend)
+    """In three layers."""
+    pairs = [params[:2], params[2:4], params[4:]]
+    groups = [{"params": ps, "layer_index": i, "num_layers": 3} for i, ps in enumerate(pairs)]
+    return of(groups, schedule=schedule, backend=backend)
 
 
 @covering(
@@ -207,49 +203,13 @@ def test_what_needs_a_step_before_a_capture(backend, device, graph, monkeypatch)
         assert all(map(torch.equal, before, params)), change
 
 
-def test_a_buffer_without_a_first_step_is_not_saved(backend, device):
-    params = parameters(device)
-    optimizer = SGD(params, lr=0.1, momentum=0.9, backend=backend)
-    optimizer.found_inf = torch.ones((), device=device)
-    optimizer.grad_scale = torch.ones((), device=device)
-    set_grads(params, 0)
-    optimizer.step()
-    assert optimizer.state_dict()["state"] == {}
-    optimizer.found_inf.zero_()
-    optimizer.step()
-    assert len(optimizer.state_dict()["state"]) == len(params)
-
-
-def plan_of(backend, sizes, device="cpu"):
-    params = [torch.rand(n, device=device) for n in sizes]
-    moments = {"momentum_buffer": [torch.rand_like(p) for p in params]}
-    first, groups = [i % 2 == 0 for i in range(len(params))], [i % 3 for i in range(len(params))]
-    segments = [Cosine(TOTAL).segments()] * 3
-    return sgd_ops.PLANS[backend](PlanSpec(params, moments, first, groups, segments, 0.1, 0, None))
-
-
-def test_the_tables_come_in_one_copy(backend, device):
-    plan = plan_of(backend, [7, 5000, 1], device)
-    tables = [plan.runs, plan.hypers, plan.segments, plan.segment_begin, plan.tensor_groups]
-    tables += [plan.progress, plan.counters, plan.grad_table]
-    assert len({t.untyped_storage().data_ptr() for t in tables}) == 1
-    assert all(t.data_ptr() % 16 == 0 and t.is_contiguous() for t in tables)
-    assert plan.segments.tolist() == [[0, TOTAL, 1]] * 3
-    assert plan.segment_begin.flatten().tolist() == [0, 1, 2, 3]
-    assert plan.tensor_groups.flatten().tolist() == [0, 1, 2]
-    assert plan.progress.flatten().tolist() == [0, 1, 0]
-    [buffers] = plan.moments.values()
-    assert [b.any().item() for b in buffers] == [False, True, False]
-    assert plan.runs[:, 1].min() >= min(b.data_ptr() for b in buffers)
-
-
 class Stream:
     """A CUDA stream's part in what the plan asks."""
 
 
 @pytest.mark.skipif(HAS_GPU, reason="a stub of a stream")
 def test_tables_are_kept_for_each_stream_that_steps(backend, device, monkeypatch):
-    plan = plan_of(backend, [7])
+    plan = Beside(backend, [torch.rand(7, device=device)], CASES["momentum"]).plan
     side, kept = Stream(), []
     plan.runs = plan.progress = type("Table", (), {"record_stream": kept.append})
     for stream in (None, side, side, None):

@@ -1,7 +1,8 @@
 """Compiles what the Triton launchers launch, for GPUs that need not be there.
 
-``python -m tests.kernels.triton_matrix sm_90 gfx942`` prints as JSON what became of each launch.
-To be run without TRITON_INTERPRET.
+``python -m tests.kernels.triton_matrix sm_90`` prints as JSON what became of each launch, and
+with ``captures`` whether captured steps launch kernels that were compiled before. To be run without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -22,14 +25,14 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
-from fastfreeze.kernels import softmax_triton, step_triton
-from fastfreeze.kernels.adam import ADAM_HYPERS, AdamTritonPlan
+from fastfreeze.kernels import library, softmax_triton, step_triton
+from fastfreeze.kernels.device_plan import TritonLaunch
 from fastfreeze.kernels.placements import Given
-from fastfreeze.kernels.plans import PlanSpec
-from fastfreeze.kernels.sgd import SGD_HYPERS, SgdTritonPlan
-from fastfreeze.schedule import Cosine
+from fastfreeze.optim import SGD, Adam, AdamW, FusedOptimizer
+from fastfreeze.schedule import Cosine, FreezeOut
 from tests.kernels import compiled
-from tests.kernels.adam_plans import spec_of
+from tests.kernels.steps import CASES as CASES_OF_STEPS
+from tests.kernels.steps import spec_of, table_of
 
 PTX_ACCESS = re.compile(r"\b((?:ld|st)\.(?:global|local)[\w.:]*)")
 AMD_ACCESS = re.compile(r"\b((?:global|flat|scratch|buffer)_(?:load|store)_\w+)")
@@ -67,30 +70,16 @@ class Recorder:
         KernelInterface.__getitem__ = launcher
 
 
-def taken(plan_class, spec, num_hypers, scaled):
-    """A step, with what its plan's making launches."""
-    grads = [torch.ones_like(p) for p in spec.params]
+def step(name, dtype, wide=None, scaled=False):
+    """Of one tensor, with what its plan's making launches."""
+    case = CASES_OF_STEPS[name]._replace(wide=wide)
+    counts = torch.zeros(1) if case.rule == "adam" else None
+    segments = [Cosine(100).segments()]
+    spec = spec_of([torch.zeros(5000, dtype=dtype)], case, segments=segments, steps=counts)
     amp = torch.ones(()) if scaled else None
-    plan = plan_class(spec)
-    aligned = plan.align(spec.params, grads, Given(grads))
-    plan.step(aligned, torch.zeros(1, num_hypers).double().numpy(), 0, amp, amp)
-
-
-def sgd_step(dtype, momentum_dtype=None, scaled=False):
-    """Of one tensor."""
-    param, buffer = (torch.zeros(5000, dtype=d) for d in (dtype, momentum_dtype or dtype))
-    segments = Cosine(100).segments()
-    moments = {"momentum_buffer": [buffer]}
-    spec = PlanSpec([param], moments, [True], [0], [segments], 0.0, 0, momentum_dtype)
-    taken(SgdTritonPlan, spec, len(SGD_HYPERS), scaled)
-
-
-def adam_step(dtype, state_dtype=None, scaled=False):
-    """The same, with amsgrad."""
-    param = torch.zeros(5000, dtype=dtype)
-    segments = Cosine(100).segments()
-    spec = spec_of([param], amsgrad=True, segments=[segments], state_dtype=state_dtype)
-    taken(AdamTritonPlan, spec, len(ADAM_HYPERS), scaled)
+    plan = TritonLaunch(spec)
+    grads = [torch.ones_like(p) for p in spec.params]
+    plan.step(plan.align(spec.params, grads, Given(grads)), table_of(case), 0, amp, amp)
 
 
 def softmax(dtype, rows, classes, log=False):
@@ -130,13 +119,13 @@ FLOATS = {
     "bf16": torch.bfloat16,
 }
 CASES: dict[str, Callable[[], None]] = {
-    **{f"SGD {name}": lambda d=d: sgd_step(d) for name, d in FLOATS.items()},
-    "SGD bf16, momentum fp32": lambda: sgd_step(torch.bfloat16, torch.float32),
-    "SGD fp32, scaled": lambda: sgd_step(torch.float32, scaled=True),
-    **{f"Adam {name}": lambda d=d: adam_step(d) for name, d in FLOATS.items()},
-    "Adam bf16, moments fp32": lambda: adam_step(torch.bfloat16, torch.float32),
-    "Adam fp32, scaled": lambda: adam_step(torch.float32, scaled=True),
-    **{f"softmax {name}": lambda d=d: softmax(d, 64, 1024) for name, d in FLOATS.items()},
+    **{f"SGD {name}": partial(step, "momentum", d) for name, d in FLOATS.items()},
+    "SGD bf16, wide": lambda: step("momentum", torch.bfloat16, torch.float32),
+    "SGD fp32, scaled": lambda: step("momentum", torch.float32, scaled=True),
+    **{f"Adam {name}": partial(step, "amsgrad", d) for name, d in FLOATS.items()},
+    "Adam bf16, wide": lambda: step("amsgrad", torch.bfloat16, torch.float32),
+    "Adam fp32, scaled": lambda: step("amsgrad", torch.float32, scaled=True),
+    **{f"softmax {name}": partial(softmax, d, 64, 1024) for name, d in FLOATS.items()},
     "softmax fp32, few classes": lambda: softmax(torch.float32, 256, 16),
     "softmax fp32, many classes": lambda: softmax(torch.float32, 8, 4096),
     "softmax fp32, log": lambda: softmax(torch.float32, 64, 1024, log=True),
@@ -148,6 +137,85 @@ SEEDED: dict[str, Callable[[], None]] = {
     "spilling": lambda: _spilling_kernel[(1,)](torch.zeros(32768), 32768, num_warps=1),
     "narrow": lambda: _narrow_kernel[(1,)](torch.zeros(1, dtype=torch.int64), 9, 1024),
 }
+
+
+def optimizer_of(make, schedule=None):
+    """Three layers, each with a gradient."""
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (5000, 3, 2048)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    groups = [{"params": [p], "layer_index": i, "num_layers": 3} for i, p in enumerate(params)]
+    return make(groups, schedule=schedule, backend="triton")
+
+
+def stepped(optimizer, found_inf=None, grad_scale=None):
+    """After one more step, with what a GradScaler leaves to the optimizer."""
+    optimizer.found_inf, optimizer.grad_scale = found_inf, grad_scale
+    optimizer.step()
+    return optimizer
+
+
+def resumed(recorder, make, schedule=None):
+    """One step after a state was loaded, whose moments have all had their first."""
+    state = stepped(optimizer_of(make, schedule)).state_dict()
+    recorder.launched.clear()
+    optimizer = optimizer_of(make, schedule)
+    optimizer.load_state_dict(state)
+    return stepped(optimizer)
+
+
+def with_a_layer_frozen(recorder, make):
+    """One step after the first layer has frozen."""
+    optimizer = optimizer_of(make, FREEZES)
+    while not optimizer.frozen_layers:
+        stepped(optimizer)
+    recorder.launched.clear()
+    return stepped(optimizer)
+
+
+def with_a_late_scaler(recorder, make):
+    """As it must not be: only the captured step looks for an overflow."""
+    optimizer = stepped(optimizer_of(make))
+    optimizer.found_inf = torch.zeros(())
+    return optimizer
+
+
+FREEZES = FreezeOut(20, t_0=0.5)
+SCALER = torch.zeros(()), torch.full((), 2.0**16)
+# What is done before the captured step.
+CAPTURES = {
+    "the first step": lambda _, make: stepped(optimizer_of(make)),
+    "layers to freeze": lambda _, make: stepped(optimizer_of(make, FREEZES)),
+    "resumed": resumed,
+    "resumed, layers to freeze": partial(resumed, schedule=FREEZES),
+    "a layer frozen": with_a_layer_frozen,
+    "scaled": lambda _, make: stepped(optimizer_of(make), *SCALER),
+    "unscaled": lambda _, make: stepped(optimizer_of(make, FREEZES), SCALER[0]),
+    "a late scaler": with_a_late_scaler,
+}
+MAKES = {
+    "SGD": partial(SGD, lr=0.1, momentum=0.9),
+    "SGD without momentum": partial(SGD, lr=0.1),
+    "Adam": Adam,
+    "AdamW, amsgrad": partial(AdamW, amsgrad=True),
+}
+
+
+def captures(recorder: Recorder) -> dict:
+    """Whether the steps before have compiled the one kernel that a captured step launches."""
+    library.interpreting = lambda: True  # Triton's kernels then take tensors of the CPU
+    library._BACKENDS["triton"] = library.Availability(True, "compiled and not run")
+    found: dict = {}
+    for name, before in CAPTURES.items():
+        for which, make in MAKES.items():
+            recorder.launched.clear()
+            optimizer = before(recorder, make)
+            known, recorder.launched = recorder.launched, []
+            with mock.patch.object(FusedOptimizer, "_is_capturing", return_value=True):
+                optimizer.step()
+            (launched,) = recorder.launched
+            found.setdefault(name, {})[which] = any(launched is one for one in known)
+    return found
 
 
 def made_of(kernel: CompiledKernel) -> dict:
@@ -180,8 +248,11 @@ def main() -> None:
     recorder.take_over()
     result = {}
     for name in sys.argv[1:]:
-        recorder.targets.append(target_of(name))
+        recorder.targets.append(target_of("sm_90" if name == "captures" else name))
         step_triton.warp_size = recorder.targets[-1].warp_size
+        if name == "captures":
+            result[name] = captures(recorder)
+            continue
         result[name] = {}
         for case, launch in {**CASES, **SEEDED}.items():
             recorder.launched.clear()

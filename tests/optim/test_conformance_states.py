@@ -21,7 +21,6 @@ from tests.optim.conformance import (
     parameters,
     params_of,
     run,
-    set_gradients,
     tensors_of,
 )
 from tests.optim.helpers import train
@@ -63,38 +62,17 @@ def test_training_goes_on_bit_for_bit(pair, kwargs):
 
 @every_pair
 def test_states_of_older_versions_load(pair):
-    """Made before some of the flags were there."""
+    """Made before some of the flags were there, with numbers for steps."""
     optimizer = run(pair.ours(parameters(), **pair.keeping), 3)
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
         for flag in pair.info.not_og_supported_flags:
             group.pop(flag, None)
+    for kept in state["state"].values():
+        kept |= {name: int(kept[name]) for name in kept if name == "step"}
     older = pair.ours([Parameter(p.detach().clone()) for p in params_of(optimizer)], **pair.keeping)
     older.load_state_dict(state)
     assert_same(run(older, 3, start=3), run(optimizer, 3, start=3))
-
-
-@every_pair
-@pytest.mark.parametrize("named", [(True, True), (True, False), (False, True)], ids=str)
-def test_named_parameters(pair, named):
-    names = [f"p{i}" for i in range(len(SHAPES))]
-
-    def names_seen(make):
-        first, second = (
-            list(zip(names, parameters(), strict=True)) if has else parameters() for has in named
-        )
-        saved = run(make(first, **pair.keeping), 2)
-        loaded = make(second, **pair.keeping)
-        loaded.load_state_dict(saved.state_dict())
-        run(loaded, 2, start=2)
-        return [
-            saved.state_dict()["param_groups"][0].get("param_names"),
-            loaded.param_groups[0].get("param_names"),
-        ]
-
-    found = names_seen(pair.ours)
-    assert found[0] == (names if named[0] else None)
-    assert found == names_seen(pair.theirs)
 
 
 @every_pair
@@ -125,32 +103,6 @@ def test_hooks_of_states(pair):
     optimizer.load_state_dict(state)
     assert called[-1] == "load, post"
     assert list(tensors_of(optimizer)) == ["itself"]
-
-
-@every_pair
-@pytest.mark.parametrize("saved", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
-def test_the_flags_in_a_checkpoint_mean_nothing(pair, saved):
-    """torch takes them over; with a GradScaler its fused step then fails."""
-    found = []
-    for make in (pair.ours, pair.theirs):
-        first = run(pair.theirs(parameters(), **pair.keeping, **saved), 2)
-        state = first.state_dict()
-        if make is pair.theirs:
-            state["param_groups"][0] |= {"foreach": None, "fused": None}
-        optimizer = make(params_of(first), **pair.keeping)
-        optimizer.load_state_dict(state)
-        if make is pair.theirs:
-            run(optimizer, 3, start=2)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        for step in range(2, 5) if make is pair.ours else ():
-            set_gradients(params_of(optimizer), step)
-            scaler.scale(torch.ones(()))
-            for p in params_of(optimizer):
-                p.grad.mul_(4)
-            scaler.step(optimizer)
-            scaler.update()
-        found.append(optimizer)
-    assert_same(*found)
 
 
 @every_pair

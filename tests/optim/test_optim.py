@@ -19,7 +19,6 @@ from fastfreeze.schedule import (
     GradualUnfreezing,
     SnapshotCycles,
 )
-from tests.conftest import needs_cpu_kernels
 from tests.covering import covering
 from tests.optim.helpers import (
     BACKENDS,
@@ -76,27 +75,6 @@ def test_a_compiled_training_step_breaks_its_graph_and_goes_on():
     assert_equal_training(ours, theirs)
 
 
-@needs_cpu_kernels
-def test_what_the_kernel_cannot_take_goes_to_the_reference():
-    tensors = [torch.randn(5), torch.randn(3, dtype=torch.cfloat), torch.randn(4, 6)[:, ::2]]
-    table = nn.Embedding(6, 3, sparse=True)
-    ours, theirs = ([*map(nn.Parameter, copy.deepcopy(tensors))] for _ in range(2))
-    ours[2] = nn.Parameter(tensors[2])  # a copy would have no gaps
-    twin = copy.deepcopy(table)
-    o = SGD([*ours, table.weight], lr=0.1, momentum=0.9)
-    t = torch.optim.SGD([*theirs, twin.weight], lr=0.1, momentum=0.9)
-    for step in range(3):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn(p.shape, dtype=p.dtype)
-            q.grad = p.grad.clone()
-        for module in (table, twin):
-            module.zero_grad()
-            module(torch.tensor([step, 1])).sum().backward()
-        o.step()
-        t.step()
-    torch.testing.assert_close([*ours, table.weight], [*theirs, twin.weight])
-
-
 # GradScalers.
 
 SCALED = {
@@ -140,8 +118,10 @@ def test_a_step_that_overflows_is_none_but_for_the_schedule(backend, device, cla
 
 
 def test_what_an_overflow_leaves_of_the_state(backend, device):
+    """And gradients unscaled, also those of other strides than their parameters."""
     a, b = (nn.Parameter(torch.randn(1000)) for _ in range(2))
-    optimizer = SGD([a, b], lr=0.1, momentum=0.9, backend=backend)
+    images = nn.Parameter(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    optimizer = SGD([a, b, images], lr=0.1, momentum=0.9, backend=backend)
     optimizer.state[a]["mine"] = 1
     before = a.detach().clone()
     without_gradients = torch.amp.GradScaler(device.type)
@@ -154,8 +134,10 @@ def test_what_an_overflow_leaves_of_the_state(backend, device):
         assert torch.equal(a, before)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
+        images.grad = torch.full((2, 3, 4, 4), scaler.get_scale())
         scaler.step(optimizer)
         scaler.update()
+    assert (images.grad == 1).all()
     buffer = optimizer.state.get(b, {}).get("momentum_buffer")
     assert buffer is None or not buffer.any()
     torch.testing.assert_close(optimizer.state[a]["momentum_buffer"], torch.ones(1000))

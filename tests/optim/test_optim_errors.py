@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastfreeze.errors import BackendUnavailableError, FastfreezeWarning
-from fastfreeze.kernels import library
+from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.optim import SGD, AdamW
 from fastfreeze.schedule import Constant, Cosine, FreezeOut
 from tests.optim.helpers import (
@@ -61,16 +60,11 @@ def assert_unchanged(model, optimizer, before):
 # Arguments.
 
 
-NUMBERS = ["lr", "momentum", "dampening", "weight_decay"]
 ARGUMENTS = {
-    "lr -1": (SGD, {"lr": -1.0}, ValueError, "lr must be >= 0, got -1.0"),
     "lr nan": (SGD, {"lr": math.nan}, ValueError, "lr must be >= 0, got nan"),
     "momentum -0.1": (SGD, {"momentum": -0.1}, ValueError, "momentum must be >= 0, got -0.1"),
-    "decay -1": (SGD, {"weight_decay": -1}, ValueError, "weight_decay must be >= 0, got -1"),
     "nesterov": (SGD, {"nesterov": True}, ValueError, "nesterov=True needs momentum > 0"),
-    "differentiable": (SGD, {"differentiable": True}, ValueError, "differentiable=True is not"),
     "for AdamW": (AdamW, {"differentiable": True}, ValueError, "use torch.optim.AdamW for it"),
-    "flags": (SGD, {"foreach": True, "fused": True}, RuntimeError, "cannot both be True"),
     "backend": (SGD, {"backend": "gpu"}, ValueError, "backend must be one of"),
     "schedule": (SGD, {"schedule": 3}, TypeError, "schedule must be a fastfreeze Schedule, got 3"),
     "total": (SGD, {"schedule": Cosine(5), "total_steps": 6}, ValueError, "be the schedule's 5"),
@@ -79,7 +73,6 @@ ARGUMENTS = {
     "momentum's dtype": (SGD, {"momentum_dtype": torch.half}, ValueError, "momentum_dtype must be"),
     "one beta": (AdamW, {"betas": 0.9}, TypeError, "betas must be a pair of numbers, got 0.9"),
     "beta 1": (AdamW, {"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be .* < 1, got 1"),
-    "beta str": (AdamW, {"betas": ("a", 0.9)}, TypeError, r"betas\[0\] must be a number, got 'a'"),
     "eps": (AdamW, {"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
     "state's dtype": (AdamW, {"state_dtype": torch.half}, ValueError, "state_dtype must be None"),
 }
@@ -91,33 +84,21 @@ def test_arguments(make, kwargs, error, message):
         make(net().parameters(), **kwargs)
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_arguments_must_be_numbers(name):
-    for value in ("a", "0.5", None, [0.1], 1j):
-        with pytest.raises(TypeError, match=rf"^{name} must be a number, got "):
-            SGD(net().parameters(), **{name: value})
-    with pytest.raises(ValueError, match=rf"Tensor {name} must have one element, got shape \(2,\)"):
-        SGD(net().parameters(), **{name: torch.ones(2)})
-    for lr in ("a", None):
-        with pytest.raises(TypeError, match=r"lr of parameter group 0 must be a number, got"):
-            SGD([{"params": net().parameters(), "lr": lr}], schedule=Cosine(5))
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_every_number_that_torch_takes(name):
-    for value in (1, 0.5, np.float32(0.5), np.int64(1), torch.tensor(0.5)):
-        ours, theirs = net(), net()
-        kwargs = {"lr": 0.1, "momentum": 0.9, name: value}
-        train(ours, SGD(ours.parameters(), **kwargs), 2)
-        train(theirs, torch.optim.SGD(theirs.parameters(), foreach=False, **kwargs), 2)
-        assert_equal_training(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-def test_an_unavailable_backend_raises_at_once(monkeypatch):
-    states = {**library.backends(), "cpu": library.Availability(False, "not built")}
-    monkeypatch.setattr(library, "_BACKENDS", states)
-    with pytest.raises(BackendUnavailableError, match="cannot run here"):
-        SGD(net().parameters(), backend="cpu")
+def test_hyperparameters_are_the_numbers_that_torch_takes():
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
+        for value in ("0.5", None, [0.1], 1j):
+            with pytest.raises(TypeError, match=rf"^{name} must be a number, got "):
+                SGD(net().parameters(), **{name: value})
+        with pytest.raises(ValueError, match=rf"Tensor {name} must have one element, got .*\(2,\)"):
+            SGD(net().parameters(), **{name: torch.ones(2)})
+        for value in (1, np.float32(0.5), np.int64(1), torch.tensor(0.5)):
+            ours, theirs = net(), net()
+            kwargs = {"lr": 0.1, "momentum": 0.9, name: value}
+            train(ours, SGD(ours.parameters(), **kwargs), 2)
+            train(theirs, torch.optim.SGD(theirs.parameters(), foreach=False, **kwargs), 2)
+            assert_equal_training(ours, theirs, rtol=1e-5, atol=1e-6)
+    with pytest.raises(TypeError, match=r"lr of parameter group 0 must be a number, got 'a'"):
+        SGD([{"params": net().parameters(), "lr": "a"}], schedule=Cosine(5))
 
 
 # What leaves all as it was.
@@ -158,34 +139,26 @@ def load(change, *args, **kwargs):
     return act
 
 
+def of(state, make):
+    state |= trained(steps=15, of=make)[1].state_dict()
+
+
 OF_STEP = r"^current_step must be .*in 0\.\.20, got "
 REFUSED = {
     "current_step 2.5": (at(2.5), TypeError, OF_STEP),
-    "current_step 3.0": (at(3.0), TypeError, OF_STEP),
     "current_step bool": (at(True), TypeError, OF_STEP),
-    "current_step str": (at("a"), TypeError, OF_STEP),
-    "current_step None": (at(None), TypeError, OF_STEP),
     "current_step float tensor": (at(torch.tensor(2.5)), TypeError, OF_STEP),
-    "current_step bool tensor": (at(torch.tensor(True)), TypeError, OF_STEP),
-    "current_step of two elements": (at(torch.tensor([1, 2])), TypeError, OF_STEP),
     "current_step -1": (at(-1), ValueError, OF_STEP),
     "current_step behind the end": (at(21), ValueError, OF_STEP),
     "initial_lr nan": (load(group, initial_lr=math.nan), ValueError, "group 1: initial_lr .* nan"),
-    "initial_lr -1": (load(group, initial_lr=-1.0), ValueError, "group 1: initial_lr .* -1.0"),
     "initial_lr str": (load(group, initial_lr="x"), TypeError, "initial_lr of .* 1 must be a num"),
     "layer_index str": (load(group, layer_index="x"), TypeError, "layer_index of .* 1 .* 'x'"),
-    "layer_index -1": (load(group, layer_index=-1), ValueError, "layer_index of .* 1 .*>= 0.* -1"),
     "layer_index 3 of 3": (load(group, layer_index=3), ValueError, r"layer_index of .* in 0\.\.2"),
     "num_layers 0": (load(group, num_layers=0), ValueError, "num_layers of .* 1 .*>= 1, got 0"),
-    "num_layers float": (load(group, num_layers=3.0), TypeError, "num_layers of .* 1 .* an int"),
     "step -5": (load(all_steps, -5), ValueError, r"step of .* 0 must be in 0\.\.20, got -5"),
-    "step 1000": (load(all_steps, 1000), ValueError, r"step of .* 0 must be in 0\.\.20, got 1000"),
     "step str": (load(all_steps, "x"), TypeError, "step of .* 0 must be an int .* 'x'"),
-    "step 20.0": (load(all_steps, 20.0), TypeError, r"step of .* 0 must be an int .* 20\.0"),
     "one step of another": (load(group, step=-1), ValueError, "step of parameter group 1 .* -1"),
     "momentum float": (load(momentum, 3.0), ValueError, "momentum_buffer of .* 1 must be a ten"),
-    "momentum list": (load(momentum, [1.0]), ValueError, r"momentum_buffer .* None, got \[1\.0\]"),
-    "momentum str": (load(momentum, "abc"), ValueError, "momentum_buffer .* None, got 'abc'"),
     "momentum shape": (load(momentum, torch.ones(2)), ValueError, "have its parameter's shape"),
     "state 3.0": (load(lambda s: s["state"].update({2: 3.0})), ValueError, "state in group 1"),
     "fewer groups": (load(lambda s: s["param_groups"].pop()), ValueError, "2, expected .* 3"),
@@ -197,14 +170,12 @@ REFUSED = {
     "a group is None": (
         load(lambda s: s["param_groups"].__setitem__(1, None)), ValueError, "group 1 must be a dict"
     ),
+    "AdamW's": (load(of, AdamW), ValueError, "must be SGD's: parameter group 0 has no"),
     "another schedule": (
         load(lambda s: s.update(schedule={"name": "Cosine"})), ValueError, "saved under schedule"
     ),
     "group's layer_index str": (adds(layer_index="a"), TypeError, "layer_index of .* 3 .* 'a'"),
-    "group's layer_index None": (adds(layer_index=None), TypeError, "layer_index .* 3 .* got None"),
     "group's no layer_index": (adds(), ValueError, "no 'layer_index'"),
-    "group's layer_index bool": (adds(layer_index=True), TypeError, "layer_index .* 3 .* got True"),
-    "group's layer_index -1": (adds(layer_index=-1), ValueError, "layer_index of .* 3 .* got -1"),
     "group's layer_index 3 of 3": (
         adds(layer_index=3, num_layers=3), ValueError, r"group 3 .* 0\.\.2, .* got 3"
     ),
@@ -215,10 +186,6 @@ REFUSED = {
 }  # fmt: skip
 
 
-def of_sgd(state):
-    state |= trained(steps=15)[1].state_dict()
-
-
 def kept(state, without=None, **values):
     state["state"][4].update(values)
     state["state"][4].pop(without, None)
@@ -226,7 +193,7 @@ def kept(state, without=None, **values):
 
 HALF = r"must have exp_avg and exp_avg_sq, got none for \['exp_avg_sq'\]"
 REFUSED_BY_ADAM = {
-    "SGD's": (load(of_sgd), ValueError, "state_dict must be AdamW's: parameter group 0 has no"),
+    "SGD's": (load(of, SGD), ValueError, "state_dict must be AdamW's: parameter group 0 has no"),
     "no count": (load(kept, "step"), TypeError, "step of parameter 4"),
     "count -1": (load(kept, step=-1), ValueError, "step of parameter 4 must be >= 0, got -1"),
     "count str": (load(kept, step="3"), TypeError, "step of parameter 4 must be a number, got '3'"),
@@ -275,21 +242,17 @@ def test_current_step_stays_if_the_groups_do_not_fit():
     assert_unchanged(model, optimizer, before)
 
 
-@pytest.mark.parametrize(
-    ("steps", "change", "message"),
-    [
+def test_steps_off_the_schedule():
+    for steps, change, message in [
         (1, {"lr": 0.5}, r"lr of parameter group 0 must be .* got 0\.5"),
         (20, {}, "after the schedule's total_steps=20"),
-    ],
-    ids=["a changed rate", "past the end"],
-)
-def test_steps_off_the_schedule(steps, change, message):
-    model, optimizer = trained(Cosine(20), steps)
-    optimizer.param_groups[0].update(change)
-    before = weights(model)
-    with pytest.raises(ValueError, match=message):
-        train(model, optimizer, 1)
-    assert same_bits(weights(model), before)
+    ]:
+        model, optimizer = trained(Cosine(20), steps)
+        optimizer.param_groups[0].update(change)
+        before = weights(model)
+        with pytest.raises(ValueError, match=message):
+            train(model, optimizer, 1)
+        assert same_bits(weights(model), before)
 
 
 # Checkpoints.
@@ -308,20 +271,17 @@ def test_what_is_no_state_and_a_step_without_a_schedule():
     assert_unchanged(model, optimizer, before)
 
 
-@pytest.mark.parametrize(
-    ("steps", "words"),
-    [((4, 5, 4), r"different steps, \[4, 5\]"), ((None, 4, 4), r"different steps, \[None, 4\]")],
-    ids=["two steps", "one without"],
-)
-def test_different_steps_are_told(steps, words):
-    model, optimizer = trained()
-    state = copy.deepcopy(optimizer.state_dict())
-    for group, step in zip(state["param_groups"], steps, strict=True):
-        group["step"] = step
-    optimizer.current_step = 7
-    with pytest.warns(FastfreezeWarning, match=rf"{words}: the schedule goes on from step 7"):
-        optimizer.load_state_dict(state)
-    train(model, optimizer, 13)
+def test_different_steps_are_told():
+    for steps, words in [((4, 5, 4), r"\[4, 5\]"), ((None, 4, 4), r"\[None, 4\]")]:
+        model, optimizer = trained()
+        state = copy.deepcopy(optimizer.state_dict())
+        for group, step in zip(state["param_groups"], steps, strict=True):
+            group["step"] = step
+        optimizer.current_step = 7
+        match = rf"different steps, {words}: the schedule goes on from step 7"
+        with pytest.warns(FastfreezeWarning, match=match):
+            optimizer.load_state_dict(state)
+        train(model, optimizer, 13)
 
 
 def test_momentum_may_be_none():
@@ -339,9 +299,9 @@ def test_momentum_may_be_none():
     assert_equal_training(ours, theirs)
 
 
-def test_what_a_hook_makes_of_a_state_is_checked():
-    model, optimizer = trained()
-    state = copy.deepcopy(optimizer.state_dict())
+def test_what_hooks_make_of_a_state_is_checked_and_they_see_it_whole():
+    state = copy.deepcopy(trained(steps=15)[1].state_dict())
+    model, optimizer = trained(momentum_dtype=torch.float32)
     before = seen(model, optimizer)
 
     def spoil(_, state_dict):
@@ -354,13 +314,6 @@ def test_what_a_hook_makes_of_a_state_is_checked():
         optimizer.load_state_dict(state)
     assert_unchanged(model, optimizer, before)
     hook.remove()
-    optimizer.load_state_dict(state)
-
-
-def test_hooks_see_a_state_that_is_whole():
-    _, saved = trained(steps=15)
-    state = copy.deepcopy(saved.state_dict())
-    _, optimizer = trained()
     found = []
 
     def look(optimizer):
@@ -368,17 +321,12 @@ def test_hooks_see_a_state_that_is_whole():
         found.append((optimizer.current_step, optimizer.frozen_layers, groups[0]["step"]))
         raise KeyError("the hook's own")
 
-    optimizer.register_load_state_dict_post_hook(look)
+    hook = optimizer.register_load_state_dict_post_hook(look)
     for _ in range(2):  # nothing of ours is left behind
         with pytest.raises(KeyError, match="the hook's own"):
             optimizer.load_state_dict(state)
-    assert found == [(15, saved.frozen_layers, 15)] * 2
-    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 0
-
-
-def test_wide_momentum_is_what_a_hook_leaves():
-    _, optimizer = trained(schedule=None, momentum_dtype=torch.float32)
-    state = copy.deepcopy(optimizer.state_dict())
+    assert found == [(15, (0, 1), 15)] * 2
+    hook.remove()
     optimizer.register_load_state_dict_pre_hook(lambda _, s: {**s, "state": {}})
     optimizer.load_state_dict(state)
     assert not optimizer.state
@@ -392,12 +340,7 @@ def append(optimizer):
     optimizer.param_groups.append(extra)
 
 
-BY_HAND = {
-    "pop()": (lambda o: o.param_groups.pop(), 2),
-    "pop(0)": (lambda o: o.param_groups.pop(0), 2),
-    "append": (append, 4),
-    "clear": (lambda o: o.param_groups.clear(), 0),
-}
+BY_HAND = [(lambda o: o.param_groups.pop(0), 2), (append, 4), (lambda o: o.param_groups.clear(), 0)]
 TRIES = {
     "step": lambda o: o.step(),
     "current_step": lambda o: setattr(o, "current_step", 2),
@@ -411,10 +354,9 @@ TRIES = {
 
 
 @pytest.mark.parametrize("attempt", TRIES.values(), ids=TRIES)
-@pytest.mark.parametrize("schedule", [Cosine(20), FREEZING], ids=["cosine", "freezing"])
-def test_groups_edited_by_hand_are_refused(attempt, schedule):
-    for edit, count in BY_HAND.values():
-        model, optimizer = trained(schedule=schedule)
+def test_groups_edited_by_hand_are_refused(attempt):
+    for edit, count in BY_HAND:
+        model, optimizer = trained()
         edit(optimizer)
         before = seen(model, optimizer)
         message = rf"must be the 3 groups .*, got {count}: add groups with add_param_group, .* new"
@@ -434,8 +376,6 @@ def test_without_a_schedule_groups_may_be_edited():
 
 INITIAL_RATES = {
     "nan": (math.nan, ValueError, "group 1: initial_lr must be finite and >= 0, got nan"),
-    "inf": (math.inf, ValueError, "group 1: initial_lr must be finite and >= 0, got inf"),
-    "-1": (-1, ValueError, "group 1: initial_lr must be finite and >= 0, got -1"),
     "str": ("x", TypeError, "initial_lr of parameter group 1 must be a number, got 'x'"),
     "None": (None, TypeError, "initial_lr of parameter group 1 must be a number, got None"),
     "below eta_min": (1e-5, ValueError, "group 1: eta_min must not exceed .* 1e-05, got 0.001"),
@@ -465,32 +405,23 @@ def test_a_bad_initial_rate_is_refused_at_the_next_step(value, error, message):
         optimizer.step()
 
 
-def test_a_tensor_rate_that_changes_in_place_is_checked():
+def test_rates_are_checked_in_copies_and_where_a_tensor_changes_and_else_not(monkeypatch):
     model, optimizer = trained(Cosine(20))
-    rate = torch.tensor(0.2)
-    optimizer.param_groups[0]["initial_lr"] = rate
-    train(model, optimizer, 2, start=4)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(Cosine(20).lr(6, 0.2))
-    rate.fill_(math.nan)
-    with pytest.raises(ValueError, match="group 0: initial_lr must be finite"):
-        optimizer.step()
-
-
-def test_copies_check_initial_rates():
-    _, optimizer = trained(Cosine(20))
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         other.step()
         other.param_groups[1]["initial_lr"] = math.nan
         with pytest.raises(ValueError, match="group 1: initial_lr must be finite"):
             other.step()
-
-
-def test_checking_costs_nothing_while_rates_stay(monkeypatch):
-    model, optimizer = trained(Cosine(20))
-    monkeypatch.setattr(
-        "fastfreeze.optim.fused.check_group_rate", lambda *_: pytest.fail("checked")
-    )
-    train(model, optimizer, 5, start=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastfreeze.optim.fused.check_group_rate", lambda *_: pytest.fail("checked"))
+        train(model, optimizer, 2, start=4)
+    rate = torch.tensor(0.2)
+    optimizer.param_groups[0]["initial_lr"] = rate
+    train(model, optimizer, 2, start=6)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(Cosine(20).lr(8, 0.2))
+    rate.fill_(math.nan)
+    with pytest.raises(ValueError, match="group 0: initial_lr must be finite"):
+        optimizer.step()
 
 
 def test_a_schedule_may_begin_with_rates_of_zero():

@@ -27,6 +27,10 @@ def planned(model, schedule, lr=0.1, **kwargs):
     return fastfreeze.split(model, layers=["0", "1", "2", "3"], schedule=schedule, lr=lr, **kwargs)
 
 
+def sgd(groups, schedule=None, lr=0.1):
+    return SGD(groups, lr=lr, schedule=schedule)
+
+
 def told(act):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -35,161 +39,47 @@ def told(act):
 
 
 FREEZING = FreezeOut(20, t_0=0.3, scale_lr=False)
-THAWING = {
-    "cycles": FreezeOutCycles(40, num_cycles=2, composition="thaw"),
-    "unfreezing": GradualUnfreezing(40, unfreeze_every=12),
-}
+CYCLES = FreezeOutCycles(40, num_cycles=2, composition="thaw")
+UNFREEZING = GradualUnfreezing(40, unfreeze_every=12)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"lr": 0.1}, r"split\(\) was given schedule=FreezeOut, and this optimizer has none"),
-        ({"lr": 0.1, "schedule": FreezeOut(20, t_0=0.5)}, "Pass both the same schedule"),
-        ({"lr": 0.3, "schedule": FREEZING}, r"was given lr=0.1, .* starts from lr=0.3"),
-    ],
-    ids=["no schedule", "another schedule", "another rate"],
-)
-def test_a_plan_that_is_not_followed(kwargs, message):
-    groups = planned(net(), FREEZING).param_groups()
-    with pytest.warns(FastfreezeWarning, match=message) as caught:
-        SGD(groups, **kwargs)
-    assert caught[0].filename == __file__
-
-
-def different_rates(groups):
-    return [{**group, "lr": 0.1 * (i + 1)} for i, group in enumerate(groups)]
-
-
-def a_later_run():
-    plan = planned(net(), FREEZING)
-    plan.param_groups()
-    SGD(plan.model.parameters(), lr=0.01)
-
-
-def layers_that_the_user_fixes():
-    model = net()
-    groups = planned(model, FREEZING).param_groups()
-    model[0].requires_grad_(False)
-    SGD(groups, lr=0.1, schedule=FREEZING)
-
-
-SILENT = {
-    "followed": lambda: SGD(planned(net(), FREEZING).param_groups(), lr=0.1, schedule=FREEZING),
-    "split without a schedule": lambda: SGD(
-        planned(net(), None, None).param_groups(), lr=0.1, schedule=FREEZING
-    ),
-    "a tensor's rate": lambda: SGD(planned(net(), None).param_groups(), lr=torch.tensor(0.1)),
-    "rates by layer": lambda: SGD(
-        different_rates(planned(net(), FREEZING).param_groups()), lr=0.3, schedule=FREEZING
-    ),
-    "groups of no plan": lambda: SGD(planned(net(), FREEZING).model.parameters(), lr=0.1),
-    "a later run": a_later_run,
-    "layers that the user fixes": layers_that_the_user_fixes,
-}
-
-
-@pytest.mark.parametrize("make", SILENT.values(), ids=SILENT)
-def test_nothing_to_tell(make):
-    assert told(make) == []
-
-
-TIMES = {
-    "FreezeOut": (
-        FreezeOut(20, t_0=0.3),
-        r"layers 0 start at .* 37 times .*, 3\.7 instead of 0\.1",
-    ),
-    "cycles": (FreezeOutCycles(20, num_cycles=2, t_0=0.2), r"layers 0 start at up to 125 times"),
-    "the paper's": (FreezeOut(20, t_0=0.5), None),
-    "unscaled": (FreezeOut(20, t_0=0.1, scale_lr=False), None),
-    "decayed": (FreezeOut(20, t_0=0.3, layer_decay=0.5), None),
-}
-
-
-@pytest.mark.parametrize(("schedule", "message"), TIMES.values(), ids=TIMES)
-@pytest.mark.parametrize("how", ["SGD", "FreezeScheduler"])
-def test_rates_of_many_times_what_was_asked_for(how, schedule, message):
-    groups = planned(net(), schedule).param_groups()
-    if how == "SGD":
-        messages = told(lambda: SGD(groups, lr=0.1, schedule=schedule))
-    else:
-        optimizer = torch.optim.SGD(groups, lr=0.1)
-        messages = told(lambda: FreezeScheduler(optimizer, schedule))
-    assert len(messages) == (message is not None)
-    assert all(re.match(message, text) for text in messages)
-
-
-def test_a_name_that_no_plan_has_resolved_changes_nothing():
-    model, schedule = net(), Frozen(20, until="2")
+def followed(schedule=FREEZING, steps=0, model=None):
+    """A network, its plan, and an optimizer that follows it."""
+    model = model or net()
     plan = planned(model, schedule)
-    with pytest.raises(ValueError, match=r"until='2' is for a plan to resolve: .*plan\.schedule"):
-        SGD(plan.param_groups(), lr=0.1, schedule=schedule)
-    assert all(p.requires_grad for p in model.parameters())
-    optimizer = SGD(plan.param_groups(), lr=0.1, schedule=plan.schedule)
-    assert optimizer.frozen_layers == (0, 1)
+    optimizer = sgd(plan.param_groups(), schedule)
+    train(model, optimizer, steps)
+    return model, plan, optimizer
 
 
-def test_a_second_run_thaws_what_the_first_one_left_frozen():
-    model, schedule = net(), THAWING["unfreezing"]
-    plan = planned(model, schedule)
-    train(model, SGD(plan.param_groups(), lr=0.1, schedule=schedule), 5)
-    train(model, SGD(plan.param_groups(), lr=0.1, schedule=schedule), 40)
-    assert all(p.requires_grad for p in model.parameters())
+def rates(schedule, make=sgd):
+    return lambda: make(planned(net(), schedule).param_groups(), schedule)
 
 
-def test_an_earlier_run_has_frozen_layers():
-    model = net()
-    plan = planned(model, FREEZING)
-    first = SGD(plan.param_groups(), lr=0.1, schedule=FREEZING)
-    train(model, first, 20)
-    with pytest.warns(
-        FastfreezeWarning, match=r"layers 0\.\.2 do not train.*requires_grad_\(True\)"
-    ):
-        train(model, SGD(plan.param_groups(), lr=0.1, schedule=FREEZING), 1)
-    with pytest.warns(FastfreezeWarning, match=r"layers 0 do not train"):  # of groups of no plan
-        train(model, SGD(model.parameters(), lr=0.1, total_steps=9), 1)
-    model.requires_grad_(True)
-    assert told(lambda: train(model, SGD(plan.param_groups(), lr=0.1, schedule=FREEZING), 1)) == []
+def scheduler(groups, schedule):
+    return FreezeScheduler(torch.optim.SGD(groups, lr=0.1), schedule)
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_is_no_second_run():
-    model = net()
-    plan = planned(model, FREEZING)
-    first = SGD(plan.param_groups(), lr=0.1, schedule=FREEZING)
-    train(model, first, 10)
-
-    def resume():
-        second = SGD(plan.param_groups(), lr=0.1, schedule=FREEZING)
-        second.load_state_dict(first.state_dict())
-        train(model, second, 10)
-
-    assert told(resume) == []
+def unfollowed(**kwargs):
+    return lambda: sgd(planned(net(), FREEZING).param_groups(), **kwargs)
 
 
-def test_layers_fixed_by_hand_after_a_thaw_are_no_earlier_runs():
-    model = net()
-    train(model, SGD(planned(model, FREEZING).param_groups(), lr=0.1, schedule=FREEZING), 20)
-    model.requires_grad_(True)
-    model[0].requires_grad_(False)
-    assert told(lambda: planned(model, FREEZING)) == []
-    assert told(lambda: train(model, SGD(model.parameters(), lr=0.1), 1)) == []
+def a_second_run():
+    model, plan, _ = followed(steps=20)
+    train(model, sgd(plan.param_groups(), FREEZING), 1)
 
 
-def test_a_plan_is_no_list_of_parameters():
-    with pytest.raises(TypeError, match=r"pass its groups, as plan\.param_groups\(\) gives them"):
-        SGD(planned(net(), FREEZING), lr=0.1)
+def a_second_run_of_no_plan():
+    model, *_ = followed(steps=20)
+    train(model, SGD(model.parameters(), lr=0.1, total_steps=9), 1)
 
 
-def test_a_layer_is_thawed_by_hand():
-    model = net()
-    optimizer = SGD(planned(model, FREEZING).param_groups(), lr=0.1, schedule=FREEZING)
-    train(model, optimizer, 10)
+def thawed_by_hand():
+    model, _, optimizer = followed(steps=10)
     frozen = model[0].weight.clone()
     model.requires_grad_(True)
-    with pytest.warns(FastfreezeWarning, match=r"layers 0\.\.2 are frozen by the schedule"):
-        train(model, optimizer, 1)
+    train(model, optimizer, 10)  # told once
     assert torch.equal(frozen, model[0].weight)
-    assert told(lambda: train(model, optimizer, 9)) == []  # once
 
 
 class Checkpointed(nn.Module):
@@ -204,38 +94,118 @@ class Checkpointed(nn.Module):
         return self.layers[3](x)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_layers_without_gradients_since_a_freeze_are_named(use_reentrant):
+def checkpointed(use_reentrant):
     model, schedule = Checkpointed(use_reentrant), FreezeOut(400, t_0=0.3, scale_lr=False)
     names = [f"layers.{i}" for i in range(4)]
     plan = fastfreeze.split(model, layers=names, schedule=schedule, lr=0.1)
-    optimizer = SGD(plan.param_groups(), lr=0.1, schedule=schedule)
-    messages = told(lambda: train(model, optimizer, 40))
-    assert len(messages) == use_reentrant
-    for message in messages:
-        assert "layers 1..2 should train, and have had no gradient since" in message
-        assert "use_reentrant=False" in message
+    train(model, sgd(plan.param_groups(), schedule), 40)
 
 
-@pytest.mark.parametrize("schedule", THAWING.values(), ids=THAWING)
-def test_a_thaw_by_the_schedule_is_silent(schedule):
-    model = net()
-    optimizer = SGD(planned(model, schedule).param_groups(), lr=0.1, schedule=schedule)
-    assert told(lambda: train(model, optimizer, 40)) == []
+NO_GRADIENT = r"layers 1\.\.2 should train, and have had no gradient since.* use_reentrant=False"
+TOLD = {
+    "a plan without its schedule": (
+        unfollowed(), r"split\(\) was given schedule=FreezeOut, and this optimizer has none"
+    ),
+    "another schedule": (unfollowed(schedule=FreezeOut(20)), "Pass both the same schedule"),
+    "another rate": (unfollowed(lr=0.3, schedule=FREEZING), r"was given lr=0.1, .* from lr=0.3"),
+    "many times the rate": (
+        rates(FreezeOut(20, t_0=0.3)), r"^layers 0 start at .* 37 times .*, 3\.7 instead of 0\.1"
+    ),
+    "in a scheduler": (rates(FreezeOut(20, t_0=0.3), scheduler), "^layers 0 start at .* 37 times"),
+    "a second run": (a_second_run, r"layers 0\.\.2 do not train.*requires_grad_\(True\)"),
+    "of no plan": (a_second_run_of_no_plan, r"layers 0 do not train"),
+    "thawed by hand": (thawed_by_hand, r"layers 0\.\.2 are frozen by the schedule"),
+    "reentrant checkpoints": (lambda: checkpointed(True), NO_GRADIENT),
+}  # fmt: skip
 
 
-def test_gradients_in_turn_are_no_failure():
+@pytest.mark.parametrize(("act", "message"), TOLD.values(), ids=TOLD)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_what_is_told(act, message):
+    (text,) = told(act)
+    assert re.search(message, text)
+
+
+def test_a_warning_points_to_the_call():
+    with pytest.warns(FastfreezeWarning) as caught:
+        SGD(planned(net(), FREEZING).param_groups(), lr=0.1)
+    assert caught[0].filename == __file__
+
+
+def layers_that_the_user_fixes():
+    model, plan, _ = followed()
+    model[0].requires_grad_(False)
+    sgd(plan.param_groups(), FREEZING)
+
+
+def a_run_that_goes_on():
+    model, plan, first = followed(steps=10)
+    second = sgd(plan.param_groups(), FREEZING)
+    second.load_state_dict(first.state_dict())
+    train(model, second, 10)
+
+
+def a_second_run_that_thaws_by_its_schedule():
+    model, plan, _ = followed(UNFREEZING, 5)
+    train(model, sgd(plan.param_groups(), UNFREEZING), 40)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def thawed_between_runs():
+    model, plan, _ = followed(steps=20)
+    model.requires_grad_(True)
+    train(model, sgd(plan.param_groups(), FREEZING), 1)
+
+
+def fixed_after_a_thaw():
+    model, *_ = followed(steps=20)
+    model.requires_grad_(True)
+    model[0].requires_grad_(False)
+    planned(model, FREEZING)
+    train(model, SGD(model.parameters(), lr=0.1), 1)
+
+
+def gradients_in_turn():
     """As of networks that train in turn: theirs are missing for some steps."""
-    model, schedule = net(), FreezeOut(60, t_0=0.3, scale_lr=False)
-    optimizer = SGD(planned(model, schedule).param_groups(), lr=0.1, schedule=schedule)
+    schedule = FreezeOut(60, t_0=0.3, scale_lr=False)
+    model, _, optimizer = followed(schedule)
+    for step in range(50):
+        optimizer.zero_grad()
+        model(torch.ones(4, 6)).square().mean().backward()
+        if step % 10:
+            model[2].zero_grad()
+        optimizer.step()
 
-    def every_other_step():
-        for step in range(50):
-            optimizer.zero_grad()
-            model(torch.ones(4, 6)).square().mean().backward()
-            if step % 10:
-                model[2].zero_grad()
-            optimizer.step()
 
-    assert told(every_other_step) == []
+SILENT = {
+    "followed": followed,
+    "split without a schedule": lambda: sgd(planned(net(), None, None).param_groups(), FREEZING),
+    "a tensor's rate": lambda: SGD(planned(net(), None).param_groups(), lr=torch.tensor(0.1)),
+    "the paper's rates": rates(FreezeOut(20, t_0=0.5)),
+    "unscaled rates": rates(FreezeOut(20, t_0=0.1, scale_lr=False), scheduler),
+    "thawed in cycles": lambda: followed(CYCLES, 40),
+    "checkpoints that are not reentrant": lambda: checkpointed(False),
+    "layers that the user fixes": layers_that_the_user_fixes,
+    "a run that goes on": a_run_that_goes_on,
+    "a second run that thaws by its schedule": a_second_run_that_thaws_by_its_schedule,
+    "thawed between runs": thawed_between_runs,
+    "fixed after a thaw": fixed_after_a_thaw,
+    "gradients in turn": gradients_in_turn,
+}
+
+
+@pytest.mark.parametrize("act", SILENT.values(), ids=SILENT)
+def test_nothing_to_tell(act):
+    assert told(act) == []
+
+
+def test_what_is_no_groups_of_a_plan():
+    model, schedule = net(), Frozen(20, until="2")
+    plan = planned(model, schedule)
+    with pytest.raises(ValueError, match=r"until='2' is for a plan to resolve: .*plan\.schedule"):
+        SGD(plan.param_groups(), lr=0.1, schedule=schedule)
+    assert all(p.requires_grad for p in model.parameters())
+    optimizer = SGD(plan.param_groups(), lr=0.1, schedule=plan.schedule)
+    assert optimizer.frozen_layers == (0, 1)
+    with pytest.raises(TypeError, match=r"pass its groups, as plan\.param_groups\(\) gives them"):
+        SGD(plan, lr=0.1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
+import io
 import os
 import re
 import shutil
@@ -17,7 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,23 +114,12 @@ def _extent(argument: Argument) -> _Buffer:
     return _Buffer(tensor.data_ptr() or None, size)  # nullptr where there is no element
 
 
-def _check_apart(extents: Sequence[_Buffer]) -> None:
-    found = sorted((e.data, e.bytes, i) for i, e in enumerate(extents) if e.bytes > 0)
-    for (start, size, i), (after, _, j) in itertools.pairwise(found):
-        if start + size > after:
-            raise ValueError(f"buffers {i} and {j} overlap: pass Addresses within one instead")
-
-
 def _find(address: int, extents: Sequence[_Buffer], table: int) -> tuple[int, int]:
     """The buffer that an address lies in, and how far from its start."""
     for i, extent in enumerate(extents):
         if i != table and extent.bytes > 0 and 0 <= address - extent.data < extent.bytes:
             return i, address - extent.data
     raise ValueError(f"an address of table {table} lies in none of the buffers")
-
-
-def _scalars(values: Sequence[float]) -> list[_Scalar]:
-    return [_Scalar(1, 0, v) if isinstance(v, float) else _Scalar(0, int(v), 0.0) for v in values]
 
 
 @dataclass(frozen=True)
@@ -152,64 +141,37 @@ class Program:
         Raises:
             EmulationError: The emulator or a sanitizer found something; it says what.
         """
-        extents = [_extent(buffer) for buffer in buffers]
-        _check_apart(extents)
-        relocations = self._relocations(buffers, extents)
+        name, extents = function.encode(), [_extent(buffer) for buffer in buffers]
+        numbers = [
+            _Scalar(1, 0, v) if isinstance(v, float) else _Scalar(0, int(v), 0.0) for v in scalars
+        ]
         if self.sanitizer is None:
-            self._call(function, extents, _scalars(scalars), seed)
+            self._call(name, extents, numbers, seed)
             return
-        with tempfile.TemporaryDirectory() as folder:
-            case, result = Path(folder, "case"), Path(folder, "result")
-            self._write(case, function, extents, relocations, _scalars(scalars), seed)
-            self._execute(case, result)
-            self._read(result, buffers, extents)
-
-    def _relocations(
-        self, buffers: Sequence[Argument], extents: Sequence[_Buffer]
-    ) -> list[tuple[int, int, int, int]]:
-        return [
+        relocations = [
             (i, place, *_find(buffer.table.flatten()[place].item(), extents, i))
             for i, buffer in enumerate(buffers)
             if isinstance(buffer, Addresses)
             for place in buffer.places()
         ]
+        with tempfile.TemporaryDirectory() as folder:
+            case, result = Path(folder, "case"), Path(folder, "result")
+            case.write_bytes(b"".join(_packed(name, extents, relocations, numbers, seed)))
+            self._execute(case, result)
+            content = io.BytesIO(result.read_bytes())
+        for buffer, extent in zip(buffers, extents, strict=True):
+            found = content.read(extent.bytes)
+            if isinstance(buffer, Tensor) and found:
+                ctypes.memmove(extent.data, found, extent.bytes)
 
-    def _call(
-        self, function: str, extents: list[_Buffer], scalars: list[_Scalar], seed: int
-    ) -> None:
+    def _call(self, name: bytes, extents: list[_Buffer], scalars: list[_Scalar], seed: int) -> None:
         call = ctypes.CDLL(str(self.path)).emulation_call
         call.restype = ctypes.c_char_p
-        arguments = _Arguments(
-            (_Buffer * len(extents))(*extents),
-            len(extents),
-            (_Scalar * len(scalars))(*scalars),
-            len(scalars),
-            seed,
-        )
-        error = call(function.encode(), ctypes.byref(arguments))
+        buffers, numbers = (_Buffer * len(extents))(*extents), (_Scalar * len(scalars))(*scalars)
+        arguments = _Arguments(buffers, len(extents), numbers, len(scalars), seed)
+        error = call(name, ctypes.byref(arguments))
         if error is not None:
             raise EmulationError(error.decode())
-
-    def _write(
-        self,
-        path: Path,
-        function: str,
-        extents: list[_Buffer],
-        relocations: list[tuple[int, int, int, int]],
-        scalars: list[_Scalar],
-        seed: int,
-    ) -> None:
-        name = function.encode()
-        parts = [struct.pack("q", len(name)), name, struct.pack("qq", seed, len(extents))]
-        for extent in extents:
-            parts.append(struct.pack("qq", extent.bytes, (extent.data or 0) % 16))
-            if extent.bytes > 0:
-                parts.append(ctypes.string_at(extent.data, extent.bytes))
-        parts.append(struct.pack("q", len(relocations)))
-        parts += [struct.pack("qqqq", *relocation) for relocation in relocations]
-        parts.append(struct.pack("q", len(scalars)))
-        parts += [bytes(scalar) for scalar in scalars]
-        path.write_bytes(b"".join(parts))
 
     def _execute(self, case: Path, result: Path) -> None:
         done = subprocess.run(
@@ -224,14 +186,22 @@ class Program:
         if done.returncode != 0:
             raise EmulationError(f"exit status {done.returncode}\n{_shortened(done.stderr)}")
 
-    def _read(self, path: Path, buffers: Sequence[Argument], extents: Sequence[_Buffer]) -> None:
-        content, done = path.read_bytes(), 0
-        for buffer, extent in zip(buffers, extents, strict=True):
-            if extent.bytes == 0:
-                continue
-            if isinstance(buffer, Tensor):
-                ctypes.memmove(extent.data, content[done : done + extent.bytes], extent.bytes)
-            done += extent.bytes
+
+def _packed(
+    name: bytes,
+    extents: list[_Buffer],
+    relocations: list[tuple[int, ...]],
+    scalars: list[_Scalar],
+    seed: int,
+) -> Iterator[bytes]:
+    """As harness_main.cpp reads a case."""
+    yield struct.pack("q", len(name)) + name + struct.pack("qq", seed, len(extents))
+    for extent in extents:
+        yield struct.pack("qq", extent.bytes, (extent.data or 0) % 16)
+        yield ctypes.string_at(extent.data, extent.bytes) if extent.bytes > 0 else b""
+    yield struct.pack("q", len(relocations))
+    yield from (struct.pack("qqqq", *relocation) for relocation in relocations)
+    yield struct.pack("q", len(scalars)) + b"".join(map(bytes, scalars))
 
 
 def _shortened(report: str) -> str:

@@ -1,5 +1,5 @@
 // Calls a harness's functions: for ctypes where it is a library, from a file where it is a program.
-// The file is written by tests/kernels/emulation/__init__.py (Program._write).
+// The file is written by tests/kernels/emulation/__init__.py (_packed).
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>

@@ -29,15 +29,6 @@ __global__ void misses_a_barrier(float* out, const float* x, int) {
   out[i] = tile[kThreads - 1 - i];
 }
 
-template <bool kBroken>
-__global__ void misses_a_barrier_between_vectors(float* out, const float* x, int n) {
-  __shared__ uint4 tile[kThreads / 4];
-  const int i = static_cast<int>(threadIdx.x), count = n / 4;
-  if (i < count) tile[i] = reinterpret_cast<const uint4*>(x)[i];
-  if (!kBroken) __syncthreads();
-  if (i < count) reinterpret_cast<uint4*>(out)[i] = tile[count - 1 - i];
-}
-
 // The barrier between a read and the next write of the same place.
 template <bool kBroken>
 __global__ void misses_the_second_barrier(float* out, const float* x, int n) {
@@ -82,17 +73,6 @@ __global__ void misses_a_warp_barrier(float* out, const float* x, int) {
   out[i] = tile[i ^ 1];
 }
 
-// A shuffle exchanges registers; it does not order memory.
-template <bool kBroken>
-__global__ void trusts_a_shuffle(float* out, const float* x, int) {
-  __shared__ float tile[kThreads];
-  const int i = static_cast<int>(threadIdx.x);
-  tile[i] = x[i];
-  const int partner = __shfl_xor_sync(kAllLanes, i, 1);
-  if (!kBroken) __syncwarp();
-  out[i] = tile[partner];
-}
-
 template <bool kBroken>
 __global__ void shuffles_with_the_gone(float* out, const float* x, int) {
   const int i = static_cast<int>(threadIdx.x);
@@ -122,14 +102,6 @@ __global__ void loads_misaligned(float* out, const float* x, int n) {
 }
 
 template <bool kBroken>
-__global__ void stores_misaligned(float* out, const float* x, int n) {
-  const int i = 4 * static_cast<int>(threadIdx.x);
-  if (i + 4 >= n) return;
-  const uint4 v = *reinterpret_cast<const uint4*>(x + i);
-  *reinterpret_cast<uint4*>(out + i + (kBroken ? 2 : 0)) = v;
-}
-
-template <bool kBroken>
 __global__ void overflows_shared(float* out, const float* x, int n) {
   __shared__ float tile[kThreads];
   const int i = static_cast<int>(threadIdx.x);
@@ -140,31 +112,12 @@ __global__ void overflows_shared(float* out, const float* x, int n) {
 }
 
 template <bool kBroken>
-__global__ void overflows_a_local(float* out, const float* x, int n) {
-  float local[8] = {};
-  const int i = static_cast<int>(threadIdx.x);
-  float* place = local + (kBroken ? n / 8 : i % 8);
-  asm volatile("" : "+r"(place));  // not for the compiler to see through
-  __syncthreads();
-  *place = x[i];
-  __syncthreads();
-  out[i] = local[i % 8];
-}
-
-template <bool kBroken>
 __global__ void reads_unwritten_shared(float* out, const float* x, int) {
   __shared__ float tile[kThreads];
   const int i = static_cast<int>(threadIdx.x);
   if (!kBroken || i != 7) tile[i] = x[i];
   __syncthreads();
   out[i] = tile[(i + 1) % kThreads];
-}
-
-template <bool kBroken>
-__global__ void overflows_an_int(float* out, const float* x, int n) {
-  const int i = static_cast<int>(threadIdx.x);
-  const int large = 2147483647 - kThreads + (kBroken ? n : 0);
-  out[i] = large + i > 0 ? x[i] : 0;
 }
 
 template <bool kBroken>
@@ -234,21 +187,16 @@ void launch_grid(const emulation::Arguments& args, GridKernel right, GridKernel 
 SEEDED(reads_past_the_end)
 SEEDED(writes_past_the_end)
 SEEDED(misses_a_barrier)
-SEEDED(misses_a_barrier_between_vectors)
 SEEDED(misses_the_second_barrier)
 SEEDED(leaves_before_a_barrier)
 SEEDED(takes_another_barrier)
 SEEDED(misses_a_warp_barrier)
-SEEDED(trusts_a_shuffle)
 SEEDED(shuffles_with_the_gone)
 SEEDED(shuffles_outside_the_mask)
 SEEDED(is_not_in_its_mask)
 SEEDED(loads_misaligned)
-SEEDED(stores_misaligned)
 SEEDED(overflows_shared)
-SEEDED(overflows_a_local)
 SEEDED(reads_unwritten_shared)
-SEEDED(overflows_an_int)
 
 EMULATED(blocks_count_themselves) {
   launch_grid(args, blocks_count_themselves<false>, blocks_count_themselves<true>);

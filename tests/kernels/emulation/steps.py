@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastfreeze.kernels import adam as adam_ops
 from fastfreeze.kernels import library
-from fastfreeze.kernels import sgd as sgd_ops
 from fastfreeze.kernels.device_plan import CudaLaunch
+from fastfreeze.kernels.rules import PLANS
 from tests.kernels.emulation import Addresses, build, dtype_code
 
 
@@ -20,17 +19,13 @@ class EmulatedLaunch(CudaLaunch):
 
     def _make(self):
         self.program = build("step_harness.cpp", self.sanitizer)
-        return 0
 
     def _multiprocessors(self):
         return self.multiprocessors
 
     def _launch(self, grad_scale, found_inf, track):
-        addresses, runs, pointees = (
-            torch.tensor(list(self._addresses), dtype=torch.int64),
-            self.runs,
-            [],
-        )
+        addresses = torch.tensor(list(self._addresses), dtype=torch.int64)
+        runs, pointees = self.runs, []
         if self.sanitizer is not None:  # another process: addresses must be translated
             addresses = Addresses(addresses)
             runs = Addresses(runs, columns=tuple(range(1 + len(self.moments))))
@@ -53,37 +48,17 @@ class EmulatedLaunch(CudaLaunch):
         return self.grads
 
 
-class EmulatedSgd(EmulatedLaunch):
-    rule = sgd_ops.SGD
+def install(monkeypatch, sanitizer=None, multiprocessors=0):
+    """Until the test's end, backend="cuda" takes tensors of the CPU, emulated.
 
-
-class EmulatedAdam(EmulatedLaunch):
-    rule = adam_ops.ADAM
-
-
-def emulated(plan, sanitizer=None, multiprocessors=0):
-    """A class of plans of its own; skips where there is no compiler.
-
-    Args:
-        plan: one of the two above.
-        multiprocessors: of the device, each with room for 16 runs.
+    Skips where there is no compiler. multiprocessors: each has room for 16 runs.
     """
     build("step_harness.cpp", sanitizer)
-    return type(
-        plan.__name__, (plan,), {"sanitizer": sanitizer, "multiprocessors": multiprocessors}
-    )
-
-
-def install(monkeypatch, sanitizer=None, multiprocessors=0):
-    """Until the test's end, backend="cuda" takes tensors of the CPU, emulated; SGD's plan."""
-    plan = emulated(EmulatedSgd, sanitizer, multiprocessors)
-    adam_plan = emulated(EmulatedAdam, sanitizer, multiprocessors)
+    options = {"sanitizer": sanitizer, "multiprocessors": multiprocessors}
     refuses = library.refuses_device
     available = {**library.backends(), "cuda": library.Availability(True, "emulated")}
-    monkeypatch.setitem(sgd_ops.PLANS, "cuda", plan)
-    monkeypatch.setitem(adam_ops.PLANS, "cuda", adam_plan)
+    monkeypatch.setitem(PLANS, "cuda", type("Emulated", (EmulatedLaunch,), options))
     monkeypatch.setattr(library, "_BACKENDS", available)
     monkeypatch.setattr(
         library, "refuses_device", lambda b, d: None if b == "cuda" else refuses(b, d)
     )
-    return plan

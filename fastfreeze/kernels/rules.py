@@ -1,0 +1,49 @@
+"""SGD and Adam as their kernels know them, and the plan that each backend has for both."""
+
+from __future__ import annotations
+
+from fastfreeze.kernels.device_plan import CudaLaunch, TritonLaunch
+from fastfreeze.kernels.library import Backend
+from fastfreeze.kernels.plans import HostPlan, Plan, Rule, TensorwisePlan
+from fastfreeze.kernels.reference import adam_reference, sgd_reference
+
+SGD = Rule(
+    name="sgd",
+    # As csrc/sgd_math.h reads them.
+    hypers=(
+        "lr",
+        "momentum",
+        "dampening",
+        "weight_decay",
+        "nesterov",
+        "maximize",
+        "initial_lr",
+    ),
+    counts=False,
+    takes_sparse=True,
+    reference=sgd_reference,
+)
+ADAM = Rule(  # and AdamW
+    name="adam",
+    # As csrc/adam_math.h reads them.
+    hypers=(
+        "lr",
+        "beta1",
+        "beta2",
+        "eps",
+        "weight_decay",
+        "decoupled",
+        "maximize",
+        "amsgrad",
+        "initial_lr",
+    ),
+    counts=True,
+    takes_sparse=False,
+    reference=adam_reference,
+)
+PLANS: dict[Backend, type[Plan]] = {
+    "cuda": CudaLaunch,
+    "triton": TritonLaunch,
+    "cpu": HostPlan,
+    "reference": TensorwisePlan,
+}
