@@ -36,7 +36,7 @@ TAIL = 10  # seconds in which this script ends what it has begun
 SOURCES = ("csrc", "fastfreeze", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TESTS = {  # keywords of names, as pytest's -k takes them
     "tests-cuda": "cuda-cuda or (gpu and not triton-cuda) or cuda_graph",
-    "tests-triton": "triton-cuda or test_softmax_triton",
+    "tests-triton": "triton-cuda",
 }
 OF_A_GPU = re.compile(  # what a file says that has tests for one
     r"\bHAS_GPU\b|\bneeds_gpu\b|\bON_A_GPU\b|\b(every|rows_by|backend_and)_device\b"
