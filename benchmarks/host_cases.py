@@ -17,8 +17,8 @@ import fastfreeze
 from benchmarks.case import OURS, Case
 from benchmarks.optimizer_cases import SGD_VALUES, TOTAL_STEPS
 from benchmarks.shapes import parameter_groups, shapes_of
+from fastfreeze.kernels.choice import PLANS
 from fastfreeze.kernels.device_plan import DevicePlan
-from fastfreeze.kernels.rules import PLANS
 
 
 class HostPlan(DevicePlan):

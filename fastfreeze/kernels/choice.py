@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastfreeze.kernels import library
+from fastfreeze.kernels.device_plan import CudaLaunch, TritonLaunch
 from fastfreeze.kernels.library import Backend
 from fastfreeze.kernels.memory import sharing
 from fastfreeze.kernels.placements import PLAIN, holds_values
-from fastfreeze.kernels.plans import KERNEL_DTYPES, dtype_of_state, same_strides
+from fastfreeze.kernels.plans import (
+    KERNEL_DTYPES,
+    HostPlan,
+    Plan,
+    TensorwisePlan,
+    dtype_of_state,
+    same_strides,
+)
+
+PLANS: dict[Backend, type[Plan]] = {
+    "cuda": CudaLaunch,
+    "triton": TritonLaunch,
+    "cpu": HostPlan,
+    "reference": TensorwisePlan,
+}
 
 
 def choose_backends(
@@ -52,15 +66,14 @@ def choose_backends(
 
 
 def plan_members(
-    plans: Mapping[Backend, Any],
     params: Sequence[Tensor],
     backends: Sequence[Backend],
     state_dtypes: Sequence[torch.dtype],
 ) -> dict[tuple[Backend, Hashable], list[int]]:
-    """Indices of the parameters that can share one of ``plans``, by backend and the plan's key."""
+    """Indices of the parameters that can share a plan, by backend and the plan's key."""
     members: dict[tuple[Backend, Hashable], list[int]] = {}
     for i, (p, backend, dtype) in enumerate(zip(params, backends, state_dtypes, strict=True)):
-        members.setdefault((backend, plans[backend].key(p, dtype)), []).append(i)
+        members.setdefault((backend, PLANS[backend].key(p, dtype)), []).append(i)
     return members
 
 

@@ -1,10 +1,8 @@
-"""SGD and Adam as their kernels know them, and the plan that each backend has for both."""
+"""SGD and Adam as their kernels know them."""
 
 from __future__ import annotations
 
-from fastfreeze.kernels.device_plan import CudaLaunch, TritonLaunch
-from fastfreeze.kernels.library import Backend
-from fastfreeze.kernels.plans import HostPlan, Plan, Rule, TensorwisePlan
+from fastfreeze.kernels.plans import Rule
 from fastfreeze.kernels.reference import adam_reference, sgd_reference
 
 SGD = Rule(
@@ -41,9 +39,3 @@ ADAM = Rule(  # and AdamW
     takes_sparse=False,
     reference=adam_reference,
 )
-PLANS: dict[Backend, type[Plan]] = {
-    "cuda": CudaLaunch,
-    "triton": TritonLaunch,
-    "cpu": HostPlan,
-    "reference": TensorwisePlan,
-}

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fastfreeze.kernels import choice
+from fastfreeze.kernels.choice import PLANS
 from fastfreeze.kernels.library import Backend
 from fastfreeze.kernels.placements import Given, kind_of, place_of
 from fastfreeze.kernels.plans import PlanSpec, dtype_of_state
-from fastfreeze.kernels.rules import PLANS
 from fastfreeze.layers.groups import check_number
 from fastfreeze.optim._rule import UpdateRule
 from fastfreeze.optim._shards import is_sharded, local_part, sharded_as
@@ -208,7 +208,7 @@ def _parts(task: Task, members: list[tuple[Tensor, int, int]], params: list[Tens
     counts = counts_of(task.rule, [task.state.get(p, {}) for p, _, _ in members])
     if task.rule.counter is not None:
         _refer_started(task, counts, moments, backends)
-    plans = choice.plan_members(PLANS, params, backends, dtypes)
+    plans = choice.plan_members(params, backends, dtypes)
     parts = [
         Part(backend, [(*members[i], dtypes[i], counts[i]) for i in index], task)
         for (backend, _), index in plans.items()

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from fastfreeze.kernels import rules
-from fastfreeze.kernels.choice import copy_back
+from fastfreeze.kernels.choice import PLANS, copy_back
 from fastfreeze.kernels.placements import Given
 from fastfreeze.kernels.plans import PlanSpec, dtype_of_state
-from fastfreeze.kernels.rules import PLANS
 
 LR = 0.05
 RULES = {"sgd": rules.SGD, "adam": rules.ADAM}

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from fastfreeze.kernels.choice import PLANS
 from fastfreeze.kernels.plans import KERNEL_DTYPES
-from fastfreeze.kernels.rules import PLANS
 from tests.conftest import needs_cpu_kernels, needs_gpu, resolved, sgd_kernels
 from tests.covering import covering
 from tests.kernels.conftest import STEPPERS, by_steppers

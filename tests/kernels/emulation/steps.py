@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastfreeze.kernels import library
+from fastfreeze.kernels.choice import PLANS
 from fastfreeze.kernels.device_plan import CudaLaunch
-from fastfreeze.kernels.rules import PLANS
 from tests.kernels.emulation import Addresses, build, dtype_code
 
 
