@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.worth.question import Part, Question, Run, load
+from benchmarks.worth.question import Method, Part, Question, Run, load
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Point:
     """
 
     run: Run
-    ours: bool
+    method: Method
     seeds: int
     error: float
     spread: float
@@ -52,8 +52,9 @@ class Answer:
 
     @property
     def rivals(self) -> list[Point]:
-        """By rising cost."""
-        return sorted((p for p in self.points if not p.ours), key=self.cost)
+        """By rising cost; without those that freeze as ours do."""
+        found = [p for p in self.points if not (p.method.ours or p.method.by_hand)]
+        return sorted(found, key=self.cost)
 
     @property
     def best(self) -> Point:
@@ -96,7 +97,7 @@ def answers(results: Mapping[str, Any]) -> list[Answer]:
         Answer(task, _points(question, task, results["runs"], results["costs"]))
         for task in question.budgets
     ]
-    return [answer for answer in found if any(not point.ours for point in answer.points)]
+    return [answer for answer in found if answer.rivals]
 
 
 def _points(
@@ -115,14 +116,14 @@ def _of_any_seed(run: Run, records: Sequence[dict]) -> list[dict]:
 
 def _point(run: Run, own: Sequence[dict], costs: Sequence[dict], question: Question) -> Point:
     error, nll, macs = (statistics.mean(r[key] for r in own) for key in ("error", "nll", "macs"))
-    n, ours = len(own), question.methods[run.method].ours
+    n, method = len(own), question.methods[run.method]
     spread = statistics.stdev(r["error"] for r in own) / math.sqrt(n) if n > 1 else math.nan
     timed = [record["macs"] for record in own if record["seed"] == 0]
     seconds = None
     if costs and timed:  # of seed 0; where a method freezes as it sees fit, seeds differ in MACs
         seconds = statistics.median(record["seconds"] for record in costs) * macs / timed[0]
     more = {title: _column(key, own, costs) for title, key in question.columns.items()}
-    return Point(run, ours, n, error, spread, nll, macs, seconds, more)
+    return Point(run, method, n, error, spread, nll, macs, seconds, more)
 
 
 def _column(key: str, own: Sequence[dict], costs: Sequence[dict]) -> float:
@@ -153,7 +154,7 @@ def table(answer: Answer) -> Iterator[str]:
             cost = answer.cost(there) / (1 if answer.in_seconds else 1e9)
             to_the_mark, saved = f"{cost:.4g} in {there.budget}", f"{answer.saved(there):.0%}"
         cells = [
-            f"**{name}**" if low.ours else name,
+            f"**{name}**" if low.method.ours else name,
             to_the_mark,
             saved,
             f"{100 * low.error:.2f}" + ("" if low.seeds < 2 else f" ± {100 * low.spread:.2f}"),

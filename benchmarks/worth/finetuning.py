@@ -357,7 +357,7 @@ def methods(lrs: tuple[float, ...]) -> dict[str, Method]:
         "LoRA": rival(lora),
         "layer-wise rate decay": rival(lambda task: by_hand(task, rate=task.annealed(0.8))),
         "fastai's fine_tune": rival(fine_tune),
-        "half frozen by hand": rival(half_by_hand),
+        "half frozen by hand": Method(half_by_hand, lrs, by_hand=True),
         "half frozen, kept, then all thawed": own(ours, schedule=prefix(0.5, ThenThawed)),
         "all, then half frozen, kept": own(ours, schedule=prefix(0.5, ThenFrozen)),
         "head, then last block": rival(head_then_last_block),

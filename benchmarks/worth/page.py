@@ -23,9 +23,11 @@ How much sooner is a model as good there? Each method has several budgets of epo
 learning rate of its grid with the lowest error on a validation set. A schedule ends with its
 budget, so that a shorter training is another training. The mark is the lowest mean error of all
 rivals and one standard error (over the seeds) more. *saved* compares the cheapest run that reaches
-it with the cheapest rival that does. CPU seconds are of one thread and count everything but the
-final test; MACs are multiply-accumulates of forward and backward. What is **bold** needs
-fastfreeze.
+it with the cheapest rival that does. What is **bold** needs fastfreeze. What freezes the same *by
+hand*, or by flags, is torch alone: it is no rival that sets the mark, but shows how much of the
+saving is freezing's own, and how much the library's. CPU seconds are of one thread and count
+everything but the final test; MACs are multiply-accumulates of forward and backward. Methods with
+one seed only show that they are far off.
 """
 
 
@@ -68,7 +70,7 @@ def _draw_answer(axis: Any, answer: Answer, plt: Any) -> None:
     axis.step(costs, errors, where="post", color=BEST, linewidth=6, label="best of the rivals")
     colors = {ours: iter(plt.get_cmap(OURS if ours else RIVALS).colors * 9) for ours in (0, 1)}
     for name, points in answer.methods().items():
-        ours = points[0].ours
+        ours = points[0].method.ours
         axis.errorbar(
             [answer.cost(p) for p in points],
             [100 * p.error for p in points],

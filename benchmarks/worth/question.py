@@ -44,12 +44,15 @@ class Method:
             :class:`~benchmarks.training_rivals.Task`.
         lrs: the grid of its learning rates.
         ours: whether it needs fastfreeze.
+        by_hand: whether it freezes as one of ours does, in torch alone: no rival that sets the
+            mark, but what shows how much of a saving is freezing's own.
         epochs: its budgets, where they are not the task's.
     """
 
     make: Callable[..., Any]
     lrs: tuple[float, ...]
     ours: bool = False
+    by_hand: bool = False
     epochs: tuple[int, ...] = ()
 
 

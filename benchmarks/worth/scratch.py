@@ -85,7 +85,7 @@ def _ours(make: Any, epochs: tuple[int, ...] = FEW, **options: Any) -> Method:
 
 def _flags(t_0: float, epochs: tuple[int, ...]) -> Method:
     make = FREEZING[f"{FLAGS_NAME} channels_last fused"]
-    return Method(partial(make, t_0=t_0), RATES, epochs=epochs)
+    return Method(partial(make, t_0=t_0), RATES, by_hand=True, epochs=epochs)
 
 
 METHODS = {

@@ -6,6 +6,7 @@ import json
 import math
 from concurrent.futures import Future
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,16 @@ def test_saved_is_against_the_cheapest_rival_at_the_mark(whole):
         in text
     )
     assert "| **ours** | 100 in 2 epochs | 75% | 11.00 ± 1.00 | 2 epochs |" in text
+
+
+def test_who_freezes_by_hand_sets_no_mark(whole, monkeypatch):
+    plain, ours = QUESTION.methods.values()
+    by_hand = replace(ours, ours=False, by_hand=True)
+    question = replace(QUESTION, methods={"plain": plain, "ours": by_hand})
+    monkeypatch.setattr(answers, "load", lambda name: question)
+    (answer,) = answers.answers(whole)
+    assert {point.run.method for point in answer.rivals} == {"plain"}
+    assert "| ours | 100 in 2 epochs | 75% |" in "\n".join(answers.table(answer))
 
 
 @pytest.mark.parametrize(
