@@ -16,6 +16,7 @@ from benchmarks.case import OURS
 from benchmarks.lines import HEADER, Line, lines_of, row, spread_text, times_of
 from benchmarks.results import hardware_of, made_by, read_json
 from benchmarks.training_rivals import BASELINE, BEST_FLAGS, BEST_TORCH, CACHE, FLAGS
+from benchmarks.worth.answer import answers, short_table
 from fastfreeze.files import write_atomic
 
 PAGES = ("README.md", "docs/results.md", "docs/what-trim-gains.md")
@@ -153,6 +154,13 @@ def steps_short(results: Path) -> Iterator[str]:
         yield row(label, *(f"{line.ratio:.2f}x" for line in lines))
 
 
+def fine_tuning_short(results: Path) -> Iterator[str]:
+    """Fine-tuning on few images: errors, and what they cost."""
+    (answer, *_) = answers(read_json(results / "worth-finetune-images.json"))
+    titles = ["method", "lowest error %", "in", "CPU s", "CPU s to the mark", "saved"]
+    yield from short_table(answer, titles)
+
+
 def _own_lines(path: Path, names: Sequence[str]) -> list[Line]:
     """Ours as it comes, without its variants."""
     cases = read_json(path)["results"]
@@ -241,6 +249,7 @@ TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
         _times,
         sources=False,
     ),
+    "fine-tuning-short": fine_tuning_short,
     "kernels": kernels,
     "steps-short": steps_short,
 }

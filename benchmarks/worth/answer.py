@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.lines import row
 from benchmarks.worth.question import Method, Part, Question, Run, load
 
 
@@ -140,33 +141,42 @@ def table(answer: Answer) -> Iterator[str]:
         f"{answer.best.budget}, and one standard error. The cheapest rival that reaches it: "
         f"{rival.run.method} in {rival.budget}.\n"
     )
-    unit, more = "CPU s" if answer.in_seconds else "GMACs", answer.best.more
-    titles = [
-        *("method", f"{unit} to the mark", "saved", "lowest error %", "in", "NLL", "CPU s"),
-        *("GMACs", "rate", "seeds", *more),
-    ]
-    yield f"| {' | '.join(titles)} |"
-    yield f"|{'---|' * len(titles)}"
-    for name, points in answer.methods().items():
-        low, there = min(points, key=lambda p: p.error), answer.reaches(points)
-        to_the_mark, saved = "not reached", "-"
-        if there is not None:
-            cost = answer.cost(there) / (1 if answer.in_seconds else 1e9)
-            to_the_mark, saved = f"{cost:.4g} in {there.budget}", f"{answer.saved(there):.0%}"
-        cells = [
-            f"**{name}**" if low.method.ours else name,
-            to_the_mark,
-            saved,
-            f"{100 * low.error:.2f}" + ("" if low.seeds < 2 else f" ± {100 * low.spread:.2f}"),
-            low.budget,
-            f"{low.nll:.3f}",
-            "-" if low.seconds is None else f"{low.seconds:.4g}",
-            f"{low.macs / 1e9:.4g}",
-            f"{low.run.lr:g}",
-            str(low.seeds),
-            *(f"{low.more[title]:.3g}" for title in more),
-        ]
-        yield f"| {' | '.join(cells)} |"
+    yield from _rows([_cells(answer, points) for points in answer.methods().values()])
+
+
+def short_table(answer: Answer, titles: Sequence[str]) -> Iterator[str]:
+    """Some columns, of the methods that have run with several seeds."""
+    found = [_cells(answer, p) for p in answer.methods().values() if min(x.seeds for x in p) > 1]
+    yield from _rows([{title: cells[title] for title in titles} for cells in found])
+
+
+def _rows(cells: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    yield row(*cells[0])
+    yield f"|{'---|' * len(cells[0])}"
+    yield from (row(*line.values()) for line in cells)
+
+
+def _cells(answer: Answer, points: Sequence[Point]) -> dict[str, str]:
+    """A method's row, by the titles of the columns."""
+    low, there = min(points, key=lambda p: p.error), answer.reaches(points)
+    name, to_the_mark, saved = low.run.method, "not reached", "-"
+    if there is not None:
+        cost = answer.cost(there) / (1 if answer.in_seconds else 1e9)
+        to_the_mark, saved = f"{cost:.4g} in {there.budget}", f"{answer.saved(there):.0%}"
+    return {
+        "method": f"**{name}**" if low.method.ours else name,
+        f"{'CPU s' if answer.in_seconds else 'GMACs'} to the mark": to_the_mark,
+        "saved": saved,
+        "lowest error %": f"{100 * low.error:.2f}"
+        + ("" if low.seeds < 2 else f" ± {100 * low.spread:.2f}"),
+        "in": low.budget,
+        "NLL": f"{low.nll:.3f}",
+        "CPU s": "-" if low.seconds is None else f"{low.seconds:.4g}",
+        "GMACs": f"{low.macs / 1e9:.4g}",
+        "rate": f"{low.run.lr:g}",
+        "seeds": str(low.seeds),
+        **{title: f"{value:.3g}" for title, value in low.more.items()},
+    }
 
 
 def summary(results: Mapping[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import Parameter
 
 import fastfreeze
@@ -21,6 +22,7 @@ from tests.optim.conformance import (
     parameters,
     params_of,
     run,
+    set_gradients,
     tensors_of,
 )
 from tests.optim.helpers import train
@@ -125,3 +127,67 @@ def test_torch_goes_on_from_a_state_with_frozen_layers(pair):
             assert torch.equal(other[i].weight, model[i].weight)
         found.append(successor)
     assert_same(*found)
+
+
+@every_pair
+@pytest.mark.parametrize("named", [(True, True), (True, False), (False, True)], ids=str)
+def test_named_parameters(pair, named):
+    names = [f"p{i}" for i in range(len(SHAPES))]
+
+    def names_seen(make):
+        first, second = (
+            list(zip(names, parameters(), strict=True)) if has else parameters() for has in named
+        )
+        saved = run(make(first, **pair.keeping), 2)
+        loaded = make(second, **pair.keeping)
+        loaded.load_state_dict(saved.state_dict())
+        run(loaded, 2, start=2)
+        return [
+            saved.state_dict()["param_groups"][0].get("param_names"),
+            loaded.param_groups[0].get("param_names"),
+        ]
+
+    found = names_seen(pair.ours)
+    assert found[0] == (names if named[0] else None)
+    assert found == names_seen(pair.theirs)
+
+
+@every_pair
+@pytest.mark.parametrize("saved", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
+def test_the_flags_in_a_checkpoint_mean_nothing(pair, saved):
+    """torch takes them over; with a GradScaler its fused step then fails."""
+    found = []
+    for make in (pair.ours, pair.theirs):
+        first = run(pair.theirs(parameters(), **pair.keeping, **saved), 2)
+        state = first.state_dict()
+        if make is pair.theirs:
+            state["param_groups"][0] |= {"foreach": None, "fused": None}
+        optimizer = make(params_of(first), **pair.keeping)
+        optimizer.load_state_dict(state)
+        if make is pair.theirs:
+            run(optimizer, 3, start=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(2, 5) if make is pair.ours else ():
+            set_gradients(params_of(optimizer), step)
+            scaler.scale(torch.ones(()))
+            for p in params_of(optimizer):
+                p.grad.mul_(4)
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(optimizer)
+    assert_same(*found)
+
+
+@every_pair
+def test_averaged_models(pair):
+    average = torch.optim.swa_utils
+    for options in ({}, {"multi_avg_fn": average.get_ema_multi_avg_fn(0.9)}):
+        model = nn.Linear(3, 2)
+        averaged = average.AveragedModel(model, **options)
+        optimizer = pair.ours(model.parameters(), lr=0.1)
+        scheduler = average.SWALR(optimizer, swa_lr=0.05)
+        for step in range(3):
+            run(optimizer, 1, start=step)
+            averaged.update_parameters(model)
+            scheduler.step()
+        assert averaged.n_averaged == 3

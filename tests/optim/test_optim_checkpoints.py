@@ -144,3 +144,17 @@ def test_adams_moments_keep_theirs(dtypes):
     for p, q in zip(model.parameters(), truth.parameters(), strict=True):
         assert p.dtype == dtypes[1]
         torch.testing.assert_close(p.double(), q, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "nested"])
+def test_torchs_distributed_checkpoints_load(flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, other = net(), net()
+    theirs = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, theirs, 3)
+    state = get_optimizer_state_dict(model, theirs, options=options)
+    ours = SGD(other.parameters(), lr=0.5, momentum=0.1)
+    set_optimizer_state_dict(other, ours, state, options=options)
+    assert ours.param_groups[0]["momentum"] == 0.9
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(theirs.state[p]["momentum_buffer"], ours.state[q]["momentum_buffer"])

@@ -469,3 +469,21 @@ def test_a_kernel_refuses_gradients_of_another_dtype(backend):
             optimizer.step()
         torch.testing.assert_close((p.detach(), optimizer.state[p]), before, rtol=0, atol=0)
         assert optimizer.current_step == 1
+
+
+class Doubled(torch.Tensor):
+    """A subclass whose values are not those in its memory."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args = [2 * a.as_subclass(torch.Tensor) if type(a) is cls else a for a in args]
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gradient_of_a_subclass(backend):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.5, backend=backend)
+    for grad in (torch.ones(3), torch.ones(3).as_subclass(Doubled)):
+        p.grad = grad
+        optimizer.step()
+    assert p.tolist() == [1 - 0.5 - 1.0] * 3

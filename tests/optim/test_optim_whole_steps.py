@@ -210,3 +210,47 @@ def test_hooks_may_give_another_state():
     )
     assert run.optimizer.state_dict()["mine"]["schedule"]["name"] == "Cosine"
     assert found == [0]
+
+
+def test_a_handler_finds_a_whole_step():
+    """As one that saves a checkpoint when the cluster warns it does."""
+    run, found = Run("reference", Cosine(50)), []
+    before = signal.signal(signal.SIGTERM, lambda *_: found.append(run.everything()))
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename.startswith(PACKAGE) and event == "line":
+            signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    try:
+        run.step()
+        old = copy.deepcopy(run.everything())
+        run.give_gradients()
+        sys.settrace(trace)
+        run.optimizer.step()
+    finally:
+        sys.settrace(None)
+        signal.signal(signal.SIGTERM, before)
+    assert found
+    assert {str(f) for f in found} <= {str(old), str(run.everything())}
+
+
+def test_threads_share_the_last_step():
+    run, errors = Run("reference", Cosine(20)), []
+    run.give_gradients()
+
+    def step():
+        try:
+            for _ in range(10):
+                run.optimizer.step()
+        except ValueError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=step) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert run.optimizer.current_step == 20
+    assert all("total_steps=20" in str(error) for error in errors)
+    assert errors  # of those who came for one of the ten steps that were too many
