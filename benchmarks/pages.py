@@ -188,20 +188,6 @@ TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
         },
         _saved,
     ),
-    "trainings-short": Ratios(
-        "training",
-        "model",
-        (BASELINE, "without freezing"),
-        {
-            FLAGS: "`requires_grad=False` alone",
-            BEST_FLAGS: "and channels_last",
-            OURS: "`trim`",
-            f"{OURS} channels_last": "and channels_last",
-            f"{OURS} channels_last cache": "and `FeatureCache`",
-        },
-        _saved,
-        sources=False,
-    ),
     "trim": Ratios(
         "trim",
         "model",
