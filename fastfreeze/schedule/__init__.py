@@ -48,9 +48,17 @@ __all__ = [
 ]
 
 _KINDS: dict[str, type[Schedule]] = {
-    name: kind
-    for name, kind in globals().items()
-    if isinstance(kind, type) and issubclass(kind, Schedule) and kind is not Schedule
+    kind.__name__: kind
+    for kind in (
+        Constant,
+        Cosine,
+        SnapshotCycles,
+        StepDecay,
+        FreezeOut,
+        FreezeOutCycles,
+        Frozen,
+        GradualUnfreezing,
+    )
 }
 
 
