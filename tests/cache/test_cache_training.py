@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+import time
 from functools import cache, partial
 
 import pytest
@@ -13,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 import fastfreeze
 from fastfreeze import FeatureCache, RepeatableViews, trim
 from tests.cache.test_cache import images, on
-from tests.killed import killed
 from tests.nets import Blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_counts")
@@ -129,6 +130,14 @@ def trained_on_and_on(data, cached, ready):
 
 def test_killed_in_a_training_and_begun_again(tmp_path):
     cached = partial(on, directory=tmp_path / "cache")
+    context = multiprocessing.get_context("spawn")  # a fork may be unable to compute gradients
     for seconds in (0.05, 0.3):
-        killed(trained_on_and_on, forty(), cached, after=seconds)
+        begun = context.Event()
+        child = context.Process(target=trained_on_and_on, args=(forty(), cached, begun.set))
+        child.start()
+        assert begun.wait(120)
+        time.sleep(seconds)
+        assert child.is_alive()
+        child.kill()
+        child.join()
     assert_equal_trainings(training(forty(), 8, cached), plain_training(8, freezeout))
