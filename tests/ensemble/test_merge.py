@@ -280,6 +280,7 @@ SLOW = sorted({*FAMILIES, "vit_b_16"} - set(QUICK))
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_torchvision(name):
+    pytest.importorskip("torchvision")
     check_network(*torchvision_model(name))
 
 
