@@ -176,14 +176,13 @@ class DataParallel(nn.Module):
         return lines
 
 
-def _frozen_buffers(module: nn.Module) -> set[str]:
-    """Names of the buffers in modules of which no parameter trains."""
-    found: set[str] = set()
-    for prefix, part in module.named_modules():
-        flags = list(map(_requires_grad, part.parameters()))
-        if flags and not any(flags):
-            found.update(name for name, _ in part.named_buffers(prefix))
-    return found
+def _frozen_buffers(network: TrimmedModel) -> set[str]:
+    """Names of the buffers that its frozen modules hold."""
+    return {
+        f"{name}.{own}".lstrip(".")
+        for module, name in network.frozen_names().items()
+        for own in module._buffers
+    }
 
 
 def _cpu_group(ddp_keywords: dict[str, Any]) -> dist.ProcessGroup:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastfreeze.recipes.rundir import Line
-from fastfreeze.recipes.tables import METHOD_TITLES, by_method
+from fastfreeze.recipes.tables import METHOD_TITLES, by_method, delivered_error
 
 _FREEZING = ("freezeout", "both")
 _GAINS = 0.97  # of plain SGD's time: above that is noise
@@ -25,7 +25,7 @@ def advice(results: Sequence[Line], epochs: int, num_tested: int) -> str:
     methods = by_method(results)
     if "sgd" not in methods or len(methods) < 2:
         return ""
-    errors = {m: [_error(r) for r in own] for m, own in methods.items()}
+    errors = {m: [delivered_error(r) for r in own] for m, own in methods.items()}
     seconds = {m: float(np.mean([r["seconds"] for r in own])) for m, own in methods.items()}
     best = min(errors, key=lambda m: float(np.mean(errors[m])))
     off = {m: float(np.mean(e) - np.mean(errors[best])) for m, e in errors.items()}
@@ -46,12 +46,6 @@ def advice(results: Sequence[Line], epochs: int, num_tested: int) -> str:
                 f"its fair rival, and often as good: --methods sgd --epochs {shorter}."
             )
     return "\n".join(lines)
-
-
-def _error(result: Line) -> float:
-    """Of what a method delivers: its ensemble, if it has one."""
-    own, ensemble = result["error"], result["ensemble_error"]
-    return float(own if ensemble is None else ensemble)
 
 
 def _standard_error(own: Sequence[float], others: Sequence[float], num_tested: int) -> float:

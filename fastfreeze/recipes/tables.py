@@ -100,6 +100,12 @@ def by_method(results: Sequence[Line]) -> dict[str, list[Line]]:
     return {method: found[method] for method in dict.fromkeys(r["method"] for r in results)}
 
 
+def delivered_error(result: Line) -> float:
+    """Of what a method delivers: its ensemble, if it has one."""
+    own, ensemble = result["error"], result["ensemble_error"]
+    return float(own if ensemble is None else ensemble)
+
+
 def cells(results: Sequence[Line], columns: Sequence[Column]) -> list[str]:
     """Of each column one value, or mean ± standard error of several results; "-" for none."""
     found = []
@@ -154,9 +160,7 @@ def compare(results: Sequence[Line], baseline: str) -> list[Line]:
         results: of every method with the same n >= 2 seeds.
         baseline: the name of one of the methods.
     """
-    delivered = [
-        r if r["ensemble_error"] is None else {**r, "error": r["ensemble_error"]} for r in results
-    ]
+    delivered = [{**result, "error": delivered_error(result)} for result in results]
     methods, compared = by_method(delivered), []
     for method in dict.fromkeys([baseline, *methods]):
         own, pairs = methods[method], list(zip(methods[method], methods[baseline], strict=True))
