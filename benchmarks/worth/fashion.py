@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -68,8 +68,12 @@ class Fashion:
         return Varied(model, images, labels, order, seed, lr, black=self.black, pad=self.pad)
 
 
+@cache
 def read(folder: Path, count: int) -> Fashion:
-    """``count`` training images, 2,000 others for validation, and the test images."""
+    """``count`` training images, 2,000 others for validation, and the test images.
+
+    They are kept for the next run of a process.
+    """
     data = load_data("fashion-mnist", folder)
     split = data.part(count + VALIDATION).held_out(VALIDATION / (count + VALIDATION))
     return Fashion(

@@ -6,7 +6,7 @@ They are not augmented, for all methods alike. LoRA needs the package ``peft``, 
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -57,10 +57,15 @@ class MobileNet(FineTask):
         ]
 
 
+@cache
+def images(folder: Path, part: str, count: int) -> tuple[Tensor, ...]:
+    """With their labels; kept for the next run of a process."""
+    return read(found_in(folder), part, count, SIZE).tensors
+
+
 def learn(run: Run, folder: Path, counted: bool) -> dict:
-    files = found_in(folder)
     count = int(run.task.partition(" ")[0].replace(",", ""))
-    x, labels = read(files, "train", VALIDATION + count, SIZE).tensors
+    x, labels = images(folder, "train", VALIDATION + count)
     orders = [
         torch.randperm(count, generator=epoch_generator(run.seed, epoch))
         for epoch in range(run.epochs)
@@ -72,12 +77,12 @@ def learn(run: Run, folder: Path, counted: bool) -> dict:
         torch.cat(orders).view(-1, BATCH_SIZE),
         run.seed,
         run.lr,
-        weights=files[WEIGHTS],
+        weights=found_in(folder)[WEIGHTS],
         epochs=run.epochs,
     )
     sets = {
         "validation_": (x[:VALIDATION], labels[:VALIDATION]),
-        "": read(files, "t10k", TEST, SIZE).tensors,
+        "": images(folder, "t10k", TEST),
     }
     return record(QUESTION.methods[run.method], task, counted, sets)
 

@@ -9,7 +9,7 @@ fails, and the others run.
 from __future__ import annotations
 
 import tarfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,21 @@ def sentences(archive: Path, name: str) -> list[tuple[str, int]]:
     return [row for i in shuffled for row in found[i]]
 
 
+@cache
+def tokens(folder: Path, task: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tokens and labels of all three sets; kept for the next run of a process."""
+    files = found_in(folder)
+    name, validation, test = FILES[task]
+    rows = sentences(files[ARCHIVE], name)
+    tokenizer = AutoTokenizer.from_pretrained(files[MODEL].parent)
+    held_out = {"validation_": rows[-test - validation : -test], "": rows[-test:]}
+    by_length = {  # short ones together
+        begin: sorted(part, key=lambda row: len(row[0])) for begin, part in held_out.items()
+    }
+    parts = {"train": rows[:TRAINING], **by_length}
+    return {part: encoded(tokenizer, found) for part, found in parts.items()}
+
+
 def encoded(tokenizer: Any, rows: list[tuple[str, int]]) -> tuple[Tensor, Tensor]:
     """Tokens and masks, and labels."""
     found = tokenizer(
@@ -138,11 +153,8 @@ def encoded(tokenizer: Any, rows: list[tuple[str, int]]) -> tuple[Tensor, Tensor
 def learn(run: Run, folder: Path, counted: bool) -> dict:
     transformers.logging.set_verbosity_error()  # the head is new, as it should be
     transformers.logging.disable_progress_bar()
-    files = found_in(folder)
-    name, validation, test = FILES[run.task]
-    rows = sentences(files[ARCHIVE], name)
-    tokenizer = AutoTokenizer.from_pretrained(files[MODEL].parent)
-    x, labels = encoded(tokenizer, rows[:TRAINING])
+    held_out = dict(tokens(folder, run.task))
+    x, labels = held_out.pop("train")
     task = MiniLM(
         run.task,
         x,
@@ -150,18 +162,10 @@ def learn(run: Run, folder: Path, counted: bool) -> dict:
         order(x, run.seed, run.epochs),
         run.seed,
         run.lr,
-        weights=files[MODEL].parent,
+        weights=found_in(folder)[MODEL].parent,
         epochs=run.epochs,
     )
-    held_out = {
-        "validation_": rows[-test - validation : -test],
-        "": rows[-test:],
-    }
-    by_length = {  # short ones together
-        begin: encoded(tokenizer, sorted(part, key=lambda row: len(row[0])))
-        for begin, part in held_out.items()
-    }
-    return record(QUESTION.methods[run.method], task, counted, by_length)
+    return record(QUESTION.methods[run.method], task, counted, held_out)
 
 
 QUESTION = Question(

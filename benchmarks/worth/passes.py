@@ -45,12 +45,12 @@ def share_of_others(before: Reading, now: Reading) -> float:
 
 
 class Children:
-    """Starts each run in a process of its own, with one thread."""
+    """Processes that run one run after the other, with one thread each."""
 
     def __init__(self, question: str, folder: Path, jobs: int = 1) -> None:
         self.jobs, self._question, self._folder = jobs, question, folder
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(jobs, context, max_tasks_per_child=1)
+        self._pool = ProcessPoolExecutor(jobs, context)
 
     def __enter__(self) -> Children:
         return self
