@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _ATEN = torch.ops.aten
 # What moves values, as views do, is no use of a parameter. What reads the result is.
 _MOVES = {_ATEN.cat, _ATEN.clone, _ATEN.repeat, _ATEN.stack, _ATEN._to_copy}
+_ADD_PRODUCTS = {_ATEN.addmm, _ATEN.baddbmm}  # to their first argument
 _MOVE_NAMES = {
     *("cat", "clone", "contiguous", "detach", "expand", "expand_as", "flatten", "getitem"),
     *("permute", "repeat", "reshape", "squeeze", "stack", "t", "to", "transpose", "unsqueeze"),
@@ -119,20 +120,53 @@ class _Nowhere:
     def __exit__(self, *_: object) -> None: ...
 
 
-class _Recorder(TorchDispatchMode):
-    """Records the events of one run, with the FLOPs that a counter finds."""
+class _WritesUndone(TorchDispatchMode):
+    """Undoes, when it ends, what operations within it have written to a model's parameters."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._in_memory: dict[int | None, list[torch.Tensor]] = {}
+        for parameter in model.parameters():
+            self._in_memory.setdefault(_memory(parameter), []).append(parameter)
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.keep(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for parameter, values in self._before:
+            parameter.data.copy_(values)
+
+    def keep(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keep what the parameters hold that an operation is about to write to."""
+        schema = getattr(func, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            return
+        given = [*args, *(kwargs.get(a.name) for a in schema.arguments[len(args) :])]
+        for argument, value in zip(schema.arguments, given, strict=True):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for tensor in _tensors(value):
+                found = self._in_memory.pop(_memory(tensor), [])
+                self._before += [(p, p.detach().clone()) for p in found]
+
+
+class _Recorder(_WritesUndone):
+    """Records the events of one run, with the FLOPs that a counter finds."""
+
+    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
+        super().__init__(model)
         self.uses = _Uses(model, WeakTensorKeyDictionary)
         self._counter = counter
         self._running = [""]
         self._trainable = sum(gradient_bits(model).values())
-        self._parameters = dict(model.named_parameters())
-        self._written: dict[str, torch.Tensor] = {}  # what parameters held before
-        for name, parameter in self._parameters.items():
+        for name, parameter in model.named_parameters():
             self.uses.begin(parameter, name)
 
     @contextmanager
@@ -159,9 +193,10 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         tensors = _tensors((args, kwargs))
-        self._keep(func, args, kwargs or {})
+        self.keep(func, args, kwargs or {})
         upstream, held = self.uses.operation(self._running[-1], tensors, _moves(func))
-        known = (self.uses.upstream.get(_owner(t), 0) for t in tensors if t.ndim >= 2)
+        factors = tensors[1:] if getattr(func, "overloadpacket", None) in _ADD_PRODUCTS else tensors
+        known = (self.uses.upstream.get(_owner(t), 0) for t in factors if t.ndim >= 2)
         matrices = sum(bits & self._trainable != 0 for bits in known)
         before = self._counter.get_total_flops()
         out = func(*args, **(kwargs or {}))
@@ -172,29 +207,18 @@ class _Recorder(TorchDispatchMode):
             self.uses.give(result, upstream, held)
         return out
 
-    def restore(self) -> None:
-        """Undo what was written to parameters."""
-        for name, value in self._written.items():
-            self._parameters[name].data.copy_(value)
-
-    def _keep(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Keep what parameters hold, before an operation writes to them."""
-        schema = getattr(func, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            return
-        given = [*args, *(kwargs.get(a.name) for a in schema.arguments[len(args) :])]
-        for argument, value in zip(schema.arguments, given, strict=True):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            for tensor in _tensors(value):
-                held = self.uses.held.get(tensor) or self.uses.held.get(_owner(tensor), [])
-                for name in held:
-                    if name not in self._written:
-                        self._written[name] = self._parameters[name].detach().clone()
-
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> int | None:
+    """What tensors that share memory have in common; None if it has no memory of one piece."""
+    try:
+        address: int = tensor.untyped_storage()._cdata
+        return address
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _owner(value: Any) -> Any:
@@ -242,7 +266,6 @@ def run_events(model: nn.Module, example_inputs: Any, training: bool = True) -> 
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
         recorder = _Recorder(model, stack.enter_context(counter))
-        stack.callback(recorder.restore)
         stack.enter_context(recorder.watching(model))
         stack.enter_context(recorder)
         try:
@@ -344,7 +367,7 @@ def _refill(container: Any, contents: Any) -> None:
 def graph_events(model: nn.Module, training: bool = True) -> list[Event]:
     """The events in the order of the model's graph, without FLOPs."""
     try:
-        with _left_as_found(model, training):
+        with _left_as_found(model, training), _WritesUndone(model):
             graph = fx.Tracer().trace(model)
     except Exception as error:
         raise ValueError(

@@ -161,9 +161,9 @@ def convolutions():
 
 
 def added_product():
-    """One operation of three matrices, two of which are multiplied."""
-    parts = {"a": nn.Linear(3, 4), "c": ones(4, 2), "w": ones(4, 2)}
-    return Does(lambda m, x: torch.addmm(m.c, m.a(x), m.w), **parts)
+    """Operations of three matrices, two of which are multiplied."""
+    parts = {"b": ones(4, 4), "v": ones(3, 4), "c": ones(4, 2), "w": ones(4, 2)}
+    return Does(lambda m, x: torch.addmm(m.c, torch.addmm(m.b, x, m.v), m.w), **parts)
 
 
 def auxiliary():
@@ -368,6 +368,8 @@ def meddle(m, x):
     m.log.append(m.coin.random() + m.draw.random() + random.random() + np.random.rand())
     m.kept["last"] = torch.rand((), generator=m.generator)
     m.stem.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        next(m.norm.parameters()).data.view(2, 4)[0].mul_(3)  # symbolic_trace does that, too
     if isinstance(x, torch.Tensor):
         with torch.no_grad():
             m.stem.weight.clamp_(max=0.1)
