@@ -24,7 +24,7 @@ from benchmarks.training_rivals import Task, Training, stepping
 from benchmarks.worth import fashion
 from benchmarks.worth.question import Method, Question, Run
 from benchmarks.worth.scratch import RATES, following, torch_alone
-from benchmarks.worth.training import trained
+from benchmarks.worth.training import Sets, trained
 from fastfreeze.ensemble import prediction_scores
 
 TRAIN, MEMBERS = 6_000, 5
@@ -37,47 +37,46 @@ class Trial:
     """Trainings of one run, whose costs add up.
 
     Attributes:
-        data: what is learned.
+        task_of: what is learned, of epochs and a seed.
         run: which one is asked for.
         counted: whether MACs are counted.
         cost: until now.
     """
 
-    data: fashion.Fashion
+    task_of: Callable[[int, int], Task]
     run: Run
     counted: bool
     cost: dict = field(default_factory=lambda: {"seconds": 0.0, "macs": 0})
 
-    def learn(self, make: Callable[[Task], Training], epochs: int, part: int = 0) -> nn.Module:
+    def learn(self, make: Callable[[Any], Training], epochs: int, part: int = 0) -> nn.Module:
         """Train for so many epochs, in an order and from weights of the ``part``'s own."""
-        seed = MEMBERS * self.run.seed + part
-        task = self.data.task(self.run.task, epochs, seed, self.run.lr)
+        task = self.task_of(epochs, MEMBERS * self.run.seed + part)
         model, record = trained(Method(make, ()), task, self.counted)
         for key in self.cost:
             self.cost[key] += record[key] or 0
         return model
 
 
-def _state(model: nn.Module) -> State:
+def state_of(model: nn.Module) -> State:
     return copy.deepcopy(model.state_dict())
 
 
-def single(trial: Trial) -> list[State]:
+def single(trial: Trial, make: Callable[[Any], Training]) -> list[State]:
     """One network for all epochs."""
-    return [_state(trial.learn(torch_alone, trial.run.epochs))]
+    return [state_of(trial.learn(make, trial.run.epochs))]
 
 
-def independent(trial: Trial) -> list[State]:
+def independent(trial: Trial, make: Callable[[Any], Training]) -> list[State]:
     """Five networks, a fifth of the epochs each."""
     epochs = trial.run.epochs // MEMBERS
-    return [_state(trial.learn(torch_alone, epochs, part)) for part in range(MEMBERS)]
+    return [state_of(trial.learn(make, epochs, part)) for part in range(MEMBERS)]
 
 
-def _cycles(trial: Trial, make: Callable[[Task, int], Training]) -> list[State]:
+def cycles(trial: Trial, make: Callable[[Any, int], Training]) -> list[State]:
     """What a training in five cycles, given their length in steps, has at each one's end."""
     states: list[State] = []
 
-    def training(task: Task) -> Training:
+    def training(task: Any) -> Training:
         length = task.total_steps // MEMBERS
         found = make(task, length)
         anneal = found.after_step
@@ -85,7 +84,7 @@ def _cycles(trial: Trial, make: Callable[[Task, int], Training]) -> list[State]:
         def after_step(taken: int) -> None:
             anneal(taken)
             if taken % length == 0:
-                states.append(_state(found.model))
+                states.append(state_of(found.model))
 
         found.after_step = after_step
         return found
@@ -103,7 +102,7 @@ def snapshots(trial: Trial) -> list[State]:
         training.after_step = stepping(scheduler)
         return training
 
-    return _cycles(trial, make)
+    return cycles(trial, make)
 
 
 def frozen_cycles(trial: Trial, **options: Any) -> list[State]:
@@ -113,7 +112,7 @@ def frozen_cycles(trial: Trial, **options: Any) -> list[State]:
         schedule = fastfreeze.FreezeOutCycles(task.total_steps, num_cycles=MEMBERS, **options)
         return following(task, schedule)
 
-    return _cycles(trial, make)
+    return cycles(trial, make)
 
 
 def branches(trial: Trial, *, until: float, anew: bool) -> list[State]:
@@ -126,7 +125,7 @@ def branches(trial: Trial, *, until: float, anew: bool) -> list[State]:
         until: the share of the compute that is frozen.
         anew: whether the last part begins with new weights, not with the network's.
     """
-    trunk = _state(trial.learn(torch_alone, 2 * trial.run.epochs // MEMBERS))
+    trunk = state_of(trial.learn(torch_alone, 2 * trial.run.epochs // MEMBERS))
 
     def make(task: Task) -> Training:
         schedule = fastfreeze.Frozen(task.total_steps, until=until)
@@ -137,7 +136,7 @@ def branches(trial: Trial, *, until: float, anew: bool) -> list[State]:
         return following(task, schedule, start)
 
     epochs = trial.run.epochs // (2 * MEMBERS)
-    return [trunk, *(_state(trial.learn(make, epochs, part)) for part in range(1, MEMBERS))]
+    return [trunk, *(state_of(trial.learn(make, epochs, part)) for part in range(1, MEMBERS))]
 
 
 def _ours(make: Callable[..., list[State]], **options: Any) -> Method:
@@ -147,8 +146,8 @@ def _ours(make: Callable[..., list[State]], **options: Any) -> Method:
 _CYCLES = {"t_0": 0.8, "scale_lr": False}
 METHODS = {
     "snapshots": Method(snapshots, RATES),
-    "independent": Method(independent, RATES),
-    "one network": Method(single, RATES),
+    "independent": Method(partial(independent, make=torch_alone), RATES),
+    "one network": Method(partial(single, make=torch_alone), RATES),
     "sticky": _ours(frozen_cycles, composition="sticky", **_CYCLES),
     "branches": _ours(branches, until=0.7, anew=False),
     "branches, last part anew": _ours(branches, until=0.7, anew=True),
@@ -157,23 +156,28 @@ METHODS = {
 }
 
 
-@torch.no_grad()
 def run(asked: Run, folder: Path, counted: bool) -> dict:
-    data, method = fashion.read(folder, TRAIN), METHODS[asked.method]
-    trial = Trial(data, asked, counted)
+    data = fashion.read(folder, TRAIN)
+    trial = Trial(lambda n, seed: data.task(asked.task, n, seed, asked.lr), asked, counted)
+    return record(trial, METHODS[asked.method], data.sets)
+
+
+@torch.no_grad()
+def record(trial: Trial, method: Method, sets: Sets) -> dict:
+    """Train members; their cost, the scores of their mean on all sets, and a prediction's time."""
     with torch.enable_grad():
         states = method.make(trial)
-    model = data.task(asked.task, 1, 0, asked.lr).build()
+    model = trial.task_of(1, 0).build()
     if method.ours:
         predict: Predict = fastfreeze.SnapshotEnsemble(model, states)
     else:
         predict = loop_of(model, states, torch.channels_last)
     found = dict(trial.cost)
-    for begin, (images, labels) in data.sets.items():
+    for begin, (images, labels) in sets.items():
         p = torch.cat([predict(batch) for batch in images.split(250)])
         scores = prediction_scores(p, labels)
         found |= {f"{begin}{name}": getattr(scores, name) for name in ("error", "nll", "ece")}
-    few = data.test[0][:PREDICTED]
+    few = sets[""][0][:PREDICTED]
     return {**found, "predict_ms": round(1e3 * _lowest_seconds(lambda: predict(few)), 3)}
 
 
@@ -187,11 +191,12 @@ def _lowest_seconds(call: Callable[[], object]) -> float:
     return min(seconds[1:])
 
 
+COLUMNS = {"ECE": "ece", "ms to predict 64": "predict_ms"}
 QUESTION = Question(
     "Ensembles of five: Fashion-MNIST, 6,000 training images",
     {"tiny-resnet20": BUDGETS},
     METHODS,
     run,
     fashion.fetch,
-    {"ECE": "ece", "ms to predict 64": "predict_ms"},
+    COLUMNS,
 )

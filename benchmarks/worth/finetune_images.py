@@ -63,28 +63,41 @@ def images(folder: Path, part: str, count: int) -> tuple[Tensor, ...]:
     return read(found_in(folder), part, count, SIZE).tensors
 
 
-def learn(run: Run, folder: Path, counted: bool) -> dict:
-    count = int(run.task.partition(" ")[0].replace(",", ""))
-    x, labels = images(folder, "train", VALIDATION + count)
+def _train_images(folder: Path, name: str) -> tuple[Tensor, ...]:
+    """Those for validation, and then as many as the name says."""
+    return images(folder, "train", VALIDATION + int(name.partition(" ")[0].replace(",", "")))
+
+
+def task_of(folder: Path, name: str, epochs: int, seed: int, lr: float) -> MobileNet:
+    """So many epochs of as many images as the name says."""
+    x, labels = (found[VALIDATION:] for found in _train_images(folder, name))
     orders = [
-        torch.randperm(count, generator=epoch_generator(run.seed, epoch))
-        for epoch in range(run.epochs)
+        torch.randperm(len(x), generator=epoch_generator(seed, epoch)) for epoch in range(epochs)
     ]
-    task = MobileNet(
-        run.task,
-        x[VALIDATION:],
-        labels[VALIDATION:],
+    return MobileNet(
+        name,
+        x,
+        labels,
         torch.cat(orders).view(-1, BATCH_SIZE),
-        run.seed,
-        run.lr,
+        seed,
+        lr,
         weights=found_in(folder)[WEIGHTS],
-        epochs=run.epochs,
+        epochs=epochs,
     )
-    sets = {
+
+
+def sets(folder: Path, name: str) -> dict[str, tuple[Tensor, ...]]:
+    """What a run is judged by, by what the names in its record begin with."""
+    x, labels = _train_images(folder, name)
+    return {
         "validation_": (x[:VALIDATION], labels[:VALIDATION]),
         "": images(folder, "t10k", TEST),
     }
-    return record(QUESTION.methods[run.method], task, counted, sets)
+
+
+def learn(run: Run, folder: Path, counted: bool) -> dict:
+    task = task_of(folder, run.task, run.epochs, run.seed, run.lr)
+    return record(QUESTION.methods[run.method], task, counted, sets(folder, run.task))
 
 
 QUESTION = Question(

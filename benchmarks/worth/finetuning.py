@@ -264,7 +264,7 @@ def lora(task: FineTask, *, kept: bool = False) -> Training:
     if kept:
         for stage in stages[:first]:
             stage.eval()
-        _keep(training, task, fastfreeze.trim(model))
+        keep(training, task, fastfreeze.trim(model))
     return training
 
 
@@ -307,8 +307,13 @@ def freezeout(task: FineTask, plan: LayerPlan, warm: int) -> Any:
     return FreezeOut(task.total_steps, t_0=0.5, scale_lr=False, warmup_steps=warm)
 
 
-def ours(task: FineTask, *, schedule: Schedules, kept: bool = True) -> Training:
-    """fastfreeze's optimizer and trimmed network; what is frozen is kept, if that is asked for."""
+def ours(
+    task: FineTask, *, schedule: Schedules, kept: bool = True, directory: Path | None = None
+) -> Training:
+    """fastfreeze's optimizer and trimmed network; what is frozen is kept, if that is asked for.
+
+    It is kept in memory, or in a directory for the next training.
+    """
     model = task.build()
     plan = fastfreeze.split(model, task.arguments(task.batch(0)[0][:2]))
     plan = replace(plan, schedule=schedule(task, plan, task.warm), lr=task.lr)
@@ -316,13 +321,24 @@ def ours(task: FineTask, *, schedule: Schedules, kept: bool = True) -> Training:
     network: Any = fastfreeze.trim(model)
     training = Training(model, task.calls(network), optimizer, layout=task.layout)
     if kept:
-        _keep(training, task, network)
+        keep(training, task, network, directory)
     return training
 
 
-def _keep(training: Training, task: FineTask, network: fastfreeze.TrimmedModel) -> None:
-    """Keep the values of what is frozen."""
-    cache = fastfreeze.FeatureCache(network, enabled=True)
+def keep(
+    training: Training,
+    task: FineTask,
+    network: fastfreeze.TrimmedModel,
+    directory: Path | None = None,
+) -> None:
+    """Keep the values of what is frozen; after the last step others may use the directory."""
+    cache = fastfreeze.FeatureCache(network, directory=directory, enabled=True)
+    anneal = training.after_step
+
+    def after_step(taken: int) -> None:
+        anneal(taken)
+        if taken == task.total_steps:
+            cache.close()
 
     def cached(x: Tensor, ids: Tensor) -> Tensor:
         return task.logits(cache(*task.arguments(x), samples=ids))
@@ -332,7 +348,7 @@ def _keep(training: Training, task: FineTask, network: fastfreeze.TrimmedModel) 
         counts = {"hits": stats.hits, "misses": stats.misses, "advanced": stats.advanced}
         return {**counts, "reason": cache.reason}
 
-    training.network, training.notes = cached, notes
+    training.network, training.notes, training.after_step = cached, notes, after_step
 
 
 LONG = (4, 16, 64)  # epochs for what costs next to nothing

@@ -17,6 +17,7 @@ MODULES = {
     "finetune-text": "benchmarks.worth.finetune_text",
     "scratch": "benchmarks.worth.scratch",
     "ensembles": "benchmarks.worth.ensembles",
+    "finetune-ensembles": "benchmarks.worth.finetune_ensembles",
 }
 
 

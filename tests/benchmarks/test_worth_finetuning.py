@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from torch import nn
 
 pytest.importorskip("benchmarks.worth", reason="tests run outside the source tree")
 import fastfreeze
+from benchmarks.worth import finetune_ensembles
+from benchmarks.worth.ensembles import Trial
 from benchmarks.worth.finetuning import FineTask, methods
+from benchmarks.worth.question import Run
 from benchmarks.worth.training import record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +32,9 @@ class Toy(FineTask):
     ours = staticmethod(partial(fastfreeze.SGD, momentum=0.9))
 
     def pretrained(self):
-        body = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(HEAD)]
+        with torch.random.fork_rng():  # the head alone is new
+            torch.manual_seed(0)
+            body = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(HEAD)]
         return nn.Sequential(*body, nn.Linear(WIDTH, WIDTH))
 
     def stages(self, model):
@@ -41,13 +47,13 @@ class Toy(FineTask):
         return model[-1](features)
 
 
-def toy_task():
+def toy_task(epochs=EPOCHS, seed=0):
     generator = torch.Generator().manual_seed(0)
     count = 8
     x = torch.randn(count, WIDTH, generator=generator)
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(EPOCHS)])
-    order = order.view(EPOCHS * STEPS, -1)
-    return Toy("toy", x, x.argmax(1), order, lr=0.1, weights=Path(), epochs=EPOCHS)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
+    order = order.view(epochs * STEPS, -1)
+    return Toy("toy", x, x.argmax(1), order, seed, lr=0.1, weights=Path(), epochs=epochs)
 
 
 def first_that_trains(training):
@@ -103,3 +109,42 @@ def test_a_record_has_all_that_the_answer_needs():
     assert kept["hits"] == 8
     assert {"seconds", "error", "nll", "validation_error", "validation_nll"} <= kept.keys()
     assert kept["error"] == pytest.approx(hand["error"])
+
+
+FULL, HALF, FOUND = 11, 7, 5  # products of a sample's step
+ENSEMBLES = {  # the products, members, and whether they share their first half
+    "snapshots": (80 * FULL, 5, False),
+    "independent": (80 * FULL, 5, False),
+    "one network": (80 * FULL, 1, True),
+    "independent, half frozen by hand": (80 * HALF, 5, True),
+    # A branch does not know before its first batch of two what is read of the kept values.
+    "branches above a kept half": ((8 + 4 * 2) * HALF + (72 - 4 * 2) * FOUND, 5, True),
+    "snapshots above a kept half": (8 * HALF + 72 * FOUND, 5, True),
+    "one network, half frozen, kept": (8 * HALF + 72 * FOUND, 1, True),
+}
+
+
+@pytest.mark.parametrize("name", finetune_ensembles.METHODS)
+def test_ensembles_share_a_frozen_half_that_runs_once_a_sample(name):
+    products, count, shared = ENSEMBLES[name]
+    trial = Trial(toy_task, Run("toy", name, 10, 0.1, 1), counted=True)
+    states = finetune_ensembles.METHODS[name].make(trial)
+    assert len(states) == count
+    assert all(state["1.0.weight"].equal(states[0]["1.0.weight"]) for state in states) == shared
+    assert len({tuple(state["3.bias"].tolist()) for state in states}) == count
+    assert trial.cost["macs"] == products * WIDTH * WIDTH
+
+
+def test_torchs_cycles_begin_at_the_whole_rate():
+    task, rates = toy_task(10), []
+
+    def make(task):
+        training = METHODS["everything trains"].make(task)
+        optimizer = training.optimizer
+        optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+        return training
+
+    finetune_ensembles.snapshots(Trial(lambda n, seed: task, Run("", "", 10, 0.1, 0), False), make)
+    assert len(rates) == 40
+    assert rates[::8] == pytest.approx(5 * [0.1])
+    assert rates[7::8] == pytest.approx(5 * [0.05 * (1 + math.cos(math.pi * 7 / 8))])

@@ -166,7 +166,9 @@ SHARED = {  # with which members the last one shares its first convolution
 def test_members_share_what_is_frozen(few, tmp_path, name, monkeypatch):
     monkeypatch.setattr(ensembles, "ROUNDS", 1)
     asked, method = Run(MODEL, name, 10, 0.05, 1), ensembles.METHODS[name]
-    trial = ensembles.Trial(few, asked, counted=False)
+    trial = ensembles.Trial(
+        lambda epochs, seed: few.task(MODEL, epochs, seed, 0.05), asked, counted=False
+    )
     states = method.make(trial)
     first, *_, last = states[0]  # the names of the tensors
     shared = [torch.equal(state[first], states[-1][first]) for state in states[:-1]]
