@@ -4,7 +4,8 @@ What is in the file is not run again: a command that was cut off goes on. Two pa
 
 --errors  All runs, several at once on a machine that may be busy: errors, and MACs, which are
           counted. The learning rate of a method is that of its grid with the lowest error on the
-          validation set, with the middle budget and seed 0; all its other runs take it.
+          validation set, with the middle budget and seed 0; all its other runs take it. While the
+          best of a grid is at its edge, the next rate runs, too.
 --costs   The CPU seconds of one run (seed 0) of each method and budget, one at a time, in rounds
           that take turns. A run during which others used the machine is thrown away.
 """

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ MODULES = {
     "ensembles": "benchmarks.worth.ensembles",
     "finetune-ensembles": "benchmarks.worth.finetune_ensembles",
 }
+WIDEST = 5  # learning rates in a grid
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Method:
     Attributes:
         make: what the question's ``run`` takes; of most, a training for a
             :class:`~benchmarks.training_rivals.Task`.
-        lrs: the grid of its learning rates.
+        lrs: the grid of its learning rates, rising; of three or more, it is widened while its best
+            is at an edge.
         ours: whether it needs fastfreeze.
         by_hand: whether it freezes as one of ours does, in torch alone: no rival that sets the
             mark, but what shows how much of a saving is freezing's own.
@@ -99,7 +101,7 @@ class Part:
         """
         pairs = [(task, method) for task in self.tasks for method in self.methods]
         for pair in pairs:
-            yield from self.grid(*pair)
+            yield from self.grid(records, *pair)
         for seed in range(self.seeds):
             for pair in pairs:
                 yield from self.chosen(records, *pair, seed)
@@ -113,15 +115,24 @@ class Part:
             for run in self.chosen(records, task, method, seed=0)
         ]
 
-    def grid(self, task: str, method: str) -> list[Run]:
-        """Those that choose the learning rate."""
+    def grid(self, records: Sequence[dict], task: str, method: str) -> list[Run]:
+        """Those that choose the learning rate: the method's, and further ones past a best edge."""
         epochs = self.question.epochs(task, method)
         middle = epochs[len(epochs) // 2]
-        return [Run(task, method, middle, lr, 0) for lr in self.question.methods[method].lrs]
+        runs = [Run(task, method, middle, lr, 0) for lr in self.question.methods[method].lrs]
+        while 3 <= len(runs) < WIDEST and (best := best_lr(records, runs)) is not None:
+            low, high, ratio = runs[0], runs[-1], runs[1].lr / runs[0].lr
+            if best == low.lr:
+                runs.insert(0, replace(low, lr=low.lr / ratio))
+            elif best == high.lr:
+                runs.append(replace(high, lr=high.lr * ratio))
+            else:
+                break
+        return runs
 
     def chosen(self, records: Sequence[dict], task: str, method: str, seed: int) -> list[Run]:
         """One for each budget, with the learning rate that was chosen; none before it is."""
-        lr = best_lr(records, self.grid(task, method))
+        lr = best_lr(records, self.grid(records, task, method))
         if lr is None:
             return []
         return [Run(task, method, n, lr, seed) for n in self.question.epochs(task, method)]

@@ -101,6 +101,31 @@ def test_rates_are_chosen_on_validation_and_every_seed_and_budget_runs_once():
     assert saves == list(range(1, len(runs) + 1))
 
 
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (1, [0.5, 1, 2]),
+        (4, [0.5, 1, 2, 4, 8]),
+        (0.25, [0.125, 0.25, 0.5, 1, 2]),
+        (16, [0.5, 1, 2, 4, 8]),
+    ],
+)
+def test_a_grid_goes_on_past_a_best_edge(best, tried):
+    method = {"plain": Method(None, (0.5, 1.0, 2.0))}
+    part = Part(replace(QUESTION, methods=method, budgets={"toy": (1,)}), 1, ["toy"], ["plain"])
+
+    class Tried(Toys):
+        def start(self, run, counted):
+            self.begun.append(run)
+            future, error = Future(), abs(math.log2(run.lr / best)) / 10
+            future.set_result({"validation_error": error, "validation_nll": error})
+            return future
+
+    toys = Tried()
+    assert passes.errors(part, [], toys, lambda: None) == 0
+    assert sorted(run.lr for run in toys.begun) == tried
+
+
 def test_what_is_there_is_not_run_again_and_what_fails_is_told(capsys):
     toys, runs = Toys(), []
     passes.errors(PART, runs, toys, lambda: None)
