@@ -224,7 +224,7 @@ def test_the_rows_are_the_oldest_the_newest_and_without(wheels):
     packages = wheels.packages([old, new])
     assert [packages[name][0] for name in ("oldest", "newest")] == [old, new]
     rows = wheels.rows(sdist, compiled, pure)
-    assert [r.file for r in rows] == [compiled, sdist, compiled, pure, compiled]
+    assert [r.file for r in rows] == [compiled, sdist, compiled, compiled, pure]
     assert [r.long for r in rows] == [True] + [False] * 4
     tests = [wheels.LONG_TESTS, wheels.FEW_TESTS, *[wheels.SHORT_TESTS] * 3]
     assert [r.tests for r in rows] == tests

@@ -225,8 +225,9 @@ def load_data(
     last three, whose files ``workers`` processes (>= 0) decode.
 
     Raises:
-        RecipeError: ``data_dir``, its files or an optional package are missing; the message says
-            which, and how to get them. Or they are no classes to tell apart.
+        ValueError: ``data_dir`` is missing.
+        RecipeError: its files or an optional package are missing; the message says which, and how
+            to get them. Or they are no classes to tell apart.
 
     Warns:
         FastfreezeWarning: files beside the images of a class are left out.
@@ -244,7 +245,7 @@ def load_data(
     if name == EMBEDDED:
         return _mnist5k()
     if data_dir is None:
-        raise RecipeError(f"--data {name} needs --data-dir, the directory of its files")
+        raise ValueError(f"--data {name} needs --data-dir, the directory of its files")
     return replace(readers[name](data_dir), workers=workers)
 
 

@@ -135,9 +135,11 @@ def load_weights(network: nn.Module, path: str) -> None:
         for what, keys in (("lacks", missing), ("has besides", found.unexpected_keys)):
             wrong += [f"it {what} {some(keys)}"] if keys else []
     if wrong:
+        wrapped = all(key.startswith("module.") for key in weights)
+        hint = " (all names begin with module.: it is of a wrapped network)" * wrapped
         raise RecipeError(
             f"--weights {path} does not fit the network (but for its head, {head}, which is new): "
-            f"{some(wrong)}"
+            f"{some(wrong)}{hint}"
         )
 
 

@@ -48,7 +48,8 @@ class Experiment:
         device: "cpu" or "cuda:<n>".
         weights: the file that all but the head's come from; None: they are drawn.
         validation: share of each class's training images that is held out; of the weights at each
-            epoch's end those count that err least on them. 0: the last weights count.
+            epoch's end those count that err least on them, of ties the lowest NLL. 0: the last
+            weights count.
     """
 
     methods: tuple[Method, ...]
@@ -145,7 +146,7 @@ class Run:
         if isinstance(schedule, SnapshotCycles):
             self.store = SnapshotStore(run_dir.snapshots(self.name))
         self.totals = _Totals()
-        self._best: Line | None = None  # epoch, error and weights
+        self._best: Line | None = None  # epoch, error, NLL and weights
         self._restore()
         if (plan := self.setup.plan) is not None:
             self.setup.report = FreezeReport(model, self.setup.optimizer, plan, example)
@@ -199,24 +200,32 @@ class Run:
         totals.epoch += 1
         totals.seconds += sum(seconds)
         totals.cpu_seconds += cpu_seconds() - cpu_start
-        error = prediction_scores(self._predict(self.data), self.data.test.labels).error
+        scores = prediction_scores(self._predict(self.data), self.data.test.labels)
         self._log(
             "epoch",
             epoch=totals.epoch,
             lr=self.setup.rates,
             frozen_layers=list(self._frozen),
             train_loss=sum(losses) / len(losses),
-            **{self.error_name: error},
+            **{self.error_name: scores.error, self.error_name.replace("error", "nll"): scores.nll},
             seconds=totals.seconds,
             step_losses=[round(loss, 6) for loss in losses],
             step_seconds=[round(s, 6) for s in seconds],
         )
-        if self.experiment.validation and (self._best is None or error < self._best["error"]):
+        if self.experiment.validation and self._is_best(scores):
             weights = self.setup.model.state_dict()
             copies = {key: value.to("cpu", copy=True) for key, value in weights.items()}
-            self._best = {"epoch": totals.epoch, "error": error, "weights": copies}
+            self._best = {
+                **{"epoch": totals.epoch, "error": scores.error, "nll": scores.nll},
+                "weights": copies,
+            }
         self._save()
-        return error
+        return scores.error
+
+    def _is_best(self, scores: PredictionScores) -> bool:
+        """Of the epochs so far: the lowest error, and of few images, where many tie, the NLL."""
+        best = self._best
+        return best is None or (scores.error, scores.nll) < (best["error"], best["nll"])
 
     def _after_step(self) -> None:
         setup, totals = self.setup, self.totals

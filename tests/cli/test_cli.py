@@ -197,11 +197,11 @@ BAD_USAGE = [
     ("reproduce snapshot --scale 1.5", "--scale"),
     ("reproduce snapshot --test-images 0", "--test-images"),
     (f"{DENSENET} mnist5k --data-dir {{empty}}", "--data-dir is not for mnist5k"),
+    ("train --data cifar10", "--data cifar10 needs --data-dir"),
     ("fly", "No such command"),
 ]
 FAILURES = [
     ("train --device cuda:99", "torch sees no such device"),
-    ("train --data cifar10", "--data cifar10 needs --data-dir"),
     ("train --resume {empty}", "is no run directory"),
     ("train --resume {empty}/..", "/used may be one"),
     ("plot {used}", "config.json holds no command with arguments: ValueError: it lacks"),

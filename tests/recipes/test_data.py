@@ -579,5 +579,5 @@ def test_missing_files(tmp_path, name, what, how):
     else:
         assert how in message
     assert not directory.exists()
-    with pytest.raises(RecipeError, match=f"--data {name} needs --data-dir"):
+    with pytest.raises(ValueError, match=f"--data {name} needs --data-dir"):
         load_data(name)

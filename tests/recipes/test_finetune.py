@@ -108,9 +108,9 @@ def test_a_recipe_trains_and_its_best_epoch_is_kept(own, name):
     [found] = results_of(result)
     run = RunDir.open(Path("run"))
     start, *epochs = (line for line in run.metrics() if line["event"] in ("start", "epoch"))
-    errors = [line["validation_error"] for line in epochs]
-    assert found["validation_error"] == min(errors)
-    assert found["best_epoch"] == 1 + errors.index(min(errors))
+    scores = [(line["validation_error"], line["validation_nll"]) for line in epochs]
+    assert found["validation_error"] == min(scores)[0]
+    assert found["best_epoch"] == 1 + scores.index(min(scores))
     assert found["backward_removed"] < 1
     assert (found["backward_removed"] > 0) == (name != "full-adamw")
     assert epochs[-1]["frozen_layers"] == frozen
@@ -133,8 +133,8 @@ def test_a_recipe_trains_and_its_best_epoch_is_kept(own, name):
 
 
 def test_the_result_is_the_best_epochs_on_the_test_images(own, monkeypatch):
-    worse = iter([0.25, 0.0, 0.5, 0.5])  # after each epoch, then of the test images
-    scores = lambda *_: PredictionScores(next(worse), 0.0, 0.0, 0.0, 0.0)  # noqa: E731
+    worse = iter([(0.0, 2.0), (0.0, 1.0), (0.5, 0.5), (0.5, 0.5)])  # each epoch's, then the test's
+    scores = lambda *_: PredictionScores(*next(worse), 0.0, 0.0, 0.0)  # noqa: E731
     monkeypatch.setattr(runs, "prediction_scores", scores)
     seen = []
 
@@ -182,6 +182,10 @@ def test_weights_of_safetensors_and_of_old_files_are_the_same(own):
 
 
 BAD_WEIGHTS = {
+    "wrapped": (
+        lambda w: [w.update({f"module.{key}": w.pop(key)}) for key in list(w)],
+        "(all names begin with module.: it is of a wrapped network)",
+    ),
     "lacks": (lambda w: w.pop("1.0.weight"), "(but for its head, 4, which is new): it lacks 1.0.w"),
     "besides": (lambda w: w.update({"4x": torch.ones(1)}), "it has besides 4x"),
     "shape": (lambda w: w.update({"0.1.bias": torch.ones(5)}), "0.1.bias is [5] and must be [4]"),
