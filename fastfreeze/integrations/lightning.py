@@ -6,9 +6,13 @@ For the package ``lightning`` and its older name ``pytorch_lightning`` alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from fastfreeze.integrations.training import Store, TrainsTrimmed, network_of
+from torch import Tensor
+
+from fastfreeze.cache import FeatureCache
+from fastfreeze.integrations.training import MakeCache, Store, TrainsTrimmed, network_of
 from fastfreeze.layers.split import LayerPlan
 
 try:
@@ -62,9 +66,15 @@ class FastfreezeCallback(TrainsTrimmed, Callback):  # type: ignore[misc, unused-
             the network, to measure what freezing saves; with ``example_inputs``.
         example_inputs: a tensor, a tuple of the network's positional arguments or a dict of keyword
             arguments.
+        samples: gives the samples' indices, int64 ``[B]`` or ``[B, 2]``, of a batch: what is frozen
+            then runs once for each sample. It wants data that are the same in each epoch, or
+            :class:`fastfreeze.RepeatableViews`, and one call of the network in a training step.
+        make_cache: gives the :class:`fastfreeze.FeatureCache` of the trimmed network, such as
+            ``functools.partial(FeatureCache, directory="kept")``.
 
     Attributes:
         report: the :class:`fastfreeze.FreezeReport` of the latest training; None without ``plan``.
+        cache: of the latest training, closed when that ends; None without ``samples``.
 
     Raises, when the training starts:
         ValueError: there is no such network or plan, or no optimizer with a schedule for it, its
@@ -81,8 +91,10 @@ class FastfreezeCallback(TrainsTrimmed, Callback):  # type: ignore[misc, unused-
         store: Store | None = None,
         plan: str | None = None,
         example_inputs: Any = None,
+        samples: Callable[[Any], Tensor] | None = None,
+        make_cache: MakeCache = FeatureCache,
     ) -> None:
-        super().__init__(network, store, plan, example_inputs)
+        super().__init__(network, store, plan, example_inputs, samples, make_cache)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
@@ -97,7 +109,13 @@ class FastfreezeCallback(TrainsTrimmed, Callback):  # type: ignore[misc, unused-
             example_inputs=trainer.strategy.batch_to_device(self._example_inputs),
         )
 
-    on_train_batch_start = TrainsTrimmed.begin_batch
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.begin_batch()
+        if self._samples is not None:
+            self.take_samples(self._samples(batch))
+
     on_train_batch_end = TrainsTrimmed.end_batch
     on_train_end = on_exception = TrainsTrimmed.close
 

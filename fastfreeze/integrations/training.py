@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from fastfreeze.cache import FeatureCache
 from fastfreeze.errors import warn
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.layers.report import FreezeReport
 from fastfreeze.layers.split import LayerPlan
 from fastfreeze.schedule import Schedule
 from fastfreeze.snapshots import MemorySnapshots, SnapshotStore
-from fastfreeze.trimming import trim
+from fastfreeze.trimming import TrimmedModel, trim
 
 Store = SnapshotStore | MemorySnapshots
+MakeCache = Callable[[TrimmedModel], FeatureCache]
+
+
+class Kept(nn.Module):
+    """A trimmed network behind its feature cache, for callers that do not name the samples.
+
+    Attributes:
+        samples: those of the next call, as the cache takes them; None: the network runs alone.
+    """
+
+    def __init__(self, cache: FeatureCache) -> None:
+        super().__init__()
+        self.network = cache.network
+        self._cache = cache
+        self.samples: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.samples is None:
+            return self.network(*args, **kwargs)
+        return self._cache(*args, samples=self.samples, **kwargs)
 
 
 class TrainsTrimmed:
@@ -29,11 +50,21 @@ class TrainsTrimmed:
     """
 
     report: FreezeReport | None = None
+    cache: FeatureCache | None = None
     _hook: RemovableHandle | None = None  # there while a training runs
 
-    def __init__(self, network: str, store: Store | None, plan: Any, example_inputs: Any) -> None:
+    def __init__(
+        self,
+        network: str,
+        store: Store | None,
+        plan: Any,
+        example_inputs: Any,
+        samples: Any,
+        make_cache: MakeCache,
+    ) -> None:
         self._network, self._store, self._plan = network, store, plan
         self._example_inputs = example_inputs
+        self._samples, self._make_cache = samples, make_cache
 
     def _start(
         self,
@@ -68,7 +99,12 @@ class TrainsTrimmed:
             self.report = FreezeReport(plan.model, optimizer, plan, example_inputs)
         parent, _, self._attribute = self._network.rpartition(".")
         self._parent = owner.get_submodule(parent)
-        self._whole, self._trimmed = network, trim(network)
+        self._whole, trimmed = network, trim(network)
+        self._trimmed: nn.Module = trimmed
+        self.cache = None
+        if self._samples is not None:
+            self.cache = self._make_cache(trimmed)
+            self._trimmed = Kept(self.cache)
         self._saved = saved
         self._measured = ExitStack()  # open while an optimizer step is being measured
         self._first_step: int | None = None  # the optimizer's, when that began
@@ -107,9 +143,16 @@ class TrainsTrimmed:
         setattr(self._parent, self._attribute, self._whole)
         self._hook.remove()
         self._hook = None
+        if self.cache is not None:
+            self.cache.close()
         if self._first_step is not None:  # in the middle of a step: it does not count
             self._first_step = None
             self._measured.__exit__(GeneratorExit, GeneratorExit(), None)
+
+    def take_samples(self, samples: Tensor | None) -> None:
+        """Which samples the next call of the network is for."""
+        if isinstance(self._trimmed, Kept):
+            self._trimmed.samples = samples
 
     @property
     def _steps_taken(self) -> int:

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
-from fastfreeze.integrations.training import Store, TrainsTrimmed
+from fastfreeze.cache import FeatureCache
+from fastfreeze.integrations.training import MakeCache, Store, TrainsTrimmed
 from fastfreeze.layers.freeze import FreezeScheduler
 from fastfreeze.layers.split import LayerPlan
 
@@ -93,9 +95,15 @@ class FastfreezeCallback(TrainsTrimmed, TrainerCallback):  # type: ignore[misc, 
             taken.
         plan, example_inputs: the plan of the model, or of the part, and a tuple of its arguments
             or a dict of keyword arguments, to measure what freezing saves.
+        samples: name of the input that holds the samples' indices, int64 ``[B]``, which the model
+            does not get: what is frozen then runs once for each sample. It wants
+            ``remove_unused_columns=False``, and data that are the same in each epoch.
+        make_cache: gives the :class:`fastfreeze.FeatureCache` of the trimmed part, such as
+            ``functools.partial(FeatureCache, directory="kept")``.
 
     Attributes:
         report: the :class:`fastfreeze.FreezeReport` of the latest training; None without ``plan``.
+        cache: of the latest training, closed when that ends; None without ``samples``.
 
     Raises, when the training starts:
         ValueError: there is no such part, or no optimizer with a schedule for it, its own or a
@@ -113,8 +121,12 @@ class FastfreezeCallback(TrainsTrimmed, TrainerCallback):  # type: ignore[misc, 
         store: Store | None = None,
         plan: LayerPlan | None = None,
         example_inputs: Any = None,
+        samples: str | None = None,
+        make_cache: MakeCache = FeatureCache,
     ) -> None:
-        super().__init__(network, store, plan, example_inputs)
+        super().__init__(network, store, plan, example_inputs, samples, make_cache)
+
+    _inputs_hook: RemovableHandle | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,7 +149,27 @@ class FastfreezeCallback(TrainsTrimmed, TrainerCallback):  # type: ignore[misc, 
             plan=self._plan,
             example_inputs=self._example_inputs,
         )
+        if self._samples is not None:
+            self._inputs_hook = model.register_forward_pre_hook(self._inputs, with_kwargs=True)
+
+    def _inputs(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take the samples out of what the model is called with."""
+        if model.training and self._samples not in kwargs:
+            raise ValueError(
+                f"samples must be the name of an input, got {self._samples!r}: the inputs are "
+                f"{', '.join(kwargs)} (the Trainer needs remove_unused_columns=False)"
+            )
+        self.take_samples(kwargs.pop(self._samples, None))
+        return args, kwargs
+
+    def close(self, *_: Any, **__: Any) -> None:
+        super().close()
+        if self._inputs_hook is not None:
+            self._inputs_hook.remove()
+            self._inputs_hook = None
 
     on_step_begin = TrainsTrimmed.begin_batch
     on_step_end = TrainsTrimmed.end_batch
-    on_train_end = TrainsTrimmed.close
+    on_train_end = close

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -137,6 +138,27 @@ def steps_by_hand(network, optimizer, loader):
             F.cross_entropy(network(images), labels).backward()
             optimizer.step()
             yield
+
+
+class Numbered(Module):
+    """Batches say which samples are in them."""
+
+    def loss(self, batch, index):
+        return super().loss(batch[:2], index)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_what_is_frozen_is_kept_for_each_sample(loader, tmp_path):
+    tensors = (*loader.dataset.tensors, torch.arange(4 * BATCHES))
+    numbered, start, trained = DataLoader(TensorDataset(*tensors), batch_size=4), network(), []
+    for samples in (None, lambda batch: batch[2]):
+        module = Numbered(copy.deepcopy(start))
+        make_cache = partial(fastfreeze.FeatureCache, enabled=True)
+        callback = FastfreezeCallback(samples=samples, make_cache=make_cache)
+        trainer(tmp_path, callback, gradient_clip_val=0.1).fit(module, numbered)
+        trained.append(module.model.state_dict())
+    assert_same_bits(*trained)
+    assert callback.cache.stats().hits > 0
 
 
 def test_another_optimizer_freezes_by_a_scheduler(loader, tmp_path):

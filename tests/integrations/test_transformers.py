@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -177,6 +178,35 @@ def test_a_checkpoint_resumes_bit_for_bit(make, inputs, options, tmp_path):
     assert_same_bits(resumed.state_dict(), whole.state_dict())
     assert [s.cycle for s in snapshots] == [0, 1, 2]
     assert_same_snapshots(late, list(snapshots)[1:])
+
+
+def test_what_is_frozen_is_kept_for_each_sample(tmp_path):
+    inputs, start, trained = texts(), bert().state_dict(), []
+    for name in (None, "index"):
+        model = bert()
+        model.load_state_dict(start)
+        data = [row | {"index": torch.tensor(i)} for i, row in enumerate(samples(inputs))]
+        options = {"remove_unused_columns": name is None, "eval_strategy": "epoch"}
+        run, _, callback = trainer(model, samples(inputs), tmp_path, **options)
+        run.train_dataset = data
+        run.remove_callback(callback)
+        make_cache = partial(fastfreeze.FeatureCache, enabled=True)
+        callback = FastfreezeCallback("bert", samples=name, make_cache=make_cache)
+        run.add_callback(callback)
+        run.train()
+        trained.append(model.state_dict())
+        assert not model._forward_pre_hooks
+    assert_same_bits(*trained)
+    assert callback.cache.stats().hits > 0
+    assert callback.cache.reason == "it is closed"
+
+
+def test_samples_name_an_input(tmp_path):
+    run, _, callback = trainer(bert(), samples(texts()), tmp_path)
+    run.remove_callback(callback)
+    run.add_callback(FastfreezeCallback("bert", samples="index"))
+    with pytest.raises(ValueError, match="samples must be the name of an input, got 'index'"):
+        run.train()
 
 
 def test_another_optimizer_freezes_by_a_scheduler(tmp_path):
