@@ -2,8 +2,7 @@
 
 The folder holds the model and vaderSentiment's source archive, wherever in it. Whether a sentence
 speaks well of its film is learned from sentences that people have rated. AdamW trains; the layers
-freeze by a FreezeScheduler, which goes where the Trainer's own scheduler would, and run once for
-each sentence.
+freeze by a FreezeScheduler in place of the Trainer's scheduler, and run once for each sentence.
 
     python examples/finetune_text.py FOLDER
     python examples/finetune_text.py FOLDER --frozen 6 --lr 3e-4
@@ -83,8 +82,8 @@ def main() -> None:
     folder, rows = files[MODEL].parent, reviews(files[ARCHIVE])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Classifier.from_pretrained(folder, num_labels=2)
-    train = encoded(tokenizer, rows[: arguments.sentences])
-    train = [row | {"sample": i} for i, row in enumerate(train)]  # which the callback takes out
+    rated = enumerate(encoded(tokenizer, rows[: arguments.sentences]))
+    train = [row | {"sample": i} for i, row in rated]  # which the callback takes out
     test = encoded(tokenizer, rows[-arguments.test_sentences :])
     steps = arguments.epochs * -(-len(train) // 16)
 
@@ -96,16 +95,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as output:
         options = {"save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
-        options["remove_unused_columns"] = False  # the model does not know of samples
-        callback = FastfreezeCallback(model.base_model_prefix, samples="sample")
+        options |= {"remove_unused_columns": False, "num_train_epochs": arguments.epochs}
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(
-                output, per_device_train_batch_size=16, num_train_epochs=arguments.epochs, **options
-            ),
+            args=TrainingArguments(output, per_device_train_batch_size=16, **options),
             train_dataset=train,
             optimizers=(optimizer, scheduler),
-            callbacks=[callback],
+            callbacks=[FastfreezeCallback(model.base_model_prefix, samples="sample")],
         )
         start = time.process_time()
         trainer.train()
@@ -113,7 +109,6 @@ def main() -> None:
         answers = torch.from_numpy(trainer.predict(test).predictions).argmax(1)
     wrong = (answers != torch.tensor([row["labels"] for row in test])).float().mean()
     print(f"layers {scheduler.frozen_layers} of {len(plan.layers)} frozen")
-    print(f"{callback.cache.stats().hits if callback.cache else 0} sentences found again")
     print(f"error {100 * wrong:.1f}% after {seconds:.0f} CPU s")
 
 
