@@ -89,10 +89,21 @@ def halves(m, x):
     return m.head(m.c(torch.cat([first, m.b(second)], 1)).mean((2, 3)))
 
 
+def autocast_in_front(m, x):
+    """What is computed under autocast is read outside of it."""
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m.a(x)
+    return m.head(m.c(m.b(y.float())).mean((2, 3)))
+
+
 @pytest.mark.parametrize(
     ("body", "parts"),
-    [(sized, {}), (halves, {"b": conv_block(4, 4), "c": conv_block(8, 8)})],
-    ids=["sized", "halves"],
+    [
+        (sized, {}),
+        (halves, {"b": conv_block(4, 4), "c": conv_block(8, 8)}),
+        (autocast_in_front, {}),
+    ],
+    ids=["sized", "halves", "autocast"],
 )
 def test_other_values_that_cross(body, parts):
     cache, x = on(own_network(body, "a", **copy.deepcopy(parts))), images()
@@ -372,24 +383,34 @@ def fp32(kind, precision):
         kind.fp32_precision = "none"
 
 
-def test_precisions_and_sizes_have_entries_of_their_own():
+@contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_precisions_threads_and_sizes_have_entries_of_their_own():
     cache, x = on(network("a")), images(6)
     kinds = itertools.product(
         (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul), ("bf16", "ieee")
     )
     contexts = [partial(fp32, *kind) for kind in kinds]
-    contexts += [nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)]
+    contexts += [nullcontext, partial(torch.autocast, "cpu", torch.bfloat16), partial(threads, 2)]
     for _ in range(2):
         for context in contexts:
             with context():
                 check(cache, x, torch.arange(6))
             assert cache.active
     check(cache, F.pad(x, (1, 1, 2, 2)), torch.arange(6))
-    assert cache.stats().rows == 6 * 7
+    assert cache.stats().rows == 6 * 8
 
 
-def fill(tmp_path, names=("a", "b"), seed=0, device="cpu"):
-    with on(network(*names, seed=seed, device=device), directory=tmp_path) as cache:
+def fill(tmp_path, device="cpu", **options):
+    with on(network("a", "b", device=device, **options), directory=tmp_path) as cache:
         epochs(cache, images(device=device))
         return cache.stats()
 
@@ -408,9 +429,10 @@ def test_restart(tmp_path, runs):
 
 
 @every_device
-def test_restart_with_other_weights(tmp_path, device):
+@pytest.mark.parametrize("other", [{"seed": 1}, {"fold": False}], ids=["weights", "fold"])
+def test_restart_with_another_network(other, tmp_path, device):
     fill(tmp_path, device=device)
-    stats = fill(tmp_path, seed=1, device=device)
+    stats = fill(tmp_path, device=device, **other)
     assert (stats.misses, stats.rows) == (24, 24)
     assert fill(tmp_path, device=device).misses == 6  # the first are still there
 
