@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastfreeze
 from fastfreeze import FeatureCache, RepeatableViews, trim
-from tests.cache.test_cache import images, on
+from tests.cache.cases import images, on
 from tests.nets import Blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_counts")
