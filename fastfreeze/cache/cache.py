@@ -187,11 +187,13 @@ class FeatureCache:
             return "in a transform of torch.func"
         if _has_any_global_hook():
             return "all modules have hooks"
-        tensors = [t for t in tensors_in((args, kwargs)) if t.ndim]
-        if tensors and not any(len(t) == n for t in tensors):
-            raise ValueError(
-                f"samples must have a row for each of {len(tensors[0])} inputs, got {n}"
-            )
+        batches = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
+        if not any(len(x) == n for x in tensors_in((args, kwargs)) if x.ndim):
+            if batches:
+                raise ValueError(
+                    f"samples must have a row for each of {len(batches[0])} inputs, got {n}"
+                )
+            return "no input has a row for each sample"
         names = self.network.frozen_names()
         if names is not self._names:  # what is read now is not known
             self._names = names
@@ -414,7 +416,7 @@ class FeatureCache:
             reason = f"{came}: the data set is not deterministic (see fastfreeze.RepeatableViews)"
             self._give_up(reason)
             raise CannotKeepError(reason)
-        reason = f"for {came}: something random, or that trains, lies in front"
+        reason = f"to a frozen module {came}: something random, or that trains, lies in front of it"
         raise self._refused(kept.name, reason)
 
     def _carry_on(self, kept: Kept, chain: Chain, samples: Sequence[int]) -> Tensor | None:

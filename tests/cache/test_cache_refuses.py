@@ -7,15 +7,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
 import fastfreeze
 from fastfreeze import FeatureCache
 from fastfreeze.cache import cache as cache_module
 from fastfreeze.cache import kept
 from fastfreeze.cache.rows import CannotKeepError
+from fastfreeze.trimming import trim
 from tests.cache.cases import check, epochs, frozen, images, network, on, own_network
 from tests.conftest import every_device
-from tests.nets import Blocks, conv_block
+from tests.nets import Blocks, Does, conv_block
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_counts")
 
@@ -154,6 +156,16 @@ def test_switched_off_and_closed(tmp_path):
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         FeatureCache(**{"network": network("a"), **arguments})
+
+
+def test_inputs_without_a_row_for_each_sample_go_to_the_network_alone():
+    parts = {"stem": nn.Linear(3, 4).requires_grad_(False), "head": nn.Linear(4, 2)}
+    net = trim(Does(lambda m, rows: [m.head(m.stem(row)) for row in rows], **parts))
+    rows = [torch.randn(5, 3), torch.randn(7, 3)]  # as images of detection models come
+    cache = on(net)
+    found = cache(rows, samples=torch.arange(2))
+    torch.testing.assert_close(found, net(rows), rtol=0, atol=0)
+    assert cache.reason == "no input has a row for each sample"
 
 
 @pytest.mark.parametrize(
