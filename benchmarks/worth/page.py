@@ -26,8 +26,8 @@ rivals and one standard error (over the seeds) more. *saved* compares the cheape
 it with the cheapest rival that does. What is **bold** needs fastfreeze. What freezes the same *by
 hand*, or by flags, is torch alone: it is no rival that sets the mark, but shows how much of the
 saving is freezing's own, and how much the library's. CPU seconds are of one thread and count
-everything but the final test; MACs are multiply-accumulates of forward and backward. Methods with
-one seed only show that they are far off.
+everything but the final test; MACs are multiply-accumulates of forward and backward, and the cost
+where no seconds have been measured. One seed, without a standard error, is a first look.
 """
 
 
