@@ -395,18 +395,13 @@ class FeatureCache:
         tells that a sample came with the same inputs again.
         """
         slots = kept.rows.find([chain.samples[i] for i in samples])
-        if not any(slot >= 0 for slot in slots):
-            return slots
-        differ = [
-            (i, slot)
-            for i, slot in zip(samples, slots, strict=True)
-            if slot >= 0 and kept.rows.digest(slot) != chain.digests[i]
-        ]
-        for i, slot in differ:
-            if not kept.rows.was_found(slot):
-                self._blame(kept, chain, i)
-        kept.rows.forget([chain.samples[i] for i, _ in differ])
-        return kept.rows.find([chain.samples[i] for i in samples]) if differ else slots
+        for place, (i, slot) in enumerate(zip(samples, slots, strict=True)):
+            if slot >= 0 and kept.rows.digest(slot) != chain.digests[i]:
+                if not kept.rows.was_found(slot):
+                    self._blame(kept, chain, i)
+                kept.rows.forget([chain.samples[i]])
+                slots[place] = -1
+        return slots
 
     def _blame(self, kept: Kept, chain: Chain, i: int) -> None:
         """Give up what depends on other inputs than before: all, if they are the model's own."""

@@ -79,7 +79,7 @@ class Convolving(Constants):
         bias = None if self.bias is None else self.bias.detach().double()
         if norm is not None:
             weight, bias = norm.behind(weight, bias)
-        return Convolution(self, weight, bias, self.weight.dtype)
+        return Convolution(self, weight, bias)
 
 
 @dataclass(eq=False)

@@ -36,19 +36,16 @@ class Convolution:
     """torch's convolution in the faster layout, or Winograd's for the images where that pays.
 
     Args:
-        module: a ``nn.Conv2d``, or what has its strides and so on.
+        module: a ``nn.Conv2d``, or what has its weight, strides and so on.
         weight, bias: float64, with the norm behind it in them.
-        dtype: in which it computes.
     """
 
-    def __init__(
-        self, module: Any, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        self._module = module
+    def __init__(self, module: Any, weight: Tensor, bias: Tensor | None) -> None:
+        self._module, dtype = module, module.weight.dtype
         self._format = _layout_for(weight.device, dtype)
         self._weight = weight.to(dtype).contiguous(memory_format=self._format)
         self._bias = None if bias is None else bias.to(dtype)
-        self._may_take_winograd = may_take_winograd(module) and is_cpu_fp32(self._weight)
+        self._may_take_winograd = may_take_winograd(module)
         self._transformed: Tensor | None = None
 
     def __call__(
@@ -83,15 +80,12 @@ class Convolution:
         )
 
 
-def is_cpu_fp32(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
-
-
 def may_take_winograd(module: Any) -> bool:
     """Whether a module is a convolution as :func:`winograd_conv2d` makes them."""
     how = (*module.kernel_size, *module.stride, *module.dilation)
     plain = how == (3, 3, 1, 1, 1, 1) and module.groups == 1
-    return plain and module.padding in _WINOGRAD_PADDINGS and is_cpu_fp32(module.weight)
+    is_cpu_fp32 = module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+    return plain and module.padding in _WINOGRAD_PADDINGS and is_cpu_fp32
 
 
 def _layout_for(device: torch.device, dtype: torch.dtype) -> torch.memory_format:

@@ -148,6 +148,25 @@ def test_code_is_followed(change, monkeypatch):
             handle.remove()
 
 
+def test_constants_in_code_are_followed(monkeypatch):
+    cache = cached(Net(Frozen()))
+    for scaled in (lambda self, y: y * 2.0, lambda self, y: y * 3.0):
+        monkeypatch.setattr(Frozen, "scaled", scaled)
+        agree(cache)
+        assert cache.active
+
+
+def test_random_numbers_are_drawn_as_without_a_cache():
+    cache = cached(Net(Frozen(use=lambda held, y: y * torch.rand(()))))
+    x = torch.randn(6, 3, 8, 8)
+    for _ in range(4):
+        torch.manual_seed(1)
+        found, state = cache(x, samples=torch.arange(6)), torch.get_rng_state()
+        torch.manual_seed(1)
+        assert found.equal(cache.network(x))
+        assert state.equal(torch.get_rng_state())
+
+
 def outside():
     net = Net(Frozen())
     net.frozen.held, net.frozen.use, net.scale = [net], lambda v, y: y * v[0].scale, 1.0

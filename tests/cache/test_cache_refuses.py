@@ -86,6 +86,17 @@ def test_models_that_mix_samples(body, reason, runs):
     assert cache.stats() == fastfreeze.CacheStats()
 
 
+def with_noise(m, x):
+    return m.head(m.c(m.b(m.a(x) + torch.rand(()))).mean((2, 3)))
+
+
+def test_random_numbers_beside_the_inputs_are_not_the_data_sets():
+    cache, x = on(own_network(with_noise, "a", "b")), images()
+    epochs(cache, x)
+    assert "something random, or that trains, lies in front" in cache.reason
+    assert not cache._off
+
+
 def test_modules_that_do_not_repeat(monkeypatch):
     cache, x = on(network("a")), images()
     epochs(cache, x, 1)

@@ -68,6 +68,7 @@ def test_hash_notices_each_bit_and_the_order_and_nothing_else():
         hash_rows(x.movedim(1, -1).contiguous())
     )
     assert not hash_rows(x).equal(hash_rows(x.flip(-1)))
+    assert not hash_rows(x, x.flip(-1)).equal(hash_rows(x.flip(-1), x))
     shifted = bits(x).clone().new_empty(x.numel() * 4 + 3)[3:]
     shifted.copy_(bits(x))
     assert hash_rows(shifted.view(4, -1)).equal(hash_rows(x))
@@ -242,6 +243,7 @@ def test_rows_found_are_told_from_rows_written_and_a_smaller_budget_takes_what_f
     stores = Stores(7 * ROW, tmp_path)
     store = stores.open(NAME, COLUMN)
     assert held(store, range(20)) == set(range(7))
+    assert (tmp_path / f"{NAME}.rows").stat().st_size == 32 + 7 * ROW
     stores.close()
     store = Stores(PLENTY, tmp_path).open(NAME, COLUMN)
     add(store, [30])
@@ -311,11 +313,12 @@ def test_old_stores_make_room_and_nothing_else_does(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_altered_rows_are_gone(tmp_path, seed):
+@pytest.mark.parametrize("part", [slice(8, 16), slice(16, None)], ids=["digest", "rest"])
+def test_altered_rows_are_gone(tmp_path, part, seed):
     rng = random.Random(seed)
     file = written(tmp_path)
     data = bytearray(file.read_bytes())
-    at = rng.randrange(32 + 8, len(data))
+    at = rng.choice([32 + ROW * row + i for row in range(12) for i in range(ROW)[part]])
     data[at] ^= 1 << rng.randrange(8)
     file.write_bytes(data)
     store = Stores(PLENTY, tmp_path).open(NAME, COLUMN)
