@@ -98,6 +98,9 @@ KINDS = {
     "nested": ({"a": [1.0]}, lambda m: m.held["a"].append(3.0), lambda v, y: y * v["a"][-1]),
     "shape": (1, 2, lambda v, y: F.avg_pool2d(y, v)),
     "tensor": (torch.ones(1), lambda m: m.held.add_(1), lambda v, y: y * v),
+    "tensor's shape": (
+        torch.arange(4.0).view(2, 2), torch.arange(4.0).view(4, 1), lambda v, y: y * v.sum(0).max()
+    ),
 }  # fmt: skip
 
 
