@@ -360,6 +360,32 @@ def test_never_stale(change, device):
     assert relative_error(trimmed(x), in_double(model, x)) < ROUNDING[device]
 
 
+def moved_by_a_fused_optimizer(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=1.0, fused=True).step()
+    weight.grad = None
+
+
+def written_by_numpy(weight):
+    weight.numpy()[:] = 3.0
+
+
+@pytest.mark.parametrize(
+    ("write", "calls"),
+    [(moved_by_a_fused_optimizer, 1), (written_by_numpy, 5)],  # in turn: one thing in each call
+)
+def test_never_stale_after_writes_that_torch_does_not_count(write, calls):
+    model = frozen(Net(residual, **parts()))
+    trimmed, x = trim(model), images()
+    for _ in range(2):
+        trimmed(x)
+    assert folds(trimmed) > 0
+    write(model.a.weight)
+    for _ in range(calls):
+        found = trimmed(x)
+    assert relative_error(found, in_double(model, x)) < ROUNDING["cpu"]
+
+
 @needs_gpu
 def test_never_stale_on_a_gpu_after_the_cpu():
     """Where its convolutions may be of a kind that a GPU does not have."""
