@@ -327,6 +327,7 @@ def test_a_trimmed_model():
 
 
 def test_a_compiled_model():
+    torch.compiler.reset()  # of what other tests have had compiled, up to torch's limit
     model, expected, batches = trained(0), trained(0), images(3)
     compilations = []
 
