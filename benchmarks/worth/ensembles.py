@@ -93,16 +93,16 @@ def cycles(trial: Trial, make: Callable[[Any, int], Training]) -> list[State]:
     return states
 
 
-def snapshots(trial: Trial) -> list[State]:
-    """Snapshot Ensembles in torch alone."""
+def snapshots(trial: Trial, make: Callable[[Any], Training]) -> list[State]:
+    """Snapshot Ensembles in torch alone: one training, in five cycles without a warm-up."""
 
-    def make(task: Task, length: int) -> Training:
-        training = torch_alone(task)
+    def in_cycles(task: Any, length: int) -> Training:
+        training = make(task)
         scheduler = CosineAnnealingWarmRestarts(training.optimizer, length)
         training.after_step = stepping(scheduler)
         return training
 
-    return cycles(trial, make)
+    return cycles(trial, in_cycles)
 
 
 def frozen_cycles(trial: Trial, **options: Any) -> list[State]:
@@ -145,7 +145,7 @@ def _ours(make: Callable[..., list[State]], **options: Any) -> Method:
 
 _CYCLES = {"t_0": 0.8, "scale_lr": False}
 METHODS = {
-    "snapshots": Method(snapshots, RATES),
+    "snapshots": Method(partial(snapshots, make=torch_alone), RATES),
     "independent": Method(partial(independent, make=torch_alone), RATES),
     "one network": Method(partial(single, make=torch_alone), RATES),
     "sticky": _ours(frozen_cycles, composition="sticky", **_CYCLES),

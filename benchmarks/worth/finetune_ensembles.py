@@ -8,22 +8,27 @@ all of them, and a prediction runs it once.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 import fastfreeze
 from benchmarks.ensemble_cases import State
-from benchmarks.training_rivals import Training, stepping
+from benchmarks.training_rivals import Training
 from benchmarks.worth import finetune_images as images
-from benchmarks.worth.ensembles import COLUMNS, MEMBERS, Trial, cycles, independent, record, single
+from benchmarks.worth.ensembles import (
+    COLUMNS,
+    MEMBERS,
+    Trial,
+    cycles,
+    independent,
+    record,
+    single,
+    snapshots,
+)
+from benchmarks.worth.finetune_images import RATES
 from benchmarks.worth.finetuning import FineTask, by_hand, half_by_hand, keep, ours, prefix
 from benchmarks.worth.question import Method, Question, Run
 
-RATES = (0.0025, 0.01, 0.04)
 half_frozen = partial(ours, schedule=prefix(0.5))
 
 
@@ -31,18 +36,6 @@ def branches(trial: Trial) -> list[State]:
     """Five networks, a fifth of the epochs each, on one frozen half that runs once an image."""
     with tempfile.TemporaryDirectory() as directory:
         return independent(trial, partial(half_frozen, directory=Path(directory)))
-
-
-def snapshots(trial: Trial, make: Callable[[Any], Training]) -> list[State]:
-    """One training in five cycles of torch's, without a warm-up."""
-
-    def in_cycles(task: FineTask, length: int) -> Training:
-        training = make(task)
-        scheduler = CosineAnnealingWarmRestarts(training.optimizer, length)
-        training.after_step = stepping(scheduler)
-        return training
-
-    return cycles(trial, in_cycles)
 
 
 def frozen_snapshots(trial: Trial) -> list[State]:

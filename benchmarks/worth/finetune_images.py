@@ -22,6 +22,7 @@ from fastfreeze.recipes.data import epoch_generator
 
 SIZE, BATCH_SIZE = 64, 32
 VALIDATION, TEST = 2000, 5000  # images
+RATES = (0.0025, 0.01, 0.04)
 # Whole batches, so that an epoch has each image.
 BUDGETS = {"2,048 images": (1, 2, 4, 8), "512 images": (2, 4, 8, 16), "10,240 images": (1, 2, 4)}
 
@@ -103,7 +104,7 @@ def learn(run: Run, folder: Path, counted: bool) -> dict:
 QUESTION = Question(
     "Fine-tuning MobileNetV2 on images",
     BUDGETS,
-    methods(lrs=(0.0025, 0.01, 0.04)),
+    methods(RATES),
     learn,
     partial(fetch, names=(WEIGHTS, *FILES), how=HOW),
 )

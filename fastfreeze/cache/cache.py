@@ -187,8 +187,8 @@ class FeatureCache:
             return "in a transform of torch.func"
         if _has_any_global_hook():
             return "all modules have hooks"
-        batches = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
         if not any(len(x) == n for x in tensors_in((args, kwargs)) if x.ndim):
+            batches = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
             if batches:
                 raise ValueError(
                     f"samples must have a row for each of {len(batches[0])} inputs, got {n}"

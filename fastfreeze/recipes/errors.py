@@ -23,12 +23,8 @@ def told(what: str, how: str = "") -> Iterator[None]:
     except RecipeError:
         raise
     except (Exception, SystemExit) as error:
-        first = (
-            f"{type(error).__name__}: {error}".strip()
-            .splitlines()[0]
-            .partition(". ")[0]
-            .rstrip(".")
-        )
+        line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        first = line.partition(". ")[0].rstrip(".")
         raise RecipeError(f"{what}: {first}{how}") from error
 
 

@@ -215,10 +215,8 @@ class Run:
         if self.experiment.validation and self._is_best(scores):
             weights = self.setup.model.state_dict()
             copies = {key: value.to("cpu", copy=True) for key, value in weights.items()}
-            self._best = {
-                **{"epoch": totals.epoch, "error": scores.error, "nll": scores.nll},
-                "weights": copies,
-            }
+            own = {"epoch": totals.epoch, "error": scores.error, "nll": scores.nll}
+            self._best = {**own, "weights": copies}
         self._save()
         return scores.error
 
