@@ -161,17 +161,18 @@ def gradually_by_hand(task: FineTask) -> Training:
     return by_hand(task, first=first)
 
 
-def fine_tune(task: FineTask) -> Training:
+def fine_tune(task: FineTask, *, kept: bool = False) -> Training:
     """fastai's recipe: the head for an epoch, then everything, with discriminative rates.
 
     A cycle each; in the second the rate is half as high and falls evenly, by logarithms, to its
     100th part at the input. In the first, norms of the body do not train, which fastai lets them.
-    A run of one epoch is cut in halves.
+    A run of one epoch is cut in halves. If ``kept``, the first half stays frozen, and is kept.
     """
+    begin = task.half if kept else 0
     turn = min(task.steps_per_epoch, task.total_steps // 2)
 
     def first(step: int, stages: int) -> int:
-        return stages - 1 if step < turn else 0
+        return stages - 1 if step < turn else begin
 
     def rate(step: int, stage: int, stages: int) -> float:
         if step < turn:
@@ -179,7 +180,10 @@ def fine_tune(task: FineTask) -> Training:
         scale = 0.5 * 100 ** (stage / (stages - 1) - 1)
         return scale * _one_cycle((step - turn) / (task.total_steps - turn), rises=0.3)
 
-    return by_hand(task, first=first, rate=rate)
+    training = by_hand(task, first=first, rate=rate)
+    if kept:
+        keep(training, task, fastfreeze.trim(training.model))
+    return training
 
 
 def _one_cycle(done: float, rises: float) -> float:
@@ -368,6 +372,7 @@ def methods(lrs: tuple[float, ...]) -> dict[str, Method]:
         "half frozen, kept": own(ours, schedule=prefix(0.5)),
         "three quarters frozen, kept": own(ours, schedule=prefix(0.75)),
         "LoRA above half, kept": own(lora, kept=True),
+        "fastai's fine_tune above half, kept": own(fine_tune, kept=True),
         "all but the head frozen, kept": own(ours, LONG, schedule=prefix(1)),
         "head on stored features": rival(head_on_stored_features, LONG),
         "LoRA": rival(lora),

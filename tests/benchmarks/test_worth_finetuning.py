@@ -76,6 +76,7 @@ def first_that_trains(training):
         ("head on stored features", 8 * [HEAD]),
         ("head, then last block", 4 * [HEAD] + 4 * [2]),
         ("fastai's fine_tune", 4 * [HEAD] + 4 * [0]),
+        ("fastai's fine_tune above half, kept", 4 * [HEAD] + 4 * [2]),
         ("gradual unfreezing by hand", [3, 2, 1] + 5 * [0]),
         ("gradual unfreezing, trimmed", [3, 2, 1] + 5 * [0]),
         ("half frozen, kept, then all thawed", 6 * [2] + 2 * [0]),
