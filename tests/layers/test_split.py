@@ -1,9 +1,9 @@
-"""Layers of models: their order and membership, the traces left behind, FLOPs, and the table."""
+"""Layers of models: their order and membership, and the traces left behind."""
 
 import contextlib
 import random
 import re
-from collections import OrderedDict, UserDict
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -12,14 +12,27 @@ import torchvision.models as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.layers.split import split
-from fastfreeze.schedule import Cosine, FreezeOut, FreezeOutCycles, Frozen, GradualUnfreezing
+from fastfreeze.schedule import Cosine, FreezeOut
+from tests.layers.models import (
+    Block,
+    X,
+    attention,
+    auxiliary,
+    fixed,
+    functional,
+    mlp,
+    recurrent,
+    reversed_net,
+    sequence,
+    siamese,
+    stack,
+    tied,
+    weight_normed,
+    wrapped,
+)
 from tests.nets import Branching, Does, Keywords
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,144 +67,6 @@ def on_meta(name, size=224):
     with torch.device("meta"):
         return getattr(tv, name)(**options), torch.empty(2, 3, size, size)
 
-
-class Block(nn.Module):
-    """A residual block with a norm."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width)
-        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x):
-        return x + self.b(F.relu(self.a(self.norm(x))))
-
-
-def stack():
-    """Three blocks, a norm and a head."""
-    body = nn.Sequential(Block(8), Block(8), Block(8))
-    parts = {"stem": nn.Linear(3, 8), "body": body, "norm": nn.BatchNorm1d(8)}
-    return nn.Sequential(OrderedDict(parts, head=nn.Linear(8, 2)))
-
-
-def ones(*shape):
-    return nn.Parameter(torch.ones(shape))
-
-
-def functional(**parts):
-    """Owns its weights and calls F.linear, in another order than they are registered."""
-    return Does(
-        lambda m, x: F.linear(F.linear(x, m.w1, m.b1).relu(), m.w2, m.b2),
-        **{"w2": ones(2, 4), "b2": ones(2), "w1": ones(4, 3), "b1": ones(4), **parts},
-    )
-
-
-def reversed_net():
-    """Registered from the head to the stem."""
-    return Does(
-        lambda m, x: m.head(m.middle(m.norm(m.stem(x)))),
-        head=nn.Linear(4, 2),
-        middle=nn.Linear(4, 4),
-        norm=nn.BatchNorm1d(4),
-        stem=nn.Linear(3, 4),
-    )
-
-
-def attention():
-    """Multi-head attention, whose out_proj is never called as a module, behind a token."""
-
-    def forward(m, x):
-        x = m.embed(x)
-        x = torch.cat([m.token.expand(x.shape[0], -1, -1), x], 1) + m.position
-        x = x + m.attention(x, x, x, need_weights=False)[0]
-        return m.head(m.norm(x)[:, 0])
-
-    return Does(
-        forward,
-        embed=nn.Linear(3, 8),
-        token=ones(1, 1, 8),
-        position=ones(1, 6, 8),
-        attention=nn.MultiheadAttention(8, 2, batch_first=True),
-        norm=nn.LayerNorm(8),
-        head=nn.Linear(8, 1),
-    )
-
-
-def tied(bias, functional=False):
-    """A language model whose head shares the embedding's weight."""
-
-    def forward(m, x):
-        x = m.middle(m.tokens(x) + m.positions(torch.arange(3)))
-        return F.linear(x, m.tokens.weight) if functional else m.head(x)
-
-    parts = {"tokens": nn.Embedding(5, 4), "positions": nn.Embedding(3, 4)}
-    model = Does(forward, **parts, middle=nn.Linear(4, 4))
-    if not functional:
-        model.head = nn.Linear(4, 5, bias=bias)
-        model.head.weight = model.tokens.weight
-    return model
-
-
-def siamese():
-    """Two passes through the same modules that do not depend on each other."""
-    parts = {"a": nn.Linear(3, 4), "b": nn.Linear(4, 4), "head": nn.Linear(4, 2)}
-    return Does(lambda m, x: m.head(m.b(m.a(x)) - m.b(m.a(-x))), **parts)
-
-
-def recurrent():
-    """The modules a and b take turns: the second a depends on the first b."""
-    parts = {"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}
-    return Does(lambda m, x: m.b(m.a(m.b(m.a(x)))), **parts)
-
-
-def sequence():
-    """A recurrent module, with several weights but single, and a norm."""
-    parts = {"rnn": nn.GRU(3, 4, batch_first=True), "norm": nn.BatchNorm1d(4)}
-    return Does(lambda m, x: m.head(m.norm(m.rnn(x)[0][:, -1])), **parts, head=nn.Linear(4, 2))
-
-
-def convolutions():
-    parts = {"stem": nn.Conv2d(3, 4, 3), "down": nn.Conv2d(4, 6, 1), "conv": nn.Conv2d(4, 6, 1)}
-
-    def forward(m, x):
-        x = m.stem(x)
-        return m.head((m.conv(x) + m.down(x)).mean((2, 3)))
-
-    return Does(forward, **parts, head=nn.Linear(6, 2))
-
-
-def added_product():
-    """Operations of three matrices, two of which are multiplied."""
-    parts = {"b": ones(4, 4), "v": ones(3, 4), "c": ones(4, 2), "w": ones(4, 2)}
-    return Does(lambda m, x: torch.addmm(m.c, torch.addmm(m.b, x, m.v), m.w), **parts)
-
-
-def auxiliary():
-    """A classifier that runs in training only, with dropout by flag."""
-
-    def forward(m, x):
-        x = F.dropout(m.norm(m.stem(x)), training=m.training)
-        return (m.auxiliary(x), m.head(x)) if m.training else m.head(x)
-
-    parts = {"stem": nn.Linear(3, 8), "norm": nn.BatchNorm1d(8)}
-    return Does(forward, **parts, auxiliary=nn.Linear(8, 2), head=nn.Linear(8, 2))
-
-
-def mlp():
-    norms = nn.BatchNorm1d(8, affine=False), nn.LayerNorm((8,))
-    linear = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 1)
-    return nn.Sequential(linear[0], norms[0], nn.ReLU(), linear[1], norms[1], linear[2])
-
-
-def weight_normed():
-    return nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4), nn.Linear(4, 2))
-
-
-def wrapped(inner):
-    return Does(lambda m, x: m.inner(x), inner=inner)
-
-
-X = torch.ones(2, 3)
 
 TORCHVISION = {  # layers, the first and the last of them, and where norms, tokens and others join
     "resnet18": (
@@ -432,105 +307,6 @@ def test_compiled_models_are_run_eagerly():
     assert names(plan) == ["_orig_mod.0", "_orig_mod.3", "_orig_mod.5"]
     assert [layer.forward_flops for layer in plan.layers] == [2 * 2 * 24, 2 * 2 * 64, 2 * 2 * 8]
     assert len(calls) == 1
-
-
-def counted(model, x):
-    """Forward and backward FLOPs of a real step in training mode."""
-    with FlopCounterMode(display=False) as counter:
-        loss = model(x).sum()
-        forward = counter.get_total_flops()
-        loss.backward()
-    return forward, counter.get_total_flops() - forward
-
-
-@pytest.mark.parametrize(
-    ("make", "shape", "frozen"),
-    [
-        (mlp, (4, 3), ()),
-        (mlp, (4, 3), ("0", "3", "4")),
-        (functional, (4, 3), ()),
-        (added_product, (4, 3), ()),
-        (siamese, (4, 3), ("a",)),
-        (attention, (2, 5, 3), ()),
-        (convolutions, (2, 3, 6, 6), ("stem",)),
-        (lambda: nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), None, ()),
-    ],
-)
-def test_flops_are_those_of_a_real_step(make, shape, frozen):
-    torch.manual_seed(0)
-    model = fixed(make(), *frozen)
-    x = torch.zeros(4, dtype=torch.long) if shape is None else torch.ones(shape)
-    with sdpa_kernel(SDPBackend.MATH):
-        plan = split(model, x)
-        forward, backward = counted(model, x)
-    assert sum(layer.forward_flops for layer in plan.layers) == forward
-    assert sum(layer.backward_flops for layer in plan.layers) == backward
-    shares = [plan.backward_share(layer.index) for layer in plan.layers]
-    assert sum(shares) == pytest.approx(1)
-
-
-def test_flops_belong_to_the_layer_that_runs_them():
-    plan = split(mlp(), torch.ones(4, 3))
-    assert [layer.forward_flops for layer in plan.layers] == [2 * 4 * 24, 2 * 4 * 64, 2 * 4 * 8]
-    assert [layer.backward_flops for layer in plan.layers] == [2 * 4 * 24, 4 * 4 * 64, 4 * 4 * 8]
-    plan = split(functional(), X)
-    assert [layer.forward_flops for layer in plan.layers] == [2 * 2 * 12, 2 * 2 * 8]
-    convolutions = torch.backends.cudnn.conv
-    before, enabled = convolutions.fp32_precision, torch.backends.cudnn.enabled
-    try:
-        for convolutions.fp32_precision in ("ieee", "tf32"):  # not always that of recurrent layers
-            assert split(nn.LSTM(3, 4), X).layers[0].forward_flops == 2 * 2 * 16 * (3 + 4)
-            assert torch.backends.cudnn.enabled == enabled
-    finally:
-        convolutions.fp32_precision = before
-
-
-def test_flops_are_unknown_without_an_example():
-    plan = split(mlp(), schedule=FreezeOut(10))
-    assert plan.layers[0].forward_flops is None
-    assert plan.layers[0].backward_flops is None
-    assert plan.backward_share(0) is plan.backward_saving is plan.compute_saving is None
-
-
-SCHEDULES = {
-    "cosine": Cosine(12),
-    "freezeout": FreezeOut(23, t_0=0.3),
-    "sticky": FreezeOutCycles(24, num_cycles=4, t_0=0.4),
-    "last_k": FreezeOutCycles(24, num_cycles=3, t_0=0.3, composition="last_k", k=2),
-    "thaw": FreezeOutCycles(25, num_cycles=3, t_0=0.3, composition="thaw"),
-    "frozen": Frozen(20, until=1),
-    "unfreezing": GradualUnfreezing(20, unfreeze_every=4),
-}
-
-
-@pytest.mark.parametrize(
-    "make", [mlp, stack, lambda: tied(bias=True)], ids=["mlp", "stack", "tied"]
-)
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.filterwarnings("ignore::fastfreeze.errors.FastfreezeWarning")
-def test_saving_counts_the_steps_without_a_backward(schedule, make):
-    """Step by step: a layer's backward runs if anything that feeds it, or itself, trains."""
-    model = make()
-    x = torch.zeros(4, 3, dtype=torch.long) if hasattr(model, "tokens") else torch.ones(4, 3)
-    plan = split(model, x, schedule=schedule)
-    n = len(plan.layers)
-    saved = 0
-    for step in range(schedule.total_steps):
-        trains = [not schedule.is_frozen(step, i, n) for i in range(n)]
-        for layer in plan.layers:
-            needed = trains[: layer.index + 1] + [trains[i] for i in layer.held_by]
-            saved += 0 if any(needed) else layer.backward_flops
-    forward = sum(layer.forward_flops for layer in plan.layers) * schedule.total_steps
-    backward = sum(layer.backward_flops for layer in plan.layers) * schedule.total_steps
-    assert plan.backward_saving == pytest.approx(saved / backward)
-    assert plan.compute_saving == pytest.approx(saved / (forward + backward))
-    assert (plan.backward_saving > 0) == (schedule.freezes and not hasattr(model, "tokens"))
-
-
-def fixed(model, *parts):
-    for part in parts:
-        model.get_submodule(part).requires_grad_(False)
-    return model
 
 
 TOKENS = torch.zeros(2, 3, dtype=torch.long)

@@ -12,7 +12,7 @@ from fastfreeze.layers.split import split
 from fastfreeze.optim import SGD
 from fastfreeze.schedule import FreezeOut, FreezeOutCycles, Frozen, GradualUnfreezing
 from fastfreeze.text import format_table, ranges
-from tests.layers.test_split import X, attention, mlp
+from tests.layers.models import X, attention, mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
