@@ -371,6 +371,9 @@ def methods(lrs: tuple[float, ...]) -> dict[str, Method]:
         "everything trains": rival(by_hand),
         "half frozen, kept": own(ours, schedule=prefix(0.5)),
         "three quarters frozen, kept": own(ours, schedule=prefix(0.75)),
+        "half frozen, kept, layer-wise rate decay": own(
+            ours, schedule=prefix(0.5, partial(Frozen, layer_decay=0.5))
+        ),
         "LoRA above half, kept": own(lora, kept=True),
         "fastai's fine_tune above half, kept": own(fine_tune, kept=True),
         "all but the head frozen, kept": own(ours, LONG, schedule=prefix(1)),

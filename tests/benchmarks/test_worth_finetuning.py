@@ -69,6 +69,7 @@ def first_that_trains(training):
         ("layer-wise rate decay", 8 * [0]),
         ("half frozen by hand", 8 * [2]),
         ("half frozen, kept", 8 * [2]),
+        ("half frozen, kept, layer-wise rate decay", 8 * [2]),
         ("half frozen, trimmed", 8 * [2]),
         ("three quarters frozen, kept", 8 * [3]),
         ("all but the head frozen, kept", 8 * [HEAD]),
