@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ class FollowedGroups:
     Attributes:
         segments: of each group, by start.
         frozen: by group, the parameters that freezing has switched off until now.
-        changes: the steps at which a group may freeze or thaw.
+        changes: the steps, above 0, at which a group freezes or thaws.
 
     Raises:
         TypeError, ValueError: groups that cannot follow the schedule.
@@ -103,7 +104,8 @@ class FollowedGroups:
     ) -> None:
         self.segments = check_scheduled_groups(schedule, groups)
         self.frozen = {} if frozen is None else frozen
-        self.changes = frozenset(s.start for group in self.segments for s in group)
+        pairs = chain.from_iterable(map(pairwise, self.segments))
+        self.changes = frozenset(now.start for old, now in pairs if now.frozen != old.frozen)
         self._last_step = schedule.total_steps - 1
         self._table = SegmentTable(self.segments, schedule.eta_min, schedule.warmup_steps)
 

@@ -59,7 +59,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def _segments(self, i: int, head: int) -> tuple[Segment, ...]:
-        """Those of layer ``i`` of 0..``head``, without the layers' decay."""
+        """Those of layer ``i`` of 0..``head``, without the layers' decay.
+
+        One may start at ``total_steps``, to say where the rate is when training is over. A scale of
+        0 is a rate of 0; a length of 0 is frozen.
+        """
 
     def for_layers(self, names: Sequence[str], costs: Sequence[float] | None) -> Schedule:
         """The schedule with what only a plan can tell filled in; itself if nothing is missing.

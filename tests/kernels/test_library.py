@@ -50,6 +50,19 @@ def test_a_library_that_is_missing_or_broken_has_a_reason(tmp_path, monkeypatch)
     assert not library._load("broken").available
 
 
+@needs_cpu_kernels
+def test_a_library_of_older_sources_is_not_used():
+    newer = torch.library.Library("fastfreeze", "FRAGMENT")
+    newer.define("zzz_newer(Tensor x) -> Tensor")
+    try:
+        found = library._load("fastfreeze_cpu")
+    finally:
+        newer._destroy()
+    assert not found.available
+    assert "is older than its sources, and lacks zzz_newer: build again" in found.reason
+    assert library._load("fastfreeze_cpu").available
+
+
 def test_a_second_copy_is_refused():
     code = (
         "import importlib.util as u, sys; import fastfreeze.kernels.library as first\n"

@@ -22,6 +22,7 @@ from fastfreeze import (
     SnapshotCycles,
 )
 from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.layers.groups import FollowedGroups
 from tests.covering import covering
 
 TOTAL = 12
@@ -480,3 +481,11 @@ def test_a_state_that_does_not_fit_changes_nothing(change, error, words):
         scheduler.load_state_dict(change(made(FREEZING)[2].state_dict()))
     assert scheduler.state_dict() == state
     assert [g["lr"] for g in optimizer.param_groups] == rates
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_changes_are_the_steps_at_which_something_freezes_or_thaws(schedule):
+    followed = FollowedGroups(schedule, [{**g, "lr": 0.1} for g in groups_of(net())])
+    frozen = [followed.frozen_at(step) for step in range(TOTAL)]
+    expected = {step for step in range(1, TOTAL) if frozen[step] != frozen[step - 1]}
+    assert followed.changes - {TOTAL} == expected
