@@ -21,7 +21,7 @@ from pathlib import Path
 from fastfreeze.errors import warn
 
 _MODE = 0o666  # less the umask
-_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last: a pipe has nobody to wait for
+_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last: to open a pipe would wait
 _TEMPORARY = re.compile(r"\.fastfreeze-[0-9a-f]{16}\.tmp")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # of a file system that has none
 
@@ -105,7 +105,7 @@ def read_file(path: Path) -> bytes:
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Remove what killed processes have left of files; only for who alone writes to a directory."""
+    """Remove files that killed processes left half written; for the one writer of a directory."""
     for path in directory.iterdir():
         if _TEMPORARY.fullmatch(path.name) and not stat.S_ISDIR(path.lstat().st_mode):
             path.unlink()
@@ -134,7 +134,7 @@ def lock_file(path: Path) -> FileLock:
     """Lock a file, which is made if it is not there, for this process.
 
     All that ask in one process get the same lock. It holds until none of them refers to it, or the
-    process ends in whatever way. A process that is forked does not hold it.
+    process ends in whatever way. A forked process does not hold it.
 
     Raises:
         BlockingIOError: another process holds it.

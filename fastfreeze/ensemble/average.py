@@ -198,9 +198,9 @@ def _norms_to_reestimate(model: nn.Module, snapshot: Mapping[str, Tensor] | None
         return norms
     check_state("snapshot", snapshot, signature_of(model.state_dict()))
 
-    frozen = []
-    for norm, name in norms.items():
+    def changed(norm: Any, name: str) -> bool:
         before = [snapshot[f"{name}.{own}".lstrip(".")] for own in _STATISTICS]
         pairs = zip(_statistics(norm), before, strict=True)
-        frozen += [norm] if all(same_bits(a, b.to(a.device)) for a, b in pairs) else []
-    return {norm: name for norm, name in norms.items() if norm not in frozen}
+        return not all(same_bits(a, b.to(a.device)) for a, b in pairs)
+
+    return {norm: name for norm, name in norms.items() if changed(norm, name)}

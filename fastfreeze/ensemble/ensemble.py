@@ -54,7 +54,7 @@ class SnapshotEnsemble(nn.Module):
     Attributes:
         members: the copies.
         fold, how: as above; may be set.
-        how_it_ran: how the latest call ran, in words: how much ran once, and why what did not.
+        how_it_ran: how the latest call ran, in words: how much ran once, and why the rest did not.
 
     Raises:
         TypeError: one of ``snapshots`` is not a state dict; ``model`` cannot be copied, or is
@@ -230,7 +230,7 @@ class SnapshotEnsemble(nn.Module):
         take(self._logits(last(*inputs, **keywords)))
 
     def _logits(self, output: Any) -> Tensor:
-        """The logits in a member's output, checked; the first ever are looked at."""
+        """The logits in a member's output, checked; of the first ever the values too."""
         logits: Tensor = logits_of(output)
         check_logits("logits", logits, self.dim)
         if not (self._looked or logits.is_meta or torch.compiler.is_compiling()):

@@ -34,7 +34,7 @@ class CannotCopyError(Exception):
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy; of results that autograd tracks, as old weight norms keep them, the values.
+    """A deep copy. Results that autograd tracks, as old weight norms keep them, become constants.
 
     Raises:
         CannotCopyError: an attribute cannot be copied, or its copy uses modules of the original.
@@ -151,15 +151,15 @@ def hold_the_same(a: Tensor, b: Tensor) -> bool:
 
 def check_alike(members: nn.ModuleList) -> None:
     """Raise a NoGraphError that says why one graph cannot stand for all members."""
-    held = [*members.parameters(), *members.buffers()]
-    if any(m.training for member in members for m in member.modules()):
+    if any(module.training for member in members for module in member.modules()):
         raise NoGraphError("a member is in training mode")
     if _has_any_global_hook():
         raise NoGraphError("every module has hooks")
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for module in members.modules():  # a graph would not call them
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if any(getattr(module, kind) for kind in kinds):
             raise NoGraphError(f"{type(module).__name__} has hooks")
+    held = [*members.parameters(), *members.buffers()]
     if any(t.is_meta for t in held):
         raise NoGraphError("on the meta device nothing can be compared")
     if any(t.is_inference() for t in held):
@@ -189,7 +189,7 @@ def _described(member: nn.Module) -> dict[str, Any]:
 
 
 def _bytes_of(value: Any, names: Mapping[int, str]) -> Any:
-    """A value's pickle, the same for equal values; the id of one that has none."""
+    """A value's pickle, which is equal for equal values; its id if it has none."""
     file = io.BytesIO()
     try:
         _Pickler(file, names).dump(value)
@@ -227,14 +227,15 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def share(members: Sequence[nn.Module]) -> Owners:
-    """Let members whose parameters have the same bits hold one of them in common; all owners.
+    """Let members hold parameters of the same bits in common; returns the owners of all tensors.
 
     A parameter that other attributes hold as well stays each member's own.
     """
     owners = owners_of(members)
     fixed = {
         id(tensor)
-        for module in chain.from_iterable(member.modules() for member in members)
+        for member in members
+        for module in member.modules()
         if not isinstance(module, nn.RNNBase)  # whose lists torch itself renews
         for tensor in tensors_in(_attributes(module))
     }

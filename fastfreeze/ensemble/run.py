@@ -60,7 +60,7 @@ class Prepared:
 
 
 def prepare(ensemble: nn.Module, members: nn.ModuleList, call: Call, may_fold: bool) -> Prepared:
-    """What runs for calls of this kind; to find it the members run."""
+    """What runs for calls of this kind, found by running the members."""
     try:
         check_alike(members)
         with _ONE_AT_A_TIME:

@@ -29,7 +29,7 @@ class Background:
         self._calls.append((thread, errors))
 
     def flush(self) -> None:
-        """Wait for all calls so far; raise what the earliest raised that was not raised yet."""
+        """Wait for all calls so far; raise the earliest error that was not raised yet."""
         for begun in tuple(self._calls):
             thread, errors = begun
             thread.join()

@@ -20,6 +20,7 @@ from fastfreeze.snapshots.format import Signature, Snapshot, check_signature, si
 from fastfreeze.snapshots.tensors import can_be_stored, dtype_name
 
 _Contents = TypeVar("_Contents")
+StateDict = Mapping[str, Tensor]
 
 
 class Snapshots(ABC):
@@ -108,7 +109,7 @@ class Snapshots(ABC):
 
     @abstractmethod
     def _key(self, snapshot: Snapshot) -> Hashable:
-        """A value that no other snapshot has which is, or was, in this one's place."""
+        """What tells a snapshot from all others that are, or were, in its place."""
 
     @abstractmethod
     def _discard(self, gone: set[Hashable]) -> None:
@@ -136,16 +137,17 @@ def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
     return numbers
 
 
-def checked_to_save(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def checked_to_save(model: nn.Module | StateDict) -> tuple[StateDict, Signature]:
+    """The state dict of what is to be saved, and its signature."""
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    check_state("model", state)
+    signature = check_state("model", state)
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_meta or not can_be_stored(tensor.dtype):
             kind = "meta" if tensor.is_meta else f"{tensor.layout} {dtype_name(tensor.dtype)}"
             raise TypeError(
                 f"model[{name!r}] must be a dense tensor of a dtype of safetensors, got {kind}"
             )
-    return dict(state)
+    return state, signature
 
 
 def check_state(label: str, state: Any, expected: Signature | None = None) -> Signature:

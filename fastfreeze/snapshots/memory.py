@@ -52,11 +52,11 @@ class MemorySnapshots(Snapshots):
         in the order of the current stream.
         """
         facts = facts_of(step, cycle, metrics)
-        state = checked_to_save(model)
+        state, signature = checked_to_save(model)
         with self._lock:
             if self._states:
-                label = f"the model to be saved in {self}"
-                check_signature(label, signature_of(state), signature_of(self._states[0][1]))
+                expected = signature_of(self._states[0][1])
+                check_signature(f"the model to be saved in {self}", signature, expected)
             before = next((held for s, held in reversed(self._states) if s.step <= step), {})
             kept = {name: self._kept(t, before.get(name)) for name, t in state.items()}
             others = [pair for pair in self._states if pair[0].step != step]

@@ -25,7 +25,6 @@ from fastfreeze.snapshots.format import (
     check_signature,
     manifest_bytes,
     parse_manifest,
-    signature_of,
     state_hash,
 )
 from fastfreeze.snapshots.tensors import (
@@ -136,8 +135,7 @@ class SnapshotStore(Snapshots):
                 directory: they are another run's, or this one has gone back to before them.
         """
         facts = facts_of(step, cycle, metrics)
-        state = checked_to_save(model)
-        signature = signature_of(state)
+        state, signature = checked_to_save(model)
         self.flush()
         self._begin(signature, step)
         if wait:
@@ -210,7 +208,7 @@ class SnapshotStore(Snapshots):
 
     @contextmanager
     def _writing(self, signature: Signature | None = None) -> Iterator[Manifest]:
-        """The manifest, which nobody else changes meanwhile; of this signature, if it is given."""
+        """The manifest, of this signature if one is given; nobody else changes it meanwhile."""
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = lock_file(self.directory / _LOCK)
@@ -245,7 +243,7 @@ class SnapshotStore(Snapshots):
     ) -> Snapshot:
         """Save tensors that nobody else writes to, once all of ``ready`` has happened.
 
-        Of those that are stored it holds on to none, but reads them: it writes damaged ones anew.
+        It keeps none in memory that is stored already, and writes damaged files anew.
         """
         for event in ready:
             event.synchronize()

@@ -13,7 +13,7 @@ from fastfreeze.ensemble.graphs.trace import NoGraphError, generator_states, ref
 from fastfreeze.layers.execution import preserved
 from fastfreeze.trimming.state import tensors_in
 
-# Whether these give memory that they were given depends on its strides and the batch size.
+# Whether these return their input's memory depends on its strides and the batch size.
 _MAY_SHARE = ("contiguous", "reshape", "reshape_as", "flatten", "ravel", "unflatten", "to")
 
 Storages = frozenset[StorageWeakRef]

@@ -34,7 +34,7 @@ _MIND_LAYOUT = (
 
 @torch.no_grad()
 def fold(flow: Flow) -> Program:
-    """A folded graph as a function; the graph has no value.
+    """The graph folded, as a function that returns nothing.
 
     Raises:
         NoGraphError: there is no convolution, a node draws random numbers, or something writes in
@@ -45,11 +45,10 @@ def fold(flow: Flow) -> Program:
 
 @dataclass(frozen=True)
 class _Fused:
-    """A value that one function will compute.
+    """A value that one function will compute, by what is there of these, in this order.
 
-    It does these things, as far as they are there, in this order: it puts the parts side by side
-    along the channels, applies ``affine`` with a ReLU, a convolution and a norm, adds the residual,
-    and applies a ReLU.
+    It puts the parts side by side along the channels, applies ``affine`` with a ReLU, a convolution
+    and a norm, adds the residual, and applies a ReLU.
     """
 
     parts: tuple[fx.Node, ...]
@@ -145,12 +144,9 @@ class _Folder:
         assert m.running_mean is not None
         assert m.running_var is not None
         norm = Norm(m.running_mean, m.running_var, m.weight, m.bias, m.eps)
-        x = self._open(source)
-        if x is not None and x.norm is None:
+        x = self._values[source]
+        if isinstance(x, _Fused) and (x.is_cat or (x.norm is None and self._open(source))):
             return replace(x, norm=norm)
-        value = self._values[source]
-        if isinstance(value, _Fused) and value.is_cat:
-            return replace(value, norm=norm)
         return _Fused((self._now(source),), norm=norm)
 
     def _relu(self, source: fx.Node) -> fx.Node | _Fused:
@@ -185,7 +181,7 @@ class _Folder:
         return x
 
     def _contiguous(self, node: fx.Node) -> fx.Node:
-        """The same in the layout for which the graph was written."""
+        """As ``_now``, in the layout that the model's forward expects."""
         copy = self._now(node)
         is_tensor = node in self._flow.forms
         return self.graph.call_method("contiguous", (copy,)) if is_tensor else copy
@@ -203,11 +199,12 @@ class _Folder:
     def _layer(self, node: fx.Node) -> nn.Module | None:
         """The convolution, norm or ReLU that a node calls, if it computes as its class does."""
         m = self._flow.fetch_attr(str(node.target)) if node.op == "call_module" else None
-        if m is None or "forward" in vars(m):
-            return None
-        plain = type(m) is nn.ReLU
-        plain = plain or (type(m) is nn.Conv2d and m.padding_mode == "zeros")
-        return m if plain or (type(m) is nn.BatchNorm2d and m.running_mean is not None) else None
+        plain = (
+            type(m) is nn.ReLU
+            or (type(m) is nn.Conv2d and m.padding_mode == "zeros")
+            or (type(m) is nn.BatchNorm2d and m.running_mean is not None)
+        )
+        return m if plain and "forward" not in vars(m) else None
 
     def _is_batch_of_images(self, node: fx.Node) -> bool:
         shape, dtype = self._flow.forms.get(node, ((), torch.bool))

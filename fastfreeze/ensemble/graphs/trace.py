@@ -12,12 +12,12 @@ import copy
 import pickle
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import partialmethod
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,6 @@ _CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), Enum),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
-
-
 _PLACE = object()  # stands in the place of a tensor in the arguments of a call
 
 
@@ -98,10 +96,7 @@ class Call:
 
 
 class Attributes:
-    """The attributes of modules at a moment, hooks and submodules among them.
-
-    It notices a write into an attribute's value if that is a list, dict or set.
-    """
+    """The attributes of modules at a moment: hooks, submodules, and the contents of containers."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         own = [vars(m) for m in modules]
@@ -118,10 +113,8 @@ class Attributes:
 
 def generator_states() -> tuple[Any, bytes, list[bytes]]:
     """The states of Python's random, numpy.random, and torch's generators."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
-        states += torch.cuda.get_rng_state_all()
-    own = [state.numpy().tobytes() for state in states]
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    own = [state.numpy().tobytes() for state in (torch.get_rng_state(), *of_gpus)]
     return random.getstate(), pickle.dumps(np.random.get_state()), own
 
 
@@ -185,17 +178,13 @@ class _Tracer(fx.Tracer):
                 if isinstance(value, Tensor):
                     self._names.setdefault(id(value), f"{prefix}.{name}".lstrip("."))
 
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        count = 0
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        numbers = count(1)
 
         def place(value: Any) -> Any:
-            nonlocal count
             if value is not _PLACE:
                 return value
-            count += 1
-            return self.create_proxy("placeholder", f"input_{count}", (), {})
+            return self.create_proxy("placeholder", f"input_{next(numbers)}", (), {})
 
         args, kwargs = map_aggregate(self._arguments, place)
         return lambda root: root.forward(*args, **kwargs), [self.root]
@@ -230,10 +219,10 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def _recorded_dict(self, value: Any) -> fx.Node:
+        given: tuple[Any, Any] = (list(value.items()),), {}
         if is_dataclass(value):
-            given = {f.name: getattr(value, f.name) for f in fields(value)}
-            return self.create_proxy("call_function", type(value), (), given).node
-        return self.create_proxy("call_function", type(value), (list(value.items()),), {}).node
+            given = (), {f.name: getattr(value, f.name) for f in fields(value)}
+        return self.create_proxy("call_function", type(value), *given).node
 
     def _name_of(self, tensor: Tensor) -> str:
         if id(tensor) not in self._names:
@@ -248,13 +237,7 @@ class _Factories(TorchFunctionMode):
         super().__init__()
         self._tracer = tracer
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
         if name.endswith("_") and not name.endswith("__") and any(tensors_in((args, kwargs))):
@@ -279,7 +262,7 @@ def _autocast_state() -> tuple[Any, ...]:
 
 @contextmanager
 def _custom_functions_refused() -> Iterator[None]:
-    """Refuse custom autograd functions: fx would record their forward and drop their backward."""
+    """Refuse custom autograd functions: fx would keep their forward, and drop their backward."""
     original = vars(torch.autograd.Function)["apply"]
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
