@@ -42,9 +42,9 @@ class Convolutions(TorchDispatchMode):
 
 
 def mean_of(members, *args, **kwargs):
-    """The truth: each member by itself, the mean in float64."""
+    """The truth: each member by itself, in eval mode, the mean in float64."""
     with torch.no_grad():
-        found = [m(*args, **kwargs).double().softmax(-1) for m in members]
+        found = [m.eval()(*args, **kwargs).double().softmax(-1) for m in members]
     return torch.stack(found).mean(0)
 
 

@@ -112,7 +112,6 @@ def second_row(*values):
 
 REFUSED = {
     "integers": (GOOD.long(), Y, TypeError, "logits must be a floating-point .*int64"),
-    "one column": (GOOD[:, :1], Y, ValueError, r"C >= 2, got .*logits z by torch.cat"),
     "nan": (second_row(0.0, math.nan), Y, ValueError, r"logits\[1\] .*got nan"),
     "inf": (second_row(0.0, INF), Y, ValueError, r"logits\[1\] .*got inf"),
     "all masked": (second_row(-INF, -INF), Y, ValueError, r"logits\[1\] .*-inf"),

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import threading
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,11 +35,6 @@ def stored(models, store=None):
     return store
 
 
-def assert_close(found, models, x):
-    in_eval = [model.eval() for model in models]
-    assert_mean(found, in_eval, x)
-
-
 def test_the_ensemble_averages_probabilities_in_eval_mode():
     models, ensemble = models_and_ensemble()
     before = copy.deepcopy(ensemble.state_dict())
@@ -50,9 +44,9 @@ def test_the_ensemble_averages_probabilities_in_eval_mode():
         assert ensemble.training == training
         assert not any(m.training for m in ensemble.members.modules())
         assert ensemble(x).dtype == torch.float32
-        assert_close(ensemble(x), models, x)
+        assert_mean(ensemble(x), models, x)
     for found, model in zip(ensemble.member_probabilities(x), models, strict=True):
-        assert_close(found, [model], x)
+        assert_mean(found, [model], x)
     assert_same_state(ensemble.state_dict(), before)
 
 
@@ -128,7 +122,7 @@ def test_models_that_ran_in_training(make):
     for model in (models[0], make):
         ensemble = SnapshotEnsemble.from_store(model, store)
         for _ in range(2):
-            assert_close(ensemble(x), models, x)
+            assert_mean(ensemble(x), models, x)
 
 
 def locked():
@@ -143,32 +137,11 @@ def with_a_closure():
     return model
 
 
-def always(model):
-    return lambda: model
-
-
-REFUSED_MODELS = {
-    "lock": (locked, TypeError, "model cannot be copied .*lock.*: give a function that makes"),
-    "closure": (with_a_closure, TypeError, "the function in 0._forward_hooks would use the orig"),
-    "no model": (lambda: None, TypeError, "model must be an nn.Module, or .* got NoneType"),
-    "another's": (lambda: always(small_model()), ValueError, "new tensors .* got '0.weight'"),
-    "nothing": (lambda: always(3), TypeError, "model must be an nn.Module, or .* got int"),
-}
-
-
-@pytest.mark.parametrize(("make", "error", "match"), REFUSED_MODELS.values(), ids=REFUSED_MODELS)
-def test_refused_models(make, error, match):
-    model = make()
-    state = model.state_dict() if isinstance(model, nn.Module) else small_model().state_dict()
-    with pytest.raises(error, match=match):
-        SnapshotEnsemble(model, [state, state])
-
-
 @pytest.mark.parametrize("make", [locked, with_a_closure])
 def test_members_made_by_a_function(make):
     models, x = [make() for _ in range(3)], torch.randn(5, 4)
     ensemble = SnapshotEnsemble(make, [m.state_dict() for m in models])
-    assert_close(ensemble(x), models, x)
+    assert_mean(ensemble(x), models, x)
     if make is locked:
         torch.testing.assert_close(ensemble.as_module(x)(x), ensemble(x))
 
@@ -179,11 +152,11 @@ def test_members_of_a_store(tmp_path, last):
     x, labels, there = torch.randn(5, 4), torch.randint(3, (5,)), models[-(last or 4) :]
     for store in (SnapshotStore(tmp_path), MemorySnapshots()):
         every = SnapshotEnsemble.from_store(small_model(), stored(models, store), last)
-        assert_close(every(x), there, x)
+        assert_mean(every(x), there, x)
     found = select_members(list(every.member_probabilities(x)), labels)
     for members in (found, (len(there) - 1, 0, 0)):
         ensemble = SnapshotEnsemble.from_store(small_model(), store, last, members=members)
-        assert_close(ensemble(x), [there[m] for m in members], x)
+        assert_mean(ensemble(x), [there[m] for m in members], x)
     for members, error, match in [
         ([0, 4], ValueError, r"members\[1\] must be in 0\.\.[023], got 4"),
         ([-1], ValueError, r"members\[0\] must be in 0\.\.[023], got -1"),
@@ -269,42 +242,30 @@ def test_no_false_alarm(change):
     ensemble_of(change)(torch.randn(5, 4))
 
 
-def pair(*states):
-    """Of a model that gives two values."""
-    model = Does(lambda m, x: (m.linear(x), x), linear=nn.Linear(2, 2))
-    states = [model.state_dict() if state is None else state for state in states]
-    return SnapshotEnsemble(model, states)
-
-
 def of_none(last):
     return SnapshotEnsemble.from_store(small_model(), MemorySnapshots(), last=last)
 
 
-def alone():
-    return SnapshotEnsemble(nn.Linear(2, 2), nn.Linear(2, 2).state_dict())
-
-
-def on_an_array():
-    return ensemble_of(torch.clone)(np.ones((2, 4)))
-
-
-NO_ARRAYS = "inputs must hold tensors, got a NumPy array, of which torch.from_numpy makes"
-MISSING = r"snapshots\[1\] is of another model: missing: 'linear.weight', 'linear.bias'"
-NO_LOGITS = "logits must be a tensor: the model must return one, .* got tuple"
-REFUSED_ENSEMBLES = {
-    "an array": (on_an_array, TypeError, NO_ARRAYS),
-    "none": (pair, ValueError, "at least one state dict"),
-    "last": (lambda: of_none(2), ValueError, "last must be at most 0, the .*, got 2"),
-    "last 0": (lambda: of_none(0), ValueError, "last must be >= 1"),
-    "a state dict alone": (alone, TypeError, r"snapshots\[0\] must be a state dict, got str"),
-    "a second of another model": (lambda: pair(None, {}), SnapshotError, MISSING),
-    "not logits": (lambda: pair(None)(torch.ones(1, 2)), TypeError, NO_LOGITS),
+MADE, MODEL = SnapshotEnsemble, small_model()
+STATE, X = MODEL.state_dict(), torch.ones(2, 4)
+LOCK, CLOSURE = "copied .*lock.*: give a function that makes", "the function in 0._forward_hooks"
+REFUSED = {  # what is called, with which arguments
+    "lock": (MADE, (locked(), [{}]), TypeError, LOCK),
+    "closure": (MADE, (with_a_closure(), [{}]), TypeError, CLOSURE),
+    "no model": (MADE, (None, [STATE]), TypeError, "model must be an nn.Module, or .* NoneType"),
+    "no models": (MADE, (lambda: 3, [STATE]), TypeError, "model must be an nn.Module, or .* int"),
+    "one model": (MADE, (lambda: MODEL, [STATE] * 2), ValueError, "new tensors .* '0.weight' aga"),
+    "no snapshots": (MADE, (MODEL, []), ValueError, "at least one state dict"),
+    "no list": (MADE, (MODEL, STATE), TypeError, r"snapshots\[0\] must be a state dict, got str"),
+    "another's": (MADE, (MODEL, [STATE, {}]), SnapshotError, r"snapshots\[1\] .* missing: '0.wei"),
+    "last": (of_none, (2,), ValueError, "last must be at most 0, the .*, got 2"),
+    "last 0": (of_none, (0,), ValueError, "last must be >= 1"),
+    "array": (ensemble_of(torch.clone), (X.numpy(),), TypeError, "inputs .* got a NumPy array"),
+    "no logits": (ensemble_of(lambda z: (z, z)), (X,), TypeError, "must return one, .* got tuple"),
 }
 
 
-@pytest.mark.parametrize(
-    ("act", "error", "match"), REFUSED_ENSEMBLES.values(), ids=REFUSED_ENSEMBLES
-)
-def test_refused_ensembles(act, error, match):
+@pytest.mark.parametrize(("act", "arguments", "error", "match"), REFUSED.values(), ids=REFUSED)
+def test_refused(act, arguments, error, match):
     with pytest.raises(error, match=match):
-        act()
+        act(*arguments)

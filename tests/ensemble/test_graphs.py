@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from fastfreeze.ensemble import SnapshotEnsemble
 from tests.ensemble.members import assert_right, chain
-from tests.nets import Branching, Does, Many
+from tests.nets import Does, Many
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,16 +48,9 @@ def writes_to_shared(m, x):
     return m.c(y) + view
 
 
-def shared_value():
-    parts = {"a": nn.Linear(3, 3), "b": nn.Parameter(torch.randn(3)), "c": nn.Linear(3, 2)}
-    return Does(writes_to_shared, **parts)
-
-
-def writes_in_a_module():
-    """A module that writes to its input without saying so."""
-    scale = Does(lambda m, x: x.mul_(m.weight), weight=nn.Parameter(torch.randn(3)))
-    parts = {"a": nn.Linear(3, 3), "b": scale, "c": nn.Linear(3, 2)}
-    return Does(lambda m, x: m.c(m.b(m.a(x))), **parts)
+def writes_in_a_module(m, x):
+    """Which does not say so."""
+    return m.c(m.scaled(m.a(x)))
 
 
 def writes_to_a_copy(m, x):
@@ -66,53 +60,51 @@ def writes_to_a_copy(m, x):
     return m.c(y)
 
 
-def single_row():
-    turned = Does(lambda m, x: x.t().contiguous().t())
-    parts = {"a": nn.Linear(3, 3), "b": nn.Parameter(torch.randn(3)), "c": nn.Linear(3, 2)}
-    return Does(writes_to_a_copy, turned=turned, **parts)
-
-
 def writes_to_images(m, x):
     y = m.conv(x[:, :, None, None])
     z = y * 2
     return (y.relu_() + z).flatten(1)
 
 
-def images():
-    return Does(writes_to_images, conv=nn.Conv2d(3, 2, 1))
-
-
-def writes_to_input():
-    return Does(lambda m, x: m.linear(x.add_(1)), linear=nn.Linear(3, 2))
+def writes_to_input(m, x):
+    return m.c(x.add_(1))
 
 
 def counts_its_calls(m, x):
     m.calls += 1
-    return m.linear(x) * m.calls
+    return m.c(x) * m.calls
 
 
-def counting():
-    return Does(counts_its_calls, linear=nn.Linear(3, 2), calls=0)
+def branches(m, x):
+    return m.c(x) if x.sum() > 0 else m.c(-x)
 
 
-WRITING = [
-    (shared_value, ("a", "c"), "3 members as one graph"),
+WRITING = [  # a forward, what members have in common, and how they run
+    (writes_to_shared, ("a", "c"), "3 members as one graph"),
     (writes_in_a_module, ("a", "c"), "3 members as one graph"),
-    (single_row, ("a", "c"), "3 members as one graph"),
-    (images, ("",), "not folded: relu_ writes in place to what others may read"),
+    (writes_to_a_copy, ("a", "c"), "3 members as one graph"),
+    (writes_to_images, ("",), "not folded: relu_ writes in place to what others may read"),
     (writes_to_input, ("",), "the model writes to its inputs or to its own tensors in place"),
-    (counting, ("",), "forward changes attributes of the model"),
-    (Branching, ("",), "one by one: TraceError: symbolically traced variables cannot be used as"),
+    (counts_its_calls, ("",), "forward changes attributes of the model"),
+    (branches, ("",), "one by one: TraceError: symbolically traced variables cannot be used as"),
 ]
 
 
+def with_parts(forward):
+    parts = {"a": nn.Linear(3, 3), "b": nn.Parameter(torch.randn(3)), "c": nn.Linear(3, 2)}
+    scaled = Does(lambda m, x: x.mul_(m.weight), weight=nn.Parameter(torch.randn(3)))
+    turned, conv = Does(lambda m, x: x.t().contiguous().t()), nn.Conv2d(3, 2, 1)
+    return Does(forward, **parts, scaled=scaled, turned=turned, conv=conv, calls=0)
+
+
 def test_what_writes_or_branches():
-    for make, shared, text in WRITING:
+    for forward, shared, text in WRITING:
+        make = partial(with_parts, forward)
         states = chain(make, shared, 3)
         ensemble, truth = SnapshotEnsemble(make(), states), SnapshotEnsemble(make(), states)
         for rows in (4, 1, 4):
             x = torch.randn(rows, 3)
-            after = x + 1 if make is writes_to_input else x.clone()
+            after = x + 1 if forward is writes_to_input else x.clone()
             expected = torch.stack([m(x.clone()).softmax(-1) for m in truth.members]).mean(0)
             torch.testing.assert_close(ensemble(x), expected)
             assert torch.equal(x, after)

@@ -192,7 +192,6 @@ def test_batches_by_position_and_by_name():
 
 
 HALF, GOOD, Y = torch.full((2, 2, 2), 0.5), torch.full((2, 2), 0.5), torch.tensor([0, 1])
-QUARTERS = torch.full((2, 4), 0.25)
 REFUSED = {
     "no batch": ([], ValueError, "batches must give at least one batch, got none"),
     "no labels": ([HALF], TypeError, r"pairs \(inputs, labels\), or .* got a Tensor"),
@@ -202,8 +201,6 @@ REFUSED = {
     "no members": ([(HALF[:, :0], Y)], ValueError, "at least one: expected 1, got 0"),
     "fewer members": ([(HALF, Y), (HALF[:, :1], Y)], ValueError, "same members .* 2, got 1"),
     "logits": ([(HALF * torch.tensor([[1.0], [2]]), Y)], ValueError, r"members\[1\]\[0\] must su"),
-    "label too high": ([(HALF, Y + 1)], ValueError, r"labels\[1\] must be in 0\.\.1, got 2"),
-    "an empty batch": ([(HALF[:0], Y[:0])], ValueError, r"members\[0\] must have shape \[B, C\]"),
 }
 
 
@@ -219,7 +216,6 @@ REFUSED_PREDICTIONS = {
     "nan": (torch.tensor([[0.5, 0.5], [math.nan, 1]]), Y, ValueError, r"s\[1\] must be >= 0.*nan"),
     "infinite": (torch.tensor([[math.inf, 0], [0, 1]]), Y, ValueError, r"s\[0\] must sum to 1"),
     "integers": (torch.tensor([[1, 0], [0, 1]]), Y, TypeError, "floating-point .*int64"),
-    "a list": ([[0.5, 0.5]], Y, TypeError, "probabilities must be a .* tensor, got list"),
     "one dimension": (torch.tensor([1.0]), Y, ValueError, r"shape \[B, C\].*\(1,\)"),
     "one column": (torch.ones(2, 1), Y[:2], ValueError, r"C >= 2, got \(2, 1\). One column p"),
     "an array": (np.ones((2, 2)), Y[:2], TypeError, "got a NumPy array, of which torch.from_numpy"),
@@ -228,30 +224,20 @@ REFUSED_PREDICTIONS = {
     "float labels": (GOOD, Y.float(), TypeError, "labels must be .*integers, got torch.float32"),
     "bool labels": (GOOD, Y.bool(), TypeError, "labels must be .*integers, got torch.bool"),
     "list of labels": (GOOD, [0, 1], TypeError, "labels must be .*integers, got list"),
-    "too few labels": (GOOD, Y[:1], ValueError, r"labels must have shape \(2,\).*got \(1,\)"),
     "one-hot labels": (GOOD, torch.eye(2).long(), ValueError, r"labels must have shape \(2,\)"),
     "label too high": (GOOD, Y + 1, ValueError, r"labels\[1\] must be in 0\.\.1, got 2"),
     "label too low": (GOOD, Y - 1, ValueError, r"labels\[0\] must be in 0\.\.1, got -1"),
 }
 
 
-@pytest.mark.parametrize(
-    ("probabilities", "labels", "error", "match"),
-    REFUSED_PREDICTIONS.values(),
-    ids=REFUSED_PREDICTIONS,
-)
-def test_refused_predictions(probabilities, labels, error, match):
+@pytest.mark.parametrize("row", REFUSED_PREDICTIONS.values(), ids=REFUSED_PREDICTIONS)
+def test_refused_predictions(row):
+    probabilities, labels, error, match = row
     with pytest.raises(error, match=match):
         prediction_scores(probabilities, labels)
 
 
-def test_refused_members_and_bins():
-    class Uneven:
-        def member_probabilities(self, inputs):
-            return [GOOD, QUARTERS]
-
-    with pytest.raises(ValueError, match=r"members\[1\] must be like the first member, \[2, 2\]"):
-        evaluate(Uneven(), [(HALF, Y)])
+def test_refused_bins():
     for bins, error in ((0, ValueError), (1.5, TypeError)):
         with pytest.raises(error, match=f"num_bins must be .* got {bins}"):
             prediction_scores(GOOD, Y, num_bins=bins)

@@ -19,13 +19,6 @@ every_way = pytest.mark.parametrize("how", [None, "loop", "shared"])
 
 
 @every_way
-def test_every_way_gives_the_same(how):
-    ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("stem", "blocks.0"), 3), how=how)
-    for batch in (1, 3, 33):
-        assert_right(ensemble, torch.randn(batch, 3, 6, 6))
-
-
-@every_way
 def test_loading_gives_each_member_its_own_again(how):
     ensemble = SnapshotEnsemble(Residual(), chain(Residual, ("",), 3), how=how)
     x = torch.randn(2, 3, 6, 6)
@@ -36,7 +29,7 @@ def test_loading_gives_each_member_its_own_again(how):
     holder.load_state_dict({f"ensemble.{k}": v for k, v in other.state_dict().items()})
     for member, state in zip(ensemble.members, states, strict=True):
         assert_same_state(member.state_dict(), state)
-    torch.testing.assert_close(ensemble(x), other(x))
+    assert_right(ensemble, x)
 
 
 @every_way
