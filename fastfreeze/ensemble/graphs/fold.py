@@ -45,10 +45,10 @@ def fold(flow: Flow) -> Program:
 
 @dataclass(frozen=True)
 class _Fused:
-    """A value that one function will compute, by what is there of these, in this order.
+    """A value that one function will compute, by those steps of the following that it has.
 
-    It puts the parts side by side along the channels, applies ``affine`` with a ReLU, a convolution
-    and a norm, adds the residual, and applies a ReLU.
+    It puts the parts side by side along the channels; applies ``affine``, with a ReLU where a
+    convolution follows; applies a convolution and a norm; adds the residual; applies a ReLU.
     """
 
     parts: tuple[fx.Node, ...]
@@ -59,21 +59,12 @@ class _Fused:
     relu: bool = False
 
     @property
-    def is_cat(self) -> bool:
-        return self.convolving is None and self.norm is None
-
-    @property
     def is_affine(self) -> bool:
-        return self.convolving is None and self.norm is not None
-
-    def operation(self) -> Affine:
-        """The function of a value that is affine, without the ReLU."""
-        assert self.norm is not None
-        return Affine(*self.norm.affine(), self.norm.mean.dtype)
+        return self.convolving is None and self.affine is not None
 
     def function(self) -> Callable[..., Tensor]:
         """Takes the parts, then the residual."""
-        relu, affine = self.relu, self.operation() if self.is_affine else self.affine
+        relu, affine = self.relu, self.affine
         convolution = self.convolving and self.convolving.folded(self.norm)
 
         def fused(*given: Tensor) -> Tensor:
@@ -126,28 +117,31 @@ class _Folder:
     def _cat(self, tensors: Any, dim: Any = 0, *others: Any) -> _Fused | None:
         if dim not in (1, -3) or others or not isinstance(tensors, (tuple, list)):
             return None
-        parts: list[fx.Node] = []
-        for source in tensors:
-            x = self._values[source]
-            parts += x.parts if isinstance(x, _Fused) and x.is_cat else [self._now(source)]
-        return _Fused(tuple(parts))
+        return _Fused(tuple(part for source in tensors for part in self._parts(source)))
+
+    def _parts(self, source: fx.Node) -> tuple[fx.Node, ...]:
+        """The parts of a cat that waits; any other value is its only part."""
+        x = self._values[source]
+        if isinstance(x, _Fused) and x.convolving is None and x.affine is None:
+            return x.parts
+        return (self._now(source),)
 
     def _convolution(self, m: nn.Conv2d, source: fx.Node) -> _Fused:
         how: Any = (m.stride, m.padding, m.dilation, m.groups)
         x, convolving = self._values[source], Convolving(m.weight, m.bias, *how)
         alone = len(source.users) == 1 and may_take_winograd(convolving)
         if alone and isinstance(x, _Fused) and x.is_affine and x.relu and len(x.parts) == 1:
-            return _Fused(x.parts, x.operation(), convolving)
+            return _Fused(x.parts, x.affine, convolving)
         return _Fused((self._now(source),), None, convolving)
 
     def _norm(self, m: nn.BatchNorm2d, source: fx.Node) -> _Fused:
         assert m.running_mean is not None
         assert m.running_var is not None
         norm = Norm(m.running_mean, m.running_var, m.weight, m.bias, m.eps)
-        x = self._values[source]
-        if isinstance(x, _Fused) and (x.is_cat or (x.norm is None and self._open(source))):
+        x = self._open(source)
+        if x is not None and x.norm is None:
             return replace(x, norm=norm)
-        return _Fused((self._now(source),), norm=norm)
+        return _Fused(self._parts(source), Affine(*norm.affine(), m.running_mean.dtype))
 
     def _relu(self, source: fx.Node) -> fx.Node | _Fused:
         x = self._values[source]
