@@ -28,6 +28,7 @@ from tests.snapshots.stores import (
     full_disk,
     states,
     steps,
+    sticky_chain,
 )
 
 
@@ -148,6 +149,32 @@ def test_threads_and_stores_of_one_directory_lose_nothing(tmp_path):
     found = SnapshotStore(tmp_path)
     assert steps(found) == list(range(4, 16))
     assert_holds(found, saved[4:])
+
+
+def test_a_reader_beside_a_writer_that_prunes(tmp_path):
+    """What is removed while it is read is said to be gone, not damaged."""
+    chain = sticky_chain(4)
+    writer, reader = SnapshotStore(tmp_path), SnapshotStore(tmp_path)
+    first = writer.save(chain[1], step=0, cycle=0)
+
+    def write():
+        for _ in range(10):
+            writer.save(chain[2], step=1, cycle=0)
+            writer.prune(keep=[first])
+            writer.save(chain[3], step=0, cycle=0)
+            writer.save(chain[1], step=0, cycle=0)
+
+    thread, loads = threading.Thread(target=write), 0
+    thread.start()
+    while thread.is_alive():
+        for snapshot in [s for s in reader if s.sha256 == first.sha256]:
+            try:
+                assert_same_state(reader.load(snapshot), chain[1])
+                loads += 1
+            except SnapshotError as error:
+                if "is not in" not in str(error):
+                    raise
+    assert loads > 3
 
 
 @pytest.mark.parametrize("comes_back", [False, True])
