@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fastfreeze.kernels import library
+from fastfreeze.kernels.library import KERNEL_DTYPES
 from fastfreeze.kernels.reference import affine_relu_cat_reference, sum_dtype
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def affine_relu_cat(
@@ -37,31 +36,23 @@ def affine_relu_cat(
         ValueError: ``parts`` is empty, or shapes, dtypes or devices do not go together.
     """
     _check(parts, scale, shift)
-    if not _kernel_can_take(parts, scale, shift):
+    wants_gradient = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (*parts, scale, shift)
+    )
+    if wants_gradient or library.refuses_device("cpu", parts[0].device) is not None:
         return affine_relu_cat_reference(parts, scale, shift, relu)
     dtype = sum_dtype(parts[0].dtype)
     scale, shift = scale.to(dtype).contiguous(), shift.to(dtype).contiguous()
     operator = torch.ops.fastfreeze.affine_relu_cat.default
-    return operator(list(parts), scale, shift, _adjacent(parts), relu)  # type: ignore[no-any-return]
-
-
-def _adjacent(parts: Sequence[Tensor]) -> bool:
-    """Whether each pixel's channels are adjacent in memory."""
-    return all(p.stride(1) == 1 or p.shape[1] == 1 for p in parts)
-
-
-def _kernel_can_take(parts: Sequence[Tensor], scale: Tensor, shift: Tensor) -> bool:
-    if library.refuses_device("cpu", parts[0].device) is not None:
-        return False
-    wants_gradient = any(t.requires_grad for t in (*parts, scale, shift))
-    return not (wants_gradient and torch.is_grad_enabled())
+    adjacent = all(p.stride(1) == 1 or p.shape[1] == 1 for p in parts)  # each pixel's channels
+    return operator(list(parts), scale, shift, adjacent, relu)  # type: ignore[no-any-return]
 
 
 def _check(parts: Sequence[Tensor], scale: Tensor, shift: Tensor) -> None:
     if not parts:
         raise ValueError("parts must be one tensor or more, got none")
     first = parts[0]
-    if first.dtype not in _DTYPES:
+    if first.dtype not in KERNEL_DTYPES:
         raise TypeError(f"x must be floating-point, of 16, 32 or 64 bits, got {first.dtype}")
     for part in parts:
         if part.ndim != 4:

@@ -1,19 +1,18 @@
-"""Which backend takes which parameter, with its gradient and its state, and which share a plan."""
+"""Which backend takes which parameter, with its gradient and its state."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastfreeze.kernels import library
 from fastfreeze.kernels.device_plan import CudaLaunch, TritonLaunch
-from fastfreeze.kernels.library import Backend
+from fastfreeze.kernels.library import KERNEL_DTYPES, Backend
 from fastfreeze.kernels.memory import sharing
 from fastfreeze.kernels.placements import PLAIN, holds_values
 from fastfreeze.kernels.plans import (
-    KERNEL_DTYPES,
     HostPlan,
     Plan,
     TensorwisePlan,
@@ -63,18 +62,6 @@ def choose_backends(
         refuses = dict.fromkeys(library.backends(), reason).get
         chosen.append(library.choose(backend, param.device, f"parameter {i}", refuses))
     return chosen
-
-
-def plan_members(
-    params: Sequence[Tensor],
-    backends: Sequence[Backend],
-    state_dtypes: Sequence[torch.dtype],
-) -> dict[tuple[Backend, Hashable], list[int]]:
-    """Indices of the parameters that can share a plan, by backend and the plan's key."""
-    members: dict[tuple[Backend, Hashable], list[int]] = {}
-    for i, (p, backend, dtype) in enumerate(zip(params, backends, state_dtypes, strict=True)):
-        members.setdefault((backend, PLANS[backend].key(p, dtype)), []).append(i)
-    return members
 
 
 def _unsuitable(tensor: Tensor) -> str | None:

@@ -89,7 +89,7 @@ class DevicePlan(PointerPlan):
             *([np.array(spec.first, np.uint8).reshape(-1, 1) ^ 1] if spec.steps is None else []),
         )
         self.progress = copied[0] if spec.steps is None else spec.steps.view(-1, 1)
-        # What an overflow leaves without its first step is then zeros, not garbage.
+        # An overflow may keep them from their first step: they are zeros then, not garbage.
         fresh = [t for of in moments for i in self._unstarted if (t := of[i]) is not None]
         if fresh:
             torch._foreach_zero_(fresh)
@@ -119,7 +119,9 @@ class DevicePlan(PointerPlan):
         grad_scale: Tensor | float | None,
         found_inf: Tensor | None,
     ) -> list[float]:
-        self._set_hypers(hypers)
+        if not self._has(hypers):
+            self._hypers = hypers.copy()
+            self.hypers.copy_(self._staged(torch.from_numpy(self._hypers)), non_blocking=True)
         if step != self._position:
             self.counters[0].fill_(step)
         if self._spare is None:
@@ -181,17 +183,11 @@ class DevicePlan(PointerPlan):
         self._keep_for(self._stream())
         grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
         self._launch(grad_scale, found_inf, track or self.rule.counts)
-        self._note_step()
+        torch.autograd.graph.increment_version(self._updated)
 
     def _has(self, hypers: Hypers) -> bool:
         """Whether these are on the device."""
         return self._hypers is not None and self._hypers.tobytes() == hypers.tobytes()
-
-    def _set_hypers(self, hypers: Hypers) -> None:
-        if self._has(hypers):
-            return
-        self._hypers = hypers.copy()
-        self.hypers.copy_(self._staged(torch.from_numpy(self._hypers)), non_blocking=True)
 
     def _set_grads(self, grads: array[int]) -> None:
         """Write the table of gradients' addresses; a captured graph writes it at each replay."""
@@ -209,9 +205,11 @@ class DevicePlan(PointerPlan):
         self._grads = grads
 
     def _scalar(self, value: Tensor | float | None) -> Tensor | None:
-        if value is None or isinstance(value, Tensor):
-            return None if value is None else value.to(self.device, torch.float32)
-        return torch.full((), value, dtype=torch.float32, device=self.device)
+        return (
+            None
+            if value is None
+            else torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        )
 
     def _staged(self, host: Tensor) -> Tensor:
         """Where a copy to the device can read it later; torch keeps that memory until it has."""
@@ -229,7 +227,7 @@ class DevicePlan(PointerPlan):
         self._streams.add(stream)
 
     def _pinned(self) -> Tensor | None:
-        """Memory for the addresses that a graph will read; there is no way to get it in one."""
+        """Memory for the addresses that a graph will read; a capture allows no pinning."""
         if len(self.params) <= self.table_from or self.device.type != "cuda":
             return None
         return torch.empty(len(self.params), dtype=torch.int64, device="cpu", pin_memory=True)

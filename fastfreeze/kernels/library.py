@@ -17,6 +17,7 @@ from fastfreeze.text import some
 
 Backend = Literal["cuda", "triton", "cpu", "reference"]
 
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 OLDEST_CAPABILITY = (7, 5)  # of CUDA devices that the kernels are compiled for
 
 # One copy of fastfreeze a process: a second one fails here, before its libraries could load and
@@ -180,10 +181,10 @@ def choose(
     """The backend asked for, or the fastest that can take ``what`` on ``device``.
 
     Args:
-        backend: the one asked for; None: any, of which an interpreter is none.
+        backend: the one asked for; None: any but an interpreter.
         device: where it is.
         what: the word for it in errors.
-        refuses: why a backend's kernels cannot take it for what it is; None if they can.
+        refuses: tells why a backend's kernels cannot take it; None if they can.
 
     Raises:
         ValueError, BackendUnavailableError: the one asked for cannot run, or cannot take it.

@@ -23,7 +23,7 @@ _NOTHING = frozenset((None,))
 
 
 class Given:
-    """Which parameters have a gradient, and whether these are tensors like all others.
+    """Which parameters have a gradient, and whether all gradients are plain tensors.
 
     Attributes:
         flags: of each parameter, whether it has one.
@@ -39,7 +39,7 @@ class Given:
         self.plain = PLAIN.issuperset(self._types)
 
     def hold(self, grads: Sequence[Tensor | None], others: Iterable[Tensor | None]) -> bool:
-        """Whether it is so of these too: ``grads`` of those with one, ``others`` of the rest."""
+        """Whether ``grads`` have the same types, in the same order, and ``others`` are all None."""
         return list(map(type, grads)) == self._types and _NOTHING.issuperset(others)
 
     def of(self, values: Sequence[Any]) -> Sequence[Any]:
@@ -62,7 +62,7 @@ class Handle:
 
 
 class Look:
-    """All that has to hold of a plan's tensors before a step, in one call of C++ where it is there.
+    """Checks a plan's tensors before a step: in one call of C++, where the library is there.
 
     Args:
         params: the plan's, dense.

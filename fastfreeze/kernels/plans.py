@@ -1,4 +1,4 @@
-"""What plans are, and what those of the host share: the C++ kernels' and the references'.
+"""Plans, and those that the host runs: the C++ kernels' and the reference's.
 
 A plan holds what stays the same from step to step. Each backend has one, with the same methods.
 """
@@ -30,7 +30,6 @@ from fastfreeze.kernels.placements import (
 )
 from fastfreeze.schedule import Segment, SegmentTable
 
-KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 Hypers = npt.NDArray[np.float64]
@@ -167,7 +166,9 @@ class PointerPlan(Plan):
         self._look = Look(spec.params, [*spec.params, *chain(*spec.moments.values())])
         self._empty = [i for i, p in enumerate(spec.params) if p.numel() == 0]
         self._given = Given([])
-        self._updated: Sequence[Tensor] = []  # the parameters of those
+        # The parameters of those. PyTorch is told of a write to these alone: what is folded from a
+        # frozen one would be made anew.
+        self._updated: Sequence[Tensor] = []
         self._addresses = array("q")  # of the gradients that were aligned last
         self._unstarted = {i for i, is_first in enumerate(spec.first) if is_first}
 
@@ -205,13 +206,6 @@ class PointerPlan(Plan):
         if holds_values(grad) and same_strides(param, grad):
             return grad
         return torch.empty_like(param).copy_(grad)
-
-    def _note_step(self) -> None:
-        """Tell PyTorch that the parameters with a gradient were written to, and no others.
-
-        A frozen one must look as it is: unchanged. What is folded from it would be made anew.
-        """
-        torch.autograd.graph.increment_version(self._updated)
 
 
 class HostPlan(PointerPlan):
@@ -269,7 +263,7 @@ class HostPlan(PointerPlan):
             grad_scale is not None,
             self._lrs_address,
         )
-        self._note_step()
+        torch.autograd.graph.increment_version(self._updated)
         if self._unstarted:
             self._unstarted.difference_update(self._given.index)
         lrs: list[float] = self._lrs.tolist()
@@ -280,7 +274,7 @@ class HostPlan(PointerPlan):
 
 
 def _present(moments: Sequence[Tensor | None]) -> list[int]:
-    """Their addresses, 0 for None alone: the kernel asks who has moments, of no elements too."""
+    """Their addresses. 0 stands for None alone: a moment without elements is one as well."""
     return [0 if t is None else t.data_ptr() or 1 for t in moments]
 
 
@@ -364,10 +358,7 @@ def segment_table(segments: Sequence[tuple[Segment, ...]]) -> tuple[Tensor, Tens
     """Rows of all groups' segments (start, length, scale), and where each group's begin."""
     rows = np.array([(s.start, s.length, s.scale) for group in segments for s in group], float)
     begin = np.cumsum([0, *map(len, segments)])
-    return (
-        torch.from_numpy(rows.reshape(-1, 3)),
-        torch.from_numpy(begin).reshape(-1, 1),
-    )
+    return (torch.from_numpy(rows.reshape(-1, 3)), torch.from_numpy(begin).reshape(-1, 1))
 
 
 def rates_of(spec: PlanSpec) -> SegmentTable | None:

@@ -8,15 +8,7 @@ from fastfreeze.kernels.reference import adam_reference, sgd_reference
 SGD = Rule(
     name="sgd",
     # As csrc/sgd_math.h reads them.
-    hypers=(
-        "lr",
-        "momentum",
-        "dampening",
-        "weight_decay",
-        "nesterov",
-        "maximize",
-        "initial_lr",
-    ),
+    hypers=("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "initial_lr"),
     counts=False,
     takes_sparse=True,
     reference=sgd_reference,

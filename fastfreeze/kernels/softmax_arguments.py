@@ -11,10 +11,9 @@ from torch import Tensor
 
 from fastfreeze.checks import check_int
 from fastfreeze.kernels import library
-from fastfreeze.kernels.library import Backend
+from fastfreeze.kernels.library import KERNEL_DTYPES, Backend
 from fastfreeze.kernels.reference import sum_dtype
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # What a launch can take: of CUDA, its arguments hold the members' addresses; of Triton, each number
 # of members is compiled for itself, and a program's registers hold a row.
@@ -57,7 +56,7 @@ def check_logits(label: str, logits: Tensor, dim: int | None = None) -> None:
     """Raise unless it is a dense floating-point tensor with a batch and, in ``dim``, classes."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{label} must be a tensor, got {kind_of(logits)}")
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in KERNEL_DTYPES:
         raise TypeError(
             f"{label} must be float16, bfloat16, float32 or float64, got {logits.dtype}"
         )

@@ -328,13 +328,9 @@ def step_kernel(
     full = (size == RUN) & ((param | grad | a | b | c) % 16 == 0)
     # Elements, hyperparameters and schedule are on their way together.
     if full:
-        p, g, x, y, z = _load(
-            param, grad, a, b, c, size, ADAM, PARAM, STATE, MATH, RUN, True
-        )  # fmt: skip
+        p, g, x, y, z = _load(param, grad, a, b, c, size, ADAM, PARAM, STATE, MATH, RUN, True)
     else:
-        p, g, x, y, z = _load(
-            param, grad, a, b, c, size, ADAM, PARAM, STATE, MATH, RUN, False
-        )  # fmt: skip
+        p, g, x, y, z = _load(param, grad, a, b, c, size, ADAM, PARAM, STATE, MATH, RUN, False)
     steps = tl.load(progress + tensor, mask=live, other=0)
     row = hypers + group * HYPERS
     lr, frozen = _group_rate(
@@ -351,13 +347,9 @@ def step_kernel(
     else:
         p, x = _sgd_update(p, g, x, row, lr, a != 0, steps != 0, live, MATH)
     if full & (frozen == 0):
-        _store(
-            param, grad, a, b, c, size, p, g, x, y, z, ADAM, PARAM, STATE, RUN, True, SCALED
-        )  # fmt: skip
+        _store(param, grad, a, b, c, size, p, g, x, y, z, ADAM, PARAM, STATE, RUN, True, SCALED)
     elif frozen == 0:
-        _store(
-            param, grad, a, b, c, size, p, g, x, y, z, ADAM, PARAM, STATE, RUN, False, SCALED
-        )  # fmt: skip
+        _store(param, grad, a, b, c, size, p, g, x, y, z, ADAM, PARAM, STATE, RUN, False, SCALED)
     if before == tl.num_programs(0) - 1:
         _finish_step(
             grads, segments, begin, tensor_groups, progress, counters, num_tensors, step, skip,

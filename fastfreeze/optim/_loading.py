@@ -22,10 +22,10 @@ _PLANS = (
 
 
 class Loaded(NamedTuple):
-    """A state that was found good, as far as torch does not load it.
+    """What torch does not load of a state that has been checked.
 
     Attributes:
-        groups: the optimizer's own before, for what the state's leave out;
+        groups: the optimizer's own values, for keys that the state's groups lack;
         steps: of the state's groups, each once, None where there is none;
         wide: by parameter and name, moments that torch would cast to their parameters' dtype;
         schedule: the configuration of the one it was saved under, if there was one.

@@ -19,7 +19,7 @@ Frozen = Mapping[int, Sequence[Tensor]]  # by group, the parameters that freezin
 
 
 class Notices:
-    """Looks at gradients while an optimizer freezes, and names the layers that do not get along.
+    """Looks at gradients while an optimizer freezes; warns of layers that should train and do not.
 
     Args:
         frozen: the groups that are frozen now.
@@ -39,10 +39,7 @@ class Notices:
             self._silent, self._since = had_gradients - set(frozen), step
 
     def look(
-        self,
-        optimizer: Optimizer,
-        step: int,
-        groups_with_gradients: Callable[[], set[int]],
+        self, optimizer: Optimizer, step: int, groups_with_gradients: Callable[[], set[int]]
     ) -> None:
         """Before a step of the schedule."""
         groups, frozen = optimizer.param_groups, self._frozen

@@ -29,7 +29,11 @@ class UpdateRule(ABC):
     def values(self, group: Group) -> Mapping[str, Any]:
         """A group's hyperparameters by the columns of the kernel's table; 0 where there is none."""
 
-    def row(self, group: Group) -> list[float]:
-        """A group's row of the table."""
-        values = self.values(group)
-        return [float(values.get(name, 0.0)) for name in self.kernel.hypers]
+    def row(self, g: int, group: Group) -> list[float]:
+        """Group ``g``'s row of the table; ValueError, with its values, if one is no number."""
+        try:
+            values = self.values(group)
+            return [float(values.get(name, 0.0)) for name in self.kernel.hypers]
+        except (TypeError, ValueError, RuntimeError) as error:
+            given = {name: group[name] for name in ("lr", *self.keys) if name in group}
+            raise ValueError(f"parameter group {g} has bad values in {given}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain, compress
@@ -29,6 +29,8 @@ _lr_of = itemgetter("lr")
 
 Groups = Sequence[dict[str, Any]]
 State = MutableMapping[Tensor, dict[str, Any]]
+# A parameter, its group, its place among the optimizer's, its moments' dtype, its count of steps.
+Member = tuple[Tensor, int, int, torch.dtype, float]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Runtime:
         groups = task.groups
         lists = list(map(_params_of, groups))
         self.lengths = list(map(len, lists))
-        self.params = list(chain.from_iterable(lists))
+        params = list(chain.from_iterable(lists))
         self.scheduled = any(task.segments)
         self.hypers_of = itemgetter(*task.rule.keys, *["initial_lr"] * self.scheduled)
         self.hyper_values = [tuple(map(_copied, self.hypers_of(group))) for group in groups]
@@ -80,25 +82,23 @@ class Runtime:
         groups_of = chain.from_iterable([g] * n for g, n in enumerate(self.lengths))
         members = [
             (p, g, place)
-            for place, (p, g) in enumerate(zip(self.params, groups_of, strict=True))
+            for place, (p, g) in enumerate(zip(params, groups_of, strict=True))
             if g not in self.left_out
         ]
         for p, g, _ in members:
             _check(task, p, g)
-        params = [local_part(p, p) for p, _, _ in members]
-        self.parts = _parts(task, members, params)
+        own = [local_part(p, p) for p, _, _ in members]
+        self.parts = _parts(task, members, own)
         self.host = [part for part in self.parts if not part.plan.on_device]
         self.device = [part for part in self.parts if part.plan.on_device]
-        self.cuda_devices = cuda_devices(params)
+        self.cuda_devices = cuda_devices(own)
         self.state = task.state
-        self._remember_state()
-
-    def _remember_state(self) -> None:
         self.states = list(self.state.values())
 
     def serves(self, groups: Groups, state: State) -> bool:
         """Collect the gradients; False if the groups, the state or a part is not as planned."""
         lists = list(map(_params_of, groups))
+        params = list(chain.from_iterable(lists))
         return (
             list(map(len, lists)) == self.lengths
             and list(map(self.hypers_of, groups)) == self.hyper_values
@@ -106,25 +106,18 @@ class Runtime:
             and state is self.state
             and len(state) == len(self.states)
             and all(map(is_, state.values(), self.states))
-            and self.collect(list(chain.from_iterable(lists)))
+            and all(part.collect(params) for part in self.parts)
         )
 
     def _rows(self, groups: Groups) -> np.ndarray:
-        return np.array([_row(self.rule, *each) for each in enumerate(groups)], dtype=np.float64)
+        rows = [self.rule.row(g, group) for g, group in enumerate(groups)]
+        return np.array(rows, dtype=np.float64)
 
     def _have_changed(self, groups: Groups) -> bool:
         """Whether other numbers are in the groups' tensors, which may be the same objects."""
         rows = self._rows(groups)
         rows[:, self.lr] = self.hypers[:, self.lr]
-        return not np.array_equal(rows, self.hypers)
-
-    def collect(self, params: Sequence[Tensor]) -> bool:
-        """Collect the gradients; False if a part is not as planned.
-
-        Args:
-            params: the groups', as they are now.
-        """
-        return all(part.collect(params) for part in self.parts)
+        return not np.array_equal(rows, self.hypers, equal_nan=True)
 
     def groups_with_gradients(self) -> set[int]:
         """Those of which a parameter has had one, when they were collected last."""
@@ -154,7 +147,7 @@ class Runtime:
         for part in self.device:
             lrs = part.step(self.hypers, step, grad_scale, found_inf)
         if len(self.state) != len(self.states):  # there are new ones
-            self._remember_state()
+            self.states = list(self.state.values())
         return lrs
 
     def capture(self, groups: Groups, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -184,15 +177,6 @@ class Runtime:
             raise
 
 
-def _row(rule: UpdateRule, g: int, group: Mapping[str, Any]) -> list[float]:
-    """The group's hyperparameters as numbers, or an error that shows them."""
-    try:
-        return rule.row(group)
-    except (TypeError, ValueError, RuntimeError) as error:
-        values = {name: group[name] for name in ("lr", *rule.keys) if name in group}
-        raise ValueError(f"parameter group {g} has bad values in {values}: {error}") from error
-
-
 def _parts(task: Task, members: list[tuple[Tensor, int, int]], params: list[Tensor]) -> list[Part]:
     """Plans for all parameters.
 
@@ -208,11 +192,13 @@ def _parts(task: Task, members: list[tuple[Tensor, int, int]], params: list[Tens
     counts = counts_of(task.rule, [task.state.get(p, {}) for p, _, _ in members])
     if task.rule.counter is not None:
         _refer_started(task, counts, moments, backends)
-    plans = choice.plan_members(params, backends, dtypes)
-    parts = [
-        Part(backend, [(*members[i], dtypes[i], counts[i]) for i in index], task)
-        for (backend, _), index in plans.items()
-    ]
+    shared: dict[tuple[Backend, Hashable], list[Member]] = {}  # by backend and its plans' key
+    for member, param, backend, dtype, count in zip(
+        members, params, backends, dtypes, counts, strict=True
+    ):
+        key = backend, PLANS[backend].key(param, dtype)
+        shared.setdefault(key, []).append((*member, dtype, count))
+    parts = [Part(backend, own, task) for (backend, _), own in shared.items()]
     if len(parts) > 1:
         for part in parts:  # within the reference's, torch's order holds
             others = (other for other in parts if other.kernels or part.kernels)
@@ -223,12 +209,7 @@ def _parts(task: Task, members: list[tuple[Tensor, int, int]], params: list[Tens
 class Part:
     """The parameters that one backend updates, with their plan, which sees local tensors only."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        members: list[tuple[Tensor, int, int, torch.dtype, float]],
-        task: Task,
-    ) -> None:
+    def __init__(self, backend: Backend, members: list[Member], task: Task) -> None:
         self.params = [p for p, _, _, _, _ in members]
         self.groups = [g for _, g, _, _, _ in members]
         self.places = [place for _, _, place, _, _ in members]  # among the optimizer's
@@ -246,7 +227,8 @@ class Part:
             device = self.params[0].device if plan_type.on_device else torch.device("cpu")
             counts = [count for *_, count in members]
             self.steps = torch.tensor(counts, dtype=torch.float32, device=device)
-        # Changes of the counts by others: kernels leave no trace, and take moments at 0 as 0.
+        # Others' writes to the counts raise their version, kernels' do not. They matter: where a
+        # count is 0, a kernel takes the moments as 0.
         counted = self.steps is not None and self.kernels and not self.steps.is_inference()
         self.counts = self.steps if counted else None
         self.edits = self.counts._version if self.counts is not None else 0
@@ -352,9 +334,9 @@ class Part:
         return True
 
     def _find(self, everyone: Sequence[Tensor]) -> tuple[Given, Sequence[Any]] | None:
-        """Who has a gradient, and these; None if a parameter is another than was planned.
+        """Who has a gradient, and the gradients; None if a parameter is not the one planned.
 
-        While the same ones have one, the rest are not compared: which they are makes no difference.
+        While the same parameters have one, the rest are not compared: a step leaves them alone.
         """
         watched = list(compress(everyone, self.live))
         if not all(map(is_, watched, self.watched)):
@@ -533,7 +515,7 @@ def _refer_started(
     moments: Sequence[Sequence[Tensor | None]],
     backends: list[Backend],
 ) -> None:
-    """Give the reference what has no step and moments: a kernel starts from 0 there."""
+    """Give the reference what has moments at count 0: a kernel would take them as 0."""
     for i, count in enumerate(counts):
         if count != 0 or not any(m is not None and m.any() for m in moments[i]):
             continue

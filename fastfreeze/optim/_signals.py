@@ -1,4 +1,4 @@
-"""A stretch of code that no signal's handler runs in: it comes right after."""
+"""A stretch of code during which no signal's handler runs: handlers run right after it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ class SignalsDeferred:
     finds all of it done.
     """
 
-    def __init__(self) -> None:
+    def __enter__(self) -> None:
         self._handlers: dict[int, Any] = {}
         self._came: list[tuple[int, FrameType | None]] = []
         self._deferring = False
-
-    def __enter__(self) -> None:
         try:
             for number, handler in zip(_NUMBERS, map(_signal.getsignal, _NUMBERS), strict=True):
                 if callable(handler):

@@ -253,16 +253,22 @@ class FusedOptimizer(Optimizer):
                 f"torch.optim.{self._rule.name} gives it, got {state_dict!r}"
             )
         found: list[Loaded] = []
+
+        def check(_: Optimizer, state: dict[str, Any]) -> None:
+            self._check_group_count()
+            groups, schedule = self.param_groups, self._schedule
+            found.append(checked_state(self._rule, state, groups, schedule, self._state_dtype))
+
+        def complete(_: Optimizer) -> None:
+            restore(self._rule, found[-1], self.param_groups, self.state)
+            self._go_to(self._step if found[-1].step is None else found[-1].step)
+
         with self._lock:
             # The last hook before loading checks what the user's hooks have made of the state; the
             # first one after it completes it, so that theirs find it whole.
             hooks = [
-                self.register_load_state_dict_pre_hook(
-                    lambda _, state: found.append(self._checked(state))
-                ),
-                self.register_load_state_dict_post_hook(
-                    lambda _: self._complete_load(found[-1]), prepend=True
-                ),
+                self.register_load_state_dict_pre_hook(check),
+                self.register_load_state_dict_post_hook(complete, prepend=True),
             ]
             try:
                 super().load_state_dict(state_dict)
@@ -357,7 +363,7 @@ class FusedOptimizer(Optimizer):
         """New plans, with this step's gradients."""
         self._settle()
         runtime = self._runtime = Runtime(self._task())
-        if not runtime.collect(runtime.params):
+        if not runtime.serves(self.param_groups, self.state):
             raise RuntimeError("parameters or gradients change while they are being read")
         return runtime
 
@@ -497,16 +503,6 @@ class FusedOptimizer(Optimizer):
             "out that scheduler's step(): the schedule sets the rates. To change one by hand, "
             "change group['initial_lr'], or make the optimizer without a schedule"
         )
-
-    def _checked(self, state_dict: Mapping[str, Any]) -> Loaded:
-        self._check_group_count()
-        groups, schedule = self.param_groups, self._schedule
-        return checked_state(self._rule, state_dict, groups, schedule, self._state_dtype)
-
-    def _complete_load(self, loaded: Loaded) -> None:
-        """Add to what torch has loaded what it does not know; all of it has been checked."""
-        restore(self._rule, loaded, self.param_groups, self.state)
-        self._go_to(self._step if loaded.step is None else loaded.step)
 
 
 def _scaler_of(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:

@@ -11,9 +11,7 @@ from tests.conftest import needs_cpu_kernels
 
 
 @pytest.fixture(
-    autouse=True,
-    params=[pytest.param(True, marks=needs_cpu_kernels), False],
-    ids=["C++", "Python"],
+    autouse=True, params=[pytest.param(True, marks=needs_cpu_kernels), False], ids=["C++", "Python"]
 )
 def _compiled_or_not(request, monkeypatch):
     monkeypatch.setattr(placements, "has_library", lambda: request.param)

@@ -226,11 +226,7 @@ def test_layouts(way, layout, classes):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
 @by_ways(
-    CPU,
-    {"classes": [10, 33]},
-    dtype=DTYPES,
-    classes=[2, 10, 17, 31, 33, 100, 2049],
-    side=SIDES,
+    CPU, {"classes": [10, 33]}, dtype=DTYPES, classes=[2, 10, 17, 31, 33, 100, 2049], side=SIDES
 )
 def test_nothing_beside_the_tensors_is_read_or_written(way, dtype, classes, side):
     """A stray access ends the process."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastfreeze.kernels.choice import PLANS
-from fastfreeze.kernels.plans import KERNEL_DTYPES
+from fastfreeze.kernels.library import KERNEL_DTYPES
 from tests.conftest import needs_cpu_kernels, needs_gpu, resolved, sgd_kernels
 from tests.covering import covering
 from tests.kernels.conftest import STEPPERS, by_steppers
@@ -167,13 +167,6 @@ def test_unstarted_and_written_parameters_are_told(backend, device, case):
     assert plan.unstarted() == set()
 
 
-def test_the_reference_takes_given_moments_at_step_0():
-    plan = Beside("reference", [torch.zeros(1)], case := Case("adam", {})).plan
-    plan.moments |= {"exp_avg": [torch.full((1,), 2.0)], "exp_avg_sq": [torch.zeros(1)]}
-    take_step(plan, table_of(case), [torch.ones(1)])
-    torch.testing.assert_close(plan.moments["exp_avg"][0], torch.tensor([1.9]))
-
-
 @covering(
     "backend_and_device",
     backend_and_device=sgd_kernels(),
@@ -266,9 +259,3 @@ def test_the_kernel_refuses_what_does_not_fit(change, message):
 def test_an_unknown_plan_is_refused(rule, name):
     with pytest.raises(RuntimeError, match=f"no {name} plan has the handle 123456789"):
         getattr(torch.ops.fastfreeze, f"{rule}_step")(123456789, 0, 0, 0, 1.0, False, 0)
-
-
-def test_a_sparse_gradient_is_adams_none(backend, device):
-    beside = Beside(backend, [torch.ones(2, device=device)], AMSGRAD)
-    with pytest.raises(ValueError, match="gradient"):
-        take_step(beside.plan, beside.table, [torch.ones(2, device=device).to_sparse()])

@@ -203,20 +203,16 @@ def test_what_needs_a_step_before_a_capture(backend, device, graph, monkeypatch)
         assert all(map(torch.equal, before, params)), change
 
 
-class Stream:
-    """A CUDA stream's part in what the plan asks."""
-
-
 @pytest.mark.skipif(HAS_GPU, reason="a stub of a stream")
 def test_tables_are_kept_for_each_stream_that_steps(backend, device, monkeypatch):
     plan = Beside(backend, [torch.rand(7, device=device)], CASES["momentum"]).plan
-    side, kept = Stream(), []
+    side, kept = object(), []
     plan.runs = plan.progress = type("Table", (), {"record_stream": kept.append})
     for stream in (None, side, side, None):
         plan._keep_for(stream)
     assert kept == [side, side]
     monkeypatch.setattr("fastfreeze.kernels.device_plan.is_capturing", lambda _: True)
-    plan._keep_for(Stream())
+    plan._keep_for(object())
     assert kept == [side, side]
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastfreeze.kernels.plans import KERNEL_DTYPES
+from fastfreeze.kernels.library import KERNEL_DTYPES
 from fastfreeze.optim import SGD, AdamW
 from fastfreeze.schedule import FreezeOutCycles
 from tests.covering import covering
@@ -34,11 +34,7 @@ def sanitizer(request, monkeypatch):
 
 @pytest.mark.slow
 @covering(
-    "sanitizer",
-    sanitizer=["address", "thread"],
-    dtype=KERNEL_DTYPES,
-    case=EACH,
-    offset=OFFSETS,
+    "sanitizer", sanitizer=["address", "thread"], dtype=KERNEL_DTYPES, case=EACH, offset=OFFSETS
 )
 def test_a_step(sanitizer, dtype, case, offset):
     def tensors(make):

@@ -59,36 +59,24 @@ def assert_near(y, x, weight, padding, bias=None, **options):
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=TOLERANCE * largest)
 
 
-@covering("isa", isa=ISAS, shape=SHAPES, padding=PADDINGS)
-def test_kernel_against_fp64(isa, shape, padding):
+OPTIONS = {
+    "nothing": [],
+    "bias": ["bias"],
+    "relu": ["relu"],
+    "residual": ["residual"],
+    "scale": ["input_scale", "input_shift"],
+    "all": ["bias", "relu", "residual", "input_scale", "input_shift"],
+}
+
+
+@covering("isa", isa=ISAS, shape=SHAPES, padding=PADDINGS, names=OPTIONS)
+def test_kernel_against_fp64(isa, shape, padding, names):
     padding = (1, 1) if min(shape[2:4]) < 3 else padding
     x, weight = make(shape)
-    transformed = transform_weight(weight)
-    assert_near(winograd_conv2d(x, transformed, padding=padding), x, weight, padding)
-    options = extras(x, weight, padding)
-    y = winograd_conv2d(x, transformed, padding=padding, **options)
+    every = extras(x, weight, padding)
+    options = {name: every[name] for name in names}
+    y = winograd_conv2d(x, transform_weight(weight), padding=padding, **options)
     assert_near(y, x, weight, padding, **options)
-
-
-@needs_cpu_kernels
-def test_each_option_alone(isa):
-    x, weight = make((2, 20, 9, 8, 18))
-    every = extras(x, weight, (1, 1))
-    for names in (["bias"], ["relu"], ["residual"], ["input_scale", "input_shift"]):
-        options = {n: every[n] for n in names}
-        y = winograd_conv2d(x, transform_weight(weight), padding=(1, 1), **options)
-        assert_near(y, x, weight, (1, 1), **options)
-
-
-@needs_cpu_kernels
-def test_padding_is_zero_behind_the_scale(isa):
-    """Where the shift alone would make something of it."""
-    x, weight = torch.zeros(1, 16, 4, 4), torch.ones(16, 16, 3, 3)
-    ones = torch.ones(16)
-    y = winograd_conv2d(
-        x, transform_weight(weight), padding=(1, 1), input_scale=ones, input_shift=ones
-    )
-    torch.testing.assert_close(y[0, 0, 0], torch.tensor([64.0, 96.0, 96.0, 64.0]))
 
 
 @needs_cpu_kernels

@@ -70,6 +70,7 @@ every_input = with_pairs(
 SCHEDULERS = [
     *TORCHS.scheduler_inputs,
     [lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)],
+    [lambda optimizer: torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05)],
 ]
 
 

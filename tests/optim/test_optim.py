@@ -75,18 +75,25 @@ def test_a_compiled_training_step_breaks_its_graph_and_goes_on():
     assert_equal_training(ours, theirs)
 
 
-# GradScalers.
-
-SCALED = {
-    "SGD": (partial(SGD, lr=0.1, momentum=0.9), partial(torch.optim.SGD, lr=0.1, momentum=0.9)),
-    "AdamW": (partial(AdamW, lr=0.01), partial(torch.optim.AdamW, lr=0.01)),
+CLASSES = {
+    "SGD": (
+        partial(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    ),
+    "AdamW": (
+        partial(AdamW, lr=0.01, amsgrad=True),
+        partial(torch.optim.AdamW, lr=0.01, amsgrad=True),
+    ),
+    "AdamW, wide state": (partial(AdamW, lr=0.01, state_dtype=torch.float32), None),
 }
+
+# GradScalers.
 
 
 @covering(
     "backend_and_device",
     backend_and_device=BACKENDS,
-    classes=SCALED,
+    classes={name: CLASSES[name] for name in ("SGD", "AdamW")},
     overflows={"never": (), "at first": (0,), "later": (1, 3)},
 )
 def test_a_step_that_overflows_is_none_but_for_the_schedule(backend, device, classes, overflows):
@@ -155,17 +162,6 @@ SCHEDULES = {
     "warm": FreezeOut(TOTAL, t_0=0.5, warmup_steps=6),
     "frozen": Frozen(TOTAL, until=1),
     "unfreezing": GradualUnfreezing(TOTAL, unfreeze_every=6, warmup_steps=9, layer_decay=0.5),
-}
-CLASSES = {
-    "SGD": (
-        partial(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
-        partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
-    ),
-    "AdamW": (
-        partial(AdamW, lr=0.01, amsgrad=True),
-        partial(torch.optim.AdamW, lr=0.01, amsgrad=True),
-    ),
-    "AdamW, wide state": (partial(AdamW, lr=0.01, state_dtype=torch.float32), None),
 }
 
 

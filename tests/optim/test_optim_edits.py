@@ -159,6 +159,7 @@ EDITS = {
     "gradients of zero": step_with_gradients_of_zero,
     "another rate and sign": hyper(lr=0.01, maximize=True),
     "another decay": hyper(weight_decay=0.1),
+    "another flag, of None": hyper(maximize=None),
     "another momentum": hyper(momentum=0.5),
     "momentum switched": lambda t: hyper(momentum=0.5 if t.momentum == 0 else 0.0)(t),
 }

@@ -13,14 +13,7 @@ import torch
 from fastfreeze.errors import FastfreezeWarning
 from fastfreeze.optim import SGD, AdamW
 from fastfreeze.schedule import Constant, Cosine, FreezeOut
-from tests.optim.helpers import (
-    assert_equal_training,
-    layer_groups,
-    net,
-    same_bits,
-    train,
-    weights,
-)
+from tests.optim.helpers import assert_equal_training, layer_groups, net, same_bits, train, weights
 
 FREEZING = FreezeOut(20, t_0=0.5)
 

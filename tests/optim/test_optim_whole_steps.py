@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,11 +26,14 @@ BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c_interrupts():
-    """As in a terminal; where tests run in the background it may be ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _handlers():
+    """Ctrl-C interrupts, as in a terminal; afterwards each handler is again what it was."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = list(map(signal.getsignal, numbers))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 class Run:
@@ -60,21 +65,42 @@ class Run:
         return weights, buffers, flags, state["param_groups"]
 
 
-def interrupted_at(count):
-    """A trace function that sends Ctrl-C at a line of the package, the ``count``-th."""
-    seen = 0
+@contextmanager
+def signals_at(number, at):
+    """Sends a signal before those lines of the package for whose number ``at`` is true."""
+    seen = count(1)
 
     def trace(frame, event, _):
-        nonlocal seen
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        if event == "line":
-            seen += 1
-            if seen == count:
-                signal.raise_signal(signal.SIGINT)
+        if event == "line" and at(next(seen)):
+            signal.raise_signal(number)
         return trace
 
-    return trace
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+def in_threads(*acts):
+    """The errors of some acts, each in a thread of its own and so many times."""
+    errors = []
+
+    def run(act, times):
+        try:
+            for _ in range(times):
+                act()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=act) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return errors
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a callback
@@ -88,13 +114,11 @@ def test_ctrl_c_at_any_line_leaves_a_step_whole(backend):
     for line in range(1, 400):  # more than a step without a new plan has
         interrupted.give_gradients()
         before = interrupted.optimizer.current_step
-        sys.settrace(interrupted_at(line))
         try:
-            interrupted.optimizer.step()
+            with signals_at(signal.SIGINT, line.__eq__):
+                interrupted.optimizer.step()
         except KeyboardInterrupt:
             whole += interrupted.optimizer.current_step != before
-        finally:
-            sys.settrace(None)
         if interrupted.optimizer.current_step != before:
             calm.step()
         assert interrupted.everything() == calm.everything(), line
@@ -105,25 +129,22 @@ def test_ctrl_c_at_any_line_leaves_a_step_whole(backend):
 def test_deferred_signals_come_in_order_once_and_leave_their_handlers():
     came = []
     numbers = (signal.SIGUSR1, signal.SIGUSR2)
-    before = [signal.signal(n, lambda number, _: came.append(number)) for n in numbers]
-    mine = [signal.getsignal(n) for n in numbers]
-    try:
+    for number in numbers:
+        signal.signal(number, lambda number, _: came.append(number))
+    mine = list(map(signal.getsignal, numbers))
+    with SignalsDeferred():
+        for number in reversed(numbers):
+            signal.raise_signal(number)
         with SignalsDeferred():
-            for number in reversed(numbers):
-                signal.raise_signal(number)
-            with SignalsDeferred():
-                signal.raise_signal(numbers[0])
-            assert came == []
-        assert came == [numbers[1], numbers[0], numbers[0]]
-        with pytest.raises(KeyError), SignalsDeferred():  # an error of the stretch itself
-            raise KeyError
-        with pytest.raises(KeyboardInterrupt), SignalsDeferred():  # a handler's error
-            [signal.raise_signal(number) for number in (signal.SIGINT, numbers[1])]
-        assert came[3:] == [numbers[1]]
-        assert [signal.getsignal(n) for n in numbers] == mine
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+            signal.raise_signal(numbers[0])
+        assert came == []
+    assert came == [numbers[1], numbers[0], numbers[0]]
+    with pytest.raises(KeyError), SignalsDeferred():  # an error of the stretch itself
+        raise KeyError
+    with pytest.raises(KeyboardInterrupt), SignalsDeferred():  # a handler's error
+        [signal.raise_signal(number) for number in (signal.SIGINT, numbers[1])]
+    assert came[3:] == [numbers[1]]
+    assert list(map(signal.getsignal, numbers)) == mine
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,26 +155,13 @@ def test_threads_step_one_after_the_other(backend):
     expected = torch.optim.SGD(theirs, lr=1.0, momentum=0.5, foreach=False)
     for p in params + theirs:
         p.grad = torch.ones(500)
-    errors = []
-
-    def run(act, times):
-        try:
-            for _ in range(times):
-                act()
-        except Exception as error:
-            errors.append(error)
 
     def look():
         state = optimizer.state_dict()
         assert len(state["state"]) == (0 if state["param_groups"][0]["step"] == 0 else 20)
 
-    acts = [(optimizer.step, 25)] * 4 + [(look, 25), (lambda: copy.deepcopy(optimizer), 3)]
-    threads = [threading.Thread(target=run, args=act) for act in acts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert errors == []
+    looks = (look, 25), (lambda: copy.deepcopy(optimizer), 3)
+    assert in_threads(*[(optimizer.step, 25)] * 4, *looks) == []
     assert optimizer.current_step == 100
     for _ in range(100):
         expected.step()
@@ -202,55 +210,23 @@ def test_a_load_keeps_other_threads_out():
     assert len(seen) == 1
 
 
-def test_hooks_may_give_another_state():
-    run = Run("reference", Cosine(20))
-    found = []
-    run.optimizer.register_state_dict_post_hook(
-        lambda _, state: found.append(state["param_groups"][0]["step"]) or {"mine": state}
-    )
-    assert run.optimizer.state_dict()["mine"]["schedule"]["name"] == "Cosine"
-    assert found == [0]
-
-
 def test_a_handler_finds_a_whole_step():
     """As one that saves a checkpoint when the cluster warns it does."""
     run, found = Run("reference", Cosine(50)), []
-    before = signal.signal(signal.SIGTERM, lambda *_: found.append(run.everything()))
-
-    def trace(frame, event, _):
-        if frame.f_code.co_filename.startswith(PACKAGE) and event == "line":
-            signal.raise_signal(signal.SIGTERM)
-        return trace
-
-    try:
-        run.step()
-        old = copy.deepcopy(run.everything())
-        run.give_gradients()
-        sys.settrace(trace)
+    signal.signal(signal.SIGTERM, lambda *_: found.append(run.everything()))
+    run.step()
+    old = copy.deepcopy(run.everything())
+    run.give_gradients()
+    with signals_at(signal.SIGTERM, bool):  # at each
         run.optimizer.step()
-    finally:
-        sys.settrace(None)
-        signal.signal(signal.SIGTERM, before)
     assert found
     assert {str(f) for f in found} <= {str(old), str(run.everything())}
 
 
 def test_threads_share_the_last_step():
-    run, errors = Run("reference", Cosine(20)), []
+    run = Run("reference", Cosine(20))
     run.give_gradients()
-
-    def step():
-        try:
-            for _ in range(10):
-                run.optimizer.step()
-        except ValueError as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=step) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    errors = in_threads(*[(run.optimizer.step, 10)] * 3)
     assert run.optimizer.current_step == 20
     assert all("total_steps=20" in str(error) for error in errors)
     assert errors  # of those who came for one of the ten steps that were too many
