@@ -24,7 +24,7 @@ def stretch_of(tensor: Tensor | None) -> Stretch | None:
 
 
 def sharing(members: Sequence[Sequence[Tensor | None]]) -> set[int]:
-    """Indices of the members of which a tensor lies where another one, or another member's, does.
+    """Indices of the members that have a tensor in the memory of another, be it their own.
 
     What lies between the elements of a strided tensor counts as its own.
     """

@@ -185,14 +185,14 @@ def entropy_reference(probabilities: Tensor) -> Tensor:
 
 
 def mutual_information_reference(entropy: Tensor, member_entropy: Tensor) -> Tensor:
-    """What of a mean's entropy is disagreement of the members, whose own has this mean."""
+    """The mean's entropy less the mean of the members' own: their disagreement, never below 0."""
     return (entropy - member_entropy).clamp(min=0)
 
 
 def nll_reference(probabilities: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of probabilities [..., C] that were computed in ``dtype``, whose smallest is the floor.
+    """Negative logarithm of each label's probability [..., C]; NaN for a label that is no class.
 
-    NaN for a label that is no class.
+    A probability below the smallest normal number of ``dtype`` counts as that number.
     """
     return -of_label_reference(probabilities, labels).clamp(min=torch.finfo(dtype).tiny).log()
 

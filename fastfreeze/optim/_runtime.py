@@ -165,7 +165,7 @@ class Runtime:
         return max(positions)
 
     def settle(self) -> bool:
-        """Drop the state of parameters that have had no step; whether there was some."""
+        """Drop the state of parameters that have had no step; True if there was some."""
         return sum(part.settle() for part in self.parts) > 0  # each of them, not up to the first
 
     def _refresh_lrs(self, groups: Groups) -> None:
@@ -418,7 +418,7 @@ class Part:
         choice.copy_back(self.grads, self._grads_of(self.watched))
 
     def settle(self) -> bool:
-        """Drop the moments that have had no step; whether there was one."""
+        """Drop the moments that have had no step; True if there were some."""
         known = [i for i in self.plan.unstarted() if self.params[i] in self.state]
         for i in known:
             state = self.state[self.params[i]]

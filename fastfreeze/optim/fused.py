@@ -362,24 +362,22 @@ class FusedOptimizer(Optimizer):
     def _planned(self) -> Runtime:
         """New plans, with this step's gradients."""
         self._settle()
-        runtime = self._runtime = Runtime(self._task())
-        if not runtime.serves(self.param_groups, self.state):
-            raise RuntimeError("parameters or gradients change while they are being read")
-        return runtime
-
-    def _task(self) -> Task:
-        followed = self._followed
-        return Task(
+        followed, schedule = self._followed, self._schedule
+        task = Task(
             rule=self._rule,
             groups=self.param_groups,
             state=self.state,
             left_out=frozenset(self._frozen),
             segments=[()] * len(self.param_groups) if followed is None else followed.segments,
-            eta_min=0.0 if self._schedule is None else self._schedule.eta_min,
-            warmup_steps=0 if self._schedule is None else self._schedule.warmup_steps,
+            eta_min=0.0 if schedule is None else schedule.eta_min,
+            warmup_steps=0 if schedule is None else schedule.warmup_steps,
             state_dtype=self._state_dtype,
             backend=self._backend,
         )
+        runtime = self._runtime = Runtime(task)
+        if not runtime.serves(self.param_groups, self.state):
+            raise RuntimeError("parameters or gradients change while they are being read")
+        return runtime
 
     def _is_capturing(self) -> bool:
         if self._runtime is None:

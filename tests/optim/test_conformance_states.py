@@ -157,23 +157,22 @@ def test_named_parameters(pair, named):
 @pytest.mark.parametrize("saved", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
 def test_the_flags_in_a_checkpoint_mean_nothing(pair, saved):
     """torch takes them over; with a GradScaler its fused step then fails."""
-    found = []
-    for make in (pair.ours, pair.theirs):
+
+    def resumed(make, **flags):
         first = run(pair.theirs(parameters(), **pair.keeping, **saved), 2)
         state = first.state_dict()
-        if make is pair.theirs:
-            state["param_groups"][0] |= {"foreach": None, "fused": None}
+        state["param_groups"][0] |= flags
         optimizer = make(params_of(first), **pair.keeping)
         optimizer.load_state_dict(state)
-        if make is pair.theirs:
-            run(optimizer, 3, start=2)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        for step in range(2, 5) if make is pair.ours else ():
-            set_gradients(params_of(optimizer), step)
-            scaler.scale(torch.ones(()))
-            for p in params_of(optimizer):
-                p.grad.mul_(4)
-            scaler.step(optimizer)
-            scaler.update()
-        found.append(optimizer)
-    assert_same(*found)
+        return optimizer
+
+    theirs = run(resumed(pair.theirs, foreach=None, fused=None), 3, start=2)
+    ours, scaler = resumed(pair.ours), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(2, 5):
+        set_gradients(params_of(ours), step)
+        scaler.scale(torch.ones(()))
+        for p in params_of(ours):
+            p.grad.mul_(4)
+        scaler.step(ours)
+        scaler.update()
+    assert_same(ours, theirs)
