@@ -37,12 +37,7 @@ def choose_backends(
     """The backend of each parameter: the one asked for, or the fastest that can take it.
 
     The reference takes what kernels cannot, and one tensor after the other where some share memory.
-
-    Args:
-        params: the tensors to update.
-        grads: their gradients, where there are some.
-        states: of each, what the optimizer keeps for it and updates with it.
-        backend: the one asked for.
+    ``states``: of each parameter, what the optimizer keeps for it and updates with it.
 
     Raises:
         ValueError, BackendUnavailableError: the one asked for cannot run, or cannot take a tensor.

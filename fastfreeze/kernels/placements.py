@@ -99,13 +99,8 @@ class Look:
     ) -> array[int] | None:
         """Addresses of the gradients, 0 for none; None if one is laid out unlike its parameter.
 
-        Args:
-            params: as they are now, those that have a gradient.
-            grads: theirs.
-            given: which these are.
-
-        Raises:
-            ValueError: something has moved, or a gradient lies in what the step writes.
+        The arguments are those of ``Plan.align``. Raises ValueError if something has moved, or a
+        gradient lies in what the step writes.
         """
         if not given.plain or self._planned is None:
             return self._find_slowly(params, grads, given)

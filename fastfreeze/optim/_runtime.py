@@ -126,15 +126,9 @@ class Runtime:
     def step(
         self, groups: Groups, step: int, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> list[float] | None:
-        """Update with the gradients collected.
+        """Update with the gradients collected; without a schedule the groups' ``lr`` counts.
 
-        Args:
-            groups: whose ``lr`` counts if there is no schedule.
-            step: of the schedule.
-            grad_scale, found_inf: what a GradScaler has left.
-
-        Returns:
-            The groups' learning rates of the next step; None if nothing was updated.
+        Returns the groups' learning rates of the next step; None if nothing was updated.
         """
         if not self.scheduled:
             self._refresh_lrs(groups)
@@ -178,13 +172,7 @@ class Runtime:
 
 
 def _parts(task: Task, members: list[tuple[Tensor, int, int]], params: list[Tensor]) -> list[Part]:
-    """Plans for all parameters.
-
-    Args:
-        task: what is asked for.
-        members: each parameter, its group, and which of the optimizer's it is.
-        params: what of them this process holds.
-    """
+    """Plans for members (parameter, group, place), of which this process holds ``params``."""
     grads = [_held(p.grad) for p, _, _ in members]
     moments = [list(map(_held, task.moments(p, g))) for p, g, _ in members]
     backends = choice.choose_backends(params, grads, moments, task.backend)
@@ -306,8 +294,7 @@ class Part:
     def collect(self, everyone: Sequence[Tensor]) -> bool:
         """Collect the gradients; False if storages, moments or layouts are not as planned.
 
-        Args:
-            everyone: the optimizer's parameters, as they are now.
+        ``everyone``: the optimizer's parameters, as they are now.
         """
         found = self._find(everyone)
         if found is None:

@@ -55,7 +55,6 @@ def assert_unchanged(model, optimizer, before):
 
 ARGUMENTS = {
     "lr nan": (SGD, {"lr": math.nan}, ValueError, "lr must be >= 0, got nan"),
-    "momentum -0.1": (SGD, {"momentum": -0.1}, ValueError, "momentum must be >= 0, got -0.1"),
     "nesterov": (SGD, {"nesterov": True}, ValueError, "nesterov=True needs momentum > 0"),
     "for AdamW": (AdamW, {"differentiable": True}, ValueError, "use torch.optim.AdamW for it"),
     "backend": (SGD, {"backend": "gpu"}, ValueError, "backend must be one of"),
