@@ -51,6 +51,7 @@ class ImageData:
         flip: training images are mirrored, each with probability 1/2.
         colours: training images' brightness, contrast and saturation vary by up to 40%.
         workers: processes that read images ahead; 0 reads in this one.
+        class_names: folders of the classes, by label; empty where classes have numbers alone.
     """
 
     train: Images
@@ -62,6 +63,7 @@ class ImageData:
     flip: bool
     colours: bool = False
     workers: int = 0
+    class_names: tuple[str, ...] = ()
 
     @property
     def in_channels(self) -> int:
@@ -71,7 +73,7 @@ class ImageData:
     def part(self, train_images: int, test_images: int | None = None) -> ImageData:
         """The same data with so many training and test images, chosen by :func:`balanced`.
 
-        Raises ValueError unless each number is in 1..those that there are; None is all of them.
+        None is all of them. Raises ValueError unless each number is in 1..those that there are.
         """
         train = _part("train_images", self.train, train_images)
         return replace(self, train=train, test=_part("test_images", self.test, test_images))
@@ -79,16 +81,19 @@ class ImageData:
     def held_out(self, share: float) -> ImageData:
         """The same data with a share, in (0, 1), of each class's training images as test images.
 
-        At least one image of a class, and not its last; always the same ones, as tests read them.
+        The share is rounded, but holds out at least one image of each class and leaves at least
+        one. The same images are held out in every call, and are read as test images are.
 
         Raises RecipeError if a class has one training image alone.
         """
         labels = self.train.labels
-        counts = labels.bincount()
+        counts = labels.bincount().tolist()
         if 1 in counts:
+            label = counts.index(1)
+            name = self.class_names[label] if self.class_names else label
             raise RecipeError(
-                f"the class of the number {counts.tolist().index(1)} has one training image alone: "
-                "a part held out for validation needs a second one"
+                f"the class {name} has one training image alone: a part held out for validation "
+                "needs a second one"
             )
         train, held = drawn_by_class(labels, lambda n: min(max(1, round(share * n)), n - 1))
         return replace(self, train=self.train.part(train), test=self._unvaried_train().part(held))
@@ -98,7 +103,7 @@ class ImageData:
         return replace(self, train=self._unvaried_train(), pad=0, flip=False, colours=False)
 
     def _unvaried_train(self) -> Images:
-        """The training images, read as those of the tests are."""
+        """The training images, read as the test images are."""
         if isinstance(self.train, FileImages) and isinstance(self.test, FileImages):
             return replace(self.train, framing=self.test.framing)
         return self.train
@@ -335,24 +340,19 @@ def _svhn(name: str, data_dir: Path) -> ImageData:
     optional_package("scipy.io")  # which torchvision imports when it reads
     dataset = optional_package("torchvision").datasets.SVHN
     extra = name == "svhn-extra"
-    parts = ["train", "extra", "test"] if extra else ["train", "test"]
+    left_out = {"train": 400, "extra": 200} if extra else {"train": 0}  # of each class
     call = f"SVHN({_literal(data_dir)}, split, download=True)"
-    how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps(parts)}]")
+    how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps([*left_out, 'test'])}]")
 
-    def read(part: str) -> MemoryImages:
+    def read(part: str, left_out: int = 0) -> MemoryImages:
         with _needed(name, data_dir, f"a whole {part}_32x32.mat", how):
             found = dataset(data_dir, part)
-        return MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels))
+        images = MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels))
+        return images.part(drawn_by_class(images.labels, lambda _: left_out)[0])
 
-    def without(part: str, per_class: int) -> MemoryImages:
-        images = read(part)
-        return images.part(drawn_by_class(images.labels, lambda _: per_class)[0])
-
-    if not extra:
-        return _in_memory(read("train"), read("test"), pad=0, flip=False)
-    both = [vars(without("train", 400)), vars(without("extra", 200))]
-    train = MemoryImages(**{key: torch.cat([part[key] for part in both]) for key in both[0]})
-    return _in_memory(train, read("test"), pad=0, flip=False)
+    parts = [read(*part) for part in left_out.items()]
+    pixels, labels = (torch.cat([getattr(p, key) for p in parts]) for key in ("pixels", "labels"))
+    return _in_memory(MemoryImages(pixels, labels), read("test"), pad=0, flip=False)
 
 
 def _tiny_imagenet(data_dir: Path) -> ImageData:
@@ -379,7 +379,7 @@ def _tiny_imagenet(data_dir: Path) -> ImageData:
             )
     labels = [classes[wnid] for _, wnid in rows]
     test = FileImages.at([files[name] for name, _ in rows], labels, train.framing)
-    return _in_files(train, test, len(classes), pad=8, flip=True, colours=True)
+    return _in_files(train, test, classes, pad=8, flip=True, colours=True)
 
 
 def _imagenet(data_dir: Path) -> ImageData:
@@ -406,8 +406,8 @@ def _folder(size: int, data_dir: Path) -> ImageData:
 
 def _class_folders(
     name: str, data_dir: Path, framings: dict[str, Callable[[Any], Any]], needed: str, how: str
-) -> tuple[FileImages, FileImages, int]:
-    """Training images, test images and the number of classes, from two folders of that name."""
+) -> tuple[FileImages, FileImages, dict[str, int]]:
+    """Training images, test images and the classes' labels by name, from two folders."""
     with _needed(name, data_dir, needed, how):
         found = [class_folders(data_dir / split, framing) for split, framing in framings.items()]
     (train, classes, left_out), (test, others, more) = found
@@ -421,11 +421,11 @@ def _class_folders(
             f"files left out: {len(left_out)}, such as {left_out[0]}; read are those in a class's "
             f"folder with the ending of {', '.join(FORMATS)}"
         )
-    return train, test, len(classes)
+    return train, test, classes
 
 
 def _needed(name: str, data_dir: Path, what: str, how: str) -> AbstractContextManager[None]:
-    """Where files are not found, or damaged, says what must be there, and how to get it."""
+    """Where reading fails inside, the error says which files must be there, and how to get them."""
     return told(f"--data {name}: {data_dir} must hold {what}", f". {how}")
 
 
@@ -452,10 +452,13 @@ def _in_memory(train: MemoryImages, test: MemoryImages, *, pad: int, flip: bool)
     return ImageData(train, test, mean.float(), std.float(), num_classes, pad, flip)
 
 
-def _in_files(train: FileImages, test: FileImages, num_classes: int, **varied: Any) -> ImageData:
+def _in_files(
+    train: FileImages, test: FileImages, classes: dict[str, int], **varied: Any
+) -> ImageData:
     """The data set, normalised by the mean and deviation of ImageNet's pixels."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ImageData(train, test, mean, std, num_classes, **varied)
+    varied["class_names"] = tuple(classes)
+    return ImageData(train, test, mean, std, len(classes), **varied)
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -140,7 +140,8 @@ def densenet(sizes: _Sizes, depth: int, growth: int = 12, *, bottleneck: bool = 
     for stage in range(3):
         if stage > 0:
             reduced = channels // 2 if bottleneck else channels
-            blocks.append(_transition(channels, reduced))
+            norm, narrowed = nn.BatchNorm2d(channels), _conv(channels, reduced, 1)
+            blocks.append(_Chain(norm, nn.ReLU(), narrowed, nn.AvgPool2d(2)))
             channels = reduced
         for _ in range(per_stage):
             blocks.append(_DenseLayer(channels, growth, bottleneck))
@@ -249,13 +250,6 @@ class _DenseLayer(nn.Module):
 
 def _halved() -> nn.Module:
     return nn.MaxPool2d(2, ceil_mode=True)  # else images of 28 pixels would vanish at the fifth
-
-
-def _transition(in_channels: int, channels: int) -> nn.Module:
-    """Between dense blocks: a 1x1 convolution, and the image halved."""
-    return _Chain(
-        nn.BatchNorm2d(in_channels), nn.ReLU(), _conv(in_channels, channels, 1), nn.AvgPool2d(2)
-    )
 
 
 def _head(channels: int, num_classes: int, norm: bool = True) -> nn.Module:

@@ -169,12 +169,6 @@ def layers_of(name: str, network: nn.Module, images: Tensor) -> tuple[LayerPlan,
     return plan, [str(warning.message) for warning in caught]
 
 
-def _torchvision_names() -> list[str]:
-    models = optional_package("torchvision").models
-    names: list[str] = models.list_models(module=models)
-    return names
-
-
 def _check_known(name: str, known: Sequence[str], what: str) -> None:
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known)) or "resnet18"
@@ -182,10 +176,11 @@ def _check_known(name: str, known: Sequence[str], what: str) -> None:
 
 
 def _torchvision_network(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    _check_known(name, _torchvision_names(), "torchvision has no classification network")
+    models = optional_package("torchvision").models
+    known = models.list_models(module=models)
+    _check_known(name, known, "torchvision has no classification network")
     if in_channels != 3:
         raise ValueError(f"torchvision:{name} takes images of 3 channels, not of {in_channels}")
-    models = optional_package("torchvision").models
     network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
     return network
 

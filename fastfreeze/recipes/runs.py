@@ -256,7 +256,8 @@ class Run:
 
     def _diverged(self, what: str, step: int) -> RecipeError:
         return RecipeError(
-            f"{self.name}: {what} at step {step}: a learning rate of {self.method.lr:g} is too high"
+            f"{self.name}: {what} at step {step}. Most likely the learning rate of "
+            f"{self.method.lr:g} is too high; images or weights that are not finite do this too"
         )
 
     def _save(self) -> None:
