@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import click
 import pytest
@@ -18,7 +16,7 @@ from fastfreeze.cli import main
 from fastfreeze.recipes.rundir import RunDir
 from fastfreeze.reproduction.papers import Row
 from fastfreeze.reproduction.reproduce import FreezeOutConfig
-from tests.commands import assert_drawn, assert_same_lines, invoke, printed, why, write_pictures
+from tests.commands import assert_drawn, invoke, printed, why, write_pictures
 from tests.killed import untimed
 
 pytestmark = pytest.mark.usefixtures("digits_once", "threads_restored")
@@ -93,48 +91,23 @@ def test_plot(finished, tmp_path):
     assert "nothing to plot yet" in why(invoke("plot", tmp_path / "run"))
 
 
-@contextmanager
-def started(arguments):
-    command = [sys.executable, "-m", "fastfreeze", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=60)
-
-
-def wait_for(process, path):
-    for _ in range(600):
-        if path.exists():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError(f"{path} did not appear")
-
-
-LONG = ("--methods=both", "--epochs=24", "--cycles=3")
-
-
 @pytest.mark.train
-def test_interrupted_run_ends_like_an_uninterrupted_one(images, tmp_path):
-    run, whole = tmp_path / "my run", tmp_path / "whole"
-    assert invoke(*train_arguments(images, whole, *LONG)).exit_code == 0
-    with started(train_arguments(images, run, *LONG)) as process:
-        wait_for(process, run / "checkpoints" / "both-seed0.pt")
+def test_a_process_ends_at_ctrl_c_and_its_run_goes_on(images, tmp_path):
+    run = tmp_path / "my run"
+    arguments = train_arguments(images, run, "--methods=both", "--epochs=24", "--quiet")
+    command = [sys.executable, "-m", "fastfreeze", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (run / "checkpoints" / "both-seed0.pt").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    how = f"Go on with: fastfreeze train --resume '{run}'"
+    assert (process.returncode, errors) == (130, f"Interrupted. {how}\n")
     assert not (run / "results.json").exists()
-    assert errors.endswith(f"Interrupted. Go on with: fastfreeze train --resume '{run}'\n")
-    assert "Traceback" not in errors
-    result = invoke("train", "--resume", run, "--quiet")
-    assert result.exit_code == 0, result.output
-    found, expected = RunDir.open(run), RunDir.open(whole)
-    assert_same_lines(found, expected)
-    states = [r.load_checkpoint("both-seed0")["model"] for r in (found, expected)]
-    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert printed("train", "--resume", run, "--quiet")["results"]
+    epochs = [line["epoch"] for line in RunDir.open(run).metrics() if "epoch" in line]
+    assert epochs == list(range(1, 25))
 
 
 @pytest.mark.parametrize(
@@ -248,9 +221,6 @@ def test_compare(images, tmp_path):
     shown = printed("compare", *common, "--methods=snapshot", "--seeds=2")
     assert shown["run_dir"] == str(run)
     assert [(c["method"], c["n"]) for c in shown["comparison"]] == [("sgd", 2), ("snapshot", 2)]
-    interval = shown["comparison"][1]["error_difference"]
-    assert interval["mean"] == pytest.approx(sum(interval["values"]) / 2)
-    assert interval["low"] + interval["high"] == pytest.approx(2 * interval["mean"])
     again = invoke("compare", "--resume", run)
     assert again.exit_code == 0, again.output
     assert again.stdout == (run / "table.txt").read_text()
@@ -280,9 +250,6 @@ def test_reproduce(tmp_path, monkeypatch):
     assert (shown["budget"]["epochs"], shown["budget"]["images"]) == (1, 10)
     methods = [result["method"] for result in shown["results"]]
     assert methods == ["sgd", "freezeout-0.8", "freezeout-0.5"]
-    contradiction = invoke("reproduce", "freezeout", "--resume", run, "--scale", "0.5")
-    assert contradiction.exit_code == 2
-    assert "--scale 0.5 contradicts the run's 1e-09" in contradiction.stderr
 
 
 @pytest.mark.parametrize("at", ["runs.train_epoch", "train.load_data"])

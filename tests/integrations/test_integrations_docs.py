@@ -35,15 +35,11 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def model_and_data():
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    images = torch.randn(6, 4)
-    return model, images, DataLoader(TensorDataset(images, torch.arange(6) % 3), batch_size=2)
-
-
 def test_lightning(run, capsys):
     pytest.importorskip("lightning")
-    model, images, loader = model_and_data()
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    images = torch.randn(6, 4)
+    loader = DataLoader(TensorDataset(images, torch.arange(6) % 3), batch_size=2)
     names = run(
         "Lightning", model=model, images=images, loader=loader, loss_function=nn.CrossEntropyLoss()
     )
@@ -85,19 +81,8 @@ def test_timm(run):
 
 def test_tensorboard(run, tmp_path):
     pytest.importorskip("tensorboard")
-    model, images, _ = model_and_data()
-    schedule = fastfreeze.FreezeOut(8, t_0=0.5)
-    plan = fastfreeze.split(model, images, schedule=schedule, lr=0.1)
-    optimizer = fastfreeze.SGD(plan.param_groups(), 0.1, schedule=schedule)
-    report = fastfreeze.FreezeReport(model, optimizer, plan, images)
+    from tests.integrations.test_tensorboard import training
 
-    def train():
-        for _ in range(8):
-            with report.step():
-                optimizer.zero_grad()
-                model(images).square().sum().backward()
-                optimizer.step()
-
-    store = fastfreeze.MemorySnapshots()
-    run("TensorBoard", optimizer=optimizer, report=report, store=store, train=train)
+    _, optimizer, report, train = training()
+    run("TensorBoard", optimizer=optimizer, report=report, train=train)
     assert list((tmp_path / "runs" / "freezeout").iterdir())

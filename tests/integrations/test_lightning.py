@@ -338,30 +338,23 @@ class WithAdam(Module):
         return torch.optim.Adam(self.parameters())
 
 
-@pytest.mark.parametrize(
-    ("kind", "steps", "callback", "options", "message"),
-    [
-        pytest.param(Module, None, {}, {"max_epochs": -1}, "max_steps or max_epochs", id="no end"),
-        pytest.param(
-            Module, None, {"network": "net"}, {}, r"of Module \(model\), got 'net'", id="network"
-        ),
-        pytest.param(
-            WithAdam, None, {}, {}, r"fastfreeze.SGD, .* got torch.optim.adam.Adam", id="optimizer"
-        ),
-        pytest.param(WithoutSchedule, None, {}, {}, "AdamW with a schedule", id="no schedule"),
-        pytest.param(Module, 17, {}, {}, "total_steps=17, the training 18", id="short schedule"),
-        pytest.param(
-            Module, None, {"plan": "steps"}, {}, "got 'steps', which is None", id="no plan"
-        ),
-        pytest.param(Module, None, {"plan": "plan"}, {}, "example_inputs", id="plan alone"),
-    ],
-)
-def test_mistakes_are_named_before_anything_trains(
-    kind, steps, callback, options, message, loader, tmp_path
-):
-    module = kind(network(), steps)
+MISTAKES = {  # the module, its schedule's steps, options of the callback
+    "no end": (Module, None, {}, "max_steps or max_epochs"),
+    "network": (Module, None, {"network": "net"}, r"of Module \(model\), got 'net'"),
+    "optimizer": (WithAdam, None, {}, r"fastfreeze.SGD, .* got torch.optim.adam.Adam"),
+    "no schedule": (WithoutSchedule, None, {}, "AdamW with a schedule"),
+    "short schedule": (Module, 17, {}, "total_steps=17, the training 18"),
+    "no plan": (Module, None, {"plan": "steps"}, "got 'steps', which is None"),
+    "plan alone": (Module, None, {"plan": "plan"}, "example_inputs"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named_before_anything_trains(mistake, loader, tmp_path):
+    kind, steps, options, message = MISTAKES[mistake]
+    module, endless = kind(network(), steps), {"max_epochs": -1} if mistake == "no end" else {}
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, FastfreezeCallback(**callback), **options).fit(module, loader)
+        trainer(tmp_path, FastfreezeCallback(**options), **endless).fit(module, loader)
     assert not module.seen["train"]
 
 

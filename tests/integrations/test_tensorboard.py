@@ -23,13 +23,14 @@ def training():
     optimizer = fastfreeze.SGD(plan.param_groups(), 0.1, schedule=schedule)
     report = fastfreeze.FreezeReport(model, optimizer, plan, torch.randn(2, 4))
 
-    def step():
-        with report.step():
-            optimizer.zero_grad()
-            model(torch.randn(6, 4)).square().sum().backward()
-            optimizer.step()
+    def train():
+        for _ in range(STEPS):
+            with report.step():
+                optimizer.zero_grad()
+                model(torch.randn(6, 4)).square().sum().backward()
+                optimizer.step()
 
-    return plan, optimizer, report, step
+    return plan, optimizer, report, train
 
 
 @pytest.fixture
@@ -49,10 +50,9 @@ def logs(tmp_path):
 
 def test_rates_and_frozen_layers_are_written_for_each_step(logs):
     writer, read = logs
-    plan, optimizer, _, step = training()
+    plan, optimizer, _, train = training()
     optimizer.register_step_post_hook(lambda *_: log_step(writer, optimizer))
-    for _ in range(STEPS):
-        step()
+    train()
     for layer in plan.layers:
         rates = read(f"learning_rate/{layer.index:03d}_{layer.name}")
         expected = plan.schedule.lr(list(rates), 0.1, layer.index, len(plan.layers))
@@ -84,9 +84,8 @@ def test_a_scheduler_that_freezes_is_logged_too(logs):
 
 def test_predicted_and_measured_saving_are_written_for_each_event(logs):
     writer, read = logs
-    _, _, report, step = training()
-    for _ in range(STEPS):
-        step()
+    _, _, report, train = training()
+    train()
     log_report(writer, report)
     assert len(report.rows) == 2
     for name in ("predicted", "limit", "measured"):
@@ -95,11 +94,8 @@ def test_predicted_and_measured_saving_are_written_for_each_event(logs):
         assert (read(f"step_time/{name}") if known else {}) == pytest.approx(known, rel=1e-6)
 
 
-def test_what_is_no_writer_is_refused():
+def test_what_is_no_writer_or_no_optimizer_of_ours_is_refused(logs):
     with pytest.raises(TypeError, match=r"pip install tensorboard.*got str"):
         log_step("runs", training()[1])
-
-
-def test_another_optimizer_is_refused(logs):
     with pytest.raises(TypeError, match="a FreezeScheduler, got Adam"):
         log_step(logs[0], torch.optim.Adam(nn.Linear(2, 2).parameters()))

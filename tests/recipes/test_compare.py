@@ -8,6 +8,7 @@ import torch
 from fastfreeze.recipes.tables import compare, comparison_table, spread
 from fastfreeze.recipes.train import CompareConfig
 from tests.commands import TINY, ran, tiny_data
+from tests.recipes.test_training import result_of
 
 pytest.importorskip("scipy", reason="which compare takes Student's t from")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,25 +17,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STUDENT = {2: 4.303, 4: 2.776, 9: 2.262, 29: 2.045}
 
 
-def result_of(method, seed, error, nll, seconds, ensemble_error=None):
-    return {
-        "method": method,
-        "seed": seed,
-        "error": error,
-        "ensemble_error": ensemble_error,
-        "nll": nll,
-        "seconds": seconds,
-        "cpu_seconds": 2 * seconds,
-    }
-
-
 RESULTS = [
-    result_of("sgd", 0, 0.010, 0.50, 10.0),
-    result_of("both", 0, 0.900, 0.60, 5.0, ensemble_error=0.012),
-    result_of("both", 2, 0.900, 0.70, 8.0, ensemble_error=0.016),  # not in order
-    result_of("sgd", 1, 0.020, 0.40, 20.0),
-    result_of("both", 1, 0.900, 0.30, 15.0, ensemble_error=0.024),
-    result_of("sgd", 2, 0.015, 0.60, 10.0),
+    result_of("sgd", 0, 10.0, 0.010, nll=0.50),
+    result_of("both", 0, 5.0, 0.900, 0.012, nll=0.60),
+    result_of("both", 2, 8.0, 0.900, 0.016, nll=0.70),  # not in order
+    result_of("sgd", 1, 20.0, 0.020, nll=0.40),
+    result_of("both", 1, 15.0, 0.900, 0.024, nll=0.30),
+    result_of("sgd", 2, 10.0, 0.015, nll=0.60),
 ]
 
 
