@@ -51,7 +51,7 @@ def _row_options(rows: Sequence[Row]) -> Callable[[Command], Command]:
         click.option(
             "--test-images",
             type=AT_LEAST_1,
-            help="Test on so many, with equal classes. [default: all]",
+            help="Test on so many, as many of each class as can be. [default: all]",
         ),
         seed_options(default=1),
         run_options,

@@ -53,10 +53,9 @@ class FastfreezeCallback(TrainsTrimmed, Callback):  # type: ignore[misc, unused-
     ``configure_optimizers`` returns a :class:`fastfreeze.SGD`, ``Adam`` or ``AdamW`` with a
     schedule, or any optimizer of torch with a :class:`fastfreeze.FreezeScheduler`, stepped after
     each of its steps (``"interval": "step"``); checkpoints from the ends of epochs resume both bit
-    for bit. In manual optimization each ``step()`` counts. In the training batches alone the
-    network is replaced by
-    :func:`fastfreeze.trim` of it, so that validation, checkpoints and exports see the network
-    itself.
+    for bit. In manual optimization each ``step()`` counts. In training batches alone
+    :func:`fastfreeze.trim` of the network takes its place: validation, checkpoints and exports see
+    the network itself.
 
     Args:
         network: name of the LightningModule's attribute, or of a submodule further down, that

@@ -23,7 +23,7 @@ def log_step(writer: Any, optimizer: FusedOptimizer | FreezeScheduler) -> None:
             scheduler that freezes for another one; to be called after each ``scheduler.step``.
 
     Raises:
-        TypeError: one of the two is something else.
+        TypeError: ``writer`` or ``optimizer`` is something else.
     """
     _check_writer(writer)
     if not isinstance(optimizer, (FusedOptimizer, FreezeScheduler)):

@@ -43,10 +43,10 @@ class Kept(nn.Module):
 
 
 class TrainsTrimmed:
-    """A callback's part that is the same for all: a network is trimmed, and snapshots are taken.
+    """What all callbacks do: trim a network, and take snapshots.
 
-    The trimmed network stands in the place of the network from :meth:`begin_batch` to
-    :meth:`end_batch` alone: validation, checkpoints and whatever else see the network itself.
+    From :meth:`begin_batch` to :meth:`end_batch` the trimmed network is in the network's place.
+    Validation, checkpoints and all else see the network itself.
     """
 
     report: FreezeReport | None = None
@@ -77,7 +77,7 @@ class TrainsTrimmed:
         plan: LayerPlan | None,
         example_inputs: Any,
     ) -> None:
-        """A training of ``owner`` begins; None in ``total_steps``: how long it is, is not known.
+        """A training of ``owner`` begins, of ``total_steps``, or None where that is not known.
 
         Where ``saved`` is given, this process takes snapshots of it.
 

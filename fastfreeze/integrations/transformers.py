@@ -50,7 +50,7 @@ def total_steps(trainer: Trainer) -> int:
 
 
 class IdleScheduler(LRScheduler):
-    """A scheduler for where one is asked for; learning rates stay as the optimizer sets them.
+    """A scheduler that leaves learning rates as the optimizer sets them.
 
     For ``Trainer(optimizers=(optimizer, IdleScheduler(optimizer)))``: without it the Trainer makes
     one of its own, which an optimizer of fastfreeze with a schedule refuses.

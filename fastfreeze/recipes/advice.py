@@ -1,4 +1,4 @@
-"""What a finished comparison says to do: true of its own numbers alone."""
+"""Which method to take, by the numbers of one finished comparison."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def advice(results: Sequence[Line], epochs: int, num_tested: int) -> str:
     Args:
         results: of the trainings, each of so many ``epochs``.
         epochs: >= 1.
-        num_tested: images that the errors are of; the standard error of a single seed is theirs.
+        num_tested: test images; where there is one seed, they give the standard error.
     """
     methods = by_method(results)
     if "sgd" not in methods or len(methods) < 2:
@@ -49,7 +49,7 @@ def advice(results: Sequence[Line], epochs: int, num_tested: int) -> str:
 
 
 def _standard_error(own: Sequence[float], others: Sequence[float], num_tested: int) -> float:
-    """Of the difference of two means over the seeds; of one seed, by the images that are tested."""
+    """Of the difference of two mean errors: over the seeds, or over the images of one seed."""
 
     def variance(errors: Sequence[float]) -> float:
         if len(errors) > 1:

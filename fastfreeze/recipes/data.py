@@ -1,8 +1,7 @@
 """Data sets for the recipes: raw bytes in, normalised and augmented batches out.
 
-The order of the batches and every random shift, flip and crop are pure functions of the seed and
-the epoch, whatever the number of loader processes, so that an interrupted run can go on as if
-nothing had happened.
+The order of the batches and every random shift, flip and crop depend on the seed and the epoch
+alone, not on the number of loader processes: an interrupted run goes on as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -170,9 +169,9 @@ class ImageData:
 
 @dataclass(frozen=True)
 class _Batches(Dataset[Any]):
-    """Batches of images, and how they are varied: by the batch, from a seed of its own.
+    """Batches of images, each varied from a seed of its own.
 
-    Errors come as values: raised, loader processes make long texts of them.
+    A RecipeError is returned: loader processes would make a long text of one that is raised.
     """
 
     images: Images
@@ -231,8 +230,8 @@ def load_data(
 
     Raises:
         ValueError: ``data_dir`` is missing.
-        RecipeError: its files or an optional package are missing; the message says which, and how
-            to get them. Or they are no classes to tell apart.
+        RecipeError: its files or an optional package are missing or damaged; the message says
+            which, and how to get them.
 
     Warns:
         FastfreezeWarning: files beside the images of a class are left out.
@@ -255,9 +254,9 @@ def load_data(
 
 
 def drawn_by_class(labels: Tensor, wanted: Callable[[int], int]) -> tuple[Tensor, Tensor]:
-    """Ascending indices of labels ``[N]`` in two parts: the rest, and what is drawn of each label.
+    """Ascending indices of labels ``[N]`` in two parts: those that stay, and those that are drawn.
 
-    ``wanted`` says how many, of the images that there are; always the same ones.
+    ``wanted`` gives how many to draw of a label that has so many. Every call draws the same ones.
     """
     generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros(len(labels), dtype=torch.bool)
@@ -269,9 +268,9 @@ def drawn_by_class(labels: Tensor, wanted: Callable[[int], int]) -> tuple[Tensor
 
 
 def balanced(labels: Tensor, count: int) -> Tensor:
-    """Ascending indices of ``count`` images, as many of each label as can be.
+    """Ascending indices of ``count`` images, as evenly from all labels as can be.
 
-    Always the same ones for the same labels; a smaller count's are among those of a larger one.
+    The same labels give the same indices; those of a smaller count are among a larger one's.
     """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     rank = torch.empty_like(labels)  # of each image among those of its label
@@ -430,7 +429,7 @@ def _needed(name: str, data_dir: Path, what: str, how: str) -> AbstractContextMa
 
 
 def _by_torchvision(kind: str, calls: str) -> str:
-    """What to type so that one of torchvision's data sets downloads or unpacks itself."""
+    """The command by which torchvision downloads or unpacks a data set."""
     return "Run: python -c " + shlex.quote(f"from torchvision.datasets import {kind}; {calls}")
 
 

@@ -1,4 +1,4 @@
-"""What can be expected to go wrong in a recipe, told in one line."""
+"""Errors of recipes, each told in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RecipeError(RuntimeError):
 
 @contextmanager
 def told(what: str, how: str = "") -> Iterator[None]:
-    """Raise a RecipeError of one line for whatever a user's code or a damaged file raises inside.
+    """Turn any error inside, such as of a user's code, into a RecipeError of one line.
 
     It says ``what`` is wrong, the error's own first sentence, and ``how`` to go on.
     """
@@ -29,10 +29,10 @@ def told(what: str, how: str = "") -> Iterator[None]:
 
 
 def optional_package(name: str, how: str = 'pip install "fastfreeze[train]"') -> Any:
-    """The module ``name`` of a package that the extra "train" installs, or else ``how``.
+    """The module ``name``.
 
     Raises:
-        RecipeError: it is not installed.
+        RecipeError: its package is not installed; the message says ``how`` to install it.
     """
     try:
         return importlib.import_module(name)

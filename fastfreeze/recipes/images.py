@@ -17,7 +17,7 @@ from fastfreeze.text import some
 
 # Pillow's names of the formats that are read: those that hold one picture in pixels.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-# What systems put beside a user's files, some of it images; names with a dot as well.
+# Operating systems put these beside a user's files, and names that begin with a dot.
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
 
@@ -43,7 +43,7 @@ class FileImages:
     ``framing`` brings an image of Pillow's to size, such as a transform of torchvision.
     """
 
-    # Bytes: of a million strings loader processes would copy each by counting references.
+    # Bytes: each loader process would copy a million strings, as it counts references to them.
     paths: np.ndarray[Any, np.dtype[np.bytes_]]
     labels: Tensor
     framing: Callable[[Any], Any]
@@ -115,7 +115,7 @@ def visible(name: str) -> bool:
 
 
 def _read(path: str) -> Any:
-    """An image file, its first picture, as it is to be seen: upright, 8 bits of RGB, on white."""
+    """The first picture of an image file: upright, 8 bits of RGB, on white."""
     pillow, ops = optional_package("PIL.Image"), optional_package("PIL.ImageOps")
     with told(f"cannot read the image {path}"), pillow.open(path, formats=FORMATS) as image:
         if image.mode.startswith(("F", "I")):  # Pillow would cut its numbers off at 255

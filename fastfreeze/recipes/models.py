@@ -152,8 +152,7 @@ def densenet(sizes: _Sizes, depth: int, growth: int = 12, *, bottleneck: bool = 
 def vgg16(sizes: _Sizes, *, fc: bool = False) -> Network:
     """VGG-16 with batch normalisation and one linear layer on the last 512 channels.
 
-    Or, with ``fc``, as in FreezeOut's code: three linear layers, with norms and dropout, as one
-    head.
+    With ``fc``, the head is that of FreezeOut's code: three linear layers with norms and dropout.
     """
     convolutions = _vgg16_convolutions(sizes.in_channels, sizes.stem_stride)
     if not fc:
@@ -253,7 +252,7 @@ def _halved() -> nn.Module:
 
 
 def _head(channels: int, num_classes: int, norm: bool = True) -> nn.Module:
-    """Average over the image and a linear layer, behind a last norm where blocks end without."""
+    """Average over the image and a linear layer; ``norm``: behind a norm and an activation."""
     layers: list[nn.Module] = [nn.BatchNorm2d(channels), nn.ReLU()] if norm else []
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
     return _Chain(*layers, *pool)

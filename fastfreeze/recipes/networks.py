@@ -29,9 +29,9 @@ def is_own(name: str) -> bool:
 
 
 def outline(name: str, **sizes: int) -> nn.Module:
-    """The network as :func:`build_network` makes it, to be looked at alone: on the meta device.
+    """The network of :func:`build_network` without values: on the meta device.
 
-    A user's own is wherever its function leaves it.
+    A user's own has values, and is where its function leaves it.
     """
     if is_own(name):
         return build_network(name)
@@ -78,13 +78,13 @@ def build_network(
 
 
 def check_network(name: str, network: nn.Module, images: Tensor, num_classes: int) -> None:
-    """See that a network can be trained on images, and gives a number for each class.
+    """Raise unless a network can be trained on images, and gives a number for each class.
 
-    It runs once in training mode and once in eval mode, which stays, on ``images``, the smallest
-    batch ``[B, C, H, W]`` of a training.
+    It runs on ``images``, the smallest batch ``[B, C, H, W]`` of a training, once in training mode
+    and then in eval mode, in which it stays.
 
     Raises:
-        RecipeError: it cannot; the message is one line.
+        RecipeError: it cannot be trained; the message is one line.
     """
     if not any(p.requires_grad for p in network.parameters()):
         raise RecipeError(f"{name} has no parameter that requires grad: nothing can be trained")

@@ -5,8 +5,7 @@
     config.json           versions, command, arguments
     metrics.jsonl         one line per epoch and event ("start", "freeze", "thaw", "snapshot")
     checkpoints/<run>.pt  the newest checkpoint of each method and seed
-    best-<run>.pth        the weights of the epoch that is best on the images held out, if it is of
-                          ``finetune``
+    best-<run>.pth        of ``finetune``: the weights of the epoch that is best on held-out images
     snapshots/<run>/      the members of each snapshot ensemble
     results.json          one entry per finished method and seed
     table.txt             what was printed
@@ -47,7 +46,7 @@ Line = dict[str, Any]
 
 
 def run_name(method: str, seed: int) -> str:
-    """How files of one method's training with one seed are called."""
+    """One method's training with one seed, as files are named after it."""
     return f"{method}-seed{seed}"
 
 
@@ -119,10 +118,10 @@ class RunDir:
         append(self.path / "metrics.jsonl", (json.dumps(line) + "\n").encode())
 
     def metrics(self) -> list[Line]:
-        """The lines of metrics.jsonl, but for a last one that was not written to its end.
+        """The lines of metrics.jsonl, without a last one that was cut off.
 
         Raises:
-            RecipeError: a line was never one of ours.
+            RecipeError: another line is damaged.
         """
         path = self.path / "metrics.jsonl"
         if not path.exists():
@@ -186,7 +185,7 @@ class RunDir:
         return state
 
     def using_checkpoint(self, run: str) -> AbstractContextManager[None]:
-        """Inside of it, whatever goes wrong is told as the checkpoint's fault."""
+        """Any error inside is told as the checkpoint's fault."""
         what = f"{self._checkpoint(run)} is no checkpoint of this run"
         return told(what, f": remove it to train {run} from its start")
 
@@ -212,7 +211,7 @@ class RunDir:
 
 
 def _holding(entry: Any, *keys: str) -> Line:
-    """What a file of ours holds, if that is a dict with these keys; raises another error if not."""
+    """An entry of one of our files; raises some error unless it is a dict with these keys."""
     if missing := set(keys) - entry.keys():
         raise ValueError(f"it lacks {some(sorted(missing))}")
     return dict(entry)

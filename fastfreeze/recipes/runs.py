@@ -47,9 +47,8 @@ class Experiment:
         epochs, batch_size: length of each training, and images in a step; >= 1.
         device: "cpu" or "cuda:<n>".
         weights: the file that all but the head's come from; None: they are drawn.
-        validation: share of each class's training images that is held out; of the weights at each
-            epoch's end those count that err least on them, of ties the lowest NLL. 0: the last
-            weights count.
+        validation: share of each class's training images that is held out; the weights of the
+            epoch with the lowest error on them count, of ties the lowest NLL. 0: the last weights.
     """
 
     methods: tuple[Method, ...]
@@ -64,7 +63,7 @@ class Experiment:
 
     @cached_property
     def read(self) -> ImageData:
-        """What a training reads: the data, or those with the held out images as its tests."""
+        """The data that a training reads: images that are held out are its test images."""
         return self.data.held_out(self.validation) if self.validation else self.data
 
     @property
@@ -79,14 +78,14 @@ class Experiment:
         return {**sizes, "stem_stride": self.stem_stride}
 
     def build(self) -> torch.nn.Module:
-        """A new network; what no file has the weights of, the global generator draws."""
+        """A new network; the global generator draws the weights that no file has."""
         network = build_network(self.model, **self.sizes)
         if self.weights is not None:
             load_weights(network, self.weights)
         return network
 
     def check(self) -> None:
-        """See that all can be trained, before the first step.
+        """Raise unless all of it can be trained.
 
         Raises:
             ValueError: values that are fine alone do not fit together.
@@ -108,7 +107,7 @@ class Experiment:
 
 @dataclass
 class _Totals:
-    """What a run adds up, over all its parts."""
+    """Sums over a run, resumed or not."""
 
     epoch: int = 0
     step: int = 0
@@ -183,7 +182,7 @@ class Run:
             self.say(f"{self.name}: {line}")
 
     def _epoch(self, advance: Callable[[], Any]) -> float:
-        """Train for an epoch; the error behind it, of the test or the held out images."""
+        """Train for an epoch; the error after it, on the images held out or else the test's."""
         totals, batch_size = self.totals, self.experiment.batch_size
         cpu_start, first = cpu_seconds(), totals.step
         batches = self.data.train_batches(self.seed, totals.epoch, batch_size, self.device)
@@ -221,7 +220,7 @@ class Run:
         return scores.error
 
     def _is_best(self, scores: PredictionScores) -> bool:
-        """Of the epochs so far: the lowest error, and of few images, where many tie, the NLL."""
+        """Whether an epoch has the lowest error so far; of ties, which few images give, the NLL."""
         best = self._best
         return best is None or (scores.error, scores.nll) < (best["error"], best["nll"])
 
@@ -322,11 +321,10 @@ class Run:
         }
 
     def _evaluate_members(self, store: SnapshotStore) -> PredictionScores:
-        """Write what each member is worth on the test images; the ensemble's scores."""
+        """Write the members' scores on the test images; returns the ensemble's."""
         ensemble = SnapshotEnsemble.from_store(self.setup.model, store)
-        evaluation = evaluate(
-            ensemble, self.experiment.data.test_batches(EVALUATION_BATCH, self.device)
-        )
+        batches = self.experiment.data.test_batches(EVALUATION_BATCH, self.device)
+        evaluation = evaluate(ensemble, batches)
         self._write("ensemble", f"{evaluation}\n\n{ensemble.how_it_ran}\n")
         return evaluation.ensemble
 
@@ -372,8 +370,8 @@ class RunConfig(ABC):
     ) -> tuple[Table, Line]:
         """Train each method with each seed, from where it stopped, and write the table.
 
-        ``say`` takes a line for each training, and for each tenth where no progress bar is shown;
-        ``quiet`` shows none.
+        ``say`` gets a line for each training, and one for each tenth of it where there is no
+        progress bar; ``quiet`` shows no bar.
 
         Raises:
             RecipeError: see :class:`Run`, or another process writes to the directory.
@@ -386,7 +384,7 @@ class RunConfig(ABC):
         for seed in range(self.seed, self.seed + self.seeds):
             for method in experiment.methods:
                 if (method.name, seed) not in finished:
-                    gc.collect()  # the network before holds itself in a circle
+                    gc.collect()  # the last network is in a cycle of references
                     Run(method, seed, experiment, run_dir, say).finish(quiet)
         table, values = self.outcome(run_dir.results(), data)
         write_atomic(run_dir.path / "table.txt", f"{table}\n".encode())

@@ -1,4 +1,4 @@
-"""Tables of what trainings have come to."""
+"""Tables of trainings' results."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Table:
 
 
 def by_method(results: Sequence[Line]) -> dict[str, list[Line]]:
-    """The results of each method, by seed."""
+    """The results of each method, in the order of their seeds."""
     found: dict[str, list[Line]] = {}
     for result in sorted(results, key=lambda r: r["seed"]):
         found.setdefault(result["method"], []).append(result)
@@ -101,7 +101,7 @@ def by_method(results: Sequence[Line]) -> dict[str, list[Line]]:
 
 
 def delivered_error(result: Line) -> float:
-    """Of what a method delivers: its ensemble, if it has one."""
+    """The error of the ensemble, or where there is none of the weights themselves."""
     own, ensemble = result["error"], result["ensemble_error"]
     return float(own if ensemble is None else ensemble)
 
@@ -123,7 +123,7 @@ def titles(columns: Sequence[Column]) -> list[str]:
 
 
 def results_table(results: Sequence[Line], advice: str = "") -> Table:
-    """A row per method, and what they advise."""
+    """A row per method, and ``advice`` below."""
     methods, rows = by_method(results), []
     seconds = {m: np.mean([r["seconds"] for r in own]) for m, own in methods.items()}
     for method, own in methods.items():
@@ -135,7 +135,7 @@ def results_table(results: Sequence[Line], advice: str = "") -> Table:
 
 
 def finetune_table(results: Sequence[Line]) -> Table:
-    """The same of a fine-tuning."""
+    """A row per recipe."""
     methods = by_method(results).items()
     rows = [[METHOD_TITLES[method], *cells(own, _FINETUNE_COLUMNS)] for method, own in methods]
     headers = ["recipe", *titles(_FINETUNE_COLUMNS)]
@@ -154,7 +154,7 @@ def compare(results: Sequence[Line], baseline: str) -> list[Line]:
     """Each method's :func:`spread` of error, NLL and times, and of the differences to the baseline.
 
     Errors are in 0..1, NLL in nats, of the ensemble where there is one; ``time_saved`` is a share
-    of the baseline's time, in ..1. Differences are None for the baseline, which comes first.
+    of the baseline's time, at most 1. Differences are None for the baseline, which comes first.
 
     Args:
         results: of every method with the same n >= 2 seeds.

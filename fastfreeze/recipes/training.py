@@ -83,8 +83,8 @@ class Method:
     Attributes:
         name: a word without spaces.
         lr: learning rate at the start, > 0.
-        schedule: of the number of steps in a run.
-        set_up: what trains, of a network, its schedule, ``lr`` and an example.
+        schedule: makes one for a number of steps.
+        set_up: makes a :class:`Setup` for a network, its schedule, ``lr`` and an example batch.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Method:
 
 
 def plain_sgd(model: nn.Module, schedule: Cosine, lr: float) -> Setup:
-    """What the others are measured against: all that torch has, in its fastest form."""
+    """The baseline: torch's own optimizer and scheduler, in their fastest form."""
     optimizer = torch.optim.SGD(model.parameters(), lr, fused=True, **_HYPERS)
     scheduler = CosineAnnealingLR(optimizer, schedule.total_steps, schedule.eta_min)
     return Setup(model, model, optimizer, schedule, scheduler)
@@ -105,8 +105,8 @@ def fine_tuning(
 ) -> Setup:
     """Pretrained layers are frozen as the schedule says; biases and norms do not decay.
 
-    ``optimizer`` is "adamw" or "sgd"; ``cache`` is for images that are the same in each epoch, of
-    which a :class:`~fastfreeze.FeatureCache` keeps what the frozen prefix gives.
+    ``optimizer`` is "adamw" or "sgd". With ``cache``, a :class:`~fastfreeze.FeatureCache` keeps the
+    frozen prefix's output for each image, which must be the same in each epoch.
     """
     plan = split(model, example, schedule=schedule, lr=lr)
     schedule, groups = plan.schedule or schedule, plan.param_groups(no_decay=True)

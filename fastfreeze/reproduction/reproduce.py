@@ -85,8 +85,8 @@ def scaled(
 ) -> Budget:
     """The budget of a row times ``scale``, in (0, 1]: fewer epochs, then fewer images in each.
 
-    There are as many epochs in each cycle, at least one, and at least one image of each class. No
-    epoch ends in a batch of one image, which norms cannot train on.
+    All cycles have the same number of epochs, at least one, and there is at least one image of each
+    class. No epoch ends in a batch of one image, on which norms cannot train.
     """
     wanted = round(scale * row.epochs, 9)  # else 0.1 * 30 would be more than 3
     epochs = min(row.epochs, row.cycles * math.ceil(wanted / row.cycles))
@@ -226,9 +226,9 @@ class FreezeOutConfig(ReproduceConfig):
             own = found[method]
             beside = [_beside(*pair) for pair in zip(own, plain, strict=True)]
             lost, saved = cells(beside, [("", "lost", 100, 1), ("", "saved", 100, 1)])
-            rows.append([METHOD_TITLES[method], *cells(own, [ERROR]), lost])
-            rows[-1] += [_percent(row.relative_loss), *cells(own, TIMES)]
-            rows[-1] += [saved, _percent(row.time_saved)]
+            error = [*cells(own, [ERROR]), lost, _percent(row.relative_loss)]
+            time = [*cells(own, TIMES), saved, _percent(row.time_saved)]
+            rows.append([METHOD_TITLES[method], *error, *time])
         headers = ["method", "error %", "accuracy lost %", "paper", *titles(TIMES)]
         claim = f"\nThe paper: {row.claim}." if row.claim else ""
         return Table(
