@@ -9,20 +9,14 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.core import ParameterSource
 
 from fastfreeze.recipes.errors import RecipeError
-from fastfreeze.recipes.names import (
-    DATA_NAMES,
-    EMBEDDED,
-    METHOD_NAMES,
-    MODEL_NAMES,
-    OTHER_MODELS,
-)
-from fastfreeze.schedule import FreezeOut, FreezeOutCycles
+from fastfreeze.recipes.names import DATA_NAMES, EMBEDDED, METHOD_NAMES, MODEL_NAMES, OTHER_MODELS
+from fastfreeze.schedule import Composition, FreezeOut, FreezeOutCycles, HowScale
 
 if TYPE_CHECKING:
     from fastfreeze.recipes.rundir import RunDir
@@ -110,11 +104,7 @@ t_0_option = click.option(
     help="FreezeOut: share of the run, before how_scale, for which layer 0 trains.",
 )
 freezeout_options = options(
-    click.option(
-        "--how-scale",
-        type=click.Choice(["linear", "squared", "cubic"]),
-        default=FreezeOut.how_scale,
-    ),
+    click.option("--how-scale", type=click.Choice(get_args(HowScale)), default=FreezeOut.how_scale),
     t_0_option,
     click.option(
         "--lr", type=Finite(min=0, min_open=True), default=0.1, help="Initial learning rate."
@@ -146,7 +136,7 @@ training_options = options(
     click.option("--cycles", type=AT_LEAST_1, default=5, help="Snapshots."),
     click.option(
         "--composition",
-        type=click.Choice(["sticky", "last_k", "thaw"]),
+        type=click.Choice(get_args(Composition)),
         default=FreezeOutCycles.composition,
         help="How the method 'both' freezes.",
     ),

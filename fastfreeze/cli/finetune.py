@@ -58,9 +58,7 @@ def _until(ctx: click.Context, param: click.Parameter, value: Any) -> int | floa
     "the share of a step's compute that the frozen layers have.",
 )
 @t_0_option
-@click.option(
-    "--warmup-steps", type=click.IntRange(min=0), default=0, help="Steps in which the rates rise."
-)
+@click.option("--warmup-steps", type=click.IntRange(min=0), default=0, help="The rates rise first.")
 @click.option(
     "--validation",
     type=Finite(0, 1, min_open=True, max_open=True),

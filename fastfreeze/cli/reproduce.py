@@ -109,13 +109,10 @@ def show_rows(as_json: bool) -> None:
         rows = {paper: [asdict(row) for row in found] for paper, found in papers.items()}
         click.echo(json.dumps(rows, indent=2))
         return
-    cells = [
-        [
-            *(paper, row.model, row.data, row.title, str(row.epochs), str(row.batch_size)),
-            str(row.cycles) if paper == "snapshot" else "-",
-        ]
-        for paper, found in papers.items()
-        for row in found
-    ]
+    cells = []
+    for paper, found in papers.items():
+        for row in found:
+            numbers = (row.epochs, row.batch_size, row.cycles if paper == "snapshot" else "-")
+            cells.append([paper, row.model, row.data, row.title, *map(str, numbers)])
     headers = ["paper", "--model", "--dataset", "network", "epochs", "batch", "snapshots"]
     click.echo(format_table(headers, cells))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from fastfreeze.recipes.data import ImageData, load_data
-from fastfreeze.recipes.networks import is_own, layers_of, outline
+from fastfreeze.recipes.networks import is_own, layers_of
 from fastfreeze.recipes.rundir import Line
 from fastfreeze.recipes.runs import Experiment, RunConfig
 from fastfreeze.recipes.tables import Table, finetune_table
@@ -41,20 +39,15 @@ class FinetuneConfig(RunConfig):
                 f"--weights is missing, the file of {self.model}'s pretrained weights "
                 "(a network of your own, MODULE:FUNCTION, may bring its own)"
             )
+        fixed = (self.model, data, self.epochs, self.batch_size, self.device)
+        asked = Experiment((), *fixed, weights=self.weights, validation=self.validation)
+        num_layers = 0
+        if self.recipe == "gradual":
+            num_layers = len(layers_of(self.model, *asked.outlined())[0].layers)
         keep = self.recipe == "prefix" and not self.augment
         set_up = partial(fine_tuning, optimizer=self.optimizer, cache=keep)
-        num_layers = self._num_layers(data) if self.recipe == "gradual" else 0
-        schedule = partial(self._schedule, num_layers)
-        return Experiment(
-            (Method(self.recipe, self.lr, schedule, set_up),),
-            self.model,
-            data,
-            self.epochs,
-            self.batch_size,
-            self.device,
-            weights=self.weights,
-            validation=self.validation,
-        )
+        method = Method(self.recipe, self.lr, partial(self._schedule, num_layers), set_up)
+        return replace(asked, methods=(method,))
 
     def _schedule(self, num_layers: int, total_steps: int) -> Schedule:
         """The recipe's; gradual unfreezing of so many layers ends at half of the run."""
@@ -72,12 +65,6 @@ class FinetuneConfig(RunConfig):
             )
         every = max(1, total_steps // (2 * num_layers))
         return GradualUnfreezing(total_steps, unfreeze_every=every, warmup_steps=warm)
-
-    def _num_layers(self, data: ImageData) -> int:
-        device = torch.device(self.device if is_own(self.model) else "meta")
-        sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-        network = outline(self.model, **sizes).to(device)
-        return len(layers_of(self.model, network, data.example(device))[0].layers)
 
     def load(self, data_dir: Path | None, workers: int) -> ImageData:
         data = load_data(self.data, data_dir, workers=workers, image_size=self.image_size)

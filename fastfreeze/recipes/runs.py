@@ -84,6 +84,11 @@ class Experiment:
             load_weights(network, self.weights)
         return network
 
+    def outlined(self) -> tuple[torch.nn.Module, Tensor]:
+        """The network, without values unless it is a user's own, and two images for it."""
+        device = torch.device(self.device if is_own(self.model) else "meta")
+        return outline(self.model, **self.sizes).to(device), self.read.example(device)
+
     def check(self) -> None:
         """Raise unless all of it can be trained.
 
@@ -92,9 +97,7 @@ class Experiment:
             RecipeError: a network cannot be built, trained on these images, or split.
         """
         schedules = [method.schedule(self.total_steps) for method in self.methods]
-        device = torch.device(self.device if is_own(self.model) else "meta")
-        network = outline(self.model, **self.sizes).to(device)
-        images = self.read.example(device)
+        network, images = self.outlined()
         smallest = len(self.read.train.labels) % self.batch_size or self.batch_size
         check_network(self.model, network, images[:smallest], self.data.num_classes)
         if any(schedule.needs_layers for schedule in schedules):
