@@ -343,11 +343,11 @@ def _svhn(name: str, data_dir: Path) -> ImageData:
     call = f"SVHN({_literal(data_dir)}, split, download=True)"
     how = _by_torchvision("SVHN", f"[{call} for split in {json.dumps([*left_out, 'test'])}]")
 
-    def read(part: str, left_out: int = 0) -> MemoryImages:
+    def read(part: str, per_class: int = 0) -> MemoryImages:
         with _needed(name, data_dir, f"a whole {part}_32x32.mat", how):
             found = dataset(data_dir, part)
         images = MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels))
-        return images.part(drawn_by_class(images.labels, lambda _: left_out)[0])
+        return images.part(drawn_by_class(images.labels, lambda _: per_class)[0])
 
     parts = [read(*part) for part in left_out.items()]
     pixels, labels = (torch.cat([getattr(p, key) for p in parts]) for key in ("pixels", "labels"))
