@@ -338,23 +338,23 @@ class WithAdam(Module):
         return torch.optim.Adam(self.parameters())
 
 
-MISTAKES = {  # the module, its schedule's steps, options of the callback
-    "no end": (Module, None, {}, "max_steps or max_epochs"),
-    "network": (Module, None, {"network": "net"}, r"of Module \(model\), got 'net'"),
-    "optimizer": (WithAdam, None, {}, r"fastfreeze.SGD, .* got torch.optim.adam.Adam"),
-    "no schedule": (WithoutSchedule, None, {}, "AdamW with a schedule"),
-    "short schedule": (Module, 17, {}, "total_steps=17, the training 18"),
-    "no plan": (Module, None, {"plan": "steps"}, "got 'steps', which is None"),
-    "plan alone": (Module, None, {"plan": "plan"}, "example_inputs"),
+MISTAKES = {  # the module, its schedule's steps, options of the callback and of the trainer
+    "no end": (Module, None, {}, {"max_epochs": -1}, "max_steps or max_epochs"),
+    "network": (Module, None, {"network": "net"}, {}, r"of Module \(model\), got 'net'"),
+    "optimizer": (WithAdam, None, {}, {}, r"fastfreeze.SGD, .* got torch.optim.adam.Adam"),
+    "no schedule": (WithoutSchedule, None, {}, {}, "AdamW with a schedule"),
+    "short schedule": (Module, 17, {}, {}, "total_steps=17, the training 18"),
+    "no plan": (Module, None, {"plan": "steps"}, {}, "got 'steps', which is None"),
+    "plan alone": (Module, None, {"plan": "plan"}, {}, "example_inputs"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_named_before_anything_trains(mistake, loader, tmp_path):
-    kind, steps, options, message = MISTAKES[mistake]
-    module, endless = kind(network(), steps), {"max_epochs": -1} if mistake == "no end" else {}
+    kind, steps, callback, options, message = MISTAKES[mistake]
+    module = kind(network(), steps)
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, FastfreezeCallback(**options), **endless).fit(module, loader)
+        trainer(tmp_path, FastfreezeCallback(**callback), **options).fit(module, loader)
     assert not module.seen["train"]
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastfreeze.recipes.models import build_model
 from fastfreeze.recipes.names import DATA_NAMES, EMBEDDED
+from fastfreeze.recipes.tables import METHOD_TITLES
 from fastfreeze.reproduction.papers import SNAPSHOT_COLUMNS, Row, freezeout_rows, snapshot_rows
 from fastfreeze.reproduction.reproduce import FreezeOutConfig, SnapshotConfig, scaled
 from fastfreeze.schedule import SnapshotCycles, StepDecay, from_config
@@ -205,6 +206,7 @@ def test_freezeout_row(finished):
 def table_of(kind, model, data):
     """The table of a row on invented results: errors 25, 28, 31% after 10, 8, 6 s."""
     asked = config(kind, model, data)
+    assert {method.name for method in asked.methods()} <= METHOD_TITLES.keys()  # for plots
     common = {"seed": 0, "ensemble_error": 0.2, "cpu_seconds": 12.5}
     results = [
         {**common, "method": method.name, "error": 0.25 + 0.03 * i, "seconds": 10.0 - 2 * i}
