@@ -84,9 +84,9 @@ def test_own_network_trains_and_resumes(own, model):
 
 
 def test_a_network_of_torchvision_trains(own):
-    more = ("--methods=both", "--epochs=2", "--cycles=2", "--image-size=24")
+    more = ("--methods=both", "--epochs=2", "--cycles=2", "--image-size=24", "--batch-size=4")
     [result] = printed(*trained("torchvision:squeezenet1_1", *more))["results"]
-    assert result["method"] == "both"
+    assert result["backward_removed"] > 0
 
 
 NUMBERS = "must give a floating-point tensor of the shape [2, 2], a number for each class"
