@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from benchmarks.case import Case
 from benchmarks.ensemble_cases import ensemble_cases
-from benchmarks.host_cases import HOST_CASES
 from benchmarks.kernel_cases import kernel_cases
 from benchmarks.optimizer_cases import optimizer_cases
 from benchmarks.step_cases import step_cases
@@ -16,7 +15,6 @@ def cases(device: str = "cpu", compiling: bool = False) -> dict[str, Callable[[]
     """Those of a device; if ``compiling``, with rivals that torch.compile takes minutes for."""
     return {
         **optimizer_cases(device, compiling),
-        **(HOST_CASES if device == "cpu" else {}),
         **step_cases(device),
         **ensemble_cases(device, compiling),
         **kernel_cases(device),

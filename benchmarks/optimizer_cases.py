@@ -11,74 +11,120 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import fastfreeze
-from benchmarks.case import Case, Run, difference, graphed, own_backends
-from benchmarks.shapes import TINY, parameter_groups, shapes_of
+from benchmarks.case import OURS, Case, Run, difference, graphed, own_backends
+from fastfreeze.kernels.choice import PLANS
+from fastfreeze.kernels.device_plan import DevicePlan
+from fastfreeze.recipes.models import build_model
 
-SGD_VALUES = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
-PLAIN_MOMENTUM = {"lr": 0.1, "momentum": 0.9}
-ADAMW_VALUES = {"lr": 1e-3, "weight_decay": 0.05}
+
+class Rule(NamedTuple):
+    """An optimizer's name, in torch and here, and its hyperparameters."""
+
+    name: str
+    values: Mapping[str, float]
+
+
+SGD = Rule("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4})
+MOMENTUM = Rule("SGD", {"lr": 0.1, "momentum": 0.9})
+ADAMW = Rule("AdamW", {"lr": 1e-3, "weight_decay": 0.05})
 TOTAL_STEPS = 1_000_000  # so long that no timed step reaches a freeze
+SCHEDULE = fastfreeze.Cosine(TOTAL_STEPS)
 GATE_STEPS = 3
 TOLERANCES = {torch.float32: {}, torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2}}
+TINY = "tiny"  # with which it is seen at once whether anything works
+TENSORS = [(2049,), (64, 3, 7, 7), (1,), (33, 5), (512, 512)]
+TORCHVISION = ("resnet50", "vit_b_16")  # build_model's resnet50 is another
 MODELS = (
     "resnet110",
     "wrn34-4",  # the Snapshot paper's WRN-32, which does not count the shortcuts' convolutions
-    "wrn40-4",
-    "densenet40",
-    "densenet100-24",
-    "densenet-bc-100",
-    "vgg16",
-    "resnet50",
-    "vit_b_16",
+    *("wrn40-4", "densenet40", "densenet100-24", "densenet-bc-100", "vgg16"),
+    *TORCHVISION,
 )
-MOMENTUM_MODELS = ("resnet110", "resnet50")
-ADAMW_MODELS = ("resnet110", "resnet50", "vit_b_16")
-FROZEN = (0, 50, 90)  # percent of the layers
+FROZEN = {"": 0, "frozen-50": 50, "frozen-90": 90}  # percent of the layers
+
+
+def shapes_of(model_name: str) -> list[Sequence[int]]:
+    """Of the parameters of a network of :func:`build_model` or torchvision, without making them."""
+    if model_name == TINY:
+        return [*TENSORS]
+    with torch.device("meta"):
+        if model_name in TORCHVISION:
+            import torchvision
+
+            model = torchvision.models.get_model(model_name, weights=None)
+        else:
+            model = build_model(model_name)
+    return [tuple(p.shape) for p in model.parameters()]
+
+
+def parameter_groups(
+    shapes: Sequence[Sequence[int]],
+    num_layers: int = 1,
+    *,
+    num_frozen: int = 0,
+    per_layer: bool = True,
+    channels_last: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[dict]:
+    """A group for each layer, or one for all, with gradients, the same for every call."""
+    torch.manual_seed(0)
+    params = []
+    for shape in shapes:
+        last = channels_last and len(shape) == 4
+        layout = torch.channels_last if last else torch.contiguous_format
+        values, grad = (
+            torch.randn(*shape, device=device).to(dtype).contiguous(memory_format=layout)
+            for _ in range(2)
+        )
+        params.append(nn.Parameter(values))
+        params[-1].grad = grad
+    ends = [round(i * len(params) / num_layers) for i in range(num_layers + 1)]
+    for p in params[: ends[num_frozen]]:
+        p.requires_grad_(False).grad = None
+    ends = ends if per_layer else [0, len(params)]
+    return [{"params": params[a:b]} for a, b in itertools.pairwise(ends)]
 
 
 def optimizer_case(
     model_name: str,
     per_layer: bool = False,
     frozen: int = 0,
-    values: Mapping[str, float] = SGD_VALUES,
-    optimizer: str = "SGD",
+    rule: Rule = SGD,
     channels_last: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     in_graph: bool = False,
     compiled: bool = False,
 ) -> Case:
-    """A step with its learning-rate schedule.
+    """A step with its learning-rate schedule, with so many percent of the layers frozen.
 
-    Args:
-        model_name: as in :func:`benchmarks.shapes.shapes_of`.
-        per_layer: one parameter group for each layer, else one.
-        frozen: percent of the layers that are frozen.
-        values: hyperparameters.
-        optimizer: "SGD" or "AdamW".
-        channels_last: weights of convolutions, and their gradients, lie so in memory.
-        device: where they are.
-        dtype: of weights and gradients.
-        in_graph: the step is replayed as a CUDA graph.
-        compiled: torch.compile is a rival, too, which takes minutes.
+    ``in_graph``: the step is replayed as a CUDA graph. ``compiled``: torch.compile is a rival, too.
     """
     shapes = shapes_of(model_name)
     num_layers = sum(len(shape) > 1 for shape in shapes)
-
-    def groups() -> list[dict]:
-        layers = parameter_groups(shapes, num_layers, device, dtype)
-        return arranged(layers, round(frozen / 100 * num_layers), per_layer, channels_last)
-
-    theirs = partial(torch_step, values=values, optimizer=optimizer)
-    expected, numel = _truth(groups(), partial(theirs, foreach=False))
-    kept = 1 if optimizer == "SGD" else 2  # tensors of state
+    groups = partial(
+        parameter_groups,
+        shapes,
+        num_layers,
+        num_frozen=round(frozen / 100 * num_layers),
+        per_layer=per_layer,
+        channels_last=channels_last,
+        device=device,
+    )
+    wide = groups()  # what is true in fp32
+    expected = _stepped(torch_step(wide, rule, foreach=False), wide)
+    numel = sum(p.numel() for group in wide for p in group["params"] if p.requires_grad)
+    kept = 1 if rule.name == "SGD" else 2  # tensors of state
     notes = {
-        ", plain momentum": values == PLAIN_MOMENTUM,
+        ", plain momentum": rule == MOMENTUM,
         f", {model_name} ({len(shapes)} tensors, {sum(map(math.prod, shapes)) / 1e6:.1f}M)": True,
         f", {num_layers} groups" if per_layer else ", 1 group": True,
         f", {frozen}% of {num_layers} layers frozen": frozen > 0,
@@ -86,29 +132,14 @@ def optimizer_case(
         ", bf16": dtype == torch.bfloat16,
         ", CUDA graph": in_graph,
     }
-    flat = parameter_groups([(numel,)], 1, device, dtype)
+    flat = parameter_groups([(numel,)], device=device, dtype=dtype)
     case = Case(
-        name=f"{optimizer} step" + "".join(note for note, there in notes.items() if there),
+        name=f"{rule.name} step" + "".join(note for note, there in notes.items() if there),
         bytes_moved=numel * dtype.itemsize * (3 + 2 * kept),  # the gradient is read alone
-        floor=_ours([{"params": flat[0]["params"]}], values, optimizer, device),
+        floor=_ours(flat, rule, device),
     )
-    ours = {
-        name: partial(_ours, values=values, optimizer=optimizer, backend=backend)
-        for name, backend in own_backends(device).items()
-    }
-    makes: dict[str, Callable[[list[dict]], Run]] = {
-        **ours,
-        "torch fused": partial(theirs, fused=True),
-        "torch foreach": partial(theirs, foreach=True),
-        "torch for-loop": partial(theirs, foreach=False),
-    }
-    if in_graph:
-        makes = {name: lambda g, make=make: graphed(make(g)) for name, make in ours.items()}
-        makes["torch fused, lr in a tensor"] = partial(_lr_in_a_tensor, values, optimizer)
-    if compiled:
-        makes["torch.compile of foreach"] = partial(_compiled, values)
-    for name, make in makes.items():
-        own = groups()
+    for name, make in _rivals(rule, device, in_graph, compiled).items():
+        own = groups(dtype=dtype)
         case.add(
             name,
             partial(make, own),
@@ -117,32 +148,25 @@ def optimizer_case(
     return case
 
 
-def arranged(
-    layers: list[dict], num_frozen: int, per_layer: bool, channels_last: bool
-) -> list[dict]:
-    """The groups: layers, or all of them in one; the first ``num_frozen`` are frozen."""
-    everything = [p for layer in layers for p in layer["params"]]
-    for p in everything if channels_last else ():
-        if p.dim() == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-            p.grad = p.grad.contiguous(memory_format=torch.channels_last)
-    for layer in layers[:num_frozen]:
-        for p in layer["params"]:
-            p.requires_grad_(False).grad = None
-    return layers if per_layer else [{"params": everything}]
-
-
-def _truth(groups: list[dict], make: Callable[[list[dict]], Run]) -> tuple[list[Tensor], int]:
-    """The parameters after the gate's steps in fp32, and how many elements train."""
-    wide = [{**group, "params": [_in_fp32(p) for p in group["params"]]} for group in groups]
-    trained = [p for group in wide for p in group["params"] if p.grad is not None]
-    return _stepped(make(wide), wide), sum(p.numel() for p in trained)
-
-
-def _in_fp32(p: nn.Parameter) -> nn.Parameter:
-    wide = nn.Parameter(p.detach().float(), p.requires_grad)
-    wide.grad = None if p.grad is None else p.grad.float()
-    return wide
+def _rivals(
+    rule: Rule, device: str, in_graph: bool, compiled: bool
+) -> dict[str, Callable[[list[dict]], Run]]:
+    ours = {
+        name: partial(_ours, rule=rule, backend=backend)
+        for name, backend in own_backends(device).items()
+    }
+    if in_graph:
+        in_graphs = {name: lambda g, make=make: graphed(make(g)) for name, make in ours.items()}
+        return {**in_graphs, "torch fused, lr in a tensor": partial(_lr_in_a_tensor, rule)}
+    rivals = {
+        **ours,
+        "torch fused": partial(torch_step, rule=rule, fused=True),
+        "torch foreach": partial(torch_step, rule=rule, foreach=True),
+        "torch for-loop": partial(torch_step, rule=rule, foreach=False),
+    }
+    if compiled:
+        rivals["torch.compile of foreach"] = partial(_compiled, rule)
+    return rivals
 
 
 def _stepped(run: Run, groups: Sequence[dict]) -> list[Tensor]:
@@ -152,16 +176,14 @@ def _stepped(run: Run, groups: Sequence[dict]) -> list[Tensor]:
     return [p.detach().clone() for group in groups for p in group["params"]]
 
 
-def _ours(groups: list[dict], values: Mapping[str, float], optimizer: str, backend: str) -> Run:
-    schedule = fastfreeze.Cosine(TOTAL_STEPS)
-    return getattr(fastfreeze, optimizer)(groups, schedule=schedule, backend=backend, **values).step
+def _ours(groups: list[dict], rule: Rule, backend: str) -> Run:
+    make = getattr(fastfreeze, rule.name)
+    return make(groups, schedule=SCHEDULE, backend=backend, **rule.values).step
 
 
-def torch_step(
-    groups: list[dict], values: Mapping[str, float], optimizer: str, **implementation: bool
-) -> Run:
+def torch_step(groups: list[dict], rule: Rule, **implementation: bool) -> Run:
     """torch's step and its scheduler's."""
-    return _scheduled(getattr(torch.optim, optimizer)(groups, **values, **implementation))
+    return _scheduled(getattr(torch.optim, rule.name)(groups, **rule.values, **implementation))
 
 
 def _scheduled(optimizer: torch.optim.Optimizer, compiled: bool = False) -> Run:
@@ -175,14 +197,14 @@ def _scheduled(optimizer: torch.optim.Optimizer, compiled: bool = False) -> Run:
     return both
 
 
-def _compiled(values: Mapping[str, float], groups: list[dict]) -> Run:
+def _compiled(rule: Rule, groups: list[dict]) -> Run:
     """torch's step compiled; its learning rates are tensors, or each would compile it anew."""
     torch._dynamo.reset()
-    values = {**values, "lr": torch.tensor(values["lr"])}
+    values = {**rule.values, "lr": torch.tensor(rule.values["lr"])}
     return _scheduled(torch.optim.SGD(groups, **values, foreach=True), compiled=True)
 
 
-def _lr_in_a_tensor(values: Mapping[str, float], optimizer: str, groups: list[dict]) -> Run:
+def _lr_in_a_tensor(rule: Rule, groups: list[dict]) -> Run:
     """torch's fused step in a graph, which reads its learning rates on the device.
 
     Its own scheduler would launch a kernel for each group: all are written at once.
@@ -190,24 +212,57 @@ def _lr_in_a_tensor(values: Mapping[str, float], optimizer: str, groups: list[di
     device = groups[0]["params"][0].device
     lrs, steps = torch.empty(len(groups), device=device), itertools.count()
     own = [{**group, "lr": lrs[i]} for i, group in enumerate(groups)]
-    options = {"capturable": device.type == "cuda"} if optimizer == "AdamW" else {}
-    made = getattr(torch.optim, optimizer)(own, **values, fused=True, **options)
-    schedule = fastfreeze.Cosine(TOTAL_STEPS)
-    return graphed(made.step, lambda: lrs.fill_(schedule.lr(next(steps), values["lr"])))
+    options = {"capturable": device.type == "cuda"} if rule.name == "AdamW" else {}
+    made = getattr(torch.optim, rule.name)(own, **rule.values, fused=True, **options)
+    return graphed(made.step, lambda: lrs.fill_(SCHEDULE.lr(next(steps), rule.values["lr"])))
+
+
+class HostPlan(DevicePlan):
+    """A CUDA plan's step up to its launch."""
+
+    table_from = 480
+
+    def _launch(self, *_: object) -> None:
+        pass
+
+
+def host_case(model_name: str, num_groups: int) -> Case:
+    """What a step costs the host where a GPU does the rest.
+
+    As many tensors as the network has, but without elements, on the CPU: torch's fused kernel then
+    finds nothing to do, and ours, whose plan is that of a CUDA device, is not launched. What
+    launches and questions about streams cost is not in it: of torch's one launch for each group,
+    of ours one.
+    """
+    shapes = [(0, *shape[1:]) for shape in shapes_of(model_name)]
+    groups = partial(parameter_groups, shapes, num_groups)
+    optimizers = {
+        OURS: fastfreeze.SGD(groups(), **SGD.values),
+        f"{OURS}, schedule": fastfreeze.SGD(groups(), **SGD.values, schedule=SCHEDULE),
+        "torch fused": torch.optim.SGD(groups(), **SGD.values, fused=True),
+        "torch foreach": torch.optim.SGD(groups(), **SGD.values, foreach=True),
+    }
+    with mock.patch.dict(PLANS, cpu=HostPlan):
+        for optimizer in optimizers.values():
+            optimizer.step()  # plans and momentum are made
+    in_groups = f", {num_groups} groups" if num_groups > 1 else ""
+    return Case(
+        name=f"host time of a step, {model_name}, {len(shapes)} tensors{in_groups}",
+        runs={name: optimizer.step for name, optimizer in optimizers.items()},
+    )
 
 
 def optimizer_cases(device: str = "cpu", compiling: bool = False) -> dict[str, Callable[[], Case]]:
     """By name; if ``compiling``, those too that compile a step, which take minutes each."""
-    adamw = {"values": ADAMW_VALUES, "optimizer": "AdamW"}
-    momentum = {"values": PLAIN_MOMENTUM}
-    rows = [("sgd", model, _frozen(f), {"frozen": f}) for model in MODELS for f in FROZEN]
+    adamw, momentum = {"rule": ADAMW}, {"rule": MOMENTUM}
+    rows = [("sgd", model, end, {"frozen": f}) for model in MODELS for end, f in FROZEN.items()]
     rows += [
-        ("adamw", model, _frozen(f), {"frozen": f, **adamw})
-        for model in ADAMW_MODELS
-        for f in FROZEN[:2]
+        ("adamw", model, end, {"frozen": FROZEN[end], **adamw})
+        for model in ("resnet110", *TORCHVISION)
+        for end in ("", "frozen-50")
     ]
     rows += [("sgd", "resnet110", "channels-last", {"channels_last": True})]
-    rows += [("sgd", model, "momentum", momentum) for model in MOMENTUM_MODELS]
+    rows += [("sgd", model, "momentum", momentum) for model in ("resnet110", "resnet50")]
     rows += [("sgd", TINY, "", {}), ("adamw", TINY, "", adamw)]
     if device == "cuda":
         graph = {"in_graph": True}
@@ -216,14 +271,14 @@ def optimizer_cases(device: str = "cpu", compiling: bool = False) -> dict[str, C
         rows += [("sgd", "resnet50", "bf16", {"dtype": torch.bfloat16})]
     if compiling:
         rows += [("sgd", "resnet110", "compiled", {"compiled": True, **momentum})]
-    return {
+    found: dict[str, Callable[[], Case]] = {
         "-".join(filter(None, [kind, model, "per-layer" * per_layer, end])): partial(
             optimizer_case, model, per_layer, device=device, **options
         )
         for kind, model, end, options in rows
         for per_layer in (False, True)
     }
-
-
-def _frozen(percent: int) -> str:
-    return f"frozen-{percent}" if percent else ""
+    if device == "cpu":
+        found |= {f"host-{m}": partial(host_case, m, 1) for m in ("resnet110", "resnet50", "vgg16")}
+        found["host-resnet110-layers"] = partial(host_case, "resnet110", 110)
+    return found

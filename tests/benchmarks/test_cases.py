@@ -17,7 +17,6 @@ from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import (  # noqa: E402
     clock,
     ensemble_cases,
-    host_cases,
     kernel_cases,
     optimizer_cases,
     step_cases,
@@ -25,7 +24,7 @@ from benchmarks import (  # noqa: E402
 from benchmarks.case import Case, difference  # noqa: E402
 from benchmarks.cases import cases  # noqa: E402
 from benchmarks.lines import lines_of  # noqa: E402
-from benchmarks.shapes import parameter_groups, shapes_of  # noqa: E402
+from benchmarks.optimizer_cases import parameter_groups, shapes_of  # noqa: E402
 from tests.conftest import needs_cpu_kernels  # noqa: E402
 
 MODEL = "resnet8-w4"
@@ -73,7 +72,7 @@ def test_rivals_of_a_step_do_the_same_in_all_forms(per_layer, frozen):
     assert case.bytes_moved > 0
 
 
-ADAMW = {"values": optimizer_cases.ADAMW_VALUES, "optimizer": "AdamW"}
+ADAMW = {"rule": optimizer_cases.ADAMW}
 
 
 @needs_cpu_kernels
@@ -94,7 +93,7 @@ ADAMW = {"values": optimizer_cases.ADAMW_VALUES, "optimizer": "AdamW"}
             {"in_graph": True, **ADAMW}, "AdamW", 28, ["torch fused, lr in a tensor"], id="graph A"
         ),
         pytest.param(
-            {"values": optimizer_cases.PLAIN_MOMENTUM}, "plain momentum", 20, TORCH, id="momentum"
+            {"rule": optimizer_cases.MOMENTUM}, "plain momentum", 20, TORCH, id="momentum"
         ),
     ],
 )
@@ -108,8 +107,7 @@ def test_rivals_of_other_steps_do_the_same(options, name, bytes_each, rivals):
 
 
 def test_channels_last_is_of_weights_and_gradients():
-    layers = parameter_groups(shapes_of(MODEL), NUM_LAYERS)
-    groups = optimizer_cases.arranged(layers, 0, per_layer=False, channels_last=True)
+    groups = parameter_groups(shapes_of(MODEL), NUM_LAYERS, per_layer=False, channels_last=True)
     images = [p for p in groups[0]["params"] if p.dim() == 4]
     assert images
     for t in (*images, *(p.grad for p in images)):
@@ -117,11 +115,10 @@ def test_channels_last_is_of_weights_and_gradients():
 
 
 def test_frozen_layers_have_no_gradient_and_the_first_ones_freeze():
-    layers = parameter_groups(shapes_of(MODEL), NUM_LAYERS)
-    layers = optimizer_cases.arranged(layers, 3, per_layer=True, channels_last=False)
+    layers = parameter_groups(shapes_of(MODEL), NUM_LAYERS, num_frozen=3)
     assert len(layers) == NUM_LAYERS
-    for layer in layers:
-        frozen = layer["layer_index"] < 3
+    for i, layer in enumerate(layers):
+        frozen = i < 3
         assert all((p.grad is None) == frozen != p.requires_grad for p in layer["params"])
 
 
@@ -146,9 +143,10 @@ def test_a_rival_that_does_something_else_is_named_and_not_timed(monkeypatch):
 @needs_cpu_kernels
 def test_ours_computing_something_else_gets_no_numbers(monkeypatch):
     ours = optimizer_cases._ours
-    wrong = lambda groups, values, *rest, **more: ours(  # noqa: E731
-        groups, {**values, "lr": 0.11}, *rest, **more
-    )
+
+    def wrong(groups, rule, backend):
+        return ours(groups, rule._replace(values={**rule.values, "lr": 0.11}), backend)
+
     monkeypatch.setattr(optimizer_cases, "_ours", wrong)
     case = sgd_case()
     assert case.refused
@@ -335,13 +333,13 @@ def test_what_counts_as_the_same(found, wrong):
 
 def test_a_step_on_the_host_is_that_of_a_device_plan_without_its_launch(monkeypatch):
     launched = []
-    monkeypatch.setattr(host_cases.HostPlan, "_launch", lambda self, *_: launched.append(self))
-    case = host_cases.host_case("resnet20", 20)
+    monkeypatch.setattr(optimizer_cases.HostPlan, "_launch", lambda self, *_: launched.append(self))
+    case = optimizer_cases.host_case("resnet20", 20)
     assert not case.refused
     launched.clear()
     for run in case.runs.values():
         run()
-    assert [type(plan) for plan in launched] == [host_cases.HostPlan] * 2  # with the schedule, too
+    assert [type(plan) for plan in launched] == [optimizer_cases.HostPlan] * 2  # with the schedule, too
 
 
 def test_empty_tensors_are_the_same():
