@@ -9,6 +9,7 @@ cache, which was only read, so that nothing is left to write back.
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 import fastfreeze
-from benchmarks.case import Case, Run
+from benchmarks.case import Case, Run, refused
 
 BURST, GPU_BURST, LEAST_ROUNDS = 3, 20, 7
 LONG = 0.05  # seconds: a run of that length is no burst
@@ -94,9 +95,15 @@ def interleave(
     for run in runs.values():
         run()
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in in_turn(names, i):
             found[name].append(seconds(runs[name]))
     return {name: Times.of(values) for name, values in found.items()}
+
+
+def in_turn(names: Sequence[str], turn: int) -> list[str]:
+    """Another begins each turn."""
+    first = turn % len(names)
+    return [*names[first:], *names[:first]]
 
 
 def pace(runs: Mapping[str, Run], rounds: int, seconds: float) -> tuple[int, int]:
@@ -109,16 +116,13 @@ def pace(runs: Mapping[str, Run], rounds: int, seconds: float) -> tuple[int, int
 
 
 def measured(case: Case, rounds: int, seconds: float, bandwidth: float) -> dict:
-    """A case's entry in the results.
+    """A case's entry in the results, given the bytes per second of a large copy.
 
-    Args:
-        case: with its rivals; one that is refused gets no numbers.
-        rounds: how often each is timed, at most; 0: no numbers.
-        seconds: about how long that may take; seven rounds are made in any case.
-        bandwidth: bytes per second of a large copy.
+    Each rival is timed ``rounds`` times (0: not at all), or as often as about fits in ``seconds``,
+    but seven times in any case. A case that is refused gets no numbers.
     """
     entry: dict = {"name": case.name, "left_out": case.left_out, "seconds": {}}
-    if case.refused or rounds == 0:
+    if refused(case.left_out) or rounds == 0:
         return entry
     runs = case.runs if case.floor is None else {**case.runs, FLOOR: case.floor}
     burst, rounds = pace(runs, rounds, seconds)
@@ -163,8 +167,5 @@ def machine(device: str = "cpu") -> dict:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    found = re.search(r"^model name\s*: *(.*)", info.read_text() if info.exists() else "", re.M)
+    return found[1].strip() if found else platform.processor()

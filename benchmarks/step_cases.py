@@ -14,9 +14,8 @@ them on.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -27,7 +26,17 @@ from torch.optim.swa_utils import update_bn
 
 import fastfreeze
 from benchmarks.case import OURS, Case
-from benchmarks.training_rivals import CACHE, FLAGS, HYPERS, LR, Training
+from benchmarks.training_rivals import (
+    AS_IT_IS,
+    CACHE,
+    FLAGS,
+    HYPERS,
+    LAST,
+    LR,
+    State,
+    Training,
+    deviation,
+)
 
 IN_EVAL = "flags, frozen part in eval mode"
 CHANNELS_LAST = "flags, frozen part in eval mode, channels_last"
@@ -36,64 +45,36 @@ REST = "rest alone"  # the floor of kept cases
 GATE_STEPS = 4
 FILLING_EPOCHS = 3  # after which all is found, and the first that was found has been compared
 IMAGE_SIZE = 64
-ZOO: dict[str, dict[str, float]] = {  # of timm
-    "resnet18": {},
-    "densenet121": {},
-    "mobilenetv2_100": {},
-    "mobilenetv3_small_100": {},
-    "efficientnet_b0": {},
-    "ghostnet_100": {},
-    "regnety_002": {},
-    "hgnetv2_b0": {},
-    "repvgg_a0": {},
+ZOO = (  # of timm
+    *("resnet18", "densenet121", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0"),
+    *("ghostnet_100", "regnety_002", "hgnetv2_b0", "repvgg_a0", "vgg11_bn", "cs3darknet_s"),
+    *("poolformer_s12", "convnext_atto", "edgenext_xx_small", "mobilevit_xxs"),
+    *("maxvit_pico_rw_256", "mixer_s32_224", "swin_tiny_patch4_window7_224"),
+    "vit_tiny_patch16_224",
+)
+OPTIONS: dict[str, dict[str, float]] = {
+    **{model: {"img_size": IMAGE_SIZE} for model in ZOO[-4:]},
     "vgg11_bn": {"mlp_ratio": 1 / 16},  # else a step is the update of its head's 120M weights
-    "cs3darknet_s": {},
-    "poolformer_s12": {},
-    "convnext_atto": {},
-    "edgenext_xx_small": {},
-    "mobilevit_xxs": {},
-    "maxvit_pico_rw_256": {"img_size": IMAGE_SIZE},
-    "mixer_s32_224": {"img_size": IMAGE_SIZE},
-    "swin_tiny_patch4_window7_224": {"img_size": IMAGE_SIZE},
-    "vit_tiny_patch16_224": {"img_size": IMAGE_SIZE},
 }
-MINILM = {
-    "hidden_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-    "intermediate_size": 1536,
-}
-# Of what the gate's steps change in all weights, and in all statistics, together. Between torch's
-# own memory layouts 0.03 is seen in MobileNetV2; momentum that is forgotten makes 0.5, a missing
-# update 1.
-TOLERANCE = 0.1
-
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
 Cut = Callable[[nn.Module], tuple[nn.Module, nn.Module]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all rivals train.
-
-    Attributes:
-        model: some of it frozen; each rival gets a copy.
-        inputs, labels: ``[N, ...]`` and int64 ``[N]``.
-        batch_size: of the shuffled batches.
-        cut: the frozen part and the rest of a copy, modules that run one after the other.
-        bf16: under autocast.
-    """
+    """What all rivals train: copies of a model, of which some is frozen, on shuffled batches."""
 
     model: nn.Module
-    inputs: Tensor
-    labels: Tensor
+    inputs: Tensor  # [N, ...]
+    labels: Tensor  # int64 [N]
     batch_size: int
-    cut: Cut | None = None
-    bf16: bool = False
+    cut: Cut | None = None  # the frozen part and the rest of a copy, one after the other
+    bf16: bool = False  # under autocast
 
     @property
     def layout(self) -> torch.memory_format:
         """In which images are fastest, mostly."""
-        return torch.channels_last if self.inputs.ndim == 4 else torch.contiguous_format
+        return LAST if self.inputs.ndim == 4 else AS_IT_IS
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.labels.device.type, torch.bfloat16, enabled=self.bf16)
@@ -116,28 +97,42 @@ class Work:
 
 
 class Step:
-    """A run: one more step of a training."""
+    """A run: one more step of a training of some network, which is given images and their ids."""
 
-    def __init__(self, training: Training, work: Work, inputs: Tensor) -> None:
-        self.training, self._inputs, self._labels = training, inputs, work.labels
-        self._batches = work.batches()
+    def __init__(
+        self,
+        work: Work,
+        model: nn.Module,
+        network: Callable[[Tensor, Tensor], Any],
+        layout: torch.memory_format = AS_IT_IS,
+    ) -> None:
+        def logits(inputs: Tensor, ids: Tensor) -> Tensor:
+            with work.autocast():
+                output = network(inputs, ids)
+            return (output if isinstance(output, Tensor) else output.logits).float()
+
+        fused = {"fused": True} if work.labels.is_cuda else {}
+        optimizer = torch.optim.SGD(model.parameters(), LR, **HYPERS, **fused)
+        self.training = Training(model, logits, optimizer, layout=layout)
+        self._work, self._batches = work, work.batches()
 
     def __call__(self) -> Tensor:
         ids = next(self._batches)
-        return self.training.step(self._inputs[ids], self._labels[ids], ids)
+        return self.training.step(self._work.inputs[ids], self._work.labels[ids], ids)
 
 
-def by_hand(work: Work, layout: torch.memory_format = torch.contiguous_format) -> Step:
-    """torch alone."""
+def by_hand(
+    work: Work,
+    layout: torch.memory_format = AS_IT_IS,
+    network_of: Callable[[nn.Module], Callable] = lambda model: model,
+) -> Step:
+    """torch alone, or a network that is made of the model."""
     model = work.start().to(memory_format=layout)
-    return Step(_training(work, model, lambda x, ids: model(x), layout), work, work.inputs)
+    network = network_of(model)
+    return Step(work, model, lambda x, ids: network(x), layout)
 
 
-def by_trim(work: Work, layout: torch.memory_format = torch.contiguous_format) -> Step:
-    """The trimmed model."""
-    model = work.start().to(memory_format=layout)
-    trimmed = fastfreeze.trim(model)
-    return Step(_training(work, model, lambda x, ids: trimmed(x), layout), work, work.inputs)
+by_trim = partial(by_hand, network_of=fastfreeze.trim)
 
 
 def by_cache(work: Work) -> Step:
@@ -145,15 +140,16 @@ def by_cache(work: Work) -> Step:
     layout = work.layout
     model = work.start().to(memory_format=layout)
     cache = fastfreeze.FeatureCache(fastfreeze.trim(model), enabled=True)
-    num_batches = len(work.labels) // work.batch_size
-    for ids in islice(work.batches(), FILLING_EPOCHS * num_batches):
+    steps = FILLING_EPOCHS * len(work.labels) // work.batch_size
+    for ids in islice(work.batches(), steps):
         with work.autocast():
             cache(work.inputs[ids].contiguous(memory_format=layout), samples=ids)
     model.load_state_dict(work.model.state_dict())  # norms that train have moved
     misses = cache.stats().misses
-    training = _training(work, model, lambda x, ids: cache(x, samples=ids), layout)
-    training.notes = lambda: {"missed": cache.stats().misses - misses, "reason": cache.reason}
-    return Step(training, work, work.inputs)
+    step = Step(work, model, lambda x, ids: cache(x, samples=ids), layout)
+    missed = lambda: cache.stats().misses - misses  # noqa: E731
+    step.training.notes = lambda: {"missed": missed(), "reason": cache.reason}
+    return step
 
 
 def rest_alone(work: Work) -> Step:
@@ -161,28 +157,10 @@ def rest_alone(work: Work) -> Step:
     assert work.cut is not None
     model = work.start()
     frozen, rest = work.cut(model.to(memory_format=work.layout))
-    layout = work.layout
     with torch.no_grad(), work.autocast():
-        features = frozen(work.inputs.contiguous(memory_format=layout))
-    if features.ndim != 4:
-        layout = torch.contiguous_format
-    return Step(_training(work, model, lambda x, ids: rest(x), layout), work, features)
-
-
-def _training(
-    work: Work,
-    model: nn.Module,
-    network: Callable[[Tensor, Tensor], Any],
-    layout: torch.memory_format = torch.contiguous_format,
-) -> Training:
-    def logits(inputs: Tensor, ids: Tensor) -> Tensor:
-        with work.autocast():
-            output = network(inputs, ids)
-        return (output if isinstance(output, Tensor) else output.logits).float()
-
-    fused = {"fused": True} if work.labels.is_cuda else {}
-    optimizer = torch.optim.SGD(model.parameters(), LR, **HYPERS, **fused)
-    return Training(model, logits, optimizer, layout=layout)
+        features = frozen(work.inputs.contiguous(memory_format=work.layout))
+    work = replace(work, inputs=features)
+    return Step(work, model, lambda x, ids: rest(x), work.layout)
 
 
 def step_case(work: Work, name: str) -> Case:
@@ -190,9 +168,9 @@ def step_case(work: Work, name: str) -> Case:
     start = copy.deepcopy(work.model.state_dict())
     truth = _after_the_gate(by_hand(work))
     makes: dict[str, Callable[[Work], Step]] = {OURS: by_trim, FLAGS: by_hand, IN_EVAL: by_hand}
-    if work.layout == torch.channels_last:
-        makes[OURS_CHANNELS_LAST] = partial(by_trim, layout=torch.channels_last)
-        makes[CHANNELS_LAST] = partial(by_hand, layout=torch.channels_last)
+    if work.layout == LAST:
+        makes[OURS_CHANNELS_LAST] = partial(by_trim, layout=LAST)
+        makes[CHANNELS_LAST] = partial(by_hand, layout=LAST)
     if work.cut is not None:
         makes |= {CACHE: by_cache, REST: rest_alone}
     case = Case(name=name)
@@ -204,47 +182,29 @@ def step_case(work: Work, name: str) -> Case:
     return case
 
 
-def _after_the_gate(step: Step) -> dict[str, Tensor]:
+def _after_the_gate(step: Step) -> State:
     torch.manual_seed(0)  # of dropouts
     for _ in range(GATE_STEPS):
         step()
     return copy.deepcopy(step.training.model.state_dict())
 
 
-def _wrong(step: Step, truth: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> str | None:
+def _wrong(step: Step, truth: State, start: State) -> str | None:
     """What keeps a rival's training from being the true one; None if nothing does."""
-    found = _after_the_gate(step)
+    _after_the_gate(step)
     notes = step.training.notes()
     if notes.get("missed") or notes.get("reason"):
         return f"not all values are found: {notes}"
-    still = {name for name in truth if truth[name].equal(start[name])}
-    if moved := [name for name in still if not found[name].equal(start[name])]:
-        return f"another result: {min(moved)} is frozen and has changed"
-    weights = {name for name, _ in step.training.model.named_parameters()} - still
-    for what, names in {"weights": weights, "statistics": truth.keys() - weights - still}.items():
-        error, change = (_distance(a, truth, names) for a in (found, start))
-        if not error <= TOLERANCE * change:
-            return f"another result: {what} are {error / change:.1e} of their change from torch's"
-    return None
+    return deviation(step.training, truth, start)
 
 
-def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: set[str]) -> float:
-    return math.hypot(*((a[n].double() - b[n].double()).norm().item() for n in names))
-
-
-def trim_case(
-    model_name: str,
-    batch_size: int = 16,
-    image_size: int = IMAGE_SIZE,
-    device: str = "cpu",
-    **options: float,
-) -> Case:
+def trim_case(model_name: str, batch_size: int = 16, device: str = "cpu") -> Case:
     """Of a model of timm, on one batch of images; in bf16 on a GPU."""
     import timm
 
     torch.manual_seed(0)
-    model = timm.create_model(model_name, num_classes=10, **options)
-    work = _images(model, batch_size, batch_size, image_size, device)
+    model = timm.create_model(model_name, num_classes=10, **OPTIONS.get(model_name, {}))
+    work = _images(model, batch_size, batch_size, device)
     layers = fastfreeze.split(model, work.inputs[:2]).layers
     parameters = [p for layer in layers for p in layer.trainable]
     for parameter in parameters[: len(parameters) // 2]:
@@ -252,9 +212,7 @@ def trim_case(
     return step_case(work, f"{model_name}, half of the parameters frozen")
 
 
-def mobilenet_case(
-    num_frozen: int, batch_size: int = 32, image_size: int = IMAGE_SIZE, device: str = "cpu"
-) -> Case:
+def mobilenet_case(num_frozen: int, batch_size: int = 32, device: str = "cpu") -> Case:
     """Of torchvision's MobileNetV2 with so many of its 19 blocks frozen; in bf16 on a GPU."""
     from torchvision.models import mobilenet_v2
 
@@ -265,21 +223,17 @@ def mobilenet_case(
 
     torch.manual_seed(0)
     model = mobilenet_v2(weights=None, num_classes=10)
-    work = _images(model, batch_size, 4 * batch_size, image_size, device, cut)
+    work = _images(model, batch_size, 4 * batch_size, device, cut)
     cut(work.model)[0].requires_grad_(False)
     return step_case(work, f"MobileNetV2, {num_frozen} of 19 blocks frozen")
 
 
 def _images(
-    model: nn.Module,
-    batch_size: int,
-    samples: int,
-    image_size: int,
-    device: str,
-    cut: Cut | None = None,
+    model: nn.Module, batch_size: int, samples: int, device: str, cut: Cut | None = None
 ) -> Work:
-    """Random ones, whose statistics the model's norms have."""
-    images = torch.randn(samples, 3, image_size, image_size).to(device)
+    """Random ones, whose statistics the model's norms have; larger ones on a GPU."""
+    size = 224 if device == "cuda" else IMAGE_SIZE
+    images = torch.randn(samples, 3, size, size).to(device)
     # Else frozen norms would let what they norm grow.
     update_bn([images[:16]], model.to(device))
     labels = torch.randint(10, (samples,)).to(device)
@@ -314,15 +268,14 @@ def bert_case(
 def step_cases(device: str = "cpu") -> dict[str, Callable[[], Case]]:
     """By name; on a GPU fewer, larger ones."""
     if device == "cuda":
-        large = {"image_size": 224, "device": device}
         return {
-            "trim-resnet50": partial(trim_case, "resnet50", 256, **large),
-            "trim-vit_small_patch16_224": partial(trim_case, "vit_small_patch16_224", 128, **large),
-            "kept-mobilenet_v2-half": partial(mobilenet_case, 10, 128, **large),
-            "kept-mobilenet_v2-three-quarters": partial(mobilenet_case, 15, 128, **large),
+            "trim-resnet50": partial(trim_case, "resnet50", 256, device),
+            "trim-vit_small_patch16_224": partial(trim_case, "vit_small_patch16_224", 128, device),
+            "kept-mobilenet_v2-half": partial(mobilenet_case, 10, 128, device),
+            "kept-mobilenet_v2-three-quarters": partial(mobilenet_case, 15, 128, device),
         }
     return {
-        **{f"trim-{model}": partial(trim_case, model, **options) for model, options in ZOO.items()},
+        **{f"trim-{model}": partial(trim_case, model) for model in ZOO},
         "kept-mobilenet_v2-half": partial(mobilenet_case, 10),
         "kept-mobilenet_v2-three-quarters": partial(mobilenet_case, 15),
         "kept-minilm-3-layers": partial(bert_case, 3),

@@ -27,10 +27,9 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from benchmarks.case import OURS, why
-from benchmarks.clock import Times, machine
+from benchmarks.case import OURS, Case
+from benchmarks.clock import Times, in_turn, machine
 from benchmarks.results import add, at_least, begun, parser
 from benchmarks.training_rivals import (
     BASELINE,
@@ -39,8 +38,10 @@ from benchmarks.training_rivals import (
     FLAGS,
     FREEZING,
     NOT_FREEZING,
+    State,
     Task,
     Training,
+    deviation,
 )
 from fastfreeze.layers.split import split
 from fastfreeze.recipes.models import build_model
@@ -49,14 +50,6 @@ from fastfreeze.schedule import FreezeOut
 MODELS = ["densenet-bc-40", "wrn16-2", "vgg16"]
 DEFAULT_RIVALS = [BASELINE, BEST_TORCH, FLAGS, OURS, CACHE]
 GATE_STEPS, GATE_BATCH = 12, 8
-# Of what the truth changed in a tensor: momentum that is forgotten makes 0.5, a missing update 1.
-TOLERANCE = 0.4
-# Of the change that is usual for an element, the median over the parameters: what moves less is
-# judged by that share. Where little is left of the images, as in VGG's last blocks, a ReLU that
-# rounding turns is a good part of a gradient: between memory layouts 0.4 of the change of norms
-# that move by a third of what is usual has been seen, and less than 0.15 elsewhere. Of a bias that
-# a batch norm takes out again, all of the change is rounding.
-SMALL = 0.5
 # Of half the losses of a run, near 2. Rounding grows as a run goes on: between torch's own memory
 # layouts single losses of VGG differ by 0.09.
 LOSS_TOLERANCE = 0.02
@@ -81,27 +74,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--samples", type=at_least(1), default=256)
     made.add_argument("--epochs", type=at_least(1), default=25)
     made.add_argument("--batch-size", type=at_least(1), default=32)
-    made.add_argument(
-        "--rounds",
-        type=at_least(1),
-        default=1,
-        help="each takes the default's models about 22 minutes",
-    )
+    about = "each takes the default's models about 22 minutes"
+    made.add_argument("--rounds", type=at_least(1), default=1, help=about)
     made.add_argument("--threads", type=at_least(1), default=2)
     made.add_argument("--image-size", type=at_least(1), default=32)
-    made.add_argument(
-        "--rivals",
-        nargs="+",
-        choices=[*NOT_FREEZING, *FREEZING],
-        default=DEFAULT_RIVALS,
-        help=f"besides {BASELINE!r} and {FLAGS!r}, by which the others are judged",
-    )
+    known = [*NOT_FREEZING, *FREEZING]
+    about = f"besides {BASELINE!r} and {FLAGS!r}, by which the others are judged"
+    made.add_argument("--rivals", nargs="+", choices=known, default=DEFAULT_RIVALS, help=about)
     arguments = made.parse_args(argv)
     if arguments.samples < arguments.batch_size:
-        made.error(
-            f"--samples must be at least --batch-size, got {arguments.samples} and "
-            f"{arguments.batch_size}"
-        )
+        got = f"{arguments.samples} and {arguments.batch_size}"
+        made.error(f"--samples must be at least --batch-size, got {got}")
     try:
         for t_0 in arguments.t_0:
             FreezeOut(1, t_0=t_0)
@@ -125,8 +108,8 @@ def entry_of(task: Task, rivals: Sequence[str], t_0: float, rounds: int) -> dict
         runs.append(take_turns(makes, task, first))
     if wrong := wrong or disagreements(runs):
         return {"name": name, "left_out": wrong, "seconds": {}}
-    totals = {rival: [times[rival].total for times in runs] for rival in rivals}
-    least = [times[FLAGS].total - times[FLAGS].notes["prefix_seconds"] for times in runs]
+    totals = {rival: [times[rival].seconds for times in runs] for rival in rivals}
+    least = [times[FLAGS].seconds - times[FLAGS].notes["prefix_seconds"] for times in runs]
     shares = [own / torch for own, torch in zip(least, totals[BASELINE], strict=True)]
     return {
         "name": name,
@@ -146,19 +129,16 @@ def gate(model: str, rivals: Sequence[str], t_0: float, image_size: int = 32) ->
     flags; and a trimmed network, with half of the steps taken, the gradients of its model.
     """
     task = Task.random(model, 2 * GATE_BATCH, GATE_BATCH, GATE_STEPS // 2, image_size)
-    wrong: dict[str, str] = {}
+    start, case = task.build().state_dict(), Case(name=model)
     for truth, makes in ((BASELINE, NOT_FREEZING), (FLAGS, FREEZING)):
-        expected = _trained(makes[truth](task, t_0), task)
+        expected = _trained(makes[truth](task, t_0), task).model.state_dict()
+
+        def wrong(training: Training, expected: State = expected) -> str | None:
+            return deviation(_trained(training, task), expected, start)
+
         for name in [name for name in rivals if name in makes and name != truth]:
-            try:
-                found = _trained(makes[name](task, t_0), task)
-            except Exception as error:  # of whatever kind: all that are wrong are named
-                wrong[name] = why(error)
-                continue
-            error, tensor = largest_deviation(found, expected, task.build().state_dict())
-            if error > TOLERANCE:
-                wrong[name] = f"{tensor} is {error:.1e} of its change from that of {truth}"
-    return wrong
+            case.add(name, partial(makes[name], task, t_0), wrong)
+    return case.left_out
 
 
 def _trained(training: Training, task: Task) -> Training:
@@ -169,90 +149,42 @@ def _trained(training: Training, task: Task) -> Training:
     return training
 
 
-def largest_deviation(
-    found: Training, truth: Training, start: Mapping[str, Tensor]
-) -> tuple[float, str]:
-    """How far two trainings that should agree are apart, and in which tensor.
-
-    Of each parameter and buffer: the difference's norm, relative to that of what ``truth`` has
-    changed since ``start``; infinite where one alone has changed it. The change of a parameter
-    counts as at least ``SMALL`` of what is usual for its number of elements.
-    """
-    a, b = found.model.state_dict(), truth.model.state_dict()
-    changes = {name: _distance(b[name], start[name]) for name in b}
-    roots = {name: math.sqrt(p.numel()) for name, p in truth.model.named_parameters()}
-    moved = [changes[name] / root for name, root in roots.items() if changes[name]]
-    usual = statistics.median(moved) if moved else 0.0
-    worst = (0.0, "nothing")
-    for name, change in changes.items():
-        difference, other = _distance(a[name], b[name]), _distance(a[name], start[name])
-        if difference != 0:
-            judged_by = max(change, SMALL * usual * roots.get(name, 0.0))
-            error = difference / judged_by if change and other else math.inf
-            worst = max(worst, (math.inf if math.isnan(error) else error, name))
-    return worst
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).norm().item()
-
-
 @dataclass
 class RunTimes:
-    """A rival's whole run: all the time that passed, from the start, but for others' turns.
+    """A rival's whole run."""
 
-    Attributes:
-        setup: seconds of making the model, optimizer and network.
-        steps: seconds of each step.
-        losses: of each step.
-        notes: what the rival tells at the end.
-    """
-
-    setup: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    notes: dict = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        return self.setup + sum(self.steps)
+    seconds: float = 0.0  # from the making of its model on, but for others' turns
+    losses: list[float] = field(default_factory=list)  # of each step
+    notes: dict = field(default_factory=dict)  # what the rival tells at the end
 
 
 def train(
-    make: Callable[[], Training], task: Task, times: RunTimes, slice_steps: int
+    make: Callable[[], Training], task: Task, run: RunTimes, slice_steps: int
 ) -> Iterator[None]:
-    """Train from start to end and note the times; pause after each slice of steps."""
+    """Train from start to end, and pause after each slice of steps."""
     start = time.perf_counter()
     training = make()
-    times.setup = time.perf_counter() - start
     for step in range(task.total_steps):
-        start = time.perf_counter()
-        times.losses.append(training.step(*task.batch(step)).item())
-        times.steps.append(time.perf_counter() - start)
+        run.losses.append(training.step(*task.batch(step)).item())
         if (step + 1) % slice_steps == 0:
+            run.seconds += time.perf_counter() - start
             yield
-    times.notes = training.notes()
+            start = time.perf_counter()
+    run.seconds += time.perf_counter() - start
+    run.notes = training.notes()
 
 
 def take_turns(
     makes: Mapping[str, Callable[[], Training]], task: Task, first: int, slice_steps: int = 10
 ) -> dict[str, RunTimes]:
-    """Whole runs of all rivals side by side, a slice at a time, in an order that rotates.
-
-    Args:
-        makes: the rivals by name.
-        task: what they train on.
-        first: which of them begins.
-        slice_steps: steps in a slice.
-    """
+    """Whole runs of all rivals side by side, a slice at a time; the order turns, from ``first``."""
     names = list(makes)
-    times = {name: RunTimes() for name in names}
-    runs = {name: train(makes[name], task, times[name], slice_steps) for name in names}
+    runs = {name: RunTimes() for name in names}
+    trainings = {name: train(makes[name], task, runs[name], slice_steps) for name in names}
     for turn in range(first, first + task.total_steps // slice_steps + 1):
-        at = turn % len(names)
-        for name in names[at:] + names[:at]:
-            next(runs[name], None)
-    return times
+        for name in in_turn(names, turn):
+            next(trainings[name], None)
+    return runs
 
 
 Runs = Mapping[str, RunTimes]  # of one round, by rival
