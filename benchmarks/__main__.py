@@ -10,12 +10,12 @@ import argparse
 import fnmatch
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from benchmarks import guard, report
-from benchmarks.case import OURS, Case, why
+from benchmarks.case import OURS, refused, why
 from benchmarks.cases import cases
 from benchmarks.clock import copy_bandwidth, machine, measured
 from benchmarks.jobs import DIED, context_is_broken
@@ -41,46 +41,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.out:  # of a case that ends this process, that is what is known
             unknown = {**results["results"], name: _failed(name, "has not ended")}
             write_json(arguments.out, {**results, "results": unknown})
-        add(results, name, _entry(name, make, arguments, bandwidth), arguments.out)
+        try:
+            entry = measured(make(), arguments.rounds, arguments.seconds, bandwidth)
+        except Exception as error:  # of whatever kind: the other cases can still be measured
+            entry = _failed(name, why(error))
+        add(results, name, entry, arguments.out)
         if context_is_broken():
             print(f"{name} has broken the CUDA context; --go-on does the rest")
             return DIED
-    return int(any(refused(entry) for entry in results["results"].values()))
-
-
-def _entry(
-    name: str, make: Callable[[], Case], arguments: argparse.Namespace, bandwidth: float
-) -> dict:
-    try:
-        return measured(make(), arguments.rounds, arguments.seconds, bandwidth)
-    except Exception as error:  # of whatever kind: the other cases can still be measured
-        return _failed(name, why(error))
+    return int(any(refused(entry["left_out"]) for entry in results["results"].values()))
 
 
 def _failed(name: str, reason: str) -> dict:
     return {"name": name, "left_out": {OURS: reason}, "seconds": {}}
 
 
-def refused(entry: dict) -> bool:
-    """Whether one of ours has no numbers."""
-    return any(rival.startswith(OURS) for rival in entry["left_out"])
-
-
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     made = parser("benchmarks", __doc__)
     made.add_argument("case", nargs="*", default=["*"], help="names or patterns; default: all")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    made.add_argument(
-        "--compile", action="store_true", help="rivals that torch.compile takes minutes for, too"
-    )
+    about = "rivals that torch.compile takes minutes for, too"
+    made.add_argument("--compile", action="store_true", help=about)
     made.add_argument("--threads", type=at_least(1), default=1)
-    made.add_argument(
-        "--rounds", type=at_least(0), default=101, help="at most; 0: only whether all do the same"
-    )
+    about = "at most; 0: only whether all do the same"
+    made.add_argument("--rounds", type=at_least(0), default=101, help=about)
     made.add_argument("--seconds", type=float, default=10, help="for a case, about")
-    made.add_argument(
-        "--go-on", action="store_true", help="leave out the cases that the file has already"
-    )
+    about = "leave out the cases that the file has already"
+    made.add_argument("--go-on", action="store_true", help=about)
     arguments = made.parse_args(argv)
     known = cases(arguments.device, arguments.compile)
     found = {pattern: fnmatch.filter(known, pattern) for pattern in arguments.case}

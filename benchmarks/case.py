@@ -6,7 +6,7 @@ is left out and named with the reason; if it is one of ours, the case is refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,23 +20,14 @@ OURS = "fastfreeze"  # the names of our runs begin so
 
 @dataclass(kw_only=True)
 class Case:
-    """Rivals, and what their times are to be seen beside.
+    """Rivals, and what their times are to be seen beside."""
 
-    Attributes:
-        name: for the table.
-        runs: by name, all of them through the gate; each does the whole work once.
-        left_out: those that failed or gave another result, and why.
-        bytes_moved: the least that can be read and written; None: the memory is not what limits.
-        floor: what takes as long as no rival can do without; None: a copy of ``bytes_moved``.
-        share: or a rival, and what share of its time no rival can do without.
-    """
-
-    name: str
-    runs: dict[str, Run] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    bytes_moved: int | None = None
-    floor: Run | None = None
-    share: tuple[str, float] | None = None
+    name: str  # for the table
+    runs: dict[str, Run] = field(default_factory=dict)  # through the gate; each does the whole work
+    left_out: dict[str, str] = field(default_factory=dict)  # who failed or gave another result
+    bytes_moved: int | None = None  # at least read and written; None: memory is not what limits
+    floor: Run | None = None  # takes as long as all must; None: a copy of bytes_moved
+    share: tuple[str, float] | None = None  # or a rival, and the share of its time that all need
 
     def add(self, name: str, make: Callable[[], Run], check: Callable[[Run], str | None]) -> None:
         """Enter a run if it passes ``check``, which returns what is wrong or None."""
@@ -50,10 +41,10 @@ class Case:
         else:
             self.left_out[name] = wrong
 
-    @property
-    def refused(self) -> bool:
-        """Whether one of ours is left out."""
-        return any(name.startswith(OURS) for name in self.left_out)
+
+def refused(left_out: Iterable[str]) -> bool:
+    """Whether one of ours is among those left out."""
+    return any(name.startswith(OURS) for name in left_out)
 
 
 def why(error: Exception) -> str:

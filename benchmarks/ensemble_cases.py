@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.case import OURS, Case, Run, difference
+from benchmarks.case import OURS, Case, difference
 from fastfreeze import SnapshotEnsemble
 from fastfreeze.recipes.models import build_model
 
@@ -40,22 +40,22 @@ def members(model_name: str, count: int) -> tuple[nn.Module, list[State], float]
         with FlopCounterMode(display=False) as counter:
             x = link(x)
         costs[name] = counter.get_total_flops()
-    total, done, first = sum(costs.values()), 0, []
+    done, first = 0, []
     for name, cost in costs.items():
-        if done + cost > SHARED * total:
+        if done + cost > SHARED * sum(costs.values()):
             break
         done += cost
         first.append(f"{name}.")
     states = [_trained(build_model(model_name)) for _ in range(count)]
     alike = {n: x for n, x in states[0].items() if n.startswith(tuple(first))}
-    return model, [{**state, **alike} for state in states], done / total
+    return model, [{**state, **alike} for state in states], done / sum(costs.values())
 
 
 def _trained(model: nn.Module) -> State:
     """Weights of a model whose norms have seen images."""
     for _ in range(3):
         model.train()(torch.randn(16, 3, 32, 32))
-    return copy.deepcopy(model.state_dict())
+    return model.state_dict()
 
 
 def _models(model: nn.Module, states: Sequence[State]) -> list[nn.Module]:
@@ -88,21 +88,44 @@ def vmap_of(model: nn.Module, states: Sequence[State]) -> Predict:
     return lambda x: call(stacked, x).softmax(-1).mean(0)
 
 
+def run_of(predict: Predict, x: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """All predictions of batches."""
+    return torch.no_grad()(lambda: [predict(batch) for batch in x])
+
+
+def exact(model: nn.Module, states: Sequence[State], x: Sequence[Tensor]) -> list[Tensor]:
+    """What a loop in float64 predicts."""
+    loop = loop_of(copy.deepcopy(model).double(), states)
+    return run_of(loop, [batch.double() for batch in x])()
+
+
+def add_prediction(
+    case: Case,
+    name: str,
+    make: Callable[[], Predict],
+    x: Sequence[Tensor],
+    expected: Sequence[Tensor],
+) -> None:
+    """Enter a run of all predictions if they are those expected."""
+    atol = GPU_TOLERANCE if x[0].is_cuda else TOLERANCE
+    case.add(
+        name,
+        lambda: run_of(make(), x),
+        lambda run: difference([p.double() for p in run()], expected, rtol=0, atol=atol),
+    )
+
+
 @torch.no_grad()
 def ensemble_case(
     model_name: str, batch_size: int, device: str = "cpu", compiling: bool = False
 ) -> Case:
     """The mean of five members' probabilities for a batch of images.
 
-    Args:
-        model_name: as in :func:`fastfreeze.recipes.models.build_model`.
-        batch_size: images.
-        device: where all is.
-        compiling: torch.compile is a rival, too, which takes minutes.
+    ``compiling``: torch.compile is a rival, too, which takes minutes.
     """
     model, states, share = members(model_name, MEMBERS)
     model = model.to(device)
-    x = torch.randn(batch_size, 3, 32, 32).to(device)
+    x = [torch.randn(batch_size, 3, 32, 32).to(device)]
     makes: dict[str, Callable[[], Predict]] = {
         LOOP: partial(loop_of, model, states),
         CHANNELS_LAST: partial(loop_of, model, states, torch.channels_last),
@@ -113,26 +136,16 @@ def ensemble_case(
     if compiling:
         makes["torch.compile of the loop"] = lambda: torch.compile(loop_of(model, states))
         makes[f"{OURS} compiled"] = lambda: torch.compile(
-            SnapshotEnsemble(model, states).as_module(x)
+            SnapshotEnsemble(model, states).as_module(*x)
         )
     shared = f"{MEMBERS} members, {share:.0%} of the MACs shared"
     case = Case(
         name=f"{model_name}, batch {batch_size}, {shared}",
         share=(LOOP, 1 - share + share / MEMBERS),
     )
-    truth = loop_of(copy.deepcopy(model).double(), states)(x.double())
-
-    tolerance = GPU_TOLERANCE if device == "cuda" else TOLERANCE
-
-    def run_of(make: Callable[[], Predict]) -> Run:
-        return torch.no_grad()(partial(make(), x))
-
+    expected = exact(model, states, x)
     for name, make in makes.items():
-        case.add(
-            name,
-            partial(run_of, make),
-            lambda run: difference([run().double()], [truth], rtol=0, atol=tolerance),
-        )
+        add_prediction(case, name, make, x, expected)
     return case
 
 

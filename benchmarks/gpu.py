@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -17,14 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.__main__ import refused
+from benchmarks.case import refused
 from benchmarks.clock import machine
 from benchmarks.jobs import run_job
 from benchmarks.outcomes import summary
@@ -50,35 +51,22 @@ KERNELS = (
     *("sgd-resnet110", "softmax-5-256-10", "statistics-5-1024-100", "adamw-resnet50"),
 )
 REST = (
-    "adamw-resnet110-*graph",
-    "sgd-resnet50-bf16",
-    "sgd-vit_b_16",
-    "*-10-64-50257",
+    *("adamw-resnet110-*graph", "sgd-resnet50-bf16", "sgd-vit_b_16", "*-10-64-50257"),
     "ensemble-*",
 )
 
 
 @dataclass
 class Plan:
-    """A run, and what its stages need.
+    """A run, and what its stages need."""
 
-    Attributes:
-        device: "cuda" or "cpu": a dry run, of small cases.
-        out: the folder of the results.
-        scratch: a folder that goes with the run.
-        source: what is installed; None: the package is used as it is.
-        folder: where tests and benchmarks run.
-        environment: with the path to what is installed.
-        results: until now.
-    """
-
-    device: str
-    out: Path
-    scratch: Path
-    source: Path | None = None
-    folder: Path = ROOT
-    environment: dict[str, str] = field(default_factory=dict)
-    results: dict = field(default_factory=dict)
+    device: str  # "cuda" or "cpu": a dry run, of small cases
+    out: Path  # the folder of the results
+    scratch: Path  # a folder that goes with the run
+    source: Path | None = None  # what is installed; None: the package is used as it is
+    folder: Path = ROOT  # where tests and benchmarks run
+    environment: dict[str, str] = field(default_factory=dict)  # with the path to the installed
+    results: dict = field(default_factory=dict)  # until now
 
     def job(
         self,
@@ -105,6 +93,7 @@ class Plan:
 
 
 Stage = Callable[[Plan, str, float], dict]
+Stages = Mapping[str, tuple[float, Stage]]
 
 
 def install(plan: Plan, stage: str, seconds: float) -> dict:
@@ -114,32 +103,21 @@ def install(plan: Plan, stage: str, seconds: float) -> dict:
     site, source = plan.scratch / "site", plan.source
     if source == ROOT:
         source = copied(SOURCES, plan.scratch / "sources")
-    command = pip_command(site, source)
-    environment = build_environment(plan.device)
+    # pip neither asks a registry nor touches what is installed.
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", str(site)]
+    command = [sys.executable, "-m", "pip", "install", *options, str(source)]
+    # Both libraries or a failure; for the device that is there.
+    on_gpu = plan.device == "cuda"
+    environment = {"FASTFREEZE_BUILD_CPP": "1", "FASTFREEZE_BUILD_CUDA": str(int(on_gpu))}
+    if on_gpu:
+        major, minor = torch.cuda.get_device_capability()
+        environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}+PTX"
     found = plan.job(stage, command, seconds, folder=plan.scratch, environment=environment)
     # From here the installed package is imported, not the sources beside it.
     plan.folder = copied(("tests", "benchmarks", "csrc", "pyproject.toml"), plan.scratch / "tree")
     paths = [str(site), os.environ.get("PYTHONPATH", "")]
     plan.environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return found
-
-
-def pip_command(site: Path, source: Path) -> list[str]:
-    """pip's, which neither asks a registry nor touches what is installed."""
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", str(site)]
-    return [sys.executable, "-m", "pip", "install", *options, str(source)]
-
-
-def build_environment(device: str) -> dict[str, str]:
-    """Both libraries or a failure; for the device that is there."""
-    if device != "cuda":
-        return {"FASTFREEZE_BUILD_CPP": "1", "FASTFREEZE_BUILD_CUDA": "0"}
-    major, minor = torch.cuda.get_device_capability()
-    return {
-        "FASTFREEZE_BUILD_CPP": "1",
-        "FASTFREEZE_BUILD_CUDA": "1",
-        "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}+PTX",
-    }
 
 
 def copied(names: Sequence[str], folder: Path) -> Path:
@@ -161,13 +139,8 @@ def bench(plan: Plan, stage: str, seconds: float, *, cases: Sequence[str], round
         cases, rounds = SMALL, min(rounds, 2)
     command = [sys.executable, "-m", "benchmarks", *cases, "--device", plan.device, "--go-on"]
     command += ["--out", str(out), "--rounds", str(rounds), "--seconds", "3"]
-    return plan.job(
-        stage,
-        command,
-        seconds,
-        lambda: read_json(out),
-        done=lambda: len(read_json(out).get("results", {})),
-    )
+    done = lambda: len(read_json(out).get("results", {}))  # noqa: E731
+    return plan.job(stage, command, seconds, partial(read_json, out), done=done)
 
 
 def tests(plan: Plan, stage: str, seconds: float) -> dict:
@@ -196,33 +169,30 @@ def pytest_command(files: Sequence[str], keyword: str) -> list[str]:
     return [*command, "-k", keyword, *files]
 
 
-# Name, seconds, what runs. A stage may take what those before it have left over; after the smoke,
-# a failed stage does not keep the next from running.
-STAGES: list[tuple[str, float, Stage]] = [
-    ("build", 120, install),
-    ("smoke", 45, partial(bench, cases=SMALL, rounds=0)),
-    ("tests-cuda", 65, tests),
-    ("kernels", 80, partial(bench, cases=KERNELS, rounds=41)),
-    ("steps", 110, partial(bench, cases=("trim-*", "kept-*"), rounds=21)),
-    ("tests-triton", 80, tests),
-    ("kernels-rest", 30, partial(bench, cases=REST, rounds=41)),
-]
+# By name: seconds, what runs. A stage may take what those before it have left over; after the
+# smoke, a failed stage does not keep the next from running.
+STAGES: Stages = {
+    "build": (120, install),
+    "smoke": (45, partial(bench, cases=SMALL, rounds=0)),
+    "tests-cuda": (65, tests),
+    "kernels": (80, partial(bench, cases=KERNELS, rounds=41)),
+    "steps": (110, partial(bench, cases=("trim-*", "kept-*"), rounds=21)),
+    "tests-triton": (80, tests),
+    "kernels-rest": (30, partial(bench, cases=REST, rounds=41)),
+}
 
 
-def ends(stages: Sequence[tuple[str, float, Stage]], seconds: float) -> dict[str, float]:
+def ends(stages: Stages, seconds: float) -> dict[str, float]:
     """When each stage has to be over, in seconds from the start: its share of the whole."""
-    total, end, found = sum(limit for _, limit, _ in stages), 0.0, {}
-    for name, limit, _ in stages:
-        end += limit
-        found[name] = end / total * seconds
-    return found
+    limits = list(itertools.accumulate(limit for limit, _ in stages.values()))
+    return {name: end / limits[-1] * seconds for name, end in zip(stages, limits, strict=True)}
 
 
-def run_stages(plan: Plan, stages: Sequence[tuple[str, float, Stage]], seconds: float) -> None:
+def run_stages(plan: Plan, stages: Stages, seconds: float) -> None:
     """All stages in turn."""
     start, over = time.monotonic(), ends(stages, seconds - TAIL)
     status = "complete"
-    for name, _, stage in stages:
+    for name, (_, stage) in stages.items():
         began = time.monotonic() - start
         found = {"status": "running", "began_s": round(began, 1)}
         plan.results["stages"][name] = found
@@ -250,7 +220,7 @@ def failures(results: dict) -> list[str]:
         found += [f"  {test}" for test in stage.get("failures", {})]
         found += [f"  {test}: has not ended" for test in stage.get("not_ended", [])]
         for case, entry in stage.get("results", {}).items():
-            if refused(entry):
+            if refused(entry["left_out"]):
                 found.append(f"  {case}: {entry['left_out']}")
     return found
 
@@ -270,7 +240,7 @@ def print_plan(minutes: float) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    names = [name for name, _, _ in STAGES]
+    names = list(STAGES)
     made = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     made.add_argument("--wheel", type=Path, help="install this instead of building")
     made.add_argument("--no-build", action="store_true", help="use the sources as they are")
@@ -278,9 +248,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("gpu-results"), help="a folder")
     made.add_argument("--minutes", type=float, default=MINUTES, help="for everything")
     made.add_argument("--plan", action="store_true", help="run nothing: tell what would run")
-    made.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a small dry run"
-    )
+    about = "cpu: a small dry run"
+    made.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help=about)
     return made
 
 
@@ -294,13 +263,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut off"))  # by way of the finally's
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    chosen = {"build", *arguments.stages}
+    stages = {name: stage for name, stage in STAGES.items() if name in arguments.stages}
+    stages = {"build": STAGES["build"], **stages}
     source = None if arguments.no_build else (arguments.wheel or ROOT).resolve()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         plan = Plan(arguments.device, out, Path(scratch), source)
         facts = machine(arguments.device)
         plan.results = {"status": "cut off", "machine": facts, "stages": {}}
-        run_stages(plan, [row for row in STAGES if row[0] in chosen], arguments.minutes * 60)
+        run_stages(plan, stages, arguments.minutes * 60)
     bad = failures(plan.results)
     print(*bad, f"{plan.results['status']}; results: {out}", sep="\n")
     return 0 if not bad and plan.results["status"] == "complete" else 1

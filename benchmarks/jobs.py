@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 DIED = 3  # exit status of who cannot go on; 1 is that of who has come to the end, with failures
 
@@ -31,20 +32,14 @@ def run_job(
     log: Path,
     *,
     folder: Path = Path(),
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] = {},
     tick: Callable[[], None] = lambda: None,
     done: Callable[[], int] = lambda: 0,
 ) -> dict:
-    """Run a command at most so long; its children end with it.
+    """Run a command in a folder, at most so long; its children end with it.
 
-    Args:
-        command: the program and its arguments.
-        seconds: the limit.
-        log: the file to which its output is added.
-        folder: where it runs.
-        environment: what differs from ours.
-        tick: is called about once a second.
-        done: counts what it has done; if it has died, but done something, it runs once more.
+    Its output is added to ``log``, and ``tick`` is called about once a second. ``done`` counts what
+    it has done: where it has died after doing something, it runs once more.
 
     Returns:
         "status" ("ok", "failed" or "cut off"), "seconds", and "exit_statuses" of what failed.
@@ -54,7 +49,7 @@ def run_job(
     while code not in (0, 1, None) and done() > before:
         before = done()
         left = start + seconds - time.monotonic()
-        code = _run(command, left, log, folder, environment or {}, tick)
+        code = _run(command, left, log, tick, cwd=folder, env={**os.environ, **environment})
         failed += [code] if code else []
         tick()
     status = "cut off" if code is None else "failed" if failed else "ok"
@@ -63,23 +58,17 @@ def run_job(
 
 
 def _run(
-    command: Sequence[str],
-    seconds: float,
-    log: Path,
-    folder: Path,
-    environment: Mapping[str, str],
-    tick: Callable[[], None],
+    command: Sequence[str], seconds: float, log: Path, tick: Callable[[], None], **options: Any
 ) -> int | None:
     """The exit status; None if it was cut off."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
-            cwd=folder,
-            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            **options,
         )
     end = time.monotonic() + seconds
     try:

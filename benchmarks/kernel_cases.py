@@ -14,14 +14,13 @@ from torch import Tensor
 
 from benchmarks.case import OURS, Case, Run, compiled_run, difference, graphed, own_backends
 from fastfreeze.kernels.affine import affine_relu_cat
-from fastfreeze.kernels.softmax import EnsembleStatistics, ensemble_softmax, ensemble_statistics
+from fastfreeze.kernels.softmax import ensemble_softmax, ensemble_statistics
 from fastfreeze.kernels.winograd import transform_weight, winograd_conv2d
 
 
 def softmax_case(M: int, B: int, C: int, device: str = "cpu") -> Case:
     """Mean of the softmax of M members' logits [B, C], fp32."""
-    torch.manual_seed(0)
-    members = [torch.randn(B, C, device=device) for _ in range(M)]
+    members = _logits(M, B, C, device)
     stacked = torch.stack(members)
 
     def loop() -> Tensor:
@@ -30,34 +29,38 @@ def softmax_case(M: int, B: int, C: int, device: str = "cpu") -> Case:
             total += torch.softmax(logits, -1)
         return total.div_(M)
 
-    ours = {
-        name: partial(ensemble_softmax, members, backend=backend)
-        for name, backend in own_backends(device).items()
-    }
+    def own(backend: str) -> Tensor:
+        return ensemble_softmax(members, backend=backend)
+
     rivals = {"softmax(stacked).mean(0)": lambda: torch.softmax(stacked, -1).mean(0)}
-    name = f"ensemble average, ({M}, {B}, {C})"
-    return _averages(name, (M + 1) * B * C * 4, ours, loop, rivals, device)
+    name, moved = f"ensemble average, ({M}, {B}, {C})", (M + 1) * B * C * 4
+    return _averages(name, moved, own, loop, rivals, device)
 
 
 def statistics_case(M: int, B: int, C: int, device: str = "cpu") -> Case:
     """That mean with its maximum, class, entropy, mutual information and the labels' NLL."""
-    torch.manual_seed(0)
-    members = [torch.randn(B, C, device=device) for _ in range(M)]
+    members = _logits(M, B, C, device)
     labels = torch.randint(C, (B,), device=device)
 
     def own(backend: str) -> list[Tensor]:
-        return statistics_fields(ensemble_statistics(members, labels, backend=backend))
+        """All but the class, of which rounding may choose another where two are as likely."""
+        s = ensemble_statistics(members, labels, backend=backend)
+        return [s.probabilities, s.max_probability, s.entropy, s.mutual_information, s.nll]
 
-    ours = {name: partial(own, backend) for name, backend in own_backends(device).items()}
     name = f"ensemble statistics, ({M}, {B}, {C})"
     moved = (M + 1) * B * C * 4 + B * (8 + 8 + 4 * 4)
     loop = partial(eager_statistics, members, labels)
     # Compiled sums over many classes lose digits.
-    return _averages(name, moved, ours, loop, {}, device, rtol=1e-3)
+    return _averages(name, moved, own, loop, {}, device, rtol=1e-3)
+
+
+def _logits(M: int, B: int, C: int, device: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(B, C, device=device) for _ in range(M)]
 
 
 def eager_statistics(members: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
-    """What a user would write; in the order of ``statistics_fields``."""
+    """What a user would write; in the order of ours."""
     mean = torch.zeros_like(members[0])
     entropies = torch.zeros_like(mean[:, 0])
     for logits in members:
@@ -71,28 +74,21 @@ def eager_statistics(members: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
     return [mean, best, entropy, (entropy - entropies).clamp(min=0), nll]
 
 
-def statistics_fields(s: EnsembleStatistics) -> list[Tensor]:
-    """All but the class, of which rounding may choose another where two are as likely."""
-    assert s.nll is not None
-    return [s.probabilities, s.max_probability, s.entropy, s.mutual_information, s.nll]
-
-
 def _averages(
     name: str,
     bytes_moved: int,
-    ours: dict[str, Run],
+    own: Callable[[str], object],
     loop: Run,
     rivals: dict[str, Run],
     device: str,
     **tolerance: float,
 ) -> Case:
-    """Also the loop compiled or, on a GPU, replayed as a graph, and ours, too."""
-    runs = {**ours, "eager loop": loop, **rivals}
-    if device == "cuda":
-        runs |= {
-            f"{rival}, graph": graphed(run) for rival, run in {**ours, "eager loop": loop}.items()
-        }
-    return _case(name, bytes_moved, runs, loop, loop if device == "cpu" else None, **tolerance)
+    """Ours by backend, and the loop; on a GPU both also as graphs, on a CPU it also compiled."""
+    runs = {name: partial(own, backend) for name, backend in own_backends(device).items()}
+    runs["eager loop"] = loop
+    graphs = {f"{rival}, graph": graphed(run) for rival, run in runs.items() if device == "cuda"}
+    runs |= {**rivals, **graphs}
+    return _case(name, bytes_moved, runs, loop, compiling=device == "cpu", **tolerance)
 
 
 @torch.no_grad()
@@ -146,15 +142,15 @@ def _case(
     bytes_moved: int,
     runs: dict[str, Run],
     truth: Run,
-    compiled: Run | None = None,
+    compiling: bool = False,
     **tolerance: float,
 ) -> Case:
-    """Those of the runs that agree with ``truth``, and ``compiled``, if that does."""
+    """Those of the runs that agree with ``truth``; if ``compiling``, that compiled is one, too."""
     case = Case(name=name, bytes_moved=bytes_moved)
     expected = _listed(truth())
     makes: dict[str, Callable[[], Run]] = {k: lambda run=run: run for k, run in runs.items()}
-    if compiled is not None:
-        makes["torch.compile of the loop"] = partial(compiled_run, compiled)
+    if compiling:
+        makes["torch.compile of the loop"] = partial(compiled_run, truth)
 
     def wrong(run: Run) -> str | None:
         run()  # a graph is captured at the second call
@@ -171,16 +167,11 @@ def _listed(result: object) -> list[Tensor]:
 
 def kernel_cases(device: str = "cpu") -> dict[str, Callable[[], Case]]:
     """By name."""
-    softmax = [(2, 33, 17), (5, 256, 10), (5, 1024, 100), (6, 4096, 1000)]
-    statistics = [(2, 33, 17), (5, 1024, 100), (6, 4096, 1000), (10, 64, 50257)]
-    found: dict[str, Callable[[], Case]] = {
-        f"{kind}-{'-'.join(map(str, shape))}": partial(make, *shape, device=device)
-        for kind, make, shapes in (
-            ("softmax", softmax_case, softmax),
-            ("statistics", statistics_case, statistics),
-        )
-        for shape in shapes
-    }
+    found: dict[str, Callable[[], Case]] = {}
+    for M, B, C in [(2, 33, 17), (5, 256, 10), (5, 1024, 100), (6, 4096, 1000)]:
+        found[f"softmax-{M}-{B}-{C}"] = partial(softmax_case, M, B, C, device)
+    for M, B, C in [(2, 33, 17), (5, 1024, 100), (6, 4096, 1000), (10, 64, 50257)]:
+        found[f"statistics-{M}-{B}-{C}"] = partial(statistics_case, M, B, C, device)
     if device == "cpu":
         for C, K, size in [(64, 64, 16), (256, 256, 8), (512, 512, 4), (48, 12, 16)]:
             found[f"convolution-{C}-{K}-{size}"] = partial(convolution_case, C, size, K)

@@ -12,25 +12,15 @@ HEADER = "| case | fastfreeze | best rival | ratio | floor |\n|---|---|---|---|-
 
 @dataclass(frozen=True)
 class Line:
-    """One of ours in one case.
-
-    Attributes:
-        key: of the case.
-        case: its name.
-        ours: which of ours.
-        own: its times.
-        rival: the fastest of the others.
-        best: its times.
-        floor: seconds that no rival can do without, None where nobody knows.
-    """
+    """One of ours in one case, and the fastest of the others."""
 
     key: str
-    case: str
-    ours: str
+    case: str  # its name
+    ours: str  # which of ours
     own: Times
     rival: str
     best: Times
-    floor: float | None = None
+    floor: float | None = None  # seconds that no rival can do without; None: nobody knows
 
     @property
     def ratio(self) -> float:

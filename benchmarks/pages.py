@@ -20,28 +20,18 @@ from benchmarks.worth.answer import answers, short_table
 from fastfreeze.files import write_atomic
 
 PAGES = ("README.md", "docs/results.md", "docs/what-trim-gains.md")
-# What docs/results.md shows of steps and averages.
-KERNELS = (
-    "sgd-resnet110-per-layer",
-    "sgd-resnet110-per-layer-channels-last",
-    "sgd-resnet110",
-    "sgd-resnet110-channels-last",
-    "sgd-densenet-bc-100-per-layer",
-    "sgd-wrn40-4-per-layer",
-    "sgd-vgg16",
-    "sgd-resnet50",
-    "softmax-5-256-10",
-    "softmax-5-1024-100",
-    "softmax-6-4096-1000",
-    "statistics-6-4096-1000",
-    "statistics-10-64-50257",
-)
 STEPS = {
     "a group for each of 110 layers": "sgd-resnet110-per-layer",
     "the same, in channels_last": "sgd-resnet110-per-layer-channels-last",
     "one group": "sgd-resnet110",
     "one group, in channels_last": "sgd-resnet110-channels-last",
 }
+KERNELS = (  # what docs/results.md shows of steps and averages
+    *STEPS.values(),
+    *("sgd-densenet-bc-100-per-layer", "sgd-wrn40-4-per-layer", "sgd-vgg16", "sgd-resnet50"),
+    *("softmax-5-256-10", "softmax-5-1024-100", "softmax-6-4096-1000"),
+    *("statistics-6-4096-1000", "statistics-10-64-50257"),
+)
 THREADS = {"1 thread": "cpu-xeon-1-thread.json", "2 threads": "cpu-xeon-2-threads.json"}
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -89,27 +79,16 @@ FLOOR = "floor"
 
 @dataclass(frozen=True)
 class Ratios:
-    """Cases of a kind: the time of one rival, and the others beside it.
+    """Cases of a kind: the time of one rival, and the others beside it."""
 
-    Attributes:
-        kind: how the keys of its cases begin.
-        first: the first column's title.
-        base: the rival, and the title of its times.
-        columns: other rivals, or the floor, and their titles; those without data are left out.
-        text: of seconds, and those of ``base``.
-        bold: a column.
-        leave_out: of the cases' names.
-        sources: whether the table tells who made it, and who was left out.
-    """
-
-    kind: str
-    first: str
-    base: tuple[str, str]
-    columns: Mapping[str, str]
-    text: Callable[[float, float], str]
-    bold: str = OURS
-    leave_out: str = ""
-    sources: bool = True
+    kind: str  # how the keys of its cases begin
+    first: str  # the first column's title
+    base: tuple[str, str]  # the rival, and the title of its times
+    columns: Mapping[str, str]  # titles of others, and of the floor; without data they are left out
+    text: Callable[[float, float], str]  # of seconds, and those of the base
+    bold: str = OURS  # a column
+    leave_out: str = ""  # of the cases' names
+    sources: bool = True  # whether it tells who made it, and who was left out
 
     def __call__(self, results: Path) -> Iterator[str]:
         found, notes = [], []

@@ -20,17 +20,18 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.case import OURS, Case, Run, difference, why
+from benchmarks import ensemble_cases as predicting
+from benchmarks.case import OURS, Case, why
 from benchmarks.clock import Times, machine, measured
-from benchmarks.ensemble_cases import LOOP, TOLERANCE, VMAP, Predict, State, loop_of, vmap_of
 from benchmarks.results import add, at_least, begun, parser
 from fastfreeze import SnapshotEnsemble, SnapshotStore
 from fastfreeze.ensemble import prediction_scores
@@ -66,6 +67,16 @@ class Task:
         data = self.data
         return build_model(self.model, num_classes=data.num_classes, in_channels=data.in_channels)
 
+    @cached_property
+    def x(self) -> list[Tensor]:
+        """Test images, in batches."""
+        return [x for x, _ in self.data.test_batches(EVALUATION_BATCH, CPU)]
+
+    @property
+    def labels(self) -> Tensor:
+        """Of the test images."""
+        return self.data.test.labels
+
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.data.train_batches(SEED, epoch, self.batch_size, CPU)
 
@@ -80,12 +91,11 @@ class Task:
         }
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """An ensemble: its snapshots, how it predicts, seconds of the training, and bytes on disk."""
 
-    states: Sequence[State]
-    predict: Predict
+    states: Sequence[predicting.State]
+    predict: predicting.Predict
     seconds: float
     bytes_on_disk: int
 
@@ -131,15 +141,10 @@ def entries(task: Task, rounds: int) -> Iterator[tuple[str, dict]]:
             found[TORCHENSEMBLE] = by_torchensemble(task, Path(folder, TORCHENSEMBLE))
         except Exception as error:  # of whatever kind: it is not ours to mend
             left_out[TORCHENSEMBLE] = why(error)
-    yield (
-        "peers-training",
-        {
-            "name": "training",
-            "left_out": left_out,
-            "seconds": {n: asdict(Times(*[peer.seconds] * 3)) for n, peer in found.items()},
-            "facts": {name: facts(task, peer) for name, peer in found.items()},
-        },
-    )
+    entry = {"name": "training", "left_out": left_out}
+    entry["seconds"] = {n: asdict(Times(*[peer.seconds] * 3)) for n, peer in found.items()}
+    entry["facts"] = {name: facts(task, peer) for name, peer in found.items()}
+    yield "peers-training", entry
     for name in task.schedules():
         key = name.removeprefix(f"{OURS}, ").replace(" ", "-").replace("=", "-")
         yield f"peers-{key}", predictions(task, name, found, rounds)
@@ -154,8 +159,7 @@ def by_fastfreeze(task: Task, schedule: SnapshotCycles, folder: Path) -> Trained
     def after_step() -> None:
         step = next(steps)
         if step in schedule.cycle_ends:
-            cycle = schedule.cycle_ends.index(step)
-            store.save(model, step=step, cycle=cycle, wait=False)
+            store.save(model, step=step, cycle=schedule.cycle_ends.index(step), wait=False)
 
     for epoch in range(task.epochs):
         train_epoch(setup, task.batches(epoch), CPU, after_step)
@@ -181,20 +185,14 @@ class Loader:
 
 
 def by_torchensemble(task: Task, folder: Path) -> Trained:
-    """Its own training.
-
-    Raises:
-        Exception: it is not installed, or cannot do it.
-    """
+    """Its own training; raises whatever it does, where it is not installed or cannot do it."""
     from torchensemble import SnapshotEnsembleClassifier
 
     class Estimator:  # a class, as it documents: an object would be saved as one more member
         def __new__(cls) -> nn.Module:
             return task.build()
 
-    ensemble = SnapshotEnsembleClassifier(
-        estimator=Estimator, n_estimators=task.members, cuda=False
-    )
+    ensemble = SnapshotEnsembleClassifier(Estimator, task.members, cuda=False)
     plain = plain_sgd(task.build(), Cosine(task.total_steps), LR)
     ensemble.set_optimizer("SGD", **plain.optimizer.defaults)
     start = time.perf_counter()
@@ -208,46 +206,27 @@ def by_torchensemble(task: Task, folder: Path) -> Trained:
 
 def facts(task: Task, peer: Trained) -> dict:
     """Errors on the test images, and bytes on disk."""
-    x, labels = _test_images(task)
-    scores = prediction_scores(_all(peer.predict, x), labels)
+    scores = prediction_scores(torch.cat(predicting.run_of(peer.predict, task.x)()), task.labels)
     found = {name: getattr(scores, name) for name in ("error", "nll", "ece")}
     return {**found, "bytes_on_disk": peer.bytes_on_disk}
 
 
-def predictions(task: Task, name: str, found: dict[str, Trained], rounds: int) -> dict:
+def predictions(task: Task, name: str, found: Mapping[str, Trained], rounds: int) -> dict:
     """The entry of an ensemble's predictions, beside those by hand and by torchensemble's own."""
     own, model = found[name], task.build()
-    predict = {
+    rivals = {
         OURS: (own, own.predict),
-        LOOP: (own, loop_of(model, own.states)),
-        VMAP: (own, vmap_of(model, own.states)),
+        predicting.LOOP: (own, predicting.loop_of(model, own.states)),
+        predicting.VMAP: (own, predicting.vmap_of(model, own.states)),
     }
     if (theirs := found.get(TORCHENSEMBLE)) is not None:
         version = importlib.metadata.version(TORCHENSEMBLE)
-        predict[f"{TORCHENSEMBLE} {version}"] = (theirs, theirs.predict)
-    case, (x, _) = Case(name=f"prediction, {name}"), _test_images(task)
-    for rival, (peer, call) in predict.items():
-        exact = _all(loop_of(model.double(), peer.states), [batch.double() for batch in x])
-        case.add(
-            rival,
-            lambda call=call: partial(_all, call, x),
-            lambda run, exact=exact: _wrong(run, exact),
-        )
+        rivals[f"{TORCHENSEMBLE} {version}"] = (theirs, theirs.predict)
+    case = Case(name=f"prediction, {name}")
+    for rival, (peer, predict) in rivals.items():
+        expected = predicting.exact(model, peer.states, task.x)
+        predicting.add_prediction(case, rival, lambda predict=predict: predict, task.x, expected)
     return measured(case, rounds, SECONDS, bandwidth=1.0)
-
-
-def _wrong(run: Run, exact: Tensor) -> str | None:
-    return difference([run().double()], [exact], rtol=0, atol=TOLERANCE)
-
-
-def _test_images(task: Task) -> tuple[list[Tensor], Tensor]:
-    pairs = list(task.data.test_batches(EVALUATION_BATCH, CPU))
-    return [x for x, _ in pairs], torch.cat([y for _, y in pairs])
-
-
-@torch.no_grad()
-def _all(predict: Predict, batches: Sequence[Tensor]) -> Tensor:
-    return torch.cat([predict(x) for x in batches])
 
 
 if __name__ == "__main__":

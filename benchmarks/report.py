@@ -23,29 +23,31 @@ from fastfreeze.files import write_atomic
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCS = REPOSITORY / "docs"
-STEP, KERNELS = "Optimizer step", "Kernels"
-TITLES = {  # by how a case's key begins
-    "sgd": STEP,
-    "adamw": STEP,
-    "host": "Host time of an optimizer step on a GPU",
-    "trim": "Training step, half of the parameters frozen",
-    "kept": "Training step with kept values",
-    "ensemble": "Ensembles",
-    "training": "Whole trainings",
-    "peers": "Snapshot ensembles and their peers",
+KERNELS = "Kernels"
+KINDS = {  # in the order of the tables: how the keys of their cases begin, and what the floor is
+    "Optimizer step": ("sgd adamw", "updating as many elements in one flat tensor"),
+    "Host time of an optimizer step on a GPU": (
+        "host",
+        "not known; nothing is launched, and torch's launches, one for each group, are not counted",
+    ),
+    "Training step, half of the parameters frozen": ("trim", "not known"),
+    "Training step with kept values": (
+        "kept",
+        "training the rest alone, on features that were stored",
+    ),
+    KERNELS: ("", "the case's bytes at the bandwidth of a large copy"),
+    "Ensembles": (
+        "ensemble",
+        "the loop's time, divided by how many times fewer MACs there are to do if what members "
+        "share is done once; folding norms goes beyond it",
+    ),
+    "Whole trainings": (
+        "training",
+        "the baseline's time if frozen layers took none, with torch's kernels",
+    ),
+    "Snapshot ensembles and their peers": ("peers", "not known"),
 }
-FLOORS = {  # and the order of the tables
-    STEP: "updating as many elements in one flat tensor",
-    TITLES["host"]: "not known; nothing is launched, and torch's launches, one for each group, are "
-    "not counted",
-    TITLES["trim"]: "not known",
-    TITLES["kept"]: "training the rest alone, on features that were stored",
-    KERNELS: "the case's bytes at the bandwidth of a large copy",
-    TITLES["ensemble"]: "the loop's time, divided by how many times fewer MACs there are to do if "
-    "what members share is done once; folding norms goes beyond it",
-    TITLES["training"]: "the baseline's time if frozen layers took none, with torch's kernels",
-    TITLES["peers"]: "not known",
-}
+TITLES = {key: title for title, (keys, _) in KINDS.items() for key in keys.split()}
 INTRODUCTION = """\
 # Benchmarks
 
@@ -63,24 +65,16 @@ compute the same; who does not is named and has no number.
 
 @dataclass
 class Table:
-    """Lines of one kind, measured on one machine.
-
-    Attributes:
-        title: the kind.
-        hardware: machine, threads and versions.
-        lines: as they are in the files.
-        left_out: who has no numbers and why, with the number of cases.
-        made_by: what made each file and how, by its name.
-    """
+    """Lines of one kind, measured on one machine."""
 
     title: str
     hardware: str
-    lines: list[Line] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    made_by: dict[str, str] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)  # as they are in the files
+    left_out: Counter[str] = field(default_factory=Counter)  # who and why, of how many cases
+    made_by: dict[str, str] = field(default_factory=dict)  # by the files' names
 
     def markdown(self) -> str:
-        parts = [f"## {self.title}", self.hardware, f"*floor*: {FLOORS[self.title]}."]
+        parts = [f"## {self.title}", self.hardware, f"*floor*: {KINDS[self.title][1]}."]
         if self.lines:
             parts.append("\n".join([HEADER, *map(str, self.lines)]))
         if self.left_out:
@@ -132,4 +126,4 @@ def collect(folder: Path) -> list[Table]:
             table.lines += lines_of(key, entry)
             table.left_out.update(f"{who}: {why}" for who, why in entry["left_out"].items())
             table.made_by[path.name] = made_by(data, path.name)
-    return sorted(tables.values(), key=lambda table: list(FLOORS).index(table.title))
+    return sorted(tables.values(), key=lambda table: list(KINDS).index(table.title))

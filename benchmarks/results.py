@@ -29,13 +29,7 @@ def read_json(path: Path) -> dict:
 
 
 def begun(machine: dict, module: str, argv: Sequence[str] | None) -> dict:
-    """Results without an entry, of a command, and a table's head in the output.
-
-    Args:
-        machine: what it is measured on.
-        module: that runs.
-        argv: its arguments; None: this process's.
-    """
+    """Results without an entry, of a module that runs with arguments; None: this process's."""
     print(f"{machine}\n\n{HEADER}", flush=True)
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", module, *words])

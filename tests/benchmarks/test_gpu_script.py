@@ -54,7 +54,7 @@ def test_a_dry_run(tmp_path):
 def test_a_dry_run_of_all(tmp_path):
     assert gpu.main(["--device=cpu", "--no-build", f"--out={tmp_path}"]) == 0
     stages = json.loads((tmp_path / "results.json").read_text())["stages"]
-    assert list(stages) == [name for name, _, _ in gpu.STAGES]
+    assert list(stages) == list(gpu.STAGES)
     assert stages["tests-cuda"]["counts"].keys() == {"passed"}
     assert all(entry["seconds"] for entry in stages["kernels"]["results"].values())
     assert len(list(tmp_path.iterdir())) <= 6  # few files travel more easily
@@ -65,7 +65,7 @@ def test_it_stops_after_a_failed_smoke(plan):
         wrong = {"left_out": {"fastfreeze": "why"}, "seconds": {}}
         return {"status": "failed", "results": {"sgd-tiny": wrong}}
 
-    gpu.run_stages(plan, [("smoke", 1, smoke), ("steps", 1, smoke)], 60)
+    gpu.run_stages(plan, {"smoke": (1, smoke), "steps": (1, smoke)}, 60)
     results = read_json(plan.out / "results.json")
     assert results == plan.results
     assert results["status"] == "stopped: the smoke failed"
@@ -77,14 +77,14 @@ def test_other_stages_do_not_keep_the_next_from_running(plan):
     def broken(plan, stage, seconds):
         raise RuntimeError("no")
 
-    fine = ("steps", 1, lambda plan, stage, seconds: {"status": "ok"})
-    gpu.run_stages(plan, [("kernels", 1, broken), fine], 60)
+    fine = lambda plan, stage, seconds: {"status": "ok"}  # noqa: E731
+    gpu.run_stages(plan, {"kernels": (1, broken), "steps": (1, fine)}, 60)
     assert plan.results["status"] == "complete"
     assert gpu.failures(plan.results) == ["kernels: failed RuntimeError('no')"]
 
 
 def test_what_a_stage_leaves_over_is_the_next_ones():
-    stages = [("a", 10, None), ("b", 30, None), ("c", 10, None)]
+    stages = {"a": (10, None), "b": (30, None), "c": (10, None)}
     assert gpu.ends(stages, 100) == {"a": 20, "b": 80, "c": 100}
     assert max(gpu.ends(gpu.STAGES, gpu.MINUTES * 60).values()) < 580
 

@@ -94,15 +94,15 @@ def test_torchensemble_trains_as_fastfreeze_without_freezing(task, tmp_path):
 )
 def test_who_predicts_otherwise_gets_no_numbers(task, own, wrong):
     right = own.predict
-    found = {STICKY: replace(own, predict=lambda x: wrong(right(x)))}
+    found = {STICKY: own._replace(predict=lambda x: wrong(right(x)))}
     entry = peers.predictions(task, STICKY, found, rounds=2)
     assert "another result" in entry["left_out"]["fastfreeze"]
     assert entry["seconds"] == {}
 
 
 def test_the_truth_is_of_the_snapshots(task, own):
-    of_one = peers.loop_of(task.build(), own.states[:1])
-    entry = peers.predictions(task, STICKY, {STICKY: replace(own, predict=of_one)}, rounds=2)
+    of_one = peers.predicting.loop_of(task.build(), own.states[:1])
+    entry = peers.predictions(task, STICKY, {STICKY: own._replace(predict=of_one)}, rounds=2)
     assert set(entry["left_out"]) == {"fastfreeze"}
 
 

@@ -24,134 +24,82 @@ def times(median, low=None, high=None):
     return {"median": median, "low": low or 0.9 * median, "high": high or 1.1 * median}
 
 
+def entry(name, seconds, floor=None, spread=True, **left_out):
+    """A case's; seconds are medians, or all that is known of them."""
+    found = {
+        rival: t if isinstance(t, dict) else times(t) if spread else times(t, t, t)
+        for rival, t in seconds.items()
+    }
+    return {"name": name, "left_out": left_out, "floor_s": floor, "seconds": found}
+
+
+IN_EVAL, NOT_FOLDED = "flags, frozen part in eval mode", "fastfreeze, not folded"
+LOOP, LAST, VMAP = "torch loop", "torch loop, channels_last", "torch.func vmap"
 KERNELS = {
     "machine": {**MACHINE, "copy_gb_per_s": 20},
     "command": "python -m benchmarks --out /somewhere/x.json",
     "note": "beside other work",
     "results": {
-        "sgd-net": {
-            "name": "SGD step, net",
-            "bytes": 20,
-            "floor_s": 0.5e-3,
-            "left_out": {"other": "no nesterov"},
-            "seconds": {
-                "fastfreeze": times(1e-3),
-                "torch": times(4e-3),
-                "torch fused": times(2e-3, 1e-3, 3e-3),
-            },
-        },
-        "sgd-wrong": {
-            "name": "SGD step, wrong",
-            "left_out": {"fastfreeze": "wrong", "other": "no nesterov"},
-            "seconds": {},
-        },
-        "trim-net": {
-            "name": "net, half of the parameters frozen",
-            "left_out": {},
-            "floor_s": None,
-            "seconds": {
-                "fastfreeze": times(0.1),
-                "flags": times(0.25),
-                "flags, frozen part in eval mode": times(0.2),
-            },
-        },
-        "trim-other": {
-            "name": "other",
-            "left_out": {},
-            "seconds": {"fastfreeze": times(0.05), "flags": times(0.2)},
-        },
-        "trim-wrong": {"name": "wrong", "left_out": {"fastfreeze": "wrong"}, "seconds": {}},
-        "kept-net": {
-            "name": "net, 3 of 4 layers frozen",
-            "floor_s": 0.025,
-            "left_out": {},
-            "seconds": {
-                "fastfreeze": times(0.08),
-                "fastfreeze cache": times(0.03),
-                "flags": times(0.1),
-            },
-        },
-        "host-net": {
-            "name": "host time of a step, net",
-            "left_out": {},
-            "seconds": {"fastfreeze": times(1e-4), "torch": times(2e-4)},
-        },
-        "norm": {
-            "name": "norm",
-            "left_out": {},
-            "seconds": {"fastfreeze": times(2e-5), "torch": times(3e-5)},
-        },
+        "sgd-net": entry(
+            "SGD step, net",
+            {"fastfreeze": 1e-3, "torch": 4e-3, "torch fused": times(2e-3, 1e-3, 3e-3)},
+            0.5e-3,
+            other="no nesterov",
+        ),
+        "sgd-wrong": entry("SGD step, wrong", {}, fastfreeze="wrong", other="no nesterov"),
+        "trim-net": entry(
+            "net, half of the parameters frozen", {"fastfreeze": 0.1, "flags": 0.25, IN_EVAL: 0.2}
+        ),
+        "trim-other": entry("other", {"fastfreeze": 0.05, "flags": 0.2}),
+        "trim-wrong": entry("wrong", {}, fastfreeze="wrong"),
+        "kept-net": entry(
+            "net, 3 of 4 layers frozen",
+            {"fastfreeze": 0.08, "fastfreeze cache": 0.03, "flags": 0.1},
+            0.025,
+        ),
+        "host-net": entry("host time of a step, net", {"fastfreeze": 1e-4, "torch": 2e-4}),
+        "norm": entry("norm", {"fastfreeze": 2e-5, "torch": 3e-5}),
     },
 }
 ENSEMBLE = {
     "machine": MACHINE,
     "command": "python -m benchmarks net --out=/somewhere/y.json --rounds 9",
     "results": {
-        "ensemble-resnet20-4": {
-            "name": "net, batch 4, 5 members, 75% of the MACs shared",
-            "left_out": {"vmap": "1e-3 from the loop in float64"},
-            "floor_s": 0.004,
-            "seconds": {
-                "torch loop": times(0.01),
-                "torch loop, channels_last": times(0.02),
-                "torch.func vmap": times(0.02),
-                "fastfreeze": times(0.002),
-                "fastfreeze, not folded": times(0.004),
-            },
-        }
+        "ensemble-resnet20-4": entry(
+            "net, batch 4, 5 members, 75% of the MACs shared",
+            {LOOP: 0.01, LAST: 0.02, VMAP: 0.02, "fastfreeze": 0.002, NOT_FOLDED: 0.004},
+            0.004,
+            vmap="1e-3 from the loop in float64",
+        )
     },
 }
 TRAINING = {
     "machine": {**MACHINE, "threads": 2},
     "command": "python -m benchmarks.training net",
     "results": {
-        "training-vgg16-0.5": {
-            "name": "net, t_0=0.5, 100 steps, 7 freezes",
-            "left_out": {},
-            "floor_s": 8.0,
-            "seconds": {
-                "torch": times(20.0, 20.0, 20.0),
-                "flags": times(12.0, 12.0, 12.0),
-                "fastfreeze": times(10.0, 10.0, 10.0),
-                "fastfreeze cache": times(8.0, 8.0, 8.0),
-            },
-        },
-        "training-bad-0.5": {
-            "name": "bad",
-            "left_out": {"fastfreeze": "losses differ"},
-            "seconds": {},
-        },
+        "training-vgg16-0.5": entry(
+            "net, t_0=0.5, 100 steps, 7 freezes",
+            {"torch": 20.0, "flags": 12.0, "fastfreeze": 10.0, "fastfreeze cache": 8.0},
+            8.0,
+            spread=False,
+        ),
+        "training-bad-0.5": entry("bad", {}, fastfreeze="losses differ"),
     },
 }
 PEERS = {
     "machine": MACHINE,
     "command": "python -m benchmarks.peers",
     "results": {
-        "peers-training": {
-            "name": "training",
-            "left_out": {"other": "not installed"},
-            "seconds": {
-                "fastfreeze, sticky": times(30.0, 30.0, 30.0),
-                "torchensemble": times(60.0, 60.0, 60.0),
-            },
-        },
-        "peers-sticky": {
-            "name": "prediction, fastfreeze, sticky",
-            "left_out": {},
-            "seconds": {
-                "fastfreeze": times(0.1),
-                "torch loop": times(0.3),
-                "torchensemble 0.2": times(0.2),
-            },
-        },
+        "peers-training": entry(
+            "training", {"fastfreeze, sticky": 30.0, "torchensemble": 60.0}, spread=False
+        ),
+        "peers-sticky": entry(
+            "prediction, fastfreeze, sticky",
+            {"fastfreeze": 0.1, LOOP: 0.3, "torchensemble 0.2": 0.2},
+        ),
     },
 }
-FILES = {
-    "a.json": KERNELS,
-    "b.json": ENSEMBLE,
-    "c.json": TRAINING,
-    "d.json": PEERS,
-}
+FILES = {"a.json": KERNELS, "b.json": ENSEMBLE, "c.json": TRAINING, "d.json": PEERS}
 
 
 @pytest.fixture
@@ -164,14 +112,14 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def rows(folder):
-    text = report.markdown(report.collect(folder))
-    return [line for line in text.splitlines() if line.startswith("| ")]
+def text(folder):
+    return report.markdown(report.collect(folder)).splitlines()
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
+def test_each_kind_of_result_has_its_line(text):
+    rows = [line for line in text if line.startswith("| ") and not line.startswith("| case")]
+    assert len(rows) == 13
+    for row in [
         "| SGD step, net | 1 ms (0.9-1.1) | torch fused: 2 ms (1-3) | 2.00 | 500 µs |",
         "| net, half of the parameters frozen | 100 ms (90-110) "
         "| flags, frozen part in eval mode: 200 ms (180-220) | 2.00 | - |",
@@ -185,35 +133,20 @@ def rows(folder):
         "| training | fastfreeze, sticky: 30 s | torchensemble: 60 s | 2.00 | - |",
         "| prediction, fastfreeze, sticky | 100 ms (90-110) | torchensemble 0.2: 200 ms (180-220) "
         "| 2.00 | - |",
-    ],
-)
-def test_each_kind_of_result_has_its_line(rows, row):
-    assert row in rows
+    ]:
+        assert row in rows
 
 
-def test_nothing_else_has_a_line(rows):
-    assert len([row for row in rows if not row.startswith("| case")]) == 13
-
-
-def test_who_has_no_numbers_is_named(folder):
-    text = report.markdown(report.collect(folder))
-    for note in [
+def test_who_has_no_numbers_and_who_made_them_are_told(text):
+    for line in [
         "- other: no nesterov (2 cases)",
         "- fastfreeze: wrong (1 case)",
         "- vmap: 1e-3 from the loop in float64 (1 case)",
-        "- fastfreeze: losses differ (1 case)",
-        "- other: not installed (1 case)",
+        "Some CPU, 2 threads; torch 2.14, Python 3.11, fastfreeze 0.1.0",
+        "- `python -m benchmarks`; beside other work ([data](../benchmarks/results/a.json))",
+        "- `python -m benchmarks net --rounds 9` ([data](../benchmarks/results/b.json))",
     ]:
-        assert note in text.splitlines()
-
-
-def test_machine_versions_and_command_are_told(folder):
-    text = report.markdown(report.collect(folder))
-    assert "Some CPU, 2 threads; torch 2.14, Python 3.11, fastfreeze 0.1.0" in text
-    made_by = "- `python -m benchmarks`; beside other work ([data](../benchmarks/results/a.json))"
-    assert made_by in text.splitlines()
-    assert "- `python -m benchmarks net --rounds 9` ([data]" in text
-    assert "/somewhere" not in text
+        assert line in text
 
 
 def test_one_machine_has_one_table_of_a_kind_and_another_its_own(folder):
@@ -221,18 +154,15 @@ def test_one_machine_has_one_table_of_a_kind_and_another_its_own(folder):
     (folder / "e.json").write_text(json.dumps(more))
     other = {**more, "machine": {**MACHINE, "cpu": "Another CPU"}}
     (folder / "f.json").write_text(json.dumps(other))
-    steps = [t for t in report.collect(folder) if t.title == "Optimizer step"]
+    (folder / "d.json").rename(folder / "z.json")  # the order of kinds does not depend on it
+    tables = report.collect(folder)
+    assert list(dict.fromkeys(table.title for table in tables)) == list(report.KINDS)
+    steps = [t for t in tables if t.title == "Optimizer step"]
     assert [[line.case for line in table.lines] for table in steps] == [
         ["SGD step, net", "more"],
         ["more"],
     ]
     assert list(steps[0].made_by) == ["a.json", "e.json"]
-
-
-def test_the_order_of_kinds_does_not_depend_on_the_files(folder):
-    (folder / "a.json").rename(folder / "z.json")
-    titles = [table.title for table in report.collect(folder)]
-    assert titles == list(report.FLOORS)
 
 
 def test_a_file_of_another_kind_is_refused(folder):
@@ -283,13 +213,12 @@ def test_a_ratio_and_what_it_lies_between():
 
 def test_the_best_rival_is_none_of_ours():
     seconds = {"fastfreeze": 2.0, "a": 3.0, "b": 2.5, "fastfreeze b": 1.0}
-    entry = {"name": "case", "seconds": {name: times(t) for name, t in seconds.items()}}
-    assert [(x.ours, x.rival, x.ratio) for x in lines_of("key", entry)] == [
+    found = lines_of("key", entry("case", seconds))
+    assert [(x.ours, x.rival, x.ratio) for x in found] == [
         ("fastfreeze", "b", 1.25),
         ("fastfreeze b", "b", 2.5),
     ]
-    alone = {"name": "case", "seconds": {"fastfreeze": times(1.0)}}
-    assert lines_of("key", alone) == []
+    assert lines_of("key", entry("case", {"fastfreeze": 1.0})) == []
 
 
 @pytest.mark.parametrize(
