@@ -226,7 +226,7 @@ def failures(results: dict) -> list[str]:
 
 
 def print_plan(minutes: float) -> None:
-    """Stages, when they have to be over, and the tests that would run on a GPU."""
+    """When stages have to be over, and the tests that would run on a GPU."""
     for name, end in ends(STAGES, minutes * 60 - TAIL).items():
         print(f"{name}: until {end:.0f} s")
         if name in TESTS:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import ensemble_cases, step_cases
 from benchmarks.case import OURS
+from benchmarks.clock import FLOOR
 from benchmarks.lines import HEADER, Line, lines_of, row, spread_text, times_of
 from benchmarks.results import hardware_of, made_by, read_json
 from benchmarks.training_rivals import BASELINE, BEST_FLAGS, BEST_TORCH, CACHE, FLAGS
@@ -74,9 +75,6 @@ def _saved(own: float, base: float) -> str:
     return f"{1 - own / base:.0%}"
 
 
-FLOOR = "floor"
-
-
 @dataclass(frozen=True)
 class Ratios:
     """Cases of a kind: the time of one rival, and the others beside it."""
@@ -110,10 +108,8 @@ class Ratios:
         times = times_of(entry)
         base = times[self.base[0]]
         seconds = {FLOOR: entry.get("floor_s"), **{name: t.median for name, t in times.items()}}
-        cells = {
-            name: self.text(seconds[name], base.median) if seconds.get(name) else "-"
-            for name in columns
-        }
+        found = {name: seconds.get(name) for name in columns}
+        cells = {n: self.text(own, base.median) if own else "-" for n, own in found.items()}
         cells[self.bold] = f"**{cells[self.bold]}**"
         name = entry["name"].replace(self.leave_out, "")
         return row(name, spread_text(base), *cells.values())
@@ -122,7 +118,7 @@ class Ratios:
 def kernels(results: Path) -> Iterator[str]:
     """Steps and averages of one machine, and the fastest rival of each."""
     yield HEADER
-    yield from (str(line) for line in _own_lines(results / THREADS["1 thread"], KERNELS))
+    yield from map(str, _own_lines(results / THREADS["1 thread"], KERNELS))
 
 
 def steps_short(results: Path) -> Iterator[str]:
@@ -150,6 +146,7 @@ def _header(*titles: str) -> tuple[str, str]:
     return row(*titles), f"|{'---|' * len(titles)}"
 
 
+_LOOP = ensemble_cases.LOOP, "torch loop"
 TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
     "trainings": Ratios(
         "training",
@@ -196,7 +193,7 @@ TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
     "ensembles": Ratios(
         "ensemble",
         "model",
-        (ensemble_cases.LOOP, "torch loop"),
+        _LOOP,
         {
             ensemble_cases.CHANNELS_LAST: "channels_last",
             ensemble_cases.VMAP: "`torch.func` vmap",
@@ -209,7 +206,7 @@ TABLES: dict[str, Callable[[Path], Iterator[str]]] = {
     "ensembles-short": Ratios(
         "ensemble",
         "model",
-        (ensemble_cases.LOOP, "torch loop"),
+        _LOOP,
         {ensemble_cases.VMAP: "`torch.func` vmap", OURS: "fastfreeze"},
         _times,
         sources=False,

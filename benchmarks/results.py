@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -79,11 +80,6 @@ def hardware_of(data: dict) -> str:
 
 def made_by(data: dict, name: str) -> str:
     """The command, but for where it wrote, and a link from docs/ to the file of that name."""
-    words, kept = iter(shlex.split(data["command"])), []
-    for word in words:
-        if word == "--out":
-            next(words, None)
-        elif not word.startswith("--out="):
-            kept.append(word)
+    command = re.sub(r" --out[ =]('[^']*'|\S+)", "", data["command"])
     note = f"; {data['note']}" if "note" in data else ""
-    return f"`{shlex.join(kept)}`{note} ([data](../benchmarks/results/{name}))"
+    return f"`{command}`{note} ([data](../benchmarks/results/{name}))"
