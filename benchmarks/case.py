@@ -53,16 +53,11 @@ def why(error: Exception) -> str:
 
 
 def difference(
-    results: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    rtol: float = 1e-5,
-    atol: float = 1e-6,
+    results: Sequence[Tensor], expected: Sequence[Tensor], rtol: float = 1e-5, atol: float = 1e-6
 ) -> str | None:
     """What is wrong with the results; None if each is within ``atol + rtol * |expected|``."""
     for i, (found, truth) in enumerate(zip(results, expected, strict=True)):
-        beyond = (found - truth).abs() - rtol * truth.abs()
-        worst = beyond.max().item() if beyond.numel() else 0.0
-        if not worst <= atol:
+        if not torch.allclose(found.to(truth.dtype), truth, rtol, atol):
             error = (found - truth).abs().max().item()
             return f"another result: tensor {i} is off by up to {error:.1e}"
     return None

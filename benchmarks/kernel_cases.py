@@ -121,12 +121,11 @@ def norm_case(channels: Sequence[int], size: int) -> Case:
     images = [torch.randn(32, c, size, size) for c in channels]
     parts = [x.to(memory_format=torch.channels_last) for x in images]
     C = sum(channels)
-    scale, shift = torch.randn(C), torch.randn(C)
-    statistics = (torch.zeros(C), torch.ones(C))
+    scale, shift, mean, var = torch.randn(C), torch.randn(C), torch.zeros(C), torch.ones(C)
 
     def norm() -> Tensor:
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        return F.batch_norm(x, *statistics, scale, shift, eps=0.0).relu_()
+        return F.batch_norm(x, mean, var, scale, shift, eps=0.0).relu_()
 
     runs: dict[str, Run] = {
         OURS: lambda: affine_relu_cat(parts, scale, shift),
