@@ -28,11 +28,13 @@ import fastfreeze
 from benchmarks.case import OURS, Case
 from benchmarks.training_rivals import (
     AS_IT_IS,
+    BF16_TOLERANCE,
     CACHE,
     FLAGS,
     HYPERS,
     LAST,
     LR,
+    TOLERANCE,
     State,
     Training,
     deviation,
@@ -114,6 +116,7 @@ class Step:
         fused = {"fused": True} if work.labels.is_cuda else {}
         optimizer = torch.optim.SGD(model.parameters(), LR, **HYPERS, **fused)
         self.training = Training(model, logits, optimizer, layout=layout)
+        self.tolerance = BF16_TOLERANCE if work.bf16 else TOLERANCE
         self._work, self._batches = work, work.batches()
 
     def __call__(self) -> Tensor:
@@ -195,7 +198,7 @@ def _wrong(step: Step, truth: State, start: State) -> str | None:
     notes = step.training.notes()
     if notes.get("missed") or notes.get("reason"):
         return f"not all values are found: {notes}"
-    return deviation(step.training, truth, start)
+    return deviation(step.training, truth, start, step.tolerance)
 
 
 def trim_case(model_name: str, batch_size: int = 16, device: str = "cpu") -> Case:

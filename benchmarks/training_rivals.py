@@ -26,9 +26,9 @@ LR = 0.001  # rounding then stays rounding, which gates rely on; no time depends
 HYPERS = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 AS_IT_IS, LAST = torch.contiguous_format, torch.channels_last
 # Of what a gate's steps change in all weights, and in all statistics, together. Between torch's
-# own memory layouts 0.03 is seen in MobileNetV2; momentum that is forgotten makes 0.5, a missing
-# update 1.
-TOLERANCE = 0.1
+# own memory layouts 0.03 is seen in MobileNetV2, and 0.35 under autocast to bf16; momentum that is
+# forgotten makes 0.5, a missing update 1.
+TOLERANCE, BF16_TOLERANCE = 0.1, 0.4
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,13 @@ def ours(
 State = Mapping[str, Tensor]
 
 
-def deviation(training: Training, truth: State, start: State) -> str | None:
+def deviation(
+    training: Training, truth: State, start: State, tolerance: float = TOLERANCE
+) -> str | None:
     """What tells a training from the true one, which ends so; None if nothing but rounding does.
 
     Both must have changed the same tensors, and count the same. Weights, and then statistics, may
-    be apart by ``TOLERANCE`` of what has changed in all of them.
+    be apart by a share of what has changed in all of them.
     """
     found, floats = training.model.state_dict(), set()
     for name, value in truth.items():
@@ -211,7 +213,7 @@ def deviation(training: Training, truth: State, start: State) -> str | None:
             math.hypot(*((a[n].double() - truth[n].double()).norm().item() for n in names))
             for a in (found, start)
         )
-        if not error <= TOLERANCE * change:
+        if not error <= tolerance * change:
             return f"another result: {what} are {error / change:.1e} of their change from torch's"
     return None
 
