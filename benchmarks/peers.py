@@ -192,7 +192,8 @@ def by_torchensemble(task: Task, folder: Path) -> Trained:
         def __new__(cls) -> nn.Module:
             return task.build()
 
-    ensemble = SnapshotEnsembleClassifier(Estimator, task.members, cuda=False)
+    options = {"estimator": Estimator, "n_estimators": task.members, "cuda": False}
+    ensemble = SnapshotEnsembleClassifier(**options)
     plain = plain_sgd(task.build(), Cosine(task.total_steps), LR)
     ensemble.set_optimizer("SGD", **plain.optimizer.defaults)
     start = time.perf_counter()
