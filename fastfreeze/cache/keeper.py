@@ -62,7 +62,6 @@ _VIEWS = (  # may give views of the first argument, or itself
     *("split", "contiguous", "expand", "select", "narrow", "swapaxes", "movedim", "unflatten"),
     *("to", "float", "__getitem__"),
 )
-_MAY_BE_IN_PLACE = (F.relu, F.relu6, F.silu, F.hardswish, F.hardtanh, F.elu, F.leaky_relu)
 _TRIALS = 2  # in its first call a module may set itself up, and folds are compared
 _MAX_ARGUMENTS = 64  # that are no tensors, of one module or function
 _MAX_OUTCOMES = 4096
@@ -206,8 +205,7 @@ class Keeper:
     def call_function(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a function of pending values; NotImplemented if it must be called."""
         name = _KNOWN.get(function)
-        in_place = function in _MAY_BE_IN_PLACE and any(a is True for a in args[1:])
-        if name is None or in_place or not kwargs.keys().isdisjoint(("inplace", "out")):
+        if name is None or not kwargs.keys().isdisjoint(("inplace", "out")):
             return NotImplemented
         return self._put_off(("function", name), function, None, args, kwargs, ("", ""))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 import subprocess
@@ -213,13 +214,24 @@ def by_value(held, y):
     return (y * 2 if y.sum() > 0 else y), None
 
 
-@pytest.mark.parametrize("use", [number, chosen, by_value])
-def test_what_depends_on_values_is_not_put_off(use):
-    def read(given):
-        y, other = given
-        factor = other if isinstance(other, float) else 1 if other is None else len(other)
-        return y.mean((2, 3)) * factor
+def masked(held, y):
+    return y, y[y.mean((1, 2, 3)) > 0]
 
+
+def read_both(given):
+    y, other = given
+    factor = other if isinstance(other, float) else 1 if other is None else len(other)
+    return y.mean((2, 3)) * factor
+
+
+DEPENDS = {
+    **{use.__name__: (use, read_both) for use in (number, chosen, by_value, masked)},
+    "masked outside": (None, lambda y: read_both(masked(None, y))),
+}
+
+
+@pytest.mark.parametrize(("use", "read"), DEPENDS.values(), ids=DEPENDS)
+def test_what_depends_on_values_is_not_put_off(use, read):
     cache = cached(Net(Frozen(None, use), read))
     for seed in range(8):
         x = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
@@ -264,6 +276,27 @@ def test_writes_through_views(read):
     cache = cached(Net(Frozen(), read))
     agree(cache, 10)
     assert cache.active
+
+
+def test_a_call_that_is_late_is_undone():
+    """With buffers and random numbers as before, it is made again."""
+
+    def forward(m, x):
+        z, copied = m.norm(x).mean() * torch.rand(()), x.clone()
+        y = m.frozen(copied)
+        copied.mul_(2)
+        return m.head(y.mean((2, 3))) * z
+
+    parts = {"frozen": Frozen().requires_grad_(False), "head": nn.Linear(4, 3)}
+    model, x = Does(forward, **parts, norm=nn.BatchNorm2d(3)), torch.randn(6, 3, 5, 5)
+    cache = cached(model)
+    for step in range(1, 5):
+        state = torch.get_rng_state()
+        found = cache(x, samples=torch.arange(6))
+        assert model.norm.num_batches_tracked == step
+        torch.set_rng_state(state)
+        assert found.equal(trim(copy.deepcopy(model), fold=False)(x))
+    assert cache._num_late > 0
 
 
 def test_a_view_that_alone_is_read_is_kept_alone():

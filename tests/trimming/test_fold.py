@@ -462,6 +462,7 @@ def test_thawed_is_exact_again():
         parameter.requires_grad_(True)
     reference = copy.deepcopy(model)
     assert torch.equal(trimmed(x), reference(x))
+    assert folds(trimmed) == 0
 
 
 def test_a_first_call_gives_the_bits_of_any_other():

@@ -21,6 +21,7 @@ import fastfreeze
 from fastfreeze import FastfreezeWarning, trim
 from fastfreeze.trimming.standins import frozen_modules
 from fastfreeze.trimming.state import tensors_in
+from tests.nets import Does
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_counts")
 
@@ -498,6 +499,23 @@ STRANGE = [
     *(keeps_an_attribute, goes_through_a_function, writes_to_what_others_read),
     *(writes_to_its_input, writes_to_a_view),
 ]
+
+
+UNSEEN = {"weight": lambda m, x: m.norm.weight, "input": lambda m, x: x}
+
+
+@pytest.mark.parametrize("what", UNSEEN.values(), ids=UNSEEN)
+def test_writes_that_torch_does_not_show_are_refused(what):
+    def body(m, x):
+        y = m.norm(x)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            what(m, x).mul_(2)
+        return y
+
+    frozen = Does(body, norm=nn.BatchNorm2d(3)).requires_grad_(False)
+    network = trim(nn.Sequential(frozen, nn.Conv2d(3, 2, 1)))
+    with pytest.raises(RuntimeError, match="was written to by code that torch does not show"):
+        network(images())
 
 
 def changes_eps_and_stride(m, step):
