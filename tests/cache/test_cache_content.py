@@ -160,15 +160,50 @@ def test_constants_in_code_are_followed(monkeypatch):
         assert cache.active
 
 
-def test_random_numbers_are_drawn_as_without_a_cache():
-    cache = cached(Net(Frozen(use=lambda held, y: y * torch.rand(()))))
+DRAWS = {
+    "torch": lambda held, y: y * torch.rand(()),
+    "random": lambda held, y: y * random.random(),
+    "NumPy": lambda held, y: y * float(np.random.rand()),
+}
+
+
+@pytest.mark.parametrize("use", DRAWS.values(), ids=DRAWS)
+def test_random_numbers_are_drawn_as_without_a_cache(use):
+    cache = cached(Net(Frozen(use=use)))
     x = torch.randn(6, 3, 8, 8)
+
+    def seeded(call):
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        found = call()
+        return found, (torch.get_rng_state().tolist(), random.random(), np.random.rand())
+
     for _ in range(4):
-        torch.manual_seed(1)
-        found, state = cache(x, samples=torch.arange(6)), torch.get_rng_state()
-        torch.manual_seed(1)
-        assert found.equal(cache.network(x))
-        assert state.equal(torch.get_rng_state())
+        found, after = seeded(lambda: cache(x, samples=torch.arange(6)))
+        expected, wanted = seeded(lambda: cache.network(x))
+        assert found.equal(expected)
+        assert after == wanted
+
+
+TOUCHES = {
+    "writes to its input": lambda m, x: x.mul_(2).sigmoid(),
+    "gives a view of its input": lambda m, x: x[:, :],
+}
+
+
+@pytest.mark.parametrize("body", TOUCHES.values(), ids=TOUCHES)
+def test_modules_that_touch_their_inputs_are_not_put_off(body):
+    def forward(m, x):
+        z = x.clone()
+        y = m.frozen(z)
+        y.add_(1)
+        return m.head(y.mean((2, 3)) + z.mean((2, 3)))
+
+    frozen = Does(body, own=nn.Conv2d(3, 3, 1)).requires_grad_(False)
+    cache = cached(Does(forward, frozen=frozen, head=nn.Linear(3, 3)))
+    agree(cache)
+    assert cache._num_late == 0
 
 
 def outside():
