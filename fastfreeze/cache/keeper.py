@@ -205,7 +205,7 @@ class Keeper:
     def call_function(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Put off a function of pending values; NotImplemented if it must be called."""
         name = _KNOWN.get(function)
-        if name is None or not kwargs.keys().isdisjoint(("inplace", "out")):
+        if name is None or kwargs.get("inplace") or "out" in kwargs:
             return NotImplemented
         return self._put_off(("function", name), function, None, args, kwargs, ("", ""))
 

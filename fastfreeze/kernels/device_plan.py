@@ -205,11 +205,9 @@ class DevicePlan(PointerPlan):
         self._grads = grads
 
     def _scalar(self, value: Tensor | float | None) -> Tensor | None:
-        return (
-            None
-            if value is None
-            else torch.as_tensor(value, dtype=torch.float32, device=self.device)
-        )
+        if value is None or isinstance(value, Tensor):
+            return None if value is None else value.to(self.device, torch.float32)
+        return torch.full((), value, dtype=torch.float32, device=self.device)  # waits for nothing
 
     def _staged(self, host: Tensor) -> Tensor:
         """Where a copy to the device can read it later; torch keeps that memory until it has."""

@@ -3,6 +3,7 @@
 ::
 
     config.json           versions, command, arguments
+    classes.txt           of a folder of images: the name of each output's class, in order
     metrics.jsonl         one line per epoch and event ("start", "freeze", "thaw", "snapshot")
     checkpoints/<run>.pt  the newest checkpoint of each method and seed
     best-<run>.pth        of ``finetune``: the weights of the epoch that is best on held-out images

@@ -383,6 +383,8 @@ class RunConfig(ABC):
             torch.cuda.set_device(self.device)
         experiment = self.experiment(data)
         run_dir.rewind()
+        if data.class_names:
+            write_atomic(run_dir.path / "classes.txt", "\n".join([*data.class_names, ""]).encode())
         finished = {(r["method"], r["seed"]) for r in run_dir.results()}
         for seed in range(self.seed, self.seed + self.seeds):
             for method in experiment.methods:

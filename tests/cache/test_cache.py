@@ -313,6 +313,20 @@ def test_several_rows_for_each_sample(runs):
     assert cache.active
 
 
+def with_functions(m, x):
+    """torch's functions between frozen modules, which it tells of what is done in place."""
+    return m.head(F.silu(m.b(F.relu(m.a(x)))).mean((2, 3)))
+
+
+def test_functions_between_frozen_modules_wait(runs):
+    cache, x = on(own_network(with_functions, "a", "b", head=nn.Linear(12, 5))), images()
+    epochs(cache, x)
+    runs.clear()
+    epochs(cache, x)
+    assert runs == []
+    assert cache.stats().rows == 24  # of what is read alone
+
+
 def test_inside_other_modes():
     cache, x = on(network("a")), images(12)
     for _ in range(3):

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from fastfreeze.errors import FastfreezeWarning
+from fastfreeze.recipes import data as data_module
 from fastfreeze.recipes.data import ImageData, balanced, load_data
 from fastfreeze.recipes.errors import RecipeError
 from fastfreeze.recipes.images import FileImages, MemoryImages, centred
@@ -131,6 +132,16 @@ def test_part_changes_nothing_but_the_images_that_are_left_out():
     for counts, name in (((0,), "train_images"), ((24,), "train_images"), ((9, 24), "test_images")):
         with pytest.raises(ValueError, match=rf"{name} must be in 1\.\.23, got {counts[-1]}"):
             data.part(*counts)
+
+
+def test_a_channel_of_one_value_is_zero():
+    pixels = torch.randint(256, (8, 3, 4, 4), dtype=torch.uint8)
+    pixels[:, 1] = 77
+    images = MemoryImages(pixels, torch.arange(8))
+    data = data_module._in_memory(images, images, pad=0, flip=False)
+    found, _ = next(data.test_batches(8, CPU))
+    assert found.isfinite().all()
+    assert found[:, 1].abs().max() < 1e-6
 
 
 def test_mnist5k(digits_once):

@@ -128,6 +128,7 @@ def test_a_recipe_trains_and_its_best_epoch_is_kept(own, name):
     assert ("feature cache" in result.stderr) == cached
     assert ("% of the images came from the feature cache" in result.stderr) == cached
     assert Path("run/table.txt").read_text().startswith("recipe ")
+    assert Path("run/classes.txt").read_text() == "dark\nlight\n"
     assert invoke("plot", "run").exit_code == 0
 
 
