@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 from fastfreeze import FeatureCache, trim
@@ -57,6 +58,29 @@ def test_follows_the_flags(way):
     found = steps(lambda network: way(network, backend="aot_eager"))
     assert counters["stats"]["unique_graphs"] >= 3
     torch.testing.assert_close(found, steps(lambda network: network), rtol=1e-4, atol=1e-5)
+
+
+class Plain(nn.Module):
+    """Tells apart what is a plain tensor."""
+
+    def forward(self, x):
+        return x if type(x) is torch.Tensor else 2 * x
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_compiled_inside_gets_plain_tensors(in_place):
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), Plain(), nn.Conv2d(6, 2, 3))
+    model[:2].requires_grad_(False)
+    x = torch.randn(4, 3, 8, 8)
+    expected = model.eval()(x)
+    if in_place:
+        model[2].compile(backend="eager")
+    else:
+        model[2] = torch.compile(model[2], backend="eager")
+    network = trim(model.train())
+    for _ in range(2):
+        torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_as_one_graph_it_is_refused():

@@ -101,6 +101,18 @@ def residual_in_place_twice(m, x):
     return m.relu(y)
 
 
+def added_twice(m, x):
+    other = x.sin()  # has all that waits computed
+    return F.relu(m.norm(m.a(x)) + x + other)
+
+
+def added_to_what_was_read(m, x):
+    y = m.norm(m.a(x))
+    view = y[:, :, :1]
+    y += m.b(m.a(x))
+    return y + view
+
+
 def two_convolutions(m, x):
     return F.relu(m.norm(m.a(x)) + m.other(m.b(x)))
 
@@ -170,6 +182,14 @@ BODIES = {
     "two convolutions": (two_convolutions, {}),
     "add with alpha": (lambda m, x: torch.add(m.norm(m.a(x)), x, alpha=2), {}),
     "broadcast add": (lambda m, x: m.norm(m.a(x)) + m.b(x).mean((2, 3), keepdim=True), {}),
+    "broadcast the other way": (
+        lambda m, x: m.norm(m.b(F.adaptive_avg_pool2d(x, 1))) + x,
+        {},
+    ),
+    "added twice": (added_twice, {}),
+    "added to what was read": (added_to_what_was_read, {}),
+    "norm behind a sum": (lambda m, x: m.other(m.a(x) + x), {}),
+    "norm in a sum": (lambda m, x: F.relu(m.norm(x) + x), {}),
     "preactivation": (preactivation, {}),
     "preactivation of one": (
         lambda m, x: m.b(F.relu(m.other(m.a(F.relu(m.norm(x)))))),
@@ -221,6 +241,81 @@ def test_folded_is_as_close_to_the_truth_as_unfolded(name, device, dtype):
     assert found.requires_grad
     assert type(found) is Tensor
     trimmed.verify(x)
+
+
+class Doubling(nn.Parameter):
+    """A weight that convolutions take twice."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **(kwargs or {}))
+        return 2 * found if function is F.conv2d else found
+
+
+def with_weight(make):
+    made = conv().requires_grad_(False)
+    made.weight = make(made.weight)
+    return made
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return conv().requires_grad_(False)
+
+
+UNFIT = {  # for folding: what runs, parts, and the images
+    "of another dtype": (chain, {}, lambda: images().double()),
+    "integers": (chain, {}, lambda: images().long()),
+    "no images": (chain, {}, lambda: images(0, 4, 9, 8)),
+    "without a batch": (lambda m, x: m.a(x).relu(), {}, lambda: images(4, 9, 8)),
+    "a norm of other channels": (lambda m, x: m.norm8(m.a(x)), {}, images),
+    "a cat of unlike parts": (lambda m, x: torch.cat([m.a(x), m.b(x)[:1]], 1), {}, images),
+    "a weight of a class of its own": (
+        chain,
+        {"a": lambda: with_weight(lambda w: Doubling(w.detach(), requires_grad=False))},
+        images,
+    ),
+    "weights of inference mode": (chain, {"a": made_in_inference_mode}, images),
+}
+
+
+@pytest.mark.parametrize(("body", "own", "make"), UNFIT.values(), ids=UNFIT)
+def test_what_does_not_fit_runs_or_fails_as_ever(body, own, make):
+    model, x = frozen(Net(body, **parts())), make()
+    for name, part in own.items():
+        setattr(model.parts, name, part())
+    found, expected = (outcome(trim(model, fold=fold), x) for fold in (True, False))
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert found == expected
+
+
+def outcome(network, x):
+    """Of the second call: the output, or the error."""
+    for _ in range(2):
+        try:
+            found = network(x)
+        except (RuntimeError, ValueError) as error:
+            found = type(error), str(error).partition("\n")[0]
+    return found
+
+
+def thaws_on_the_way(m, x):
+    y = m.a(x)
+    m.norm.weight.requires_grad_(True)
+    return m.norm(y).relu()
+
+
+def test_what_thaws_within_a_call_gets_its_gradient():
+    gradients = []
+    for fold in (False, True):
+        torch.manual_seed(0)
+        model = frozen(Net(thaws_on_the_way, **parts()))
+        trim(model, fold=fold)(images()).sum().backward()
+        gradients.append(model.norm.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("body", [chain, residual, two_convolutions, dense, preactivation])

@@ -318,6 +318,54 @@ def test_what_is_given_later_is_called_as_ever(change, monkeypatch):
     torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-6)
 
 
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("own", ["of its class", "of its own"])
+def test_a_sequential_runs_its_own_forward(own):
+    torch.manual_seed(1)
+    parts = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3)
+    model = Doubled(*parts) if own == "of its class" else nn.Sequential(*parts)
+    if own == "of its own":
+        model.forward = lambda x: 2 * nn.Sequential.forward(model, x)
+    model[:2].requires_grad_(False)
+    network, x = trim(model), images()
+    for _ in range(2):
+        with by_hand(model):
+            torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_call_that_begins_within_another_threads_leaves_nothing():
+    inside, begun, done = (threading.Event() for _ in range(3))
+    turns = {"first": lambda: (inside.set(), begun.wait(10)), "second": lambda: done.wait(10)}
+
+    def body(m, x):
+        y = m.features(x)
+        if threading.current_thread().name == "second":
+            begun.set()
+        turns.get(threading.current_thread().name, tuple)()
+        return m.head(m.b(y).mean((2, 3)))
+
+    network, x, found = trim(net(body)), images(), {}
+    expected = network(x)
+
+    def call(name):
+        found[name] = network(x)
+        (done if name == "first" else begun).set()
+
+    threads = [threading.Thread(target=call, args=(name,), name=name) for name in turns]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join(20)
+    for name in turns:
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+    assert not any("forward" in vars(m) for m in network.model.modules())
+
+
 def test_exceptions_threads_and_calls_within_calls():
     model = net(lambda m, x: m.head(m.b(m.features(x)).mean((2, 3))))
     network, x = trim(model), images()
