@@ -40,15 +40,15 @@ def members(model_name: str, count: int) -> tuple[nn.Module, list[State], float]
         with FlopCounterMode(display=False) as counter:
             x = link(x)
         costs[name] = counter.get_total_flops()
-    done, first = 0, []
+    total, done, first = sum(costs.values()), 0, []
     for name, cost in costs.items():
-        if done + cost > SHARED * sum(costs.values()):
+        if done + cost > SHARED * total:
             break
         done += cost
         first.append(f"{name}.")
     states = [_trained(build_model(model_name)) for _ in range(count)]
     alike = {n: x for n, x in states[0].items() if n.startswith(tuple(first))}
-    return model, [{**state, **alike} for state in states], done / sum(costs.values())
+    return model, [{**state, **alike} for state in states], done / total
 
 
 def _trained(model: nn.Module) -> State:

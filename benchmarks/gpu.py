@@ -139,7 +139,10 @@ def bench(plan: Plan, stage: str, seconds: float, *, cases: Sequence[str], round
         cases, rounds = SMALL, min(rounds, 2)
     command = [sys.executable, "-m", "benchmarks", *cases, "--device", plan.device, "--go-on"]
     command += ["--out", str(out), "--rounds", str(rounds), "--seconds", "3"]
-    done = lambda: len(read_json(out).get("results", {}))  # noqa: E731
+
+    def done() -> int:
+        return len(read_json(out).get("results", {}))
+
     return plan.job(stage, command, seconds, partial(read_json, out), done=done)
 
 

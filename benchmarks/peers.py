@@ -192,8 +192,9 @@ def by_torchensemble(task: Task, folder: Path) -> Trained:
         def __new__(cls) -> nn.Module:
             return task.build()
 
-    options = {"estimator": Estimator, "n_estimators": task.members, "cuda": False}
-    ensemble = SnapshotEnsembleClassifier(**options)
+    ensemble = SnapshotEnsembleClassifier(
+        estimator=Estimator, n_estimators=task.members, cuda=False
+    )
     plain = plain_sgd(task.build(), Cosine(task.total_steps), LR)
     ensemble.set_optimizer("SGD", **plain.optimizer.defaults)
     start = time.perf_counter()

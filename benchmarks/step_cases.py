@@ -150,8 +150,10 @@ def by_cache(work: Work) -> Step:
     model.load_state_dict(work.model.state_dict())  # norms that train have moved
     misses = cache.stats().misses
     step = Step(work, model, lambda x, ids: cache(x, samples=ids), layout)
-    missed = lambda: cache.stats().misses - misses  # noqa: E731
-    step.training.notes = lambda: {"missed": missed(), "reason": cache.reason}
+    step.training.notes = lambda: {
+        "missed": cache.stats().misses - misses,
+        "reason": cache.reason,
+    }
     return step
 
 

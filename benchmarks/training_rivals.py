@@ -164,8 +164,9 @@ def flags(
         return x
 
     follow(0)
-    notes = lambda: {"prefix_seconds": prefix_seconds}  # noqa: E731
-    return Training(model, network, optimizer, follow, layout, notes=notes)
+    training = Training(model, network, optimizer, follow, layout)
+    training.notes = lambda: {"prefix_seconds": prefix_seconds}
+    return training
 
 
 def ours(

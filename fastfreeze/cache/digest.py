@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
 from fastfreeze.trimming.bits import bits
+from fastfreeze.trimming.state import HOOKS
 from fastfreeze.trimming.watch import Contents, Lookout
 
 _OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"} | {"forward"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FIXED = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), range),
     *(torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout, np.dtype),
@@ -101,7 +101,7 @@ class Holdings:
     def _list(self) -> None:
         inside = list(self.module.modules())
         self._inside, self._seen = set(inside), dict[int, tuple[int, Any]]()
-        self._hooks = [vars(m)[kind] for m in inside[1:] for kind in _HOOKS]
+        self._hooks = [vars(m)[kind] for m in inside[1:] for kind in HOOKS]
         self._containers: list[Any] = []
         self._dicts: list[Any] = []
         self._reads: list[Callable[[], Any]] = [partial(type, m) for m in inside]

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastfreeze.ensemble.graphs.trace import Attributes, NoGraphError
 from fastfreeze.trimming.bits import bits, same_bits
-from fastfreeze.trimming.state import tensors_in
+from fastfreeze.trimming.state import HOOKS, tensors_in
 
 # By a tensor's name, for each member: the first member that holds the same bits.
 Owners = dict[str, tuple[int, ...]]
@@ -155,9 +155,8 @@ def check_alike(members: nn.ModuleList) -> None:
         raise NoGraphError("a member is in training mode")
     if _has_any_global_hook():
         raise NoGraphError("every module has hooks")
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for module in members.modules():  # a graph would not call them
-        if any(getattr(module, kind) for kind in kinds):
+        if any(getattr(module, kind) for kind in HOOKS):
             raise NoGraphError(f"{type(module).__name__} has hooks")
     held = [*members.parameters(), *members.buffers()]
     if any(t.is_meta for t in held):

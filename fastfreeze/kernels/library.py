@@ -94,6 +94,10 @@ class Availability:
         return self.reason if self.available else f"not available: {self.reason}"
 
 
+_KEYS = ("CPU", "CompositeExplicitAutograd")  # under which a library has its kernels
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+
 def _load(name: str) -> Availability:
     path = Path(__file__).parent.parent / f"lib{name}.so"
     if not path.exists():
@@ -103,25 +107,18 @@ def _load(name: str) -> Availability:
     except OSError as error:
         why = error.__cause__ or error  # torch's own words name the file alone
         return Availability(False, f"{path.name} does not load: {why}")
-    if lacking := _not_implemented("cuda_" if name == "fastfreeze_cuda" else ""):
+    if lacking := _not_implemented(cuda=name == "fastfreeze_cuda"):
         return Availability(
             False, f"{path.name} is older than its sources, and lacks {some(lacking)}: build again"
         )
     return Availability(True, f"{path.name} is loaded")
 
 
-def _not_implemented(prefix: str) -> list[str]:
-    """The operators of the library that those with this prefix are in, as far as it lacks them."""
-    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastfreeze::")]
-    others = tuple({"cuda_", "triton_"} - {prefix})
-    own = [n.partition("::")[2] for n in sorted(names)]
-    return [n for n in own if n.startswith(prefix) and not (n.startswith(others) or _is_there(n))]
-
-
-def _is_there(name: str) -> bool:
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    keys = ("CPU", "CompositeExplicitAutograd")
-    return any(has_kernel(f"fastfreeze::{name}", key) for key in keys)
+def _not_implemented(cuda: bool) -> list[str]:
+    """Operators that the loaded library, CUDA's or the CPU's, should implement and does not."""
+    names = sorted(n.removeprefix("fastfreeze::") for n in _LIBRARY._op_defs)
+    own = [n for n in names if n.startswith("cuda_") == cuda and not n.startswith("triton_")]
+    return [n for n in own if not any(_has_kernel(f"fastfreeze::{n}", key) for key in _KEYS)]
 
 
 def _has_gpu() -> bool:

@@ -446,7 +446,7 @@ def _in_memory(train: MemoryImages, test: MemoryImages, *, pad: int, flip: bool)
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ values
-    std = (share @ values**2 - mean**2).clamp(min=0).sqrt()
+    std = (share @ values**2 - mean**2).sqrt()
     std[share.max(1).values == 1] = 1  # a channel of one value: it becomes 0, not NaN
     num_classes = int(train.labels.max()) + 1
     return ImageData(train, test, mean.float(), std.float(), num_classes, pad, flip)

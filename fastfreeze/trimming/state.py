@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.autograd import function
 from torch.utils import checkpoint
 
+# Attributes of a module that hold its hooks.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists, dicts and dataclasses, in order."""

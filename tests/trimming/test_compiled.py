@@ -67,17 +67,17 @@ class Plain(nn.Module):
         return x if type(x) is torch.Tensor else 2 * x
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_what_is_compiled_inside_gets_plain_tensors(in_place):
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_is_compiled_inside_gets_plain_tensors(wrapped):
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), Plain(), nn.Conv2d(6, 2, 3))
     model[:2].requires_grad_(False)
     x = torch.randn(4, 3, 8, 8)
     expected = model.eval()(x)
-    if in_place:
-        model[2].compile(backend="eager")
-    else:
+    if wrapped:
         model[2] = torch.compile(model[2], backend="eager")
+    else:
+        model[2].compile(backend="eager")
     network = trim(model.train())
     for _ in range(2):
         torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-6)

@@ -253,9 +253,9 @@ class Doubling(nn.Parameter):
         return 2 * found if function is F.conv2d else found
 
 
-def with_weight(make):
+def doubling():
     made = conv().requires_grad_(False)
-    made.weight = make(made.weight)
+    made.weight = Doubling(made.weight.detach(), requires_grad=False)
     return made
 
 
@@ -271,11 +271,7 @@ UNFIT = {  # for folding: what runs, parts, and the images
     "without a batch": (lambda m, x: m.a(x).relu(), {}, lambda: images(4, 9, 8)),
     "a norm of other channels": (lambda m, x: m.norm8(m.a(x)), {}, images),
     "a cat of unlike parts": (lambda m, x: torch.cat([m.a(x), m.b(x)[:1]], 1), {}, images),
-    "a weight of a class of its own": (
-        chain,
-        {"a": lambda: with_weight(lambda w: Doubling(w.detach(), requires_grad=False))},
-        images,
-    ),
+    "a weight of a class of its own": (chain, {"a": doubling}, images),
     "weights of inference mode": (chain, {"a": made_in_inference_mode}, images),
 }
 

@@ -339,12 +339,13 @@ def test_a_sequential_runs_its_own_forward(own):
 
 def test_a_call_that_begins_within_another_threads_leaves_nothing():
     inside, begun, done = (threading.Event() for _ in range(3))
-    turns = {"first": lambda: (inside.set(), begun.wait(10)), "second": lambda: done.wait(10)}
+    turns = {
+        "first": lambda: (inside.set(), begun.wait(10)),
+        "second": lambda: (begun.set(), done.wait(10)),
+    }
 
     def body(m, x):
         y = m.features(x)
-        if threading.current_thread().name == "second":
-            begun.set()
         turns.get(threading.current_thread().name, tuple)()
         return m.head(m.b(y).mean((2, 3)))
 
@@ -353,7 +354,7 @@ def test_a_call_that_begins_within_another_threads_leaves_nothing():
 
     def call(name):
         found[name] = network(x)
-        (done if name == "first" else begun).set()
+        done.set()  # by the first one: the second waits for it
 
     threads = [threading.Thread(target=call, args=(name,), name=name) for name in turns]
     threads[0].start()
